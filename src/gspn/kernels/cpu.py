@@ -1,0 +1,281 @@
+"""The native CPU kernels: finds the shared library, checks the tensors, hands their addresses and strides to C.
+
+The C++ sources lie in the folder `cpu/` beside this file. The library is looked for when it is first needed, after torch
+has loaded its OpenMP runtime, which ours then shares. Layouts are taken as they come: nothing is copied here.
+
+After a fork the child runs these kernels on one thread, whatever torch.get_num_threads() says: GNU OpenMP hangs in a
+child whose parent has used several threads. (Workers of a DataLoader set one thread anyhow.)
+"""
+
+import ctypes
+import os
+import struct
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1  # GSPN_ABI_VERSION in cpu/api.h
+ISAS = ("portable", "avx2", "avx512")  # GspnIsa in cpu/api.h, worst first
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # GspnDtype in cpu/api.h
+_VIEW = 7  # words of a GspnView
+_NO_VIEW = (0,) * _VIEW
+_SCAN_WORDS = struct.Struct(f"={16 + 8 * _VIEW}q")  # GspnScanArgs in cpu/api.h
+_STATUS = {1: "out of memory for scratch buffers", 2: "bad argument"}  # GspnStatus in cpu/api.h
+
+
+# ---- the library -----------------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_loaded: tuple[ctypes.CDLL | None, str] | None = None
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked, _lock
+    _forked = True
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _find() -> Path | None:
+    suffix = {"darwin": "so", "win32": "dll"}.get(sys.platform, "so")
+    # An editable install has two folders: the sources and, in site-packages, what was built.
+    for folder in (Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)):
+        path = folder / f"libgspn_cpu.{suffix}"
+        if path.exists():
+            return path
+    return None
+
+
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    path = _find()
+    if path is None:
+        return None, "the native library was not built (no C++ compiler at installation)"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.gspn_abi_version.restype = ctypes.c_int64
+        version = library.gspn_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, f"the native library cannot be loaded: {error}"
+    if version != ABI_VERSION:
+        return None, f"the native library has ABI version {version}, expected {ABI_VERSION}: install gspn again"
+    for name in ("scan_forward", "scan_backward", "propagate", "propagate_backward"):
+        function = getattr(library, f"gspn_{name}")
+        function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_char_p]
+    library.gspn_best_isa.restype = ctypes.c_int64
+    library.gspn_scratch_peak.restype, library.gspn_scratch_peak.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    return library, ""
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _open()
+    return _loaded
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _loaded or _load()
+    if library is None:
+        raise RuntimeError(f"gspn's CPU kernels are not available: {reason}")
+    return library
+
+
+def available() -> tuple[bool, str]:
+    """Whether the native kernels can be used, and if not, why."""
+    library, reason = _load()
+    return library is not None, reason
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets that the library has kernels for and this machine can run, worst first."""
+    return ISAS[: _library().gspn_best_isa() + 1]
+
+
+def scratch_peak_bytes(*, reset: bool = False) -> int:
+    """The most scratch memory, over all threads, that the kernels have held at once since the last reset."""
+    return _library().gspn_scratch_peak(int(reset))
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _isa_code(isa: str | None) -> int:
+    if isa is None:
+        return -1
+    if isa not in ISAS:
+        raise ValueError(f"isa must be one of {ISAS}, got {isa!r}")
+    if isa not in supported_isas():
+        raise ValueError(f"this machine does not support {isa}")
+    return ISAS.index(isa)
+
+
+def _thread_count(threads: int | None) -> int:
+    if _forked:
+        return 1
+    return torch.get_num_threads() if threads is None else max(1, int(threads))
+
+
+def _segment_code(segment: int | None) -> int:
+    if segment is None:
+        return 0
+    if segment < 1:
+        raise ValueError(f"segment must be None or at least 1, got {segment}")
+    return int(segment)
+
+
+def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raw pointers follow: whatever passes here must be readable as `shape` elements of `dtype` in this process."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor on the CPU, got {tensor.layout} on {tensor.device}")
+
+
+def _check_kind(x: torch.Tensor, weights_name: str, weights: torch.Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x must be one of {sorted(map(str, _DTYPES))}, got {x.dtype}")
+    if weights.dtype != x.dtype and not (weights.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+        raise TypeError(f"{weights_name} must be {x.dtype}, or float32 beside a 16-bit x, got {weights.dtype}")
+
+
+def _check_groups(channels: int, groups: int) -> None:
+    if groups == 0 or channels % groups:
+        raise ValueError(f"the number of groups must divide the number of channels: {groups}, {channels}")
+
+
+def _state_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _view_map(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, C, H, W)
+    b, c, h, w = tensor.stride()
+    return tensor.data_ptr(), b, 0, c, 0, h, w
+
+
+def _view_maps(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, D, C, H, W)
+    b, d, c, h, w = tensor.stride()
+    return tensor.data_ptr(), b, d, c, 0, h, w
+
+
+def _view_weights(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, G, 3, H, W)
+    b, g, k, h, w = tensor.stride()
+    return tensor.data_ptr(), b, 0, g, k, h, w
+
+
+def _view_logits(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, D, G, 3, H, W)
+    return tensor.data_ptr(), *tensor.stride()
+
+
+def _run(function, words: struct.Struct, *values: int) -> None:
+    status = function(words.pack(*values))
+    if status:
+        raise (MemoryError if status == 1 else RuntimeError)(f"gspn's CPU kernel failed: {_STATUS[status]}")
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+def line_scan(x, weights, direction, segment=None, *, isa=None, threads=None, out=None):
+    """Scan x (B, C, H, W) in one direction with weights (B, G, 3, H, W) as given; returns h (B, C, H, W)."""
+    head = _line_scan_head(x, weights, direction, segment, isa, threads)
+    h = _output("out", out, x)
+    words = (*_view_map(x), *_NO_VIEW, *_view_weights(weights), *_view_map(h), *_NO_VIEW * 4)
+    _run(_library().gspn_scan_forward, _SCAN_WORDS, *head, *words)
+    return h
+
+
+def line_scan_backward(grad_h, weights, h, direction, segment=None, *, isa=None, threads=None, out=None):
+    """Gradients (dx, dweights) of `line_scan`, from the gradient of h and h itself."""
+    head = _line_scan_head(h, weights, direction, segment, isa, threads)
+    _check("grad_h", grad_h, h.shape, h.dtype)
+    shared = weights.shape[1] != h.shape[1]
+    dx, dweights = out or (None, None)
+    dx = _output("dx", dx, grad_h)
+    dweights = _output("dweights", dweights, weights, _state_dtype(h) if shared else weights.dtype)
+    words = (*_NO_VIEW * 2, *_view_weights(weights), *_view_map(h))
+    words += (*_view_map(grad_h), *_view_map(dx), *_NO_VIEW, *_view_weights(dweights))
+    _run(_library().gspn_scan_backward, _SCAN_WORDS, *head, *words)
+    return dx, dweights.to(weights.dtype)
+
+
+def gated_scan(x, input_gate, logits, directions, segment=None, *, isa=None, threads=None, out=None):
+    """Scan input_gate (B, D, C, H, W) * x (B, C, H, W) in D directions; returns h (B, D, C, H, W).
+
+    logits (B, D, G, 3, H, W) are normalised on the way: clamped at -28, sigmoid, divided by the sum over the neighbours.
+    """
+    head = _gated_scan_head(x, input_gate, logits, directions, segment, isa, threads)
+    h = _output("out", out, input_gate)
+    words = (*_view_map(x), *_view_maps(input_gate), *_view_logits(logits), *_view_maps(h), *_NO_VIEW * 4)
+    _run(_library().gspn_scan_forward, _SCAN_WORDS, *head, *words)
+    return h
+
+
+def gated_scan_backward(
+    grad_h, x, input_gate, logits, h, directions, segment=None, *, isa=None, threads=None, out=None
+):
+    """Gradients (dx, dinput_gate, dlogits) of `gated_scan`, from the gradient of h and h itself."""
+    head = _gated_scan_head(x, input_gate, logits, directions, segment, isa, threads)
+    _check("h", h, input_gate.shape, x.dtype)
+    _check("grad_h", grad_h, input_gate.shape, x.dtype)
+    shared = logits.shape[2] != x.shape[1]
+    dx, dgate, dlogits = out or (None, None, None)
+    dx = _output("dx", dx, x, _state_dtype(x))  # the directions are summed in it
+    dgate = _output("dinput_gate", dgate, input_gate)
+    dlogits = _output("dlogits", dlogits, logits, _state_dtype(x) if shared else logits.dtype)
+    words = (*_view_map(x), *_view_maps(input_gate), *_view_logits(logits), *_view_maps(h))
+    words += (*_view_maps(grad_h), *_view_map(dx), *_view_maps(dgate), *_view_logits(dlogits))
+    _run(_library().gspn_scan_backward, _SCAN_WORDS, *head, *words)
+    return dx.to(x.dtype), dgate, dlogits.to(logits.dtype)
+
+
+def _output(name: str, out: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`out` where the caller reuses a buffer, else a new tensor with the strides of `like`."""
+    if out is None:
+        return torch.empty_like(like, dtype=dtype)
+    _check(name, out, like.shape, dtype or like.dtype)
+    return out
+
+
+def _line_scan_head(x, weights, direction, segment, isa, threads) -> tuple[int, ...]:
+    _check_kind(x, "weights", weights)
+    batch, channels, height, width = x.shape
+    groups = weights.shape[1]
+    _check("x", x, x.shape, x.dtype)
+    _check("weights", weights, (batch, groups, 3, height, width), weights.dtype)
+    _check_groups(channels, groups)
+    if direction not in (0, 1, 2, 3):
+        raise ValueError(f"direction must be 0, 1, 2 or 3, got {direction}")
+    return (
+        *(_isa_code(isa), _thread_count(threads), 0, _DTYPES[x.dtype], _DTYPES[weights.dtype]),
+        *(batch, 1, channels, groups, height, width, _segment_code(segment)),
+        *(direction, 0, 0, 0),
+    )
+
+
+def _gated_scan_head(x, input_gate, logits, directions, segment, isa, threads) -> tuple[int, ...]:
+    _check_kind(x, "logits", logits)
+    batch, channels, height, width = x.shape
+    count, groups = len(directions), logits.shape[2]
+    if not 1 <= count <= 4 or not set(directions) <= {0, 1, 2, 3}:
+        raise ValueError(f"directions must be one to four of 0, 1, 2, 3, got {directions}")
+    _check("x", x, x.shape, x.dtype)
+    _check("input_gate", input_gate, (batch, count, channels, height, width), x.dtype)
+    _check("logits", logits, (batch, count, groups, 3, height, width), logits.dtype)
+    _check_groups(channels, groups)
+    return (
+        *(_isa_code(isa), _thread_count(threads), 1, _DTYPES[x.dtype], _DTYPES[logits.dtype]),
+        *(batch, count, channels, groups, height, width, _segment_code(segment)),
+        *directions,
+        *(0,) * (4 - count),
+    )

@@ -1,0 +1,34 @@
+// The C interface between cpu.py and the kernels.
+//
+// Every argument block is a flat sequence of 64-bit words, packed by Python's struct.pack("q...") and passed as bytes:
+// much cheaper than filling a ctypes structure, immutable, and so safe to use from several threads.
+#pragma once
+#include <stdint.h>
+
+#define GSPN_ABI_VERSION 1
+
+enum GspnDtype { GSPN_FLOAT32 = 0, GSPN_BFLOAT16 = 1, GSPN_FLOAT16 = 2, GSPN_FLOAT64 = 3 };
+enum GspnIsa { GSPN_ISA_BEST = -1, GSPN_ISA_PORTABLE = 0, GSPN_ISA_AVX2 = 1, GSPN_ISA_AVX512 = 2 };
+enum GspnDirection { GSPN_RIGHT = 0, GSPN_DOWN = 1, GSPN_LEFT = 2, GSPN_UP = 3 };
+enum GspnStatus { GSPN_OK = 0, GSPN_NO_MEMORY = 1, GSPN_BAD_ARGUMENT = 2 };
+
+// A tensor: where it lies and its strides in elements. A tensor without some of these axes has stride 0 there.
+// "channel" is the group axis of the weights; "neighbour" is the axis of size 3 (previous, same, next place).
+struct GspnView {
+  void* data;
+  int64_t batch, direction, channel, neighbour, row, column;
+};
+
+// line_scan and gated_scan. weights are normalised weights in line_scan and logits in gated_scan.
+// dx has the type of the state (float, or double for double) in gated_scan, where directions are summed in it,
+// and x's own in line_scan. dweights is always of the state's type if channels share weights, else of the weights'.
+struct GspnScanArgs {
+  int64_t isa, threads;
+  int64_t gated;                  // 1: gated_scan, 0: line_scan
+  int64_t dtype, weight_dtype;    // of everything but the weights, of the weights
+  int64_t batch, directions, channels, groups, height, width;
+  int64_t segment;                // lines between two resets of the state; 0: never
+  int64_t direction[4];
+  GspnView x, gate, weights, h;
+  GspnView grad_h, dx, dgate, dweights;  // backward only
+};

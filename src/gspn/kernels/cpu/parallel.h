@@ -1,0 +1,14 @@
+// Work in parallel, defined in main.cpp. The kernels themselves know nothing of threads.
+#pragma once
+#include <stdint.h>
+
+namespace gspn {
+
+// One task out of `tasks`; scratch is 64-byte aligned, not initialised, and this thread's alone until the task returns.
+typedef void (*TaskBody)(const void* context, int64_t task, char* scratch);
+
+// Runs every task once, on at most `threads` threads (on the calling one alone, without OpenMP, if one is enough).
+// Scratch comes from an arena of each thread that is kept between calls unless it is large. Returns a GspnStatus.
+int64_t parallel_for(int64_t tasks, int64_t threads, int64_t scratch_bytes, TaskBody body, const void* context);
+
+}  // namespace gspn

@@ -1,0 +1,6 @@
+#pragma once
+#include "api.h"
+
+struct GspnPropagateArgs {
+  int64_t isa, threads;
+};

@@ -1,0 +1,5 @@
+#include "api.h"
+
+namespace GSPN_NS {
+int64_t scan_forward(const GspnScanArgs&) { return GSPN_BAD_ARGUMENT; }
+}  // namespace GSPN_NS
