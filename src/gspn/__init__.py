@@ -1,0 +1,30 @@
+"""gspn: the Generalized Spatial Propagation Network, a two-dimensional replacement for self-attention on images whose
+cost is linear in the number of pixels.
+
+Public names are loaded when they are first used; importing gspn imports nothing optional and sets nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "gspn.ops": ("DIRECTIONS", "available_backends", "gated_scan", "line_scan", "normalize_weights", "propagate"),
+    "gspn.layers": ("GSPN2d",),
+    "gspn.models": ("create_model", "list_models"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [*_HOME_OF, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'gspn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

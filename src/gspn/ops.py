@@ -1,0 +1,302 @@
+r"""The operators: what they compute and what they accept.
+
+    normalize_weights   logits to propagation weights (the stability-context condition)
+    line_scan           one direction, weights given: the primitive
+    gated_scan          several directions, normalisation fused
+    propagate           several directions, weights and gates projected from a proxy while scanning
+
+In one direction, for line t and place p in the line, with the state before the first line 0:
+
+    h[p,t] = wl[p,t] h[p-1,t-1] + wm[p,t] h[p,t-1] + wr[p,t] h[p+1,t-1] + b[p,t]
+
+A neighbour outside the line contributes 0; b is the gated input. Weights are read at the current pixel. A direction
+says where the scan travels: for "right" and "left" the lines are columns and p runs down a column, for "down" and "up"
+the lines are rows and p runs along a row. Source: GSPN (arXiv 2501.12381), section 3; shared weights: GSPN-2
+(arXiv 2512.07884).
+
+Common rules
+    Maps are (B,C,H,W), any H, W >= 1 and any strides. Groups share weights: G divides C and channel c belongs to group
+    c * G // C.
+    Data is float64, float32, bfloat16 or float16; the state is float32 (float64 for float64) whatever the data. All
+    maps have one dtype; inside autocast the others are cast to x's. Results have x's dtype and memory format.
+    ``segment=K`` sets the state to 0 every K lines, counted from where the scan starts; None is global.
+    Results are deterministic for a given number of threads.
+    ``backend=None`` picks the native kernel for x's device and, where it is missing, the reference with one warning.
+    A backend that is named never falls back. Gradients of gradients need ``backend="reference"``.
+    Errors: TypeError for what is not a floating tensor or mixes dtypes, ValueError for shapes, devices, names and
+    numbers that do not fit, RuntimeError for a backend that is not there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gspn.dispatch import BACKENDS, NATIVE_BACKENDS, available_backends
+from gspn.kernels import reference
+
+__all__ = ["DIRECTIONS", "available_backends", "gated_scan", "line_scan", "normalize_weights", "propagate"]
+
+DIRECTIONS = ("right", "down", "left", "up")  # inside the operators a direction is its index here
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def normalize_weights(logits: Tensor, *, direction: str) -> Tensor:
+    """Propagation weights: non-negative, summing to 1 at every place (the stability-context condition).
+
+        w_k = sigmoid(a_k) / (sum of sigmoid(a_j) over the neighbours j that exist),  a = max(logits, -28)
+
+    Args:
+        logits: (B,G,3,H,W), for the previous, same and next place in the line.
+        direction: one of ``DIRECTIONS``; it says along which axis a line runs, and so where neighbours are missing.
+
+    Returns:
+        (B,G,3,H,W), 0 where a neighbour does not exist. float32 for 16-bit logits too, in and out of autocast: weights
+        rounded to bfloat16 do not sum to 1.
+
+    Below -28 the gradient is 0; NaN propagates. Errors: see the module.
+
+    >>> import torch, gspn
+    >>> gspn.normalize_weights(torch.zeros(1, 1, 3, 3, 1), direction="right")[0, 0, :, :, 0].T
+    tensor([[0.0000, 0.5000, 0.5000],
+            [0.3333, 0.3333, 0.3333],
+            [0.5000, 0.5000, 0.0000]])
+    """
+    _check_tensor("logits", logits, "(B,G,3,H,W)", 5)
+    _check_three("logits", logits, "(B,G,3,H,W)", 2)
+    return reference.normalize_weights(logits, _number(direction))
+
+
+def line_scan(
+    x: Tensor, weights: Tensor, *, direction: str, segment: int | None = None, backend: str | None = None
+) -> Tensor:
+    """One direction of the scan, with weights used as given.
+
+        h[p,t] = wl[p,t] h[p-1,t-1] + wm[p,t] h[p,t-1] + wr[p,t] h[p+1,t-1] + x[p,t]
+
+    Args:
+        x: (B,C,H,W), the input, already gated.
+        weights: (B,G,3,H,W), for the previous, same and next place; any values. x's dtype, or float32 beside 16-bit x.
+        direction: one of ``DIRECTIONS``.
+        segment: lines between resets of the state; None for none.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"``, or None to pick by device.
+
+    Returns:
+        h (B,C,H,W). Rules and errors: see the module.
+
+    >>> import torch, gspn
+    >>> x = torch.ones(1, 1, 1, 4)
+    >>> weights = torch.tensor([0.0, 0.5, 0.0]).view(1, 1, 3, 1, 1).expand(1, 1, 3, 1, 4)
+    >>> gspn.line_scan(x, weights, direction="right")
+    tensor([[[[1.0000, 1.5000, 1.7500, 1.8750]]]])
+    """
+    _check_tensor("x", x, "(B,C,H,W)", 4)
+    _check_tensor("weights", weights, "(B,G,3,H,W)", 5)
+    _check_three("weights", weights, "(B,G,3,H,W)", 2)
+    _check_shape("weights", weights, "(B,G,3,H,W)", (x.shape[0], None, 3, *x.shape[2:]))
+    _check_groups("weights", weights.shape[1], x.shape[1])
+    weights = _same_dtype(x, weights=weights, float32_beside_16_bit=True)[0]
+    _check_devices(x, weights=weights)
+    number, segment = _number(direction), _check_segment(segment)
+    if _check_backend(backend, x) == "reference":
+        return reference.line_scan(x, weights, number, segment)
+    return torch.ops.gspn.line_scan(x, weights, number, segment, backend or "")
+
+
+def gated_scan(
+    x: Tensor,
+    input_gate: Tensor,
+    logits: Tensor,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    segment: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Several directions of the scan, with the input gate applied and the logits normalised on the way.
+
+        h[d] = line_scan(input_gate[d] * x, normalize_weights(logits[d]), direction=directions[d])
+
+    Args:
+        x: (B,C,H,W).
+        input_gate: (B,D,C,H,W), lambda of the paper, no activation.
+        logits: (B,D,G,3,H,W), for the previous, same and next place.
+        directions: D of ``DIRECTIONS``, each at most once.
+        segment, backend: as in :func:`line_scan`.
+
+    Returns:
+        h (B,D,C,H,W). Rules and errors: see the module.
+
+    >>> import torch, gspn
+    >>> x, gate, logits = torch.ones(1, 2, 5, 4), torch.ones(1, 4, 2, 5, 4), torch.zeros(1, 4, 2, 3, 5, 4)
+    >>> h = gspn.gated_scan(x, gate, logits, backend="reference")
+    >>> h[0, :, 0, 2, 1]  # right, down, left, up: how many lines each has travelled
+    tensor([2., 3., 3., 3.])
+    """
+    numbers = _numbers(directions)
+    _check_tensor("x", x, "(B,C,H,W)", 4)
+    _check_tensor("input_gate", input_gate, "(B,D,C,H,W)", 5)
+    _check_tensor("logits", logits, "(B,D,G,3,H,W)", 6)
+    batch, channels, *size = x.shape
+    _check_three("logits", logits, "(B,D,G,3,H,W)", 3)
+    _check_shape("input_gate", input_gate, "(B,D,C,H,W)", (batch, len(numbers), channels, *size))
+    _check_shape("logits", logits, "(B,D,G,3,H,W)", (batch, len(numbers), None, 3, *size))
+    _check_groups("logits", logits.shape[2], channels)
+    input_gate, logits = _same_dtype(x, input_gate=input_gate, logits=logits)
+    _check_devices(x, input_gate=input_gate, logits=logits)
+    segment = _check_segment(segment)
+    if _check_backend(backend, x) == "reference":
+        return reference.gated_scan(x, input_gate, logits, numbers, segment)
+    return torch.ops.gspn.gated_scan(x, input_gate, logits, numbers, segment, backend or "")
+
+
+def propagate(
+    x: Tensor,
+    proxy: Tensor,
+    weight_proj: Tensor,
+    input_proj: Tensor,
+    output_proj: Tensor,
+    skip_proj: Tensor | None = None,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    segment: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Several directions of the scan, merged, with weights and gates projected from a small proxy of the input.
+
+        y = sum over d of (output_proj[d] proxy) * h[d] + (skip_proj proxy) * x
+        h[d] = gated_scan of x with input gate input_proj[d] proxy and logits weight_proj[d] proxy
+
+    A product of a projection and the proxy is a 1x1 convolution from S channels. Native kernels form it while they
+    scan and never write weights or gates to memory; for the gradients only x and the proxy are kept.
+
+    Args:
+        x: (B,C,H,W).
+        proxy: (B,S,H,W).
+        weight_proj: (D,3,G,S), to the logits of the previous, same and next place.
+        input_proj, output_proj: (D,C,S), to the input gate lambda and the output gate u. A merger's scalars are
+            multiplied into output_proj by the caller.
+        skip_proj: (C,S), to the skip gate d, or None for no skip.
+        directions: D of ``DIRECTIONS``, each at most once.
+        segment, backend: as in :func:`line_scan`.
+
+    Returns:
+        y (B,C,H,W). Projections have x's dtype, or float32 beside 16-bit x; every gradient has its input's dtype.
+        Gates with proxies of their own: concatenate the proxies and pad the projections with zeros, which is exact.
+        Rules and errors: see the module.
+
+    >>> import torch, gspn
+    >>> x, proxy = torch.randn(2, 6, 9, 7), torch.randn(2, 4, 9, 7)
+    >>> w, i, o = torch.randn(4, 3, 6, 4), torch.randn(4, 6, 4), torch.randn(4, 6, 4)
+    >>> gspn.propagate(x, proxy, w, i, o, backend="reference").shape
+    torch.Size([2, 6, 9, 7])
+    """
+    numbers = _numbers(directions)
+    _check_tensor("x", x, "(B,C,H,W)", 4)
+    _check_tensor("proxy", proxy, "(B,S,H,W)", 4)
+    projections = {"weight_proj": weight_proj, "input_proj": input_proj, "output_proj": output_proj}
+    expected = {"weight_proj": "(D,3,G,S)", "input_proj": "(D,C,S)", "output_proj": "(D,C,S)", "skip_proj": "(C,S)"}
+    if skip_proj is not None:
+        projections["skip_proj"] = skip_proj
+    for name, projection in projections.items():
+        _check_tensor(name, projection, expected[name], expected[name].count(",") + 1)
+    count, (batch, channels, *size), features = len(numbers), x.shape, proxy.shape[1]
+    _check_shape("proxy", proxy, "(B,S,H,W)", (batch, None, *size))
+    _check_shape("weight_proj", weight_proj, "(D,3,G,S)", (count, 3, None, features))
+    _check_groups("weight_proj", weight_proj.shape[2], channels)
+    for name in ("input_proj", "output_proj"):
+        _check_shape(name, projections[name], "(D,C,S)", (count, channels, features))
+    if skip_proj is not None:
+        _check_shape("skip_proj", skip_proj, "(C,S)", (channels, features))
+    (proxy,) = _same_dtype(x, proxy=proxy)
+    cast = _same_dtype(x, **projections, float32_beside_16_bit=True)
+    _check_devices(x, proxy=proxy, **projections)
+    weight_proj, input_proj, output_proj, *rest = cast
+    skip_proj, segment = (rest[0] if rest else None), _check_segment(segment)
+    if _check_backend(backend, x) == "reference":
+        return reference.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj, numbers, segment)
+    return torch.ops.gspn.propagate(
+        x, proxy, weight_proj, input_proj, output_proj, skip_proj, numbers, segment, backend or ""
+    )
+
+
+# Checks: each says what was got and what was expected.
+
+
+def _check_tensor(name: str, value: Tensor, form: str, dims: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} has to be a tensor {form}, got {type(value).__name__}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name} has to be float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.ndim != dims:
+        raise ValueError(f"{name} has to have {dims} dimensions {form}, got {value.ndim}: {tuple(value.shape)}")
+    if dims > 3 and name != "weight_proj" and (value.shape[-1] == 0 or value.shape[-2] == 0):
+        raise ValueError(f"{name} has to have H >= 1 and W >= 1, got {tuple(value.shape)}")
+
+
+def _check_three(name: str, value: Tensor, form: str, axis: int) -> None:
+    if value.shape[axis] != 3:
+        raise ValueError(f"{name} {form} has to have 3 in dimension {axis}, got {tuple(value.shape)}")
+
+
+def _check_shape(name: str, value: Tensor, form: str, expected: tuple[int | None, ...]) -> None:
+    if any(e is not None and e != got for e, got in zip(expected, value.shape, strict=True)):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} {form} has to be ({wanted}) to fit x and directions, got {tuple(value.shape)}")
+
+
+def _check_groups(name: str, groups: int, channels: int) -> None:
+    if groups == 0 or channels % groups:
+        raise ValueError(f"{name} has {groups} groups, which has to be a divisor of x's {channels} channels")
+
+
+def _same_dtype(x: Tensor, *, float32_beside_16_bit: bool = False, **others: Tensor) -> list[Tensor]:
+    """The others as x's dtype (float32 beside 16-bit x where allowed): cast inside autocast, an error outside."""
+    allowed = {x.dtype} | ({torch.float32} if float32_beside_16_bit and x.dtype.itemsize == 2 else set())
+    if all(other.dtype in allowed for other in others.values()):
+        return list(others.values())
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        return [other if other.dtype in allowed else other.to(x.dtype) for other in others.values()]
+    got = ", ".join(f"{name} {other.dtype}" for name, other in others.items())
+    raise TypeError(f"dtypes have to agree outside autocast, got x {x.dtype}, {got}")
+
+
+def _check_devices(x: Tensor, **others: Tensor) -> None:
+    for name, other in others.items():
+        if other.device != x.device:
+            raise ValueError(f"{name} has to be on x's device {x.device}, got {other.device}")
+
+
+def _number(direction: str) -> int:
+    if direction not in DIRECTIONS:
+        raise ValueError(f"unknown direction {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+    return DIRECTIONS.index(direction)
+
+
+def _numbers(directions: Sequence[str]) -> list[int]:
+    if isinstance(directions, str):
+        raise TypeError(f"directions has to be a sequence of names, got the string {directions!r}")
+    numbers = [_number(d) for d in directions]
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise ValueError(f"directions has to name one to four different directions, got {tuple(directions)}")
+    return numbers
+
+
+def _check_segment(segment: int | None) -> int | None:
+    if segment is None:
+        return None
+    if isinstance(segment, bool) or not isinstance(segment, int):
+        raise TypeError(f"segment has to be a number of lines or None, got {segment!r}")
+    if segment < 1:
+        raise ValueError(f"segment has to be at least 1 line, or None for global, got {segment}")
+    return segment
+
+
+def _check_backend(backend: str | None, x: Tensor) -> str | None:
+    if backend is None or backend == "reference":
+        return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}, expected one of {', '.join(BACKENDS)} or None")
+    if NATIVE_BACKENDS.get(x.device.type) != backend:
+        raise ValueError(f"backend {backend!r} does not run on {x.device}; None picks the one that does")
+    return backend
