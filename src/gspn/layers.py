@@ -1,0 +1,266 @@
+"""The layers: GSPN2d, which stands where self-attention would, and the block of the classification backbones."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gspn.ops import DIRECTIONS, gated_scan, propagate
+
+
+class Context(NamedTuple):
+    """Where the output at one place comes from, as GSPN2d.context returns it.
+
+    Attributes:
+        directions: (B,D,H,W), the propagation weight with which each pixel's gated input arrives at the place, mean
+            over channels; non-negative, and in a global layer each line of a scan that has a path sums to 1.
+        merged: (B,H,W), the share of each pixel in the layer's output there: magnitude of the sum over directions of
+            merger * output gate * weight * input gate, mean over channels; the skip gate counts at the place itself.
+    """
+
+    directions: Tensor
+    merged: Tensor
+
+
+class GSPN2d(nn.Module):
+    """The GSPN unit: context from the whole feature map at linear cost, in the place of self-attention.
+
+        proxy = proxy_proj x                                                   (S channels)
+        y = sum over directions d of merger[d] * ((output_proj[d] proxy) * h[d] + (skip_proj[d] proxy) * x)
+        h[d] = line scan of (input_proj[d] proxy) * x with weights normalised from weight_proj[d] proxy
+
+    All projections are linear and without bias. There is no norm, activation, residual or positional embedding inside,
+    and no size is fixed: any H, W >= 1.
+
+    Args:
+        channels: C, of input and output.
+        proxy_dim: S, the width from which weights and gates are predicted; None is max(8, C // 16).
+        groups: G, channel groups that share propagation weights; None is C, every channel its own (1 with scan_dim).
+        scan_dim: the scan itself runs in this many channels, between 1x1 projections C -> scan_dim -> C (GSPN-2's
+            compact channel propagation); the proxy is still taken from the input. None scans all C channels.
+        segment: lines between resets of the state; None is global, at any size.
+        skip: adds the skip gate.
+        merger: "learned", one scalar a direction, or "mean". Both start at 1/D for D directions.
+        directions: some of ``gspn.DIRECTIONS``.
+        backend: "reference", "cpu", "triton", or None to pick by device.
+
+    Shape: (B,C,H,W) to (B,C,H,W), in the input's dtype and memory format; channels_last is the faster one.
+
+    State dict (frozen): ``proxy_proj.weight`` (S,C,1,1), ``weight_proj`` (D,3,G,S), ``input_proj``, ``output_proj``,
+    ``skip_proj`` (D,K,S) with K = scan_dim or C, ``merger`` (D,), ``reduce.weight`` (K,C,1,1), ``expand.weight``
+    (C,K,1,1); those of options not taken are absent.
+
+    Raises ValueError where sizes, groups or names do not fit. Source: arXiv 2501.12381, section 3.4; scan_dim and
+    groups: arXiv 2512.07884.
+
+    >>> import torch, gspn
+    >>> layer = gspn.GSPN2d(96, backend="reference")
+    >>> layer(torch.randn(2, 96, 7, 12)).shape
+    torch.Size([2, 96, 7, 12])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        proxy_dim: int | None = None,
+        groups: int | None = None,
+        scan_dim: int | None = None,
+        segment: int | None = None,
+        skip: bool = True,
+        merger: str = "learned",
+        directions: Sequence[str] = DIRECTIONS,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        scanned = scan_dim or channels
+        proxy_dim = max(8, channels // 16) if proxy_dim is None else proxy_dim
+        groups = (1 if scan_dim else scanned) if groups is None else groups
+        for name, value in (("channels", channels), ("proxy_dim", proxy_dim), ("groups", groups), ("scan", scanned)):
+            if value < 1:
+                raise ValueError(f"{name} has to be at least 1, got {value}")
+        if scanned % groups:
+            raise ValueError(f"groups has to divide the {scanned} channels that are scanned, got {groups}")
+        if merger not in ("learned", "mean"):
+            raise ValueError(f'merger has to be "learned" or "mean", got {merger!r}')
+        count = len(directions)
+        self.channels, self.proxy_dim, self.groups, self.scan_dim = channels, proxy_dim, groups, scan_dim
+        self.segment, self.directions, self.backend = segment, tuple(directions), backend
+        self.proxy_proj = nn.Conv2d(channels, proxy_dim, 1, bias=False)
+        self.weight_proj = nn.Parameter(torch.empty(count, 3, groups, proxy_dim))
+        self.input_proj = nn.Parameter(torch.empty(count, scanned, proxy_dim))
+        self.output_proj = nn.Parameter(torch.empty(count, scanned, proxy_dim))
+        self.register_parameter("skip_proj", nn.Parameter(torch.empty(count, scanned, proxy_dim)) if skip else None)
+        self.register_parameter("merger", nn.Parameter(torch.empty(count)) if merger == "learned" else None)
+        self.reduce = nn.Conv2d(channels, scan_dim, 1, bias=False) if scan_dim else nn.Identity()
+        self.expand = nn.Conv2d(scan_dim, channels, 1, bias=False) if scan_dim else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The projections as torch starts a 1x1 convolution, the merger's scalars at 1/D."""
+        for module in (self.proxy_proj, self.reduce, self.expand):
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
+        for projection in (self.weight_proj, self.input_proj, self.output_proj, self.skip_proj):
+            if projection is not None:
+                nn.init.uniform_(projection, -(self.proxy_dim**-0.5), self.proxy_dim**-0.5)
+        if self.merger is not None:
+            nn.init.constant_(self.merger, 1 / len(self.directions))
+
+    def _merged_projections(self) -> tuple[Tensor, Tensor | None]:
+        """Output and skip projections with the merger's scalars in them, exact because both are linear."""
+        if self.merger is None:
+            share = 1 / len(self.directions)
+            return self.output_proj * share, None if self.skip_proj is None else self.skip_proj.mean(0)
+        scalars = self.merger.view(-1, 1, 1)
+        return self.output_proj * scalars, None if self.skip_proj is None else (self.skip_proj * scalars).sum(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"GSPN2d expects (B,{self.channels},H,W), got {tuple(x.shape)}")
+        output_proj, skip_proj = self._merged_projections()
+        y = propagate(
+            self.reduce(x),
+            self.proxy_proj(x),
+            self.weight_proj,
+            self.input_proj,
+            output_proj,
+            skip_proj,
+            directions=self.directions,
+            segment=self.segment,
+            backend=self.backend,
+        )
+        return self.expand(y)
+
+    @torch.no_grad()
+    def context(self, x: Tensor, row: int, column: int) -> Context:
+        """Where the output at (row, column) comes from, for input x (B,C,H,W)."""
+        height, width = x.shape[-2:]
+        if not (0 <= row < height and 0 <= column < width):
+            raise ValueError(f"the place ({row}, {column}) is not on the {height}x{width} feature map")
+        proxy, scanned = self.proxy_proj(x).float(), self.reduce(x)
+        project = lambda p: torch.einsum("...s,bshw->b...hw", p.float(), proxy)  # noqa: E731
+        output_proj, skip_proj = self._merged_projections()
+        logits = project(self.weight_proj).transpose(2, 3)
+        # A scan is linear in its gated input, so the gradient of the state at the place is the weight of each pixel.
+        with torch.enable_grad():
+            gate = torch.zeros(logits.shape[0], len(self.directions), *scanned.shape[1:], device=x.device)
+            gate.requires_grad_()
+            h = gated_scan(
+                torch.ones_like(scanned, dtype=torch.float32),
+                gate,
+                logits,
+                directions=self.directions,
+                segment=self.segment,
+                backend=self.backend,
+            )
+            (arriving,) = torch.autograd.grad(h[..., row, column].sum(), gate)
+        out_gate = project(output_proj)[..., row, column, None, None]
+        total = (out_gate * arriving * project(self.input_proj)).sum(1)
+        if skip_proj is not None:
+            total[..., row, column] += project(skip_proj)[..., row, column]
+        return Context(arriving.mean(2), total.abs().mean(1))
+
+    def extra_repr(self) -> str:
+        extent = "global" if self.segment is None else f"segment={self.segment}"
+        scan = f", scan_dim={self.scan_dim}" if self.scan_dim else ""
+        return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}"
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B,C,H,W); keeps channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Global response normalisation over (B,H,W,C): gamma * (x * n) + beta + x, n = |x| / (mean over channels of |x|).
+
+    |x| is a channel's L2 norm over H and W. gamma and beta start at 0. Source: ConvNeXt V2 (arXiv 2301.00808).
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        relative = norm / (norm.mean(-1, keepdim=True) + self.eps)
+        return torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * relative + 1).to(x.dtype))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops a residual branch of a sample with probability ``rate`` and rescales."""
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * (kept.to(x.dtype) / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"{self.rate}"
+
+
+class GSPNBlock(nn.Module):
+    """A block of the classification backbone: spatial mixing by GSPN, then channel mixing by an MLP.
+
+        x + Linear(GRN(LN(GSPN(SiLU(DWConv7x7(Linear(LN x))))))), then x + MLP(LN x)
+
+    Args:
+        channels: C. expansion: width of the mixing branch, as a multiple of C. mlp_ratio: that of the MLP.
+        drop_path: rate of stochastic depth. activation: "silu", or None for none there.
+        gspn: the options of :class:`GSPN2d`.
+
+    Shape: (B,C,H,W) to (B,C,H,W). Source: arXiv 2501.12381, figure 4.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        expansion: float = 1.5,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        activation: str | None = "silu",
+        **gspn,
+    ):
+        super().__init__()
+        if activation not in ("silu", None):
+            raise ValueError(f'activation has to be "silu" or None, got {activation!r}')
+        inner, hidden = int(channels * expansion), int(channels * mlp_ratio)
+        self.norm1 = nn.LayerNorm(channels)
+        self.in_proj = nn.Linear(channels, inner, bias=False)
+        self.dwconv = nn.Conv2d(inner, inner, 7, padding=3, groups=inner, bias=False)
+        self.activation = nn.SiLU() if activation else nn.Identity()
+        self.gspn = GSPN2d(inner, **gspn)
+        self.norm = nn.LayerNorm(inner)
+        self.grn = GlobalResponseNorm(inner)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)  # a view where x is channels_last, as in the backbones: Linear and LN work on C last
+        z = self.in_proj(self.norm1(x)).permute(0, 3, 1, 2)
+        z = self.gspn(self.activation(self.dwconv(z))).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.out_proj(self.grn(self.norm(z))))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
+
+
+def init_weights(module: nn.Module) -> None:
+    """For ``Module.apply``: Linear weights from a truncated normal of 0.02, biases 0; the rest as torch starts it."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

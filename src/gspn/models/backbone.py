@@ -1,0 +1,332 @@
+"""The classification backbones: gspn_tiny, gspn_small, gspn_base of the GSPN paper, and gspn_micro for small images.
+
+Levels as in Swin: a convolutional stem, then levels of GSPN blocks with a strided convolution between them that halves
+the map and doubles the width. No size is fixed anywhere and there is no positional embedding. The methods are those
+that timm's users know (forward_features, forward_intermediates, reset_classifier and so on).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gspn.layers import GSPNBlock, LayerNorm2d, init_weights
+from gspn.ops import DIRECTIONS
+
+_MODELS: dict[str, Callable[..., "Backbone"]] = {}
+
+
+class Level(nn.Module):
+    """Blocks of one width; ``downsample`` goes before them, None in the first level."""
+
+    def __init__(self, blocks: list[GSPNBlock], in_channels: int | None, channels: int):
+        super().__init__()
+        self.downsample = None
+        if in_channels is not None:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 3, stride=2, padding=1), LayerNorm2d(channels)
+            )
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class Backbone(nn.Module):
+    """A GSPN backbone with a classification head.
+
+    Args:
+        num_classes: classes of the head; 0 for no head (the pooled features come out).
+        in_chans: channels of the image.
+        depths: blocks a level. width: channels of the first level, doubled at each next one.
+        proxy_dim, groups, scan_dim, skip, merger, backend: of :class:`gspn.GSPN2d`, in every block.
+        global_levels: the levels (from 0) in which block i scans globally if i < 7 or (i + 1) % 7 == 0.
+        segment: lines between resets in all other blocks.
+        stem_stride: 1, 2 or 4.
+        expansion, mlp_ratio, activation: of the block. drop_path_rate: grows linearly from 0 in the first block.
+
+    Shape: images (B,in_chans,H,W), any H, W >= 1, to logits (B,num_classes).
+
+    Attributes: ``config`` (a dict from which :func:`create_model` makes the same model again), ``num_classes``,
+    ``num_features``, ``feature_info`` (channels, reduction and module of every level), ``levels``, ``head``.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        depths: Sequence[int],
+        width: int,
+        proxy_dim: int | None,
+        global_levels: Sequence[int],
+        segment: int | None = 2,
+        stem_stride: int = 4,
+        drop_path_rate: float = 0.0,
+        expansion: float = 1.5,
+        mlp_ratio: float = 4.0,
+        activation: str | None = "silu",
+        groups: int | None = None,
+        scan_dim: int | None = None,
+        skip: bool = True,
+        merger: str = "learned",
+        backend: str | None = None,
+    ):
+        super().__init__()
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride has to be 1, 2 or 4, got {stem_stride}")
+        if num_classes < 0 or in_chans < 1 or not depths or min(depths) < 1 or width < 2:
+            raise ValueError(
+                "expected num_classes >= 0, in_chans >= 1, depths >= 1 and width >= 2, got "
+                f"num_classes={num_classes}, in_chans={in_chans}, depths={tuple(depths)}, width={width}"
+            )
+        if not set(global_levels) <= set(range(len(depths))):
+            raise ValueError(f"global_levels has to name levels below {len(depths)}, got {tuple(global_levels)}")
+        self.in_chans, self.depths = in_chans, tuple(depths)
+        first, second = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[stem_stride]
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, width // 2, 3, stride=first, padding=1),
+            LayerNorm2d(width // 2),
+            nn.GELU(),
+            nn.Conv2d(width // 2, width, 3, stride=second, padding=1),
+            LayerNorm2d(width),
+        )
+        rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
+        levels = []
+        for i, depth in enumerate(depths):
+            channels = width * 2**i
+            blocks = [
+                GSPNBlock(
+                    channels,
+                    expansion=expansion,
+                    mlp_ratio=mlp_ratio,
+                    drop_path=next(rates),
+                    activation=activation,
+                    proxy_dim=proxy_dim,
+                    groups=groups,
+                    scan_dim=scan_dim,
+                    segment=None if i in global_levels and (j < 7 or (j + 1) % 7 == 0) else segment,
+                    skip=skip,
+                    merger=merger,
+                    backend=backend,
+                )
+                for j in range(depth)
+            ]
+            levels.append(Level(blocks, width * 2 ** (i - 1) if i else None, channels))
+        self.levels = nn.ModuleList(levels)
+        self.feature_info = [
+            {"num_chs": width * 2**i, "reduction": stem_stride * 2**i, "module": f"levels.{i}"}
+            for i in range(len(depths))
+        ]
+        self.num_features = self.head_hidden_size = width * 2 ** (len(depths) - 1)
+        self.norm = LayerNorm2d(self.num_features)
+        self.apply(init_weights)
+        self.config: dict = {}
+        self.global_pool = "avg"
+        self.reset_classifier(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last level's map, normalised: (B,num_features,H/r,W/r), r its reduction, rounded up."""
+        x = self._enter(x)
+        for level in self.levels:
+            x = level(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Average pooling and the head; with ``pre_logits`` the pooled features (B,num_features)."""
+        if self.global_pool == "avg":
+            x = x.mean((-2, -1))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps of several levels (the feature pyramid), as timm gives them.
+
+        Args:
+            x: (B,in_chans,H,W). indices: levels, or the number of last levels; None is all.
+            norm: applies the final norm to the last level's map in the list. stop_early: stops after the last level
+                asked for. output_fmt: "NCHW" or "NHWC". intermediates_only: returns the list alone.
+
+        Returns:
+            the list of maps, or (final map, list); the final map is normalised unless stopped early.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f'output_fmt has to be "NCHW" or "NHWC", got {output_fmt!r}')
+        count = len(self.levels)
+        listed = range(count) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        if not all(-count <= i < count for i in listed) or not len(listed):
+            raise ValueError(f"indices has to name some of {count} levels, got {indices}")
+        wanted = {i % count for i in listed}
+        x, maps = self._enter(x), []
+        for i, level in enumerate(self.levels):
+            if stop_early and i > max(wanted):
+                break
+            x = level(x)
+            if i in wanted:
+                chosen = self.norm(x) if norm and i == count - 1 else x
+                maps.append(chosen if output_fmt == "NCHW" else chosen.permute(0, 2, 3, 1))
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if i == count - 1 else x), maps
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for ``num_classes`` classes, 0 for none; ``global_pool`` is "avg" or "" for no pooling."""
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise ValueError(f'global_pool has to be "avg" or "", got {global_pool!r}')
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        where = self.norm.weight
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.to(where.device, where.dtype).apply(init_weights)
+        if self.config:
+            self.config["num_classes"] = num_classes
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory in training: a block's activations are computed again in the backward pass."""
+        for level in self.levels:
+            level.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that a trainer should not decay, besides the 1-D ones: none (the mergers and GRN are 1-D)."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Regular expressions that sort parameters by depth, for layer-wise learning rates."""
+        if coarse:
+            return {"stem": r"^stem", "blocks": r"^levels\.(\d+)"}
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                (r"^levels\.(\d+)\.downsample", (0,)),
+                (r"^levels\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    def _enter(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"the model expects images (B,{self.in_chans},H,W), got {tuple(x.shape)}")
+        # channels_last from here on: Linear, LN and the scan's kernels all work on channels that lie together
+        return self.stem(x.contiguous(memory_format=torch.channels_last))
+
+
+def create_model(name: str, **kwargs) -> Backbone:
+    """A backbone by name.
+
+    Args:
+        name: one of :func:`list_models`.
+        kwargs: ``num_classes=1000``, ``in_chans=3`` and every other argument of :class:`Backbone`.
+
+    Raises ValueError for an unknown name, TypeError for an unknown argument.
+
+    >>> import gspn
+    >>> model = gspn.create_model("gspn_micro", num_classes=10, in_chans=1, stem_stride=1)
+    >>> twin = gspn.create_model(**model.config)
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(list_models())}")
+    return _MODELS[name](**kwargs)
+
+
+def list_models() -> list[str]:
+    """The names that :func:`create_model` knows.
+
+    >>> import gspn
+    >>> gspn.list_models()
+    ['gspn_base', 'gspn_micro', 'gspn_small', 'gspn_tiny']
+    """
+    return sorted(_MODELS)
+
+
+def register_model(function: Callable[[], dict]) -> Callable[[], dict]:
+    """Makes a size, a function that returns arguments of :class:`Backbone`, known under its own name."""
+
+    def create(**kwargs) -> Backbone:
+        arguments = {"num_classes": 1000, "in_chans": 3} | function() | kwargs
+        model = Backbone(**arguments)
+        model.config = {"name": function.__name__} | {
+            k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()
+        }
+        return model
+
+    _MODELS[function.__name__] = create
+    return function
+
+
+@register_model
+def gspn_micro() -> dict:
+    """For small images: three levels, all global, under 1M parameters."""
+    return dict(depths=(2, 2, 2), width=32, proxy_dim=8, global_levels=(0, 1, 2), stem_stride=2)
+
+
+@register_model
+def gspn_tiny() -> dict:
+    return dict(depths=(2, 2, 7, 2), width=96, proxy_dim=8, global_levels=(2, 3), drop_path_rate=0.2)
+
+
+@register_model
+def gspn_small() -> dict:
+    return dict(depths=(5, 5, 10, 2), width=108, proxy_dim=16, global_levels=(3,), drop_path_rate=0.4)
+
+
+@register_model
+def gspn_base() -> dict:
+    return dict(depths=(4, 4, 15, 4), width=120, proxy_dim=8, global_levels=(2, 3), drop_path_rate=0.5)
+
+
+@torch.no_grad()
+def context_maps(model: Backbone, image: Tensor, place: tuple[int, int], block: int = -1) -> dict:
+    """Where one pixel's context comes from in one block of a backbone.
+
+    Args:
+        image: (in_chans,H,W), preprocessed. place: (row, column) in the image. block: number over all levels, from the
+            end if negative.
+
+    Returns:
+        "image size": (H,W); "block": the block's name; "place": the place on its map; "right", "down", "left", "up",
+        "merged": maps (H',W'), as in :class:`gspn.layers.Context`.
+    """
+    height, width = image.shape[-2:]
+    if not (0 <= place[0] < height and 0 <= place[1] < width):
+        raise ValueError(f"the place {tuple(place)} is not on the {height}x{width} image")
+    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, GSPNBlock)]
+    if not -len(blocks) <= block < len(blocks):
+        raise ValueError(f"block has to be from {-len(blocks)} to {len(blocks) - 1}, got {block}")
+    name, chosen = blocks[block]
+    seen: list[Tensor] = []
+    handle = chosen.gspn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    training = model.training
+    try:
+        model.eval()(image[None])
+    finally:
+        handle.remove()
+        model.train(training)
+    rows, columns = seen[0].shape[-2:]
+    row, column = place[0] * rows // height, place[1] * columns // width
+    context = chosen.gspn.context(seen[0], row, column)
+    maps = dict(zip(chosen.gspn.directions, context.directions[0].unbind(0), strict=True))
+    assert set(maps) <= set(DIRECTIONS)
+    return {"image size": (height, width), "block": name, "place": (row, column), **maps, "merged": context.merged[0]}
