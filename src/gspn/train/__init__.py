@@ -1,0 +1,14 @@
+"""Training: what DATA means (`data`), pixels and batches (`images`), the loop (`loop`), the classification task
+(`classify`), the run folder (`checkpoint`) and its pictures (`pictures`).
+
+Needs the extra `train`; importing this package without it raises ImportError with the command that installs it.
+"""
+
+from importlib.util import find_spec
+
+_needed = {"accelerate", "datasets", "matplotlib", "PIL", "rich", "sklearn", "typer"}
+_missing = sorted(name for name in _needed if find_spec(name) is None)
+if _missing:
+    raise ImportError(
+        f'training and the gspn command need {", ".join(_missing)}: install with pip install "gspn[train]"'
+    )

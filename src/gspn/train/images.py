@@ -1,0 +1,225 @@
+"""From an image of any kind to the model's input: preprocessing, augmentation, batches.
+
+Everything random is a function of numbers that a later run can repeat: the order of an epoch of (seed, epoch), the
+augmentation of an image of (seed, epoch, index). Nothing depends on the number of workers or processes.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+UNREADABLE = -100  # the label of an image that could not be decoded: cross_entropy's ignore_index
+
+
+def generator(*numbers):
+    """A torch.Generator seeded by non-negative integers, such as (seed, epoch)."""
+    return torch.Generator().manual_seed(mixed_seed(*numbers))
+
+
+def mixed_seed(*numbers):
+    """One 63-bit seed from several non-negative integers; (1, 2) and (2, 1) give unrelated ones."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def decode(file):
+    """Opens and fully decodes an image file (path or binary file object), turned upright by its EXIF orientation.
+    Errors: whatever Pillow raises on a damaged file, which may be any exception."""
+    with Image.open(file) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+def with_channels(image, channels):
+    """A PIL image with 1 (grey) or 3 (RGB) channels; transparency is laid on white; 16-bit grey is scaled to 8."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(np.clip(values / 257 if values.max() > 255 else values, 0, 255).round().astype("uint8"))
+    elif image.mode == "F":
+        raise ValueError("pixels are 32-bit floating point, which have no fixed range; expected 8- or 16-bit pixels")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert({1: "L", 3: "RGB"}[channels])
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a run turns images into its model's input; stored in the run's config.json.
+
+    Attributes:
+        channels: 1 or 3.
+        size: (H, W) in pixels.
+        mean, std: per channel, in units of the full range (0 is black, 1 is white).
+        crop: evaluation takes the largest centred box of the input's proportions, shrunk by this factor, and resizes
+            it (bicubic, antialiased) to `size`. An image that has that size already passes unchanged with crop 1.
+    """
+
+    channels: int
+    size: tuple
+    mean: tuple
+    std: tuple
+    crop: float = 1.0
+
+    def __post_init__(self):
+        for name in ("size", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def __call__(self, image, numbers=None):
+        """PIL image to uint8 (C, H, W): the centre box, or the box that four random `numbers` in [0, 1) choose."""
+        image = with_channels(image, self.channels)
+        box = centre_box(image.size, self.size, self.crop) if numbers is None else random_box(image.size, numbers)
+        image = image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC, box=box)
+        pixels = torch.from_numpy(np.array(image))
+        return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
+
+    def normalize(self, pixels):
+        """uint8 (B, C, H, W) to float32 on the same device: (pixels / 255 - mean) / std."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+    def to_json(self):
+        return asdict(self)
+
+
+def centre_box(image_size, size, crop):
+    """(left, top, right, bottom) of the centre crop, in an image of (W, H) `image_size`, for a result of (H, W)."""
+    scale = min(image_size[0] / size[1], image_size[1] / size[0]) * crop
+    w, h = size[1] * scale, size[0] * scale
+    left, top = (image_size[0] - w) / 2, (image_size[1] - h) / 2
+    return left, top, left + w, top + h
+
+
+def random_box(image_size, numbers):
+    """A box of 25 to 100% of the area and proportions from 3:4 to 4:3, as four `numbers` in [0, 1) choose."""
+    area = image_size[0] * image_size[1] * (0.25 + 0.75 * float(numbers[0]))
+    ratio = math.exp((2 * float(numbers[1]) - 1) * math.log(4 / 3))
+    w, h = min(math.sqrt(area * ratio), image_size[0]), min(math.sqrt(area / ratio), image_size[1])
+    left, top = (image_size[0] - w) * float(numbers[2]), (image_size[1] - h) * float(numbers[3])
+    return left, top, left + w, top + h
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to its images.
+
+    Attributes:
+        shift: moves by up to this many pixels in each direction.
+        fill: what a shift uncovers: "zero" or "reflect".
+        flip: mirrors left and right half of the time.
+        crop: takes a random box instead of the centre box (photos).
+    """
+
+    shift: int = 0
+    fill: str = "reflect"
+    flip: bool = False
+    crop: bool = False
+
+    def move(self, images, numbers):
+        """Shifts and flips a batch, uint8 (B, C, H, W), as `numbers` (B, 3) in [0, 1) say, all images at once."""
+        if not (self.shift or self.flip):
+            return images
+        B, C, H, W = images.shape
+        offset = (numbers[:, :2] * (2 * self.shift + 1)).long() - self.shift
+        y = torch.arange(H) + offset[:, :1]
+        x = torch.arange(W) + offset[:, 1:]
+        if self.flip:
+            x = torch.where(numbers[:, 2:] < 0.5, x, W - 1 - x)
+        inside = ((y >= 0) & (y < H))[:, None, :, None] & ((x >= 0) & (x < W))[:, None, None, :]
+        y, x = _reflect(y, H), _reflect(x, W)
+        moved = images[torch.arange(B).view(B, 1, 1, 1), torch.arange(C).view(1, C, 1, 1), y[:, None, :, None],
+                       x[:, None, None, :]]  # fmt: skip
+        return moved * inside if self.fill == "zero" else moved
+
+
+def _reflect(place, length):
+    """Folds places beyond 0..length-1 back by mirroring at the borders."""
+    last = max(length - 1, 1)
+    return (last - (last - place.abs() % (2 * last)).abs()).clamp(max=length - 1)
+
+
+class ImageDataset(Dataset):
+    """A split (see data.py) as the loader reads it: by lists of (epoch, index), in batches.
+
+    A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}; the label of an image that
+    could not be decoded is UNREADABLE and its pixels are 0, so that batches keep their size.
+    """
+
+    def __init__(self, split, preprocessing, augmentation=None, seed=0):
+        self.split, self.preprocessing, self.augmentation, self.seed = split, preprocessing, augmentation, seed
+        self.epoch = self.numbers = self.pixels = None
+        wanted = (preprocessing.channels, *preprocessing.size)
+        if split.pixels is not None and not (augmentation and augmentation.crop):
+            if tuple(split.pixels.shape[1:]) == wanted and preprocessing.crop == 1:
+                self.pixels = split.pixels
+            else:
+                self.pixels = torch.stack([preprocessing(split.image(i)) for i in range(len(split))])
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitems__(self, keys):
+        index = torch.tensor([i for _, i in keys])
+        label = self.split.labels[index]
+        numbers = self.epoch_numbers(keys[0][0])[index] if self.augmentation else None
+        if self.pixels is not None:
+            image = self.pixels[index]
+        else:
+            image = torch.zeros(len(keys), self.preprocessing.channels, *self.preprocessing.size, dtype=torch.uint8)
+            for row, i in enumerate(index.tolist()):
+                crop = numbers[row, 3:] if self.augmentation and self.augmentation.crop else None
+                try:
+                    image[row] = self.preprocessing(self.split.image(i), crop)
+                except Exception:  # Pillow raises anything on damaged files; Split.problem says later what it was
+                    label[row] = UNREADABLE
+        if self.augmentation:
+            image = self.augmentation.move(image, numbers[:, :3])
+        return {"image": image, "label": label, "index": index}
+
+    def epoch_numbers(self, epoch):
+        """(N, 7) random numbers in [0, 1) for the whole epoch: a row belongs to (seed, epoch, index)."""
+        if self.epoch != epoch:
+            self.numbers, self.epoch = torch.rand(len(self), 7, generator=generator(self.seed, epoch, 1)), epoch
+        return self.numbers
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index): in order, or shuffled as (seed, epoch) say. The loop calls `set_epoch`."""
+
+    def __init__(self, length, shuffle, seed=0):
+        self.length, self.shuffle, self.seed, self.epoch = length, shuffle, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        order = range(self.length)
+        if self.shuffle:
+            order = torch.randperm(self.length, generator=generator(self.seed, self.epoch, 0)).tolist()
+        return ((self.epoch, i) for i in order)
+
+
+def make_loader(split, preprocessing, batch_size, *, train=False, augmentation=None, seed=0, workers=0):
+    """A DataLoader of ImageDataset's batches. Training shuffles, augments and leaves out the last incomplete batch
+    (unless it is the only one); evaluation goes through the images in order."""
+    dataset = ImageDataset(split, preprocessing, augmentation if train else None, seed)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochSampler(len(split), shuffle=train, seed=seed),
+        drop_last=train and len(split) >= batch_size,
+        collate_fn=_as_it_is,
+        num_workers=0 if dataset.pixels is not None else workers,
+        persistent_workers=dataset.pixels is None and workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _as_it_is(batch):
+    return batch

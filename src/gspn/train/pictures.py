@@ -1,0 +1,149 @@
+"""A run's three pictures: learning curves, predictions on test images, where one pixel's context comes from."""
+
+import numpy as np
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from gspn.models import context_maps
+from gspn.ops import DIRECTIONS
+from gspn.train.checkpoint import atomic
+from gspn.train.images import UNREADABLE
+
+BLUE, ORANGE, RED, GREY = "#2f6db3", "#e07b22", "#c62828", "#5f6368"
+COLUMNS, ROWS, WRONG = 8, 5, 8  # the grid of predictions, and how many wrong ones it shows at most
+
+
+def save(figure, path):
+    """Writes a figure as PNG, atomically. Errors: SaveError."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, facecolor="white")
+
+
+def curves(run):
+    """Draws RUN/curves.png from the run's metrics: losses, and accuracy with the best epoch marked."""
+    rows = run.metrics
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    marker = "o" if len(rows) < 3 else None
+    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker, label="training")
+    loss.plot(epochs, [row["val_loss"] for row in rows], color=ORANGE, marker=marker, label="validation")
+    loss.set(title="Loss", xlabel="epoch", yscale="log")
+    loss.legend(frameon=False)
+    loss.yaxis.set_major_locator(MaxNLocator(6))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_locator(MaxNLocator(1))
+
+    top1 = [row["top1"] for row in rows]
+    best = int(np.argmax(top1))
+    accuracy.plot(epochs, top1, color=ORANGE, marker=marker, label="top-1")
+    if all(row["top5"] is not None for row in rows):
+        accuracy.plot(epochs, [row["top5"] for row in rows], color=GREY, linestyle="--", marker=marker, label="top-5")
+    accuracy.plot([epochs[best]], [top1[best]], "o", color=RED, label=f"best: {top1[best]:.2%}, epoch {epochs[best]}")
+    accuracy.set(title="Validation accuracy", xlabel="epoch")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy.legend(frameon=False, loc="lower right")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, run.path / "curves.png")
+
+
+def predictions(path, split, outcome, class_names, split_name):
+    """Draws a grid of a split's images with predicted and true class: up to eight wrong ones first, marked red, then
+    right ones, evenly spaced.
+
+    Args:
+        path: of the PNG. split: data.Split. outcome: classify.Outcome on it. split_name: for the title.
+    """
+    readable = outcome.label != UNREADABLE
+    right = outcome.top[:, 0] == outcome.label
+    wrong_rows, right_rows = torch.where(readable & ~right)[0], torch.where(readable & right)[0]
+    shown = _spaced(wrong_rows, WRONG)
+    shown += _spaced(right_rows, COLUMNS * ROWS - len(shown))
+    rows = -(-len(shown) // COLUMNS)
+    figure = Figure(figsize=(COLUMNS * 1.3, rows * 1.75 + 0.7), layout="constrained")
+    total, correct = int(readable.sum()), int((readable & right).sum())
+    figure.suptitle(
+        f"{correct} of {total} {split_name} images right ({correct / total:.2%}); {len(wrong_rows)} wrong, red",
+        fontsize=12,
+    )
+    for axes in figure.subplots(rows, COLUMNS, squeeze=False).flat:
+        axes.axis("off")
+    for axes, row in zip(figure.axes, shown, strict=False):
+        image = split.image(int(outcome.index[row]))
+        axes.imshow(np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")), cmap="gray")
+        label, guess = class_names[int(outcome.label[row])], class_names[int(outcome.top[row, 0])]
+        if right[row]:
+            axes.set_title(_short(guess), fontsize=9, color="black", pad=3)
+        else:
+            axes.set_title(f"{_short(guess)}\nis {_short(label)}", fontsize=9, color=RED, pad=3)
+            axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=RED, linewidth=3))
+        if float(outcome.probability[row, 0]) < 0.995:
+            axes.text(0.5, -0.04, f"{float(outcome.probability[row, 0]):.0%}", transform=axes.transAxes, fontsize=7,
+                      ha="center", va="top", color=GREY)  # fmt: skip
+    save(figure, path)
+
+
+def _spaced(rows, count):
+    at = np.unique(np.linspace(0, len(rows) - 1, count).astype(int)) if len(rows) and count else []
+    return [int(rows[i]) for i in at]
+
+
+def _short(name, length=14):
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def context(path, classifier, image, place=None, block=-1):
+    """Draws where the context of one pixel comes from: the input with the pixel marked, the four directions, merged.
+
+    Args:
+        path: of the PNG. classifier: classify.Classifier. image: PIL.
+        place: (row, column) in the model's input; None is its middle. block: number of the block, from the end if
+            negative.
+    Errors: ValueError for a place outside of the input or a block that there is not; SaveError.
+    """
+    pixels = classifier.preprocessing(image)
+    height, width = pixels.shape[1:]
+    row, column = place or (height // 2, width // 2)
+    maps = context_maps(classifier.model, classifier.preprocessing.normalize(pixels[None])[0], (row, column), block)
+    figure = Figure(figsize=(9.6, 6.9), layout="constrained")
+    figure.suptitle(f"Where the context of pixel ({row}, {column}) comes from, {maps['block']}", fontsize=12)
+    panels = ["input", *DIRECTIONS, "merged"]
+    arrows = {"right": "→", "down": "↓", "left": "←", "up": "↑"}
+    for axes, name in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        if name == "input":
+            picture = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+            axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+            axes.set_title(f"input, {height}x{width}", fontsize=10)
+        else:
+            values = torch.as_tensor(maps[name]).float().cpu().numpy()
+            share = values / values.sum() if values.sum() > 0 else values
+            shown = axes.imshow(
+                share, cmap="magma", norm=PowerNorm(0.5, 0, max(share.max(), 1e-12)), extent=(0, width, height, 0)
+            )
+            bar = figure.colorbar(shown, ax=axes, shrink=0.8, format=PercentFormatter(1, decimals=None))
+            bar.ax.tick_params(labelsize=7)
+            title = f"{name}, all four directions" if name == "merged" else f"{arrows[name]} scan travels {name}"
+            axes.set_title(title, fontsize=10)
+        _mark(axes, row, column, height, width)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.supxlabel(
+        f"share of the context from each place of the {'x'.join(map(str, share.shape))} feature map, "
+        "colours on a square-root scale",
+        fontsize=9,
+        color=GREY,
+    )
+    save(figure, path)
+
+
+def _mark(axes, row, column, height, width):
+    side = max(1.0, max(height, width) / 32)
+    centre = (column + 0.5 - side / 2, row + 0.5 - side / 2)
+    axes.add_patch(Rectangle(centre, side, side, fill=False, edgecolor="black", linewidth=3.2))
+    axes.add_patch(Rectangle(centre, side, side, fill=False, edgecolor="#35e0ff", linewidth=1.6))
