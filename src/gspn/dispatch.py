@@ -60,7 +60,7 @@ def _status(name: str) -> BackendStatus:
 
 
 def _select(backend: str, device_type: str):
-    """The module that computes: the named backend or an error; for "" the native one, or the reference and a warning."""
+    """The module that computes: the one named or an error; for "" the native one, or the reference with a warning."""
     name = backend or NATIVE_BACKENDS.get(device_type, "")
     status = _status(name) if name else BackendStatus(False, f"gspn has no kernel for devices of type {device_type!r}")
     if status.available:

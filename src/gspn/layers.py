@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gspn.ops import DIRECTIONS, gated_scan, propagate
+from gspn.ops import DIRECTIONS, check_backend, check_directions, check_segment, gated_scan, propagate
 
 
 class Context(NamedTuple):
@@ -84,7 +84,9 @@ class GSPN2d(nn.Module):
             raise ValueError(f"groups has to divide the {scanned} channels that are scanned, got {groups}")
         if merger not in ("learned", "mean"):
             raise ValueError(f'merger has to be "learned" or "mean", got {merger!r}')
-        count = len(directions)
+        check_backend(backend)
+        check_segment(segment)
+        count = len(check_directions(directions))
         self.channels, self.proxy_dim, self.groups, self.scan_dim = channels, proxy_dim, groups, scan_dim
         self.segment, self.directions, self.backend = segment, tuple(directions), backend
         self.proxy_proj = nn.Conv2d(channels, proxy_dim, 1, bias=False)

@@ -98,7 +98,7 @@ def line_scan(
     _check_groups("weights", weights.shape[1], x.shape[1])
     weights = _same_dtype(x, weights=weights, float32_beside_16_bit=True)[0]
     _check_devices(x, weights=weights)
-    number, segment = _number(direction), _check_segment(segment)
+    number, segment = _number(direction), check_segment(segment)
     if _check_backend(backend, x) == "reference":
         return reference.line_scan(x, weights, number, segment)
     return torch.ops.gspn.line_scan(x, weights, number, segment, backend or "")
@@ -130,10 +130,10 @@ def gated_scan(
     >>> import torch, gspn
     >>> x, gate, logits = torch.ones(1, 2, 5, 4), torch.ones(1, 4, 2, 5, 4), torch.zeros(1, 4, 2, 3, 5, 4)
     >>> h = gspn.gated_scan(x, gate, logits, backend="reference")
-    >>> h[0, :, 0, 2, 1]  # right, down, left, up: how many lines each has travelled
+    >>> h[0, :, 0, 2, 1].round()  # right, down, left, up: how many lines each has travelled
     tensor([2., 3., 3., 3.])
     """
-    numbers = _numbers(directions)
+    numbers = check_directions(directions)
     _check_tensor("x", x, "(B,C,H,W)", 4)
     _check_tensor("input_gate", input_gate, "(B,D,C,H,W)", 5)
     _check_tensor("logits", logits, "(B,D,G,3,H,W)", 6)
@@ -144,7 +144,7 @@ def gated_scan(
     _check_groups("logits", logits.shape[2], channels)
     input_gate, logits = _same_dtype(x, input_gate=input_gate, logits=logits)
     _check_devices(x, input_gate=input_gate, logits=logits)
-    segment = _check_segment(segment)
+    segment = check_segment(segment)
     if _check_backend(backend, x) == "reference":
         return reference.gated_scan(x, input_gate, logits, numbers, segment)
     return torch.ops.gspn.gated_scan(x, input_gate, logits, numbers, segment, backend or "")
@@ -191,7 +191,7 @@ def propagate(
     >>> gspn.propagate(x, proxy, w, i, o, backend="reference").shape
     torch.Size([2, 6, 9, 7])
     """
-    numbers = _numbers(directions)
+    numbers = check_directions(directions)
     _check_tensor("x", x, "(B,C,H,W)", 4)
     _check_tensor("proxy", proxy, "(B,S,H,W)", 4)
     projections = {"weight_proj": weight_proj, "input_proj": input_proj, "output_proj": output_proj}
@@ -212,7 +212,7 @@ def propagate(
     cast = _same_dtype(x, **projections, float32_beside_16_bit=True)
     _check_devices(x, proxy=proxy, **projections)
     weight_proj, input_proj, output_proj, *rest = cast
-    skip_proj, segment = (rest[0] if rest else None), _check_segment(segment)
+    skip_proj, segment = (rest[0] if rest else None), check_segment(segment)
     if _check_backend(backend, x) == "reference":
         return reference.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj, numbers, segment)
     return torch.ops.gspn.propagate(
@@ -273,7 +273,7 @@ def _number(direction: str) -> int:
     return DIRECTIONS.index(direction)
 
 
-def _numbers(directions: Sequence[str]) -> list[int]:
+def check_directions(directions: Sequence[str]) -> list[int]:
     if isinstance(directions, str):
         raise TypeError(f"directions has to be a sequence of names, got the string {directions!r}")
     numbers = [_number(d) for d in directions]
@@ -282,7 +282,7 @@ def _numbers(directions: Sequence[str]) -> list[int]:
     return numbers
 
 
-def _check_segment(segment: int | None) -> int | None:
+def check_segment(segment: int | None) -> int | None:
     if segment is None:
         return None
     if isinstance(segment, bool) or not isinstance(segment, int):
@@ -292,11 +292,13 @@ def _check_segment(segment: int | None) -> int | None:
     return segment
 
 
-def _check_backend(backend: str | None, x: Tensor) -> str | None:
-    if backend is None or backend == "reference":
-        return backend
-    if backend not in BACKENDS:
+def check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}, expected one of {', '.join(BACKENDS)} or None")
-    if NATIVE_BACKENDS.get(x.device.type) != backend:
+
+
+def _check_backend(backend: str | None, x: Tensor) -> str | None:
+    check_backend(backend)
+    if backend not in (None, "reference", NATIVE_BACKENDS.get(x.device.type)):
         raise ValueError(f"backend {backend!r} does not run on {x.device}; None picks the one that does")
     return backend
