@@ -177,10 +177,11 @@ class Run:
         """
         with atomic(self._checkpoint(name)) as folder:
             folder.mkdir(parents=True)
+            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             for part, named in tensors.items():
                 named = {key: tensor.detach().contiguous() for key, tensor in named.items()}
                 save_file(named, folder / f"{part}.safetensors", metadata={"format": "pt"})
-            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+                shutil.copymode(folder / "state.json", folder / f"{part}.safetensors")  # save_file makes it private
 
     def load_checkpoint(self, name, parts=("model", "ema", "optimizer")):
         """Reads checkpoints/`name` to (tensors, state), as `save_checkpoint` took them; only the `parts` that are

@@ -19,10 +19,15 @@ from gspn.train.data import DataError, open_data
 from gspn.train.images import UNREADABLE, Augmentation, Preprocessing, make_loader
 from gspn.train.loop import LoopOptions, autocast, train
 
+
+class OptionError(ValueError):
+    """An option of training, or an argument of the model, that cannot be used."""
+
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = 96  # images of at most this many pixels a side keep their size and are not cropped
 PRESETS = {  # what Options leaves open, by kind of data
-    "digits": dict(epochs=30, lr=4e-3, batch_size=128, warmup=2.0, ema=0.98, flip=False, augment="shift"),
+    "digits": dict(epochs=12, lr=4e-3, batch_size=128, warmup=2.0, ema=0.98, flip=False, augment="shift"),
     "idx": dict(epochs=8, lr=3e-3, batch_size=128, warmup=0.5, ema=0.998, flip=False, augment="shift"),
     "small": dict(epochs=30, lr=2e-3, batch_size=128, warmup=2.0, ema=0.998, flip=True, augment="shift"),
     "photos": dict(epochs=100, lr=1e-3, batch_size=128, warmup=5.0, ema=0.9995, flip=True, augment="crop"),
@@ -66,10 +71,10 @@ class Options:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+                raise OptionError(f"{name} must be from {low} to {high}, got {value}")
         for name, allowed in _CHOICES:
             if getattr(self, name) not in (None, *allowed):
-                raise ValueError(f"{name} must be {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+                raise OptionError(f"{name} must be {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
 
 
 _RANGES = (
@@ -174,7 +179,7 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
         out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
         options: Options. console: rich's, or None for silence.
     Returns: (Run, metrics of the best checkpoint, list of warnings).
-    Errors: DataError, RunError, ValueError (options or model), TrainingError, SaveError.
+    Errors: DataError, OptionError, RunError, SaveError, TrainingError.
     """
     options, say = options or Options(), console.print if console else lambda *args, **more: None
     Run.check_free(out, overwrite)
@@ -228,7 +233,7 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
     metrics = outcome.metrics(class_names)
     if accelerator.is_main_process:
         pictures.curves(run)
-        pictures.predictions(run.path / "predictions.png", eval_split, outcome, class_names, eval_name)
+        pictures.predictions(run.path / "predictions.png", eval_split, outcome, preprocessing, class_names, eval_name)
         first = int(outcome.index[outcome.label != UNREADABLE][0])
         pictures.context(run.path / "context.png", classifier, eval_split.image(first))
     return run, metrics, warnings_of(metrics, list(task.problems.values()))
@@ -263,25 +268,25 @@ def settle(options, kind, split):
 
 
 def build_model(options, preprocessing, num_classes):
-    """The model for these data, tried on one empty image. Errors: ValueError in words."""
+    """The model for these data, tried on one empty image. Errors: OptionError."""
     arguments = {"num_classes": num_classes, "in_chans": preprocessing.channels, **options.model_args}
     if arguments["in_chans"] != preprocessing.channels:
-        raise ValueError(
+        raise OptionError(
             f"the model is to take {arguments['in_chans']} channels, but the images have {preprocessing.channels}; "
             f"--channels {arguments['in_chans']} converts them"
         )
     if arguments["num_classes"] != num_classes:
-        raise ValueError(f"the model is to tell {arguments['num_classes']} classes, but the data have {num_classes}")
+        raise OptionError(f"the model is to tell {arguments['num_classes']} classes, but the data have {num_classes}")
     torch.manual_seed(options.seed)
     try:
         model = create_model(options.model, **arguments)
-    except TypeError as error:
-        raise ValueError(f"{options.model} does not take these arguments: {error}") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise OptionError(f"the model {options.model} cannot be made: {error}") from error
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, preprocessing.channels, *preprocessing.size))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{options.model} cannot take images of {describe(preprocessing)}: {error}") from error
+        raise OptionError(f"{options.model} cannot take images of {describe(preprocessing)}: {error}") from error
     return model
 
 

@@ -5,7 +5,7 @@ import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from gspn.models import context_maps
 from gspn.ops import DIRECTIONS
@@ -33,9 +33,9 @@ def curves(run):
     loss.plot(epochs, [row["val_loss"] for row in rows], color=ORANGE, marker=marker, label="validation")
     loss.set(title="Loss", xlabel="epoch", yscale="log")
     loss.legend(frameon=False)
-    loss.yaxis.set_major_locator(MaxNLocator(6))
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_major_formatter("{x:g}")
-    loss.yaxis.set_minor_locator(MaxNLocator(1))
+    loss.yaxis.set_minor_locator(NullLocator())
 
     top1 = [row["top1"] for row in rows]
     best = int(np.argmax(top1))
@@ -53,12 +53,12 @@ def curves(run):
     save(figure, run.path / "curves.png")
 
 
-def predictions(path, split, outcome, class_names, split_name):
-    """Draws a grid of a split's images with predicted and true class: up to eight wrong ones first, marked red, then
-    right ones, evenly spaced.
+def predictions(path, split, outcome, preprocessing, class_names, split_name):
+    """Draws a grid of a split's images as the model sees them, with predicted class and its probability: up to eight
+    wrong ones first, marked red and with the true class, then right ones, evenly spaced.
 
     Args:
-        path: of the PNG. split: data.Split. outcome: classify.Outcome on it. split_name: for the title.
+        path: of the PNG. split: data.Split. outcome: classify.Outcome on it. preprocessing: images.Preprocessing.
     """
     readable = outcome.label != UNREADABLE
     right = outcome.top[:, 0] == outcome.label
@@ -66,7 +66,7 @@ def predictions(path, split, outcome, class_names, split_name):
     shown = _spaced(wrong_rows, WRONG)
     shown += _spaced(right_rows, COLUMNS * ROWS - len(shown))
     rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(COLUMNS * 1.3, rows * 1.75 + 0.7), layout="constrained")
+    figure = Figure(figsize=(COLUMNS * 1.3, rows * 1.62 + 0.5), layout="constrained")
     total, correct = int(readable.sum()), int((readable & right).sum())
     figure.suptitle(
         f"{correct} of {total} {split_name} images right ({correct / total:.2%}); {len(wrong_rows)} wrong, red",
@@ -75,17 +75,13 @@ def predictions(path, split, outcome, class_names, split_name):
     for axes in figure.subplots(rows, COLUMNS, squeeze=False).flat:
         axes.axis("off")
     for axes, row in zip(figure.axes, shown, strict=False):
-        image = split.image(int(outcome.index[row]))
-        axes.imshow(np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")), cmap="gray")
+        axes.imshow(_shown(preprocessing(split.image(int(outcome.index[row])))), cmap="gray", vmin=0, vmax=255)
         label, guess = class_names[int(outcome.label[row])], class_names[int(outcome.top[row, 0])]
-        if right[row]:
-            axes.set_title(_short(guess), fontsize=9, color="black", pad=3)
-        else:
-            axes.set_title(f"{_short(guess)}\nis {_short(label)}", fontsize=9, color=RED, pad=3)
+        title, colour = f"{_short(guess)} {float(outcome.probability[row, 0]):.0%}", "black"
+        if not right[row]:
+            title, colour = f"{title}\nis {_short(label)}", RED
             axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=RED, linewidth=3))
-        if float(outcome.probability[row, 0]) < 0.995:
-            axes.text(0.5, -0.04, f"{float(outcome.probability[row, 0]):.0%}", transform=axes.transAxes, fontsize=7,
-                      ha="center", va="top", color=GREY)  # fmt: skip
+        axes.set_title(title, fontsize=8.5, color=colour, pad=3)
     save(figure, path)
 
 
@@ -94,48 +90,60 @@ def _spaced(rows, count):
     return [int(rows[i]) for i in at]
 
 
+def _shown(pixels):
+    return (pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy()
+
+
 def _short(name, length=14):
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def context(path, classifier, image, place=None, block=-1):
+def context(path, classifier, image, place=None, block=None):
     """Draws where the context of one pixel comes from: the input with the pixel marked, the four directions, merged.
 
     Args:
         path: of the PNG. classifier: classify.Classifier. image: PIL.
-        place: (row, column) in the model's input; None is its middle. block: number of the block, from the end if
-            negative.
+        place: (row, column) in the model's input; None is its middle.
+        block: number of the block, from the end if negative; None is the last one whose feature map has at least
+            eight rows and columns (or the last of the first level).
     Errors: ValueError for a place outside of the input or a block that there is not; SaveError.
     """
     pixels = classifier.preprocessing(image)
     height, width = pixels.shape[1:]
     row, column = place or (height // 2, width // 2)
+    if block is None:
+        model, block = classifier.model, -1
+        for depth, level in zip(model.depths, model.feature_info, strict=True):
+            if block == -1 or min(height, width) / level["reduction"] >= 8:
+                block += depth
     maps = context_maps(classifier.model, classifier.preprocessing.normalize(pixels[None])[0], (row, column), block)
-    figure = Figure(figsize=(9.6, 6.9), layout="constrained")
+    figure = Figure(figsize=(9.6, 6.2), layout="constrained")
     figure.suptitle(f"Where the context of pixel ({row}, {column}) comes from, {maps['block']}", fontsize=12)
     panels = ["input", *DIRECTIONS, "merged"]
     arrows = {"right": "→", "down": "↓", "left": "←", "up": "↑"}
     for axes, name in zip(figure.subplots(2, 3).flat, panels, strict=True):
         if name == "input":
-            picture = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
-            axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+            axes.imshow(_shown(pixels), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
             axes.set_title(f"input, {height}x{width}", fontsize=10)
         else:
             values = torch.as_tensor(maps[name]).float().cpu().numpy()
-            share = values / values.sum() if values.sum() > 0 else values
-            shown = axes.imshow(
-                share, cmap="magma", norm=PowerNorm(0.5, 0, max(share.max(), 1e-12)), extent=(0, width, height, 0)
-            )
-            bar = figure.colorbar(shown, ax=axes, shrink=0.8, format=PercentFormatter(1, decimals=None))
+            share = values / max(values.sum(), 1e-30)
+            others = share.copy()
+            others[maps["place"]] = 0  # the place's own share outshines the rest: in the title, and beyond the colours
+            most = others.max() or 1.0
+            shown = axes.imshow(share, cmap="magma", norm=PowerNorm(0.5, 0, most), extent=(0, width, height, 0))
+            decimals = 0 if most > 0.1 else 1 if most > 0.01 else 2
+            ticks = MaxNLocator(4, steps=[1, 2, 5, 10])
+            bar = figure.colorbar(shown, ax=axes, shrink=0.8, ticks=ticks, format=PercentFormatter(1, decimals))
             bar.ax.tick_params(labelsize=7)
-            title = f"{name}, all four directions" if name == "merged" else f"{arrows[name]} scan travels {name}"
-            axes.set_title(title, fontsize=10)
+            what = "all four merged" if name == "merged" else f"{arrows[name]} travelling {name}"
+            axes.set_title(f"{what}; itself {share[maps['place']]:.0%}", fontsize=10)
         _mark(axes, row, column, height, width)
         axes.set_xticks([])
         axes.set_yticks([])
     figure.supxlabel(
-        f"share of the context from each place of the {'x'.join(map(str, share.shape))} feature map, "
-        "colours on a square-root scale",
+        f"the share of the context that comes from each place of the {'x'.join(map(str, share.shape))} feature map; "
+        "colours: square root",
         fontsize=9,
         color=GREY,
     )

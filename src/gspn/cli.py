@@ -1,0 +1,347 @@
+"""The `gspn` command: train, eval, predict, show, backends.
+
+User errors are one message on stderr and exit code 2; a training that fails is exit code 1.
+"""
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import gspn.train  # says which packages of the extra are missing
+except ImportError as error:
+    raise SystemExit(f"gspn: {error}") from None
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import gspn
+
+app = typer.Typer(
+    help="Train and use image classifiers built on GSPN, a linear-cost replacement for self-attention.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+
+DATA_HELP = (
+    "`digits` (embedded), a folder of class folders with images, a folder of MNIST-format idx files, or anything that "
+    "Hugging Face datasets loads: a folder made by save_to_disk, a parquet, arrow, csv or json file, a name on the hub."
+)
+Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `gspn train` makes it.")]
+Checkpoint = Annotated[str, typer.Option(help="Which checkpoint: best or last.")]
+ImageColumn = Annotated[str | None, typer.Option(help="datasets: the column with the images.")]
+LabelColumn = Annotated[str | None, typer.Option(help="datasets: the column with the classes.")]
+ClassNames = Annotated[str | None, typer.Option(help="Names for data without any, in order: a,b,c.")]
+Channels = Annotated[int | None, typer.Option(help="Convert the images to 1 (grey) or 3 (colour) channels.")]
+Strict = Annotated[bool, typer.Option("--strict", help="An unreadable image is an error, not left out and named.")]
+Workers = Annotated[int, typer.Option(help="Processes that decode image files.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def readable_errors():
+    """Turns what a user can put right into one message and an exit code."""
+    from gspn.train.checkpoint import RunError, SaveError
+    from gspn.train.classify import OptionError
+    from gspn.train.data import DataError
+    from gspn.train.loop import TrainingError
+
+    try:
+        yield
+    except (TrainingError, SaveError) as error:
+        _fail(str(error), 1)
+    except (DataError, OptionError, RunError) as error:
+        _fail(str(error), 2)
+
+
+def _fail(message, code):
+    err.print("[bold red]error:[/]", end=" ")
+    err.print(message, markup=False, highlight=False)
+    raise typer.Exit(code)
+
+
+def _warn(messages):
+    for message in messages:
+        err.print("[bold yellow]warning:[/]", end=" ")
+        err.print(message, markup=False, highlight=False)
+
+
+def _version(wanted: bool):
+    if wanted:
+        out.print(f"gspn {gspn.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+):
+    pass
+
+
+@app.command()
+def train(
+    data: Data,
+    run: Annotated[Path | None, typer.Option("--out", help="The run folder to make. Default: runs/DATA-MODEL.")] = None,
+    model: Annotated[str, typer.Option(help="gspn_micro (small images), gspn_tiny, gspn_small, gspn_base.")] = (
+        "gspn_micro"
+    ),
+    model_arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the model, a JSON value; repeatable.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW; never on biases and norms.")] = 0.05,
+    warmup: Annotated[float | None, typer.Option(help="Epochs in which the learning rate rises.")] = None,
+    label_smoothing: Annotated[float, typer.Option(help="Part of the target spread over all classes.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for no limit.")] = 1.0,
+    ema: Annotated[float | None, typer.Option(help="Decay of the averaged weights; 0 for none.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast to bfloat16.")] = "fp32",
+    size: Annotated[str | None, typer.Option(help="Input size in pixels: N or HxW. Default: as the data.")] = None,
+    channels: Channels = None,
+    augment: Annotated[str | None, typer.Option(help="none, shift (small images) or crop (photos).")] = None,
+    flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = None,
+    val_fraction: Annotated[
+        float, typer.Option(help="Part of the images to hold out where DATA has no evaluation split.")
+    ] = 0.1,
+    class_names: ClassNames = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same training.")] = 0,
+    workers: Workers = 2,
+    strict: Strict = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+):
+    """Train a classifier on DATA, evaluate its best checkpoint, and draw curves, predictions and context.
+
+    What is not given is chosen from the kind of data and told. Example: gspn train digits --out runs/first
+    """
+    with readable_errors():
+        from gspn.train.classify import Options, train_classifier
+
+        if run is None:
+            run = Path("runs") / f"{Path(data).name or 'data'}-{model}"
+        chosen = Options(
+            model=model,
+            model_args=parse_model_args(model_arg or []),
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            label_smoothing=label_smoothing,
+            clip=clip,
+            ema=ema,
+            precision=precision,
+            size=parse_size(size),
+            channels=channels,
+            augment=augment,
+            flip=flip,
+            seed=seed,
+            workers=workers,
+            strict=strict,
+        )
+        trained, metrics, warnings = train_classifier(
+            data,
+            run,
+            chosen,
+            overwrite=overwrite,
+            console=out,
+            val_fraction=val_fraction,
+            class_names=parse_names(class_names),
+            image_column=image_column,
+            label_column=label_column,
+        )
+        _print_metrics({"split": trained.config["data"]["split"], **metrics}, f"best checkpoint of {run}")
+        out.print(f"in {run}: checkpoints, metrics.jsonl, curves.png, predictions.png, context.png", highlight=False)
+        _warn(warnings)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    data: Data,
+    split: Annotated[str | None, typer.Option(help="train, val, test or all. Default: test, else val.")] = None,
+    checkpoint: Checkpoint = "best",
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    channels: Channels = None,
+    class_names: ClassNames = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    workers: Workers = 2,
+    strict: Strict = False,
+    as_json: AsJson = False,
+):
+    """Evaluate a run on DATA: top-1, top-5, loss, images per second."""
+    with readable_errors():
+        from gspn.train.classify import evaluate
+
+        metrics, warnings = evaluate(
+            run,
+            data,
+            split=split,
+            checkpoint=checkpoint,
+            batch_size=batch_size,
+            channels=channels,
+            workers=workers,
+            strict=strict,
+            class_names=parse_names(class_names),
+            image_column=image_column,
+            label_column=label_column,
+        )
+        if as_json:
+            print(json.dumps(metrics))
+        else:
+            _print_metrics(metrics, f"{run} on {data}")
+        _warn(warnings)
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files of any kind.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to tell.")] = 5,
+    checkpoint: Checkpoint = "best",
+    strict: Strict = False,
+    as_json: AsJson = False,
+):
+    """Classify image files: the most probable classes with their probabilities."""
+    with readable_errors():
+        from gspn.train import classify
+        from gspn.train.data import DataError
+        from gspn.train.images import decode
+
+        classifier = classify.load_classifier(run, checkpoint)
+        answers, problems = [], []
+        for path in images:
+            try:
+                (classes,) = classify.predict(classifier, [decode(path)], top)
+            except Exception as error:  # Pillow raises anything on damaged files
+                problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+                answers.append({"image": str(path), "error": str(error)})
+                continue
+            answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
+        if problems and (strict or len(problems) == len(images)):
+            raise DataError("; ".join(["unreadable image" + "s" * (len(problems) > 1), *problems]))
+        if as_json:
+            print(json.dumps(answers))
+        else:
+            for answer in answers:
+                classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in answer.get("classes", []))
+                out.print(f"{answer['image']}: {classes or 'unreadable'}", markup=False, highlight=False)
+        if problems:
+            _warn([f"{len(problems)} of {len(images)} images unreadable:\n  " + "\n  ".join(problems)])
+
+
+@app.command()
+def show(
+    run: RunFolder,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.")],
+    place: Annotated[
+        str | None, typer.Option(metavar="ROW,COL", help="The pixel, in the model's input. Default: its middle.")
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Number of the block, from the end if negative. Default: the last on a fine map.")
+    ] = None,
+    checkpoint: Checkpoint = "best",
+    picture: Annotated[
+        Path | None, typer.Option("--out", help="The PNG to write. Default: RUN/context-IMAGE.png.")
+    ] = None,
+):
+    """Draw where the context of one pixel of IMAGE comes from: four directions and merged."""
+    with readable_errors():
+        from gspn.train import pictures
+        from gspn.train.classify import OptionError, load_classifier
+        from gspn.train.data import DataError
+        from gspn.train.images import decode
+
+        classifier = load_classifier(run, checkpoint)
+        try:
+            opened = decode(image)
+        except Exception as error:  # Pillow raises anything on damaged files
+            raise DataError(f"{image} cannot be read as an image: {error}") from error
+        picture = picture or run / f"context-{image.stem}.png"
+        try:
+            pictures.context(picture, classifier, opened, parse_place(place), block)
+        except ValueError as error:  # a place or a block that there is not
+            raise OptionError(str(error)) from error
+        out.print(f"wrote {picture}", markup=False, highlight=False)
+
+
+@app.command()
+def backends():
+    """Which backends are available here, and why the others are not."""
+    for name, state in gspn.available_backends().items():
+        word = "available" if state.available else "not available"
+        out.print(f"{name}: {word}{f', {state.reason}' if state.reason else ''}", markup=False, highlight=False)
+
+
+def parse_model_args(pairs):
+    """{"stem_stride": 1} from ["stem_stride=1"]; a value is JSON, and text where it is not."""
+    arguments = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise typer.BadParameter(f"--model-arg takes KEY=VALUE, got {pair!r}")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return arguments
+
+
+def parse_size(text):
+    """(H, W) from "N" or "HxW"."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"--size takes N or HxW in pixels, got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_place(text):
+    """(row, column) from "ROW,COL"."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise typer.BadParameter(f"--place takes ROW,COL in pixels of the model's input, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_names(text):
+    """["a", "b"] from "a,b"."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if len(set(names)) < len(names) or "" in names:
+        raise typer.BadParameter(f"--class-names takes distinct names with commas between them, got {text!r}")
+    return names
+
+
+def _print_metrics(metrics, title):
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_row("images", f"{metrics['images']:,} ({metrics['split']})")
+    table.add_row("top-1", f"{metrics['top1']:.2%}")
+    if metrics["top5"] is not None:
+        table.add_row("top-5", f"{metrics['top5']:.2%}")
+    table.add_row("loss", f"{metrics['loss']:.4f}")
+    if "images_per_second" in metrics:
+        table.add_row("images/s", f"{metrics['images_per_second']:.0f}")
+    out.print(table)
+
+
+def main():
+    """The entry point of the `gspn` command."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    app()
