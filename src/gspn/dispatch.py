@@ -166,9 +166,9 @@ def _propagate_setup(ctx, inputs, output):
 
 
 def _propagate_gradient(ctx, grad):
-    grads = torch.ops.gspn.propagate_backward(grad, *ctx.saved_tensors, *ctx.options)
-    skip = None if ctx.saved_tensors[5] is None else grads[5]
-    return *grads[:5], skip, None, None, None
+    saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
+    grads = torch.ops.gspn.propagate_backward(grad, *saved, *ctx.options)
+    return *grads[:5], None if saved[5] is None else grads[5], None, None, None
 
 
 def _no_second_derivative(ctx, *grads):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn.ops import DIRECTIONS, check_backend, check_directions, check_segment, gated_scan, propagate
@@ -21,6 +22,18 @@ class Context(NamedTuple):
 
     directions: Tensor
     merged: Tensor
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution without bias; on channels_last maps a matrix product, whose backward takes half the time."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+        return super().forward(x)
 
 
 class GSPN2d(nn.Module):
@@ -89,20 +102,20 @@ class GSPN2d(nn.Module):
         count = len(check_directions(directions))
         self.channels, self.proxy_dim, self.groups, self.scan_dim = channels, proxy_dim, groups, scan_dim
         self.segment, self.directions, self.backend = segment, tuple(directions), backend
-        self.proxy_proj = nn.Conv2d(channels, proxy_dim, 1, bias=False)
+        self.proxy_proj = Pointwise(channels, proxy_dim)
         self.weight_proj = nn.Parameter(torch.empty(count, 3, groups, proxy_dim))
         self.input_proj = nn.Parameter(torch.empty(count, scanned, proxy_dim))
         self.output_proj = nn.Parameter(torch.empty(count, scanned, proxy_dim))
         self.register_parameter("skip_proj", nn.Parameter(torch.empty(count, scanned, proxy_dim)) if skip else None)
         self.register_parameter("merger", nn.Parameter(torch.empty(count)) if merger == "learned" else None)
-        self.reduce = nn.Conv2d(channels, scan_dim, 1, bias=False) if scan_dim else nn.Identity()
-        self.expand = nn.Conv2d(scan_dim, channels, 1, bias=False) if scan_dim else nn.Identity()
+        self.reduce = Pointwise(channels, scan_dim) if scan_dim else nn.Identity()
+        self.expand = Pointwise(scan_dim, channels) if scan_dim else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The projections as torch starts a 1x1 convolution, the merger's scalars at 1/D."""
         for module in (self.proxy_proj, self.reduce, self.expand):
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, Pointwise):
                 module.reset_parameters()
         for projection in (self.weight_proj, self.input_proj, self.output_proj, self.skip_proj):
             if projection is not None:

@@ -1,0 +1,89 @@
+"""The rules of the house that can be read off the sources: layers, optional packages, public names, sizes."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import gspn
+
+SOURCE = Path(__file__).parent.parent / "src" / "gspn"
+LAYERS = ["kernels", "dispatch", "ops", "layers", "models", "train", "cli"]  # each may import those to its left
+BASE = {"torch", "numpy", "safetensors", "huggingface_hub", "gspn"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "gspn" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+def test_nobody_imports_upwards():
+    for path in SOURCE.rglob("*.py"):
+        own = layer_of("gspn." + ".".join(path.relative_to(SOURCE).with_suffix("").parts))
+        if own is None:
+            continue
+        for module in imports(path):
+            other = layer_of(module)
+            if other is not None:
+                assert LAYERS.index(other) <= LAYERS.index(own), f"{path} ({own}) imports {module}"
+            if own == "kernels":
+                assert not module.startswith("gspn"), f"{path} imports {module}: kernels stand alone"
+
+
+def test_importing_gspn_imports_nothing_optional_and_sets_nothing():
+    code = (
+        "import sys, warnings; warnings.simplefilter('error'); import torch; before = set(sys.modules);"
+        "threads = torch.get_num_threads(); import gspn; gspn.create_model; gspn.propagate;"
+        "assert torch.get_num_threads() == threads;"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    optional = {"accelerate", "datasets", "typer", "rich", "matplotlib", "PIL", "sklearn", "timm", "diffusers", "triton"}
+    assert not optional & set(result.stdout.split()), result.stdout
+
+
+def test_the_core_needs_base_dependencies_only():
+    for layer in ("kernels", "dispatch.py", "ops.py", "layers.py", "models", "__init__.py"):
+        paths = (SOURCE / layer).rglob("*.py") if (SOURCE / layer).is_dir() else [SOURCE / layer]
+        for path in paths:
+            if path.name in ("triton.py",):
+                continue
+            outside = {m.split(".")[0] for m in imports(path, top_level_only=True)}
+            assert outside <= BASE | set(sys.stdlib_module_names), f"{path}: {outside}"
+
+
+def test_public_names():
+    assert set(gspn.__all__) == {
+        "DIRECTIONS",
+        "GSPN2d",
+        "__version__",
+        "available_backends",
+        "create_model",
+        "gated_scan",
+        "line_scan",
+        "list_models",
+        "normalize_weights",
+        "propagate",
+    }
+    for name in gspn.__all__:
+        value = getattr(gspn, name)
+        assert name in dir(gspn) and (not callable(value) or value.__doc__)
+
+
+def test_no_environment_variables_in_the_product():
+    for path in SOURCE.rglob("*.py"):
+        assert "environ" not in path.read_text() and "getenv" not in path.read_text(), path
+    for path in [*SOURCE.rglob("*.cpp"), *SOURCE.rglob("*.h")]:
+        assert "getenv" not in path.read_text(), path

@@ -1,0 +1,155 @@
+"""The GSPN unit and the block: what they compute, their state dict, and where context comes from."""
+
+import pytest
+import torch
+from torch import nn
+
+import gspn
+from gspn.layers import DropPath, GlobalResponseNorm, GSPNBlock
+
+
+def unit_by_convolutions(layer, x):
+    """The unit as the paper draws it: 1x1 convolutions, four gated scans, a merger; no folding of any kind."""
+    z, proxy = layer.reduce(x), layer.proxy_proj(x)
+    conv = lambda w: nn.functional.conv2d(proxy, w.reshape(-1, layer.proxy_dim, 1, 1))  # noqa: E731
+    merger = layer.merger if layer.merger is not None else torch.full((len(layer.directions),), 0.25)
+    y = torch.zeros_like(z)
+    for i, direction in enumerate(layer.directions):
+        logits = conv(layer.weight_proj[i]).unflatten(1, (3, layer.groups)).transpose(1, 2)
+        weights = gspn.normalize_weights(logits, direction=direction)
+        gated = conv(layer.input_proj[i]) * z
+        h = gspn.line_scan(gated, weights, direction=direction, segment=layer.segment, backend="reference")
+        out = conv(layer.output_proj[i]) * h
+        if layer.skip_proj is not None:
+            out = out + conv(layer.skip_proj[i]) * z
+        y = y + merger[i] * out
+    return layer.expand(y)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"segment": 3},
+        {"groups": 1},
+        {"groups": 4, "proxy_dim": 3},
+        {"scan_dim": 4},
+        {"skip": False, "merger": "mean"},
+        {"merger": "mean"},
+    ],
+)
+def test_the_unit_is_what_the_paper_draws(options, backend):
+    layer = gspn.GSPN2d(12, backend=backend, **options)
+    if layer.merger is not None:
+        nn.init.normal_(layer.merger)
+    x = torch.randn(2, 12, 6, 9)
+    torch.testing.assert_close(layer(x), unit_by_convolutions(layer, x), rtol=1e-4, atol=1e-5)
+
+
+def test_defaults():
+    assert gspn.GSPN2d(96).proxy_dim == 8 and gspn.GSPN2d(640).proxy_dim == 40
+    layer = gspn.GSPN2d(32, scan_dim=4)
+    assert layer.groups == 1 and layer.weight_proj.shape == (4, 3, 1, 8)
+    assert gspn.GSPN2d(32).groups == 32
+    torch.testing.assert_close(gspn.GSPN2d(8).merger.detach(), torch.full((4,), 0.25))
+    assert "segment=2" in repr(gspn.GSPN2d(8, segment=2)) and "global" in repr(gspn.GSPN2d(8))
+
+
+def test_frozen_state_dict():
+    names = lambda **k: {n: tuple(p.shape) for n, p in gspn.GSPN2d(12, proxy_dim=5, **k).state_dict().items()}  # noqa: E731
+    assert names() == {
+        "proxy_proj.weight": (5, 12, 1, 1),
+        "weight_proj": (4, 3, 12, 5),
+        "input_proj": (4, 12, 5),
+        "output_proj": (4, 12, 5),
+        "skip_proj": (4, 12, 5),
+        "merger": (4,),
+    }
+    assert names(scan_dim=6, groups=2, skip=False, merger="mean") == {
+        "proxy_proj.weight": (5, 12, 1, 1),
+        "weight_proj": (4, 3, 2, 5),
+        "input_proj": (4, 6, 5),
+        "output_proj": (4, 6, 5),
+        "reduce.weight": (6, 12, 1, 1),
+        "expand.weight": (12, 6, 1, 1),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (31, 2)])
+def test_any_size_and_floating_dtype(dtype, size, backend):
+    layer = gspn.GSPN2d(8, backend=backend).to(dtype)
+    x = torch.randn(2, 8, *size, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape and y.dtype == dtype and x.grad.isfinite().all()
+
+
+def test_memory_format_is_kept():
+    layer = gspn.GSPN2d(8)
+    x = torch.randn(2, 8, 6, 5)
+    last = layer(x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last) and layer(x).is_contiguous()
+    torch.testing.assert_close(last, layer(x))
+
+
+def test_no_positional_embedding_and_no_fixed_size():
+    """A layer works on a larger map with the same parameters; far from the edges a local one does not see where it is."""
+    layer = gspn.GSPN2d(8, segment=2)
+    x = torch.randn(1, 8, 12, 12)
+    shifted = layer(torch.roll(x, (2, 2), (2, 3)))[..., 4:10, 4:10]
+    torch.testing.assert_close(shifted, layer(x)[..., 2:8, 2:8], rtol=1e-4, atol=1e-5)
+
+
+def test_context_sums_to_one_a_line_and_is_the_jacobian():
+    layer = gspn.GSPN2d(4, proxy_dim=3).double()
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    context = layer.context(x, 2, 3)
+    assert context.directions.shape == (2, 4, 6, 7) and context.merged.shape == (2, 6, 7)
+    right, down, left, up = context.directions.unbind(1)
+    for lines, count in ((right.sum(1), 4), (left.sum(1).flip(-1), 4), (down.sum(2), 3), (up.sum(2).flip(-1), 4)):
+        torch.testing.assert_close(lines[:, :count], torch.ones_like(lines[:, :count]))
+        assert (lines[:, count:] == 0).all()
+    # merged: with the gates held still, the layer is linear, and this is the size of its Jacobian at the place
+    proxy = layer.proxy_proj(x[:1])
+    output, skip = layer._merged_projections()
+    frozen = x[:1].clone().requires_grad_()
+    y = gspn.propagate(frozen, proxy, layer.weight_proj, layer.input_proj, output, skip, backend="reference")
+    (jacobian,) = torch.autograd.grad(y[..., 2, 3].sum(), frozen)
+    torch.testing.assert_close(context.merged[0].double(), jacobian[0].abs().mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_block_is_the_paper_s():
+    block = GSPNBlock(8, proxy_dim=3, segment=2).eval()
+    for p in block.grn.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(2, 8, 5, 6)
+    channels = lambda f, t: f(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # noqa: E731
+    z = channels(block.in_proj, channels(block.norm1, x))
+    z = nn.functional.silu(nn.functional.conv2d(z, block.dwconv.weight, padding=3, groups=12))
+    z = channels(block.norm, block.gspn(z))
+    size = z.norm(dim=(2, 3), keepdim=True)
+    relative = size / (size.mean(1, keepdim=True) + 1e-6)
+    z = block.grn.gamma.view(-1, 1, 1) * (z * relative) + block.grn.beta.view(-1, 1, 1) + z
+    expected = x + channels(block.out_proj, z)
+    expected = expected + channels(block.mlp, channels(block.norm2, expected))
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+    plain = GSPNBlock(8, activation=None)
+    assert isinstance(plain.activation, nn.Identity)
+    with pytest.raises(ValueError, match='"silu" or None'):
+        GSPNBlock(8, activation="relu")
+
+
+def test_grn_starts_as_identity():
+    x = torch.randn(2, 5, 6, 8)
+    torch.testing.assert_close(GlobalResponseNorm(8)(x), x)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    drop = DropPath(0.25)
+    x = torch.ones(4000, 2, 3)
+    y = drop(x)
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 4 / 3]))
+    assert (y.amax((1, 2)) == y.amin((1, 2))).all()
+    assert abs(y.mean().item() - 1) < 0.05
+    assert torch.equal(drop.eval()(x), x)

@@ -1,0 +1,151 @@
+"""The backbones: published sizes, global and local blocks, and the contract that timm's users know."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import gspn
+from gspn.layers import GSPNBlock
+from gspn.models import context_maps
+
+
+def small(**options):
+    return gspn.create_model(
+        "gspn_micro", **({"num_classes": 5, "in_chans": 1, "width": 8, "depths": (1, 2, 1), "proxy_dim": 2} | options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gmacs"),
+    [("gspn_tiny", 31_510_268, 5.33), ("gspn_small", 50_773_346, 12.1), ("gspn_base", 93_061_108, 15.9)],
+)
+def test_published_sizes(name, parameters, gmacs):
+    with torch.device("meta"):
+        model = gspn.create_model(name).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 224, 224))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.04)  # published with another way to count scans
+
+
+def test_micro_is_micro():
+    assert sum(p.numel() for p in gspn.create_model("gspn_micro").parameters()) < 1_000_000
+
+
+def test_global_blocks_are_where_the_table_says():
+    with torch.device("meta"):
+        segments = {
+            name: [[b.gspn.segment for b in level.blocks] for level in gspn.create_model(name).levels]
+            for name in ("gspn_tiny", "gspn_small", "gspn_base")
+        }
+    assert segments["gspn_tiny"] == [[2] * 2, [2] * 2, [None] * 7, [None] * 2]
+    assert segments["gspn_small"] == [[2] * 5, [2] * 5, [2] * 10, [None] * 2]
+    assert segments["gspn_base"] == [[2] * 4, [2] * 4, [None] * 7 + [2] * 6 + [None] + [2], [None] * 4]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (13, 30)])
+def test_any_size_and_stem_stride(stride, size):
+    model = small(stem_stride=stride)
+    assert model(torch.randn(2, 1, *size)).shape == (2, 5)
+    reduction = model.feature_info[-1]["reduction"]
+    assert reduction == 4 * stride
+    height, width = (-(-s // reduction) for s in size)
+    assert model.forward_features(torch.randn(1, 1, *size)).shape == (1, 32, height, width)
+
+
+def test_config_makes_the_same_model_again():
+    import json
+
+    model = small(stem_stride=1, drop_path_rate=0.1)
+    twin = gspn.create_model(**json.loads(json.dumps(model.config)))
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(2, 1, 9, 9)
+    assert torch.equal(twin.eval()(x), model.eval()(x)) and twin.config == model.config
+    model.reset_classifier(3)
+    assert gspn.create_model(**model.config).num_classes == 3
+
+
+def test_timm_contract():
+    model = small().eval()
+    x = torch.randn(2, 1, 20, 16)
+    features = model.forward_features(x)
+    assert model.num_features == model.head_hidden_size == 32 == features.shape[1]
+    assert torch.equal(model.forward_head(features), model(x))
+    assert model.forward_head(features, pre_logits=True).shape == (2, 32)
+    assert model.get_classifier() is model.head
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 32) and model.num_classes == 0
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(0, global_pool="")
+    assert model(x).shape == features.shape
+    assert model.no_weight_decay() == set()
+    for coarse in (False, True):
+        assert {"stem", "blocks"} == set(model.group_matcher(coarse))
+
+
+def test_forward_intermediates():
+    model = small().eval()
+    x = torch.randn(2, 1, 20, 16)
+    final, maps = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x))
+    assert [m.shape[1] for m in maps] == [i["num_chs"] for i in model.feature_info]
+    assert [-(-20 // i["reduction"]) for i in model.feature_info] == [m.shape[2] for m in maps]
+    normed = model.forward_intermediates(x, indices=[-1], norm=True, intermediates_only=True)
+    assert torch.equal(normed[0], final)
+    last_two = model.forward_intermediates(x, indices=2, intermediates_only=True, output_fmt="NHWC")
+    assert torch.equal(last_two[0], maps[1].permute(0, 2, 3, 1)) and len(last_two) == 2
+    stopped, one = model.forward_intermediates(x, indices=[0], stop_early=True)
+    assert torch.equal(stopped, one[0]) and len(one) == 1
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, x = small(), torch.randn(2, 1, 12, 12)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_drop_path_grows_with_depth():
+    rates = [m.drop_path.rate for m in small(drop_path_rate=0.3).modules() if isinstance(m, GSPNBlock)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_it_learns():
+    """A few steps on a task that needs context: on which side of the image lies the brighter of two spots?"""
+    torch.manual_seed(1)
+    model = small(num_classes=2, stem_stride=1)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        x, side = 0.1 * torch.randn(32, 1, 8, 8), torch.randint(2, (32,))
+        x[torch.arange(32), 0, torch.randint(8, (32,)), torch.where(side == 0, 0, 7)] += 3
+        loss = nn.functional.cross_entropy(model(x), side)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.1 < losses[0]
+
+
+def test_context_maps():
+    model = small(stem_stride=1)
+    maps = context_maps(model, torch.randn(1, 8, 8), (3, 4), block=0)
+    assert maps["image size"] == (8, 8) and maps["place"] == (3, 4) and maps["block"] == "levels.0.blocks.0"
+    for name in (*gspn.DIRECTIONS, "merged"):
+        assert maps[name].shape == (8, 8) and (maps[name] >= 0).all()
+    assert maps["right"][:, 5:].sum() == 0 and maps["up"][:3].sum() == 0
+    assert maps["right"][:, :5].sum(0).allclose(torch.ones(5))
+    assert model.training
+    assert context_maps(model, torch.randn(1, 8, 8), (7, 7))["place"] == (1, 1)
+    with pytest.raises(ValueError, match=r"place \(8, 0\) is not on the 8x8 image"):
+        context_maps(model, torch.randn(1, 8, 8), (8, 0))
+    with pytest.raises(ValueError, match="block has to be from -4 to 3, got 4"):
+        context_maps(model, torch.randn(1, 8, 8), (0, 0), block=4)

@@ -1,0 +1,189 @@
+"""The operators inside torch: opcheck, compile, export, vmap, autocast, meta tensors, FLOP counting, memory formats."""
+
+import pytest
+import torch
+from conftest import random_problem
+from torch import nn
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import gspn
+
+EVERY = [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("skip", [True, False])
+def test_opcheck_propagate(layout, skip):
+    problem = random_problem(2, 4, 5, 7, 3, dtype=torch.float32, skip=skip)
+    x, proxy = (t.to(memory_format=layout) for t in problem[:2])
+    arguments = [None if t is None else t.requires_grad_() for t in (x, proxy, *problem[2:])]
+    opcheck(torch.ops.gspn.propagate, (*arguments, EVERY, 3, ""))
+    grad = torch.randn(2, 4, 5, 7).to(memory_format=layout)
+    detached = [None if t is None else t.detach() for t in arguments]
+    opcheck(torch.ops.gspn.propagate_backward, (grad, *detached, EVERY, None, ""))
+
+
+def test_opcheck_scans():
+    x, weights = torch.randn(2, 4, 5, 3), torch.rand(2, 2, 3, 5, 3)
+    gate, logits = torch.randn(2, 4, 4, 5, 3), torch.randn(2, 4, 2, 3, 5, 3)
+    for t in (x, weights, gate, logits):
+        t.requires_grad_()
+    opcheck(torch.ops.gspn.line_scan, (x, weights, 2, 2, ""))
+    opcheck(torch.ops.gspn.gated_scan, (x, gate, logits, EVERY, None, ""))
+    x, weights, gate, logits = (t.detach() for t in (x, weights, gate, logits))
+    opcheck(torch.ops.gspn.line_scan_backward, (x, weights, x, 2, 2, ""))
+    opcheck(torch.ops.gspn.gated_scan_backward, (gate, x, gate, logits, gate, EVERY, None, ""))
+
+
+@pytest.mark.slow
+def test_compile_whole_graph_with_dynamic_sizes():
+    torch._dynamo.reset()
+    layer = gspn.GSPN2d(8, segment=3)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    counter = torch._dynamo.utils.counters
+    for height, width in ((5, 7), (9, 4), (12, 12)):
+        x = torch.randn(2, 8, height, width).to(memory_format=torch.channels_last).requires_grad_()
+        y = compiled(x)
+        y.square().sum().backward()
+        got = [x.grad, *(p.grad for p in layer.parameters())]
+        x.grad = None
+        layer.zero_grad()
+        expected = layer(x)
+        expected.square().sum().backward()
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        for g, e in zip(got, [x.grad, *(p.grad for p in layer.parameters())], strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
+        layer.zero_grad()
+    assert counter["stats"]["unique_graphs"] == 1, "a second size must not compile again"
+
+
+@pytest.mark.slow
+def test_compile_a_whole_model():
+    torch._dynamo.reset()
+    model = gspn.create_model("gspn_micro", num_classes=3, in_chans=1, width=8, depths=(1, 1), global_levels=(0, 1))
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(2, 1, 12, 10)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_export_with_dynamic_height_and_width():
+    layer = gspn.GSPN2d(8, scan_dim=4)
+    auto = torch.export.Dim.AUTO
+    exported = torch.export.export(layer, (torch.randn(2, 8, 6, 9),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    nodes = [n.target for n in exported.graph.nodes if "gspn" in str(n.target)]
+    assert nodes == [torch.ops.gspn.propagate.default]
+    for size in ((2, 8, 6, 9), (3, 8, 11, 4)):
+        x = torch.randn(size)
+        torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+def test_vmap_over_data_and_over_parameters():
+    x, proxy, *projections = random_problem(2, 4, 5, 3, 2, dtype=torch.float64)
+    many = torch.randn(3, *x.shape, dtype=torch.float64)
+    got = torch.vmap(lambda one: gspn.propagate(one, proxy, *projections))(many)
+    torch.testing.assert_close(got, torch.stack([gspn.propagate(one, proxy, *projections) for one in many]))
+    gates = torch.randn(3, *projections[1].shape, dtype=torch.float64)
+    call = lambda gate: gspn.propagate(x, proxy, projections[0], gate, *projections[2:])  # noqa: E731
+    torch.testing.assert_close(torch.vmap(call)(gates), torch.stack([call(g) for g in gates]))
+    weights = torch.rand(3, 2, 4, 3, 5, 3, dtype=torch.float64)
+    scan = lambda w: gspn.line_scan(x, w, direction="up", segment=2)  # noqa: E731
+    torch.testing.assert_close(torch.vmap(scan)(weights), torch.stack([scan(w) for w in weights]))
+
+
+def test_vmap_over_the_backward_pass():
+    problem = [t.requires_grad_() for t in random_problem(1, 2, 4, 3, 2)]
+    y = gspn.propagate(*problem)
+    grads = torch.randn(3, *y.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(y, problem, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for got, one in zip(batched, torch.autograd.grad(y, problem, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(got[i], one)
+
+
+def test_functional_transforms_on_the_reference():
+    x, proxy, *projections = random_problem(3, 2, 4, 3, 2)
+
+    def loss(gate, one, features):
+        rest = (projections[0], gate, *projections[2:])
+        return gspn.propagate(one[None], features[None], *rest, backend="reference").square().sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss), (None, 0, 0))(projections[1], x, proxy)
+    assert per_sample.shape == (3, *projections[1].shape)
+    for i in range(3):
+        torch.testing.assert_close(per_sample[i], torch.func.grad(loss)(projections[1], x[i], proxy[i]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_x_s_dtype_and_the_float32_state(dtype, backend):
+    problem = random_problem(1, 4, 6, 200, 3, dtype=torch.float32)
+    outside = gspn.propagate(*problem, backend=backend)
+    with torch.autocast("cpu", dtype=dtype):
+        inside = gspn.propagate(*problem, backend=backend)
+        mixed = gspn.propagate(problem[0], problem[1].to(dtype), *problem[2:], backend=backend)
+    assert inside.dtype == mixed.dtype == torch.float32
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)  # nothing inside was computed in 16 bits
+    torch.testing.assert_close(mixed, outside, rtol=0.1, atol=0.5)
+
+
+def test_a_layer_trains_under_autocast():
+    layer = gspn.GSPN2d(16)
+    x = torch.randn(2, 16, 9, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+    assert x.grad.isfinite().all()
+
+
+def test_normalised_weights_stay_float32_inside_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = gspn.normalize_weights(torch.randn(1, 2, 3, 4, 4).bfloat16(), direction="up")
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(2), torch.ones(1, 2, 4, 4))
+
+
+def test_meta_tensors_have_the_shape_and_format_of_the_real_ones():
+    layer = gspn.GSPN2d(8)
+    x = torch.randn(2, 8, 6, 5).to(memory_format=torch.channels_last)
+    with torch.device("meta"):
+        imaginary = gspn.GSPN2d(8)
+    y, expected = imaginary(x.to("meta")), layer(x)
+    assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+def test_flops_grow_linearly_with_the_pixels():
+    layer = gspn.GSPN2d(8)
+    counts = []
+    for side in (8, 16, 32):
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.randn(1, 8, side, side))
+        counts.append(counter.get_total_flops())
+    assert counts[1] == 4 * counts[0] and counts[2] == 16 * counts[0]
+    batch, channels, features = 1, 8, 8
+    scans, projections = 4 * 10 * channels + 2 * channels, 2 * features * 21 * channels + 2 * features * channels
+    assert counts[0] == batch * 64 * (scans + projections)
+
+
+def test_dataparallel_style_replication_and_pickling():
+    import copy
+    import io
+
+    layer = gspn.GSPN2d(8)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(1, 8, 4, 4)
+    torch.testing.assert_close(twin(x), layer(x))
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = gspn.GSPN2d(8)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    torch.testing.assert_close(fresh(x), layer(x))
+
+
+def test_use_as_an_ordinary_module():
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), gspn.GSPN2d(16), nn.Conv2d(16, 2, 1))
+    loss = net(torch.randn(2, 3, 13, 8)).square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
