@@ -220,6 +220,29 @@ GSPN_INLINE vf reciprocal(vf q) {
 }
 GSPN_INLINE vd reciprocal(vd q) { return 1.0 / q; }
 
+// Lists of lane numbers for shuffles
+template <int... I> struct Lanes {};
+template <int N, int... I> struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
+template <int... I> struct MakeLanes<0, I...> { typedef Lanes<I...> type; };
+
+// Lane j is p[j % R]: one broadcasting load for any power of two R.
+template <int R, class A, int... I> GSPN_INLINE VecOf<A> repeat_lanes(const A* p, Lanes<I...>) {
+    typedef A Few __attribute__((vector_size(R * sizeof(A))));
+    Few few = load_bits<Few>(p);
+    return __builtin_shufflevector(few, few, (I % R)...);
+}
+template <int R, class A> GSPN_INLINE VecOf<A> repeat(const A* p) {
+    if constexpr (R == 1) return broadcast(*p);
+    else if constexpr (R == kLanes<A>) return load(p);
+#ifdef GSPN_AVX512
+    else if constexpr (R * sizeof(A) == 8) return (vf)_mm512_set1_pd(load_bits<double>(p));
+    else if constexpr (R * sizeof(A) == 16) return (VecOf<A>)_mm512_broadcast_f32x4(_mm_loadu_ps((const float*)p));
+    else return (VecOf<A>)_mm512_broadcast_f32x8(_mm256_loadu_ps((const float*)p));
+#else
+    else return repeat_lanes<R>(p, typename MakeLanes<kLanes<A>>::type{});
+#endif
+}
+
 template <class V> GSPN_INLINE auto sum_lanes(V v) {
     auto s = v[0];
     for (int i = 1; i < (int)(sizeof v / sizeof v[0]); i++) s += v[i];
@@ -227,10 +250,6 @@ template <class V> GSPN_INLINE auto sum_lanes(V v) {
 }
 
 // Transposition in registers, by log2(lanes) rounds of exchanges between pairs of vectors
-
-template <int... I> struct Lanes {};
-template <int N, int... I> struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
-template <int... I> struct MakeLanes<0, I...> { typedef Lanes<I...> type; };
 
 // Swap the off-diagonal STEP x STEP blocks of the pair (a above b).
 template <int STEP, class V, int... I> GSPN_INLINE void exchange(V& a, V& b, Lanes<I...>) {

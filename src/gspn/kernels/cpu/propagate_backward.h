@@ -1,0 +1,327 @@
+// propagate, backward. Nothing but x and the proxy comes from the forward: in every direction the states are computed
+// again (of one block of channels at a time), then the lines are walked back, and the gradients of the projected maps
+// go, strip by strip out of the first-level cache, into those of the projections and of the proxy.
+//
+// Sums over images, blocks and directions must not depend on which thread comes first. So work is dealt out in advance
+// to a team of workers, and what several workers add to has a copy for each of them, added up in order at the end.
+#pragma once
+#include "propagate_forward.h"
+
+namespace GSPN_NS {
+namespace {
+
+constexpr int64_t kBackwardStrip = 32;
+
+template <int OUT, bool START, class A>
+static void backward_strip(
+    int64_t n, bool first, bool last, const A* maps, const A* h, const A* earlier, A* message,
+    Carried<VecOf<A>>& carried, const A* x, const A* dy, A* grads, A* dx, int64_t step) {
+    constexpr int L = kLanes<A>, columns = columns_of(OUT, START);
+    if (first && last && n == 1)
+        return backward_pixel<START, kOnly, OUT>(maps, h, earlier, message, carried, x, dy, grads, dx);
+    int64_t i = 0;
+    if (first) backward_pixel<START, kFirst, OUT>(maps, h, earlier, message, carried, x, dy, grads, dx), i = 1;
+    for (; i < n - last; i++) {
+        const int64_t m = i * columns * L, s = i * L, at = i * step;
+        backward_pixel<START, kInside, OUT>(
+            maps + m, h + s, earlier + s, message + s, carried, x + at, dy + at, grads + m, dx + at);
+    }
+    if (last) {
+        const int64_t m = i * columns * L, s = i * L, at = i * step;
+        backward_pixel<START, kLast, OUT>(
+            maps + m, h + s, earlier + s, message + s, carried, x + at, dy + at, grads + m, dx + at);
+    }
+}
+
+// Lanes without a channel multiply 0 by whatever the proxy is; a NaN must not get from there into the proxy's gradient.
+template <class A> static void clear_lanes(int64_t vectors, int lanes, A* p) {
+    constexpr int L = kLanes<A>;
+    for (int64_t i = 0; i < vectors; i++)
+        for (int c = lanes; c < L; c++) p[i * L + c] = 0;
+}
+
+template <class T> struct Backward {
+    typedef Acc<T> A;
+    static constexpr int L = kLanes<T>;
+
+    // The team: a worker has every so-manieth image, a range of blocks and a range of directions.
+    struct Team {
+        int64_t images, blocks, parts;
+        int64_t workers() const { return images * blocks * parts; }
+        int64_t proxy_copies() const { return blocks * parts; }
+    };
+
+    Plan<T>& plan;
+    Team team;
+    A* dw = nullptr;      // [worker among images][as plan.w]
+    A* dproxy = nullptr;  // [worker among blocks and parts][image of the round][row][column][lanes of the features]
+    A* dx_parts = nullptr;  // [image of the round][block][part][packed block], where there are parts
+
+    struct Scratch {
+        A *x, *dy, *dx, *h, *message, *maps, *grads;
+        Scratch(const Backward& self, Carver carver) {
+            const Plan<T>& plan = self.plan;
+            x = carver.take<A>(plan.packed_size());
+            dy = carver.take<A>(plan.packed_size());
+            dx = carver.take<A>(self.team.parts > 1 ? 0 : plan.packed_size());
+            h = carver.take<A>(plan.pixels * L);
+            message = carver.take<A>(max64(plan.height, plan.width) * L);
+            maps = carver.take<A>(max64(kForwardStrip, kBackwardStrip) * (kLogits + 3) * L);
+            grads = carver.take<A>(kBackwardStrip * (kLogits + 3) * L);
+            bytes = carver.used;
+        }
+        int64_t bytes;
+    };
+
+    explicit Backward(Plan<T>& p) : plan(p), team{1, 1, 1} {
+        int64_t threads = plan.useful_threads();
+        choose_team(threads);
+        while (threads > 1 && scratch_bytes(1) > plan.workspace()) choose_team(--threads);
+    }
+
+    // The split that is ready first; among equals the one with the smallest buffers.
+    void choose_team(int64_t threads) {
+        int64_t best_time = INT64_MAX, best_bytes = INT64_MAX;
+        Team best = {1, 1, 1};
+        for (int64_t images = 1; images <= min64(threads, max64(1, plan.batch)); images++)
+            for (int64_t blocks = 1; blocks <= min64(threads / images, plan.blocks); blocks++)
+                for (int64_t parts = 1; parts <= min64(threads / images / blocks, plan.directions); parts++) {
+                    const int64_t time = ceil_div(plan.batch, images) * ceil_div(plan.blocks, blocks) *
+                                         ceil_div(plan.directions, parts);
+                    team = {images, blocks, parts};
+                    const int64_t bytes = time <= best_time ? scratch_bytes(images) : 0;
+                    if (time > best_time || (time == best_time && bytes >= best_bytes)) continue;
+                    best = team, best_time = time, best_bytes = bytes;
+                }
+        team = best;
+    }
+
+    int64_t dproxy_size() const { return plan.pixels * plan.features.lanes(); }
+
+    int64_t shared_bytes(int64_t images, Carver carver) {
+        plan.w = carver.take<A>(plan.w_size());
+        plan.wt = carver.take<A>(plan.wt_size());
+        dw = carver.take<A>(team.images * plan.w_size());
+        plan.packed_proxy = carver.take<A>(plan.packed_proxy_size(images));
+        dproxy = carver.take<A>(team.proxy_copies() * images * dproxy_size());
+        dx_parts = carver.take<A>(team.parts > 1 ? images * plan.blocks * team.parts * plan.packed_size() : 0);
+        return carver.used;
+    }
+    int64_t scratch_bytes(int64_t images) {
+        return shared_bytes(images, Carver{nullptr}) + team.workers() * Scratch(*this, Carver{nullptr}).bytes;
+    }
+
+    // Images of a round: as many as the shared buffers may hold, but one for each worker
+    int64_t round_images() {
+        const int64_t fixed = shared_bytes(0, Carver{nullptr});
+        const int64_t each = shared_bytes(1, Carver{nullptr}) - fixed;
+        return max64(1, min64(plan.batch, max64(team.images, kRoundBytes / each / team.images * team.images)));
+    }
+
+    int64_t run() {
+        const int64_t round = round_images(), threads = team.workers();
+        char* buffer = gspn::call_buffer(shared_bytes(round, Carver{nullptr}));
+        if (!buffer) return GSPN_NO_MEMORY;
+        shared_bytes(round, Carver{buffer});
+        const int64_t bytes = Scratch(*this, Carver{nullptr}).bytes;
+        int64_t status = GSPN_OK;
+        do {  // even without any image, for the gradients of the projections
+            plan.count = min64(round, plan.batch - plan.first);
+            status = Prologue<T>(plan).run(threads);
+            if (status == GSPN_OK) status = gspn::parallel_for(threads, threads, bytes, worker_task, this);
+            if (status == GSPN_OK) status = write_round(threads);
+            plan.first += round;
+        } while (plan.first < plan.batch && status == GSPN_OK);
+        if (status == GSPN_OK) status = gspn::parallel_for(plan.directions, threads, 0, projections_task, this);
+        gspn::end_call();
+        return status;
+    }
+
+    // One worker's share of a round
+
+    static void worker_task(const void* context, int64_t worker, char* memory) {
+        const Backward& self = *(const Backward*)context;
+        const Plan<T>& plan = self.plan;
+        const Team& team = self.team;
+        const int64_t part = worker % team.parts, among_blocks = worker / team.parts % team.blocks;
+        const int64_t among_images = worker / team.parts / team.blocks;
+        const int begin = (int)(plan.directions * part / team.parts);
+        const int end = (int)(plan.directions * (part + 1) / team.parts);
+        const int64_t first_block = plan.blocks * among_blocks / team.blocks;
+        const int64_t end_block = plan.blocks * (among_blocks + 1) / team.blocks;
+
+        A* const dw = self.dw + among_images * plan.w_size();
+        if (plan.first == 0)
+            for (int i = begin; i < end; i++) {
+                const int64_t from = plan.w_at(i, first_block), to = plan.w_at(i, end_block);
+                __builtin_memset(dw + from, 0, sizeof(A) * (to - from));
+            }
+        for (int64_t image = among_images; image < plan.count; image += team.images) {
+            A* const dproxy = self.dproxy + ((worker % team.proxy_copies()) * plan.count + image) * self.dproxy_size();
+            __builtin_memset(dproxy, 0, sizeof(A) * self.dproxy_size());
+            for (int64_t block = first_block; block < end_block; block++) {
+                Scratch scratch(self, Carver{memory});
+                if (team.parts > 1)
+                    scratch.dx =
+                        self.dx_parts + ((image * plan.blocks + block) * team.parts + part) * plan.packed_size();
+                self.scan(Block{plan.first + image, block, dw, dproxy, scratch}, begin, end);
+            }
+        }
+    }
+
+    // One block of one image, and where its gradients go
+    struct Block {
+        int64_t image, block;
+        A *dw, *dproxy;
+        Scratch scratch;
+    };
+
+    // The directions begin .. end - 1. Rows are packed and written as they are walked where the direction allows.
+    void scan(const Block& b, int begin, int end) const {
+        const Scratch& scratch = b.scratch;
+        const bool pack_whole = plan.walks[begin].over_columns;
+        const bool unpack_whole = plan.walks[end - 1].over_columns;
+        if (pack_whole)
+            for (int64_t row = 0; row < plan.height; row++) {
+                plan.pack_block_row(plan.args.x, b.image, b.block, row, scratch.x);
+                plan.pack_block_row(plan.args.grad_y, b.image, b.block, row, scratch.dy);
+            }
+        for (int i = begin; i < end; i++) {
+            const Walk& walk = plan.walks[i];
+            const bool pack_here = i == begin && !pack_whole;
+            const bool unpack_here = i == end - 1 && team.parts == 1 && !unpack_whole;
+            const Output output = i > begin ? kAdd : plan.skip && i == 0 ? kSetWithSkip : kSet;
+            for (int64_t t = 0; t < walk.lines; t++) {
+                if (pack_here) plan.pack_block_row(plan.args.x, b.image, b.block, walk.line(t), scratch.x);
+                if (starts(t)) state_line<true>(b, i, t);
+                else state_line<false>(b, i, t);
+            }
+            __builtin_memset(scratch.message, 0, sizeof(A) * walk.places * L);
+            for (int64_t t = walk.lines - 1; t >= 0; t--) {
+                if (pack_here) plan.pack_block_row(plan.args.grad_y, b.image, b.block, walk.line(t), scratch.dy);
+                line_back(b, i, t, output);
+                if (unpack_here) plan.unpack_block_row(plan.args.grad_x, b.image, b.block, walk.line(t), scratch.dx);
+            }
+        }
+        if (unpack_whole && team.parts == 1)
+            for (int64_t row = 0; row < plan.height; row++)
+                plan.unpack_block_row(plan.args.grad_x, b.image, b.block, row, scratch.dx);
+    }
+
+    bool starts(int64_t t) const { return t % plan.segment == 0; }
+
+    // The states of line t again
+    template <bool START> void state_line(const Block& b, int i, int64_t t) const {
+        const Walk& walk = plan.walks[i];
+        const int64_t proxy_row = plan.proxy_row(), proxy_column = plan.proxy_column();
+        A* const h = b.scratch.h + t * walk.places * L;
+        const int64_t at = walk.offset(t, plan.pitch * L, L);
+        forward_line<kNone, START>(
+            walk.places, plan.proxy_of(b.image) + walk.offset(t, proxy_row, proxy_column),
+            walk.step(proxy_row, proxy_column), plan.features.count, plan.w + plan.w_at(i, b.block),
+            plan.columns(i) * L, b.scratch.maps, START ? h : h - walk.places * L, h, b.scratch.x + at,
+            b.scratch.dx + at, walk.step(plan.pitch * L, L));
+    }
+
+    void line_back(const Block& b, int i, int64_t t, Output output) const {
+        const bool start = starts(t);
+        if (output == kAdd) start ? line_back<kAdd, true>(b, i, t) : line_back<kAdd, false>(b, i, t);
+        else if (output == kSet) start ? line_back<kSet, true>(b, i, t) : line_back<kSet, false>(b, i, t);
+        else start ? line_back<kSetWithSkip, true>(b, i, t) : line_back<kSetWithSkip, false>(b, i, t);
+    }
+
+    // Strip by strip: project again, walk, and pass the gradients on
+    template <int OUT, bool START> void line_back(const Block& b, int i, int64_t t) const {
+        constexpr int columns = columns_of(OUT, START);
+        const Walk& walk = plan.walks[i];
+        const Scratch& s = b.scratch;
+        const int lanes = plan.lanes_of(b.block);
+        const int64_t unused = START ? kLogits * L : 0, w_step = plan.columns(i) * L;
+        const int64_t proxy_row = plan.proxy_row(), proxy_column = plan.proxy_column();
+        const int64_t proxy_step = walk.step(proxy_row, proxy_column);
+        const A* const proxy = plan.proxy_of(b.image) + walk.offset(t, proxy_row, proxy_column);
+        const int64_t feature_lanes = plan.features.lanes();
+        const int64_t dproxy_step = walk.step(plan.width * feature_lanes, feature_lanes);
+        A* const dproxy = b.dproxy + walk.offset(t, plan.width * feature_lanes, feature_lanes);
+        const int64_t step = walk.step(plan.pitch * L, L), at = walk.offset(t, plan.pitch * L, L);
+        const A* const h = s.h + t * walk.places * L;
+        const A* const earlier = START ? h : h - walk.places * L;
+        const A* const w = plan.w + plan.w_at(i, b.block) + unused;
+        const A* const wt = plan.wt + plan.wt_at(i, b.block);
+        A* const dw = b.dw + plan.w_at(i, b.block) + unused;
+
+        Carried<VecOf<A>> carried = {};
+        for (int64_t p = 0; p < walk.places; p += kBackwardStrip) {
+            const int64_t n = min64(kBackwardStrip, walk.places - p), q = at + p * step;
+            const A* const strip_proxy = proxy + p * proxy_step;
+            project<columns>(n, strip_proxy, proxy_step, plan.features.count, w, w_step, s.maps);
+            backward_strip<OUT, START>(
+                n, p == 0, p + n == walk.places, s.maps, h + p * L, earlier + p * L, s.message + p * L, carried,
+                s.x + q, s.dy + q, s.grads, s.dx + q, step);
+            if (lanes < L) clear_lanes(n * columns, lanes, s.grads);
+            project_grad<columns>(n, strip_proxy, proxy_step, plan.features.count, s.grads, dw, w_step);
+            proxy_grad(
+                plan.features, n, s.grads, columns, plan.columns(i), wt, dproxy + p * dproxy_step, dproxy_step);
+        }
+    }
+
+    // Adding up and writing
+
+    int64_t write_round(int64_t threads) {
+        int64_t status = gspn::parallel_for(
+            plan.count * plan.height, threads, sizeof(A) * plan.width * L, proxy_row_task, this);
+        if (status == GSPN_OK && team.parts > 1)
+            status = gspn::parallel_for(plan.count * plan.blocks, threads, 0, parts_task, this);
+        return status;
+    }
+
+    static void proxy_row_task(const void* context, int64_t task, char* memory) {
+        const Backward& self = *(const Backward*)context;
+        const Plan<T>& plan = self.plan;
+        const Map<T> grad = map_of<T>(plan.args.grad_proxy);
+        const int64_t lanes = plan.features.lanes(), size = plan.count * self.dproxy_size();
+        const int64_t image = plan.first + task / plan.height, row = task % plan.height;
+        A* const sum = self.dproxy + task * plan.width * lanes;
+        A* const packed = (A*)memory;
+        for (int64_t at = 0; at < plan.width * lanes && self.team.proxy_copies() > 1; at += L) {
+            VecOf<A> v = load(sum + at);
+            for (int64_t copy = 1; copy < self.team.proxy_copies(); copy++) v = v + load(sum + copy * size + at);
+            store(sum + at, v);
+        }
+        for (int64_t s = 0; s < plan.features.count; s += L) {
+            const int n = (int)min64(L, plan.features.count - s);
+            for (int64_t x = 0; x < plan.width; x++)
+                for (int c = 0; c < n; c++) packed[x * L + c] = plan.features.sum_feature(sum + x * lanes, s + c);
+            unpack_row(packed, grad.at(image, s, row), grad.channel, grad.column, n, plan.width);
+        }
+    }
+
+    static void parts_task(const void* context, int64_t task, char*) {
+        const Backward& self = *(const Backward*)context;
+        const Plan<T>& plan = self.plan;
+        A* const parts = self.dx_parts + task * self.team.parts * plan.packed_size();
+        plan.sum_parts(plan.args.grad_x, plan.first + task / plan.blocks, task % plan.blocks, self.team.parts, parts);
+    }
+
+    // The gradients of one direction's projections: over the images' workers, and over the channels of a group
+    static void projections_task(const void* context, int64_t task, char*) {
+        const Backward& self = *(const Backward*)context;
+        const Plan<T>& plan = self.plan;
+        const int i = (int)task, columns = plan.columns(i);
+        const int64_t features = plan.features.count, per_group = plan.channels / plan.args.groups;
+        for (int column = 0; column < columns; column++)
+            for (int64_t channel = 0; channel < plan.channels; channel++) {
+                const A* from = self.dw + plan.w_at(i, channel / L) + column * L + channel % L;
+                A* to = plan.grad_projection(i, column, channel);
+                const bool add = column < kLogits && channel % per_group != 0;
+                for (int64_t s = 0; s < features; s++) {
+                    A sum = add ? to[s] : 0;
+                    for (int64_t k = 0; k < self.team.images; k++) sum += from[k * plan.w_size() + s * columns * L];
+                    to[s] = sum;
+                }
+            }
+    }
+};
+
+}  // namespace
+}  // namespace GSPN_NS

@@ -1,0 +1,188 @@
+// propagate, forward. A task is one block of channels of one image (and, where there are few of these, a part of the
+// directions): the block of x is packed once, its directions are scanned one after the other into a packed block of
+// the output, and this is written once.
+#pragma once
+#include "propagate_plan.h"
+
+namespace GSPN_NS {
+namespace {
+
+constexpr int64_t kForwardStrip = 64;  // pixels whose projected maps are in the first-level cache at a time
+
+// Columns of projected maps that a line takes: no output gate where only the state is wanted
+constexpr int columns_of(int out, bool start) {
+    return (start ? 0 : kLogits) + (out == kNone ? 1 : out == kSetWithSkip ? 3 : 2);
+}
+
+// A strip of a line. `from` and `to` are the states of the line before and of this one, possibly the same memory.
+template <int OUT, bool START, class A>
+static void forward_strip(
+    int64_t n, bool first, bool last, const A* maps, const A* from, A* to, VecOf<A>& before, const A* x, A* out,
+    int64_t step) {
+    constexpr int L = kLanes<A>, columns = columns_of(OUT, START);
+    if (first && last && n == 1) return forward_pixel<START, kOnly, OUT>(maps, from, to, before, x, out);
+    int64_t i = 0;
+    if (first) forward_pixel<START, kFirst, OUT>(maps, from, to, before, x, out), i = 1;
+    for (; i < n - last; i++)
+        forward_pixel<START, kInside, OUT>(
+            maps + i * columns * L, from + i * L, to + i * L, before, x + i * step, out + i * step);
+    if (last)
+        forward_pixel<START, kLast, OUT>(
+            maps + i * columns * L, from + i * L, to + i * L, before, x + i * step, out + i * step);
+}
+
+// One line: strips of projected maps, each used while it is in the cache. Steps are elements between two places.
+template <int OUT, bool START, class A>
+static void forward_line(
+    int64_t places, const A* proxy, int64_t proxy_step, int64_t features, const A* w, int64_t w_step, A* maps,
+    const A* from, A* to, const A* x, A* out, int64_t step) {
+    constexpr int L = kLanes<A>, columns = columns_of(OUT, START);
+    VecOf<A> before = zero<VecOf<A>>();
+    if (START) w += kLogits * L;
+    for (int64_t p = 0; p < places; p += kForwardStrip) {
+        const int64_t n = min64(kForwardStrip, places - p);
+        project<columns>(n, proxy + p * proxy_step, proxy_step, features, w, w_step, maps);
+        forward_strip<OUT, START>(
+            n, p == 0, p + n == places, maps, from + p * L, to + p * L, before, x + p * step, out + p * step, step);
+    }
+}
+
+template <class T> struct Forward {
+    typedef Acc<T> A;
+    static constexpr int L = kLanes<T>;
+
+    Plan<T>& plan;
+    int64_t threads, parts;  // parts: tasks that share the directions of a block
+    A* part_outputs;         // [image of the round][block][part][packed block], where parts > 1
+
+    struct Scratch {
+        A *x, *out, *state, *maps;
+        Scratch(const Forward& self, Carver carver) {
+            const Plan<T>& plan = self.plan;
+            x = carver.take<A>(plan.packed_size());
+            out = carver.take<A>(self.parts > 1 ? 0 : plan.packed_size());
+            state = carver.take<A>(max64(plan.height, plan.width) * L);
+            maps = carver.take<A>(kForwardStrip * (kLogits + 3) * L);
+            bytes = carver.used;
+        }
+        int64_t bytes;
+    };
+
+    explicit Forward(Plan<T>& p) : plan(p), threads(p.useful_threads()), parts(1), part_outputs(nullptr) {
+        choose_parts();
+        while (threads > 1 && scratch_bytes(1) > plan.workspace()) {
+            threads--;
+            choose_parts();
+        }
+    }
+
+    // Parts of the directions for different threads, where that ends earlier
+    void choose_parts() {
+        const int64_t tasks = plan.batch * plan.blocks;
+        int64_t best = INT64_MAX;
+        for (int64_t n = 1; n <= plan.directions; n++) {
+            const int64_t time = ceil_div(tasks * n, threads) * ceil_div(plan.directions, n);
+            if (time < best) best = time, parts = n;
+            if (tasks >= threads) break;  // partial outputs cost memory
+        }
+    }
+
+    int64_t shared_bytes(int64_t images, Carver carver) {
+        plan.w = carver.take<A>(plan.w_size());
+        plan.packed_proxy = carver.take<A>(plan.packed_proxy_size(images));
+        part_outputs = carver.take<A>(parts > 1 ? images * plan.blocks * parts * plan.packed_size() : 0);
+        return carver.used;
+    }
+    int64_t scratch_bytes(int64_t images) {
+        return shared_bytes(images, Carver{nullptr}) + threads * Scratch(*this, Carver{nullptr}).bytes;
+    }
+
+    // Images of a round: as many as the shared buffers may hold
+    int64_t round_images() {
+        const int64_t fixed = shared_bytes(0, Carver{nullptr});
+        const int64_t each = shared_bytes(1, Carver{nullptr}) - fixed;
+        return max64(1, min64(plan.batch, kRoundBytes / max64(1, each)));
+    }
+
+    int64_t run() {
+        const int64_t round = round_images();
+        char* buffer = gspn::call_buffer(shared_bytes(round, Carver{nullptr}));
+        if (!buffer) return GSPN_NO_MEMORY;
+        shared_bytes(round, Carver{buffer});
+        int64_t status = GSPN_OK;
+        for (plan.first = 0; plan.first < plan.batch && status == GSPN_OK; plan.first += round) {
+            plan.count = min64(round, plan.batch - plan.first);
+            status = Prologue<T>(plan).run(threads);
+            const int64_t bytes = Scratch(*this, Carver{nullptr}).bytes;
+            const int64_t tasks = plan.count * plan.blocks * parts;
+            if (status == GSPN_OK) status = gspn::parallel_for(tasks, threads, bytes, scan_task, this);
+            if (status == GSPN_OK && parts > 1)
+                status = gspn::parallel_for(plan.count * plan.blocks, threads, 0, sum_task, this);
+        }
+        gspn::end_call();
+        return status;
+    }
+
+    static void scan_task(const void* context, int64_t task, char* memory) {
+        const Forward& self = *(const Forward*)context;
+        Scratch scratch(self, Carver{memory});
+        if (self.parts > 1) scratch.out = self.part_outputs + task * self.plan.packed_size();
+        const int64_t part = task % self.parts, block = task / self.parts % self.plan.blocks;
+        const int64_t image = self.plan.first + task / self.parts / self.plan.blocks, n = self.plan.directions;
+        self.scan(image, block, (int)(n * part / self.parts), (int)(n * (part + 1) / self.parts), scratch);
+    }
+
+    // The directions begin .. end - 1 of one block of one image
+    void scan(int64_t image, int64_t block, int begin, int end, const Scratch& scratch) const {
+        const bool pack_first = plan.walks[begin].over_columns;
+        const bool unpack_last = parts == 1 && plan.walks[end - 1].over_columns;
+        if (pack_first)
+            for (int64_t row = 0; row < plan.height; row++) plan.pack_block_row(plan.args.x, image, block, row, scratch.x);
+        for (int i = begin; i < end; i++) {
+            const Walk& walk = plan.walks[i];
+            const bool pack_here = i == begin && !pack_first;
+            const bool unpack_here = i == end - 1 && parts == 1 && !unpack_last;
+            const Output output = i > begin ? kAdd : plan.skip && i == 0 ? kSetWithSkip : kSet;
+            for (int64_t t = 0; t < walk.lines; t++) {
+                if (pack_here) plan.pack_block_row(plan.args.x, image, block, walk.line(t), scratch.x);
+                scan_line(image, block, i, t, output, scratch);
+                if (unpack_here) plan.unpack_block_row(plan.args.y, image, block, walk.line(t), scratch.out);
+            }
+        }
+        if (unpack_last)
+            for (int64_t row = 0; row < plan.height; row++) plan.unpack_block_row(plan.args.y, image, block, row, scratch.out);
+    }
+
+    void scan_line(int64_t image, int64_t block, int i, int64_t t, Output output, const Scratch& scratch) const {
+        const bool start = t % plan.segment == 0;
+        if (output == kAdd) start ? line<kAdd, true>(image, block, i, t, scratch)
+                                  : line<kAdd, false>(image, block, i, t, scratch);
+        else if (output == kSet) start ? line<kSet, true>(image, block, i, t, scratch)
+                                       : line<kSet, false>(image, block, i, t, scratch);
+        else start ? line<kSetWithSkip, true>(image, block, i, t, scratch)
+                   : line<kSetWithSkip, false>(image, block, i, t, scratch);
+    }
+
+    template <int OUT, bool START>
+    void line(int64_t image, int64_t block, int i, int64_t t, const Scratch& scratch) const {
+        const Walk& walk = plan.walks[i];
+        const int64_t proxy_row = plan.proxy_row(), proxy_column = plan.proxy_column();
+        const int64_t at = walk.offset(t, plan.pitch * L, L);
+        forward_line<OUT, START>(
+            walk.places, plan.proxy_of(image) + walk.offset(t, proxy_row, proxy_column),
+            walk.step(proxy_row, proxy_column), plan.features.count, plan.w + plan.w_at(i, block),
+            plan.columns(i) * L, scratch.maps, scratch.state, scratch.state, scratch.x + at, scratch.out + at,
+            walk.step(plan.pitch * L, L));
+    }
+
+    // The output of one block of one image out of the parts
+    static void sum_task(const void* context, int64_t task, char*) {
+        const Forward& self = *(const Forward*)context;
+        const Plan<T>& plan = self.plan;
+        A* const parts = self.part_outputs + task * self.parts * plan.packed_size();
+        plan.sum_parts(plan.args.y, plan.first + task / plan.blocks, task % plan.blocks, self.parts, parts);
+    }
+};
+
+}  // namespace
+}  // namespace GSPN_NS

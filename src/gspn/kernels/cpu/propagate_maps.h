@@ -1,0 +1,90 @@
+// Moving rows of pixels between maps of any strides and the packed form that the kernels work on: for each pixel one
+// vector with the values of (up to) as many channels as it has lanes.
+#pragma once
+#include "vec.h"
+
+namespace GSPN_NS {
+namespace {
+
+// Where a map lies: element strides, as in GspnView
+template <class T> struct Map {
+    T* data;
+    int64_t batch, channel, row, column;
+    T* at(int64_t b, int64_t c, int64_t y) const { return data + b * batch + c * channel + y * row; }
+};
+template <class T, class View> Map<T> map_of(const View& v) {
+    return {(T*)v.data, v.batch, v.channel, v.row, v.column};
+}
+
+template <class T> GSPN_INLINE void store_packed(Acc<T>* to, VecOf<T> v, int width) {
+    if (width == kLanes<T>) store(to, v);
+    else store_n(to, v, width);
+}
+
+// Channels lie side by side (channels_last): one load for each pixel.
+template <class T>
+static void pack_adjacent_channels(
+    const T* from, int64_t column, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
+    if (n == kLanes<T>)
+        for (int64_t i = 0; i < pixels; i++) store(to + i * step, load(from + i * column));
+    else
+        for (int64_t i = 0; i < pixels; i++) store_packed<T>(to + i * step, load_n(from + i * column, n), width);
+}
+
+// Pixels lie side by side (channels_first): squares of lanes x lanes are transposed in registers.
+template <class T>
+static void pack_adjacent_pixels(
+    const T* from, int64_t channel, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
+    constexpr int L = kLanes<T>;
+    for (int64_t i = 0; i < pixels; i += L) {
+        const int m = pixels - i < L ? (int)(pixels - i) : L;
+        VecOf<T> square[L];
+        for (int c = 0; c < L; c++) {
+            if (c >= n) square[c] = zero<VecOf<T>>();
+            else if (m == L) square[c] = load(from + c * channel + i);
+            else square[c] = load_n(from + c * channel + i, m);
+        }
+        transpose(square);
+        for (int j = 0; j < m; j++) store_packed<T>(to + (i + j) * step, square[j], width);
+    }
+}
+
+// n channels (at most the lanes) of a row of pixels, `step` elements apart in `to`; of every pixel `width` lanes are
+// written, those beyond n with 0.
+template <class T>
+static void pack_row(
+    const T* from, int64_t channel, int64_t column, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
+    if (channel == 1 || n == 1) return pack_adjacent_channels(from, column, n, width, pixels, to, step);
+    if (column == 1) return pack_adjacent_pixels(from, channel, n, width, pixels, to, step);
+    for (int64_t i = 0; i < pixels; i++)
+        for (int c = 0; c < width; c++) to[i * step + c] = c < n ? load_one(from + c * channel + i * column) : 0;
+}
+
+// The way back; `from` holds whole vectors, one for each pixel.
+template <class T>
+static void unpack_row(const Acc<T>* from, T* to, int64_t channel, int64_t column, int n, int64_t pixels) {
+    constexpr int L = kLanes<T>;
+    if (channel == 1) {
+        if (n == L)
+            for (int64_t i = 0; i < pixels; i++) store(to + i * column, load(from + i * L));
+        else
+            for (int64_t i = 0; i < pixels; i++) store_n(to + i * column, load(from + i * L), n);
+    } else if (column == 1) {
+        for (int64_t i = 0; i < pixels; i += L) {
+            const int m = pixels - i < L ? (int)(pixels - i) : L;
+            VecOf<T> square[L];
+            for (int j = 0; j < L; j++) square[j] = load(from + (i + (j < m ? j : 0)) * L);
+            transpose(square);
+            for (int c = 0; c < n; c++) {
+                if (m == L) store(to + c * channel + i, square[c]);
+                else store_n(to + c * channel + i, square[c], m);
+            }
+        }
+    } else {
+        for (int64_t i = 0; i < pixels; i++)
+            for (int c = 0; c < n; c++) store_one(to + c * channel + i * column, from[i * L + c]);
+    }
+}
+
+}  // namespace
+}  // namespace GSPN_NS

@@ -1,0 +1,242 @@
+// What a call of propagate works with: sizes, the directions in the order in which they are scanned, the packed
+// projections and where everything lies in memory. Shared by forward and backward.
+#pragma once
+#include "parallel.h"
+#include "propagate_api.h"
+#include "propagate_gemm.h"
+#include "propagate_maps.h"
+#include "propagate_pixel.h"
+
+namespace GSPN_NS {
+namespace {
+
+constexpr int64_t kDefaultWorkspace = (int64_t)256 << 20;
+constexpr int64_t kRoundBytes = (int64_t)16 << 20;     // images are worked on in rounds whose shared buffers fit this
+constexpr int64_t kThreadWork = 4000000;               // multiply-adds that are worth a thread of their own
+
+GSPN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+GSPN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+GSPN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Hands out pieces of one buffer; with a null buffer it only measures.
+struct Carver {
+    char* base;
+    int64_t used = 0;
+    template <class A> A* take(int64_t count) {
+        char* p = base ? base + used : nullptr;
+        used += ceil_div(count * (int64_t)sizeof(A), 64) * 64;
+        return (A*)p;
+    }
+};
+
+// One direction of travel over an image. Line t = 0 is where the scan starts; its places are walked from 0 up.
+struct Walk {
+    int64_t lines, places;
+    bool over_columns, backwards;  // lines are columns of the image; the last column (or row) is line 0
+    int source;                    // which of the caller's directions this is
+
+    int64_t line(int64_t t) const { return backwards ? lines - 1 - t : t; }
+    int64_t offset(int64_t t, int64_t row, int64_t column) const { return line(t) * (over_columns ? column : row); }
+    int64_t step(int64_t row, int64_t column) const { return over_columns ? row : column; }
+};
+
+template <class T> struct Plan {
+    typedef Acc<T> A;
+    static constexpr int L = kLanes<T>;
+
+    const GspnPropagateArgs& args;
+    const int64_t batch, channels, height, width, pixels, segment;
+    const Features<A> features;
+    const int directions;
+    const bool skip, proxy_in_place;
+    const int64_t blocks, pitch;  // blocks of L channels; pixels between two rows of a packed block
+    Walk walks[4];
+
+    // Filled in by the driver: shared buffers, and the images first .. first + count of the current round
+    A *w = nullptr, *wt = nullptr, *packed_proxy = nullptr;
+    int64_t first = 0, count = 0;
+
+    explicit Plan(const GspnPropagateArgs& a)
+        : args(a), batch(a.batch), channels(a.channels), height(a.height), width(a.width), pixels(height * width),
+          segment(a.segment > 0 ? a.segment : INT64_MAX), features(a.features), directions((int)a.directions),
+          skip(a.skip_proj != nullptr),
+          proxy_in_place(sizeof(T) == sizeof(A) && (a.proxy.channel == 1 || a.features == 1)),
+          blocks(ceil_div(channels, L)), pitch(width | 1) {
+        order_walks();
+    }
+
+    // Scans over rows go first and last where there are two: the first can pack the block as it goes, the last can
+    // write the result as it goes. The columns lie between them.
+    void order_walks() {
+        int rows = 0, n = 0;
+        for (int d = 0; d < directions; d++) rows += args.direction[d] % 2;
+        for (int d = 0, seen = 0; d < directions; d++)
+            if (args.direction[d] % 2 && rows > 1 && seen++ == 0) walks[n++] = walk(d);
+        for (int d = 0; d < directions; d++)
+            if (args.direction[d] % 2 == 0) walks[n++] = walk(d);
+        for (int d = 0, seen = 0; d < directions; d++)
+            if (args.direction[d] % 2 && (rows == 1 || seen++ > 0)) walks[n++] = walk(d);
+    }
+    Walk walk(int d) const {
+        const bool over_columns = args.direction[d] % 2 == 0;
+        return {over_columns ? width : height, over_columns ? height : width, over_columns, args.direction[d] >= 2, d};
+    }
+
+    int lanes_of(int64_t block) const { return (int)min64(L, channels - block * L); }
+
+    // Packed projections of walk i and one block: w is [features][columns][lanes], wt its transpose (see Features).
+    // Walk 0 also carries the skip gate.
+    int columns(int i) const { return kLogits + 2 + (skip && i == 0); }
+    int64_t columns_before(int i, int64_t block) const {
+        return blocks * ((kLogits + 2) * i + (skip && i > 0)) + block * columns(i);
+    }
+    int64_t all_columns() const { return columns_before(directions, 0); }
+    int64_t w_at(int i, int64_t block) const { return columns_before(i, block) * features.count * L; }
+    int64_t wt_at(int i, int64_t block) const { return columns_before(i, block) * L * features.rows(); }
+    int64_t w_size() const { return all_columns() * features.count * L; }
+    int64_t wt_size() const { return all_columns() * L * features.rows(); }
+
+    // The features' projections for a column of walk i and a channel, and likewise their gradients
+    template <class P> P* projection(
+        P* weight, P* input, P* output, P* skip_, int i, int column, int64_t channel) const {
+        const int64_t d = walks[i].source, n = features.count;
+        if (column == kSkip) return skip_ + channel * n;
+        if (column == kInput) return input + (d * channels + channel) * n;
+        if (column == kOutput) return output + (d * channels + channel) * n;
+        const int64_t group = channel * args.groups / channels;
+        return weight + ((d * kLogits + column) * args.groups + group) * n;
+    }
+    const A* projection(int i, int column, int64_t channel) const {
+        return projection(
+            (const A*)args.weight_proj, (const A*)args.input_proj, (const A*)args.output_proj,
+            (const A*)args.skip_proj, i, column, channel);
+    }
+    A* grad_projection(int i, int column, int64_t channel) const {
+        return projection(
+            (A*)args.grad_weight_proj, (A*)args.grad_input_proj, (A*)args.grad_output_proj, (A*)args.grad_skip_proj, i,
+            column, channel);
+    }
+
+    // The proxy of an image of the current round as [row][column][features]
+    int64_t proxy_row() const { return proxy_in_place ? args.proxy.row : width * features.count; }
+    int64_t proxy_column() const { return proxy_in_place ? args.proxy.column : features.count; }
+    const A* proxy_of(int64_t image) const {
+        if (proxy_in_place) return (const A*)args.proxy.data + image * args.proxy.batch;
+        return packed_proxy + (image - first) * pixels * features.count;
+    }
+    int64_t packed_proxy_size(int64_t images) const {
+        return proxy_in_place ? 0 : images * pixels * features.count;
+    }
+
+    int64_t packed_size() const { return height * pitch * L; }  // of one block of an image
+
+    void pack_block_row(const GspnView& view, int64_t image, int64_t block, int64_t row, A* packed) const {
+        const Map<const T> map = map_of<const T>(view);
+        const T* from = map.at(image, block * L, row);
+        pack_row(from, map.channel, map.column, lanes_of(block), L, width, packed + row * pitch * L, L);
+    }
+    void unpack_block_row(const GspnView& view, int64_t image, int64_t block, int64_t row, const A* packed) const {
+        const Map<T> map = map_of<T>(view);
+        T* to = map.at(image, block * L, row);
+        unpack_row(packed + row * pitch * L, to, map.channel, map.column, lanes_of(block), width);
+    }
+
+    // Adds up the parts of a block, which follow each other in memory (into the first), and writes it.
+    void sum_parts(const GspnView& view, int64_t image, int64_t block, int64_t parts, A* packed) const {
+        for (int64_t row = 0; row < height; row++) {
+            for (int64_t at = row * pitch * L, end = at + width * L; at < end; at += L) {
+                VecOf<A> v = load(packed + at);
+                for (int64_t part = 1; part < parts; part++) v = v + load(packed + part * packed_size() + at);
+                store(packed + at, v);
+            }
+            unpack_block_row(view, image, block, row, packed);
+        }
+    }
+
+    // How many threads are worth it: a multiply-add counts once for each vector that it fills
+    int64_t useful_threads() const {
+        const int64_t per_pixel = (int64_t)directions * ((kLogits + 2) * features.count + 40);
+        return max64(1, min64(args.threads, batch * blocks * L * pixels * per_pixel / kThreadWork));
+    }
+    int64_t workspace() const { return args.workspace > 0 ? args.workspace : kDefaultWorkspace; }
+};
+
+// Packing of the projections, one walk and block at a time
+
+template <class T> static void pack_projections(const Plan<T>& plan, int i, int64_t block) {
+    typedef Acc<T> A;
+    constexpr int L = kLanes<T>;
+    const int columns = plan.columns(i), n = plan.lanes_of(block);
+    const int64_t count = plan.features.count, step = columns * L;
+    for (int column = 0; column < columns; column++) {
+        A* to = plan.w + plan.w_at(i, block) + column * L;
+        const A* from = plan.projection(i, column, block * L);
+        if (column >= kLogits || plan.args.groups == plan.channels) {
+            pack_row(from, count, 1, n, L, count, to, step);
+        } else {
+            for (int c = 0; c < L; c++) {
+                const A* row = c < n ? plan.projection(i, column, block * L + c) : nullptr;
+                for (int64_t s = 0; s < count; s++) to[s * step + c] = row ? row[s] : 0;
+            }
+        }
+        if (column < kLogits)
+            for (int64_t s = 0; s < count; s++) store(to + s * step, load(to + s * step) * (A)-kLog2e);
+    }
+}
+
+template <class T> static void pack_transposed(const Plan<T>& plan, int i, int64_t block) {
+    typedef Acc<T> A;
+    constexpr int L = kLanes<T>;
+    const Features<A>& features = plan.features;
+    const int columns = plan.columns(i), n = plan.lanes_of(block);
+    A* const wt = plan.wt + plan.wt_at(i, block);
+    A* const rest = wt + features.full * columns * L * L;
+    const int repeats = features.rest ? features.repeats() : 1;
+    __builtin_memset(wt, 0, sizeof(A) * columns * L * features.rows());
+    for (int column = 0; column < columns; column++)
+        for (int c = 0; c < n; c++) {
+            const A* row = plan.projection(i, column, block * L + c);
+            const int64_t k = column * L + c;
+            for (int64_t f = 0; f < features.full; f++) store(wt + (f * columns * L + k) * L, load(row + f * L));
+            A* to = rest + k / repeats * L + k % repeats;
+            for (int s = 0; s < features.rest; s++) to[s * repeats] = row[features.full * L + s];
+        }
+}
+
+// The tasks before the scans of a round: projections (in the first round only) and rows of the proxy
+
+template <class T> struct Prologue {
+    const Plan<T>& plan;
+    int64_t projections, rows;  // how many tasks of either kind
+
+    Prologue(const Plan<T>& p)
+        : plan(p), projections(p.first == 0 ? p.directions * p.blocks : 0),
+          rows(p.proxy_in_place ? 0 : p.count * p.height) {}
+
+    static void task(const void* context, int64_t task, char*) {
+        const Prologue& self = *(const Prologue*)context;
+        if (task >= self.projections) return self.pack_proxy_row(task - self.projections);
+        const int i = (int)(task / self.plan.blocks);
+        const int64_t block = task % self.plan.blocks;
+        pack_projections(self.plan, i, block);
+        if (self.plan.wt) pack_transposed(self.plan, i, block);
+    }
+
+    void pack_proxy_row(int64_t task) const {
+        const int64_t image = task / plan.height, row = task % plan.height, n = plan.features.count;
+        const Map<const T> proxy = map_of<const T>(plan.args.proxy);
+        Acc<T>* to = plan.packed_proxy + task * plan.width * n;
+        for (int64_t s = 0; s < n; s += kLanes<T>) {
+            const T* from = proxy.at(plan.first + image, s, row);
+            const int lanes = (int)min64(kLanes<T>, n - s);
+            pack_row(from, proxy.channel, proxy.column, lanes, lanes, plan.width, to + s, n);
+        }
+    }
+
+    int64_t run(int64_t threads) const {
+        return gspn::parallel_for(projections + rows, threads, 0, task, this);
+    }
+};
+
+}  // namespace
+}  // namespace GSPN_NS
