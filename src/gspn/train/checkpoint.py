@@ -136,7 +136,7 @@ class Run:
             raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
         for name in _OWN:
             _remove(path / name)
-        run = cls(path, {"format": FORMAT, **config}, [])
+        run = cls(path, json.loads(json.dumps({"format": FORMAT, **config})), [])
         write_json(path / "config.json", run.config)
         return run
 

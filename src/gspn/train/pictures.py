@@ -29,7 +29,9 @@ def curves(run):
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     marker = "o" if len(rows) < 3 else None
-    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker, label="training")
+    smoothing = run.config["options"]["label_smoothing"]
+    smoothed = f" (label smoothing {smoothing:g})" if smoothing else ""
+    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker, label=f"training{smoothed}")
     loss.plot(epochs, [row["val_loss"] for row in rows], color=ORANGE, marker=marker, label="validation")
     loss.set(title="Loss", xlabel="epoch", yscale="log")
     loss.legend(frameon=False)
@@ -66,22 +68,28 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
     shown = _spaced(wrong_rows, WRONG)
     shown += _spaced(right_rows, COLUMNS * ROWS - len(shown))
     rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(COLUMNS * 1.3, rows * 1.62 + 0.5), layout="constrained")
+    tall = preprocessing.size[0] / preprocessing.size[1]  # an image is 1 wide and this tall, with 0.32 for its text
+    figure = Figure(figsize=(COLUMNS * 1.3, rows * (tall + 0.32) * 1.3 + 0.6), layout="constrained")
     total, correct = int(readable.sum()), int((readable & right).sum())
-    figure.suptitle(
-        f"{correct} of {total} {split_name} images right ({correct / total:.2%}); {len(wrong_rows)} wrong, red",
+    axes = figure.subplots()
+    axes.set_title(
+        f"{correct:,} of {total:,} {split_name} images right ({correct / total:.2%}); {len(wrong_rows):,} wrong, red",
         fontsize=12,
     )
-    for axes in figure.subplots(rows, COLUMNS, squeeze=False).flat:
-        axes.axis("off")
-    for axes, row in zip(figure.axes, shown, strict=False):
-        axes.imshow(_shown(preprocessing(split.image(int(outcome.index[row])))), cmap="gray", vmin=0, vmax=255)
+    axes.axis("off")
+    for cell, row in enumerate(shown):
+        left, top = cell % COLUMNS, cell // COLUMNS * (tall + 0.32) + 0.32
+        extent = (left + 0.04, left + 0.96, top + tall * 0.92, top)
+        pixels = preprocessing(split.image(int(outcome.index[row])))
+        axes.imshow(_shown(pixels), cmap="gray", vmin=0, vmax=255, extent=extent)
         label, guess = class_names[int(outcome.label[row])], class_names[int(outcome.top[row, 0])]
-        title, colour = f"{_short(guess)} {float(outcome.probability[row, 0]):.0%}", "black"
+        title, colour = f"{_short(guess)} ({float(outcome.probability[row, 0]):.0%})", "black"
         if not right[row]:
             title, colour = f"{title}\nis {_short(label)}", RED
-            axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=RED, linewidth=3))
-        axes.set_title(title, fontsize=8.5, color=colour, pad=3)
+            frame = dict(edgecolor=RED, linewidth=3, fill=False)
+            axes.add_patch(Rectangle((extent[0], top), 0.92, tall * 0.92, **frame))
+        axes.text(left + 0.5, top - 0.03, title, fontsize=8.5, color=colour, ha="center", va="bottom")
+    axes.set(xlim=(0, COLUMNS), ylim=(rows * (tall + 0.32), 0))
     save(figure, path)
 
 
@@ -133,17 +141,17 @@ def context(path, classifier, image, place=None, block=None):
             most = others.max() or 1.0
             shown = axes.imshow(share, cmap="magma", norm=PowerNorm(0.5, 0, most), extent=(0, width, height, 0))
             decimals = 0 if most > 0.1 else 1 if most > 0.01 else 2
-            ticks = MaxNLocator(4, steps=[1, 2, 5, 10])
+            ticks = MaxNLocator(5)
             bar = figure.colorbar(shown, ax=axes, shrink=0.8, ticks=ticks, format=PercentFormatter(1, decimals))
             bar.ax.tick_params(labelsize=7)
-            what = "all four merged" if name == "merged" else f"{arrows[name]} travelling {name}"
+            what = "all four merged" if name == "merged" else f"{arrows[name]} scan going {name}"
             axes.set_title(f"{what}; itself {share[maps['place']]:.0%}", fontsize=10)
         _mark(axes, row, column, height, width)
         axes.set_xticks([])
         axes.set_yticks([])
     figure.supxlabel(
         f"the share of the context that comes from each place of the {'x'.join(map(str, share.shape))} feature map; "
-        "colours: square root",
+        "colours on a square-root scale",
         fontsize=9,
         color=GREY,
     )

@@ -1,0 +1,164 @@
+"""The gspn command, as a user meets it: output, messages, exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import gspn
+from gspn.cli import app
+from gspn.train.data import open_data
+
+TINY = [
+    argument
+    for pair in ("depths=[1]", "width=8", "global_levels=[0]", "stem_stride=2", "backend=reference")
+    for argument in ("--model-arg", pair)
+]
+
+
+def gspn_command(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    code, out, err = gspn_command("train", "digits", "--out", path, "--epochs", 2, "--lr", 0.01, *TINY)
+    assert code == 0, err
+    assert "1,438 training and 359 test images of 10 classes, 8x8, grey" in out
+    assert out.count("validation loss") == 2 and "images/s" in out and "top-1" in out and "predictions.png" in out
+    return path
+
+
+@pytest.fixture(scope="module")
+def digit_files(tmp_path_factory):
+    split, folder = open_data("digits").splits["test"], tmp_path_factory.mktemp("digits")
+    for i in range(40):
+        (folder / str(int(split.labels[i]))).mkdir(exist_ok=True)
+        split.image(i).save(folder / str(int(split.labels[i])) / f"{i}.png")
+    return folder
+
+
+def test_version_help_and_backends():
+    assert gspn_command("--version")[1] == f"gspn {gspn.__version__}\n"
+    code, out, _ = gspn_command("--help")
+    assert code == 0 and all(name in out for name in ("train", "eval", "predict", "show", "backends"))
+    for name in ("train", "eval", "predict", "show"):
+        assert gspn_command(name, "--help")[0] == 0
+    assert "reference: available" in gspn_command("backends")[1]
+
+
+def test_eval(run, digit_files):
+    code, out, err = gspn_command("eval", run, "digits", "--json")
+    metrics = json.loads(out)
+    assert code == 0 and err == "" and metrics["images"] == 359 and metrics["split"] == "test"
+    code, out, _ = gspn_command("eval", run, digit_files, "--checkpoint", "last")
+    assert code == 0 and "40 (all)" in out
+
+
+def test_predict_of_png_files_agrees_with_the_data_set(run, digit_files):
+    files = sorted(digit_files.rglob("*.png"))
+    code, out, _ = gspn_command("predict", run, *files, "--json", "--top", 10)
+    answers = json.loads(out)
+    assert code == 0 and [answer["image"] for answer in answers] == [str(file) for file in files]
+    assert all(sum(c["probability"] for c in answer["classes"]) == pytest.approx(1, abs=1e-4) for answer in answers)
+    right = [answer["classes"][0]["name"] == file.parent.name for answer, file in zip(answers, files, strict=True)]
+    metrics = json.loads(gspn_command("eval", run, digit_files, "--json")[1])
+    assert sum(right) / len(right) == pytest.approx(metrics["top1"])
+    code, out, _ = gspn_command("predict", run, files[0])
+    assert code == 0 and out.startswith(f"{files[0]}: ") and out.count("%") == 5
+
+
+def test_predict_of_any_kind_of_file(run, tmp_path):
+    for mode in ("1", "L", "RGB", "RGBA", "P", "CMYK", "I;16"):
+        Image.new(mode, (31, 17)).save(tmp_path / f"{mode}.tiff")
+    code, out, err = gspn_command("predict", run, *sorted(tmp_path.iterdir()))
+    assert code == 0 and err == "" and out.count("tiff: ") == 7
+
+
+def test_predict_names_what_it_cannot_read(run, digit_files, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    good = next(digit_files.rglob("*.png"))
+    code, out, err = gspn_command("predict", run, good, tmp_path / "bad.png", tmp_path / "gone.png")
+    assert code == 0 and "bad.png: unreadable" in out
+    assert "2 of 3 images unreadable" in err and "gone.png: No such file or directory" in err
+    code, _, err = gspn_command("predict", run, good, tmp_path / "bad.png", "--strict")
+    assert code == 2 and "bad.png" in err
+    assert gspn_command("predict", run, tmp_path / "bad.png")[0] == 2
+
+
+def test_show(run, digit_files, tmp_path):
+    image = next(digit_files.rglob("*.png"))
+    code, out, _ = gspn_command("show", run, image, "--place", "2,5", "--block", "0", "--out", tmp_path / "c.png")
+    assert code == 0 and (tmp_path / "c.png").exists() and "c.png" in out
+    assert gspn_command("show", run, image)[0] == 0 and (run / f"context-{image.stem}.png").exists()
+    for bad, message in {"8,8": "not on the 8x8 image", "middle": "takes ROW,COL"}.items():
+        code, _, err = gspn_command("show", run, image, "--place", bad)
+        assert code == 2 and message in err
+    code, _, err = gspn_command("show", run, image, "--block", "9")
+    assert code == 2 and "block has to be" in err
+    code, _, err = gspn_command("show", run, tmp_path / "gone.png")
+    assert code == 2 and "gone.png cannot be read as an image" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "/no/such/folder"], "there is no /no/such/folder; expected `digits`; a folder"),
+        (["train", "digits", "--model", "gspn_huge"], "unknown model 'gspn_huge'"),
+        (["train", "digits", "--model-arg", "width"], "takes KEY=VALUE, got 'width'"),
+        (["train", "digits", "--size", "big"], "takes N or HxW in pixels, got 'big'"),
+        (["train", "digits", "--class-names", "a,a"], "takes distinct names"),
+        (["train", "digits", "--class-names", "a,b"], "2 class names were given for 10 classes"),
+        (["train", "digits", "--precision", "fp8"], "precision must be fp32 or bf16, got 'fp8'"),
+        (["train", "digits", "--epochs", "-1"], "epochs must be from 1"),
+        (["train", "digits", "--val-fraction", "1"], "between 0 and 1"),
+        (["eval", "/no/such/run", "digits"], "/no/such/run is no run"),
+        (["predict", "/no/such/run", "x.png"], "/no/such/run is no run"),
+        (["train"], "Missing argument 'DATA'"),
+    ],
+)
+def test_user_errors_are_one_message_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = gspn_command(*arguments)
+    assert code == 2 and "Traceback" not in err and message in " ".join(err.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_in_the_way_and_overwrite(run):
+    before = (run / "config.json").read_text()
+    code, _, err = gspn_command("train", "digits", "--out", run)
+    assert code == 2 and "is not empty" in err and (run / "config.json").read_text() == before
+
+
+def test_a_training_that_diverges_is_exit_code_1(tmp_path):
+    code, _, err = gspn_command("train", "digits", "--out", tmp_path / "run", "--lr", "1e30", "--clip", 0, *TINY)
+    assert code == 1 and "at step" in err and "there is none yet" in err
+
+
+def test_strict_and_warning_of_unreadable_images(digit_files, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(digit_files, data)
+    bad = next(data.rglob("*.png"))
+    bad.write_bytes(bad.read_bytes()[:60])
+    code, _, err = gspn_command("train", data, "--out", tmp_path / "run", "--epochs", 1, "--batch-size", 8, *TINY)
+    assert code == 0 and "warning: 1 unreadable image left out" in err and str(bad) in " ".join(err.split())
+    code, _, err = gspn_command(
+        "train", data, "--out", tmp_path / "strict", "--epochs", 1, "--batch-size", 8, "--strict", *TINY
+    )
+    assert code == 2 and "unreadable image (--strict)" in err
+
+
+def test_as_a_module_and_without_the_extra(run):
+    result = subprocess.run([sys.executable, "-m", "gspn", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == f"gspn {gspn.__version__}\n"
+    code = "import sys; sys.modules['typer'] = None; import gspn; from gspn.cli import main"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert 'need typer: install with pip install "gspn[train]"' in result.stderr
