@@ -86,8 +86,9 @@ def test_folder_of_classes_is_split_the_same_way_each_time(tmp_path):
     data = open_data(tmp_path, val_fraction=0.2)
     train, val, name = data.for_training()
     assert (len(train), len(val), name, train.class_names) == (24, 6, "val", ["cat", "dog"])
-    assert [val.names(i) for i in range(6)] == [open_data(tmp_path, val_fraction=0.2).splits["val"].names(i)
-                                                for i in range(6)]  # fmt: skip
+    assert [val.names(i) for i in range(6)] == [
+        open_data(tmp_path, val_fraction=0.2).splits["val"].names(i) for i in range(6)
+    ]
     assert "held out" in data.notes[0]
     assert val.channels() == 3  # a colour image among them
     # only a run that was trained on these data is evaluated on the part held out
@@ -362,8 +363,9 @@ def test_workers_change_nothing_and_unreadable_images_are_marked(tmp_path):
     split, _ = open_data(tmp_path).for_evaluation()
     batches = []
     for workers in (0, 2):
-        loader = make_loader(split, GREY8, 6, train=True, augmentation=Augmentation(crop=True, flip=True), seed=1,
-                             workers=workers)  # fmt: skip
+        loader = make_loader(
+            split, GREY8, 6, train=True, augmentation=Augmentation(crop=True, flip=True), seed=1, workers=workers
+        )
         loader.sampler.set_epoch(3)
         batches.append(list(loader))
     assert len(batches[0]) == 3  # the incomplete batch is left out in training

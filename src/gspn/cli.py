@@ -160,7 +160,8 @@ def train(
             image_column=image_column,
             label_column=label_column,
         )
-        _print_metrics({"split": trained.config["data"]["split"], **metrics}, f"best checkpoint of {run}, chosen on these images")
+        metrics["split"] = trained.config["data"]["split"]
+        _print_metrics(metrics, f"the best checkpoint of {run}, chosen on these images")
         out.print(f"in {run}: checkpoints, metrics.jsonl, curves.png, predictions.png, context.png", highlight=False)
         _warn(warnings)
 

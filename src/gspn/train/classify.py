@@ -78,10 +78,17 @@ class Options:
 
 
 _RANGES = (
-    ("epochs", 1, 1_000_000), ("batch_size", 1, 1_000_000), ("lr", 0, float("inf")), ("weight_decay", 0, 10),
-    ("warmup", 0, 1_000_000), ("label_smoothing", 0, 0.99), ("clip", 0, float("inf")), ("ema", 0, 0.999999),
-    ("seed", 0, 2**63 - 1), ("workers", 0, 1024),
-)  # fmt: skip
+    ("epochs", 1, 1_000_000),
+    ("batch_size", 1, 1_000_000),
+    ("lr", 0, float("inf")),
+    ("weight_decay", 0, 10),
+    ("warmup", 0, 1_000_000),
+    ("label_smoothing", 0, 0.99),
+    ("clip", 0, float("inf")),
+    ("ema", 0, 0.999999),
+    ("seed", 0, 2**63 - 1),
+    ("workers", 0, 1024),
+)
 _CHOICES = (("precision", ("fp32", "bf16")), ("channels", (1, 3)), ("augment", ("none", "shift", "crop")))
 
 
@@ -258,9 +265,12 @@ def settle(options, kind, split):
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     preprocessing = Preprocessing(channels, size, mean, std, crop=1.0 if small else 0.875)
     preset = PRESETS[kind if kind in PRESETS else "small" if small else "photos"]
-    options = replace(options, size=size, channels=channels, **{
-        name: value for name, value in preset.items() if getattr(options, name) is None
-    })  # fmt: skip
+    options = replace(
+        options,
+        size=size,
+        channels=channels,
+        **{name: value for name, value in preset.items() if getattr(options, name) is None},
+    )
     if options.model == "gspn_micro" and "stem_stride" not in options.model_args:
         stride = 1 if max(size) <= 16 else 2 if small else 4
         options = replace(options, model_args={**options.model_args, "stem_stride": stride})
@@ -345,8 +355,9 @@ def load_classifier(path, checkpoint="best"):
         raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
 
 
-def evaluate(path, data, *, split=None, checkpoint="best", batch_size=256, channels=None, workers=2, strict=False,
-             **open_options):  # fmt: skip
+def evaluate(
+    path, data, *, split=None, checkpoint="best", batch_size=256, channels=None, workers=2, strict=False, **open_options
+):
     """Evaluates a run on `data`.
 
     Args:

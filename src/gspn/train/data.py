@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gspn.train.images import UNREADABLE, decode
+from gspn.train.images import DataError, Split, decode, listed
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -24,91 +24,6 @@ LOOKED_FOR = (
     "datasets' save_to_disk made; a parquet, arrow, csv or json file or a folder of them; or a name on the Hugging "
     "Face hub"
 )
-
-
-class DataError(ValueError):
-    """DATA cannot be used as asked: what was found and what was expected."""
-
-
-class Split:
-    """Labelled images.
-
-    Attributes:
-        labels: int64 (N,), numbers into `class_names`.
-        class_names: list of names, or None where the data carry none.
-        pixels: uint8 (N, C, H, W) where all images are in memory, else None.
-        read: index -> PIL image, where they are not.
-        names: index -> what to call an image in a message.
-    """
-
-    def __init__(self, labels, class_names, *, pixels=None, read=None, names=None):
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.class_names, self.pixels, self.read = class_names, pixels, read
-        self.names = names or (lambda i: f"image {i}")
-
-    def __len__(self):
-        return len(self.labels)
-
-    def image(self, i):
-        """The i-th image as PIL image. Errors: any, if the file is damaged."""
-        if self.pixels is None:
-            return self.read(i)
-        pixels = self.pixels[i].permute(1, 2, 0).numpy()
-        return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-    def problem(self, i):
-        """What is wrong with the i-th image, in words, beginning with its name."""
-        try:
-            self.image(i)
-        except Exception as error:
-            return f"{self.names(i)}: {str(error) or type(error).__name__}"
-        return f"{self.names(i)}: could not be turned into the model's input"
-
-    def subset(self, index):
-        """The split of the images `index` only."""
-        index = torch.as_tensor(index, dtype=torch.int64)
-        pixels = None if self.pixels is None else self.pixels[index]
-        return Split(
-            self.labels[index],
-            self.class_names,
-            pixels=pixels,
-            read=lambda i: self.read(int(index[i])),
-            names=lambda i: self.names(int(index[i])),
-        )
-
-    def relabelled(self, class_names):
-        """The same images with labels that number `class_names`. Errors: DataError names the classes that are not
-        among them. Data without names of their own are taken to be numbered alike."""
-        own = self.class_names or class_names
-        present = self.labels.unique().tolist()
-        beyond = [i for i in present if i >= len(own)]
-        unknown = [str(i) for i in beyond] or [own[i] for i in present if own[i] not in class_names]
-        if unknown:
-            raise DataError(
-                f"the data hold {_listed(unknown, 'class', 'classes')} that the model does not know; "
-                f"it knows {', '.join(class_names)}"
-            )
-        number = torch.tensor([class_names.index(name) if name in class_names else 0 for name in own])
-        return Split(number[self.labels], class_names, pixels=self.pixels, read=self.read, names=self.names)
-
-    def channels(self):
-        """1 or 3, from the pixels or from what up to 32 of the images are."""
-        if self.pixels is not None:
-            return self.pixels.shape[1]
-        grey = ("1", "L", "LA", "La", "I")
-        return 1 if all(i.mode in grey or i.mode.startswith("I;") for i in self.sample()) else 3
-
-    def sample(self, count=32):
-        """Up to `count` readable images, evenly spaced. Errors: DataError if none of them is readable."""
-        images, at = [], np.unique(np.linspace(0, len(self) - 1, count).astype(int))
-        for i in at.tolist():
-            try:
-                images.append(self.image(i))
-            except Exception:
-                continue
-        if not images:
-            raise DataError(f"none of {len(at)} images looked at can be read; the first: {self.problem(0)}")
-        return images
 
 
 @dataclass
@@ -249,7 +164,7 @@ def _open_folder(path, image_column, label_column):
     if saved or tables:
         return "datasets", _load_dataset("disk" if saved else str(path), image_column, label_column, path), []
     there = sorted(f.name for f in path.iterdir())
-    what = f"only {_listed(there, 'other thing', 'other things')}" if there else "nothing"
+    what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
     raise DataError(f"{path} holds {what}; {LOOKED_FOR}")
 
 
@@ -270,7 +185,7 @@ def _class_folder(path):
         strange = [name for name in folders if name not in SPLIT_NAMES]
         if strange:
             raise DataError(
-                f"{path} has a train folder beside {_listed(strange, 'folder', 'folders')}: expected either class "
+                f"{path} has a train folder beside {listed(strange, 'folder', 'folders')}: expected either class "
                 f"folders only, or only {', '.join(SPLIT_NAMES)}"
             )
         if len({SPLIT_NAMES[name] for name in folders}) < len(folders):
@@ -291,7 +206,7 @@ def _class_folder(path):
             files += images
             labels += [label] * len(images)
         result[name] = _files(files, labels, class_names)
-    notes = [f"ignored {_listed(ignored, 'file that is', 'files that are')} no image by name"] if ignored else []
+    notes = [f"ignored {listed(ignored, 'file that is', 'files that are')} no image by name"] if ignored else []
     return result, notes
 
 
@@ -331,12 +246,11 @@ def _idx_folder(path, files):
             )
         if class_names and labels.max() >= len(class_names):
             raise DataError(f"{path / 'classes.txt'} names {len(class_names)} classes, but a label is {labels.max()}")
-        names = [f"{of_split['images'].name}, image"] * 1
         splits[name] = Split(
             labels.astype(np.int64),
             class_names,
             pixels=torch.from_numpy(images)[:, None],
-            names=lambda i, name=names[0]: f"{name} {i}",
+            names=lambda i, file=of_split["images"].name: f"{file}, image {i}",
         )
     return splits
 
@@ -445,12 +359,3 @@ def _column(table, wanted, feature, what, name):
         f"{name}: expected one column of type {feature.__name__}, found {found}; say which with --{what}-column. "
         f"Its columns: {types}"
     )
-
-
-def _listed(things, one, many):
-    """'3 files: a, b, c', at most five of them by name."""
-    names = [str(thing) for thing in things[:5]] + (["..."] if len(things) > 5 else [])
-    return f"{len(things)} {one if len(things) == 1 else many}: {', '.join(names)}"
-
-
-__all__ = ["UNREADABLE", "Data", "DataError", "Split", "hold_out", "open_data", "read_idx"]

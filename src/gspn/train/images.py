@@ -1,4 +1,4 @@
-"""From an image of any kind to the model's input: preprocessing, augmentation, batches.
+"""From labelled images of any kind to the model's input: splits, preprocessing, augmentation, batches.
 
 Everything random is a function of numbers that a later run can repeat: the order of an epoch of (seed, epoch), the
 augmentation of an image of (seed, epoch, index). Nothing depends on the number of workers or processes.
@@ -15,6 +15,103 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 UNREADABLE = -100  # the label of an image that could not be decoded: cross_entropy's ignore_index
 
 
+# -- labelled images --
+
+
+class DataError(ValueError):
+    """DATA cannot be used as asked: what was found and what was expected."""
+
+
+class Split:
+    """Labelled images, such as data.open_data finds.
+
+    Attributes:
+        labels: int64 (N,), numbers into `class_names`.
+        class_names: list of names, or None where the data carry none.
+        pixels: uint8 (N, C, H, W) where all images are in memory, else None.
+        read: index -> PIL image, where they are not.
+        names: index -> what to call an image in a message.
+    """
+
+    def __init__(self, labels, class_names, *, pixels=None, read=None, names=None):
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.class_names, self.pixels, self.read = class_names, pixels, read
+        self.names = names or (lambda i: f"image {i}")
+
+    def __len__(self):
+        return len(self.labels)
+
+    def image(self, i):
+        """The i-th image as PIL image. Errors: any, if the file is damaged."""
+        if self.pixels is None:
+            return self.read(i)
+        pixels = self.pixels[i].permute(1, 2, 0).numpy()
+        return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+    def problem(self, i):
+        """What is wrong with the i-th image, in words, beginning with its name."""
+        try:
+            self.image(i)
+        except Exception as error:
+            return f"{self.names(i)}: {str(error) or type(error).__name__}"
+        return f"{self.names(i)}: could not be turned into the model's input"
+
+    def subset(self, index):
+        """The split of the images `index` only."""
+        index = torch.as_tensor(index, dtype=torch.int64)
+        pixels = None if self.pixels is None else self.pixels[index]
+        return Split(
+            self.labels[index],
+            self.class_names,
+            pixels=pixels,
+            read=lambda i: self.read(int(index[i])),
+            names=lambda i: self.names(int(index[i])),
+        )
+
+    def relabelled(self, class_names):
+        """The same images with labels that number `class_names`. Errors: DataError names the classes that are not
+        among them. Data without names of their own are taken to be numbered alike."""
+        own = self.class_names or class_names
+        present = self.labels.unique().tolist()
+        beyond = [i for i in present if i >= len(own)]
+        unknown = [str(i) for i in beyond] or [own[i] for i in present if own[i] not in class_names]
+        if unknown:
+            raise DataError(
+                f"the data hold {listed(unknown, 'class', 'classes')} that the model does not know; "
+                f"it knows {', '.join(class_names)}"
+            )
+        number = torch.tensor([class_names.index(name) if name in class_names else 0 for name in own])
+        return Split(number[self.labels], class_names, pixels=self.pixels, read=self.read, names=self.names)
+
+    def channels(self):
+        """1 or 3, from the pixels or from what up to 32 of the images are."""
+        if self.pixels is not None:
+            return self.pixels.shape[1]
+        grey = ("1", "L", "LA", "La", "I")
+        return 1 if all(i.mode in grey or i.mode.startswith("I;") for i in self.sample()) else 3
+
+    def sample(self, count=32):
+        """Up to `count` readable images, evenly spaced. Errors: DataError if none of them is readable."""
+        images, at = [], np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+        for i in at.tolist():
+            try:
+                images.append(self.image(i))
+            except Exception:
+                continue
+        if not images:
+            raise DataError(f"none of {len(at)} images looked at can be read; the first: {self.problem(0)}")
+        return images
+
+
+def listed(things, one, many):
+    """'3 files: a, b, c', at most five of them by name."""
+    names = [str(thing) for thing in things[:5]] + (["..."] if len(things) > 5 else [])
+    return f"{len(things)} {one if len(things) == 1 else many}: {', '.join(names)}"
+
+
+# -- randomness that can be repeated --
+
+
 def generator(*numbers):
     """A torch.Generator seeded by non-negative integers, such as (seed, epoch)."""
     return torch.Generator().manual_seed(mixed_seed(*numbers))
@@ -23,6 +120,9 @@ def generator(*numbers):
 def mixed_seed(*numbers):
     """One 63-bit seed from several non-negative integers; (1, 2) and (2, 1) give unrelated ones."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+# -- from an image file to pixels --
 
 
 def decode(file):
@@ -102,6 +202,9 @@ def random_box(image_size, numbers):
     return left, top, left + w, top + h
 
 
+# -- from pixels to batches --
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """What training does to its images.
@@ -130,8 +233,9 @@ class Augmentation:
             x = torch.where(numbers[:, 2:] < 0.5, x, W - 1 - x)
         inside = ((y >= 0) & (y < H))[:, None, :, None] & ((x >= 0) & (x < W))[:, None, None, :]
         y, x = _reflect(y, H), _reflect(x, W)
-        moved = images[torch.arange(B).view(B, 1, 1, 1), torch.arange(C).view(1, C, 1, 1), y[:, None, :, None],
-                       x[:, None, None, :]]  # fmt: skip
+        moved = images[
+            torch.arange(B).view(B, 1, 1, 1), torch.arange(C).view(1, C, 1, 1), y[:, None, :, None], x[:, None, None, :]
+        ]
         return moved * inside if self.fill == "zero" else moved
 
 
