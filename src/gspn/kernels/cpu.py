@@ -177,8 +177,8 @@ def _view_logits(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, D, G, 3, H, W)
     return tensor.data_ptr(), *tensor.stride()
 
 
-def _run(function, words: struct.Struct, *values: int) -> None:
-    status = function(words.pack(*values))
+def _run(function, arguments: bytes) -> None:
+    status = function(arguments)
     if status:
         raise (MemoryError if status == 1 else RuntimeError)(f"gspn's CPU kernel failed: {_STATUS[status]}")
 
@@ -191,7 +191,7 @@ def line_scan(x, weights, direction, segment=None, *, isa=None, threads=None, ou
     head = _line_scan_head(x, weights, direction, segment, isa, threads)
     h = _output("out", out, x)
     words = (*_view_map(x), *_NO_VIEW, *_view_weights(weights), *_view_map(h), *_NO_VIEW * 4)
-    _run(_library().gspn_scan_forward, _SCAN_WORDS, *head, *words)
+    _run(_library().gspn_scan_forward, _SCAN_WORDS.pack(*head, *words))
     return h
 
 
@@ -201,11 +201,11 @@ def line_scan_backward(grad_h, weights, h, direction, segment=None, *, isa=None,
     _check("grad_h", grad_h, h.shape, h.dtype)
     shared = weights.shape[1] != h.shape[1]
     dx, dweights = out or (None, None)
-    dx = _output("dx", dx, grad_h)
+    dx = _output("dx", dx, h)
     dweights = _output("dweights", dweights, weights, _state_dtype(h) if shared else weights.dtype)
     words = (*_NO_VIEW * 2, *_view_weights(weights), *_view_map(h))
     words += (*_view_map(grad_h), *_view_map(dx), *_NO_VIEW, *_view_weights(dweights))
-    _run(_library().gspn_scan_backward, _SCAN_WORDS, *head, *words)
+    _run(_library().gspn_scan_backward, _SCAN_WORDS.pack(*head, *words))
     return dx, dweights.to(weights.dtype)
 
 
@@ -217,7 +217,7 @@ def gated_scan(x, input_gate, logits, directions, segment=None, *, isa=None, thr
     head = _gated_scan_head(x, input_gate, logits, directions, segment, isa, threads)
     h = _output("out", out, input_gate)
     words = (*_view_map(x), *_view_maps(input_gate), *_view_logits(logits), *_view_maps(h), *_NO_VIEW * 4)
-    _run(_library().gspn_scan_forward, _SCAN_WORDS, *head, *words)
+    _run(_library().gspn_scan_forward, _SCAN_WORDS.pack(*head, *words))
     return h
 
 
@@ -235,7 +235,7 @@ def gated_scan_backward(
     dlogits = _output("dlogits", dlogits, logits, _state_dtype(x) if shared else logits.dtype)
     words = (*_view_map(x), *_view_maps(input_gate), *_view_logits(logits), *_view_maps(h))
     words += (*_view_maps(grad_h), *_view_map(dx), *_view_maps(dgate), *_view_logits(dlogits))
-    _run(_library().gspn_scan_backward, _SCAN_WORDS, *head, *words)
+    _run(_library().gspn_scan_backward, _SCAN_WORDS.pack(*head, *words))
     return dx.to(x.dtype), dgate, dlogits.to(logits.dtype)
 
 

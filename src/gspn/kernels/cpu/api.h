@@ -7,7 +7,7 @@
 
 #define GSPN_ABI_VERSION 1
 
-enum GspnDtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum GspnDtype { GSPN_FLOAT32 = 0, GSPN_BFLOAT16 = 1, GSPN_FLOAT16 = 2, GSPN_FLOAT64 = 3 };
 enum GspnIsa { GSPN_ISA_BEST = -1, GSPN_ISA_PORTABLE = 0, GSPN_ISA_AVX2 = 1, GSPN_ISA_AVX512 = 2 };
 enum GspnDirection { GSPN_RIGHT = 0, GSPN_DOWN = 1, GSPN_LEFT = 2, GSPN_UP = 3 };
 enum GspnStatus { GSPN_OK = 0, GSPN_NO_MEMORY = 1, GSPN_BAD_ARGUMENT = 2 };

@@ -4,18 +4,20 @@
 #include "propagate_api.h"
 
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #ifdef GSPN_X86
 #define GSPN_FOR_EACH_ISA(X) X(gspn_portable) X(gspn_avx2) X(gspn_avx512)
 #else
 #define GSPN_FOR_EACH_ISA(X) X(gspn_portable)
 #endif
-#define GSPN_DECLARE(isa)                                   \
-  namespace isa {                                           \
-  int64_t scan_forward(const GspnScanArgs&);                \
-  int64_t scan_backward(const GspnScanArgs&);               \
-  int64_t propagate(const GspnPropagateArgs&);              \
-  int64_t propagate_backward(const GspnPropagateArgs&);     \
+#define GSPN_DECLARE(isa)                                \
+  namespace isa {                                        \
+  int64_t scan_forward(const GspnScanArgs&);             \
+  int64_t scan_backward(const GspnScanArgs&);            \
+  int64_t propagate(const GspnPropagateArgs&);           \
+  int64_t propagate_backward(const GspnPropagateArgs&);  \
+  int64_t propagate_scratch(const GspnPropagateArgs&);   \
   }
 GSPN_FOR_EACH_ISA(GSPN_DECLARE)
 
@@ -26,8 +28,10 @@ struct Kernels {
   int64_t (*scan_backward)(const GspnScanArgs&);
   int64_t (*propagate)(const GspnPropagateArgs&);
   int64_t (*propagate_backward)(const GspnPropagateArgs&);
+  int64_t (*propagate_scratch)(const GspnPropagateArgs&);
 };
-#define GSPN_TABLE(isa) {isa::scan_forward, isa::scan_backward, isa::propagate, isa::propagate_backward},
+#define GSPN_TABLE(isa) \
+  {isa::scan_forward, isa::scan_backward, isa::propagate, isa::propagate_backward, isa::propagate_scratch},
 const Kernels kernels[] = {GSPN_FOR_EACH_ISA(GSPN_TABLE)};
 
 int64_t best_isa() {
@@ -51,26 +55,32 @@ const Kernels* kernels_for(int64_t isa) {
 
 // ---- scratch -------------------------------------------------------------------------------------------------------
 
-const int64_t keep_bytes = int64_t(8) << 20;  // a larger arena is given back at the end of the call
-int64_t scratch_now = 0, scratch_peak = 0;    // over all threads, atomic
+constexpr int64_t kKeepBytes = int64_t(64) << 20;  // a thread's larger buffers are given back at the end of the call
+constexpr int64_t kPage = 4096, kHugePage = int64_t(2) << 20;
+int64_t scratch_now = 0, scratch_peak = 0;  // bytes over all threads; atomic
 
 void count_scratch(int64_t change) {
   const int64_t now = __atomic_add_fetch(&scratch_now, change, __ATOMIC_RELAXED);
   int64_t peak = __atomic_load_n(&scratch_peak, __ATOMIC_RELAXED);
-  while (now > peak && !__atomic_compare_exchange_n(&scratch_peak, &peak, now, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (now > peak &&
+         !__atomic_compare_exchange_n(&scratch_peak, &peak, now, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
 }
 
-class Arena {
+// A buffer that grows and is kept: fresh memory costs a page fault for every page, often more than the kernel does.
+class Buffer {
  public:
-  ~Arena() { release(); }
+  ~Buffer() { release(); }
 
   char* reserve(int64_t bytes) {
     if (bytes <= size_) return data_;
     release();
-    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    const int64_t page = bytes >= 2 * kHugePage ? kHugePage : kPage, rounded = (bytes + page - 1) / page * page;
     void* data = nullptr;
-    if (posix_memalign(&data, 4096, size_t(rounded)) != 0) return nullptr;
+    if (posix_memalign(&data, size_t(page), size_t(rounded)) != 0) return nullptr;
+#ifdef MADV_HUGEPAGE
+    if (page == kHugePage) madvise(data, size_t(rounded), MADV_HUGEPAGE);
+#endif
     data_ = static_cast<char*>(data);
     size_ = rounded;
     count_scratch(size_);
@@ -78,7 +88,7 @@ class Arena {
   }
 
   void trim() {
-    if (size_ > keep_bytes) release();
+    if (size_ > kKeepBytes) release();
   }
 
  private:
@@ -93,7 +103,8 @@ class Arena {
   int64_t size_ = 0;
 };
 
-thread_local Arena arena;
+thread_local Buffer task_buffer, whole_call_buffer;
+thread_local int64_t threads_to_trim = 0;  // of the call that this thread is making
 
 }  // namespace
 
@@ -101,26 +112,38 @@ namespace gspn {
 
 int64_t parallel_for(int64_t tasks, int64_t threads, int64_t scratch_bytes, TaskBody body, const void* context) {
   if (tasks <= 0) return GSPN_OK;
-  int64_t status = GSPN_OK;
   if (threads > tasks) threads = tasks;
+  if (scratch_bytes > kKeepBytes && threads > threads_to_trim) threads_to_trim = threads;
   if (threads <= 1) {
-    char* scratch = arena.reserve(scratch_bytes + 64);
+    char* scratch = task_buffer.reserve(scratch_bytes + 1);
     if (!scratch) return GSPN_NO_MEMORY;
     for (int64_t task = 0; task < tasks; task++) body(context, task, scratch);
-    arena.trim();
     return GSPN_OK;
   }
+  int64_t status = GSPN_OK;
 #pragma omp parallel num_threads(int(threads))
   {
-    char* scratch = arena.reserve(scratch_bytes + 64);
+    char* scratch = task_buffer.reserve(scratch_bytes + 1);
     if (!scratch) __atomic_store_n(&status, int64_t(GSPN_NO_MEMORY), __ATOMIC_RELAXED);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++) {
       if (scratch) body(context, task, scratch);
     }
-    arena.trim();
   }
   return status;
+}
+
+char* call_buffer(int64_t bytes) { return whole_call_buffer.reserve(bytes + 1); }
+
+void end_call() {
+  whole_call_buffer.trim();
+  if (threads_to_trim <= 1) {
+    task_buffer.trim();
+  } else {
+#pragma omp parallel num_threads(int(threads_to_trim))
+    task_buffer.trim();
+  }
+  threads_to_trim = 0;
 }
 
 }  // namespace gspn
@@ -140,12 +163,16 @@ GSPN_EXPORT int64_t gspn_scratch_peak(int64_t reset) {
   return peak;
 }
 
-#define GSPN_ENTRY(name, Args)                                   \
-  GSPN_EXPORT int64_t gspn_##name(const Args* args) {            \
-    const Kernels* chosen = kernels_for(args->isa);              \
-    return chosen ? chosen->name(*args) : int64_t(GSPN_BAD_ARGUMENT); \
+#define GSPN_ENTRY(name, Args)                          \
+  GSPN_EXPORT int64_t gspn_##name(const Args* args) {   \
+    const Kernels* chosen = kernels_for(args->isa);     \
+    if (!chosen) return GSPN_BAD_ARGUMENT;              \
+    const int64_t result = chosen->name(*args);         \
+    gspn::end_call();                                   \
+    return result;                                      \
   }
 GSPN_ENTRY(scan_forward, GspnScanArgs)
 GSPN_ENTRY(scan_backward, GspnScanArgs)
 GSPN_ENTRY(propagate, GspnPropagateArgs)
 GSPN_ENTRY(propagate_backward, GspnPropagateArgs)
+GSPN_ENTRY(propagate_scratch, GspnPropagateArgs)  // returns bytes

@@ -12,6 +12,8 @@
 namespace GSPN_NS {
 namespace {
 
+#define GSPN_INLINE_MEMBER inline __attribute__((always_inline))
+
 struct Yes { static constexpr bool value = true; };
 struct No { static constexpr bool value = false; };
 
@@ -56,19 +58,8 @@ template <class T>
 GSPN_INLINE WeightField<T> weights_of(const GspnView& view, const Geometry& g, int64_t batch, int64_t direction,
                                       int64_t group) {
   const Field<T> f = field_of<T>(view, g, batch, direction, group);
+  if (!f.data) return {};
   return {{f.data, f.data + view.neighbour, f.data + 2 * view.neighbour}, f.line, f.place, f.channel};
-}
-
-// The same field with its lines in the order of the scan.
-template <class F> GSPN_INLINE F in_scan_order(F f, const Geometry& g) {
-  if (g.reverse && f.data) f.data += (g.lines - 1) * f.line, f.line = -f.line;
-  return f;
-}
-template <class T> GSPN_INLINE WeightField<T> in_scan_order(WeightField<T> f, const Geometry& g) {
-  if (!g.reverse) return f;
-  for (T*& data : f.data) data += (g.lines - 1) * f.line;
-  f.line = -f.line;
-  return f;
 }
 
 // All that one scan reads and writes. The gradients are null in a forward scan, the gate in line_scan.
@@ -79,7 +70,26 @@ template <class S, class W, class DX, class DW> struct Fields {
   Field<DX> dx;
   WeightField<DW> dweights;
   bool add_dx;  // an earlier direction has written dx
+  // Channels that share weights may come in several scans: dweights holds the sums, the last scan makes gradients of them.
+  bool add_dweights, finish_dweights;
 };
+
+// The same with the lines in the order of the scan: a scan that goes backwards sees negative strides.
+template <class T> GSPN_INLINE void reverse_lines(Field<T>& f, int64_t lines) {
+  if (f.data) f.data += (lines - 1) * f.line, f.line = -f.line;
+}
+template <class T> GSPN_INLINE void reverse_lines(WeightField<T>& f, int64_t lines) {
+  if (!f.data[0]) return;
+  for (T*& data : f.data) data += (lines - 1) * f.line;
+  f.line = -f.line;
+}
+template <class F> GSPN_INLINE F all_in_scan_order(F f, const Geometry& g) {
+  if (!g.reverse) return f;
+  reverse_lines(f.x, g.lines), reverse_lines(f.gate, g.lines), reverse_lines(f.grad_h, g.lines);
+  reverse_lines(f.h, g.lines), reverse_lines(f.dgate, g.lines), reverse_lines(f.dx, g.lines);
+  reverse_lines(f.weights, g.lines), reverse_lines(f.dweights, g.lines);
+  return f;
+}
 
 // ---- weights -------------------------------------------------------------------------------------------------------
 
@@ -190,14 +200,14 @@ template <bool EDGE, class V> GSPN_INLINE Slopes<V> normalize_with_slopes(Triple
 
 template <Form FORM, bool EDGE, class V> GSPN_INLINE Slopes<V> form_slopes(Triple<V> raw, Edges<V> edges) {
   if constexpr (FORM == kLogits) return normalize_with_slopes<EDGE>(raw, edges);
-  return {form_weights<FORM, EDGE>(raw, edges), {}};
+  return {form_weights<FORM, EDGE>(raw, edges), Triple<V>{}};
 }
 
 // From the gradients of the weights to those of what was handed over. Exactly 0 for neighbours that do not exist.
 template <Form FORM, bool EDGE, class V>
 GSPN_INLINE Triple<V> weight_gradient(Triple<V> dw, const Slopes<V>& s, Edges<V> edges) {
   if constexpr (FORM == kLogits) {
-    const Triple<V> term = keep_existing<EDGE>({s.weights.prev * dw.prev, {}, s.weights.next * dw.next}, edges);
+    const Triple<V> term = keep_existing<EDGE>(Triple<V>{s.weights.prev * dw.prev, V{}, s.weights.next * dw.next}, edges);
     const V mean = term.prev + s.weights.same * dw.same + term.next;
     dw = {s.slopes.prev * (dw.prev - mean), s.slopes.same * (dw.same - mean), s.slopes.next * (dw.next - mean)};
     if constexpr (EDGE) dw.same = keep(edges.has_prev | edges.has_next, dw.same);
@@ -207,7 +217,7 @@ GSPN_INLINE Triple<V> weight_gradient(Triple<V> dw, const Slopes<V>& s, Edges<V>
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
-template <bool PARTIAL, class T> GSPN_INLINE Triple<VecOf<T>> load_triple(T* const* p, int64_t i, int n) {
+template <bool PARTIAL, class T> GSPN_INLINE Triple<VecOf<T>> load_triple(const T* const* p, int64_t i, int n) {
   return {load_if<PARTIAL>(p[0] + i, n), load_if<PARTIAL>(p[1] + i, n), load_if<PARTIAL>(p[2] + i, n)};
 }
 template <bool PARTIAL, class T> GSPN_INLINE void store_triple(T* const* p, int64_t i, Triple<VecOf<T>> v, int n) {
@@ -220,6 +230,13 @@ template <class A> GSPN_INLINE void fill_zero(A* p, int64_t count) { __builtin_m
 
 template <class T> GSPN_INLINE void prefetch(const T* p) { __builtin_prefetch(p, 0, 3); }
 template <class T> GSPN_INLINE void prefetch_write(T* p) { __builtin_prefetch(p, 1, 3); }
+
+template <class T> GSPN_INLINE void gather(const T* p, int64_t stride, int64_t count, Acc<T>* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = load_one(p + i * stride);
+}
+template <class T> GSPN_INLINE void scatter(const Acc<T>* in, int64_t count, T* p, int64_t stride) {
+  for (int64_t i = 0; i < count; i++) store_one(p + i * stride, in[i]);
+}
 
 // Calls body(edge, partial, i, n) for each vector of a line of places. Only its first and last vectors are at an edge,
 // and only the last one can be partial.

@@ -19,10 +19,9 @@ template <class S> GSPN_INLINE int64_t lines_ahead(int64_t places) {
   return lines > 1 ? lines : 1;
 }
 
-// Elements of scratch: prepared weights (and their gradients), then per channel two states, or seven lines backward.
-template <class S> GSPN_INLINE int64_t rows_scratch(int64_t places, int64_t channels, bool shared, bool backward) {
-  const int64_t per_channel = backward ? 7 : 2, for_weights = shared ? (backward ? 6 : 3) : 0;
-  return row_pitch<S>(places) * (for_weights + per_channel * channels) + kLanes<S>;
+// Elements of scratch: prepared weights, then per channel two states, or backward seven lines.
+template <class S> GSPN_INLINE int64_t rows_scratch(int64_t places, int64_t channels, bool backward) {
+  return row_pitch<S>(places) * (3 + (backward ? 7 : 2) * channels) + kLanes<S>;
 }
 
 template <Form FORM, class S, class W>
@@ -37,12 +36,12 @@ void prepare_row(const WeightField<const W>& weights, int64_t line, int64_t plac
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-template <class S> struct ForwardAhead {  // what to prefetch for each element, in elements
+struct ForwardAhead {  // what to prefetch for each element, in elements
   int64_t x, gate, weights, h;
 };
 
 template <Form FORM, bool GATED, class S, class W>
-void row_forward(const ForwardStep<S>& p, const W* const* weights, int64_t places, const ForwardAhead<S>& ahead) {
+void row_forward(const ForwardStep<S>& p, const W* const* weights, int64_t places, const ForwardAhead& ahead) {
   for_each_vector<kLanes<S>>(places, [&](auto edge, auto partial, int64_t i, int n) {
     constexpr bool E = decltype(edge)::value, P = decltype(partial)::value;
     prefetch(p.x + i + ahead.x);
@@ -70,7 +69,7 @@ void rows_forward(const Geometry& g, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
   A* prepared[3] = {scratch, scratch + pitch, scratch + 2 * pitch};
   A* states = scratch + (SHARED ? 3 * pitch : 0) + kLanes<S>;
   fill_zero(states - kLanes<S>, 2 * pitch * g.channels);
-  const ForwardAhead<S> ahead = {soon * f.x.line, soon * f.gate.line, soon * f.weights.line, soon * f.h.line};
+  const ForwardAhead ahead = {soon * f.x.line, soon * f.gate.line, soon * f.weights.line, soon * f.h.line};
   for (int64_t t = 0; t < g.lines; t++) {
     const bool reset = t % g.segment == 0;
     if (SHARED && !reset) prepare_row<FORM, S>(f.weights, t * f.weights.line, g.places, prepared);
@@ -97,14 +96,14 @@ void rows_forward(const Geometry& g, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-template <class S> struct BackwardAhead {
+struct BackwardAhead {
   int64_t x, gate, weights, grad_h, dx, dgate, dweights;
 };
 
-// One line of one channel. Shared weights come prepared, and their gradients are summed in dweights, in scratch.
+// One line of one channel. Shared weights come prepared, and their gradients are summed in dweights.
 template <Form FORM, bool GATED, class S, class W, class DX, class DW>
 void row_backward(const BackwardStep<S, Acc<S>, DX>& p, const W* const* weights, DW* const* dweights, bool add_dweights,
-                  int64_t places, const BackwardAhead<S>& ahead) {
+                  int64_t places, const BackwardAhead& ahead) {
   for_each_vector<kLanes<S>>(places, [&](auto edge, auto partial, int64_t i, int n) {
     constexpr bool E = decltype(edge)::value, P = decltype(partial)::value;
     prefetch(p.grad_h + i + ahead.grad_h);
@@ -148,12 +147,12 @@ template <class S> void stage_row(const S* h, Acc<S>* staged, int64_t places, in
 
 // What the gradients of shared weights, summed over the channels, are for the raw weights.
 template <Form FORM, class S, class W, class DW>
-void finish_row(const W* const* raw, const Acc<S>* const* sums, DW* const* dweights, int64_t places) {
+void finish_row(const W* const* raw, DW* const* dweights, int64_t places) {
   for_each_vector<kLanes<S>>(places, [&](auto edge, auto partial, int64_t i, int n) {
     constexpr bool E = decltype(edge)::value, P = decltype(partial)::value;
     const auto edges = edges_of_places<VecOf<S>>(i, places);
     const auto slopes = form_slopes<FORM, E>(load_triple<P>(raw, i, n), edges);
-    store_triple<P>(dweights, i, weight_gradient<FORM, E>(load_triple<P>(sums, i, n), slopes, edges), n);
+    store_triple<P>(dweights, i, weight_gradient<FORM, E>(load_triple<P>(dweights, i, n), slopes, edges), n);
   });
 }
 
@@ -163,10 +162,9 @@ void rows_backward(const Geometry& g, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
   constexpr bool GATED = FORM == kLogits;
   const int64_t pitch = row_pitch<S>(g.places), back = -lines_ahead<S>(g.places);
   A* prepared[3] = {scratch, scratch + pitch, scratch + 2 * pitch};
-  A* sums[3] = {scratch + 3 * pitch, scratch + 4 * pitch, scratch + 5 * pitch};
-  A* lines = scratch + (SHARED ? 6 * pitch : 0) + kLanes<S>;
+  A* lines = scratch + (SHARED ? 3 * pitch : 0) + kLanes<S>;
   fill_zero(lines - kLanes<S>, 7 * pitch * g.channels);
-  const BackwardAhead<S> ahead = {back * f.x.line,  back * f.gate.line,  back * f.weights.line, back * f.grad_h.line,
+  const BackwardAhead ahead = {back * f.x.line,  back * f.gate.line,  back * f.weights.line, back * f.grad_h.line,
                                   back * f.dx.line, back * f.dgate.line, back * f.dweights.line};
   for (int64_t t = g.lines - 1; t >= 0; t--) {
     const bool reset = t % g.segment == 0, last = t == g.lines - 1 || (t + 1) % g.segment == 0;
@@ -195,11 +193,11 @@ void rows_backward(const Geometry& g, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
         continue;
       }
       stage_row(f.h.data + c * f.h.channel + (t - 1) * f.h.line, staged, g.places, back * f.h.line);
-      if constexpr (SHARED) row_backward<kPrepared, GATED>(p, prepared, sums, c > 0, g.places, ahead);
+      if constexpr (SHARED) row_backward<kPrepared, GATED>(p, prepared, dweights, c > 0 || f.add_dweights, g.places, ahead);
       else row_backward<FORM, GATED>(p, raw, dweights, false, g.places, ahead);
     }
     if (reset) zero_row<S>(dweights, g.places);
-    else if (SHARED) finish_row<FORM, S>(raw, sums, dweights, g.places);
+    else if (SHARED && f.finish_dweights) finish_row<FORM, S>(raw, dweights, g.places);
   }
 }
 
