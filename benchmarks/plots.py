@@ -81,7 +81,7 @@ def table(content: dict, path: Path) -> None:
             found = case[key]
             cells = [f"{found[n]['ratio'][1]:.2f}" if n in found else "" for n in others]
             lines.append(
-                f"| {label_of(case).replace(chr(10), ' ')} | {case['pass']} | {case.get('dtype', 'float32')} | {key[0]} | "
+                f"| {' '.join(label_of(case).split())} | {case['pass']} | {case.get('dtype', 'float32')} | {key[0]} | "
                 f"{found['gspn']['ms'][1]:.2f} | {' | '.join(cells)} | {told if key.startswith('1') else ''} |"
             )
     path.write_text("\n".join(lines) + "\n")

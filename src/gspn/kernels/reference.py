@@ -10,6 +10,7 @@ The scan works a line at a time for all batch items, channels and places at once
 left, up. The state is float32 for 16-bit and 32-bit data and float64 for float64, also inside autocast.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -72,7 +73,7 @@ def propagate(
         dtype, x, proxy = x.dtype, _state(x), _state(proxy)
         y = torch.zeros_like(x) if skip_proj is None else _project(skip_proj, proxy) * x
         for i, d in enumerate(directions):
-            weights = normalize_weights(_project(weight_proj[i].transpose(0, 1), proxy), d)
+            weights = normalize_weights(_project(weight_proj[i], proxy).transpose(1, 2), d)
             h = line_scan(_project(input_proj[i], proxy) * x, weights, d, segment)
             y = torch.addcmul(y, _project(output_proj[i], proxy), h)
         return y.to(dtype)
@@ -140,8 +141,13 @@ def propagate_backward(
     skip_proj: Tensor | None,
     directions: list[int],
     segment: int | None,
+    scan: Callable[..., Tensor] = gated_scan,
+    scan_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = gated_scan_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, proxy and the four projections; everything between them is computed again."""
+    """Gradients of x, proxy and the four projections; everything between them is computed again, a direction at a time.
+
+    ``scan`` and ``scan_backward`` may be another backend's: this is then its unfused form.
+    """
     with _no_autocast(x):
         dy, values, features = _state(grad), _state(x), _state(proxy)
         grad_x, grad_proxy, grad_skip = torch.zeros_like(values), torch.zeros_like(features), None
@@ -149,30 +155,20 @@ def propagate_backward(
             grad_x += _project(skip_proj, features) * dy
             grad_skip = _projection_gradient(dy * values, features, skip_proj)
             grad_proxy += _unproject(skip_proj, dy * values)
-        grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        found: list[list[Tensor]] = [[], [], []]
         for i, d in enumerate(directions):
-            projections = (weight_proj[i].transpose(0, 1), input_proj[i], output_proj[i])
+            projections = (weight_proj[i], input_proj[i], output_proj[i])
             logits, gate, output_gate = (_project(p, features) for p in projections)
-            h = gated_scan(values, gate[:, None], logits[:, None], [d], segment)
+            logits, gate = logits.transpose(1, 2)[:, None], gate[:, None]  # (B,1,G,3,H,W), (B,1,C,H,W)
+            h = scan(values, gate, logits, [d], segment)
             grad_h = (dy * output_gate)[:, None]
-            part, grad_gate, grad_logits = gated_scan_backward(
-                grad_h, values, gate[:, None], logits[:, None], h, [d], segment
-            )
+            part, grad_gate, grad_logits = scan_backward(grad_h, values, gate, logits, h, [d], segment)
             grad_x += part
-            for found, projection, grad_map in zip(
-                grads, projections, (grad_logits[:, 0], grad_gate[:, 0], dy * h[:, 0]), strict=True
-            ):
-                found.append(_projection_gradient(grad_map, features, projection))
+            maps = (grad_logits[:, 0].transpose(1, 2), grad_gate[:, 0], dy * h[:, 0])
+            for grads, projection, grad_map in zip(found, projections, maps, strict=True):
+                grads.append(_projection_gradient(grad_map, features, projection))
                 grad_proxy += _unproject(projection, grad_map)
-        grad_weight = torch.stack(grads[0]).transpose(1, 2)
-        return (
-            grad_x.to(x.dtype),
-            grad_proxy.to(proxy.dtype),
-            grad_weight.contiguous(),
-            torch.stack(grads[1]),
-            torch.stack(grads[2]),
-            grad_skip,
-        )
+        return grad_x.to(x.dtype), grad_proxy.to(proxy.dtype), *(torch.stack(grads) for grads in found), grad_skip
 
 
 # The pieces
