@@ -19,18 +19,20 @@ static void backward_strip(
     constexpr int L = kLanes<A>, columns = columns_of(OUT, START);
     if (first && last && n == 1)
         return backward_pixel<START, kOnly, OUT>(maps, h, earlier, message, carried, x, dy, grads, dx);
+    Carried<VecOf<A>> c = carried;  // a copy of its own stays in registers
     int64_t i = 0;
-    if (first) backward_pixel<START, kFirst, OUT>(maps, h, earlier, message, carried, x, dy, grads, dx), i = 1;
+    if (first) backward_pixel<START, kFirst, OUT>(maps, h, earlier, message, c, x, dy, grads, dx), i = 1;
     for (; i < n - last; i++) {
         const int64_t m = i * columns * L, s = i * L, at = i * step;
         backward_pixel<START, kInside, OUT>(
-            maps + m, h + s, earlier + s, message + s, carried, x + at, dy + at, grads + m, dx + at);
+            maps + m, h + s, earlier + s, message + s, c, x + at, dy + at, grads + m, dx + at);
     }
     if (last) {
         const int64_t m = i * columns * L, s = i * L, at = i * step;
         backward_pixel<START, kLast, OUT>(
-            maps + m, h + s, earlier + s, message + s, carried, x + at, dy + at, grads + m, dx + at);
+            maps + m, h + s, earlier + s, message + s, c, x + at, dy + at, grads + m, dx + at);
     }
+    carried = c;
 }
 
 // Lanes without a channel multiply 0 by whatever the proxy is; a NaN must not get from there into the proxy's gradient.

@@ -21,14 +21,16 @@ static void forward_strip(
     int64_t step) {
     constexpr int L = kLanes<A>, columns = columns_of(OUT, START);
     if (first && last && n == 1) return forward_pixel<START, kOnly, OUT>(maps, from, to, before, x, out);
+    VecOf<A> b = before;  // a copy of its own stays in a register
     int64_t i = 0;
-    if (first) forward_pixel<START, kFirst, OUT>(maps, from, to, before, x, out), i = 1;
+    if (first) forward_pixel<START, kFirst, OUT>(maps, from, to, b, x, out), i = 1;
     for (; i < n - last; i++)
         forward_pixel<START, kInside, OUT>(
-            maps + i * columns * L, from + i * L, to + i * L, before, x + i * step, out + i * step);
+            maps + i * columns * L, from + i * L, to + i * L, b, x + i * step, out + i * step);
     if (last)
         forward_pixel<START, kLast, OUT>(
-            maps + i * columns * L, from + i * L, to + i * L, before, x + i * step, out + i * step);
+            maps + i * columns * L, from + i * L, to + i * L, b, x + i * step, out + i * step);
+    before = b;
 }
 
 // One line: strips of projected maps, each used while it is in the cache. Steps are elements between two places.

@@ -132,15 +132,24 @@ GSPN_INLINE void proxy_grad_tile(const A* grad, int64_t g_step, int64_t k_count,
     for (int i = 0; i < ROWS; i++) store(dproxy + i * step, load(dproxy + i * step) + sum[i]);
 }
 
+template <int ROWS, int R, class A>
+static void proxy_grad_tiles(
+    int64_t rows, int64_t n, const A* grad, int64_t g_step, int64_t k_count, const A* wt, A* dproxy, int64_t step) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS)
+            return proxy_grad_tiles<ROWS - 1, R>(rows, n, grad, g_step, k_count, wt, dproxy, step);
+    for (; n >= ROWS; n -= ROWS, grad += ROWS * g_step, dproxy += ROWS * step)
+        proxy_grad_tile<ROWS, R>(grad, g_step, k_count, wt, dproxy, step);
+    if constexpr (ROWS > 1)
+        if (n > 0) proxy_grad_tiles<ROWS - 1, R>(n, n, grad, g_step, k_count, wt, dproxy, step);
+}
+
+// Tiles of equal size: each pixel is one chain of additions, and a tile of a few would wait for them.
 template <int R, class A>
 static void proxy_grad_vector(
     int64_t n, const A* grad, int64_t g_step, int64_t k_count, const A* wt, A* dproxy, int64_t step) {
-    constexpr int rows = kProxyPixels;
-    for (; n >= rows; n -= rows, grad += rows * g_step, dproxy += rows * step)
-        proxy_grad_tile<rows, R>(grad, g_step, k_count, wt, dproxy, step);
-    for (; n >= 4; n -= 4, grad += 4 * g_step, dproxy += 4 * step)
-        proxy_grad_tile<4, R>(grad, g_step, k_count, wt, dproxy, step);
-    for (; n > 0; n--, grad += g_step, dproxy += step) proxy_grad_tile<1, R>(grad, g_step, k_count, wt, dproxy, step);
+    const int64_t tiles = (n + kProxyPixels - 1) / kProxyPixels, rows = (n + tiles - 1) / tiles;
+    proxy_grad_tiles<kProxyPixels, R>(rows, n, grad, g_step, k_count, wt, dproxy, step);
 }
 
 template <int R, class A>
