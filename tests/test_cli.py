@@ -137,7 +137,7 @@ def test_run_in_the_way_and_overwrite(run):
 
 def test_a_training_that_diverges_is_exit_code_1(tmp_path):
     code, _, err = gspn_command("train", "digits", "--out", tmp_path / "run", "--lr", "1e30", "--clip", 0, *TINY)
-    assert code == 1 and "at step" in err and "there is none yet" in err
+    assert code == 1 and "at step" in err and "there is no checkpoint yet" in err
 
 
 def test_strict_and_warning_of_unreadable_images(digit_files, tmp_path):

@@ -296,7 +296,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         return good(model, batch) * (float("nan") if count[0] == 8 else 1)
 
     task.loss = bad_at_step_8
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 8 \(epoch 2\).*last good checkpoint.*epoch 1"):
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 8 \(epoch 2\).*`last` is good: epoch 1"):
         train(task, OneLayer(), loader, options, run, accelerator)
     tensors, state = run.load_checkpoint("last")
     assert state["epoch"] == 1 and all(value.isfinite().all() for value in tensors["model"].values())

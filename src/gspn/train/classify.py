@@ -188,7 +188,9 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
     Returns: (Run, metrics of the best checkpoint, list of warnings).
     Errors: DataError, OptionError, RunError, SaveError, TrainingError.
     """
-    options, say = options or Options(), console.print if console else lambda *args, **more: None
+    accelerator, options = make_accelerator(), options or Options()
+    console = console if accelerator.is_main_process else None
+    say = console.print if console else lambda *args, **more: None
     Run.check_free(out, overwrite)
     data_set = open_data(data, **open_options)
     train_split, eval_split, eval_name = data_set.for_training()
@@ -205,7 +207,6 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
         highlight=False,
     )
 
-    accelerator = make_accelerator()
     config = {
         "task": "classification",
         "model": model.config,
@@ -216,11 +217,8 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
         "seed": options.seed,
         "versions": {"gspn": gspn.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    if accelerator.is_main_process:
-        run = Run.create(out, config, overwrite)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        run = Run.open(out)
+    accelerator.wait_for_everyone()  # all have found the folder free
+    run = Run.create(out, config, overwrite) if accelerator.is_main_process else None
 
     shift = max(preprocessing.size) // 8 if options.augment == "shift" else 0
     fill = "zero" if data_set.kind in ("digits", "idx") else "reflect"
@@ -234,6 +232,7 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
     names = LoopOptions.__dataclass_fields__
     train(task, model, loader, LoopOptions(**{k: getattr(options, k) for k in names}), run, accelerator, console)
 
+    accelerator.wait_for_everyone()  # the checkpoint is written
     classifier = load_classifier(out)
     with autocast(accelerator.device, options.precision):
         outcome = classify(classifier.model.to(accelerator.device), eval_loader, preprocessing, accelerator)
@@ -243,7 +242,7 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
         pictures.predictions(run.path / "predictions.png", eval_split, outcome, preprocessing, class_names, eval_name)
         first = int(outcome.index[outcome.label != UNREADABLE][0])
         pictures.context(run.path / "context.png", classifier, eval_split.image(first))
-    return run, metrics, warnings_of(metrics, list(task.problems.values()))
+    return classifier.run, metrics, warnings_of(metrics, list(task.problems.values()))
 
 
 def settle(options, kind, split):

@@ -18,8 +18,8 @@ from gspn.train.images import DataError, Split, decode, listed
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-LOOKED_FOR = (
-    "expected `digits`; a folder of class folders with images (or of train/ and val/ or test/ with such folders); a "
+KINDS = (
+    "`digits`; a folder of class folders with images (or of train/ and val/ or test/ with such folders); a "
     "folder of idx files (train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz], t10k-...); a folder that "
     "datasets' save_to_disk made; a parquet, arrow, csv or json file or a folder of them; or a name on the Hugging "
     "Face hub"
@@ -68,7 +68,7 @@ def open_data(data, *, val_fraction=0.1, class_names=None, image_column=None, la
     """Finds out what `data` is and opens it.
 
     Args:
-        data: "digits", a path, or a name on the Hugging Face hub (see LOOKED_FOR).
+        data: "digits", a path, or a name on the Hugging Face hub (see KINDS).
         val_fraction: the part of the training images to hold out where there is no other evaluation split; the
             choice is by class and always the same.
         class_names: names for data that carry none, such as idx files.
@@ -88,12 +88,12 @@ def open_data(data, *, val_fraction=0.1, class_names=None, image_column=None, la
         kind, splits, notes = _open_folder(path, image_column, label_column)
     elif path.is_file():
         if path.suffix not in TABLES:
-            raise DataError(f"{data} is a file of an unknown kind; {LOOKED_FOR}")
+            raise DataError(f"{data} is a file of an unknown kind; expected {KINDS}")
         kind, splits, notes = "datasets", _load_dataset(TABLES[path.suffix], image_column, label_column, path), []
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", data):
         kind, splits, notes = "datasets", _load_dataset(data, image_column, label_column), []
     else:
-        raise DataError(f"there is no {data}; {LOOKED_FOR}")
+        raise DataError(f"there is no {data}; expected {KINDS}")
     where = data if not path.exists() else str(path.resolve())
 
     for name, split in splits.items():
@@ -165,7 +165,7 @@ def _open_folder(path, image_column, label_column):
         return "datasets", _load_dataset("disk" if saved else str(path), image_column, label_column, path), []
     there = sorted(f.name for f in path.iterdir())
     what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
-    raise DataError(f"{path} holds {what}; {LOOKED_FOR}")
+    raise DataError(f"{path} holds {what}; expected {KINDS}")
 
 
 def _subfolders(path):
@@ -295,7 +295,7 @@ def _load_dataset(source, image_column, label_column, path=None):
             loaded = datasets.load_dataset(source)
     except Exception as error:  # `datasets` raises its own, its file systems', the hub's and arrow's exceptions
         reason = f"Hugging Face datasets cannot load it: {type(error).__name__}: {error}"
-        here = "" if path else f" and there is no such file or folder; {LOOKED_FOR}"
+        here = "" if path else f"; and there is no such file or folder. expected {KINDS}"
         raise DataError(f"DATA {name}: {reason}{here}") from error
     tables = loaded if isinstance(loaded, dict) else {"train": loaded}
     splits, unlabelled = {}, []

@@ -67,7 +67,8 @@ def train(task, model, loader, options, run, accelerator, console=None):
 
     Args:
         task: a Task. model: any module. loader: images.make_loader's. options: LoopOptions.
-        run: checkpoint.Run; gets a row of metrics and the checkpoint "last" after every epoch, "best" if it was that.
+        run: checkpoint.Run, in the main process; gets a row of metrics and the checkpoint "last" after every epoch,
+            "best" if it was that.
         accelerator: accelerate's, with split_batches. console: rich's, for the progress bar; None is silent.
     Errors: TrainingError if the loss stops being a number; SaveError if the disk is full.
     """
@@ -94,7 +95,7 @@ def train(task, model, loader, options, run, accelerator, console=None):
                     loss = task.loss(model, batch)
                 value = accelerator.reduce(loss.detach(), "mean").item()
                 if not math.isfinite(value):
-                    raise _diverged(f"the loss is {value} at step {step + 1} (epoch {epoch + 1})", run, epoch)
+                    raise _diverged(f"the loss is {value} at step {step + 1} (epoch {epoch + 1})", epoch)
                 accelerator.backward(loss)
                 if options.clip:
                     accelerator.clip_grad_norm_(model.parameters(), options.clip)
@@ -112,7 +113,7 @@ def train(task, model, loader, options, run, accelerator, console=None):
             with autocast(accelerator.device, options.precision):
                 metrics = task.evaluate(evaluated.eval(), accelerator)
             if not math.isfinite(metrics["val_loss"]):
-                raise _diverged(f"the validation loss is {metrics['val_loss']} after epoch {epoch + 1}", run, epoch)
+                raise _diverged(f"the validation loss is {metrics['val_loss']} after epoch {epoch + 1}", epoch)
             seconds = time.perf_counter() - start
             row = {"epoch": epoch + 1, "step": step, "train_loss": total / steps, **metrics, "lr": lr}
             row |= {"images_per_second": round(rate, 1), "seconds": round(seconds, 3)}
@@ -129,9 +130,9 @@ def train(task, model, loader, options, run, accelerator, console=None):
                 bar.console.print(task.line(row), highlight=False)
 
 
-def _diverged(what, run, epochs_done):
-    kept = f"{run.path / 'checkpoints' / 'last'} holds epoch {epochs_done}" if epochs_done else "there is none yet"
-    return TrainingError(f"{what}; training stopped. The last good checkpoint: {kept}. A lower --lr may help.")
+def _diverged(what, epochs_done):
+    kept = f"the checkpoint `last` is good: epoch {epochs_done}" if epochs_done else "there is no checkpoint yet"
+    return TrainingError(f"{what}; training stopped, {kept}. A lower learning rate may help.")
 
 
 def schedule(step, warmup, total, floor=0.01):

@@ -124,7 +124,9 @@ def context(path, classifier, image, place=None, block=None):
         for depth, level in zip(model.depths, model.feature_info, strict=True):
             if block == -1 or min(height, width) / level["reduction"] >= 8:
                 block += depth
-    maps = context_maps(classifier.model, classifier.preprocessing.normalize(pixels[None])[0], (row, column), block)
+    device = next(classifier.model.parameters()).device
+    image = classifier.preprocessing.normalize(pixels[None].to(device))[0]
+    maps = context_maps(classifier.model, image, (row, column), block)
     figure = Figure(figsize=(9.6, 6.2), layout="constrained")
     figure.suptitle(f"Where the context of pixel ({row}, {column}) comes from, {maps['block']}", fontsize=12)
     panels = ["input", *DIRECTIONS, "merged"]
