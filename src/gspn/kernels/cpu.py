@@ -1,7 +1,7 @@
 """The native CPU kernels: finds the shared library, checks the tensors, hands their addresses and strides to C.
 
-The C++ sources lie in the folder `cpu/` beside this file. The library is looked for when it is first needed, after torch
-has loaded its OpenMP runtime, which ours then shares. Layouts are taken as they come: nothing is copied here.
+The C++ sources lie in the folder `cpu/` beside this file. The library is looked for when it is first needed, after
+torch has loaded its OpenMP runtime, which ours then shares. Layouts are taken as they come: nothing is copied here.
 
 After a fork the child runs these kernels on one thread, whatever torch.get_num_threads() says: GNU OpenMP hangs in a
 child whose parent has used several threads. (Workers of a DataLoader set one thread anyhow.)
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1  # GSPN_ABI_VERSION in cpu/api.h
+ABI_VERSION = 2  # GSPN_ABI_VERSION in cpu/api.h
 ISAS = ("portable", "avx2", "avx512")  # GspnIsa in cpu/api.h, worst first
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # GspnDtype in cpu/api.h
 _VIEW = 7  # words of a GspnView
 _NO_VIEW = (0,) * _VIEW
 _SCAN_WORDS = struct.Struct(f"={16 + 8 * _VIEW}q")  # GspnScanArgs in cpu/api.h
+_PROPAGATE_WORDS = struct.Struct(f"={17 + 6 * _VIEW + 8}q")  # GspnPropagateArgs in cpu/propagate_api.h
 _STATUS = {1: "out of memory for scratch buffers", 2: "bad argument"}  # GspnStatus in cpu/api.h
 
 
@@ -65,7 +66,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native library cannot be loaded: {error}"
     if version != ABI_VERSION:
         return None, f"the native library has ABI version {version}, expected {ABI_VERSION}: install gspn again"
-    for name in ("scan_forward", "scan_backward", "propagate", "propagate_backward"):
+    for name in ("scan_forward", "scan_backward", "propagate", "propagate_backward", "propagate_scratch"):
         function = getattr(library, f"gspn_{name}")
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_char_p]
     library.gspn_best_isa.restype = ctypes.c_int64
@@ -142,11 +143,17 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch
         raise TypeError(f"{name} must be a strided tensor on the CPU, got {tensor.layout} on {tensor.device}")
 
 
-def _check_kind(x: torch.Tensor, weights_name: str, weights: torch.Tensor) -> None:
+def _check_x(x: torch.Tensor) -> None:
     if x.dtype not in _DTYPES:
         raise TypeError(f"x must be one of {sorted(map(str, _DTYPES))}, got {x.dtype}")
-    if weights.dtype != x.dtype and not (weights.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
-        raise TypeError(f"{weights_name} must be {x.dtype}, or float32 beside a 16-bit x, got {weights.dtype}")
+    _check("x", x, x.shape, x.dtype)
+
+
+def _direction_words(directions) -> tuple[int, ...]:
+    count = len(directions)
+    if not 1 <= count <= 4 or not set(directions) <= {0, 1, 2, 3}:
+        raise ValueError(f"directions must be one to four of 0, 1, 2, 3, got {directions}")
+    return (count, *directions, *(0,) * (4 - count))
 
 
 def _check_groups(channels: int, groups: int) -> None:
@@ -212,7 +219,7 @@ def line_scan_backward(grad_h, weights, h, direction, segment=None, *, isa=None,
 def gated_scan(x, input_gate, logits, directions, segment=None, *, isa=None, threads=None, out=None):
     """Scan input_gate (B, D, C, H, W) * x (B, C, H, W) in D directions; returns h (B, D, C, H, W).
 
-    logits (B, D, G, 3, H, W) are normalised on the way: clamped at -28, sigmoid, divided by the sum over the neighbours.
+    logits (B, D, G, 3, H, W) are normalised on the way: clamped at -28, sigmoid, divided by the neighbours' sum.
     """
     head = _gated_scan_head(x, input_gate, logits, directions, segment, isa, threads)
     h = _output("out", out, input_gate)
@@ -239,6 +246,50 @@ def gated_scan_backward(
     return dx.to(x.dtype), dgate, dlogits.to(logits.dtype)
 
 
+def propagate(
+    x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None,
+    *, isa=None, threads=None, workspace_mib=0, out=None,
+):  # fmt: skip
+    """Scan with gates and weights projected from proxy (B, S, H, W) on the way; returns y (B, C, H, W).
+
+    weight_proj (D, 3, G, S), input_proj and output_proj (D, C, S), skip_proj (C, S) or None; of any floating dtype.
+    workspace_mib limits the scratch memory by running fewer threads; 0 is 256 MiB.
+    """
+    projections = _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions)
+    head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib)
+    y = _output("out", out, x)
+    views = (*_view_map(x), *_view_map(proxy), *_view_map(y), *_NO_VIEW * 3)
+    pointers = (*map(_pointer, projections), 0, 0, 0, 0)
+    _run(_library().gspn_propagate, _PROPAGATE_WORDS.pack(*head, *views, *pointers))
+    return y
+
+
+def propagate_backward(
+    grad_y, x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None,
+    *, isa=None, threads=None, workspace_mib=0,
+):  # fmt: skip
+    """Gradients of `propagate`, for x, proxy, weight_proj, input_proj, output_proj and skip_proj (None if that is)."""
+    projections = _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions)
+    head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib, backward=1)
+    _check("grad_y", grad_y, x.shape, x.dtype)
+    dx, dproxy = torch.empty_like(x), torch.empty_like(proxy)
+    gradients = [None if p is None else torch.empty_like(p) for p in projections]
+    views = (*_view_map(x), *_view_map(proxy), *_NO_VIEW, *_view_map(grad_y), *_view_map(dx), *_view_map(dproxy))
+    pointers = (*map(_pointer, projections), *map(_pointer, gradients))
+    _run(_library().gspn_propagate_backward, _PROPAGATE_WORDS.pack(*head, *views, *pointers))
+    given = (weight_proj, input_proj, output_proj, skip_proj)
+    return dx, dproxy, *(None if p is None else d.to(p.dtype) for p, d in zip(given, gradients, strict=True))
+
+
+def propagate_scratch_bytes(
+    x, proxy, weight_proj, directions, segment=None, *, backward=False, isa=None, threads=None, workspace_mib=0
+) -> int:
+    """The scratch memory, over all threads, that `propagate` (or its backward) takes for such arguments."""
+    head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib, int(backward))
+    views = (*_view_map(x), *_view_map(proxy), *_NO_VIEW * 4)
+    return _library().gspn_propagate_scratch(_PROPAGATE_WORDS.pack(*head, *views, *(0,) * 8))
+
+
 def _output(name: str, out: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`out` where the caller reuses a buffer, else a new tensor with the strides of `like`."""
     if out is None:
@@ -248,11 +299,11 @@ def _output(name: str, out: torch.Tensor | None, like: torch.Tensor, dtype: torc
 
 
 def _line_scan_head(x, weights, direction, segment, isa, threads) -> tuple[int, ...]:
-    _check_kind(x, "weights", weights)
+    _check_x(x)
     batch, channels, height, width = x.shape
     groups = weights.shape[1]
-    _check("x", x, x.shape, x.dtype)
-    _check("weights", weights, (batch, groups, 3, height, width), weights.dtype)
+    beside = weights.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    _check("weights", weights, (batch, groups, 3, height, width), torch.float32 if beside else x.dtype)
     _check_groups(channels, groups)
     if direction not in (0, 1, 2, 3):
         raise ValueError(f"direction must be 0, 1, 2 or 3, got {direction}")
@@ -264,18 +315,51 @@ def _line_scan_head(x, weights, direction, segment, isa, threads) -> tuple[int, 
 
 
 def _gated_scan_head(x, input_gate, logits, directions, segment, isa, threads) -> tuple[int, ...]:
-    _check_kind(x, "logits", logits)
+    _check_x(x)
     batch, channels, height, width = x.shape
     count, groups = len(directions), logits.shape[2]
-    if not 1 <= count <= 4 or not set(directions) <= {0, 1, 2, 3}:
-        raise ValueError(f"directions must be one to four of 0, 1, 2, 3, got {directions}")
-    _check("x", x, x.shape, x.dtype)
     _check("input_gate", input_gate, (batch, count, channels, height, width), x.dtype)
-    _check("logits", logits, (batch, count, groups, 3, height, width), logits.dtype)
+    _check("logits", logits, (batch, count, groups, 3, height, width), x.dtype)
     _check_groups(channels, groups)
     return (
         *(_isa_code(isa), _thread_count(threads), 1, _DTYPES[x.dtype], _DTYPES[logits.dtype]),
         *(batch, count, channels, groups, height, width, _segment_code(segment)),
-        *directions,
-        *(0,) * (4 - count),
+        *_direction_words(directions)[1:],
+    )
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions) -> list[torch.Tensor | None]:
+    """The projections as the kernel takes them: contiguous and of the state's dtype. They are small."""
+    channels, features, count, groups = x.shape[1], proxy.shape[1], len(directions), weight_proj.shape[2]
+    state = _state_dtype(x)
+    found = []
+    for name, tensor, shape in (
+        ("weight_proj", weight_proj, (count, 3, groups, features)),
+        ("input_proj", input_proj, (count, channels, features)),
+        ("output_proj", output_proj, (count, channels, features)),
+        ("skip_proj", skip_proj, (channels, features)),
+    ):
+        if tensor is not None:
+            tensor = tensor.detach().to(state).contiguous()
+            _check(name, tensor, shape, state)
+        found.append(tensor)
+    return found
+
+
+def _propagate_head(
+    x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib, backward=0
+) -> tuple[int, ...]:
+    batch, channels, height, width = x.shape
+    features, groups = proxy.shape[1], weight_proj.shape[2]
+    _check_x(x)
+    _check("proxy", proxy, (batch, features, height, width), x.dtype)
+    _check_groups(channels, groups)
+    return (
+        *(_isa_code(isa), _thread_count(threads), backward, _DTYPES[x.dtype]),
+        *(batch, channels, features, groups, height, width, _segment_code(segment), workspace_mib << 20),
+        *_direction_words(directions),
     )

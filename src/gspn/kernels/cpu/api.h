@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GSPN_ABI_VERSION 1
+#define GSPN_ABI_VERSION 2
 
 enum GspnDtype { GSPN_FLOAT32 = 0, GSPN_BFLOAT16 = 1, GSPN_FLOAT16 = 2, GSPN_FLOAT64 = 3 };
 enum GspnIsa { GSPN_ISA_BEST = -1, GSPN_ISA_PORTABLE = 0, GSPN_ISA_AVX2 = 1, GSPN_ISA_AVX512 = 2 };

@@ -54,7 +54,7 @@ template <class S> struct TileShape {
   }
 };
 
-template <Form FORM, bool SHARED, class S, class W, class DX, class DW> class Tiles {
+template <Form FORM, class S, class W, class DX, class DW> class Tiles {
   typedef Acc<S> A;
   typedef VecOf<S> V;
   typedef decltype(MaskOf<V>{}[0] + 0) Int;
@@ -63,8 +63,9 @@ template <Form FORM, bool SHARED, class S, class W, class DX, class DW> class Ti
 
  public:
   // With shared weights the channels are scanned one by one, otherwise they are stacked.
-  Tiles(const Geometry& geometry, const Fields<S, W, DX, DW>& fields, A* scratch)
-      : g(geometry), f(fields), shape(geometry.lines, geometry.places * (SHARED ? 1 : geometry.channels)) {
+  Tiles(const Geometry& geometry, const Fields<S, W, DX, DW>& fields, bool share_weights, A* scratch)
+      : g(geometry), f(fields), shared(share_weights),
+        shape(geometry.lines, geometry.places * (shared ? 1 : geometry.channels)) {
     const int64_t block = shape.block * shape.pitch;
     for (int k = 0; k < 3; k++) weights[k] = scratch + kL + k * block;  // room for the reads beyond either end
     state = weights[2] + block;
@@ -98,7 +99,7 @@ template <Form FORM, bool SHARED, class S, class W, class DX, class DW> class Ti
         scan_backward(carried + 6 * c * shape.pitch + kL, first, count);
         for_each_tile(count, [&](int64_t row, int64_t t, int64_t n) { gradients(c, row, first, t, n); });
       }
-      if (SHARED && f.finish_dweights)
+      if (shared && f.finish_dweights)
         for_each_tile(count, [&](int64_t row, int64_t t, int64_t n) { finish_dweights(row, first, t, n); });
     });
   }
@@ -106,12 +107,13 @@ template <Form FORM, bool SHARED, class S, class W, class DX, class DW> class Ti
  private:
   const Geometry g;
   const Fields<S, W, DX, DW> f;
+  const bool shared;
   const TileShape<S> shape;
   A *weights[3], *state, *carried;  // blocks of packed lines; carried from block to block
   Int *has_prev, *has_next;         // masks of the rows of a packed line
   Int* live;                        // masks of the lines: not the first of a segment
 
-  int64_t sets() const { return SHARED ? g.channels : 1; }
+  int64_t sets() const { return shared ? g.channels : 1; }
   int64_t scan_index(int64_t t) const { return g.reverse ? g.lines - 1 - t : t; }
 
   // Blocks of lines, from the last one to the first if `backwards`.
@@ -164,7 +166,7 @@ template <Form FORM, bool SHARED, class S, class W, class DX, class DW> class Ti
     for_each_tile(count, [&](int64_t row, int64_t t, int64_t n) {
       V tile[3][kRun][kL];
       for_each_row(0, row, [&](int i, int64_t channel, int64_t place) {
-        const int64_t o = place * f.weights.place + (SHARED ? 0 : channel * f.weights.channel) + (first + t) * f.weights.line;
+        const int64_t o = place * f.weights.place + (shared ? 0 : channel * f.weights.channel) + (first + t) * f.weights.line;
         if (place == 0 || place == g.places - 1) form_row<true>(o, i, place, n, tile);
         else form_row<false>(o, i, place, n, tile);
       });
@@ -325,8 +327,8 @@ template <Form FORM, bool SHARED, class S, class W, class DX, class DW> class Ti
     const auto edges = edges_of_place<V>(place, g.places);
     h = keep_existing<EDGE>(h, edges);
     Triple<V> dw = {g_here * h.prev, g_here * h.same, g_here * h.next};
-    const int64_t o = place * f.dweights.place + (SHARED ? 0 : channel * f.dweights.channel) + line * f.dweights.line;
-    if constexpr (SHARED) {
+    const int64_t o = place * f.dweights.place + (shared ? 0 : channel * f.dweights.channel) + line * f.dweights.line;
+    if (shared) {
       if (channel > 0 || f.add_dweights) dw = add(dw, load_dweights(o, lanes));
       store_dweights(o, lanes, dw);
     } else {

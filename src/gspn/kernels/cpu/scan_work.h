@@ -23,7 +23,11 @@ GSPN_INLINE bool all_views(const GspnScanArgs& args, int64_t GspnView::*stride, 
   return args.weights.*stride == 1 && (!args.dweights.data || args.dweights.*stride == 1);
 }
 
-GSPN_INLINE Layout layout_of(const GspnScanArgs& args) {
+// float64 is there for exactness: one kernel does for it.
+template <class S> constexpr bool only_tiles = sizeof(S) == sizeof(double);
+
+template <class S> Layout layout_of(const GspnScanArgs& args) {
+  if (only_tiles<S>) return kAnyLayout;
   if (all_views(args, &GspnView::column, true)) return kRowsLayout;
   if (all_views(args, &GspnView::channel, args.groups == args.channels)) return kRunsLayout;
   return kAnyLayout;
@@ -49,7 +53,7 @@ template <class S> int64_t channels_at_once(const GspnScanArgs& args, const Plan
 
 template <class S> Plan plan_of(const GspnScanArgs& args, bool backward) {
   Plan plan{};
-  plan.layout = layout_of(args);
+  plan.layout = layout_of<S>(args);
   plan.backward = backward;
   plan.shared = args.groups != args.channels;
   plan.group = args.channels / args.groups;
@@ -102,17 +106,20 @@ struct Job {
 
 template <bool BACKWARD, Form FORM, bool SHARED, class S, class W, class DX, class DW>
 void scan_piece(const Geometry& g, Layout layout, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
-  if (layout == kRunsLayout) {
-    if constexpr (BACKWARD) runs_backward<FORM, SHARED>(g, all_in_scan_order(f, g), scratch);
-    else runs_forward<FORM, SHARED>(g, all_in_scan_order(f, g), scratch);
-  } else if (layout == kRowsLayout && !g.horizontal) {
-    if constexpr (BACKWARD) rows_backward<FORM, SHARED>(g, all_in_scan_order(f, g), scratch);
-    else rows_forward<FORM, SHARED>(g, all_in_scan_order(f, g), scratch);
-  } else {
-    Tiles<FORM, SHARED, S, W, DX, DW> tiles(g, f, scratch);
-    if constexpr (BACKWARD) tiles.backward();
-    else tiles.forward();
+  if constexpr (!only_tiles<S>) {
+    const bool runs = layout == kRunsLayout, rows = layout == kRowsLayout && !g.horizontal;
+    if (runs || rows) {
+      f = all_in_scan_order(f, g);
+      if constexpr (BACKWARD) {
+        return runs ? runs_backward<FORM, SHARED>(g, f, scratch) : rows_backward<FORM, SHARED>(g, f, scratch);
+      } else {
+        return runs ? runs_forward<FORM, SHARED>(g, f, scratch) : rows_forward<FORM, SHARED>(g, f, scratch);
+      }
+    }
   }
+  Tiles<FORM, S, W, DX, DW> tiles(g, f, SHARED, scratch);
+  if constexpr (BACKWARD) tiles.backward();
+  else tiles.forward();
 }
 
 // One direction of channels [first, end), piece by piece.
