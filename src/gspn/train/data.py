@@ -295,7 +295,7 @@ def _load_dataset(source, image_column, label_column, path=None):
             loaded = datasets.load_dataset(source)
     except Exception as error:  # `datasets` raises its own, its file systems', the hub's and arrow's exceptions
         reason = f"Hugging Face datasets cannot load it: {type(error).__name__}: {error}"
-        here = "" if path else f"; and there is no such file or folder. expected {KINDS}"
+        here = "" if path else f"; and there is no such file or folder; expected {KINDS}"
         raise DataError(f"DATA {name}: {reason}{here}") from error
     tables = loaded if isinstance(loaded, dict) else {"train": loaded}
     splits, unlabelled = {}, []

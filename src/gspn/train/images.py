@@ -232,10 +232,8 @@ class Augmentation:
         if self.flip:
             x = torch.where(numbers[:, 2:] < 0.5, x, W - 1 - x)
         inside = ((y >= 0) & (y < H))[:, None, :, None] & ((x >= 0) & (x < W))[:, None, None, :]
-        y, x = _reflect(y, H), _reflect(x, W)
-        moved = images[
-            torch.arange(B).view(B, 1, 1, 1), torch.arange(C).view(1, C, 1, 1), y[:, None, :, None], x[:, None, None, :]
-        ]
+        place = _reflect(y, H)[:, :, None] * W + _reflect(x, W)[:, None, :]
+        moved = images.reshape(B, C, H * W).gather(2, place.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
         return moved * inside if self.fill == "zero" else moved
 
 
