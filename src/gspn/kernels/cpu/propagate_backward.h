@@ -12,6 +12,10 @@ namespace {
 
 constexpr int64_t kBackwardStrip = 32;
 
+// The walk back needs the projected maps again. From this many features on it is faster to keep those of a direction
+// than to project twice, as long as they fit the second-level cache about.
+constexpr int64_t kKeepFeatures = 12, kKeepBytes = (int64_t)4 << 20;
+
 template <int OUT, bool START, class A>
 static void backward_strip(
     int64_t n, bool first, bool last, const A* maps, const A* h, const A* earlier, A* message,
@@ -54,6 +58,7 @@ template <class T> struct Backward {
     };
 
     Plan<T>& plan;
+    const bool keep;      // projected maps, of all lines of a direction
     Team team;
     A* dw = nullptr;      // [worker among images][as plan.w]
     A* dproxy = nullptr;  // [worker among blocks and parts][image of the round][row][column][lanes of the features]
@@ -68,17 +73,25 @@ template <class T> struct Backward {
             dx = carver.take<A>(self.team.parts > 1 ? 0 : plan.packed_size());
             h = carver.take<A>(plan.pixels * L);
             message = carver.take<A>(max64(plan.height, plan.width) * L);
-            maps = carver.take<A>(max64(kForwardStrip, kBackwardStrip) * (kLogits + 3) * L);
+            maps = carver.take<A>(self.maps_size());
             grads = carver.take<A>(kBackwardStrip * (kLogits + 3) * L);
             bytes = carver.used;
         }
         int64_t bytes;
     };
 
-    explicit Backward(Plan<T>& p) : plan(p), team{1, 1, 1} {
+    explicit Backward(Plan<T>& p) : plan(p), keep(keep_maps(p)), team{1, 1, 1} {
         int64_t threads = plan.useful_threads();
         choose_team(threads);
         while (threads > 1 && scratch_bytes(1) > plan.workspace()) choose_team(--threads);
+    }
+
+    static constexpr int64_t kMapsOfPixel = (kLogits + 3) * L;
+    static bool keep_maps(const Plan<T>& plan) {
+        return plan.features.count >= kKeepFeatures && plan.pixels * kMapsOfPixel * (int64_t)sizeof(A) <= kKeepBytes;
+    }
+    int64_t maps_size() const {
+        return (keep ? plan.pixels : max64(kForwardStrip, kBackwardStrip)) * kMapsOfPixel;
     }
 
     // The split that is ready first; among equals the one with the smallest buffers.
@@ -195,8 +208,7 @@ template <class T> struct Backward {
             const Output output = i > begin ? kAdd : plan.skip && i == 0 ? kSetWithSkip : kSet;
             for (int64_t t = 0; t < walk.lines; t++) {
                 if (pack_here) plan.pack_block_row(plan.args.x, b.image, b.block, walk.line(t), scratch.x);
-                if (starts(t)) state_line<true>(b, i, t);
-                else state_line<false>(b, i, t);
+                state_line(b, i, t, output);
             }
             __builtin_memset(scratch.message, 0, sizeof(A) * walk.places * L);
             for (int64_t t = walk.lines - 1; t >= 0; t--) {
@@ -213,15 +225,22 @@ template <class T> struct Backward {
     bool starts(int64_t t) const { return t % plan.segment == 0; }
 
     // The states of line t again
-    template <bool START> void state_line(const Block& b, int i, int64_t t) const {
+    void state_line(const Block& b, int i, int64_t t, Output output) const {
+        const bool start = starts(t);
+        if (!keep) start ? state_line<kNone, true, false>(b, i, t) : state_line<kNone, false, false>(b, i, t);
+        else if (output == kSetWithSkip) start ? state_line<kSetWithSkip, true, true>(b, i, t)
+                                               : state_line<kSetWithSkip, false, true>(b, i, t);
+        else start ? state_line<kSet, true, true>(b, i, t) : state_line<kSet, false, true>(b, i, t);
+    }
+
+    // MAPS: the output whose maps are projected
+    template <int MAPS, bool START, bool KEEP> void state_line(const Block& b, int i, int64_t t) const {
         const Walk& walk = plan.walks[i];
-        const int64_t proxy_row = plan.proxy_row(), proxy_column = plan.proxy_column();
+        const int64_t at = walk.offset(t, plan.pitch * L, L), from = START ? 0 : walk.places * L;
         A* const h = b.scratch.h + t * walk.places * L;
-        const int64_t at = walk.offset(t, plan.pitch * L, L);
-        forward_line<kNone, START>(
-            walk.places, plan.proxy_of(b.image) + walk.offset(t, proxy_row, proxy_column),
-            walk.step(proxy_row, proxy_column), plan.features.count, plan.w + plan.w_at(i, b.block),
-            plan.columns(i) * L, b.scratch.maps, START ? h : h - walk.places * L, h, b.scratch.x + at,
+        A* const maps = b.scratch.maps + (KEEP ? t * walk.places * kMapsOfPixel : 0);
+        forward_line<kNone, START, columns_of(MAPS, START), KEEP>(
+            walk.places, line_projection(plan, b.image, b.block, i, t), maps, h - from, h, b.scratch.x + at,
             b.scratch.dx + at, walk.step(plan.pitch * L, L));
     }
 
@@ -232,36 +251,32 @@ template <class T> struct Backward {
         else start ? line_back<kSetWithSkip, true>(b, i, t) : line_back<kSetWithSkip, false>(b, i, t);
     }
 
-    // Strip by strip: project again, walk, and pass the gradients on
+    // Strip by strip: walk, and pass the gradients on
     template <int OUT, bool START> void line_back(const Block& b, int i, int64_t t) const {
         constexpr int columns = columns_of(OUT, START);
         const Walk& walk = plan.walks[i];
         const Scratch& s = b.scratch;
-        const int lanes = plan.lanes_of(b.block);
-        const int64_t unused = START ? kLogits * L : 0, w_step = plan.columns(i) * L;
-        const int64_t proxy_row = plan.proxy_row(), proxy_column = plan.proxy_column();
-        const int64_t proxy_step = walk.step(proxy_row, proxy_column);
-        const A* const proxy = plan.proxy_of(b.image) + walk.offset(t, proxy_row, proxy_column);
-        const int64_t feature_lanes = plan.features.lanes();
-        const int64_t dproxy_step = walk.step(plan.width * feature_lanes, feature_lanes);
-        A* const dproxy = b.dproxy + walk.offset(t, plan.width * feature_lanes, feature_lanes);
+        const LineProjection<A> projection = line_projection(plan, b.image, b.block, i, t);
+        const int64_t proxy_step = projection.proxy_step, features = projection.features, w_step = projection.w_step;
         const int64_t step = walk.step(plan.pitch * L, L), at = walk.offset(t, plan.pitch * L, L);
+        const int64_t row = plan.width * plan.features.lanes(), dproxy_step = walk.step(row, plan.features.lanes());
         const A* const h = s.h + t * walk.places * L;
         const A* const earlier = START ? h : h - walk.places * L;
-        const A* const w = plan.w + plan.w_at(i, b.block) + unused;
         const A* const wt = plan.wt + plan.wt_at(i, b.block);
-        A* const dw = b.dw + plan.w_at(i, b.block) + unused;
+        A* const dproxy = b.dproxy + walk.offset(t, row, plan.features.lanes());
+        A* const dw = b.dw + plan.w_at(i, b.block) + (START ? kLogits * L : 0);
+        const int lanes = plan.lanes_of(b.block);
 
         Carried<VecOf<A>> carried = {};
         for (int64_t p = 0; p < walk.places; p += kBackwardStrip) {
             const int64_t n = min64(kBackwardStrip, walk.places - p), q = at + p * step;
-            const A* const strip_proxy = proxy + p * proxy_step;
-            project<columns>(n, strip_proxy, proxy_step, plan.features.count, w, w_step, s.maps);
+            A* const maps = s.maps + (keep ? t * walk.places * kMapsOfPixel + p * columns * L : 0);
+            if (!keep) projection.template project_strip<columns, START>(p, n, maps);
             backward_strip<OUT, START>(
-                n, p == 0, p + n == walk.places, s.maps, h + p * L, earlier + p * L, s.message + p * L, carried,
+                n, p == 0, p + n == walk.places, maps, h + p * L, earlier + p * L, s.message + p * L, carried,
                 s.x + q, s.dy + q, s.grads, s.dx + q, step);
             if (lanes < L) clear_lanes(n * columns, lanes, s.grads);
-            project_grad<columns>(n, strip_proxy, proxy_step, plan.features.count, s.grads, dw, w_step);
+            project_grad<columns>(n, projection.proxy + p * proxy_step, proxy_step, features, s.grads, dw, w_step);
             proxy_grad(
                 plan.features, n, s.grads, columns, plan.columns(i), wt, dproxy + p * dproxy_step, dproxy_step);
         }
@@ -294,7 +309,7 @@ template <class T> struct Backward {
             const int n = (int)min64(L, plan.features.count - s);
             for (int64_t x = 0; x < plan.width; x++)
                 for (int c = 0; c < n; c++) packed[x * L + c] = plan.features.sum_feature(sum + x * lanes, s + c);
-            unpack_row(packed, grad.at(image, s, row), grad.channel, grad.column, n, plan.width);
+            unpack_row(packed, L, grad.at(image, s, row), grad.channel, grad.column, n, plan.width);
         }
     }
 
@@ -305,23 +320,41 @@ template <class T> struct Backward {
         plan.sum_parts(plan.args.grad_x, plan.first + task / plan.blocks, task % plan.blocks, self.team.parts, parts);
     }
 
-    // The gradients of one direction's projections: over the images' workers, and over the channels of a group
+    // The gradients of one direction's projections: added up over the workers that had images of their own, then, of
+    // the logits, over the channels of a group
     static void projections_task(const void* context, int64_t task, char*) {
         const Backward& self = *(const Backward*)context;
         const Plan<T>& plan = self.plan;
-        const int i = (int)task, columns = plan.columns(i);
-        const int64_t features = plan.features.count, per_group = plan.channels / plan.args.groups;
-        for (int column = 0; column < columns; column++)
-            for (int64_t channel = 0; channel < plan.channels; channel++) {
-                const A* from = self.dw + plan.w_at(i, channel / L) + column * L + channel % L;
-                A* to = plan.grad_projection(i, column, channel);
-                const bool add = column < kLogits && channel % per_group != 0;
-                for (int64_t s = 0; s < features; s++) {
-                    A sum = add ? to[s] : 0;
-                    for (int64_t k = 0; k < self.team.images; k++) sum += from[k * plan.w_size() + s * columns * L];
-                    to[s] = sum;
-                }
+        const int i = (int)task;
+        self.sum_copies(self.dw + plan.w_at(i, 0), plan.w_at(i, plan.blocks) - plan.w_at(i, 0));
+        for (int column = 0; column < plan.columns(i); column++)
+            for (int64_t block = 0; block < plan.blocks; block++) {
+                const A* from = self.dw + plan.w_at(i, block) + column * L;
+                const int64_t step = plan.columns(i) * L, features = plan.features.count;
+                if (column < kLogits && plan.args.groups < plan.channels)
+                    self.add_to_groups(from, step, i, column, block);
+                else
+                    unpack_row(
+                        from, step, plan.grad_projection(i, column, block * L), features, 1, plan.lanes_of(block),
+                        features);
             }
+    }
+
+    void sum_copies(A* sum, int64_t size) const {
+        for (int64_t copy = 1; copy < team.images; copy++) {
+            const A* from = sum + copy * plan.w_size();
+            for (int64_t at = 0; at < size; at += L) store(sum + at, load(sum + at) + load(from + at));
+        }
+    }
+
+    void add_to_groups(const A* from, int64_t step, int i, int column, int64_t block) const {
+        const int64_t per_group = plan.channels / plan.args.groups;
+        for (int64_t c = 0; c < plan.lanes_of(block); c++) {
+            const int64_t channel = block * L + c;
+            A* to = plan.grad_projection(i, column, channel);
+            for (int64_t s = 0; s < plan.features.count; s++)
+                to[s] = (channel % per_group ? to[s] : 0) + from[s * step + c];
+        }
     }
 };
 

@@ -15,38 +15,60 @@ constexpr int columns_of(int out, bool start) {
 }
 
 // A strip of a line. `from` and `to` are the states of the line before and of this one, possibly the same memory.
-template <int OUT, bool START, class A>
+template <int OUT, bool START, int COLUMNS, class A>
 static void forward_strip(
     int64_t n, bool first, bool last, const A* maps, const A* from, A* to, VecOf<A>& before, const A* x, A* out,
     int64_t step) {
-    constexpr int L = kLanes<A>, columns = columns_of(OUT, START);
+    constexpr int L = kLanes<A>;
     if (first && last && n == 1) return forward_pixel<START, kOnly, OUT>(maps, from, to, before, x, out);
     VecOf<A> b = before;  // a copy of its own stays in a register
     int64_t i = 0;
     if (first) forward_pixel<START, kFirst, OUT>(maps, from, to, b, x, out), i = 1;
     for (; i < n - last; i++)
         forward_pixel<START, kInside, OUT>(
-            maps + i * columns * L, from + i * L, to + i * L, b, x + i * step, out + i * step);
+            maps + i * COLUMNS * L, from + i * L, to + i * L, b, x + i * step, out + i * step);
     if (last)
         forward_pixel<START, kLast, OUT>(
-            maps + i * columns * L, from + i * L, to + i * L, b, x + i * step, out + i * step);
+            maps + i * COLUMNS * L, from + i * L, to + i * L, b, x + i * step, out + i * step);
     before = b;
 }
 
-// One line: strips of projected maps, each used while it is in the cache. Steps are elements between two places.
-template <int OUT, bool START, class A>
-static void forward_line(
-    int64_t places, const A* proxy, int64_t proxy_step, int64_t features, const A* w, int64_t w_step, A* maps,
-    const A* from, A* to, const A* x, A* out, int64_t step) {
-    constexpr int L = kLanes<A>, columns = columns_of(OUT, START);
-    VecOf<A> before = zero<VecOf<A>>();
-    if (START) w += kLogits * L;
-    for (int64_t p = 0; p < places; p += kForwardStrip) {
-        const int64_t n = min64(kForwardStrip, places - p);
-        project<columns>(n, proxy + p * proxy_step, proxy_step, features, w, w_step, maps);
-        forward_strip<OUT, START>(
-            n, p == 0, p + n == places, maps, from + p * L, to + p * L, before, x + p * step, out + p * step, step);
+// What the projected maps of a line come from. Steps are elements, between two places and between two features.
+template <class A> struct LineProjection {
+    const A* proxy;
+    int64_t proxy_step, features;
+    const A* w;
+    int64_t w_step;
+
+    template <int COLUMNS, bool START> void project_strip(int64_t p, int64_t n, A* maps) const {
+        const A* columns = w + (START ? kLogits * kLanes<A> : 0);
+        project<COLUMNS>(n, proxy + p * proxy_step, proxy_step, features, columns, w_step, maps);
     }
+};
+
+// One line: strips of projected maps, each used while it is in the cache; with KEEP, those of the whole line are kept.
+template <int OUT, bool START, int COLUMNS, bool KEEP, class A>
+static void forward_line(
+    int64_t places, const LineProjection<A>& projection, A* maps, const A* from, A* to, const A* x, A* out,
+    int64_t step) {
+    constexpr int L = kLanes<A>;
+    VecOf<A> before = zero<VecOf<A>>();
+    for (int64_t p = 0; p < places; p += kForwardStrip) {
+        const int64_t n = min64(kForwardStrip, places - p), at = p * step;
+        A* const strip = maps + (KEEP ? p * COLUMNS * L : 0);
+        projection.template project_strip<COLUMNS, START>(p, n, strip);
+        forward_strip<OUT, START, COLUMNS>(
+            n, p == 0, p + n == places, strip, from + p * L, to + p * L, before, x + at, out + at, step);
+    }
+}
+
+template <class T>
+static LineProjection<Acc<T>> line_projection(const Plan<T>& plan, int64_t image, int64_t block, int i, int64_t t) {
+    const int64_t row = plan.proxy_row(), column = plan.proxy_column();
+    const Walk& walk = plan.walks[i];
+    return {
+        plan.proxy_of(image) + walk.offset(t, row, column), walk.step(row, column), plan.features.count,
+        plan.w + plan.w_at(i, block), plan.columns(i) * kLanes<T>};
 }
 
 template <class T> struct Forward {
@@ -168,13 +190,10 @@ template <class T> struct Forward {
     template <int OUT, bool START>
     void line(int64_t image, int64_t block, int i, int64_t t, const Scratch& scratch) const {
         const Walk& walk = plan.walks[i];
-        const int64_t proxy_row = plan.proxy_row(), proxy_column = plan.proxy_column();
         const int64_t at = walk.offset(t, plan.pitch * L, L);
-        forward_line<OUT, START>(
-            walk.places, plan.proxy_of(image) + walk.offset(t, proxy_row, proxy_column),
-            walk.step(proxy_row, proxy_column), plan.features.count, plan.w + plan.w_at(i, block),
-            plan.columns(i) * L, scratch.maps, scratch.state, scratch.state, scratch.x + at, scratch.out + at,
-            walk.step(plan.pitch * L, L));
+        forward_line<OUT, START, columns_of(OUT, START), false>(
+            walk.places, line_projection(plan, image, block, i, t), scratch.maps, scratch.state, scratch.state,
+            scratch.x + at, scratch.out + at, walk.step(plan.pitch * L, L));
     }
 
     // The output of one block of one image out of the parts

@@ -19,6 +19,12 @@ constexpr int kProxyPixels = 8;
 #endif
 constexpr int rows_of_tile(int columns) { return kSums / columns > 8 ? 8 : kSums / columns; }
 
+// Rows of tiles of about equal size: each row is a chain of additions, and a last tile of few rows would wait for them.
+GSPN_INLINE int64_t even_rows(int64_t rows, int most) {
+    const int64_t tiles = (rows + most - 1) / most;
+    return tiles ? (rows + tiles - 1) / tiles : 1;
+}
+
 // Projection: maps[i][c] = sum over s of proxy[i][s] w[s][c]
 
 template <int ROWS, int COLS, class A>
@@ -82,14 +88,27 @@ GSPN_INLINE void project_grad_tile(int64_t n, const A* proxy, int64_t step, cons
         for (int c = 0; c < COLS; c++) store(dw + s * w_step + c * L, load(dw + s * w_step + c * L) + sum[s][c]);
 }
 
+template <int ROWS, int COLS, class A>
+static void project_grad_tiles(
+    int64_t rows, int64_t n, const A* proxy, int64_t step, int64_t features, const A* grad, A* dw, int64_t w_step) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS)
+            return project_grad_tiles<ROWS - 1, COLS>(rows, n, proxy, step, features, grad, dw, w_step);
+    int64_t s = 0;
+    for (; s + ROWS <= features; s += ROWS)
+        project_grad_tile<ROWS, COLS>(n, proxy + s, step, grad, dw + s * w_step, w_step);
+    if constexpr (ROWS > 1)
+        if (s < features)
+            project_grad_tiles<ROWS - 1, COLS>(
+                features - s, n, proxy + s, step, features - s, grad, dw + s * w_step, w_step);
+}
+
 template <int COLS, class A>
 static void project_grad(
     int64_t n, const A* proxy, int64_t step, int64_t features, const A* grad, A* dw, int64_t w_step) {
-    constexpr int rows = rows_of_tile(COLS + 1);  // one column fewer of sums: the row of gradients needs registers too
-    int64_t s = 0;
-    for (; s + rows <= features; s += rows)
-        project_grad_tile<rows, COLS>(n, proxy + s, step, grad, dw + s * w_step, w_step);
-    for (; s < features; s++) project_grad_tile<1, COLS>(n, proxy + s, step, grad, dw + s * w_step, w_step);
+    constexpr int most = rows_of_tile(COLS);
+    const int64_t rows = even_rows(features, most);
+    project_grad_tiles<most, COLS>(rows, n, proxy, step, features, grad, dw, w_step);
 }
 
 // Gradient of the proxy: dproxy[i][s] += sum over k of grad[i][k] w[k][s], k running over columns and lanes.
@@ -144,12 +163,10 @@ static void proxy_grad_tiles(
         if (n > 0) proxy_grad_tiles<ROWS - 1, R>(n, n, grad, g_step, k_count, wt, dproxy, step);
 }
 
-// Tiles of equal size: each pixel is one chain of additions, and a tile of a few would wait for them.
 template <int R, class A>
 static void proxy_grad_vector(
     int64_t n, const A* grad, int64_t g_step, int64_t k_count, const A* wt, A* dproxy, int64_t step) {
-    const int64_t tiles = (n + kProxyPixels - 1) / kProxyPixels, rows = (n + tiles - 1) / tiles;
-    proxy_grad_tiles<kProxyPixels, R>(rows, n, grad, g_step, k_count, wt, dproxy, step);
+    proxy_grad_tiles<kProxyPixels, R>(even_rows(n, kProxyPixels), n, grad, g_step, k_count, wt, dproxy, step);
 }
 
 template <int R, class A>

@@ -60,20 +60,20 @@ static void pack_row(
         for (int c = 0; c < width; c++) to[i * step + c] = c < n ? load_one(from + c * channel + i * column) : 0;
 }
 
-// The way back; `from` holds whole vectors, one for each pixel.
+// The way back; `from` holds whole vectors, `step` elements apart, one for each pixel.
 template <class T>
-static void unpack_row(const Acc<T>* from, T* to, int64_t channel, int64_t column, int n, int64_t pixels) {
+static void unpack_row(const Acc<T>* from, int64_t step, T* to, int64_t channel, int64_t column, int n, int64_t pixels) {
     constexpr int L = kLanes<T>;
     if (channel == 1) {
         if (n == L)
-            for (int64_t i = 0; i < pixels; i++) store(to + i * column, load(from + i * L));
+            for (int64_t i = 0; i < pixels; i++) store(to + i * column, load(from + i * step));
         else
-            for (int64_t i = 0; i < pixels; i++) store_n(to + i * column, load(from + i * L), n);
+            for (int64_t i = 0; i < pixels; i++) store_n(to + i * column, load(from + i * step), n);
     } else if (column == 1) {
         for (int64_t i = 0; i < pixels; i += L) {
             const int m = pixels - i < L ? (int)(pixels - i) : L;
             VecOf<T> square[L];
-            for (int j = 0; j < L; j++) square[j] = load(from + (i + (j < m ? j : 0)) * L);
+            for (int j = 0; j < L; j++) square[j] = load(from + (i + (j < m ? j : 0)) * step);
             transpose(square);
             for (int c = 0; c < n; c++) {
                 if (m == L) store(to + c * channel + i, square[c]);
@@ -82,7 +82,7 @@ static void unpack_row(const Acc<T>* from, T* to, int64_t channel, int64_t colum
         }
     } else {
         for (int64_t i = 0; i < pixels; i++)
-            for (int c = 0; c < n; c++) store_one(to + c * channel + i * column, from[i * L + c]);
+            for (int c = 0; c < n; c++) store_one(to + c * channel + i * column, from[i * step + c]);
     }
 }
 

@@ -138,7 +138,7 @@ template <class T> struct Plan {
     void unpack_block_row(const GspnView& view, int64_t image, int64_t block, int64_t row, const A* packed) const {
         const Map<T> map = map_of<T>(view);
         T* to = map.at(image, block * L, row);
-        unpack_row(packed + row * pitch * L, to, map.channel, map.column, lanes_of(block), width);
+        unpack_row(packed + row * pitch * L, L, to, map.channel, map.column, lanes_of(block), width);
     }
 
     // Adds up the parts of a block, which follow each other in memory (into the first), and writes it.
@@ -170,37 +170,51 @@ template <class T> static void pack_projections(const Plan<T>& plan, int i, int6
     const int64_t count = plan.features.count, step = columns * L;
     for (int column = 0; column < columns; column++) {
         A* to = plan.w + plan.w_at(i, block) + column * L;
-        const A* from = plan.projection(i, column, block * L);
         if (column >= kLogits || plan.args.groups == plan.channels) {
-            pack_row(from, count, 1, n, L, count, to, step);
-        } else {
-            for (int c = 0; c < L; c++) {
-                const A* row = c < n ? plan.projection(i, column, block * L + c) : nullptr;
-                for (int64_t s = 0; s < count; s++) to[s * step + c] = row ? row[s] : 0;
-            }
+            pack_row(plan.projection(i, column, block * L), count, 1, n, L, count, to, step);
+            continue;
         }
-        if (column < kLogits)
-            for (int64_t s = 0; s < count; s++) store(to + s * step, load(to + s * step) * (A)-kLog2e);
+        for (int c = 0; c < L; c++) {
+            const A* row = c < n ? plan.projection(i, column, block * L + c) : nullptr;
+            for (int64_t s = 0; s < count; s++) to[s * step + c] = row ? row[s] : 0;
+        }
     }
 }
 
+template <class T> static void scale_logits(const Plan<T>& plan, int i, int64_t block) {
+    typedef Acc<T> A;
+    A* w = plan.w + plan.w_at(i, block);
+    for (int64_t s = 0; s < plan.features.count; s++, w += plan.columns(i) * plan.L)
+        for (int column = 0; column < kLogits; column++) {
+            A* const p = w + column * plan.L;
+            store(p, load(p) * (A)-kLog2e);
+        }
+}
+
+// R values of k share a vector of the last features: R neighbours in w go to R neighbours in wt.
+template <int R, class A>
+static void transpose_rest(int repeats, int features, int64_t k_count, const A* w, A* wt) {
+    constexpr int L = kLanes<A>;
+    if constexpr (R < L)
+        if (repeats > R) return transpose_rest<2 * R>(repeats, features, k_count, w, wt);
+    for (int s = 0; s < features; s++, w += k_count)
+        for (int64_t k = 0; k < k_count; k += R) __builtin_memcpy(wt + k / R * L + s * R, w + k, R * sizeof(A));
+}
+
+// wt out of w as it is before scale_logits
 template <class T> static void pack_transposed(const Plan<T>& plan, int i, int64_t block) {
     typedef Acc<T> A;
     constexpr int L = kLanes<T>;
     const Features<A>& features = plan.features;
-    const int columns = plan.columns(i), n = plan.lanes_of(block);
+    const int64_t k_count = plan.columns(i) * L;
+    const A* const w = plan.w + plan.w_at(i, block);
     A* const wt = plan.wt + plan.wt_at(i, block);
-    A* const rest = wt + features.full * columns * L * L;
-    const int repeats = features.rest ? features.repeats() : 1;
-    __builtin_memset(wt, 0, sizeof(A) * columns * L * features.rows());
-    for (int column = 0; column < columns; column++)
-        for (int c = 0; c < n; c++) {
-            const A* row = plan.projection(i, column, block * L + c);
-            const int64_t k = column * L + c;
-            for (int64_t f = 0; f < features.full; f++) store(wt + (f * columns * L + k) * L, load(row + f * L));
-            A* to = rest + k / repeats * L + k % repeats;
-            for (int s = 0; s < features.rest; s++) to[s * repeats] = row[features.full * L + s];
-        }
+    for (int64_t f = 0; f < features.full; f++)
+        pack_row(w + f * L * k_count, k_count, 1, L, L, k_count, wt + f * k_count * L, L);
+    if (features.rest == 0) return;
+    A* const rest = wt + features.full * k_count * L;
+    __builtin_memset(rest, 0, sizeof(A) * k_count * features.width);
+    transpose_rest<1>(features.repeats(), features.rest, k_count, w + features.full * L * k_count, rest);
 }
 
 // The tasks before the scans of a round: projections (in the first round only) and rows of the proxy
@@ -220,6 +234,7 @@ template <class T> struct Prologue {
         const int64_t block = task % self.plan.blocks;
         pack_projections(self.plan, i, block);
         if (self.plan.wt) pack_transposed(self.plan, i, block);
+        scale_logits(self.plan, i, block);
     }
 
     void pack_proxy_row(int64_t task) const {
