@@ -167,6 +167,19 @@ def test_unreadable_image_is_left_out_named_and_counted(colours, tmp_path):
     assert evaluate(run.path, colours, workers=0)[0]["split"] == "val"
 
 
+def test_datasets_saved_to_disk(tmp_path):
+    import datasets
+
+    images = [Image.fromarray(np.full((9, 11), 20 * i, np.uint8)) for i in range(12)]
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["dark", "light"])})
+    table = datasets.Dataset.from_dict({"img": images, "kind": [i // 6 for i in range(12)]}, features=features)
+    datasets.DatasetDict({"train": table, "validation": table, "test": table}).save_to_disk(tmp_path / "saved")
+    run, metrics, _ = train_classifier(tmp_path / "saved", tmp_path / "run", tiny_options(batch_size=4, workers=2))
+    assert run.config["class_names"] == ["dark", "light"] and run.config["data"]["split"] == "val"
+    assert run.config["preprocessing"]["size"] == [9, 11] and metrics["images"] == 12
+    assert evaluate(run.path, tmp_path / "saved")[0]["split"] == "test"
+
+
 def test_strict_makes_it_an_error(colours, tmp_path):
     with pytest.raises(DataError, match=r"--strict\): .*red/3\.png"):
         train_classifier(colours, tmp_path / "run", tiny_options(batch_size=12, strict=True))

@@ -79,7 +79,7 @@ def train(task, model, loader, options, run, accelerator, console=None):
     if ema is not None:
         ema.to(accelerator.device)
     steps = len(loader)
-    step, best = 0, -math.inf
+    step, best = 0, ()
 
     with progress_bar(console if accelerator.is_main_process else None, options.epochs * steps) as bar:
         for epoch in range(options.epochs):
@@ -123,8 +123,9 @@ def train(task, model, loader, options, run, accelerator, console=None):
                     tensors["ema"] = ema.state_dict()
                 state = {"epoch": epoch + 1, "step": step, "metrics": row, "optimizer": optimizer_state(optimizer)}
                 run.save_checkpoint("last", tensors, state)
-                if metrics[task.best] > best:
-                    best = metrics[task.best]
+                score = (metrics[task.best], -metrics["val_loss"])  # of equally good ones, that of the lower loss
+                if score > best:
+                    best = score
                     run.save_checkpoint("best", tensors, state)
                 run.append_metrics(row)
                 bar.console.print(task.line(row), highlight=False)

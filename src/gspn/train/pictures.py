@@ -40,7 +40,7 @@ def curves(run):
     loss.yaxis.set_minor_locator(NullLocator())
 
     top1 = [row["top1"] for row in rows]
-    best = int(np.argmax(top1))
+    best = max(range(len(rows)), key=lambda i: (top1[i], -rows[i]["val_loss"]))  # as the loop chooses
     accuracy.plot(epochs, top1, color=ORANGE, marker=marker, label="top-1")
     if all(row["top5"] is not None for row in rows):
         accuracy.plot(epochs, [row["top5"] for row in rows], color=GREY, linestyle="--", marker=marker, label="top-5")
@@ -83,12 +83,12 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
         pixels = preprocessing(split.image(int(outcome.index[row])))
         axes.imshow(_shown(pixels), cmap="gray", vmin=0, vmax=255, extent=extent)
         label, guess = class_names[int(outcome.label[row])], class_names[int(outcome.top[row, 0])]
-        title, colour = f"{_short(guess)} ({float(outcome.probability[row, 0]):.0%})", "black"
+        title, colour = f"{_short(guess, 10)} ({float(outcome.probability[row, 0]):.0%})", "black"
         if not right[row]:
             title, colour = f"{title}\nis {_short(label)}", RED
             frame = dict(edgecolor=RED, linewidth=3, fill=False)
             axes.add_patch(Rectangle((extent[0], top), 0.92, tall * 0.92, **frame))
-        axes.text(left + 0.5, top - 0.03, title, fontsize=8.5, color=colour, ha="center", va="bottom")
+        axes.text(left + 0.5, top - 0.03, title, fontsize=8, color=colour, ha="center", va="bottom")
     axes.set(xlim=(0, COLUMNS), ylim=(rows * (tall + 0.32), 0))
     save(figure, path)
 
