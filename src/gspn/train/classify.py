@@ -203,7 +203,9 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
         say(f"note: {note}")
     say(
         f"{options.model}, {count:,} parameters; {len(train_split):,} training and {len(eval_split):,} {eval_name} "
-        f"images of {len(class_names)} classes, {describe(preprocessing)}",
+        f"images of {len(class_names)} classes, {describe(preprocessing)}\n"
+        f"{options.epochs} epochs, batch size {options.batch_size}, learning rate {options.lr:g}, EMA {options.ema:g}, "
+        f"{options.precision}, augmentation {options.augment}{' and flip' * options.flip}, seed {options.seed}",
         highlight=False,
     )
 
@@ -220,9 +222,9 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
     accelerator.wait_for_everyone()  # all have found the folder free
     run = Run.create(out, config, overwrite) if accelerator.is_main_process else None
 
-    shift = max(preprocessing.size) // 8 if options.augment == "shift" else 0
+    shift = max(max(preprocessing.size) // 8, 1) if options.augment == "shift" else 0
     fill = "zero" if data_set.kind in ("digits", "idx") else "reflect"
-    augmentation = Augmentation(max(shift, 1) if shift else 0, fill, options.flip, options.augment == "crop")
+    augmentation = Augmentation(shift, fill, options.flip, options.augment == "crop")
     size, seed, workers = options.batch_size, options.seed, options.workers
     loader = make_loader(
         train_split, preprocessing, size, train=True, augmentation=augmentation, seed=seed, workers=workers
@@ -248,12 +250,14 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
 def settle(options, kind, split):
     """(Preprocessing, Options without None) for training on `split`, data of that kind."""
     channels = options.channels or split.channels()
-    if split.pixels is not None:
-        size = options.size or tuple(split.pixels.shape[2:])
+    if options.size is not None:
+        size = options.size
+    elif split.pixels is not None:
+        size = tuple(split.pixels.shape[2:])
     else:
         sizes = {(image.height, image.width) for image in split.sample()}
-        alike = next(iter(sizes)) if len(sizes) == 1 and max(next(iter(sizes))) <= SMALL else (224, 224)
-        size = options.size or alike
+        size = sizes.pop() if len(sizes) == 1 else (224, 224)
+        size = size if max(size) <= SMALL else (224, 224)
     small = max(size) <= SMALL
     if split.pixels is not None and split.pixels.shape[1] == channels:
         pixels = split.pixels.float() / 255
