@@ -241,7 +241,7 @@ template <class T> struct Backward {
         A* const maps = b.scratch.maps + (KEEP ? t * walk.places * kMapsOfPixel : 0);
         forward_line<kNone, START, columns_of(MAPS, START), KEEP>(
             walk.places, line_projection(plan, b.image, b.block, i, t), maps, h - from, h, b.scratch.x + at,
-            b.scratch.dx + at, walk.step(plan.pitch * L, L));
+            b.scratch.dx + at, walk.step(plan.pitch * L, L), ahead_of(plan, walk));
     }
 
     void line_back(const Block& b, int i, int64_t t, Output output) const {
@@ -267,9 +267,18 @@ template <class T> struct Backward {
         A* const dw = b.dw + plan.w_at(i, b.block) + (START ? kLogits * L : 0);
         const int lanes = plan.lanes_of(b.block);
 
+        const Ahead ahead = ahead_of(plan, walk);
+        const int64_t ahead_dproxy = ahead.map / L * plan.features.lanes();
         Carried<VecOf<A>> carried = {};
         for (int64_t p = 0; p < walk.places; p += kBackwardStrip) {
             const int64_t n = min64(kBackwardStrip, walk.places - p), q = at + p * step;
+            if (ahead.map) {
+                prefetch_places(s.x + q - ahead.map, step, n);
+                prefetch_places(s.dy + q - ahead.map, step, n);
+                prefetch_places(s.dx + q - ahead.map, step, n);
+                prefetch_places(projection.proxy + p * proxy_step - ahead.proxy, proxy_step, n);
+                prefetch_places(dproxy + p * dproxy_step - ahead_dproxy, dproxy_step, n);
+            }
             A* const maps = s.maps + (keep ? t * walk.places * kMapsOfPixel + p * columns * L : 0);
             if (!keep) projection.template project_strip<columns, START>(p, n, maps);
             backward_strip<OUT, START>(

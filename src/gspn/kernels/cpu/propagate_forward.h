@@ -7,7 +7,7 @@
 namespace GSPN_NS {
 namespace {
 
-constexpr int64_t kForwardStrip = 64;  // pixels whose projected maps are in the first-level cache at a time
+constexpr int64_t kForwardStrip = 40;  // pixels whose projected maps are in the first-level cache at a time
 
 // Columns of projected maps that a line takes: no output gate where only the state is wanted
 constexpr int columns_of(int out, bool start) {
@@ -46,16 +46,29 @@ template <class A> struct LineProjection {
     }
 };
 
+// Elements from a place to the same place of a line that will be walked soon; 0 for no prefetching
+struct Ahead { int64_t map, proxy; };
+
+// Towards the second-level cache: n places `step` elements apart
+template <class A> GSPN_INLINE void prefetch_places(const A* p, int64_t step, int64_t n) {
+    for (int64_t i = 0; i < n; i++) __builtin_prefetch(p + i * step, 0, 2);
+}
+
 // One line: strips of projected maps, each used while it is in the cache; with KEEP, those of the whole line are kept.
 template <int OUT, bool START, int COLUMNS, bool KEEP, class A>
 static void forward_line(
-    int64_t places, const LineProjection<A>& projection, A* maps, const A* from, A* to, const A* x, A* out,
-    int64_t step) {
+    int64_t places, const LineProjection<A>& projection, A* maps, const A* from, A* to, const A* x, A* out, int64_t step,
+    const Ahead& ahead) {
     constexpr int L = kLanes<A>;
     VecOf<A> before = zero<VecOf<A>>();
     for (int64_t p = 0; p < places; p += kForwardStrip) {
         const int64_t n = min64(kForwardStrip, places - p), at = p * step;
         A* const strip = maps + (KEEP ? p * COLUMNS * L : 0);
+        if (ahead.map) {
+            prefetch_places(x + at + ahead.map, step, n);
+            if (OUT != kNone) prefetch_places(out + at + ahead.map, step, n);
+            prefetch_places(projection.proxy + p * projection.proxy_step + ahead.proxy, projection.proxy_step, n);
+        }
         projection.template project_strip<COLUMNS, START>(p, n, strip);
         forward_strip<OUT, START, COLUMNS>(
             n, p == 0, p + n == places, strip, from + p * L, to + p * L, before, x + at, out + at, step);
@@ -69,6 +82,14 @@ static LineProjection<Acc<T>> line_projection(const Plan<T>& plan, int64_t image
     return {
         plan.proxy_of(image) + walk.offset(t, row, column), walk.step(row, column), plan.features.count,
         plan.w + plan.w_at(i, block), plan.columns(i) * kLanes<T>};
+}
+
+// Columns of a large map lie too far apart for the hardware's prefetching
+template <class T> static Ahead ahead_of(const Plan<T>& plan, const Walk& walk) {
+    constexpr int64_t lines = 2, small = (int64_t)1 << 20;
+    if (!walk.over_columns || plan.packed_size() * (int64_t)sizeof(Acc<T>) < small) return {0, 0};
+    const int64_t sign = walk.backwards ? -lines : lines;
+    return {sign * kLanes<T>, sign * plan.proxy_column()};
 }
 
 template <class T> struct Forward {
@@ -193,7 +214,7 @@ template <class T> struct Forward {
         const int64_t at = walk.offset(t, plan.pitch * L, L);
         forward_line<OUT, START, columns_of(OUT, START), false>(
             walk.places, line_projection(plan, image, block, i, t), scratch.maps, scratch.state, scratch.state,
-            scratch.x + at, scratch.out + at, walk.step(plan.pitch * L, L));
+            scratch.x + at, scratch.out + at, walk.step(plan.pitch * L, L), ahead_of(plan, walk));
     }
 
     // The output of one block of one image out of the parts
