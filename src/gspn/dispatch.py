@@ -112,10 +112,11 @@ def _like(template: Tensor | None, result: Tensor | None, device: torch.device) 
     """The result in the memory format that the fake rule promised; an empty tensor for an optional input not given."""
     if template is None or result is None:
         return torch.empty(0, device=device)
-    promised = torch.empty_like(template)
-    if result.stride() == promised.stride() and result.dtype == promised.dtype:
+    # A fresh result is dense; with the template's strides it has the promised ones. This saves allocating to compare.
+    if result.dtype == template.dtype and result.stride() == template.stride():
         return result
-    return promised.copy_(result)
+    promised = torch.empty_like(template)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
 def _implementation(name: str, device_type: str | None) -> Callable:
