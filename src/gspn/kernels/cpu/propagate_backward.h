@@ -60,12 +60,12 @@ template <class T> struct Backward {
     Plan<T>& plan;
     const bool keep;      // projected maps, of all lines of a direction
     Team team;
-    A* dw = nullptr;      // [worker among images][as plan.w]
+    A* dw = nullptr;      // [worker among images][walk][block][features][columns][lanes]
     A* dproxy = nullptr;  // [worker among blocks and parts][image of the round][row][column][lanes of the features]
     A* dx_parts = nullptr;  // [image of the round][block][part][packed block], where there are parts
 
     struct Scratch {
-        A *x, *dy, *dx, *h, *message, *maps, *grads;
+        A *x, *dy, *dx, *h, *message, *maps, *grads, *w, *wt;
         Scratch(const Backward& self, Carver carver) {
             const Plan<T>& plan = self.plan;
             x = carver.take<A>(plan.packed_size());
@@ -74,7 +74,9 @@ template <class T> struct Backward {
             h = carver.take<A>(plan.pixels * L);
             message = carver.take<A>(max64(plan.height, plan.width) * L);
             maps = carver.take<A>(self.maps_size());
-            grads = carver.take<A>(kBackwardStrip * (kLogits + 3) * L);
+            grads = carver.take<A>(kBackwardStrip * kMapsOfPixel);
+            w = carver.take<A>(plan.w_size());
+            wt = carver.take<A>(plan.wt_size());
             bytes = carver.used;
         }
         int64_t bytes;
@@ -86,7 +88,7 @@ template <class T> struct Backward {
         while (threads > 1 && scratch_bytes(1) > plan.workspace()) choose_team(--threads);
     }
 
-    static constexpr int64_t kMapsOfPixel = (kLogits + 3) * L;
+    static constexpr int64_t kMapsOfPixel = Plan<T>::kMostColumns * L;
     static bool keep_maps(const Plan<T>& plan) {
         return plan.features.count >= kKeepFeatures && plan.pixels * kMapsOfPixel * (int64_t)sizeof(A) <= kKeepBytes;
     }
@@ -111,12 +113,15 @@ template <class T> struct Backward {
         team = best;
     }
 
+    int64_t dw_at(int i, int64_t block) const {
+        const int64_t columns_before = plan.blocks * ((kLogits + 2) * i + (plan.skip && i > 0)) + block * plan.columns(i);
+        return columns_before * plan.features.count * L;
+    }
+    int64_t dw_size() const { return dw_at(plan.directions, 0); }
     int64_t dproxy_size() const { return plan.pixels * plan.features.lanes(); }
 
     int64_t shared_bytes(int64_t images, Carver carver) {
-        plan.w = carver.take<A>(plan.w_size());
-        plan.wt = carver.take<A>(plan.wt_size());
-        dw = carver.take<A>(team.images * plan.w_size());
+        dw = carver.take<A>(team.images * dw_size());
         plan.packed_proxy = carver.take<A>(plan.packed_proxy_size(images));
         dproxy = carver.take<A>(team.proxy_copies() * images * dproxy_size());
         dx_parts = carver.take<A>(team.parts > 1 ? images * plan.blocks * team.parts * plan.packed_size() : 0);
@@ -142,12 +147,12 @@ template <class T> struct Backward {
         int64_t status = GSPN_OK;
         do {  // even without any image, for the gradients of the projections
             plan.count = min64(round, plan.batch - plan.first);
-            status = Prologue<T>(plan).run(threads);
+            status = pack_proxies(plan, threads);
             if (status == GSPN_OK) status = gspn::parallel_for(threads, threads, bytes, worker_task, this);
             if (status == GSPN_OK) status = write_round(threads);
             plan.first += round;
         } while (plan.first < plan.batch && status == GSPN_OK);
-        if (status == GSPN_OK) status = gspn::parallel_for(plan.directions, threads, 0, projections_task, this);
+        if (status == GSPN_OK) status = write_projections(threads);
         gspn::end_call();
         return status;
     }
@@ -165,10 +170,10 @@ template <class T> struct Backward {
         const int64_t first_block = plan.blocks * among_blocks / team.blocks;
         const int64_t end_block = plan.blocks * (among_blocks + 1) / team.blocks;
 
-        A* const dw = self.dw + among_images * plan.w_size();
+        A* const dw = self.dw + among_images * self.dw_size();
         if (plan.first == 0)
             for (int i = begin; i < end; i++) {
-                const int64_t from = plan.w_at(i, first_block), to = plan.w_at(i, end_block);
+                const int64_t from = self.dw_at(i, first_block), to = self.dw_at(i, end_block);
                 __builtin_memset(dw + from, 0, sizeof(A) * (to - from));
             }
         for (int64_t image = among_images; image < plan.count; image += team.images) {
@@ -202,6 +207,9 @@ template <class T> struct Backward {
                 plan.pack_block_row(plan.args.grad_y, b.image, b.block, row, scratch.dy);
             }
         for (int i = begin; i < end; i++) {
+            pack_projections(plan, i, b.block, scratch.w);
+            transpose_projections(plan, i, scratch.w, scratch.wt);
+            scale_logits(plan, i, scratch.w);
             const Walk& walk = plan.walks[i];
             const bool pack_here = i == begin && !pack_whole;
             const bool unpack_here = i == end - 1 && team.parts == 1 && !unpack_whole;
@@ -240,7 +248,7 @@ template <class T> struct Backward {
         A* const h = b.scratch.h + t * walk.places * L;
         A* const maps = b.scratch.maps + (KEEP ? t * walk.places * kMapsOfPixel : 0);
         forward_line<kNone, START, columns_of(MAPS, START), KEEP>(
-            walk.places, line_projection(plan, b.image, b.block, i, t), maps, h - from, h, b.scratch.x + at,
+            walk.places, line_projection(plan, b.image, b.scratch.w, i, t), maps, h - from, h, b.scratch.x + at,
             b.scratch.dx + at, walk.step(plan.pitch * L, L), ahead_of(plan, walk));
     }
 
@@ -256,15 +264,14 @@ template <class T> struct Backward {
         constexpr int columns = columns_of(OUT, START);
         const Walk& walk = plan.walks[i];
         const Scratch& s = b.scratch;
-        const LineProjection<A> projection = line_projection(plan, b.image, b.block, i, t);
+        const LineProjection<A> projection = line_projection(plan, b.image, b.scratch.w, i, t);
         const int64_t proxy_step = projection.proxy_step, features = projection.features, w_step = projection.w_step;
         const int64_t step = walk.step(plan.pitch * L, L), at = walk.offset(t, plan.pitch * L, L);
         const int64_t row = plan.width * plan.features.lanes(), dproxy_step = walk.step(row, plan.features.lanes());
         const A* const h = s.h + t * walk.places * L;
         const A* const earlier = START ? h : h - walk.places * L;
-        const A* const wt = plan.wt + plan.wt_at(i, b.block);
         A* const dproxy = b.dproxy + walk.offset(t, row, plan.features.lanes());
-        A* const dw = b.dw + plan.w_at(i, b.block) + (START ? kLogits * L : 0);
+        A* const dw = b.dw + dw_at(i, b.block) + (START ? kLogits * L : 0);
         const int lanes = plan.lanes_of(b.block);
 
         const Ahead ahead = ahead_of(plan, walk);
@@ -287,18 +294,24 @@ template <class T> struct Backward {
             if (lanes < L) clear_lanes(n * columns, lanes, s.grads);
             project_grad<columns>(n, projection.proxy + p * proxy_step, proxy_step, features, s.grads, dw, w_step);
             proxy_grad(
-                plan.features, n, s.grads, columns, plan.columns(i), wt, dproxy + p * dproxy_step, dproxy_step);
+                plan.features, n, s.grads, columns, plan.columns(i), s.wt, dproxy + p * dproxy_step, dproxy_step);
         }
     }
 
     // Adding up and writing
 
     int64_t write_round(int64_t threads) {
+        const int64_t proxy_threads = threads_for(plan.count * dproxy_size() * team.proxy_copies(), threads);
         int64_t status = gspn::parallel_for(
-            plan.count * plan.height, threads, sizeof(A) * plan.width * L, proxy_row_task, this);
+            plan.count * plan.height, proxy_threads, sizeof(A) * plan.width * L, proxy_row_task, this);
         if (status == GSPN_OK && team.parts > 1)
             status = gspn::parallel_for(plan.count * plan.blocks, threads, 0, parts_task, this);
         return status;
+    }
+
+    int64_t write_projections(int64_t threads) {
+        threads = threads_for(dw_size() * team.images, threads);
+        return gspn::parallel_for(plan.directions, threads, 0, projections_task, this);
     }
 
     static void proxy_row_task(const void* context, int64_t task, char* memory) {
@@ -335,10 +348,10 @@ template <class T> struct Backward {
         const Backward& self = *(const Backward*)context;
         const Plan<T>& plan = self.plan;
         const int i = (int)task;
-        self.sum_copies(self.dw + plan.w_at(i, 0), plan.w_at(i, plan.blocks) - plan.w_at(i, 0));
+        self.sum_copies(self.dw + self.dw_at(i, 0), self.dw_at(i, plan.blocks) - self.dw_at(i, 0));
         for (int column = 0; column < plan.columns(i); column++)
             for (int64_t block = 0; block < plan.blocks; block++) {
-                const A* from = self.dw + plan.w_at(i, block) + column * L;
+                const A* from = self.dw + self.dw_at(i, block) + column * L;
                 const int64_t step = plan.columns(i) * L, features = plan.features.count;
                 if (column < kLogits && plan.args.groups < plan.channels)
                     self.add_to_groups(from, step, i, column, block);
@@ -351,7 +364,7 @@ template <class T> struct Backward {
 
     void sum_copies(A* sum, int64_t size) const {
         for (int64_t copy = 1; copy < team.images; copy++) {
-            const A* from = sum + copy * plan.w_size();
+            const A* from = sum + copy * dw_size();
             for (int64_t at = 0; at < size; at += L) store(sum + at, load(sum + at) + load(from + at));
         }
     }

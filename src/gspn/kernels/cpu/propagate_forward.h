@@ -76,12 +76,13 @@ static void forward_line(
 }
 
 template <class T>
-static LineProjection<Acc<T>> line_projection(const Plan<T>& plan, int64_t image, int64_t block, int i, int64_t t) {
+static LineProjection<Acc<T>> line_projection(
+    const Plan<T>& plan, int64_t image, const Acc<T>* w, int i, int64_t t) {
     const int64_t row = plan.proxy_row(), column = plan.proxy_column();
     const Walk& walk = plan.walks[i];
     return {
-        plan.proxy_of(image) + walk.offset(t, row, column), walk.step(row, column), plan.features.count,
-        plan.w + plan.w_at(i, block), plan.columns(i) * kLanes<T>};
+        plan.proxy_of(image) + walk.offset(t, row, column), walk.step(row, column), plan.features.count, w,
+        plan.columns(i) * kLanes<T>};
 }
 
 // Columns of a large map lie too far apart for the hardware's prefetching
@@ -101,13 +102,14 @@ template <class T> struct Forward {
     A* part_outputs;         // [image of the round][block][part][packed block], where parts > 1
 
     struct Scratch {
-        A *x, *out, *state, *maps;
+        A *x, *out, *state, *maps, *w;
         Scratch(const Forward& self, Carver carver) {
             const Plan<T>& plan = self.plan;
             x = carver.take<A>(plan.packed_size());
             out = carver.take<A>(self.parts > 1 ? 0 : plan.packed_size());
             state = carver.take<A>(max64(plan.height, plan.width) * L);
             maps = carver.take<A>(kForwardStrip * (kLogits + 3) * L);
+            w = carver.take<A>(plan.w_size());
             bytes = carver.used;
         }
         int64_t bytes;
@@ -133,7 +135,6 @@ template <class T> struct Forward {
     }
 
     int64_t shared_bytes(int64_t images, Carver carver) {
-        plan.w = carver.take<A>(plan.w_size());
         plan.packed_proxy = carver.take<A>(plan.packed_proxy_size(images));
         part_outputs = carver.take<A>(parts > 1 ? images * plan.blocks * parts * plan.packed_size() : 0);
         return carver.used;
@@ -157,7 +158,7 @@ template <class T> struct Forward {
         int64_t status = GSPN_OK;
         for (plan.first = 0; plan.first < plan.batch && status == GSPN_OK; plan.first += round) {
             plan.count = min64(round, plan.batch - plan.first);
-            status = Prologue<T>(plan).run(threads);
+            status = pack_proxies(plan, threads);
             const int64_t bytes = Scratch(*this, Carver{nullptr}).bytes;
             const int64_t tasks = plan.count * plan.blocks * parts;
             if (status == GSPN_OK) status = gspn::parallel_for(tasks, threads, bytes, scan_task, this);
@@ -184,13 +185,15 @@ template <class T> struct Forward {
         if (pack_first)
             for (int64_t row = 0; row < plan.height; row++) plan.pack_block_row(plan.args.x, image, block, row, scratch.x);
         for (int i = begin; i < end; i++) {
+            pack_projections(plan, i, block, scratch.w);
+            scale_logits(plan, i, scratch.w);
             const Walk& walk = plan.walks[i];
             const bool pack_here = i == begin && !pack_first;
             const bool unpack_here = i == end - 1 && parts == 1 && !unpack_last;
             const Output output = i > begin ? kAdd : plan.skip && i == 0 ? kSetWithSkip : kSet;
             for (int64_t t = 0; t < walk.lines; t++) {
                 if (pack_here) plan.pack_block_row(plan.args.x, image, block, walk.line(t), scratch.x);
-                scan_line(image, block, i, t, output, scratch);
+                scan_line(image, i, t, output, scratch);
                 if (unpack_here) plan.unpack_block_row(plan.args.y, image, block, walk.line(t), scratch.out);
             }
         }
@@ -198,22 +201,22 @@ template <class T> struct Forward {
             for (int64_t row = 0; row < plan.height; row++) plan.unpack_block_row(plan.args.y, image, block, row, scratch.out);
     }
 
-    void scan_line(int64_t image, int64_t block, int i, int64_t t, Output output, const Scratch& scratch) const {
+    void scan_line(int64_t image, int i, int64_t t, Output output, const Scratch& scratch) const {
         const bool start = t % plan.segment == 0;
-        if (output == kAdd) start ? line<kAdd, true>(image, block, i, t, scratch)
-                                  : line<kAdd, false>(image, block, i, t, scratch);
-        else if (output == kSet) start ? line<kSet, true>(image, block, i, t, scratch)
-                                       : line<kSet, false>(image, block, i, t, scratch);
-        else start ? line<kSetWithSkip, true>(image, block, i, t, scratch)
-                   : line<kSetWithSkip, false>(image, block, i, t, scratch);
+        if (output == kAdd) start ? line<kAdd, true>(image, i, t, scratch)
+                                  : line<kAdd, false>(image, i, t, scratch);
+        else if (output == kSet) start ? line<kSet, true>(image, i, t, scratch)
+                                       : line<kSet, false>(image, i, t, scratch);
+        else start ? line<kSetWithSkip, true>(image, i, t, scratch)
+                   : line<kSetWithSkip, false>(image, i, t, scratch);
     }
 
     template <int OUT, bool START>
-    void line(int64_t image, int64_t block, int i, int64_t t, const Scratch& scratch) const {
+    void line(int64_t image, int i, int64_t t, const Scratch& scratch) const {
         const Walk& walk = plan.walks[i];
         const int64_t at = walk.offset(t, plan.pitch * L, L);
         forward_line<OUT, START, columns_of(OUT, START), false>(
-            walk.places, line_projection(plan, image, block, i, t), scratch.maps, scratch.state, scratch.state,
+            walk.places, line_projection(plan, image, scratch.w, i, t), scratch.maps, scratch.state, scratch.state,
             scratch.x + at, scratch.out + at, walk.step(plan.pitch * L, L), ahead_of(plan, walk));
     }
 

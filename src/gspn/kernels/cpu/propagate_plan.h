@@ -52,8 +52,8 @@ template <class T> struct Plan {
     const int64_t blocks, pitch;  // blocks of L channels; pixels between two rows of a packed block
     Walk walks[4];
 
-    // Filled in by the driver: shared buffers, and the images first .. first + count of the current round
-    A *w = nullptr, *wt = nullptr, *packed_proxy = nullptr;
+    // Filled in by the driver: a shared buffer, and the images first .. first + count of the current round
+    A* packed_proxy = nullptr;
     int64_t first = 0, count = 0;
 
     explicit Plan(const GspnPropagateArgs& a)
@@ -84,17 +84,11 @@ template <class T> struct Plan {
 
     int lanes_of(int64_t block) const { return (int)min64(L, channels - block * L); }
 
-    // Packed projections of walk i and one block: w is [features][columns][lanes], wt its transpose (see Features).
-    // Walk 0 also carries the skip gate.
+    // Packed projections of a walk and a block are [features][columns][lanes]. Walk 0 also carries the skip gate.
+    static constexpr int kMostColumns = kLogits + 3;
     int columns(int i) const { return kLogits + 2 + (skip && i == 0); }
-    int64_t columns_before(int i, int64_t block) const {
-        return blocks * ((kLogits + 2) * i + (skip && i > 0)) + block * columns(i);
-    }
-    int64_t all_columns() const { return columns_before(directions, 0); }
-    int64_t w_at(int i, int64_t block) const { return columns_before(i, block) * features.count * L; }
-    int64_t wt_at(int i, int64_t block) const { return columns_before(i, block) * L * features.rows(); }
-    int64_t w_size() const { return all_columns() * features.count * L; }
-    int64_t wt_size() const { return all_columns() * L * features.rows(); }
+    int64_t w_size() const { return features.count * kMostColumns * L; }
+    int64_t wt_size() const { return features.rows() * kMostColumns * L; }  // transposed, see Features
 
     // The features' projections for a column of walk i and a channel, and likewise their gradients
     template <class P> P* projection(
@@ -161,34 +155,30 @@ template <class T> struct Plan {
     int64_t workspace() const { return args.workspace > 0 ? args.workspace : kDefaultWorkspace; }
 };
 
-// Packing of the projections, one walk and block at a time
+// Packing of the projections of one walk and one block. This takes so little beside the scan of an image that every
+// task does it for itself, and has them in its cache.
 
-template <class T> static void pack_projections(const Plan<T>& plan, int i, int64_t block) {
-    typedef Acc<T> A;
+template <class T> static void pack_projections(const Plan<T>& plan, int i, int64_t block, Acc<T>* w) {
     constexpr int L = kLanes<T>;
-    const int columns = plan.columns(i), n = plan.lanes_of(block);
-    const int64_t count = plan.features.count, step = columns * L;
-    for (int column = 0; column < columns; column++) {
-        A* to = plan.w + plan.w_at(i, block) + column * L;
+    const int n = plan.lanes_of(block);
+    const int64_t count = plan.features.count, step = plan.columns(i) * L;
+    for (int column = 0; column < plan.columns(i); column++, w += L) {
         if (column >= kLogits || plan.args.groups == plan.channels) {
-            pack_row(plan.projection(i, column, block * L), count, 1, n, L, count, to, step);
+            pack_row(plan.projection(i, column, block * L), count, 1, n, L, count, w, step);
             continue;
         }
         for (int c = 0; c < L; c++) {
-            const A* row = c < n ? plan.projection(i, column, block * L + c) : nullptr;
-            for (int64_t s = 0; s < count; s++) to[s * step + c] = row ? row[s] : 0;
+            const Acc<T>* row = c < n ? plan.projection(i, column, block * L + c) : nullptr;
+            for (int64_t s = 0; s < count; s++) w[s * step + c] = row ? row[s] : 0;
         }
     }
 }
 
-template <class T> static void scale_logits(const Plan<T>& plan, int i, int64_t block) {
-    typedef Acc<T> A;
-    A* w = plan.w + plan.w_at(i, block);
-    for (int64_t s = 0; s < plan.features.count; s++, w += plan.columns(i) * plan.L)
-        for (int column = 0; column < kLogits; column++) {
-            A* const p = w + column * plan.L;
-            store(p, load(p) * (A)-kLog2e);
-        }
+template <class T> static void scale_logits(const Plan<T>& plan, int i, Acc<T>* w) {
+    constexpr int L = kLanes<T>;
+    for (int64_t s = 0; s < plan.features.count; s++, w += plan.columns(i) * L)
+        for (int column = 0; column < kLogits; column++)
+            store(w + column * L, load(w + column * L) * (Acc<T>)-kLog2e);
 }
 
 // R values of k share a vector of the last features: R neighbours in w go to R neighbours in wt.
@@ -202,13 +192,11 @@ static void transpose_rest(int repeats, int features, int64_t k_count, const A* 
 }
 
 // wt out of w as it is before scale_logits
-template <class T> static void pack_transposed(const Plan<T>& plan, int i, int64_t block) {
+template <class T> static void transpose_projections(const Plan<T>& plan, int i, const Acc<T>* w, Acc<T>* wt) {
     typedef Acc<T> A;
     constexpr int L = kLanes<T>;
     const Features<A>& features = plan.features;
     const int64_t k_count = plan.columns(i) * L;
-    const A* const w = plan.w + plan.w_at(i, block);
-    A* const wt = plan.wt + plan.wt_at(i, block);
     for (int64_t f = 0; f < features.full; f++)
         pack_row(w + f * L * k_count, k_count, 1, L, L, k_count, wt + f * k_count * L, L);
     if (features.rest == 0) return;
@@ -217,41 +205,30 @@ template <class T> static void pack_transposed(const Plan<T>& plan, int i, int64
     transpose_rest<1>(features.repeats(), features.rest, k_count, w + features.full * L * k_count, rest);
 }
 
-// The tasks before the scans of a round: projections (in the first round only) and rows of the proxy
+// Threads for the work before and after the scans: starting them costs more than moving a few elements
+GSPN_INLINE int64_t threads_for(int64_t elements, int64_t threads) {
+    constexpr int64_t worth = (int64_t)1 << 17;
+    return min64(threads, 1 + elements / worth);
+}
 
-template <class T> struct Prologue {
-    const Plan<T>& plan;
-    int64_t projections, rows;  // how many tasks of either kind
+// The rows of the proxies of a round, where they are not already [row][column][features] of the accumulator's type
 
-    Prologue(const Plan<T>& p)
-        : plan(p), projections(p.first == 0 ? p.directions * p.blocks : 0),
-          rows(p.proxy_in_place ? 0 : p.count * p.height) {}
-
-    static void task(const void* context, int64_t task, char*) {
-        const Prologue& self = *(const Prologue*)context;
-        if (task >= self.projections) return self.pack_proxy_row(task - self.projections);
-        const int i = (int)(task / self.plan.blocks);
-        const int64_t block = task % self.plan.blocks;
-        pack_projections(self.plan, i, block);
-        if (self.plan.wt) pack_transposed(self.plan, i, block);
-        scale_logits(self.plan, i, block);
+template <class T> static void pack_proxy_row(const void* context, int64_t task, char*) {
+    const Plan<T>& plan = *(const Plan<T>*)context;
+    const Map<const T> proxy = map_of<const T>(plan.args.proxy);
+    const int64_t image = plan.first + task / plan.height, row = task % plan.height, n = plan.features.count;
+    Acc<T>* const to = plan.packed_proxy + task * plan.width * n;
+    for (int64_t s = 0; s < n; s += kLanes<T>) {
+        const int lanes = (int)min64(kLanes<T>, n - s);
+        pack_row(proxy.at(image, s, row), proxy.channel, proxy.column, lanes, lanes, plan.width, to + s, n);
     }
+}
 
-    void pack_proxy_row(int64_t task) const {
-        const int64_t image = task / plan.height, row = task % plan.height, n = plan.features.count;
-        const Map<const T> proxy = map_of<const T>(plan.args.proxy);
-        Acc<T>* to = plan.packed_proxy + task * plan.width * n;
-        for (int64_t s = 0; s < n; s += kLanes<T>) {
-            const T* from = proxy.at(plan.first + image, s, row);
-            const int lanes = (int)min64(kLanes<T>, n - s);
-            pack_row(from, proxy.channel, proxy.column, lanes, lanes, plan.width, to + s, n);
-        }
-    }
-
-    int64_t run(int64_t threads) const {
-        return gspn::parallel_for(projections + rows, threads, 0, task, this);
-    }
-};
+template <class T> static int64_t pack_proxies(const Plan<T>& plan, int64_t threads) {
+    if (plan.proxy_in_place) return GSPN_OK;
+    threads = threads_for(plan.packed_proxy_size(plan.count), threads);
+    return gspn::parallel_for(plan.count * plan.height, threads, 0, pack_proxy_row<T>, &plan);
+}
 
 }  // namespace
 }  // namespace GSPN_NS
