@@ -23,8 +23,13 @@ def replaced(index, value):
         (X, [[1.0]], TypeError, r"x has to be a tensor .*got list"),
         (X, torch.randn(1, 5, 4, 5), ValueError, r"weight_proj has 6 groups.*divisor of x's 5 channels"),
         (X, torch.randn(1, 6, 0, 5), ValueError, r"H >= 1"),
-        (X, torch.randn(1, 6, 4, 5).double(), TypeError, r"dtypes have to agree outside autocast, got x torch.float64"),
-        (PROXY, torch.randn(1, 3, 5, 4), ValueError, r"proxy \(B,S,H,W\) has to be \(1, any, 4, 5\).*got \(1, 3, 5, 4\)"),
+        (X, torch.randn(1, 6, 4, 5).double(), TypeError, r"have to agree outside autocast, got x torch.float64"),
+        (
+            PROXY,
+            torch.randn(1, 3, 5, 4),
+            ValueError,
+            r"proxy \(B,S,H,W\) has to be \(1, any, 4, 5\).*got \(1, 3, 5, 4\)",
+        ),
         (PROXY, torch.randn(1, 2, 4, 5), ValueError, r"weight_proj .*has to be \(4, 3, any, 2\).*got \(4, 3, 6, 3\)"),
         (PROXY, torch.randn(1, 3, 4, 5, device="meta"), ValueError, r"proxy has to be on x's device cpu, got meta"),
         (WEIGHT, torch.randn(4, 3, 4, 3), ValueError, r"4 groups, which has to be a divisor of x's 6"),
@@ -41,7 +46,7 @@ def test_propagate(index, value, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"directions": ("right", "down", "left", "north")}, ValueError, "unknown direction 'north', expected one of right"),
+        ({"directions": ("right", "down", "left", "north")}, ValueError, "unknown direction 'north', expected one"),
         ({"directions": ("right", "right", "left", "up")}, ValueError, "different directions"),
         ({"directions": "right"}, TypeError, "sequence of names"),
         ({"directions": ()}, ValueError, "one to four"),
@@ -64,7 +69,7 @@ def test_the_other_operators():
         gspn.gated_scan(x, torch.randn(1, 4, 3, 3, 5), torch.randn(1, 4, 4, 3, 3, 5))
     with pytest.raises(ValueError, match=r"logits has 3 groups"):
         gspn.gated_scan(x, torch.randn(1, 4, 4, 3, 5), torch.randn(1, 4, 3, 3, 3, 5))
-    with pytest.raises(TypeError, match="got torch.int32"):
+    with pytest.raises(TypeError, match=r"got torch\.int32"):
         gspn.normalize_weights(torch.zeros(1, 1, 3, 2, 2, dtype=torch.int32), direction="up")
     with pytest.raises(ValueError, match="unknown direction 'top'"):
         gspn.normalize_weights(torch.zeros(1, 1, 3, 2, 2), direction="top")

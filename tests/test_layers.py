@@ -94,7 +94,7 @@ def test_memory_format_is_kept():
 
 
 def test_no_positional_embedding_and_no_fixed_size():
-    """A layer works on a larger map with the same parameters; far from the edges a local one does not see where it is."""
+    """Parameters fit any map, and far from the edges a local layer does not see where it is."""
     layer = gspn.GSPN2d(8, segment=2)
     x = torch.randn(1, 8, 12, 12)
     shifted = layer(torch.roll(x, (2, 2), (2, 3)))[..., 4:10, 4:10]

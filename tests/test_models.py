@@ -26,7 +26,8 @@ def test_published_sizes(name, parameters, gmacs):
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, 224, 224))
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.04)  # published with another way to count scans
+    # published with another way to count scans
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.04)
 
 
 def test_micro_is_micro():

@@ -106,7 +106,7 @@ def test_rows_sum_to_one_at_edges_and_for_lines_of_length_one(direction, size, s
 
 
 def test_zero_logits_count_the_lines_in_bfloat16(backend):
-    """x = 1 and gate 1 give the number of the line: within 1% after 4096 lines, though bfloat16 cannot count past 256."""
+    """x = 1 and gate 1 give the line's number, within 1% after 4096 lines, where bfloat16 itself counts to 256."""
     ones = torch.ones(1, 1, 65, 4096, dtype=torch.bfloat16)
     logits = torch.zeros(1, 1, 1, 3, 65, 4096, dtype=torch.bfloat16)
     h = gspn.gated_scan(ones, ones[:, None], logits, directions=("right",), backend=backend)
