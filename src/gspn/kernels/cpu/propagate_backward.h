@@ -46,9 +46,8 @@ template <class A> static void clear_lanes(int64_t vectors, int lanes, A* p) {
         for (int c = lanes; c < L; c++) p[i * L + c] = 0;
 }
 
-template <class T> struct Backward {
-    typedef Acc<T> A;
-    static constexpr int L = kLanes<T>;
+template <class A> struct Backward {
+    static constexpr int L = kLanes<A>;
 
     // The team: a worker has every so-manieth image, a range of blocks and a range of directions.
     struct Team {
@@ -57,7 +56,7 @@ template <class T> struct Backward {
         int64_t proxy_copies() const { return blocks * parts; }
     };
 
-    Plan<T>& plan;
+    Plan<A>& plan;
     const bool keep;      // projected maps, of all lines of a direction
     Team team;
     A* dw = nullptr;      // [worker among images][walk][block][features][columns][lanes]
@@ -67,7 +66,7 @@ template <class T> struct Backward {
     struct Scratch {
         A *x, *dy, *dx, *h, *message, *maps, *grads, *w, *wt;
         Scratch(const Backward& self, Carver carver) {
-            const Plan<T>& plan = self.plan;
+            const Plan<A>& plan = self.plan;
             x = carver.take<A>(plan.packed_size());
             dy = carver.take<A>(plan.packed_size());
             dx = carver.take<A>(self.team.parts > 1 ? 0 : plan.packed_size());
@@ -82,14 +81,14 @@ template <class T> struct Backward {
         int64_t bytes;
     };
 
-    explicit Backward(Plan<T>& p) : plan(p), keep(keep_maps(p)), team{1, 1, 1} {
+    explicit Backward(Plan<A>& p) : plan(p), keep(keep_maps(p)), team{1, 1, 1} {
         int64_t threads = plan.useful_threads();
         choose_team(threads);
         while (threads > 1 && scratch_bytes(1) > plan.workspace()) choose_team(--threads);
     }
 
-    static constexpr int64_t kMapsOfPixel = Plan<T>::kMostColumns * L;
-    static bool keep_maps(const Plan<T>& plan) {
+    static constexpr int64_t kMapsOfPixel = Plan<A>::kMostColumns * L;
+    static bool keep_maps(const Plan<A>& plan) {
         return plan.features.count >= kKeepFeatures && plan.pixels * kMapsOfPixel * (int64_t)sizeof(A) <= kKeepBytes;
     }
     int64_t maps_size() const {
@@ -120,14 +119,14 @@ template <class T> struct Backward {
     int64_t dw_size() const { return dw_at(plan.directions, 0); }
     int64_t dproxy_size() const { return plan.pixels * plan.features.lanes(); }
 
-    int64_t shared_bytes(int64_t images, Carver carver) {
+    __attribute__((noinline)) int64_t shared_bytes(int64_t images, Carver carver) {
         dw = carver.take<A>(team.images * dw_size());
         plan.packed_proxy = carver.take<A>(plan.packed_proxy_size(images));
         dproxy = carver.take<A>(team.proxy_copies() * images * dproxy_size());
         dx_parts = carver.take<A>(team.parts > 1 ? images * plan.blocks * team.parts * plan.packed_size() : 0);
         return carver.used;
     }
-    int64_t scratch_bytes(int64_t images) {
+    __attribute__((noinline)) int64_t scratch_bytes(int64_t images) {
         return shared_bytes(images, Carver{nullptr}) + team.workers() * Scratch(*this, Carver{nullptr}).bytes;
     }
 
@@ -161,7 +160,7 @@ template <class T> struct Backward {
 
     static void worker_task(const void* context, int64_t worker, char* memory) {
         const Backward& self = *(const Backward*)context;
-        const Plan<T>& plan = self.plan;
+        const Plan<A>& plan = self.plan;
         const Team& team = self.team;
         const int64_t part = worker % team.parts, among_blocks = worker / team.parts % team.blocks;
         const int64_t among_images = worker / team.parts / team.blocks;
@@ -316,8 +315,7 @@ template <class T> struct Backward {
 
     static void proxy_row_task(const void* context, int64_t task, char* memory) {
         const Backward& self = *(const Backward*)context;
-        const Plan<T>& plan = self.plan;
-        const Map<T> grad = map_of<T>(plan.args.grad_proxy);
+        const Plan<A>& plan = self.plan;
         const int64_t lanes = plan.features.lanes(), size = plan.count * self.dproxy_size();
         const int64_t image = plan.first + task / plan.height, row = task % plan.height;
         A* const sum = self.dproxy + task * plan.width * lanes;
@@ -331,13 +329,13 @@ template <class T> struct Backward {
             const int n = (int)min64(L, plan.features.count - s);
             for (int64_t x = 0; x < plan.width; x++)
                 for (int c = 0; c < n; c++) packed[x * L + c] = plan.features.sum_feature(sum + x * lanes, s + c);
-            unpack_row(packed, L, grad.at(image, s, row), grad.channel, grad.column, n, plan.width);
+            unpack_map_row(plan.args.dtype, packed, L, plan.args.grad_proxy, image, s, row, n, plan.width);
         }
     }
 
     static void parts_task(const void* context, int64_t task, char*) {
         const Backward& self = *(const Backward*)context;
-        const Plan<T>& plan = self.plan;
+        const Plan<A>& plan = self.plan;
         A* const parts = self.dx_parts + task * self.team.parts * plan.packed_size();
         plan.sum_parts(plan.args.grad_x, plan.first + task / plan.blocks, task % plan.blocks, self.team.parts, parts);
     }
@@ -346,7 +344,7 @@ template <class T> struct Backward {
     // the logits, over the channels of a group
     static void projections_task(const void* context, int64_t task, char*) {
         const Backward& self = *(const Backward*)context;
-        const Plan<T>& plan = self.plan;
+        const Plan<A>& plan = self.plan;
         const int i = (int)task;
         self.sum_copies(self.dw + self.dw_at(i, 0), self.dw_at(i, plan.blocks) - self.dw_at(i, 0));
         for (int column = 0; column < plan.columns(i); column++)

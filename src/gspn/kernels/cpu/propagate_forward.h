@@ -75,36 +75,35 @@ static void forward_line(
     }
 }
 
-template <class T>
-static LineProjection<Acc<T>> line_projection(
-    const Plan<T>& plan, int64_t image, const Acc<T>* w, int i, int64_t t) {
+template <class A>
+static LineProjection<A> line_projection(
+    const Plan<A>& plan, int64_t image, const A* w, int i, int64_t t) {
     const int64_t row = plan.proxy_row(), column = plan.proxy_column();
     const Walk& walk = plan.walks[i];
     return {
         plan.proxy_of(image) + walk.offset(t, row, column), walk.step(row, column), plan.features.count, w,
-        plan.columns(i) * kLanes<T>};
+        plan.columns(i) * kLanes<A>};
 }
 
 // Columns of a large map lie too far apart for the hardware's prefetching
-template <class T> static Ahead ahead_of(const Plan<T>& plan, const Walk& walk) {
+template <class A> static Ahead ahead_of(const Plan<A>& plan, const Walk& walk) {
     constexpr int64_t lines = 2, small = (int64_t)1 << 20;
-    if (!walk.over_columns || plan.packed_size() * (int64_t)sizeof(Acc<T>) < small) return {0, 0};
+    if (!walk.over_columns || plan.packed_size() * (int64_t)sizeof(A) < small) return {0, 0};
     const int64_t sign = walk.backwards ? -lines : lines;
-    return {sign * kLanes<T>, sign * plan.proxy_column()};
+    return {sign * kLanes<A>, sign * plan.proxy_column()};
 }
 
-template <class T> struct Forward {
-    typedef Acc<T> A;
-    static constexpr int L = kLanes<T>;
+template <class A> struct Forward {
+    static constexpr int L = kLanes<A>;
 
-    Plan<T>& plan;
+    Plan<A>& plan;
     int64_t threads, parts;  // parts: tasks that share the directions of a block
     A* part_outputs;         // [image of the round][block][part][packed block], where parts > 1
 
     struct Scratch {
         A *x, *out, *state, *maps, *w;
         Scratch(const Forward& self, Carver carver) {
-            const Plan<T>& plan = self.plan;
+            const Plan<A>& plan = self.plan;
             x = carver.take<A>(plan.packed_size());
             out = carver.take<A>(self.parts > 1 ? 0 : plan.packed_size());
             state = carver.take<A>(max64(plan.height, plan.width) * L);
@@ -115,7 +114,7 @@ template <class T> struct Forward {
         int64_t bytes;
     };
 
-    explicit Forward(Plan<T>& p) : plan(p), threads(p.useful_threads()), parts(1), part_outputs(nullptr) {
+    explicit Forward(Plan<A>& p) : plan(p), threads(p.useful_threads()), parts(1), part_outputs(nullptr) {
         choose_parts();
         while (threads > 1 && scratch_bytes(1) > plan.workspace()) {
             threads--;
@@ -223,7 +222,7 @@ template <class T> struct Forward {
     // The output of one block of one image out of the parts
     static void sum_task(const void* context, int64_t task, char*) {
         const Forward& self = *(const Forward*)context;
-        const Plan<T>& plan = self.plan;
+        const Plan<A>& plan = self.plan;
         A* const parts = self.part_outputs + task * self.parts * plan.packed_size();
         plan.sum_parts(plan.args.y, plan.first + task / plan.blocks, task % plan.blocks, self.parts, parts);
     }

@@ -10,14 +10,18 @@
 namespace GSPN_NS {
 namespace {
 
+// Sums that fit in the registers. float64 is there for gradient checks: one tile size keeps the library small.
 #if defined(GSPN_AVX512) || defined(__aarch64__)
-constexpr int kSums = 25;       // registers out of 32 that hold sums
-constexpr int kProxyPixels = 12;
+template <class A> constexpr int kSums = sizeof(A) == 4 ? 25 : 12;
 #else
-constexpr int kSums = 12;       // out of 16
-constexpr int kProxyPixels = 8;
+template <class A> constexpr int kSums = 12;
 #endif
-constexpr int rows_of_tile(int columns) { return kSums / columns > 8 ? 8 : kSums / columns; }
+template <class A> constexpr int kMostRows = sizeof(A) == 4 ? 8 : 2;
+template <class A> constexpr int kProxyRows = sizeof(A) == 8 ? 4 : kSums<A> == 25 ? 12 : 8;
+template <class A> constexpr int kMostRepeats = sizeof(A) == 4 && kLanes<A> >= 4 ? 4 : 1;  // see Features
+template <class A> constexpr int rows_of_tile(int columns) {
+    return kSums<A> / columns > kMostRows<A> ? kMostRows<A> : kSums<A> / columns;
+}
 
 // Rows of tiles of about equal size: each row is a chain of additions, and a last tile of few rows would wait for them.
 GSPN_INLINE int64_t even_rows(int64_t rows, int most) {
@@ -59,7 +63,7 @@ static void project_rest(int64_t n, const A* proxy, int64_t step, int64_t featur
 // step: elements between the proxies of two pixels; w_step: between the projections of two features
 template <int COLS, class A>
 static void project(int64_t n, const A* proxy, int64_t step, int64_t features, const A* w, int64_t w_step, A* maps) {
-    constexpr int rows = rows_of_tile(COLS);
+    constexpr int rows = rows_of_tile<A>(COLS);
     for (; n >= rows; n -= rows, proxy += rows * step, maps += rows * COLS * kLanes<A>)
         project_tile<rows, COLS>(proxy, step, features, w, w_step, maps);
     project_rest<rows - 1, COLS>(n, proxy, step, features, w, w_step, maps);
@@ -106,15 +110,15 @@ static void project_grad_tiles(
 template <int COLS, class A>
 static void project_grad(
     int64_t n, const A* proxy, int64_t step, int64_t features, const A* grad, A* dw, int64_t w_step) {
-    constexpr int most = rows_of_tile(COLS);
+    constexpr int most = rows_of_tile<A>(COLS);
     const int64_t rows = even_rows(features, most);
     project_grad_tiles<most, COLS>(rows, n, proxy, step, features, grad, dw, w_step);
 }
 
 // Gradient of the proxy: dproxy[i][s] += sum over k of grad[i][k] w[k][s], k running over columns and lanes.
 //
-// Here the lanes hold features. Where fewer than half of the lanes are needed, R = lanes / width values of k share a
-// vector, feature-major, so that no lane multiplies padding; dproxy keeps these R partial sums per feature, and they
+// Here the lanes hold features. Where half of the lanes or fewer are needed, R = lanes / width values of k (2 or 4) share
+// a vector, feature-major, so that few lanes multiply padding; dproxy keeps these R partial sums per feature, and they
 // are added up once, at the end (sum_feature).
 
 template <class A> struct Features {
@@ -122,7 +126,7 @@ template <class A> struct Features {
     int64_t count, full;  // features; full vectors of them
     int rest, width;      // features of the last, partial vector, and that rounded up to a power of two
 
-    explicit Features(int64_t n) : count(n), full(n / L), rest((int)(n % L)), width(rest ? 1 : 0) {
+    explicit Features(int64_t n) : count(n), full(n / L), rest((int)(n % L)), width(rest ? L / kMostRepeats<A> : 0) {
         while (width < rest) width *= 2;
     }
     int64_t lanes() const { return (full + (rest ? 1 : 0)) * L; }  // of dproxy for one pixel
@@ -166,14 +170,14 @@ static void proxy_grad_tiles(
 template <int R, class A>
 static void proxy_grad_vector(
     int64_t n, const A* grad, int64_t g_step, int64_t k_count, const A* wt, A* dproxy, int64_t step) {
-    proxy_grad_tiles<kProxyPixels, R>(even_rows(n, kProxyPixels), n, grad, g_step, k_count, wt, dproxy, step);
+    proxy_grad_tiles<kProxyRows<A>, R>(even_rows(n, kProxyRows<A>), n, grad, g_step, k_count, wt, dproxy, step);
 }
 
 template <int R, class A>
 static void proxy_grad_rest(
     int repeats, int64_t n, const A* grad, int64_t g_step, int64_t k_count, const A* wt, A* dproxy, int64_t step) {
     if (repeats == R) return proxy_grad_vector<R>(n, grad, g_step, k_count, wt, dproxy, step);
-    if constexpr (R < kLanes<A>) proxy_grad_rest<2 * R>(repeats, n, grad, g_step, k_count, wt, dproxy, step);
+    if constexpr (R < kMostRepeats<A>) proxy_grad_rest<2 * R>(repeats, n, grad, g_step, k_count, wt, dproxy, step);
 }
 
 // columns of the gradient strip; the transposed projections `wt` have all_columns of them, of which the strip's are

@@ -1,20 +1,11 @@
 // Moving rows of pixels between maps of any strides and the packed form that the kernels work on: for each pixel one
 // vector with the values of (up to) as many channels as it has lanes.
 #pragma once
+#include "api.h"
 #include "vec.h"
 
 namespace GSPN_NS {
 namespace {
-
-// Where a map lies: element strides, as in GspnView
-template <class T> struct Map {
-    T* data;
-    int64_t batch, channel, row, column;
-    T* at(int64_t b, int64_t c, int64_t y) const { return data + b * batch + c * channel + y * row; }
-};
-template <class T, class View> Map<T> map_of(const View& v) {
-    return {(T*)v.data, v.batch, v.channel, v.row, v.column};
-}
 
 template <class T> GSPN_INLINE void store_packed(Acc<T>* to, VecOf<T> v, int width) {
     if (width == kLanes<T>) store(to, v);
@@ -52,7 +43,7 @@ static void pack_adjacent_pixels(
 // n channels (at most the lanes) of a row of pixels, `step` elements apart in `to`; of every pixel `width` lanes are
 // written, those beyond n with 0.
 template <class T>
-static void pack_row(
+static __attribute__((noinline)) void pack_row(
     const T* from, int64_t channel, int64_t column, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
     if (channel == 1 || n == 1) return pack_adjacent_channels(from, column, n, width, pixels, to, step);
     if (column == 1) return pack_adjacent_pixels(from, channel, n, width, pixels, to, step);
@@ -62,7 +53,8 @@ static void pack_row(
 
 // The way back; `from` holds whole vectors, `step` elements apart, one for each pixel.
 template <class T>
-static void unpack_row(const Acc<T>* from, int64_t step, T* to, int64_t channel, int64_t column, int n, int64_t pixels) {
+static __attribute__((noinline)) void unpack_row(
+    const Acc<T>* from, int64_t step, T* to, int64_t channel, int64_t column, int n, int64_t pixels) {
     constexpr int L = kLanes<T>;
     if (channel == 1) {
         if (n == L)
@@ -84,6 +76,37 @@ static void unpack_row(const Acc<T>* from, int64_t step, T* to, int64_t channel,
         for (int64_t i = 0; i < pixels; i++)
             for (int c = 0; c < n; c++) store_one(to + c * channel + i * column, from[i * step + c]);
     }
+}
+
+// The same for a row of a map whose type is known at run time: all that depends on it is here, so that the kernels
+// are compiled for two accumulator types instead of four data types.
+
+template <class T> GSPN_INLINE T* row_of(const GspnView& map, int64_t image, int64_t channel, int64_t row) {
+    return (T*)map.data + image * map.batch + channel * map.channel + row * map.row;
+}
+
+template <class A>
+static void pack_map_row(
+    int64_t dtype, const GspnView& map, int64_t image, int64_t channel, int64_t row, int n, int width, int64_t pixels,
+    A* to, int64_t step) {
+    const auto pack = [&](auto* first) {
+        pack_row(first, map.channel, map.column, n, width, pixels, to, step);
+    };
+    if constexpr (sizeof(A) == 8) pack(row_of<const double>(map, image, channel, row));
+    else if (dtype == GSPN_BFLOAT16) pack(row_of<const bf16>(map, image, channel, row));
+    else if (dtype == GSPN_FLOAT16) pack(row_of<const fp16>(map, image, channel, row));
+    else pack(row_of<const float>(map, image, channel, row));
+}
+
+template <class A>
+static void unpack_map_row(
+    int64_t dtype, const A* from, int64_t step, const GspnView& map, int64_t image, int64_t channel, int64_t row, int n,
+    int64_t pixels) {
+    const auto unpack = [&](auto* first) { unpack_row(from, step, first, map.channel, map.column, n, pixels); };
+    if constexpr (sizeof(A) == 8) unpack(row_of<double>(map, image, channel, row));
+    else if (dtype == GSPN_BFLOAT16) unpack(row_of<bf16>(map, image, channel, row));
+    else if (dtype == GSPN_FLOAT16) unpack(row_of<fp16>(map, image, channel, row));
+    else unpack(row_of<float>(map, image, channel, row));
 }
 
 }  // namespace

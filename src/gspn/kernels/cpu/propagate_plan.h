@@ -40,9 +40,9 @@ struct Walk {
     int64_t step(int64_t row, int64_t column) const { return over_columns ? row : column; }
 };
 
-template <class T> struct Plan {
-    typedef Acc<T> A;
-    static constexpr int L = kLanes<T>;
+// A: the type of the state, the sums and the projections
+template <class A> struct Plan {
+    static constexpr int L = kLanes<A>;
 
     const GspnPropagateArgs& args;
     const int64_t batch, channels, height, width, pixels, segment;
@@ -60,7 +60,8 @@ template <class T> struct Plan {
         : args(a), batch(a.batch), channels(a.channels), height(a.height), width(a.width), pixels(height * width),
           segment(a.segment > 0 ? a.segment : INT64_MAX), features(a.features), directions((int)a.directions),
           skip(a.skip_proj != nullptr),
-          proxy_in_place(sizeof(T) == sizeof(A) && (a.proxy.channel == 1 || a.features == 1)),
+          proxy_in_place(
+              (a.dtype == GSPN_FLOAT32 || a.dtype == GSPN_FLOAT64) && (a.proxy.channel == 1 || a.features == 1)),
           blocks(ceil_div(channels, L)), pitch(width | 1) {
         order_walks();
     }
@@ -124,15 +125,13 @@ template <class T> struct Plan {
 
     int64_t packed_size() const { return height * pitch * L; }  // of one block of an image
 
-    void pack_block_row(const GspnView& view, int64_t image, int64_t block, int64_t row, A* packed) const {
-        const Map<const T> map = map_of<const T>(view);
-        const T* from = map.at(image, block * L, row);
-        pack_row(from, map.channel, map.column, lanes_of(block), L, width, packed + row * pitch * L, L);
+    void pack_block_row(const GspnView& map, int64_t image, int64_t block, int64_t row, A* packed) const {
+        A* const to = packed + row * pitch * L;
+        pack_map_row(args.dtype, map, image, block * L, row, lanes_of(block), L, width, to, L);
     }
-    void unpack_block_row(const GspnView& view, int64_t image, int64_t block, int64_t row, const A* packed) const {
-        const Map<T> map = map_of<T>(view);
-        T* to = map.at(image, block * L, row);
-        unpack_row(packed + row * pitch * L, L, to, map.channel, map.column, lanes_of(block), width);
+    void unpack_block_row(const GspnView& map, int64_t image, int64_t block, int64_t row, const A* packed) const {
+        const A* const from = packed + row * pitch * L;
+        unpack_map_row(args.dtype, from, L, map, image, block * L, row, lanes_of(block), width);
     }
 
     // Adds up the parts of a block, which follow each other in memory (into the first), and writes it.
@@ -158,8 +157,8 @@ template <class T> struct Plan {
 // Packing of the projections of one walk and one block. This takes so little beside the scan of an image that every
 // task does it for itself, and has them in its cache.
 
-template <class T> static void pack_projections(const Plan<T>& plan, int i, int64_t block, Acc<T>* w) {
-    constexpr int L = kLanes<T>;
+template <class A> static void pack_projections(const Plan<A>& plan, int i, int64_t block, A* w) {
+    constexpr int L = kLanes<A>;
     const int n = plan.lanes_of(block);
     const int64_t count = plan.features.count, step = plan.columns(i) * L;
     for (int column = 0; column < plan.columns(i); column++, w += L) {
@@ -168,33 +167,32 @@ template <class T> static void pack_projections(const Plan<T>& plan, int i, int6
             continue;
         }
         for (int c = 0; c < L; c++) {
-            const Acc<T>* row = c < n ? plan.projection(i, column, block * L + c) : nullptr;
+            const A* row = c < n ? plan.projection(i, column, block * L + c) : nullptr;
             for (int64_t s = 0; s < count; s++) w[s * step + c] = row ? row[s] : 0;
         }
     }
 }
 
-template <class T> static void scale_logits(const Plan<T>& plan, int i, Acc<T>* w) {
-    constexpr int L = kLanes<T>;
+template <class A> static void scale_logits(const Plan<A>& plan, int i, A* w) {
+    constexpr int L = kLanes<A>;
     for (int64_t s = 0; s < plan.features.count; s++, w += plan.columns(i) * L)
         for (int column = 0; column < kLogits; column++)
-            store(w + column * L, load(w + column * L) * (Acc<T>)-kLog2e);
+            store(w + column * L, load(w + column * L) * (A)-kLog2e);
 }
 
 // R values of k share a vector of the last features: R neighbours in w go to R neighbours in wt.
 template <int R, class A>
 static void transpose_rest(int repeats, int features, int64_t k_count, const A* w, A* wt) {
     constexpr int L = kLanes<A>;
-    if constexpr (R < L)
+    if constexpr (R < kMostRepeats<A>)
         if (repeats > R) return transpose_rest<2 * R>(repeats, features, k_count, w, wt);
     for (int s = 0; s < features; s++, w += k_count)
         for (int64_t k = 0; k < k_count; k += R) __builtin_memcpy(wt + k / R * L + s * R, w + k, R * sizeof(A));
 }
 
 // wt out of w as it is before scale_logits
-template <class T> static void transpose_projections(const Plan<T>& plan, int i, const Acc<T>* w, Acc<T>* wt) {
-    typedef Acc<T> A;
-    constexpr int L = kLanes<T>;
+template <class A> static void transpose_projections(const Plan<A>& plan, int i, const A* w, A* wt) {
+    constexpr int L = kLanes<A>;
     const Features<A>& features = plan.features;
     const int64_t k_count = plan.columns(i) * L;
     for (int64_t f = 0; f < features.full; f++)
@@ -213,21 +211,20 @@ GSPN_INLINE int64_t threads_for(int64_t elements, int64_t threads) {
 
 // The rows of the proxies of a round, where they are not already [row][column][features] of the accumulator's type
 
-template <class T> static void pack_proxy_row(const void* context, int64_t task, char*) {
-    const Plan<T>& plan = *(const Plan<T>*)context;
-    const Map<const T> proxy = map_of<const T>(plan.args.proxy);
+template <class A> static void pack_proxy_row(const void* context, int64_t task, char*) {
+    const Plan<A>& plan = *(const Plan<A>*)context;
     const int64_t image = plan.first + task / plan.height, row = task % plan.height, n = plan.features.count;
-    Acc<T>* const to = plan.packed_proxy + task * plan.width * n;
-    for (int64_t s = 0; s < n; s += kLanes<T>) {
-        const int lanes = (int)min64(kLanes<T>, n - s);
-        pack_row(proxy.at(image, s, row), proxy.channel, proxy.column, lanes, lanes, plan.width, to + s, n);
+    A* const to = plan.packed_proxy + task * plan.width * n;
+    for (int64_t s = 0; s < n; s += kLanes<A>) {
+        const int lanes = (int)min64(kLanes<A>, n - s);
+        pack_map_row(plan.args.dtype, plan.args.proxy, image, s, row, lanes, lanes, plan.width, to + s, n);
     }
 }
 
-template <class T> static int64_t pack_proxies(const Plan<T>& plan, int64_t threads) {
+template <class A> static int64_t pack_proxies(const Plan<A>& plan, int64_t threads) {
     if (plan.proxy_in_place) return GSPN_OK;
     threads = threads_for(plan.packed_proxy_size(plan.count), threads);
-    return gspn::parallel_for(plan.count * plan.height, threads, 0, pack_proxy_row<T>, &plan);
+    return gspn::parallel_for(plan.count * plan.height, threads, 0, pack_proxy_row<A>, &plan);
 }
 
 }  // namespace
