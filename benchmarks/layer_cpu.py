@@ -15,6 +15,7 @@ import torch
 
 import gspn
 from benchmarks import harness, peers
+from gspn.kernels import cpu, reference
 
 SIZES = [  # B, C, H, W, S
     (1, 144, 56, 56, 8),
@@ -26,6 +27,7 @@ SIZES = [  # B, C, H, W, S
     (1, 320, 32, 32, 16),
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMS_OF_THE_LAYER = ("gspn", "gspn, kernel alone", "unfused", "unfused, tuned", "prototype", "prototype, unfused")
 SLOW_TOKENS = 20_000  # beyond it attention and the reference are measured in few rounds of their own
 
 
@@ -59,6 +61,9 @@ def contenders(size, dtype, train, prototype=None, threads=1, only=None):
             tuned = peers.TunedUnfused(layer, x)
             grad = torch.ones_like(x)
             calls["unfused, tuned"] = (lambda: (tuned.forward(), tuned.backward(grad))[0]) if train else tuned.forward
+        if only is None:
+            alone = peers.KernelAlone(layer, x)
+            calls["gspn, kernel alone"] = (lambda: alone.train(torch.ones_like(x))) if train else alone.forward
         if prototype and only is None:
             old = peers.Prototype(prototype, layer, x, threads)
             ones = torch.ones_like(x)
@@ -99,7 +104,7 @@ def check(size, dtype, calls):
     with torch.no_grad():
         expected = exact(small.double())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    for name in ("gspn", "unfused", "unfused, tuned", "prototype", "prototype, unfused"):
+    for name in FORMS_OF_THE_LAYER:
         if name in calls:
             got = calls[name]().detach()[:1].double()
             error = ((got - expected).abs().max() / expected.abs().max()).item()
@@ -122,6 +127,38 @@ def measure(size, dtype_name, train, threads, rounds, prototype):
         few = harness.summary(harness.interleaved(with_ours, 1, threads), "gspn")
         result |= {name: few[name] | {"rounds": 1} for name in heavy}
     return result
+
+
+def crossover(rounds):
+    """From which S on do gradients cost less unfused? Both recompute from x and the proxy, on one thread, in float32."""
+    torch.set_num_threads(1)
+    rows = []
+    for batch, channels, height, width in ((1, 144, 56, 56), (1, 320, 32, 32)):
+        for features in (20, 40, 80, 160, 320):
+            layer, x = problem((batch, channels, height, width, features), torch.float32)
+            output, skip = (t.detach() for t in layer._merged_projections())
+            weights, entry = layer.weight_proj.detach(), layer.input_proj.detach()
+            with torch.no_grad():
+                arguments = (
+                    torch.ones_like(x),
+                    x,
+                    layer.proxy_proj(x),
+                    weights,
+                    entry,
+                    output,
+                    skip,
+                    [0, 1, 2, 3],
+                    None,
+                )
+            scans = (cpu.gated_scan, cpu.gated_scan_backward)
+            calls = {
+                "gspn": lambda a=arguments: cpu.propagate_backward(*a),
+                "unfused": lambda a=arguments: reference.propagate_backward(*a, *scans),
+            }
+            found = harness.summary(harness.interleaved(calls, rounds, 1), "gspn")
+            rows.append({"size (B,C,H,W,S)": (batch, channels, height, width, features), "1 thread": found})
+            print(rows[-1]["size (B,C,H,W,S)"], f"unfused takes {found['unfused']['ratio'][1]:.2f}x", flush=True)
+    return rows
 
 
 def memory(size, dtype_name, train):
@@ -166,10 +203,15 @@ def main():
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
     parser.add_argument("--sizes", type=int, nargs="+", default=list(range(len(SIZES))), help="numbers into the list")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--crossover", action="store_true", help="only gradients, over S: fused against unfused")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         memory_of(*json.loads(options.memory_of[0]), options.memory_of[1])
+        return
+    if options.crossover:
+        rows = crossover(options.rounds)
+        harness.write_json(options.out, {"environment": harness.environment(), "rounds": options.rounds, "cases": rows})
         return
     content = {"what": "GSPN layer, all contenders with their projections", "environment": harness.environment()}
     content |= {"rounds": options.rounds, "cases": []}

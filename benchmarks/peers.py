@@ -182,10 +182,37 @@ class Prototype:
 
     def train(self, grad: Tensor) -> Tensor:
         grad = grad.permute(0, 2, 3, 1)
+        packed, skip, _ = self.lib.pack(self.parameters)  # weights change with every step
         proxy = F.linear(self.x, self.proxy_weight)
-        self.lib.fused(self.x, proxy, self.packed, self.skip, self.out, 0, 2, 1, self.threads)
-        dx, dproxy, *packed = self.lib.fbwd(self.x, proxy, self.packed, self.skip, grad, 0, self.threads)
-        self.lib.unpack(*packed, self.parameters)
+        self.lib.fused(self.x, proxy, packed, skip, self.out, 0, 2, 1, self.threads)
+        dx, dproxy, *packed_grads = self.lib.fbwd(self.x, proxy, packed, skip, grad, 0, self.threads)
+        self.lib.unpack(*packed_grads, self.parameters)
         dproxy = dproxy.contiguous()
         dproxy.flatten(0, 2).T @ self.x.flatten(0, 2)
         return (dx + dproxy @ self.proxy_weight).permute(0, 3, 1, 2)
+
+
+class KernelAlone:
+    """Our kernel as the prototype is called: no autograd, no dispatcher, the output in a buffer that is kept."""
+
+    def __init__(self, layer: gspn.GSPN2d, x: Tensor):
+        self.x = x
+        output, skip = (t.detach() for t in layer._merged_projections())
+        self.projections = (layer.weight_proj.detach(), layer.input_proj.detach(), output, skip)
+        self.options = ([gspn.DIRECTIONS.index(d) for d in layer.directions], layer.segment)
+        self.proxy_weight = layer.proxy_proj.weight.detach().flatten(1)
+        self.out = torch.zeros_like(x)
+
+    def _proxy(self) -> Tensor:
+        return F.linear(self.x.permute(0, 2, 3, 1), self.proxy_weight).permute(0, 3, 1, 2)
+
+    def forward(self) -> Tensor:
+        return cpu.propagate(self.x, self._proxy(), *self.projections, *self.options, out=self.out)
+
+    def train(self, grad: Tensor) -> Tensor:
+        proxy = self._proxy()
+        cpu.propagate(self.x, proxy, *self.projections, *self.options, out=self.out)
+        dx, dproxy, *_ = cpu.propagate_backward(grad, self.x, proxy, *self.projections, *self.options)
+        rows = dproxy.permute(0, 2, 3, 1)
+        rows.flatten(0, 2).T @ self.x.permute(0, 2, 3, 1).flatten(0, 2)
+        return dx + (rows @ self.proxy_weight).permute(0, 3, 1, 2)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 COLOURS = {
     "gspn": "#2f6db3",
+    "gspn, kernel alone": "#85aede",
     "unfused, tuned": "#e07b22",
     "unfused": "#f0b27a",
     "linear attention": "#3a8f5c",

@@ -89,6 +89,18 @@ def test_gradients_of_gradients_by_the_reference_alone():
         torch.autograd.grad(first.sum(), problem)
 
 
+def test_the_gradients_unfused_on_native_scans():
+    if not gspn.available_backends()["cpu"].available:
+        pytest.skip(gspn.available_backends()["cpu"].reason)
+    from gspn.kernels import cpu
+
+    problem = random_problem(2, 4, 5, 7, 3, groups=2)
+    arguments = (torch.randn(2, 4, 5, 7, dtype=torch.float64), *problem, [0, 1, 2, 3], 3)
+    unfused = reference.propagate_backward(*arguments, cpu.gated_scan, cpu.gated_scan_backward)
+    for got, expected in zip(unfused, reference.propagate_backward(*arguments), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
 # The stability-context condition
 
 
