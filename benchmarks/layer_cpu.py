@@ -130,7 +130,7 @@ def measure(size, dtype_name, train, threads, rounds, prototype):
 
 
 def crossover(rounds):
-    """From which S on do gradients cost less unfused? Both recompute from x and the proxy, on one thread, in float32."""
+    """From which S on do gradients cost less unfused? Both recompute from x and the proxy; one thread, float32."""
     torch.set_num_threads(1)
     rows = []
     for batch, channels, height, width in ((1, 144, 56, 56), (1, 320, 32, 32)):
@@ -150,10 +150,11 @@ def crossover(rounds):
                     [0, 1, 2, 3],
                     None,
                 )
-            scans = (cpu.gated_scan, cpu.gated_scan_backward)
             calls = {
                 "gspn": lambda a=arguments: cpu.propagate_backward(*a),
-                "unfused": lambda a=arguments: reference.propagate_backward(*a, *scans),
+                "unfused": lambda a=arguments: reference.propagate_backward(
+                    *a, cpu.gated_scan, cpu.gated_scan_backward
+                ),
             }
             found = harness.summary(harness.interleaved(calls, rounds, 1), "gspn")
             rows.append({"size (B,C,H,W,S)": (batch, channels, height, width, features), "1 thread": found})
