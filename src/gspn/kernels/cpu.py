@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2  # GSPN_ABI_VERSION in cpu/api.h
+ABI_VERSION = 3  # GSPN_ABI_VERSION in cpu/api.h
 ISAS = ("portable", "avx2", "avx512")  # GspnIsa in cpu/api.h, worst first
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # GspnDtype in cpu/api.h
 _VIEW = 7  # words of a GspnView
 _NO_VIEW = (0,) * _VIEW
-_SCAN_WORDS = struct.Struct(f"={16 + 8 * _VIEW}q")  # GspnScanArgs in cpu/api.h
+_SCAN_WORDS = struct.Struct(f"={15 + 8 * _VIEW}q")  # GspnScanArgs in cpu/api.h
 _PROPAGATE_WORDS = struct.Struct(f"={17 + 6 * _VIEW + 8}q")  # GspnPropagateArgs in cpu/propagate_api.h
 _STATUS = {1: "out of memory for scratch buffers", 2: "bad argument"}  # GspnStatus in cpu/api.h
 
@@ -165,6 +165,10 @@ def _state_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _widened(weights: torch.Tensor) -> torch.Tensor:
+    return weights.float() if weights.dtype in (torch.bfloat16, torch.float16) else weights
+
+
 def _view_map(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, C, H, W)
     b, c, h, w = tensor.stride()
     return tensor.data_ptr(), b, 0, c, 0, h, w
@@ -194,7 +198,11 @@ def _run(function, arguments: bytes) -> None:
 
 
 def line_scan(x, weights, direction, segment=None, *, isa=None, threads=None, out=None):
-    """Scan x (B, C, H, W) in one direction with weights (B, G, 3, H, W) as given; returns h (B, C, H, W)."""
+    """Scan x (B, C, H, W) in one direction with weights (B, G, 3, H, W) as given; returns h (B, C, H, W).
+
+    Weights are float32 beside a 16-bit x; those of 16 bits, which do not sum to 1, are widened first.
+    """
+    weights = _widened(weights)
     head = _line_scan_head(x, weights, direction, segment, isa, threads)
     h = _output("out", out, x)
     words = (*_view_map(x), *_NO_VIEW, *_view_weights(weights), *_view_map(h), *_NO_VIEW * 4)
@@ -204,16 +212,15 @@ def line_scan(x, weights, direction, segment=None, *, isa=None, threads=None, ou
 
 def line_scan_backward(grad_h, weights, h, direction, segment=None, *, isa=None, threads=None, out=None):
     """Gradients (dx, dweights) of `line_scan`, from the gradient of h and h itself."""
+    dtype, weights = weights.dtype, _widened(weights)
     head = _line_scan_head(h, weights, direction, segment, isa, threads)
     _check("grad_h", grad_h, h.shape, h.dtype)
-    shared = weights.shape[1] != h.shape[1]
     dx, dweights = out or (None, None)
-    dx = _output("dx", dx, h)
-    dweights = _output("dweights", dweights, weights, _state_dtype(h) if shared else weights.dtype)
+    dx, dweights = _output("dx", dx, h), _output("dweights", dweights, weights)
     words = (*_NO_VIEW * 2, *_view_weights(weights), *_view_map(h))
     words += (*_view_map(grad_h), *_view_map(dx), *_NO_VIEW, *_view_weights(dweights))
     _run(_library().gspn_scan_backward, _SCAN_WORDS.pack(*head, *words))
-    return dx, dweights.to(weights.dtype)
+    return dx, dweights.to(dtype)
 
 
 def gated_scan(x, input_gate, logits, directions, segment=None, *, isa=None, threads=None, out=None):
@@ -302,13 +309,12 @@ def _line_scan_head(x, weights, direction, segment, isa, threads) -> tuple[int, 
     _check_x(x)
     batch, channels, height, width = x.shape
     groups = weights.shape[1]
-    beside = weights.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-    _check("weights", weights, (batch, groups, 3, height, width), torch.float32 if beside else x.dtype)
+    _check("weights", weights, (batch, groups, 3, height, width), _state_dtype(x))
     _check_groups(channels, groups)
     if direction not in (0, 1, 2, 3):
         raise ValueError(f"direction must be 0, 1, 2 or 3, got {direction}")
     return (
-        *(_isa_code(isa), _thread_count(threads), 0, _DTYPES[x.dtype], _DTYPES[weights.dtype]),
+        *(_isa_code(isa), _thread_count(threads), 0, _DTYPES[x.dtype]),
         *(batch, 1, channels, groups, height, width, _segment_code(segment)),
         *(direction, 0, 0, 0),
     )
@@ -322,7 +328,7 @@ def _gated_scan_head(x, input_gate, logits, directions, segment, isa, threads) -
     _check("logits", logits, (batch, count, groups, 3, height, width), x.dtype)
     _check_groups(channels, groups)
     return (
-        *(_isa_code(isa), _thread_count(threads), 1, _DTYPES[x.dtype], _DTYPES[logits.dtype]),
+        *(_isa_code(isa), _thread_count(threads), 1, _DTYPES[x.dtype]),
         *(batch, count, channels, groups, height, width, _segment_code(segment)),
         *_direction_words(directions)[1:],
     )

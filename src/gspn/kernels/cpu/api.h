@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GSPN_ABI_VERSION 2
+#define GSPN_ABI_VERSION 3
 
 enum GspnDtype { GSPN_FLOAT32 = 0, GSPN_BFLOAT16 = 1, GSPN_FLOAT16 = 2, GSPN_FLOAT64 = 3 };
 enum GspnIsa { GSPN_ISA_BEST = -1, GSPN_ISA_PORTABLE = 0, GSPN_ISA_AVX2 = 1, GSPN_ISA_AVX512 = 2 };
@@ -19,13 +19,14 @@ struct GspnView {
   int64_t batch, direction, channel, neighbour, row, column;
 };
 
-// line_scan and gated_scan. weights are normalised weights in line_scan and logits in gated_scan.
-// dx has the type of the state (float, or double for double) in gated_scan, where directions are summed in it,
-// and x's own in line_scan. dweights is always of the state's type if channels share weights, else of the weights'.
+// line_scan and gated_scan. The state is double for double maps, else float. In line_scan weights are used as they are
+// and of the state's type, dx is of the maps'. In gated_scan weights are logits of the maps' type, and dx, in which
+// the directions are summed, is of the state's. dweights is of the state's type if channels share weights, in whose
+// gradients they are summed, else of the weights'.
 struct GspnScanArgs {
   int64_t isa, threads;
   int64_t gated;                  // 1: gated_scan, 0: line_scan
-  int64_t dtype, weight_dtype;    // of everything but the weights, of the weights
+  int64_t dtype;                  // GspnDtype of the maps
   int64_t batch, directions, channels, groups, height, width;
   int64_t segment;                // lines between two resets of the state; 0: never
   int64_t direction[4];

@@ -238,14 +238,13 @@ template <class T> GSPN_INLINE void scatter(const Acc<T>* in, int64_t count, T* 
   for (int64_t i = 0; i < count; i++) store_one(p + i * stride, in[i]);
 }
 
-// Calls body(edge, partial, i, n) for each vector of a line of places. Only its first and last vectors are at an edge,
-// and only the last one can be partial.
+// Calls body(careful, i, n) for each vector of a line of places, careful for the first and the last: these lack
+// neighbours, and the last one may be partial. (Two kinds of body, not four: a kernel's size is a user's build time.)
 template <int LANES, class Body> GSPN_INLINE void for_each_vector(int64_t places, Body body) {
   for (int64_t i = 0; i < places; i += LANES) {
     const int64_t left = places - i;
-    if (left < LANES) body(Yes{}, Yes{}, i, int(left));
-    else if (i == 0 || left == LANES) body(Yes{}, No{}, i, LANES);
-    else body(No{}, No{}, i, LANES);
+    if (i > 0 && left > LANES) body(No{}, i, LANES);
+    else body(Yes{}, i, int(left < LANES ? left : LANES));
   }
 }
 

@@ -27,10 +27,10 @@ template <class S> GSPN_INLINE int64_t rows_scratch(int64_t places, int64_t chan
 template <Form FORM, class S, class W>
 void prepare_row(const WeightField<const W>& weights, int64_t line, int64_t places, Acc<S>* const* prepared) {
   const W* raw[3] = {weights.data[0] + line, weights.data[1] + line, weights.data[2] + line};
-  for_each_vector<kLanes<S>>(places, [&](auto edge, auto partial, int64_t i, int n) {
-    constexpr bool E = decltype(edge)::value, P = decltype(partial)::value;
+  for_each_vector<kLanes<S>>(places, [&](auto careful, int64_t i, int n) {
+    constexpr bool C = decltype(careful)::value;
     const auto edges = edges_of_places<VecOf<S>>(i, places);
-    store_triple<P>(prepared, i, form_weights<FORM, E>(load_triple<P>(raw, i, n), edges), n);
+    store_triple<C>(prepared, i, form_weights<FORM, C>(load_triple<C>(raw, i, n), edges), n);
   });
 }
 
@@ -42,21 +42,21 @@ struct ForwardAhead {  // what to prefetch for each element, in elements
 
 template <Form FORM, bool GATED, class S, class W>
 void row_forward(const ForwardStep<S>& p, const W* const* weights, int64_t places, const ForwardAhead& ahead) {
-  for_each_vector<kLanes<S>>(places, [&](auto edge, auto partial, int64_t i, int n) {
-    constexpr bool E = decltype(edge)::value, P = decltype(partial)::value;
+  for_each_vector<kLanes<S>>(places, [&](auto careful, int64_t i, int n) {
+    constexpr bool C = decltype(careful)::value;
     prefetch(p.x + i + ahead.x);
     if (GATED) prefetch(p.gate + i + ahead.gate);
     if (FORM != kPrepared)
       for (int k = 0; k < 3; k++) prefetch(weights[k] + i + ahead.weights);
     prefetch_write(p.h + i + ahead.h);
-    const auto raw = load_triple<P>(weights, i, n);
-    step_forward<P, GATED>(p, form_weights<FORM, E>(raw, edges_of_places<VecOf<S>>(i, places)), i, n);
+    const auto raw = load_triple<C>(weights, i, n);
+    step_forward<C, GATED>(p, form_weights<FORM, C>(raw, edges_of_places<VecOf<S>>(i, places)), i, n);
   });
 }
 
 template <bool GATED, class S> void row_reset(const ForwardStep<S>& p, int64_t places) {
-  for_each_vector<kLanes<S>>(places, [&](auto, auto partial, int64_t i, int n) {
-    reset_forward<decltype(partial)::value, GATED>(p, i, n);
+  for_each_vector<kLanes<S>>(places, [&](auto careful, int64_t i, int n) {
+    reset_forward<decltype(careful)::value, GATED>(p, i, n);
   });
 }
 
@@ -104,55 +104,55 @@ struct BackwardAhead {
 template <Form FORM, bool GATED, class S, class W, class DX, class DW>
 void row_backward(const BackwardStep<S, Acc<S>, DX>& p, const W* const* weights, DW* const* dweights, bool add_dweights,
                   int64_t places, const BackwardAhead& ahead) {
-  for_each_vector<kLanes<S>>(places, [&](auto edge, auto partial, int64_t i, int n) {
-    constexpr bool E = decltype(edge)::value, P = decltype(partial)::value;
+  for_each_vector<kLanes<S>>(places, [&](auto careful, int64_t i, int n) {
+    constexpr bool C = decltype(careful)::value;
     prefetch(p.grad_h + i + ahead.grad_h);
     prefetch_write(p.dx + i + ahead.dx);
     if (GATED) prefetch(p.x + i + ahead.x), prefetch(p.gate + i + ahead.gate), prefetch_write(p.dgate + i + ahead.dgate);
     if (FORM != kPrepared)
       for (int k = 0; k < 3; k++) prefetch(weights[k] + i + ahead.weights), prefetch_write(dweights[k] + i + ahead.dweights);
     const auto edges = edges_of_places<VecOf<S>>(i, places);
-    const auto slopes = form_slopes<FORM, E>(load_triple<P>(weights, i, n), edges);
-    auto dw = step_backward<P, GATED, E>(p, slopes.weights, edges, i, n);
+    const auto slopes = form_slopes<FORM, C>(load_triple<C>(weights, i, n), edges);
+    auto dw = step_backward<C, GATED, C>(p, slopes.weights, edges, i, n);
     if constexpr (FORM != kPrepared) {
-      dw = weight_gradient<FORM, E>(dw, slopes, edges);
+      dw = weight_gradient<FORM, C>(dw, slopes, edges);
     } else if (add_dweights) {
-      const auto sum = load_triple<P>(dweights, i, n);
+      const auto sum = load_triple<C>(dweights, i, n);
       dw = {sum.prev + dw.prev, sum.same + dw.same, sum.next + dw.next};
     }
-    store_triple<P>(dweights, i, dw, n);
+    store_triple<C>(dweights, i, dw, n);
   });
 }
 
 template <bool GATED, class S, class DX> void row_reset_backward(const BackwardStep<S, Acc<S>, DX>& p, int64_t places) {
-  for_each_vector<kLanes<S>>(places, [&](auto, auto partial, int64_t i, int n) {
-    input_gradients<decltype(partial)::value, GATED>(p, i, n);
+  for_each_vector<kLanes<S>>(places, [&](auto careful, int64_t i, int n) {
+    input_gradients<decltype(careful)::value, GATED>(p, i, n);
   });
 }
 
 template <class S, class DW> void zero_row(DW* const* rows, int64_t places) {
   for (int k = 0; k < 3; k++)
-    for_each_vector<kLanes<S>>(places, [&](auto, auto partial, int64_t i, int n) {
-      store_if<decltype(partial)::value>(rows[k] + i, VecOf<S>{}, n);
+    for_each_vector<kLanes<S>>(places, [&](auto careful, int64_t i, int n) {
+      store_if<decltype(careful)::value>(rows[k] + i, VecOf<S>{}, n);
     });
 }
 
 // The line before, where the neighbours of its ends read as 0.
 template <class S> void stage_row(const S* h, Acc<S>* staged, int64_t places, int64_t ahead) {
-  for_each_vector<kLanes<S>>(places, [&](auto, auto partial, int64_t i, int n) {
+  for_each_vector<kLanes<S>>(places, [&](auto careful, int64_t i, int n) {
     prefetch(h + i + ahead);
-    store_if<decltype(partial)::value>(staged + i, load_if<decltype(partial)::value>(h + i, n), n);
+    store_if<decltype(careful)::value>(staged + i, load_if<decltype(careful)::value>(h + i, n), n);
   });
 }
 
 // What the gradients of shared weights, summed over the channels, are for the raw weights.
 template <Form FORM, class S, class W, class DW>
 void finish_row(const W* const* raw, DW* const* dweights, int64_t places) {
-  for_each_vector<kLanes<S>>(places, [&](auto edge, auto partial, int64_t i, int n) {
-    constexpr bool E = decltype(edge)::value, P = decltype(partial)::value;
+  for_each_vector<kLanes<S>>(places, [&](auto careful, int64_t i, int n) {
+    constexpr bool C = decltype(careful)::value;
     const auto edges = edges_of_places<VecOf<S>>(i, places);
-    const auto slopes = form_slopes<FORM, E>(load_triple<P>(raw, i, n), edges);
-    store_triple<P>(dweights, i, weight_gradient<FORM, E>(load_triple<P>(dweights, i, n), slopes, edges), n);
+    const auto slopes = form_slopes<FORM, C>(load_triple<C>(raw, i, n), edges);
+    store_triple<C>(dweights, i, weight_gradient<FORM, C>(load_triple<C>(dweights, i, n), slopes, edges), n);
   });
 }
 

@@ -21,10 +21,10 @@ void gather_weights(const WeightField<const W>& f, int64_t line, int64_t places,
 }
 
 template <Form FORM, class S> void form_in_place(Acc<S>* const* weights, int64_t places) {
-  for_each_vector<kLanes<S>>(places, [&](auto edge, auto partial, int64_t i, int n) {
-    constexpr bool E = decltype(edge)::value, P = decltype(partial)::value;
+  for_each_vector<kLanes<S>>(places, [&](auto careful, int64_t i, int n) {
+    constexpr bool C = decltype(careful)::value;
     const auto edges = edges_of_places<VecOf<S>>(i, places);
-    store_triple<P>(weights, i, form_weights<FORM, E>(load_triple<P>(weights, i, n), edges), n);
+    store_triple<C>(weights, i, form_weights<FORM, C>(load_triple<C>(weights, i, n), edges), n);
   });
 }
 
@@ -32,26 +32,27 @@ template <class S> GSPN_INLINE Triple<VecOf<S>> broadcast_weights(Acc<S>* const*
   return {broadcast(weights[0][place]), broadcast(weights[1][place]), broadcast(weights[2][place])};
 }
 
-// Calls body(partial, i, n) for each vector of a run of channels.
-template <int LANES, class Body> GSPN_INLINE void for_each_run_vector(int64_t channels, Body body) {
+// Calls body(careful, i, n) for each vector of a run of channels, careful at the ends of the line and for what is left.
+template <int LANES, class Body> GSPN_INLINE void for_each_run_vector(bool at_end, int64_t channels, Body body) {
   int64_t i = 0;
-  for (; i + LANES <= channels; i += LANES) body(No{}, i, LANES);
-  if (i < channels) body(Yes{}, i, int(channels - i));
+  if (!at_end)
+    for (; i + LANES <= channels; i += LANES) body(No{}, i, LANES);
+  for (; i < channels; i += LANES) body(Yes{}, i, int(channels - i < LANES ? channels - i : LANES));
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// One place of one line; EDGE if it lacks a neighbour.
-template <Form FORM, bool EDGE, bool GATED, class S, class W, class DX, class DW>
+// One place of one line.
+template <Form FORM, bool GATED, class S, class W, class DX, class DW>
 void run_forward(const Fields<S, W, DX, DW>& f, const ForwardStep<S>& p, const W* const* weights,
-                 Edges<VecOf<S>> edges, int64_t channels) {
-  for_each_run_vector<kLanes<S>>(channels, [&](auto partial, int64_t i, int n) {
-    constexpr bool P = decltype(partial)::value;
+                 Edges<VecOf<S>> edges, bool at_end, int64_t channels) {
+  for_each_run_vector<kLanes<S>>(at_end, channels, [&](auto careful, int64_t i, int n) {
+    constexpr bool C = decltype(careful)::value;
     prefetch(p.x + i + kPlacesAhead * f.x.place);
     if (GATED) prefetch(p.gate + i + kPlacesAhead * f.gate.place);
     for (int k = 0; k < 3; k++) prefetch(weights[k] + i + kPlacesAhead * f.weights.place);
     prefetch_write(p.h + i + kPlacesAhead * f.h.place);
-    step_forward<P, GATED>(p, form_weights<FORM, EDGE>(load_triple<P>(weights, i, n), edges), i, n);
+    step_forward<C, GATED>(p, form_weights<FORM, C>(load_triple<C>(weights, i, n), edges), i, n);
   });
 }
 
@@ -79,20 +80,19 @@ void runs_forward(const Geometry& g, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
                                 now + place * n,
                                 f.h.data + t * f.h.line + place * f.h.place};
       if (reset) {
-        for_each_run_vector<kLanes<S>>(n, [&](auto partial, int64_t i, int k) {
-          reset_forward<decltype(partial)::value, GATED>(p, i, k);
+        for_each_run_vector<kLanes<S>>(false, n, [&](auto careful, int64_t i, int k) {
+          reset_forward<decltype(careful)::value, GATED>(p, i, k);
         });
       } else if constexpr (SHARED) {
         const auto w = broadcast_weights<S>(prepared, place);
-        for_each_run_vector<kLanes<S>>(n, [&](auto partial, int64_t i, int k) {
-          step_forward<decltype(partial)::value, GATED>(p, w, i, k);
+        for_each_run_vector<kLanes<S>>(false, n, [&](auto careful, int64_t i, int k) {
+          step_forward<decltype(careful)::value, GATED>(p, w, i, k);
         });
       } else {
         const auto edges = edges_of_place<VecOf<S>>(place, g.places);
         const int64_t o = t * f.weights.line + place * f.weights.place;
         const W* weights[3] = {f.weights.data[0] + o, f.weights.data[1] + o, f.weights.data[2] + o};
-        if (place == 0 || place == g.places - 1) run_forward<FORM, true, GATED>(f, p, weights, edges, n);
-        else run_forward<FORM, false, GATED>(f, p, weights, edges, n);
+        run_forward<FORM, GATED>(f, p, weights, edges, place == 0 || place == g.places - 1, n);
       }
     }
   }
@@ -100,11 +100,11 @@ void runs_forward(const Geometry& g, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-template <Form FORM, bool EDGE, bool GATED, class S, class W, class DX, class DW>
+template <Form FORM, bool GATED, class S, class W, class DX, class DW>
 void run_backward(const Fields<S, W, DX, DW>& f, const BackwardStep<S, S, DX>& p, const W* const* weights,
-                  DW* const* dweights, Edges<VecOf<S>> edges, int64_t channels) {
-  for_each_run_vector<kLanes<S>>(channels, [&](auto partial, int64_t i, int n) {
-    constexpr bool P = decltype(partial)::value;
+                  DW* const* dweights, Edges<VecOf<S>> edges, bool at_end, int64_t channels) {
+  for_each_run_vector<kLanes<S>>(at_end, channels, [&](auto careful, int64_t i, int n) {
+    constexpr bool C = decltype(careful)::value;
     prefetch(p.grad_h + i + kPlacesAhead * f.grad_h.place);
     prefetch(p.before[1] + i + kPlacesAhead * f.h.place);
     prefetch_write(p.dx + i + kPlacesAhead * f.dx.place);
@@ -117,20 +117,21 @@ void run_backward(const Fields<S, W, DX, DW>& f, const BackwardStep<S, S, DX>& p
       prefetch(weights[k] + i + kPlacesAhead * f.weights.place);
       prefetch_write(dweights[k] + i + kPlacesAhead * f.dweights.place);
     }
-    const auto slopes = form_slopes<FORM, EDGE>(load_triple<P>(weights, i, n), edges);
-    const auto dw = step_backward<P, GATED, EDGE>(p, slopes.weights, edges, i, n);
-    store_triple<P>(dweights, i, weight_gradient<FORM, EDGE>(dw, slopes, edges), n);
+    const auto slopes = form_slopes<FORM, C>(load_triple<C>(weights, i, n), edges);
+    const auto dw = step_backward<C, GATED, C>(p, slopes.weights, edges, i, n);
+    store_triple<C>(dweights, i, weight_gradient<FORM, C>(dw, slopes, edges), n);
   });
 }
 
 // The same with the weights of a group; its channels' weight gradients are summed at `place`.
 template <bool GATED, class S, class DX>
 void shared_run_backward(const BackwardStep<S, S, DX>& p, Acc<S>* const* prepared, Acc<S>* const* sums,
-                         Edges<VecOf<S>> edges, int64_t place, int64_t channels) {
+                         Edges<VecOf<S>> edges, bool at_end, int64_t place, int64_t channels) {
   const auto w = broadcast_weights<S>(prepared, place);
   Triple<VecOf<S>> sum{};
-  for_each_run_vector<kLanes<S>>(channels, [&](auto partial, int64_t i, int n) {
-    const auto dw = step_backward<decltype(partial)::value, GATED, true>(p, w, edges, i, n);
+  for_each_run_vector<kLanes<S>>(at_end, channels, [&](auto careful, int64_t i, int n) {
+    constexpr bool C = decltype(careful)::value;
+    const auto dw = step_backward<C, GATED, C>(p, w, edges, i, n);
     sum = {sum.prev + dw.prev, sum.same + dw.same, sum.next + dw.next};
   });
   sums[0][place] = sum_lanes(sum.prev);
@@ -150,11 +151,11 @@ void finish_run_line(const Geometry& g, const Fields<S, W, DX, DW>& f, int64_t t
       for (int k = 0; k < 3; k++) sums[k][i] += load_one(f.dweights.data[k] + o + i * f.dweights.place);
     if (f.finish_dweights) {
       gather_weights<S>(f.weights, t, g.places, raw);
-      for_each_vector<kLanes<S>>(g.places, [&](auto edge, auto partial, int64_t i, int n) {
-        constexpr bool E = decltype(edge)::value, P = decltype(partial)::value;
+      for_each_vector<kLanes<S>>(g.places, [&](auto careful, int64_t i, int n) {
+        constexpr bool C = decltype(careful)::value;
         const auto edges = edges_of_places<VecOf<S>>(i, g.places);
-        const auto slopes = form_slopes<FORM, E>(load_triple<P>(raw, i, n), edges);
-        store_triple<P>(sums, i, weight_gradient<FORM, E>(load_triple<P>(sums, i, n), slopes, edges), n);
+        const auto slopes = form_slopes<FORM, C>(load_triple<C>(raw, i, n), edges);
+        store_triple<C>(sums, i, weight_gradient<FORM, C>(load_triple<C>(sums, i, n), slopes, edges), n);
       });
     }
   }
@@ -163,8 +164,8 @@ void finish_run_line(const Geometry& g, const Fields<S, W, DX, DW>& f, int64_t t
 
 template <class S, class DW> void zero_run(DW* const* dweights, int64_t channels) {
   for (int k = 0; k < 3; k++)
-    for_each_run_vector<kLanes<S>>(channels, [&](auto partial, int64_t i, int n) {
-      store_if<decltype(partial)::value>(dweights[k] + i, VecOf<S>{}, n);
+    for_each_run_vector<kLanes<S>>(false, channels, [&](auto careful, int64_t i, int n) {
+      store_if<decltype(careful)::value>(dweights[k] + i, VecOf<S>{}, n);
     });
 }
 
@@ -205,17 +206,16 @@ void runs_backward(const Geometry& g, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
           f.dx.data + t * f.dx.line + place * f.dx.place,
           f.add_dx};
       const auto edges = edges_of_place<VecOf<S>>(place, g.places);
+      const bool at_end = place == 0 || place == g.places - 1;
       if (reset) {
-        for_each_run_vector<kLanes<S>>(n, [&](auto partial, int64_t i, int k) {
-          input_gradients<decltype(partial)::value, GATED>(p, i, k);
+        for_each_run_vector<kLanes<S>>(false, n, [&](auto careful, int64_t i, int k) {
+          input_gradients<decltype(careful)::value, GATED>(p, i, k);
         });
         if (!SHARED) zero_run<S>(dweights, n);
       } else if constexpr (SHARED) {
-        shared_run_backward<GATED>(p, prepared, sums, edges, place, n);
-      } else if (place == 0 || place == g.places - 1) {
-        run_backward<FORM, true, GATED>(f, p, weights, dweights, edges, n);
+        shared_run_backward<GATED>(p, prepared, sums, edges, at_end, place, n);
       } else {
-        run_backward<FORM, false, GATED>(f, p, weights, dweights, edges, n);
+        run_backward<FORM, GATED>(f, p, weights, dweights, edges, at_end, n);
       }
     }
     if (SHARED) finish_run_line<FORM>(g, f, t, reset, sums, prepared);

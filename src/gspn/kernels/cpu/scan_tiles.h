@@ -14,21 +14,26 @@ constexpr int64_t kTileScratchBytes = 600 << 10;  // a block of lines should sta
 constexpr int kRun = 4;                           // vectors along a row that are read together: long runs for the prefetcher
 constexpr int64_t kRowsAhead = 2;                 // to prefetch
 
-template <class T> GSPN_INLINE VecOf<T> load_strided(const T* p, int64_t stride, int n) {
-  if (stride == 1) return n == kLanes<T> ? load(p) : load_n(p, n);
+// Not inlined: slow anyway, and there are many calls.
+template <class T> __attribute__((noinline)) VecOf<T> gather_vector(const T* p, int64_t stride, int n) {
   Acc<T> lanes[kLanes<T>] = {};
   gather(p, stride, n, lanes);
   return load(lanes);
 }
-template <class T> GSPN_INLINE void store_strided(T* p, int64_t stride, VecOf<T> v, int n) {
-  if (stride == 1) {
-    if (n == kLanes<T>) store(p, v);
-    else store_n(p, v, n);
-    return;
-  }
+template <class T> __attribute__((noinline)) void scatter_vector(T* p, int64_t stride, VecOf<T> v, int n) {
   Acc<T> lanes[kLanes<T>];
   store(lanes, v);
   scatter(lanes, n, p, stride);
+}
+
+template <class T> GSPN_INLINE VecOf<T> load_strided(const T* p, int64_t stride, int n) {
+  if (stride != 1) return gather_vector(p, stride, n);
+  return n == kLanes<T> ? load(p) : load_n(p, n);
+}
+template <class T> GSPN_INLINE void store_strided(T* p, int64_t stride, VecOf<T> v, int n) {
+  if (stride != 1) scatter_vector(p, stride, v, n);
+  else if (n == kLanes<T>) store(p, v);
+  else store_n(p, v, n);
 }
 
 template <class V, int... I> GSPN_INLINE V shift_up(V v, Lanes<I...>) {
@@ -62,7 +67,7 @@ template <Form FORM, class S, class W, class DX, class DW> class Tiles {
   static constexpr bool kGated = FORM == kLogits;
 
  public:
-  // With shared weights the channels are scanned one by one, otherwise they are stacked.
+  // Channels that share weights are scanned one by one, others are stacked.
   Tiles(const Geometry& geometry, const Fields<S, W, DX, DW>& fields, bool share_weights, A* scratch)
       : g(geometry), f(fields), shared(share_weights),
         shape(geometry.lines, geometry.places * (shared ? 1 : geometry.channels)) {
@@ -73,38 +78,47 @@ template <Form FORM, class S, class W, class DX, class DW> class Tiles {
     has_next = has_prev + shape.pitch;
     live = has_next + shape.pitch;
     carried = reinterpret_cast<A*>(live + g.lines + kL);
-    for (int64_t r = 0; r < shape.pitch; r++) {
-      has_prev[r] = r < shape.rows && r % g.places > 0 ? -1 : 0;
-      has_next[r] = r < shape.rows && r % g.places < g.places - 1 ? -1 : 0;
-    }
-    for (int64_t t = 0; t < g.lines + kL; t++) live[t] = t < g.lines && scan_index(t) % g.segment != 0 ? -1 : 0;
+    fill_masks();
   }
 
   void forward() {
     for_each_block(g.reverse, [&](int64_t first, int64_t count) {
-      pack_weights(first, count);
+      for_each_tile(first, count, [&](const Tile& tile) { pack_weights(tile); });
       for (int64_t c = 0; c < sets(); c++) {
-        for_each_tile(count, [&](int64_t row, int64_t t, int64_t n) { pack_input(c, row, first, t, n); });
+        for_each_tile(first, count, [&](const Tile& tile) { pack_input(c, tile); });
         scan_forward(carried + c * shape.pitch, first, count);
-        for_each_tile(count, [&](int64_t row, int64_t t, int64_t n) { unpack(c, row, first, t, n); });
+        for_each_tile(first, count, [&](const Tile& tile) { unpack(c, tile); });
       }
     });
   }
 
   void backward() {
     for_each_block(!g.reverse, [&](int64_t first, int64_t count) {
-      pack_weights(first, count);
+      for_each_tile(first, count, [&](const Tile& tile) { pack_weights(tile); });
       for (int64_t c = 0; c < sets(); c++) {
-        for_each_tile(count, [&](int64_t row, int64_t t, int64_t n) { pack_gradient(c, row, first, t, n); });
+        for_each_tile(first, count, [&](const Tile& tile) { pack_gradient(c, tile); });
         scan_backward(carried + 6 * c * shape.pitch + kL, first, count);
-        for_each_tile(count, [&](int64_t row, int64_t t, int64_t n) { gradients(c, row, first, t, n); });
+        for_each_tile(first, count, [&](const Tile& tile) { gradients(c, tile); });
       }
       if (shared && f.finish_dweights)
-        for_each_tile(count, [&](int64_t row, int64_t t, int64_t n) { finish_dweights(row, first, t, n); });
+        for_each_tile(first, count, [&](const Tile& tile) { finish_dweights(tile); });
     });
   }
 
  private:
+  // A vector of rows by a few vectors of lines, in registers or on the stack on its way between memory and scratch.
+  struct Tile {
+    int64_t row, channel, place;  // the first row, and what it is
+    int rows;
+    int64_t line, count;          // the first line of the scan, and how many there are
+    int64_t packed;               // where its lines lie in the blocks of scratch
+  };
+
+  // An offset that goes from row to row of a tile.
+  struct Walk {
+    int64_t at, step, to_next_channel;
+  };
+
   const Geometry g;
   const Fields<S, W, DX, DW> f;
   const bool shared;
@@ -114,10 +128,25 @@ template <Form FORM, class S, class W, class DX, class DW> class Tiles {
   Int* live;                        // masks of the lines: not the first of a segment
 
   int64_t sets() const { return shared ? g.channels : 1; }
-  int64_t scan_index(int64_t t) const { return g.reverse ? g.lines - 1 - t : t; }
+
+  void fill_masks() {
+    int64_t place = 0;
+    for (int64_t r = 0; r < shape.pitch; r++) {
+      has_prev[r] = r < shape.rows && place > 0 ? -1 : 0;
+      has_next[r] = r < shape.rows && place < g.places - 1 ? -1 : 0;
+      if (++place == g.places) place = 0;
+    }
+    int64_t since_reset = 0;
+    for (int64_t i = 0; i < g.lines; i++) {
+      live[g.reverse ? g.lines - 1 - i : i] = since_reset > 0 ? -1 : 0;
+      if (++since_reset == g.segment) since_reset = 0;
+    }
+  }
+
+  // ---- loops -------------------------------------------------------------------------------------------------------
 
   // Blocks of lines, from the last one to the first if `backwards`.
-  template <class Body> void for_each_block(bool backwards, Body body) {
+  template <class Body> GSPN_INLINE_MEMBER void for_each_block(bool backwards, Body body) {
     const int64_t blocks = (g.lines + shape.block - 1) / shape.block;
     for (int64_t i = 0; i < blocks; i++) {
       const int64_t first = (backwards ? blocks - 1 - i : i) * shape.block;
@@ -125,95 +154,106 @@ template <Form FORM, class S, class W, class DX, class DW> class Tiles {
     }
   }
 
-  // Tiles of a block: a vector of rows by a few vectors of lines. body(row, line within the block, lines).
-  template <class Body> void for_each_tile(int64_t count, Body body) {
-    for (int64_t row = 0; row < shape.rows; row += kL)
-      for (int64_t t = 0; t < count; t += kRun * kL) body(row, t, count - t < kRun * kL ? count - t : kRun * kL);
-  }
-
-  // Body(i, channel, place) for the rows of a tile.
-  template <class Body> GSPN_INLINE_MEMBER void for_each_row(int64_t c, int64_t row, Body body) {
-    const int rows = int(shape.rows - row < kL ? shape.rows - row : kL);
-    int64_t channel = c + row / g.places, place = row % g.places;
-    for (int i = 0; i < rows; i++) {
-      body(i, channel, place);
-      if (++place == g.places) place = 0, channel++;
+  template <class Body> GSPN_INLINE_MEMBER void for_each_tile(int64_t first, int64_t count, Body body) {
+    for (int64_t row = 0; row < shape.rows; row += kL) {
+      const int rows = int(shape.rows - row < kL ? shape.rows - row : kL);
+      for (int64_t t = 0; t < count; t += kRun * kL)
+        body(Tile{row, row / g.places, row % g.places, rows, first + t, count - t < kRun * kL ? count - t : kRun * kL,
+                  t * shape.pitch + row});
     }
   }
-  template <class Body> GSPN_INLINE_MEMBER void for_each_column(int64_t n, Body body) {
-    for (int j = 0; j * kL < n; j++) body(j, int(n - j * kL < kL ? n - j * kL : kL));
+
+  // For channel c of those that share weights; of the others all are in the tile.
+  template <class F> GSPN_INLINE_MEMBER Walk walk(const F& field, int64_t c, const Tile& tile) {
+    return {(c + tile.channel) * field.channel + tile.place * field.place + tile.line * field.line, field.place,
+            field.channel - (g.places - 1) * field.place};
   }
 
-  // Transposes a tile of rows into lines: column j * kL + k of the rows becomes a piece of the k-th line.
-  GSPN_INLINE_MEMBER void transpose_out(V (*tile)[kL], int64_t row, int64_t n, A* lines) {
-    const int rows = int(shape.rows - row < kL ? shape.rows - row : kL);
-    for (int j = 0; j * kL < n; j++) {
-      for (int i = rows; i < kL; i++) tile[j][i] = V{};
-      transpose(tile[j]);
-      for (int k = 0; k < kL; k++) store(lines + (j * kL + k) * shape.pitch + row, tile[j][k]);
+  // Calls body(i, place) for the rows of a tile, while the walks go along.
+  template <class Body, class... Walks>
+  GSPN_INLINE_MEMBER void for_each_row(const Tile& tile, Body body, Walks&... walks) {
+    int64_t place = tile.place;
+    for (int i = 0; i < tile.rows; i++) {
+      body(i, place);
+      const bool last = ++place == g.places;
+      if (last) place = 0;
+      ((walks.at += last ? walks.to_next_channel : walks.step), ...);
     }
   }
-  GSPN_INLINE_MEMBER void transpose_in(const A* lines, int64_t row, int64_t n, V (*tile)[kL]) {
-    for (int j = 0; j * kL < n; j++) {
-      for (int k = 0; k < kL; k++) tile[j][k] = load(lines + (j * kL + k) * shape.pitch + row);
-      transpose(tile[j]);
+
+  // Calls body(j, lanes) for the vectors of a row of a tile.
+  template <class Body> GSPN_INLINE_MEMBER void for_each_column(const Tile& tile, Body body) {
+    for (int j = 0; j * kL < tile.count; j++) body(j, int(tile.count - j * kL < kL ? tile.count - j * kL : kL));
+  }
+
+  // ---- transposition -----------------------------------------------------------------------------------------------
+
+  GSPN_INLINE_MEMBER void to_lines(V (*squares)[kL], const Tile& tile, A* lines) {
+    const int64_t pitch = shape.pitch, count = tile.count;
+    A* line = lines + tile.packed;
+    for (int j = 0; j * kL < count; j++) {
+      for (int i = tile.rows; i < kL; i++) squares[j][i] = V{};
+      transpose(squares[j]);
+      for (int k = 0; k < kL; k++, line += pitch) store(line, squares[j][k]);
+    }
+  }
+
+  GSPN_INLINE_MEMBER void to_rows(const A* lines, const Tile& tile, V (*squares)[kL]) {
+    const int64_t pitch = shape.pitch, count = tile.count;
+    const A* line = lines + tile.packed;
+    for (int j = 0; j * kL < count; j++) {
+      for (int k = 0; k < kL; k++, line += pitch) squares[j][k] = load(line);
+      transpose(squares[j]);
     }
   }
 
   // ---- forward -----------------------------------------------------------------------------------------------------
 
-  void pack_weights(int64_t first, int64_t count) {
-    for_each_tile(count, [&](int64_t row, int64_t t, int64_t n) {
-      V tile[3][kRun][kL];
-      for_each_row(0, row, [&](int i, int64_t channel, int64_t place) {
-        const int64_t o = place * f.weights.place + (shared ? 0 : channel * f.weights.channel) + (first + t) * f.weights.line;
-        if (place == 0 || place == g.places - 1) form_row<true>(o, i, place, n, tile);
-        else form_row<false>(o, i, place, n, tile);
-      });
-      for (int k = 0; k < 3; k++) transpose_out(tile[k], row, n, weights[k] + t * shape.pitch);
-    });
+  void pack_weights(const Tile& tile) {
+    V squares[3][kRun][kL];
+    Walk raw = walk(f.weights, 0, tile);
+    for_each_row(tile, [&](int i, int64_t place) {
+      if (place == 0 || place == g.places - 1) pack_row_of_weights<true>(tile, raw.at, i, place, squares);
+      else pack_row_of_weights<false>(tile, raw.at, i, place, squares);
+    }, raw);
+    for (int k = 0; k < 3; k++) to_lines(squares[k], tile, weights[k]);
   }
 
   template <bool EDGE>
-  GSPN_INLINE_MEMBER void form_row(int64_t offset, int i, int64_t place, int64_t n, V (*tile)[kRun][kL]) {
+  GSPN_INLINE_MEMBER void pack_row_of_weights(const Tile& tile, int64_t at, int i, int64_t place, V (*squares)[kRun][kL]) {
     const auto edges = edges_of_place<V>(place, g.places);
-    for_each_column(n, [&](int j, int lanes) {
-      const auto w = form_weights<FORM, EDGE>(raw_weights(offset + j * kL * f.weights.line, lanes), edges);
-      tile[0][j][i] = w.prev;
-      tile[1][j][i] = w.same;
-      tile[2][j][i] = w.next;
+    for_each_column(tile, [&](int j, int lanes) {
+      const auto w = form_weights<FORM, EDGE>(raw_weights(at + j * kL * f.weights.line, lanes), edges);
+      squares[0][j][i] = w.prev;
+      squares[1][j][i] = w.same;
+      squares[2][j][i] = w.next;
     });
   }
 
-  GSPN_INLINE_MEMBER Triple<V> raw_weights(int64_t offset, int lanes) {
-    const int64_t ahead = kRowsAhead * f.weights.place;
-    for (int k = 0; k < 3; k++) prefetch(f.weights.data[k] + offset + ahead);
-    return {load_strided(f.weights.data[0] + offset, f.weights.line, lanes),
-            load_strided(f.weights.data[1] + offset, f.weights.line, lanes),
-            load_strided(f.weights.data[2] + offset, f.weights.line, lanes)};
+  GSPN_INLINE_MEMBER Triple<V> raw_weights(int64_t at, int lanes) {
+    for (int k = 0; k < 3; k++) prefetch(f.weights.data[k] + at + kRowsAhead * f.weights.place);
+    return {load_strided(f.weights.data[0] + at, f.weights.line, lanes),
+            load_strided(f.weights.data[1] + at, f.weights.line, lanes),
+            load_strided(f.weights.data[2] + at, f.weights.line, lanes)};
   }
 
-  template <class T> static GSPN_INLINE_MEMBER T* at(const Field<T>& field, int64_t channel, int64_t place, int64_t line) {
-    return field.data + channel * field.channel + place * field.place + line * field.line;
-  }
-
-  void pack_input(int64_t c, int64_t row, int64_t first, int64_t t, int64_t n) {
-    V tile[kRun][kL];
-    for_each_row(c, row, [&](int i, int64_t channel, int64_t place) {
-      for_each_column(n, [&](int j, int lanes) {
-        const int64_t line = first + t + j * kL;
-        const S* x = at(f.x, channel, place, line);
-        prefetch(x + kRowsAhead * f.x.place);
-        prefetch_write(at(f.h, channel, place, line));
-        tile[j][i] = load_strided(x, f.x.line, lanes);
-        if constexpr (kGated) {
-          const S* gate = at(f.gate, channel, place, line);
-          prefetch(gate + kRowsAhead * f.gate.place);
-          tile[j][i] = tile[j][i] * load_strided(gate, f.gate.line, lanes);
-        }
+  void pack_input(int64_t c, const Tile& tile) {
+    V squares[kRun][kL];
+    Walk x = walk(f.x, c, tile), gate = walk(f.gate, c, tile), h = walk(f.h, c, tile);
+    for_each_row(tile, [&](int i, int64_t) {
+      for_each_column(tile, [&](int j, int lanes) {
+        V input = load_ahead(f.x, x.at + j * kL * f.x.line, lanes);
+        if constexpr (kGated) input = input * load_ahead(f.gate, gate.at + j * kL * f.gate.line, lanes);
+        squares[j][i] = input;
+        prefetch_write(f.h.data + h.at + j * kL * f.h.line);
       });
-    });
-    transpose_out(tile, row, n, state + t * shape.pitch);
+    }, x, gate, h);
+    to_lines(squares, tile, state);
+  }
+
+  template <class T> static GSPN_INLINE_MEMBER V load_ahead(const Field<const T>& field, int64_t at, int lanes) {
+    prefetch(field.data + at + kRowsAhead * field.place);
+    return load_strided(field.data + at, field.line, lanes);
   }
 
   void scan_forward(A* last_line, int64_t first, int64_t count) {
@@ -223,46 +263,48 @@ template <Form FORM, class S, class W, class DX, class DW> class Tiles {
       A* now = state + o;
       if (live[first + t])
         for (int64_t r = 0; r < shape.rows; r += kL) {
-          V h = fma(load(weights[0] + o + r), keep(load_bits<MaskOf<V>>(has_prev + r), load(before + r - 1)), load(now + r));
+          const V prev = keep(load_bits<MaskOf<V>>(has_prev + r), load(before + r - 1));
+          const V next = keep(load_bits<MaskOf<V>>(has_next + r), load(before + r + 1));
+          V h = fma(load(weights[0] + o + r), prev, load(now + r));
           h = fma(load(weights[1] + o + r), load(before + r), h);
-          h = fma(load(weights[2] + o + r), keep(load_bits<MaskOf<V>>(has_next + r), load(before + r + 1)), h);
-          store(now + r, h);
+          store(now + r, fma(load(weights[2] + o + r), next, h));
         }
       before = now;
     }
     __builtin_memcpy(last_line, before, sizeof(A) * shape.pitch);
   }
 
-  void unpack(int64_t c, int64_t row, int64_t first, int64_t t, int64_t n) {
-    V tile[kRun][kL];
-    transpose_in(state + t * shape.pitch, row, n, tile);
-    for_each_row(c, row, [&](int i, int64_t channel, int64_t place) {
-      for_each_column(n, [&](int j, int lanes) {
-        store_strided(at(f.h, channel, place, first + t + j * kL), f.h.line, tile[j][i], lanes);
+  void unpack(int64_t c, const Tile& tile) {
+    V squares[kRun][kL];
+    to_rows(state, tile, squares);
+    Walk h = walk(f.h, c, tile);
+    for_each_row(tile, [&](int i, int64_t) {
+      for_each_column(tile, [&](int j, int lanes) {
+        store_strided(f.h.data + h.at + j * kL * f.h.line, f.h.line, squares[j][i], lanes);
       });
-    });
+    }, h);
   }
 
   // ---- backward ----------------------------------------------------------------------------------------------------
 
-  void pack_gradient(int64_t c, int64_t row, int64_t first, int64_t t, int64_t n) {
-    V tile[kRun][kL];
-    for_each_row(c, row, [&](int i, int64_t channel, int64_t place) {
-      for_each_column(n, [&](int j, int lanes) {
-        const S* grad_h = at(f.grad_h, channel, place, first + t + j * kL);
-        prefetch(grad_h + kRowsAhead * f.grad_h.place);
-        tile[j][i] = load_strided(grad_h, f.grad_h.line, lanes);
+  void pack_gradient(int64_t c, const Tile& tile) {
+    V squares[kRun][kL];
+    Walk grad_h = walk(f.grad_h, c, tile);
+    for_each_row(tile, [&](int i, int64_t) {
+      for_each_column(tile, [&](int j, int lanes) {
+        squares[j][i] = load_ahead(f.grad_h, grad_h.at + j * kL * f.grad_h.line, lanes);
       });
-    });
-    transpose_out(tile, row, n, state + t * shape.pitch);
+    }, grad_h);
+    to_lines(squares, tile, state);
   }
 
   // Turns the gradients of h that were packed into the whole ones. `lines`: three that the line after sent and three
   // that this one sends, six in all, which a block takes over from the one before.
   void scan_backward(A* lines, int64_t first, int64_t count) {
     for (int64_t i = count - 1; i >= 0; i--) {
-      const int64_t t = g.reverse ? count - 1 - i : i, o = t * shape.pitch, index = scan_index(first + t);
-      const bool last = index == g.lines - 1 || (index + 1) % g.segment == 0;
+      const int64_t t = g.reverse ? count - 1 - i : i, o = t * shape.pitch;
+      const int64_t after = first + t + (g.reverse ? -1 : 1), index = g.reverse ? g.lines - 1 - first - t : first + t;
+      const bool last = index == g.lines - 1 || !live[after];
       const A* received = lines + 3 * (index & 1) * shape.pitch;
       A* sent = lines + 3 * (1 - (index & 1)) * shape.pitch;
       for (int64_t r = 0; r < shape.rows; r += kL) {
@@ -278,95 +320,102 @@ template <Form FORM, class S, class W, class DX, class DW> class Tiles {
   }
 
   // h one step of the scan before lines t, t + 1, ... of a row. What it is for the first line of a segment is not used.
-  GSPN_INLINE_MEMBER V previous_state(int64_t channel, int64_t place, int64_t t, int lanes) {
-    const S* h = at(f.h, channel, place, t);
+  GSPN_INLINE_MEMBER V previous_state(const S* h, int64_t t, int lanes) {
+    prefetch(h + kRowsAhead * f.h.place);
     if (g.reverse) return load_strided(h + f.h.line, f.h.line, t + lanes < g.lines ? lanes : lanes - 1);
     if (t > 0) return load_strided(h - f.h.line, f.h.line, lanes);
     return shift_up(load_strided(h, f.h.line, lanes < kL ? lanes : kL - 1), typename MakeLanes<kL>::type{});
   }
 
-  void gradients(int64_t c, int64_t row, int64_t first, int64_t t, int64_t n) {
-    V tile[kRun][kL], above[kRun], here[kRun];
-    transpose_in(state + t * shape.pitch, row, n, tile);
-    for_each_row(c, row, [&](int i, int64_t channel, int64_t place) {
-      if (i == 0 || place == 0)
-        for_each_column(n, [&](int j, int lanes) {
-          here[j] = previous_state(channel, place, first + t + j * kL, lanes);
-          above[j] = place > 0 ? previous_state(channel, place - 1, first + t + j * kL, lanes) : V{};
+  void gradients(int64_t c, const Tile& tile) {
+    V squares[kRun][kL], above[kRun], here[kRun];
+    to_rows(state, tile, squares);
+    Walk x = walk(f.x, c, tile), gate = walk(f.gate, c, tile), dgate = walk(f.dgate, c, tile), dx = walk(f.dx, c, tile);
+    Walk h = walk(f.h, c, tile), raw = walk(f.weights, 0, tile), dweights = walk(f.dweights, 0, tile);
+    for_each_row(tile, [&](int i, int64_t place) {
+      const bool first = place == 0, last = place == g.places - 1;
+      if (i == 0 || first)
+        for_each_column(tile, [&](int j, int lanes) {
+          const S* row = f.h.data + h.at + j * kL * f.h.line;
+          here[j] = previous_state(row, tile.line + j * kL, lanes);
+          above[j] = first ? V{} : previous_state(row - f.h.place, tile.line + j * kL, lanes);
         });
-      for_each_column(n, [&](int j, int lanes) {
-        const int64_t line = first + t + j * kL;
-        const V below = place < g.places - 1 ? previous_state(channel, place + 1, line, lanes) : V{};
-        const Triple<V> h = {above[j], here[j], below};
+      for_each_column(tile, [&](int j, int lanes) {
+        const int64_t line = tile.line + j * kL;
+        const S* row = f.h.data + h.at + j * kL * f.h.line;
+        const V below = last ? V{} : previous_state(row + f.h.place, line, lanes), gradient = squares[j][i];
+        Triple<V> dw = {gradient * above[j], gradient * here[j], gradient * below};
         above[j] = here[j], here[j] = below;
-        input_gradients(channel, place, line, lanes, tile[j][i]);
-        if (place == 0 || place == g.places - 1) weight_gradients<true>(channel, place, line, lanes, tile[j][i], h);
-        else weight_gradients<false>(channel, place, line, lanes, tile[j][i], h);
+        if constexpr (kGated) {
+          const V value = load_ahead(f.x, x.at + j * kL * f.x.line, lanes);
+          put_ahead(f.dgate, dgate.at + j * kL * f.dgate.line, gradient * value, lanes);
+          put_dx(dx.at + j * kL * f.dx.line, gradient * load_ahead(f.gate, gate.at + j * kL * f.gate.line, lanes), lanes);
+        } else {
+          put_dx(dx.at + j * kL * f.dx.line, gradient, lanes);
+        }
+        const int64_t to = dweights.at + j * kL * f.dweights.line;
+        if (shared) {
+          if (c > 0 || f.add_dweights) dw = sum(dw, load_dweights(to, lanes));
+          store_dweights(to, dw, lanes);
+        } else {
+          const int64_t from = raw.at + j * kL * f.weights.line;
+          if (first || last) put_dweights<true>(from, to, place, line, dw, lanes);
+          else put_dweights<false>(from, to, place, line, dw, lanes);
+        }
       });
-    });
+    }, x, gate, dgate, dx, h, raw, dweights);
   }
 
-  GSPN_INLINE_MEMBER void input_gradients(int64_t channel, int64_t place, int64_t line, int lanes, V g_here) {
-    DX* dx = at(f.dx, channel, place, line);
-    prefetch_write(dx + kRowsAhead * f.dx.place);
-    V v = g_here;
-    if constexpr (kGated) {
-      const S *x = at(f.x, channel, place, line), *gate = at(f.gate, channel, place, line);
-      S* dgate = at(f.dgate, channel, place, line);
-      prefetch(x + kRowsAhead * f.x.place), prefetch(gate + kRowsAhead * f.gate.place);
-      prefetch_write(dgate + kRowsAhead * f.dgate.place);
-      store_strided(dgate, f.dgate.line, g_here * load_strided(x, f.x.line, lanes), lanes);
-      v = g_here * load_strided(gate, f.gate.line, lanes);
-    }
-    if (f.add_dx) v = v + load_strided(dx, f.dx.line, lanes);
-    store_strided(dx, f.dx.line, v, lanes);
+  template <class T> static GSPN_INLINE_MEMBER void put_ahead(const Field<T>& field, int64_t at, V v, int lanes) {
+    prefetch_write(field.data + at + kRowsAhead * field.place);
+    store_strided(field.data + at, field.line, v, lanes);
   }
 
+  GSPN_INLINE_MEMBER void put_dx(int64_t at, V v, int lanes) {
+    if (f.add_dx) v = v + load_strided(f.dx.data + at, f.dx.line, lanes);
+    put_ahead(f.dx, at, v, lanes);
+  }
+
+  // Gradients of the raw weights at `from`, for the lines from `line` on, from those of the formed ones.
   template <bool EDGE>
-  GSPN_INLINE_MEMBER void weight_gradients(int64_t channel, int64_t place, int64_t line, int lanes, V g_here, Triple<V> h) {
+  GSPN_INLINE_MEMBER void put_dweights(int64_t from, int64_t to, int64_t place, int64_t line, Triple<V> dw, int lanes) {
     const auto edges = edges_of_place<V>(place, g.places);
-    h = keep_existing<EDGE>(h, edges);
-    Triple<V> dw = {g_here * h.prev, g_here * h.same, g_here * h.next};
-    const int64_t o = place * f.dweights.place + (shared ? 0 : channel * f.dweights.channel) + line * f.dweights.line;
-    if (shared) {
-      if (channel > 0 || f.add_dweights) dw = add(dw, load_dweights(o, lanes));
-      store_dweights(o, lanes, dw);
-    } else {
-      const int64_t raw = place * f.weights.place + channel * f.weights.channel + line * f.weights.line;
-      const auto slopes = form_slopes<FORM, EDGE>(raw_weights(raw, lanes), edges);
-      for (int k = 0; k < 3; k++) prefetch_write(f.dweights.data[k] + o + kRowsAhead * f.dweights.place);
-      store_dweights(o, lanes, keep_live(line, weight_gradient<FORM, EDGE>(dw, slopes, edges)));
-    }
+    const auto slopes = form_slopes<FORM, EDGE>(raw_weights(from, lanes), edges);
+    for (int k = 0; k < 3; k++) prefetch_write(f.dweights.data[k] + to + kRowsAhead * f.dweights.place);
+    dw = weight_gradient<FORM, EDGE>(keep_existing<EDGE>(dw, edges), slopes, edges);
+    store_dweights(to, keep_live(line, dw), lanes);
   }
 
-  void finish_dweights(int64_t row, int64_t first, int64_t t, int64_t n) {
-    for_each_row(0, row, [&](int, int64_t, int64_t place) {
-      for_each_column(n, [&](int j, int lanes) {
-        const int64_t line = first + t + j * kL, o = place * f.dweights.place + line * f.dweights.line;
-        const auto edges = edges_of_place<V>(place, g.places);
-        const auto slopes = form_slopes<FORM, true>(raw_weights(place * f.weights.place + line * f.weights.line, lanes), edges);
-        store_dweights(o, lanes, keep_live(line, weight_gradient<FORM, true>(load_dweights(o, lanes), slopes, edges)));
+  void finish_dweights(const Tile& tile) {
+    Walk raw = walk(f.weights, 0, tile), dweights = walk(f.dweights, 0, tile);
+    for_each_row(tile, [&](int, int64_t place) {
+      for_each_column(tile, [&](int j, int lanes) {
+        const int64_t to = dweights.at + j * kL * f.dweights.line;
+        const Triple<V> dw = load_dweights(to, lanes);
+        put_dweights<true>(raw.at + j * kL * f.weights.line, to, place, tile.line + j * kL, dw, lanes);
       });
-    });
+    }, raw, dweights);
   }
 
-  static GSPN_INLINE_MEMBER Triple<V> add(Triple<V> a, Triple<V> b) {
+  static GSPN_INLINE_MEMBER Triple<V> sum(Triple<V> a, Triple<V> b) {
     return {a.prev + b.prev, a.same + b.same, a.next + b.next};
   }
-  // The first line of a segment has no weights.
+
+  // The first line of a segment has no weights. (`live` can be read beyond its end.)
   GSPN_INLINE_MEMBER Triple<V> keep_live(int64_t line, Triple<V> v) {
     const MaskOf<V> mask = load_bits<MaskOf<V>>(live + line);
     return {keep(mask, v.prev), keep(mask, v.same), keep(mask, v.next)};
   }
-  GSPN_INLINE_MEMBER Triple<V> load_dweights(int64_t o, int lanes) {
-    return {load_strided(f.dweights.data[0] + o, f.dweights.line, lanes),
-            load_strided(f.dweights.data[1] + o, f.dweights.line, lanes),
-            load_strided(f.dweights.data[2] + o, f.dweights.line, lanes)};
+
+  GSPN_INLINE_MEMBER Triple<V> load_dweights(int64_t at, int lanes) {
+    return {load_strided(f.dweights.data[0] + at, f.dweights.line, lanes),
+            load_strided(f.dweights.data[1] + at, f.dweights.line, lanes),
+            load_strided(f.dweights.data[2] + at, f.dweights.line, lanes)};
   }
-  GSPN_INLINE_MEMBER void store_dweights(int64_t o, int lanes, Triple<V> v) {
-    store_strided(f.dweights.data[0] + o, f.dweights.line, v.prev, lanes);
-    store_strided(f.dweights.data[1] + o, f.dweights.line, v.same, lanes);
-    store_strided(f.dweights.data[2] + o, f.dweights.line, v.next, lanes);
+  GSPN_INLINE_MEMBER void store_dweights(int64_t at, Triple<V> v, int lanes) {
+    store_strided(f.dweights.data[0] + at, f.dweights.line, v.prev, lanes);
+    store_strided(f.dweights.data[1] + at, f.dweights.line, v.same, lanes);
+    store_strided(f.dweights.data[2] + at, f.dweights.line, v.next, lanes);
   }
 };
 

@@ -23,11 +23,16 @@ GSPN_INLINE bool all_views(const GspnScanArgs& args, int64_t GspnView::*stride, 
   return args.weights.*stride == 1 && (!args.dweights.data || args.dweights.*stride == 1);
 }
 
-// float64 is there for exactness: one kernel does for it.
-template <class S> constexpr bool only_tiles = sizeof(S) == sizeof(double);
+// The kernel that takes any layout does for types that are there for exactness (double) or rare on CPUs (half). The
+// others are compiled for what networks run in: float or bfloat16 maps, normalised weights in float.
+template <Form FORM, class S, class W> constexpr bool kOnlyTiles = true;
+template <> constexpr bool kOnlyTiles<kLogits, float, float> = false;
+template <> constexpr bool kOnlyTiles<kLogits, bf16, bf16> = false;
+template <> constexpr bool kOnlyTiles<kGiven, float, float> = false;
+template <> constexpr bool kOnlyTiles<kGiven, bf16, float> = false;
 
-template <class S> Layout layout_of(const GspnScanArgs& args) {
-  if (only_tiles<S>) return kAnyLayout;
+template <Form FORM, class S, class W> Layout layout_of(const GspnScanArgs& args) {
+  if (kOnlyTiles<FORM, S, W>) return kAnyLayout;
   if (all_views(args, &GspnView::column, true)) return kRowsLayout;
   if (all_views(args, &GspnView::channel, args.groups == args.channels)) return kRunsLayout;
   return kAnyLayout;
@@ -51,9 +56,9 @@ template <class S> int64_t channels_at_once(const GspnScanArgs& args, const Plan
   return clamp(kScratchPerScan / (lines * (places + 2) * int64_t(sizeof(Acc<S>))), 1, args.channels);
 }
 
-template <class S> Plan plan_of(const GspnScanArgs& args, bool backward) {
+template <Form FORM, class S, class W> Plan plan_of(const GspnScanArgs& args, bool backward) {
   Plan plan{};
-  plan.layout = layout_of<S>(args);
+  plan.layout = layout_of<FORM, S, W>(args);
   plan.backward = backward;
   plan.shared = args.groups != args.channels;
   plan.group = args.channels / args.groups;
@@ -106,7 +111,7 @@ struct Job {
 
 template <bool BACKWARD, Form FORM, bool SHARED, class S, class W, class DX, class DW>
 void scan_piece(const Geometry& g, Layout layout, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
-  if constexpr (!only_tiles<S>) {
+  if constexpr (!kOnlyTiles<FORM, S, W>) {
     const bool runs = layout == kRunsLayout, rows = layout == kRowsLayout && !g.horizontal;
     if (runs || rows) {
       f = all_in_scan_order(f, g);
@@ -165,24 +170,26 @@ void scan_task(const void* context, int64_t task, char* scratch) {
     scan_range<BACKWARD, FORM, SHARED, S, W, DX, DW>(job, batch, d, first, end, memory);
 }
 
+template <bool YES, class A, class B> struct Either { typedef A type; };
+template <class A, class B> struct Either<false, A, B> { typedef B type; };
+
 template <bool BACKWARD, Form FORM, class S, class W> int64_t run_scan(const GspnScanArgs& args) {
   if (args.batch * args.channels * args.height * args.width == 0) return GSPN_OK;
-  const Job job = {&args, plan_of<S>(args, BACKWARD)};
+  const Job job = {&args, plan_of<FORM, S, W>(args, BACKWARD)};
   typedef Acc<S> A;
   gspn::TaskBody body;
   if constexpr (!BACKWARD) {
     body = job.plan.shared ? scan_task<false, FORM, true, S, W, S, W> : scan_task<false, FORM, false, S, W, S, W>;
   } else {
     // Directions are summed in the state's type, and so are channels.
-    if constexpr (FORM == kLogits) body = job.plan.shared ? scan_task<true, FORM, true, S, W, A, A> : scan_task<true, FORM, false, S, W, A, W>;
-    else body = job.plan.shared ? scan_task<true, FORM, true, S, W, S, A> : scan_task<true, FORM, false, S, W, S, W>;
+    typedef typename Either<FORM == kLogits, A, S>::type DX;
+    body = job.plan.shared ? scan_task<true, FORM, true, S, W, DX, A> : scan_task<true, FORM, false, S, W, DX, W>;
   }
   return gspn::parallel_for(job.plan.tasks, job.plan.threads, scratch_bytes<S>(args, job.plan), body, &job);
 }
 
+// gated_scan has logits of the maps' type; line_scan has weights of the state's.
 template <bool BACKWARD> int64_t run_scan_of_any_type(const GspnScanArgs& args) {
-  const bool same = args.dtype == args.weight_dtype;
-  if (!same && (args.gated || args.weight_dtype != GSPN_FLOAT32)) return GSPN_BAD_ARGUMENT;
   if (args.gated) switch (args.dtype) {
       case GSPN_FLOAT32: return run_scan<BACKWARD, kLogits, float, float>(args);
       case GSPN_BFLOAT16: return run_scan<BACKWARD, kLogits, bf16, bf16>(args);
@@ -192,11 +199,9 @@ template <bool BACKWARD> int64_t run_scan_of_any_type(const GspnScanArgs& args) 
     }
   switch (args.dtype) {
     case GSPN_FLOAT32: return run_scan<BACKWARD, kGiven, float, float>(args);
-    case GSPN_BFLOAT16:
-      return same ? run_scan<BACKWARD, kGiven, bf16, bf16>(args) : run_scan<BACKWARD, kGiven, bf16, float>(args);
-    case GSPN_FLOAT16:
-      return same ? run_scan<BACKWARD, kGiven, fp16, fp16>(args) : run_scan<BACKWARD, kGiven, fp16, float>(args);
-    case GSPN_FLOAT64: return same ? run_scan<BACKWARD, kGiven, double, double>(args) : int64_t(GSPN_BAD_ARGUMENT);
+    case GSPN_BFLOAT16: return run_scan<BACKWARD, kGiven, bf16, float>(args);
+    case GSPN_FLOAT16: return run_scan<BACKWARD, kGiven, fp16, float>(args);
+    case GSPN_FLOAT64: return run_scan<BACKWARD, kGiven, double, double>(args);
     default: return GSPN_BAD_ARGUMENT;
   }
 }
