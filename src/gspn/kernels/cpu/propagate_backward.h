@@ -84,7 +84,7 @@ template <class A> struct Backward {
     explicit Backward(Plan<A>& p) : plan(p), keep(keep_maps(p)), team{1, 1, 1} {
         int64_t threads = plan.useful_threads();
         choose_team(threads);
-        while (threads > 1 && scratch_bytes(1) > plan.workspace()) choose_team(--threads);
+        while (threads > 1 && scratch_bytes(1) > plan.workspace() - plan.round_bytes()) choose_team(--threads);
     }
 
     static constexpr int64_t kMapsOfPixel = Plan<A>::kMostColumns * L;
@@ -134,7 +134,7 @@ template <class A> struct Backward {
     int64_t round_images() {
         const int64_t fixed = shared_bytes(0, Carver{nullptr});
         const int64_t each = shared_bytes(1, Carver{nullptr}) - fixed;
-        return max64(1, min64(plan.batch, max64(team.images, kRoundBytes / each / team.images * team.images)));
+        return max64(1, min64(plan.batch, max64(team.images, plan.round_bytes() / each / team.images * team.images)));
     }
 
     int64_t run() {

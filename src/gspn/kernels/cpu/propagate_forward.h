@@ -116,7 +116,7 @@ template <class A> struct Forward {
 
     explicit Forward(Plan<A>& p) : plan(p), threads(p.useful_threads()), parts(1), part_outputs(nullptr) {
         choose_parts();
-        while (threads > 1 && scratch_bytes(1) > plan.workspace()) {
+        while (threads > 1 && scratch_bytes(1) > plan.workspace() - plan.round_bytes()) {
             threads--;
             choose_parts();
         }
@@ -146,7 +146,7 @@ template <class A> struct Forward {
     int64_t round_images() {
         const int64_t fixed = shared_bytes(0, Carver{nullptr});
         const int64_t each = shared_bytes(1, Carver{nullptr}) - fixed;
-        return max64(1, min64(plan.batch, kRoundBytes / max64(1, each)));
+        return max64(1, min64(plan.batch, plan.round_bytes() / max64(1, each)));
     }
 
     int64_t run() {

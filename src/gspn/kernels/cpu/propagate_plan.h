@@ -11,7 +11,8 @@ namespace GSPN_NS {
 namespace {
 
 constexpr int64_t kDefaultWorkspace = (int64_t)256 << 20;
-constexpr int64_t kRoundBytes = (int64_t)16 << 20;     // images are worked on in rounds whose shared buffers fit this
+constexpr int64_t kRoundBytes = (int64_t)16 << 20;     // images are worked on in rounds: shared buffers fit this ...
+constexpr int64_t kRoundShare = 4;                     // ... and this part of the workspace
 constexpr int64_t kThreadWork = 4000000;               // multiply-adds that are worth a thread of their own
 
 GSPN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -151,6 +152,7 @@ template <class A> struct Plan {
         const int64_t per_pixel = (int64_t)directions * ((kLogits + 2) * features.count + 40);
         return max64(1, min64(args.threads, batch * blocks * L * pixels * per_pixel / kThreadWork));
     }
+    int64_t round_bytes() const { return min64(kRoundBytes, workspace() / kRoundShare); }
     int64_t workspace() const { return args.workspace > 0 ? args.workspace : kDefaultWorkspace; }
 };
 
