@@ -75,7 +75,8 @@ template <Form FORM, class S, class W> Plan plan_of(const GspnScanArgs& args, bo
   }
   // More, smaller tasks rather than idle threads; but what shares weights stays together backward.
   const int64_t smallest = plan.shared && backward ? plan.group : lanes;
-  while (args.batch * directions * ceil_div(args.channels, plan.range) < 2 * args.threads && plan.range > smallest) {
+  while (args.threads > 1 && plan.range > smallest &&
+         args.batch * directions * ceil_div(args.channels, plan.range) < 2 * args.threads) {
     const int64_t half = ceil_div(plan.range / 2, smallest) * smallest;
     if (half == plan.range) break;
     plan.range = half;
