@@ -113,7 +113,8 @@ template <class A> struct Backward {
     }
 
     int64_t dw_at(int i, int64_t block) const {
-        const int64_t columns_before = plan.blocks * ((kLogits + 2) * i + (plan.skip && i > 0)) + block * plan.columns(i);
+        const int64_t walks_before = (kLogits + 2) * i + (plan.skip && i > 0);
+        const int64_t columns_before = plan.blocks * walks_before + block * plan.columns(i);
         return columns_before * plan.features.count * L;
     }
     int64_t dw_size() const { return dw_at(plan.directions, 0); }

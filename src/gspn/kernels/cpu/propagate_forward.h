@@ -57,8 +57,8 @@ template <class A> GSPN_INLINE void prefetch_places(const A* p, int64_t step, in
 // One line: strips of projected maps, each used while it is in the cache; with KEEP, those of the whole line are kept.
 template <int OUT, bool START, int COLUMNS, bool KEEP, class A>
 static void forward_line(
-    int64_t places, const LineProjection<A>& projection, A* maps, const A* from, A* to, const A* x, A* out, int64_t step,
-    const Ahead& ahead) {
+    int64_t places, const LineProjection<A>& projection, A* maps, const A* from, A* to, const A* x, A* out,
+    int64_t step, const Ahead& ahead) {
     constexpr int L = kLanes<A>;
     VecOf<A> before = zero<VecOf<A>>();
     for (int64_t p = 0; p < places; p += kForwardStrip) {
@@ -179,16 +179,17 @@ template <class A> struct Forward {
 
     // The directions begin .. end - 1 of one block of one image
     void scan(int64_t image, int64_t block, int begin, int end, const Scratch& scratch) const {
-        const bool pack_first = plan.walks[begin].over_columns;
-        const bool unpack_last = parts == 1 && plan.walks[end - 1].over_columns;
-        if (pack_first)
-            for (int64_t row = 0; row < plan.height; row++) plan.pack_block_row(plan.args.x, image, block, row, scratch.x);
+        const bool pack_whole = plan.walks[begin].over_columns;
+        const bool unpack_whole = parts == 1 && plan.walks[end - 1].over_columns;
+        if (pack_whole)
+            for (int64_t row = 0; row < plan.height; row++)
+                plan.pack_block_row(plan.args.x, image, block, row, scratch.x);
         for (int i = begin; i < end; i++) {
             pack_projections(plan, i, block, scratch.w);
             scale_logits(plan, i, scratch.w);
             const Walk& walk = plan.walks[i];
-            const bool pack_here = i == begin && !pack_first;
-            const bool unpack_here = i == end - 1 && parts == 1 && !unpack_last;
+            const bool pack_here = i == begin && !pack_whole;
+            const bool unpack_here = i == end - 1 && parts == 1 && !unpack_whole;
             const Output output = i > begin ? kAdd : plan.skip && i == 0 ? kSetWithSkip : kSet;
             for (int64_t t = 0; t < walk.lines; t++) {
                 if (pack_here) plan.pack_block_row(plan.args.x, image, block, walk.line(t), scratch.x);
@@ -196,8 +197,9 @@ template <class A> struct Forward {
                 if (unpack_here) plan.unpack_block_row(plan.args.y, image, block, walk.line(t), scratch.out);
             }
         }
-        if (unpack_last)
-            for (int64_t row = 0; row < plan.height; row++) plan.unpack_block_row(plan.args.y, image, block, row, scratch.out);
+        if (unpack_whole)
+            for (int64_t row = 0; row < plan.height; row++)
+                plan.unpack_block_row(plan.args.y, image, block, row, scratch.out);
     }
 
     void scan_line(int64_t image, int i, int64_t t, Output output, const Scratch& scratch) const {

@@ -12,12 +12,18 @@ template <class T> GSPN_INLINE void store_packed(Acc<T>* to, VecOf<T> v, int wid
     else store_n(to, v, width);
 }
 
+// Pixels of many channels are too far apart for the hardware's prefetching.
+constexpr int64_t kPixelsAhead = 16;
+
 // Channels lie side by side (channels_last): one load for each pixel.
 template <class T>
 static void pack_adjacent_channels(
     const T* from, int64_t column, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
     if (n == kLanes<T>)
-        for (int64_t i = 0; i < pixels; i++) store(to + i * step, load(from + i * column));
+        for (int64_t i = 0; i < pixels; i++) {
+            __builtin_prefetch(from + (i + kPixelsAhead) * column);
+            store(to + i * step, load(from + i * column));
+        }
     else
         for (int64_t i = 0; i < pixels; i++) store_packed<T>(to + i * step, load_n(from + i * column, n), width);
 }
@@ -58,7 +64,10 @@ static __attribute__((noinline)) void unpack_row(
     constexpr int L = kLanes<T>;
     if (channel == 1) {
         if (n == L)
-            for (int64_t i = 0; i < pixels; i++) store(to + i * column, load(from + i * step));
+            for (int64_t i = 0; i < pixels; i++) {
+                __builtin_prefetch(to + (i + kPixelsAhead) * column, 1);
+                store(to + i * column, load(from + i * step));
+            }
         else
             for (int64_t i = 0; i < pixels; i++) store_n(to + i * column, load(from + i * step), n);
     } else if (column == 1) {
