@@ -153,7 +153,7 @@ def crossover(rounds):
             calls = {
                 "gspn": lambda a=arguments: cpu.propagate_backward(*a),
                 "unfused": lambda a=arguments: reference.propagate_backward(
-                    *a, cpu.gated_scan, cpu.gated_scan_backward
+                    *a, 0, cpu.gated_scan, cpu.gated_scan_backward
                 ),
             }
             found = harness.summary(harness.interleaved(calls, rounds, 1), "gspn")

@@ -52,6 +52,7 @@ def test_propagate(index, value, error, message):
         ({"directions": ()}, ValueError, "one to four"),
         ({"segment": 0}, ValueError, "at least 1 line, or None for global, got 0"),
         ({"segment": 2.0}, TypeError, "number of lines or None, got 2.0"),
+        ({"workspace_mib": 0}, ValueError, "at least 1 MiB, got 0"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda', expected one of reference, cpu, triton"),
         ({"backend": "triton"}, ValueError, "'triton' does not run on cpu"),
     ],
@@ -59,6 +60,12 @@ def test_propagate(index, value, error, message):
 def test_options(options, error, message):
     with pytest.raises(error, match=message):
         gspn.propagate(*random_problem(1, 6, 4, 5, 3), **options)
+
+
+def test_a_proxy_of_no_channels():
+    problem = random_problem(1, 6, 4, 5, 0)
+    with pytest.raises(ValueError, match=r"S >= 1, got \(1, 0, 4, 5\)"):
+        gspn.propagate(*problem)
 
 
 def test_the_other_operators():
@@ -94,9 +101,9 @@ def test_a_backend_that_is_not_there_is_an_error_when_named(monkeypatch):
 
 
 def test_the_layer():
-    with pytest.raises(ValueError, match=r"expects \(B,8,H,W\), got \(1, 6, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"expects \(B,8,H,W\) .*got \(1, 6, 4, 4\)"):
         gspn.GSPN2d(8)(torch.randn(1, 6, 4, 4))
-    with pytest.raises(ValueError, match=r"expects \(B,8,H,W\), got \(8, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"expects \(B,8,H,W\) .*got \(8, 4, 4\)"):
         gspn.GSPN2d(8)(torch.randn(8, 4, 4))
     with pytest.raises(ValueError, match="groups has to divide the 8 channels that are scanned, got 3"):
         gspn.GSPN2d(8, groups=3)
@@ -104,6 +111,12 @@ def test_the_layer():
         gspn.GSPN2d(8, merger="sum")
     with pytest.raises(ValueError, match="unknown direction 'x'"):
         gspn.GSPN2d(8, directions=("x",))
+    with pytest.raises(ValueError, match="scan_dim has to be at least 1, got 0"):
+        gspn.GSPN2d(8, scan_dim=0)
+    with pytest.raises(ValueError, match=r"with H, W >= 1, got \(1, 8, 0, 4\)"):
+        gspn.GSPN2d(8)(torch.randn(1, 8, 0, 4))
+    with pytest.raises(ValueError, match="drop path has to be at least 0 and below 1, got 1"):
+        gspn.layers.DropPath(1.0)
     with pytest.raises(ValueError, match="proxy_dim has to be at least 1, got 0"):
         gspn.GSPN2d(8, proxy_dim=0)
     with pytest.raises(ValueError, match="segment"):
@@ -124,8 +137,10 @@ def test_the_models():
     with pytest.raises(ValueError, match="global_levels"):
         gspn.create_model("gspn_micro", global_levels=(3,))
     model = gspn.create_model("gspn_micro", num_classes=2, in_chans=1)
-    with pytest.raises(ValueError, match=r"images \(B,1,H,W\), got \(1, 3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"images \(B,1,H,W\) .*got \(1, 3, 8, 8\)"):
         model(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match='a head for 5 classes needs global_pool="avg"'):
+        model.reset_classifier(5, global_pool="")
     with pytest.raises(ValueError, match="some of 3 levels"):
         model.forward_intermediates(torch.randn(1, 1, 8, 8), indices=[3])
     with pytest.raises(ValueError, match="some of 3 levels"):

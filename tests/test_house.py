@@ -1,4 +1,4 @@
-"""The rules of the house that can be read off the sources: layers, optional packages, public names, sizes."""
+"""The rules of the house that can be read off the sources: layers, optional packages, public names."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import gspn
 
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 LAYERS = ["kernels", "dispatch", "ops", "layers", "models", "train", "cli"]  # each may import those to its left
-BASE = {"torch", "numpy", "safetensors", "huggingface_hub", "gspn"}
+BASE = {"torch", "numpy", "safetensors", "gspn"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -85,8 +85,8 @@ def test_any_size_and_floating_dtype(dtype, size, backend):
     assert y.shape == x.shape and y.dtype == dtype and x.grad.isfinite().all()
 
 
-def test_memory_format_is_kept():
-    layer = gspn.GSPN2d(8)
+def test_memory_format_is_kept(backend):
+    layer = gspn.GSPN2d(8, backend=backend)
     x = torch.randn(2, 8, 6, 5)
     last = layer(x.to(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last) and layer(x).is_contiguous()

@@ -96,7 +96,7 @@ def test_the_gradients_unfused_on_native_scans():
 
     problem = random_problem(2, 4, 5, 7, 3, groups=2)
     arguments = (torch.randn(2, 4, 5, 7, dtype=torch.float64), *problem, [0, 1, 2, 3], 3)
-    unfused = reference.propagate_backward(*arguments, cpu.gated_scan, cpu.gated_scan_backward)
+    unfused = reference.propagate_backward(*arguments, 0, cpu.gated_scan, cpu.gated_scan_backward)
     for got, expected in zip(unfused, reference.propagate_backward(*arguments), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
@@ -300,6 +300,17 @@ def test_any_shape_and_layout(size, segment, memory_format):
     y = gspn.propagate(*formatted, segment=segment)
     assert y.stride() == torch.empty_like(formatted[0]).stride()
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
+def test_scans_keep_the_memory_format(direction, backend):
+    x, weights = torch.randn(2, 4, 5, 7), torch.rand(2, 4, 3, 5, 7)
+    for formatted in (x, x.to(memory_format=torch.channels_last)):
+        h = gspn.line_scan(formatted, weights, direction=direction, backend=backend)
+        assert h.stride() == formatted.stride()
+    gate, logits = torch.randn(2, 1, 4, 5, 7), torch.randn(2, 1, 4, 3, 5, 7)
+    h = gspn.gated_scan(x, gate, logits, directions=(direction,), backend=backend)
+    assert h.stride() == gate.stride()
 
 
 def test_sliced_and_expanded_inputs(backend):

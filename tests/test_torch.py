@@ -18,10 +18,10 @@ def test_opcheck_propagate(layout, skip):
     problem = random_problem(2, 4, 5, 7, 3, dtype=torch.float32, skip=skip)
     x, proxy = (t.to(memory_format=layout) for t in problem[:2])
     arguments = [None if t is None else t.requires_grad_() for t in (x, proxy, *problem[2:])]
-    opcheck(torch.ops.gspn.propagate, (*arguments, EVERY, 3, ""))
+    opcheck(torch.ops.gspn.propagate, (*arguments, EVERY, 3, 256, ""))
     grad = torch.randn(2, 4, 5, 7).to(memory_format=layout)
     detached = [None if t is None else t.detach() for t in arguments]
-    opcheck(torch.ops.gspn.propagate_backward, (grad, *detached, EVERY, None, ""))
+    opcheck(torch.ops.gspn.propagate_backward, (grad, *detached, EVERY, None, 256, ""))
 
 
 def test_opcheck_scans():
@@ -166,7 +166,46 @@ def test_flops_grow_linearly_with_the_pixels():
     assert counts[0] == batch * 64 * (scans + projections)
 
 
-def test_dataparallel_style_replication_and_pickling():
+def test_forward_mode_is_an_error_where_it_would_be_silently_zero():
+    layer, x = gspn.GSPN2d(4), torch.randn(1, 4, 3, 5)
+    parameters = {n: p.detach() for n, p in layer.named_parameters()}
+    call = lambda t: torch.func.functional_call(layer, parameters, (t,))  # noqa: E731
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        weights = torch.rand(1, 4, 3, 3, 5)
+        with pytest.raises(RuntimeError, match='backend="reference"'):
+            gspn.line_scan(dual, weights, direction="up")
+        gspn.line_scan(x, weights, direction="up")  # what has no tangent may pass
+    layer.backend = "reference"
+    _, tangent = torch.func.jvp(call, (x,), (torch.ones_like(x),))
+    step = 1e-2
+    difference = (call(x + step) - call(x - step)) / (2 * step)
+    torch.testing.assert_close(tangent, difference, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_vmap_over_the_layer_and_a_model(channels_last):
+    layer = gspn.GSPN2d(6, scan_dim=3)
+    many = torch.randn(3, 2, 5, 4, 6).movedim(-1, 2) if channels_last else torch.randn(3, 2, 6, 5, 4)
+    torch.testing.assert_close(torch.vmap(layer)(many), torch.stack([layer(x) for x in many]))
+    model = gspn.create_model("gspn_micro", num_classes=2, in_chans=1, width=4, depths=(1,), global_levels=(0,)).eval()
+    images = torch.randn(3, 2, 1, 8, 8)
+    torch.testing.assert_close(torch.vmap(model)(images), torch.stack([model(x) for x in images]))
+
+
+def test_the_whole_graph_is_captured_for_the_layer_on_any_backend(backend):
+    torch._dynamo.reset()
+    layer = gspn.GSPN2d(4, backend=backend)
+    x = torch.randn(2, 4, 3, 5, requires_grad=True)
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, layer(x))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(layer(x).sum(), x)[0])
+
+
+def test_copies_and_state_dicts():
     import copy
     import io
 

@@ -13,12 +13,15 @@ _HOMES = {
     "gspn.layers": ("GSPN2d",),
     "gspn.models": ("create_model", "list_models"),
 }
+_MODULES = ("layers", "models", "ops", "train")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [*_HOME_OF, "__version__"]
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"gspn.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'gspn' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)

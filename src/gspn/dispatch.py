@@ -89,9 +89,9 @@ _SCHEMAS = {
     "gated_scan": f"(Tensor x, Tensor input_gate, Tensor logits, {_SCAN}, str backend) -> Tensor",
     "gated_scan_backward": f"(Tensor grad, Tensor x, Tensor input_gate, Tensor logits, Tensor h, {_SCAN}, str backend)"
     " -> (Tensor, Tensor, Tensor)",
-    "propagate": f"(Tensor x, Tensor proxy, {_PROJECTIONS}, {_SCAN}, str backend) -> Tensor",
-    "propagate_backward": f"(Tensor grad, Tensor x, Tensor proxy, {_PROJECTIONS}, {_SCAN}, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "propagate": f"(Tensor x, Tensor proxy, {_PROJECTIONS}, {_SCAN}, int workspace_mib, str backend) -> Tensor",
+    "propagate_backward": f"(Tensor grad, Tensor x, Tensor proxy, {_PROJECTIONS}, {_SCAN}, int workspace_mib, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -169,7 +169,7 @@ def _propagate_setup(ctx, inputs, output):
 def _propagate_gradient(ctx, grad):
     saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
     grads = torch.ops.gspn.propagate_backward(grad, *saved, *ctx.options)
-    return *grads[:5], None if saved[5] is None else grads[5], None, None, None
+    return *grads[:5], None if saved[5] is None else grads[5], None, None, None, None
 
 
 def _no_second_derivative(ctx, *grads):

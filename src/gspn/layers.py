@@ -31,7 +31,7 @@ class Pointwise(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        if x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1:  # vmap cannot be asked for the memory format
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
         return super().forward(x)
 
@@ -58,7 +58,8 @@ class GSPN2d(nn.Module):
         directions: some of ``gspn.DIRECTIONS``.
         backend: "reference", "cpu", "triton", or None to pick by device.
 
-    Shape: (B,C,H,W) to (B,C,H,W), in the input's dtype and memory format; channels_last is the faster one.
+    Shape: (B,C,H,W) to (B,C,H,W), in the input's dtype and memory format; channels_last is the faster one. Inside
+    autocast the projections around a scan_dim give its dtype, as convolutions do.
 
     State dict (frozen): ``proxy_proj.weight`` (S,C,1,1), ``weight_proj`` (D,3,G,S), ``input_proj``, ``output_proj``,
     ``skip_proj`` (D,K,S) with K = scan_dim or C, ``merger`` (D,), ``reduce.weight`` (K,C,1,1), ``expand.weight``
@@ -87,10 +88,11 @@ class GSPN2d(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        scanned = scan_dim or channels
+        scanned = channels if scan_dim is None else scan_dim
         proxy_dim = max(8, channels // 16) if proxy_dim is None else proxy_dim
-        groups = (1 if scan_dim else scanned) if groups is None else groups
-        for name, value in (("channels", channels), ("proxy_dim", proxy_dim), ("groups", groups), ("scan", scanned)):
+        groups = (scanned if scan_dim is None else 1) if groups is None else groups
+        sizes = {"channels": channels, "proxy_dim": proxy_dim, "groups": groups, "scan_dim": scanned}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} has to be at least 1, got {value}")
         if scanned % groups:
@@ -132,8 +134,8 @@ class GSPN2d(nn.Module):
         return self.output_proj * scalars, None if self.skip_proj is None else (self.skip_proj * scalars).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"GSPN2d expects (B,{self.channels},H,W), got {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] == 0 or x.shape[3] == 0:
+            raise ValueError(f"GSPN2d expects (B,{self.channels},H,W) with H, W >= 1, got {tuple(x.shape)}")
         output_proj, skip_proj = self._merged_projections()
         y = propagate(
             self.reduce(x),
@@ -150,7 +152,7 @@ class GSPN2d(nn.Module):
 
     @torch.no_grad()
     def context(self, x: Tensor, row: int, column: int) -> Context:
-        """Where the output at (row, column) comes from, for input x (B,C,H,W)."""
+        """Where the output at (row, column) comes from, for input x (B,C,H,W). Not inside torch.inference_mode."""
         height, width = x.shape[-2:]
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"the place ({row}, {column}) is not on the {height}x{width} feature map")
@@ -213,6 +215,8 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"the rate of drop path has to be at least 0 and below 1, got {rate}")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ Common rules
     Results are deterministic for a given number of threads.
     ``backend=None`` picks the native kernel for x's device and, where it is missing, the reference with one warning.
     A backend that is named never falls back. Gradients of gradients need ``backend="reference"``.
+    Forward-mode derivatives and torch.func.grad need ``backend="reference"`` too; vmap does not.
     Errors: TypeError for what is not a floating tensor or mixes dtypes, ValueError for shapes, devices, names and
     numbers that do not fit, RuntimeError for a backend that is not there.
 """
@@ -31,6 +32,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gspn.dispatch import BACKENDS, NATIVE_BACKENDS, available_backends
 from gspn.kernels import reference
@@ -100,7 +102,8 @@ def line_scan(
     _check_devices(x, weights=weights)
     number, segment = _number(direction), check_segment(segment)
     if _check_backend(backend, x) == "reference":
-        return reference.line_scan(x, weights, number, segment)
+        return _in_format_of(x, reference.line_scan(x, weights, number, segment))
+    _check_not_forward_mode(x, weights)
     return torch.ops.gspn.line_scan(x, weights, number, segment, backend or "")
 
 
@@ -146,7 +149,8 @@ def gated_scan(
     _check_devices(x, input_gate=input_gate, logits=logits)
     segment = check_segment(segment)
     if _check_backend(backend, x) == "reference":
-        return reference.gated_scan(x, input_gate, logits, numbers, segment)
+        return _in_format_of(input_gate, reference.gated_scan(x, input_gate, logits, numbers, segment))
+    _check_not_forward_mode(x, input_gate, logits)
     return torch.ops.gspn.gated_scan(x, input_gate, logits, numbers, segment, backend or "")
 
 
@@ -160,6 +164,7 @@ def propagate(
     *,
     directions: Sequence[str] = DIRECTIONS,
     segment: int | None = None,
+    workspace_mib: int = 256,
     backend: str | None = None,
 ) -> Tensor:
     """Several directions of the scan, merged, with weights and gates projected from a small proxy of the input.
@@ -179,6 +184,8 @@ def propagate(
         skip_proj: (C,S), to the skip gate d, or None for no skip.
         directions: D of ``DIRECTIONS``, each at most once.
         segment, backend: as in :func:`line_scan`.
+        workspace_mib: MiB of scratch memory that a native kernel may take to run on more threads or in larger pieces;
+            what one thread cannot do without, it takes. The reference does not heed it.
 
     Returns:
         y (B,C,H,W). Projections have x's dtype, or float32 beside 16-bit x; every gradient has its input's dtype.
@@ -201,6 +208,10 @@ def propagate(
     for name, projection in projections.items():
         _check_tensor(name, projection, expected[name], expected[name].count(",") + 1)
     count, (batch, channels, *size), features = len(numbers), x.shape, proxy.shape[1]
+    if features == 0:
+        raise ValueError(f"proxy (B,S,H,W) has to have S >= 1, got {tuple(proxy.shape)}")
+    if isinstance(workspace_mib, bool) or not isinstance(workspace_mib, int) or workspace_mib < 1:
+        raise ValueError(f"workspace_mib has to be at least 1 MiB, got {workspace_mib!r}")
     _check_shape("proxy", proxy, "(B,S,H,W)", (batch, None, *size))
     _check_shape("weight_proj", weight_proj, "(D,3,G,S)", (count, 3, None, features))
     _check_groups("weight_proj", weight_proj.shape[2], channels)
@@ -213,11 +224,11 @@ def propagate(
     _check_devices(x, proxy=proxy, **projections)
     weight_proj, input_proj, output_proj, *rest = cast
     skip_proj, segment = (rest[0] if rest else None), check_segment(segment)
+    tensors = (x, proxy, weight_proj, input_proj, output_proj, skip_proj)
     if _check_backend(backend, x) == "reference":
-        return reference.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj, numbers, segment)
-    return torch.ops.gspn.propagate(
-        x, proxy, weight_proj, input_proj, output_proj, skip_proj, numbers, segment, backend or ""
-    )
+        return _in_format_of(x, reference.propagate(*tensors, numbers, segment))
+    _check_not_forward_mode(*tensors)
+    return torch.ops.gspn.propagate(*tensors, numbers, segment, workspace_mib, backend or "")
 
 
 # Checks: each says what was got and what was expected.
@@ -259,6 +270,19 @@ def _same_dtype(x: Tensor, *, float32_beside_16_bit: bool = False, **others: Ten
         return [other if other.dtype in allowed else other.to(x.dtype) for other in others.values()]
     got = ", ".join(f"{name} {other.dtype}" for name, other in others.items())
     raise TypeError(f"dtypes have to agree outside autocast, got x {x.dtype}, {got}")
+
+
+def _in_format_of(template: Tensor, result: Tensor) -> Tensor:
+    promised = torch.empty_like(template)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
+
+
+def _check_not_forward_mode(*tensors: Tensor | None) -> None:
+    """torch would return zero tangents without a word where an operator has no rule for forward-mode derivatives."""
+    if forward_ad._current_level >= 0:
+        for t in tensors:
+            if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+                raise RuntimeError('gspn: the native kernels have no forward-mode derivatives; backend="reference" has')
 
 
 def _check_devices(x: Tensor, **others: Tensor) -> None:

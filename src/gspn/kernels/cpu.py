@@ -91,9 +91,9 @@ def _library() -> ctypes.CDLL:
 
 
 def available() -> tuple[bool, str]:
-    """Whether the native kernels can be used, and if not, why."""
+    """Whether the native kernels can be used, and with what instruction set, or why not."""
     library, reason = _load()
-    return library is not None, reason
+    return library is not None, reason or f"native, {supported_isas()[-1]}"
 
 
 def supported_isas() -> tuple[str, ...]:
@@ -254,8 +254,8 @@ def gated_scan_backward(
 
 
 def propagate(
-    x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None,
-    *, isa=None, threads=None, workspace_mib=0, out=None,
+    x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None, workspace_mib=0,
+    *, isa=None, threads=None, out=None,
 ):  # fmt: skip
     """Scan with gates and weights projected from proxy (B, S, H, W) on the way; returns y (B, C, H, W).
 
@@ -272,8 +272,8 @@ def propagate(
 
 
 def propagate_backward(
-    grad_y, x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None,
-    *, isa=None, threads=None, workspace_mib=0,
+    grad_y, x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None, workspace_mib=0,
+    *, isa=None, threads=None,
 ):  # fmt: skip
     """Gradients of `propagate`, for x, proxy, weight_proj, input_proj, output_proj and skip_proj (None if that is)."""
     projections = _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions)

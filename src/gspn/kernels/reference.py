@@ -67,8 +67,10 @@ def propagate(
     skip_proj: Tensor | None,
     directions: list[int],
     segment: int | None,
+    workspace_mib: int = 0,
 ) -> Tensor:
-    """y (B,C,H,W) of x (B,C,H,W) and proxy (B,S,H,W); one direction's maps are in memory at a time."""
+    """y (B,C,H,W) of x (B,C,H,W) and proxy (B,S,H,W);
+    one direction's maps are in memory at a time, whatever the workspace."""
     with _no_autocast(x):
         dtype, x, proxy = x.dtype, _state(x), _state(proxy)
         y = torch.zeros_like(x) if skip_proj is None else _project(skip_proj, proxy) * x
@@ -141,6 +143,7 @@ def propagate_backward(
     skip_proj: Tensor | None,
     directions: list[int],
     segment: int | None,
+    workspace_mib: int = 0,
     scan: Callable[..., Tensor] = gated_scan,
     scan_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = gated_scan_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:

@@ -52,12 +52,14 @@ class Backbone(nn.Module):
         global_levels: the levels (from 0) in which block i scans globally if i < 7 or (i + 1) % 7 == 0.
         segment: lines between resets in all other blocks.
         stem_stride: 1, 2 or 4.
+        global_pool: "avg", or "" to leave the last map as it is (num_classes=0 then).
         expansion, mlp_ratio, activation: of the block. drop_path_rate: grows linearly from 0 in the first block.
 
     Shape: images (B,in_chans,H,W), any H, W >= 1, to logits (B,num_classes).
 
-    Attributes: ``config`` (a dict from which :func:`create_model` makes the same model again), ``num_classes``,
-    ``num_features``, ``feature_info`` (channels, reduction and module of every level), ``levels``, ``head``.
+    Attributes: ``config`` (filled in by :func:`create_model`, which makes the same model from it again),
+    ``num_classes``, ``num_features``, ``feature_info`` (channels, reduction and module of every level), ``levels``,
+    ``head``.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Backbone(nn.Module):
         scan_dim: int | None = None,
         skip: bool = True,
         merger: str = "learned",
+        global_pool: str = "avg",
         backend: str | None = None,
     ):
         super().__init__()
@@ -131,8 +134,7 @@ class Backbone(nn.Module):
         self.norm = LayerNorm2d(self.num_features)
         self.apply(init_weights)
         self.config: dict = {}
-        self.global_pool = "avg"
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -193,16 +195,17 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for ``num_classes`` classes, 0 for none; ``global_pool`` is "avg" or "" for no pooling."""
-        if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ValueError(f'global_pool has to be "avg" or "", got {global_pool!r}')
-            self.global_pool = global_pool
-        self.num_classes = num_classes
+        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool not in ("avg", ""):
+            raise ValueError(f'global_pool has to be "avg" or "", got {global_pool!r}')
+        if num_classes and not global_pool:
+            raise ValueError(f'a head for {num_classes} classes needs global_pool="avg", got {global_pool!r}')
+        self.num_classes, self.global_pool = num_classes, global_pool
         where = self.norm.weight
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.to(where.device, where.dtype).apply(init_weights)
         if self.config:
-            self.config["num_classes"] = num_classes
+            self.config |= {"num_classes": num_classes, "global_pool": self.global_pool}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory in training: a block's activations are computed again in the backward pass."""
@@ -227,10 +230,10 @@ class Backbone(nn.Module):
         }
 
     def _enter(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"the model expects images (B,{self.in_chans},H,W), got {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] != self.in_chans or x.shape[2] == 0 or x.shape[3] == 0:
+            raise ValueError(f"the model expects images (B,{self.in_chans},H,W) with H, W >= 1, got {tuple(x.shape)}")
         # channels_last from here on: Linear, LN and the scan's kernels all work on channels that lie together
-        return self.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
 
 def create_model(name: str, **kwargs) -> Backbone:
@@ -318,12 +321,13 @@ def context_maps(model: Backbone, image: Tensor, place: tuple[int, int], block: 
     name, chosen = blocks[block]
     seen: list[Tensor] = []
     handle = chosen.gspn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         model.eval()(image[None])
     finally:
         handle.remove()
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     rows, columns = seen[0].shape[-2:]
     row, column = place[0] * rows // height, place[1] * columns // width
     context = chosen.gspn.context(seen[0], row, column)
