@@ -32,10 +32,15 @@ def interleaved(contenders: dict[str, Callable[[], None]], rounds: int, threads:
     clock = time.thread_time if threads == 1 else time.perf_counter
     calls = {}
     for name, run in contenders.items():
-        run()
-        start = clock()
-        run()
-        calls[name] = max(1, round(LEAST_SECONDS / max(clock() - start, 1e-7)))
+        calls[name] = 1
+        for _ in range(2):  # the first call warms up
+            start = clock()
+            run()
+            seconds = clock() - start
+            if seconds > 50 * LEAST_SECONDS:
+                break
+        else:
+            calls[name] = max(1, round(LEAST_SECONDS / max(seconds, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0)
     gc.disable()

@@ -28,7 +28,7 @@ SIZES = [  # B, C, H, W, S
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMS_OF_THE_LAYER = ("gspn", "gspn, kernel alone", "unfused", "unfused, tuned", "prototype", "prototype, unfused")
-SLOW_TOKENS = 20_000  # beyond it attention and the reference are measured in few rounds of their own
+SLOW_TOKENS = 20_000  # beyond it attention, like the slow forms of the layer always, gets few rounds of its own
 
 
 def problem(size, dtype):
@@ -118,14 +118,15 @@ def measure(size, dtype_name, train, threads, rounds, prototype):
     calls = contenders(size, dtype, train, prototype, threads)
     if not train:
         check(size, dtype, calls)
-    heavy = {}
-    if size[2] * size[3] > SLOW_TOKENS:
-        heavy = {name: calls.pop(name) for name in ("attention", "reference")}
+    tokens = size[2] * size[3]
+    slow = [n for n in calls if n in ("reference", "unfused") or (n == "attention" and tokens > SLOW_TOKENS)]
+    few = {name: calls.pop(name) for name in slow}
     result = harness.summary(harness.interleaved(calls, rounds, threads), "gspn")
-    if heavy and (dtype_name == "float32" and threads == 1):
-        with_ours = heavy | {"gspn": calls["gspn"]}
-        few = harness.summary(harness.interleaved(with_ours, 1, threads), "gspn")
-        result |= {name: few[name] | {"rounds": 1} for name in heavy}
+    if dtype_name == "float32" and threads == 1:
+        for name, call in few.items():
+            count = 1 if tokens > SLOW_TOKENS else 3
+            pair = harness.interleaved({"gspn": calls["gspn"], name: call}, count, threads)
+            result[name] = harness.summary(pair, "gspn")[name] | {"rounds": count}
     return result
 
 
@@ -164,9 +165,7 @@ def crossover(rounds):
 
 def memory(size, dtype_name, train):
     """Peak MiB beyond the inputs and the parameters, each contender in a process of its own, one thread."""
-    names = ["gspn", "reference", "unfused", "linear attention", "attention"]
-    if dtype_name == "float32":
-        names.append("unfused, tuned")
+    names = ["gspn", "reference", "unfused", "unfused, tuned", "linear attention", "attention"]
     arguments = ["--memory-of", json.dumps([size, dtype_name, train])]
     return {
         name: harness.in_fresh_process("benchmarks.layer_cpu", *arguments, name)["mib"]
@@ -234,7 +233,7 @@ def main():
                         times,
                         flush=True,
                     )
-                if not options.no_memory:
+                if not options.no_memory and dtype_name == "float32":
                     row["peak extra MiB"] = memory(size, dtype_name, train)
                     print("   peak extra MiB:", row["peak extra MiB"], flush=True)
                 content["cases"].append(row)
