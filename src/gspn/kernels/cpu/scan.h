@@ -47,7 +47,8 @@ template <class T> struct WeightField {
 };
 
 template <class T>
-GSPN_INLINE Field<T> field_of(const GspnView& view, const Geometry& g, int64_t batch, int64_t direction, int64_t channel) {
+GSPN_INLINE Field<T> field_of(const GspnView& view, const Geometry& g, int64_t batch, int64_t direction,
+                              int64_t channel) {
   T* data = static_cast<T*>(view.data) + batch * view.batch + direction * view.direction + channel * view.channel;
   if (!view.data) return {nullptr, 0, 0, 0};
   return g.horizontal ? Field<T>{data, view.column, view.row, view.channel}
@@ -70,7 +71,8 @@ template <class S, class W, class DX, class DW> struct Fields {
   Field<DX> dx;
   WeightField<DW> dweights;
   bool add_dx;  // an earlier direction has written dx
-  // Channels that share weights may come in several scans: dweights holds the sums, the last scan makes gradients of them.
+  // Channels that share weights may come in several scans: dweights holds the sums, of which the last scan makes
+  // gradients.
   bool add_dweights, finish_dweights;
 };
 
@@ -207,7 +209,8 @@ template <Form FORM, bool EDGE, class V> GSPN_INLINE Slopes<V> form_slopes(Tripl
 template <Form FORM, bool EDGE, class V>
 GSPN_INLINE Triple<V> weight_gradient(Triple<V> dw, const Slopes<V>& s, Edges<V> edges) {
   if constexpr (FORM == kLogits) {
-    const Triple<V> term = keep_existing<EDGE>(Triple<V>{s.weights.prev * dw.prev, V{}, s.weights.next * dw.next}, edges);
+    Triple<V> term = {s.weights.prev * dw.prev, V{}, s.weights.next * dw.next};
+    term = keep_existing<EDGE>(term, edges);
     const V mean = term.prev + s.weights.same * dw.same + term.next;
     dw = {s.slopes.prev * (dw.prev - mean), s.slopes.same * (dw.same - mean), s.slopes.next * (dw.next - mean)};
     if constexpr (EDGE) dw.same = keep(edges.has_prev | edges.has_next, dw.same);

@@ -108,9 +108,16 @@ void row_backward(const BackwardStep<S, Acc<S>, DX>& p, const W* const* weights,
     constexpr bool C = decltype(careful)::value;
     prefetch(p.grad_h + i + ahead.grad_h);
     prefetch_write(p.dx + i + ahead.dx);
-    if (GATED) prefetch(p.x + i + ahead.x), prefetch(p.gate + i + ahead.gate), prefetch_write(p.dgate + i + ahead.dgate);
+    if (GATED) {
+      prefetch(p.x + i + ahead.x);
+      prefetch(p.gate + i + ahead.gate);
+      prefetch_write(p.dgate + i + ahead.dgate);
+    }
     if (FORM != kPrepared)
-      for (int k = 0; k < 3; k++) prefetch(weights[k] + i + ahead.weights), prefetch_write(dweights[k] + i + ahead.dweights);
+      for (int k = 0; k < 3; k++) {
+        prefetch(weights[k] + i + ahead.weights);
+        prefetch_write(dweights[k] + i + ahead.dweights);
+      }
     const auto edges = edges_of_places<VecOf<S>>(i, places);
     const auto slopes = form_slopes<FORM, C>(load_triple<C>(weights, i, n), edges);
     auto dw = step_backward<C, GATED, C>(p, slopes.weights, edges, i, n);
@@ -193,7 +200,8 @@ void rows_backward(const Geometry& g, Fields<S, W, DX, DW> f, Acc<S>* scratch) {
         continue;
       }
       stage_row(f.h.data + c * f.h.channel + (t - 1) * f.h.line, staged, g.places, back * f.h.line);
-      if constexpr (SHARED) row_backward<kPrepared, GATED>(p, prepared, dweights, c > 0 || f.add_dweights, g.places, ahead);
+      const bool add = c > 0 || f.add_dweights;
+      if constexpr (SHARED) row_backward<kPrepared, GATED>(p, prepared, dweights, add, g.places, ahead);
       else row_backward<FORM, GATED>(p, raw, dweights, false, g.places, ahead);
     }
     if (reset) zero_row<S>(dweights, g.places);

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kPlacesAhead = 3;  // to prefetch
 
-// Elements of scratch: prepared weights and their gradients (shared), then two states, or backward six lines of messages.
+// Elements of scratch: prepared weights and their gradients (shared), then two states, or backward six messages.
 template <class S> GSPN_INLINE int64_t runs_scratch(int64_t places, int64_t channels, bool backward) {
   return 6 * (places + kLanes<S>) + (backward ? 6 : 2) * (places + 2) * channels;
 }
@@ -139,7 +139,7 @@ void shared_run_backward(const BackwardStep<S, S, DX>& p, Acc<S>* const* prepare
   sums[2][place] = sum_lanes(sum.next);
 }
 
-// Adds the sums to those of earlier channels, and after the last channel turns them into the gradients of the raw weights.
+// Adds the sums to those of earlier channels, and after the last channel makes gradients of the raw weights of them.
 template <Form FORM, class S, class W, class DX, class DW>
 void finish_run_line(const Geometry& g, const Fields<S, W, DX, DW>& f, int64_t t, bool reset, Acc<S>* const* sums,
                      Acc<S>* const* raw) {

@@ -5,7 +5,7 @@
 namespace GSPN_NS {
 namespace {
 
-// ---- forward: now = w.prev * before[p-1] + w.same * before[p] + w.next * before[p+1] + input -------------------------
+// ---- forward: now = w.prev * before[p-1] + w.same * before[p] + w.next * before[p+1] + input ------------------------
 
 template <class S> struct ForwardStep {
   const S *x, *gate;
@@ -14,7 +14,8 @@ template <class S> struct ForwardStep {
   S* h;
 };
 
-template <bool PARTIAL, bool GATED, class S> GSPN_INLINE VecOf<S> input_at(const S* x, const S* gate, int64_t i, int n) {
+template <bool PARTIAL, bool GATED, class S>
+GSPN_INLINE VecOf<S> input_at(const S* x, const S* gate, int64_t i, int n) {
   const VecOf<S> v = load_if<PARTIAL>(x + i, n);
   if constexpr (GATED) return v * load_if<PARTIAL>(gate + i, n);
   return v;
@@ -42,7 +43,7 @@ template <bool PARTIAL, bool GATED, class S> GSPN_INLINE void reset_forward(cons
 template <class S, class H, class DX> struct BackwardStep {
   const S *x, *gate, *grad_h;
   const H* before[3];            // h of the line before, from the previous, same and next place on
-  const Acc<S>* received[3];     // sent by the line after from its next, same and previous place; zeros outside the line
+  const Acc<S>* received[3];     // from the next, same and previous place of the line after; zeros outside it
   Acc<S>* sent[3];               // w.prev * g, w.same * g, w.next * g
   S* dgate;
   DX* dx;

@@ -11,7 +11,7 @@ namespace GSPN_NS {
 namespace {
 
 constexpr int64_t kTileScratchBytes = 600 << 10;  // a block of lines should stay in the second-level cache
-constexpr int kRun = 4;                           // vectors along a row that are read together: long runs for the prefetcher
+constexpr int kRun = 4;                           // vectors along a row that are read together
 constexpr int64_t kRowsAhead = 2;                 // to prefetch
 
 // Not inlined: slow anyway, and there are many calls.
@@ -220,7 +220,8 @@ template <Form FORM, class S, class W, class DX, class DW> class Tiles {
   }
 
   template <bool EDGE>
-  GSPN_INLINE_MEMBER void pack_row_of_weights(const Tile& tile, int64_t at, int i, int64_t place, V (*squares)[kRun][kL]) {
+  GSPN_INLINE_MEMBER void pack_row_of_weights(const Tile& tile, int64_t at, int i, int64_t place,
+                                              V (*squares)[kRun][kL]) {
     const auto edges = edges_of_place<V>(place, g.places);
     for_each_column(tile, [&](int j, int lanes) {
       const auto w = form_weights<FORM, EDGE>(raw_weights(at + j * kL * f.weights.line, lanes), edges);
@@ -349,7 +350,8 @@ template <Form FORM, class S, class W, class DX, class DW> class Tiles {
         if constexpr (kGated) {
           const V value = load_ahead(f.x, x.at + j * kL * f.x.line, lanes);
           put_ahead(f.dgate, dgate.at + j * kL * f.dgate.line, gradient * value, lanes);
-          put_dx(dx.at + j * kL * f.dx.line, gradient * load_ahead(f.gate, gate.at + j * kL * f.gate.line, lanes), lanes);
+          const V factor = load_ahead(f.gate, gate.at + j * kL * f.gate.line, lanes);
+          put_dx(dx.at + j * kL * f.dx.line, gradient * factor, lanes);
         } else {
           put_dx(dx.at + j * kL * f.dx.line, gradient, lanes);
         }

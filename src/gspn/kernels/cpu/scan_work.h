@@ -41,8 +41,8 @@ template <Form FORM, class S, class W> Layout layout_of(const GspnScanArgs& args
 GSPN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 GSPN_INLINE int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v > high ? high : v; }
 
-// How a scan is divided. A task is one batch item and `range` channels, forward in one direction, backward in all (dx is
-// summed over them). Within a task `piece` channels at a time are scanned.
+// How a scan is divided. A task is one batch item and `range` channels, forward in one direction, backward in all (dx
+// is summed over them). Within a task `piece` channels at a time are scanned.
 struct Plan {
   Layout layout;
   bool shared, backward;
