@@ -102,8 +102,9 @@ template <class A> struct Backward {
         for (int64_t images = 1; images <= min64(threads, max64(1, plan.batch)); images++)
             for (int64_t blocks = 1; blocks <= min64(threads / images, plan.blocks); blocks++)
                 for (int64_t parts = 1; parts <= min64(threads / images / blocks, plan.directions); parts++) {
-                    const int64_t time = ceil_div(plan.batch, images) * ceil_div(plan.blocks, blocks) *
-                                         ceil_div(plan.directions, parts);
+                    int64_t time = 4 * ceil_div(plan.batch, images) * ceil_div(plan.blocks, blocks) *
+                                   ceil_div(plan.directions, parts);
+                    if (parts > 1) time += time / 4;  // for the copies that parts of the directions write and add up
                     team = {images, blocks, parts};
                     const int64_t bytes = time <= best_time ? scratch_bytes(images) : 0;
                     if (time > best_time || (time == best_time && bytes >= best_bytes)) continue;
