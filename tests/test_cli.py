@@ -1,6 +1,7 @@
 """The gspn command, as a user meets it: output, messages, exit codes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from gspn.train.data import open_data
 
 TINY = [
     argument
-    for pair in ("depths=[1]", "width=8", "global_levels=[0]", "stem_stride=2", "backend=reference")
+    for pair in ("depths=[1]", "width=8", "global_levels=[0]", "stem_stride=4")
     for argument in ("--model-arg", pair)
 ]
 
@@ -49,7 +50,9 @@ def test_version_help_and_backends():
     assert code == 0 and all(name in out for name in ("train", "eval", "predict", "show", "backends"))
     for name in ("train", "eval", "predict", "show"):
         assert gspn_command(name, "--help")[0] == 0
-    assert "reference: available" in gspn_command("backends")[1]
+    lines = gspn_command("backends")[1].splitlines()
+    assert lines[0].startswith("reference: available") and len(lines) == len(gspn.available_backends())
+    assert all(status.reason in line for status, line in zip(gspn.available_backends().values(), lines, strict=True))
 
 
 def test_eval(run, digit_files):
@@ -78,6 +81,31 @@ def test_predict_of_any_kind_of_file(run, tmp_path):
         Image.new(mode, (31, 17)).save(tmp_path / f"{mode}.tiff")
     code, out, err = gspn_command("predict", run, *sorted(tmp_path.iterdir()))
     assert code == 0 and err == "" and out.count("tiff: ") == 7
+
+
+def test_eval_options_that_cannot_be(run):
+    for option, value, message in [
+        ("--batch-size", 0, "batch_size must be from 1 to 1000000, got 0"),
+        ("--channels", 3, "channels is 3, but the model of"),
+    ]:
+        code, _, err = gspn_command("eval", run, "digits", option, value)
+        assert code == 2 and message in err
+
+
+def test_a_failing_model_is_not_an_unreadable_image(run, digit_files, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the kernel")
+
+    monkeypatch.setattr(gspn.models.Backbone, "forward", fail)
+    with pytest.raises(RuntimeError, match="the kernel"):
+        gspn_command("predict", run, next(digit_files.rglob("*.png")))
+
+
+def test_paths_are_printed_as_they_are(run, tmp_path):
+    moved = tmp_path / "m[red]r"
+    shutil.copytree(run, moved)
+    code, out, _ = gspn_command("eval", moved, "digits")
+    assert code == 0 and "m[red]r on digits" in out.replace("\n", "")
 
 
 def test_predict_names_what_it_cannot_read(run, digit_files, tmp_path):
@@ -129,10 +157,18 @@ def test_user_errors_are_one_message_and_exit_code_2(arguments, message, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_in_the_way_and_overwrite(run):
+def test_run_in_the_way_and_overwrite(run, digit_files, tmp_path):
     before = (run / "config.json").read_text()
     code, _, err = gspn_command("train", "digits", "--out", run)
     assert code == 2 and "is not empty" in err and (run / "config.json").read_text() == before
+    copy = tmp_path / "m[red]r"
+    shutil.copytree(run, copy)
+    train = ["train", digit_files, "--out", copy, "--epochs", 1, "--batch-size", 8, "--overwrite", *TINY]
+    code, out, err = gspn_command(*train, "--lr", "1e30", "--clip", 0)
+    assert code == 1 and (copy / "config.json").read_text() == before
+    assert f"the run that was in {copy} is there again" in " ".join(out.split())
+    code, out, _ = gspn_command(*train)
+    assert code == 0 and (copy / "config.json").read_text() != before and f"in {copy}: checkpoints" in out
 
 
 def test_a_training_that_diverges_is_exit_code_1(tmp_path):
@@ -141,8 +177,6 @@ def test_a_training_that_diverges_is_exit_code_1(tmp_path):
 
 
 def test_strict_and_warning_of_unreadable_images(digit_files, tmp_path):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(digit_files, data)
     bad = next(data.rglob("*.png"))

@@ -1,6 +1,7 @@
 """What DATA means, in all its kinds and with all its faults; preprocessing, augmentation, order."""
 
 import gzip
+import pickle
 import struct
 
 import numpy as np
@@ -75,6 +76,15 @@ def test_hold_out_is_stratified_and_leaves_every_class_an_image():
     assert np.bincount(np.asarray(labels)[held], minlength=4).tolist() == [5, 2, 1, 0]
     assert sorted([*rest, *held]) == list(range(73))
     assert (hold_out(labels, 0.1)[1] == held).all()
+
+
+def test_two_classes_of_one_name(tmp_path):
+    with pytest.raises(DataError, match="two classes of digits have the same name: a; expected distinct names"):
+        open_data("digits", class_names=["a", "a", *"bcdefghi"])
+    write_idx_folder(tmp_path)
+    (tmp_path / "classes.txt").write_text("shoe\nbag\nshoe\nbag\n")
+    with pytest.raises(DataError, match="the same name: bag, shoe"):
+        open_data(tmp_path)
 
 
 # -- folders --
@@ -375,6 +385,28 @@ def test_workers_change_nothing_and_unreadable_images_are_marked(tmp_path):
     labels = torch.cat([batch["label"] for batch in everything])
     assert torch.where(labels == UNREADABLE)[0].tolist() == [15]
     assert "015.png" in split.problem(15)
+
+
+def test_data_sets_can_be_sent_to_workers_that_are_not_forked(table, tmp_path):
+    write_images(tmp_path / "images" / "a", 4)
+    write_images(tmp_path / "images" / "b", 4, start=4)
+    table.to_parquet(tmp_path / "train.parquet")
+    for data in ("digits", tmp_path / "images", tmp_path / "train.parquet", write_idx_folder(tmp_path / "idx")):
+        split = open_data(data).splits["train"].subset([1, 2])
+        dataset = ImageDataset(split, GREY8)
+        sent = pickle.loads(pickle.dumps(dataset))
+        keys = [(0, 0), (0, 1)]
+        assert torch.equal(sent.__getitems__(keys)["image"], dataset.__getitems__(keys)["image"])
+        assert sent.split.names(1) == split.names(1)
+
+
+def test_workers_of_a_forkserver(tmp_path):
+    write_images(tmp_path / "a", 6)
+    split, _ = open_data(tmp_path).for_evaluation("train")
+    loader = make_loader(split, GREY8, 4, workers=1)
+    loader.multiprocessing_context = "forkserver"
+    here = make_loader(split, GREY8, 4)
+    assert torch.equal(*(torch.cat([batch["image"] for batch in each]) for each in (loader, here)))
 
 
 def test_resized_pixels_and_given_channels():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gspn.train import pictures
+from gspn.train import checkpoint, pictures
 from gspn.train.checkpoint import FORMAT, Run, RunError, SaveError, atomic, write_json
 from gspn.train.classify import (
     Classification,
@@ -39,7 +39,7 @@ from gspn.train.loop import (
     update_ema,
 )
 
-TINY = dict(depths=[1], width=16, global_levels=[0], stem_stride=2, backend="reference")
+TINY = dict(depths=[1], width=16, global_levels=[0], stem_stride=4)
 
 
 def tiny_options(**more):
@@ -103,12 +103,16 @@ def test_checkpoints_read_back(digits_run):
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors["optimizer"].items())
 
 
-def test_same_seed_same_run(tmp_path):
-    args = dict(TINY, drop_path_rate=0.3, depths=[2])
-    for name in ("one", "two"):
-        train_classifier("digits", tmp_path / name, tiny_options(seed=5, model_args=args))
-    one, two = (Run.open(tmp_path / name).load_checkpoint("last")[0] for name in ("one", "two"))
+def test_same_seed_same_run(colours, tmp_path, monkeypatch):
+    for picture in ("curves", "predictions", "context"):
+        monkeypatch.setattr(pictures, picture, lambda *args: None)  # they take longer than the training
+    args = dict(TINY, drop_path_rate=0.3, depths=[2], width=8)
+    options = dict(model_args=args, epochs=2, batch_size=8, augment="crop", flip=True)
+    for name, seed in (("one", 5), ("two", 5), ("other", 6)):
+        train_classifier(colours, tmp_path / name, tiny_options(seed=seed, **options))
+    one, two, other = (Run.open(tmp_path / name).load_checkpoint("last")[0] for name in ("one", "two", "other"))
     assert all(torch.equal(one[part][key], two[part][key]) for part in one for key in one[part])
+    assert not torch.equal(one["model"]["head.weight"], other["model"]["head.weight"])
 
 
 def test_evaluate_again(digits_run):
@@ -132,7 +136,9 @@ def test_predict_agrees_with_evaluation(digits_run):
 
 
 def test_bf16_and_no_ema(tmp_path):
-    run, _, _ = train_classifier("digits", tmp_path / "run", tiny_options(precision="bf16", ema=0.0, clip=0.0))
+    args = dict(TINY, backend="reference")
+    options = tiny_options(precision="bf16", ema=0.0, clip=0.0, model_args=args)
+    run, _, _ = train_classifier("digits", tmp_path / "run", options)
     assert not (run.path / "checkpoints" / "last" / "ema.safetensors").exists()
     weights = run.load_checkpoint("best")[0]["model"]
     assert all(value.dtype == torch.float32 for value in weights.values())
@@ -228,8 +234,55 @@ def test_channels_that_do_not_match(digits_run, colours, tmp_path):
     assert evaluate(digits_run[0].path, tmp_path / "numbered", channels=1, workers=0)[0]["images"] == 35
     with pytest.raises(OptionError, match="to take 3 channels, but the images have 1; --channels 3"):
         train_classifier("digits", tmp_path / "run", tiny_options(model_args=dict(TINY, in_chans=3)))
-    run, _, _ = train_classifier("digits", tmp_path / "run", tiny_options(channels=3))
-    assert run.config["model"]["in_chans"] == 3
+    with pytest.raises(OptionError, match=r"channels is 3, but the model of .* takes 1"):
+        evaluate(digits_run[0].path, "digits", channels=3)
+
+
+def test_run_that_converted_its_images_converts_in_evaluation_too(colours, tmp_path):
+    run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(channels=1, batch_size=16))
+    assert run.config["model"]["in_chans"] == 1
+    assert evaluate(run.path, colours, workers=0)[0]["split"] == "val"
+    colours.rename(tmp_path / "moved")
+    assert evaluate(run.path, tmp_path / "moved", workers=0)[0]["images"] == 35
+
+
+def test_evaluation_of_the_runs_own_data_reads_them_as_training_did(tmp_path):
+    import datasets
+
+    images = [Image.fromarray(np.full((9, 11), 20 * i, np.uint8)) for i in range(12)]
+    columns = {"a": images, "b": images, "kind": [i // 6 for i in range(12)], "other": [0, 1] * 6}
+    features = datasets.Features(
+        {name: datasets.Image() for name in "ab"}
+        | {name: datasets.ClassLabel(names=["dark", "light"]) for name in ("kind", "other")}
+    )
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+    chosen = dict(image_column="b", label_column="kind", class_names=["black", "white"], val_fraction=0.4)
+    options = tiny_options(batch_size=4)
+    run, metrics, _ = train_classifier(tmp_path / "saved", tmp_path / "run", options, **chosen)
+    again = evaluate(run.path, tmp_path / "saved", workers=0, image_column=None)[0]
+    assert again["images"] == metrics["images"] == 4 and again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+def test_run_of_a_backend_that_is_not_here_can_be_used(colours, tmp_path):
+    run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(batch_size=16))
+    config = run.config | {"model": run.config["model"] | {"backend": "triton"}}
+    write_json(run.path / "config.json", config)
+    assert evaluate(run.path, colours, workers=0)[0]["split"] == "val"
+    for missing in ("data", "options"):
+        write_json(run.path / "config.json", {key: value for key, value in config.items() if key != missing})
+        with pytest.raises(RunError, match=f"damaged or foreign: KeyError: '{missing}'"):
+            evaluate(run.path, colours)
+
+
+def test_one_image_a_class_cannot_be_trained_on_but_evaluated(colours, tmp_path):
+    run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(batch_size=16))
+    for file in colours.rglob("*.png"):
+        if file.stem != "5":
+            file.unlink()
+    with pytest.raises(DataError, match="none can be held out of 3 images with one image a class: expected two"):
+        train_classifier(colours, tmp_path / "other", tiny_options())
+    assert not (tmp_path / "other").exists()
+    assert evaluate(run.path, colours, split="all", workers=0)[0]["images"] == 3
 
 
 # -- options --
@@ -247,12 +300,23 @@ def test_options_that_cannot_be():
             eval(f"Options({bad})")
 
 
+def test_evaluation_options_that_cannot_be(digits_run):
+    for bad, message in {
+        "batch_size": "batch_size must be from 1 .* got -1",
+        "workers": "workers must be from 0",
+    }.items():
+        with pytest.raises(OptionError, match=message):
+            evaluate(digits_run[0].path, "digits", **{bad: -1})
+
+
 def test_models_that_cannot_be(tmp_path):
     for model, args, message in [
         ("gspn_huge", {}, "unknown model 'gspn_huge', expected one of"),
         ("gspn_micro", {"colour": 1}, "unexpected keyword argument 'colour'"),
         ("gspn_micro", {"stem_stride": 3}, "stem_stride has to be 1, 2 or 4"),
         ("gspn_micro", {"num_classes": 7}, "tell 7 classes, but the data have 10"),
+        ("gspn_micro", {"backend": "gpu"}, "cannot be made: unknown backend 'gpu'"),
+        ("gspn_micro", {"backend": "triton"}, "fails when tried with an image of 8x8, grey on cpu: backend 'triton'"),
     ]:
         with pytest.raises(OptionError, match=message):
             train_classifier("digits", tmp_path / "run", Options(model=model, model_args=args))
@@ -368,8 +432,9 @@ def test_run_folder_in_the_way(digits_run, tmp_path):
     other = Run.create(tmp_path / "other", {"task": "x"})
     (other.path / "mine.txt").write_text("stays")
     other.append_metrics({"epoch": 1})
-    Run.create(tmp_path / "other", {"task": "y"}, overwrite=True)
-    assert {file.name for file in other.path.iterdir()} == {"config.json", "mine.txt"}
+    run = Run.create(tmp_path / "other", {"task": "y"}, overwrite=True)
+    run.save_checkpoint("best", {}, {"epoch": 1})
+    assert {file.name for file in other.path.iterdir()} == {"config.json", "checkpoints", "mine.txt"}
 
 
 def test_overwrite_with_a_bad_option_keeps_the_earlier_run(digits_run):
@@ -379,6 +444,116 @@ def test_overwrite_with_a_bad_option_keeps_the_earlier_run(digits_run):
     assert Run.open(run.path).metrics == run.metrics
 
 
+def tree(folder):
+    """What a folder holds: the content of every file by its path."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def full_run(tmp_path):
+    """A run with one of everything, each file of its own content."""
+    run = Run.create(tmp_path / "run", {"task": "old"})
+    for name in ("last", "best"):
+        run.save_checkpoint(name, {"model": {"w": torch.ones(3)}}, {"epoch": 1, "name": name})
+    run.append_metrics({"epoch": 1})
+    for name in ("curves", "predictions", "context", "context-old"):
+        (run.path / f"{name}.png").write_text(name)
+    (run.path / "mine.txt").write_text("not the run's")
+    return run
+
+
+def test_overwritten_run_waits_until_the_new_one_has_a_checkpoint(full_run):
+    before = tree(full_run.path)
+    run = Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    assert {name for name in tree(run.path) if ".earlier" not in name} == {"config.json", "mine.txt"}
+    assert tree(run.path / ".earlier") == {name: data for name, data in before.items() if name != "mine.txt"}
+    assert Run.open(run.path / ".earlier").load_checkpoint("best")[1]["name"] == "best"
+    with pytest.raises(RunError, match=r"no checkpoint 'best'.*; the run that it was to replace is .*\.earlier"):
+        run.load_checkpoint("best")
+    run.save_checkpoint("last", {"model": {}}, {"epoch": 1})
+    assert (run.path / ".earlier").exists()
+    run.save_checkpoint("best", {"model": {}}, {"epoch": 1})
+    assert {name.split("/")[0] for name in tree(run.path)} == {"config.json", "mine.txt", "checkpoints"}
+    assert not run.restore_earlier()
+
+
+def test_overwritten_run_comes_back_when_the_new_one_fails(full_run):
+    before = tree(full_run.path)
+    run = Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    run.save_checkpoint("last", {"model": {}}, {"epoch": 1})
+    assert run.restore_earlier() and tree(run.path) == before
+    assert not run.restore_earlier() and tree(run.path) == before
+
+
+def test_training_that_diverges_at_once_leaves_the_run_it_was_to_overwrite(colours, tmp_path):
+    options = dict(batch_size=16)
+    run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(**options))
+    before = tree(run.path)
+    with pytest.raises(TrainingError, match="there is no checkpoint yet"):
+        train_classifier(colours, run.path, tiny_options(lr=1e30, clip=0.0, **options), overwrite=True)
+    assert tree(run.path) == before and evaluate(run.path, colours, workers=0)[0]["split"] == "val"
+
+
+class Killed(BaseException):
+    """What stands for a kill: nothing may catch it and go on."""
+
+
+def test_kill_at_any_step_of_overwriting_loses_nothing(full_run, monkeypatch):
+    """Killed before each rename or removal of a file in turn, overwriting can be done again and can be undone."""
+    before = tree(full_run.path)
+    steps = {name: getattr(os, name) for name in ("rename", "replace", "unlink", "rmdir")}
+    for kill_at in range(40):
+        count = [0]
+
+        def step(name, count=count, kill_at=kill_at):
+            def run(*args, **more):
+                count[0] += 1
+                if count[0] > kill_at:  # everything after it fails too: a dead process does no cleaning up
+                    raise Killed
+                return steps[name](*args, **more)
+
+            return run
+
+        with monkeypatch.context() as patch:
+            for name in steps:
+                patch.setattr(os, name, step(name))
+            try:
+                Run.create(full_run.path, {"task": "new"}, overwrite=True).restore_earlier()
+                done = True
+            except Killed:
+                done = False
+        Run.create(full_run.path, {"task": "newer"}, overwrite=True).restore_earlier()
+        assert tree(full_run.path) == before, f"killed at step {kill_at}"
+        if done:
+            return
+    pytest.fail("overwriting never came to its end")
+
+
+def test_overwriting_that_the_system_refuses_is_an_error_that_tells_and_undoes(full_run, monkeypatch):
+    before, rename = tree(full_run.path), os.rename
+
+    def refuse(source, target):
+        if str(source).endswith("metrics.jsonl"):
+            raise PermissionError(13, "Permission denied", str(source))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises(SaveError, match=r"cannot set the earlier run aside in .*Permission denied.* Nothing of it"):
+            Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    assert tree(full_run.path) == before
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(
+        SaveError, match=r"config\.json: No space left on device\. What was saved there before is untou"
+    ):
+        Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    assert tree(full_run.path) == before
+
+
 def test_runs_that_cannot_be_opened(tmp_path):
     with pytest.raises(RunError, match="is no run: there is no"):
         Run.open(tmp_path / "nowhere")
@@ -386,6 +561,9 @@ def test_runs_that_cannot_be_opened(tmp_path):
     with pytest.raises(RunError, match="cannot be read"):
         Run.open(tmp_path)
     (tmp_path / "config.json").write_text('{"name": "another program\'s"}')
+    with pytest.raises(RunError, match="not the config of a gspn run"):
+        Run.open(tmp_path)
+    write_json(tmp_path / "config.json", {"format": "1"})
     with pytest.raises(RunError, match="not the config of a gspn run"):
         Run.open(tmp_path)
     write_json(tmp_path / "config.json", {"format": FORMAT + 1})
@@ -408,14 +586,56 @@ def test_damaged_checkpoint(tmp_path):
         run.load_checkpoint("best")
 
 
-def test_checkpoint_survives_a_crash_between_the_renames(tmp_path):
+def test_checkpoint_survives_a_crash_between_the_renames_and_readers_change_nothing(tmp_path):
     run = Run.create(tmp_path / "run", {"task": "x"})
     run.save_checkpoint("last", {"model": {"w": torch.ones(3)}}, {"epoch": 1})
     folder = run.path / "checkpoints"
     os.rename(folder / "last", folder / ".last.old")
-    assert run.load_checkpoint("last")[1] == {"epoch": 1}
+    assert run.load_checkpoint("last")[1] == {"epoch": 1} and os.listdir(folder) == [".last.old"]
     run.save_checkpoint("last", {"model": {"w": torch.zeros(3)}}, {"epoch": 2})
     assert run.load_checkpoint("last")[1] == {"epoch": 2} and os.listdir(folder) == ["last"]
+
+
+def test_second_crash_between_the_renames_loses_nothing_either(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", {"task": "x"})
+    run.save_checkpoint("last", {"model": {"w": torch.ones(3)}}, {"epoch": 1})
+    folder = run.path / "checkpoints"
+    os.rename(folder / "last", folder / ".last.old")  # the first crash
+    rename = os.rename
+
+    def crash(source, target):
+        if source.name == ".last.new":
+            raise Killed
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(Killed):
+        run.save_checkpoint("last", {"model": {"w": torch.zeros(3)}}, {"epoch": 2})
+    assert run.load_checkpoint("last")[1] == {"epoch": 1}
+
+
+def test_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", {"task": "x"})
+    run.save_checkpoint("last", {"model": {"w": torch.zeros(3)}}, {"epoch": 0})
+    load, count = checkpoint.load_file, [0]
+
+    def load_while_training_goes_on(file):
+        count[0] += 1
+        if count[0] < 3:
+            run.save_checkpoint("last", {"model": {"w": torch.full((3,), float(count[0]))}}, {"epoch": count[0]})
+        return load(file)
+
+    monkeypatch.setattr(checkpoint, "load_file", load_while_training_goes_on)
+    tensors, state = run.load_checkpoint("last")
+    assert state["epoch"] == 2 and (tensors["model"]["w"] == 2).all()
+
+
+def test_tied_weights_are_stored_under_both_names(tmp_path):
+    run, layer = Run.create(tmp_path / "run", {"task": "x"}), nn.Linear(4, 4)
+    tied = {"a": layer.weight, "b": layer.weight, "c": layer.weight[1:].t(), "d": layer.bias}
+    run.save_checkpoint("last", {"model": tied}, {})
+    stored = run.load_checkpoint("last")[0]["model"]
+    assert set(stored) == set(tied) and all(torch.equal(stored[name], tied[name]) for name in tied)
 
 
 def test_atomic_leaves_nothing_behind(tmp_path):

@@ -16,6 +16,7 @@ except ImportError as error:
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import gspn
@@ -162,7 +163,8 @@ def train(
         )
         metrics["split"] = trained.config["data"]["split"]
         _print_metrics(metrics, f"the best checkpoint of {run}, chosen on these images")
-        out.print(f"in {run}: checkpoints, metrics.jsonl, curves.png, predictions.png, context.png", highlight=False)
+        made = "checkpoints, metrics.jsonl, curves.png, predictions.png, context.png"
+        out.print(f"in {run}: {made}", markup=False, highlight=False)
         _warn(warnings)
 
 
@@ -224,11 +226,12 @@ def predict(
         answers, problems = [], []
         for path in images:
             try:
-                (classes,) = classify.predict(classifier, [decode(path)], top)
+                pixels = classifier.preprocessing(decode(path))
             except Exception as error:  # Pillow raises anything on damaged files
                 problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
                 answers.append({"image": str(path), "error": str(error)})
                 continue
+            (classes,) = classify.predict_pixels(classifier, pixels[None], top)
             answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
         if problems and (strict or len(problems) == len(images)):
             raise DataError("; ".join(["unreadable image" + "s" * (len(problems) > 1), *problems]))
@@ -279,7 +282,7 @@ def show(
 
 @app.command()
 def backends():
-    """Which backends are available here, and why the others are not."""
+    """Which backends are available here, and as what; why the others are not."""
     for name, state in gspn.available_backends().items():
         word = "available" if state.available else "not available"
         out.print(f"{name}: {word}{f', {state.reason}' if state.reason else ''}", markup=False, highlight=False)
@@ -330,7 +333,7 @@ def parse_names(text):
 
 
 def _print_metrics(metrics, title):
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=escape(title), show_header=False, title_justify="left")
     table.add_row("images", f"{metrics['images']:,} ({metrics['split']})")
     table.add_row("top-1", f"{metrics['top1']:.2%}")
     if metrics["top5"] is not None:

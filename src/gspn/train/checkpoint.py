@@ -7,6 +7,9 @@
 
 Tensors are safetensors and everything else is JSON: nothing is ever unpickled. A file is written under a temporary
 name in the same folder, synced to disk, then renamed; a checkpoint, which is several files, as a folder likewise.
+Whoever reads a run changes nothing in it, so that a run may be read while it is being written.
+
+A run that is overwritten stays in RUN/.earlier, itself a run folder, until the new one has its first best checkpoint.
 """
 
 import json
@@ -19,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
-_OWN = ("config.json", "metrics.jsonl", "curves.png", "predictions.png", "context.png", "checkpoints")
+EARLIER = ".earlier"  # the folder in RUN in which the run that is being overwritten waits
 
 
 class RunError(ValueError):
@@ -57,8 +60,10 @@ def atomic(path):
 
 
 def _replace_folder(new, path):
-    """Renames folder `new` to `path`. A crash between the two renames leaves .old, which `_recover` brings back."""
-    old = path.with_name(f".{path.name}.old")
+    """Renames folder `new` to `path`. A crash between the two renames leaves .old: the next writer renames it back
+    before it does anything else, and until then readers take it for `path` (`_find`)."""
+    old = _old(path)
+    _recover(path)
     _remove(old)
     if path.exists():
         os.rename(path, old)
@@ -70,10 +75,25 @@ def _replace_folder(new, path):
     _remove(old, quietly=True)
 
 
+def _old(path):
+    return path.with_name(f".{path.name}.old")
+
+
 def _recover(path):
-    old = path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        os.rename(old, path)
+    if _old(path).exists() and not path.exists():
+        os.rename(_old(path), path)
+
+
+def _find(path):
+    """Where a reader finds the checkpoint `path`, and which one it is: (folder, number of the file, time), or None. It
+    is in .old while its writer, or one that crashed there, is between the two renames."""
+    for folder in (path, _old(path), path):
+        try:
+            status = (folder / "state.json").stat()
+        except FileNotFoundError:
+            continue
+        return folder, status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _remove(path, quietly=False):
@@ -119,26 +139,78 @@ class Run:
         if path.exists() and any(path.iterdir()):
             if not overwrite:
                 raise RunError(f"{path} is not empty: choose another folder, or --overwrite to replace the run there")
-            if not (path / "config.json").exists():
+            if not any((folder / "config.json").exists() for folder in (path, path / EARLIER)):
                 raise RunError(f"{path} is not empty and holds no run (no config.json), so it is not overwritten")
 
     @classmethod
     def create(cls, path, config, overwrite=False):
-        """Makes the folder and writes its config.json. With `overwrite`, an earlier run's files are removed first,
-        and nothing else.
+        """Makes the folder and writes its config.json. With `overwrite`, an earlier run's files, and nothing else, are
+        set aside in path/.earlier; the first checkpoint "best" removes them, `restore_earlier` brings them back.
 
-        Errors: RunError as `check_free`; SaveError where the folder cannot be written."""
+        Errors: RunError as `check_free`; SaveError where the folder cannot be written, which leaves it as it was."""
         cls.check_free(path, overwrite)
-        path = Path(path)
+        run = cls(path, json.loads(json.dumps({"format": FORMAT, **config})), [])
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
-        for name in _OWN:
-            _remove(path / name)
-        run = cls(path, json.loads(json.dumps({"format": FORMAT, **config})), [])
-        write_json(path / "config.json", run.config)
+        try:
+            run._set_earlier_aside()
+            write_json(run.path / "config.json", run.config)
+        except BaseException:
+            run.restore_earlier()
+            raise
         return run
+
+    def _set_earlier_aside(self):
+        """The checkpoints move first and config.json last, so that a crash at any moment leaves what the next call
+        can tell apart: .earlier with a config.json is complete, and then what is beside it is of a training that
+        never got to a best checkpoint."""
+        earlier = self.path / EARLIER
+        with self._moving("set the earlier run aside in"):
+            if self._has_best():
+                _remove(earlier)  # outlived: a crash came between the first best checkpoint and its removal
+            if not (earlier / "config.json").exists():
+                for file in self._files():
+                    earlier.mkdir(exist_ok=True)
+                    os.rename(file, earlier / file.name)
+            for file in self._files():
+                _remove(file)
+
+    def restore_earlier(self):
+        """After a training that ended before its first checkpoint "best": puts the run that it was to overwrite back,
+        in the order opposite to setting it aside. True if there was one.
+
+        Errors: SaveError; the earlier run is in path/.earlier then."""
+        earlier = Run(self.path / EARLIER, {}, [])
+        if self._has_best() or not earlier.path.exists():
+            return False
+        with self._moving("put the earlier run back from"):
+            if (earlier.path / "config.json").exists():
+                for file in self._files():
+                    _remove(file)
+            for file in reversed(earlier._files()):
+                os.replace(file, self.path / file.name)
+            earlier.path.rmdir()
+        return True
+
+    @contextmanager
+    def _moving(self, what):
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(
+                f"cannot {what} {self.path / EARLIER}: {error}. Nothing of it is lost: it is there or in {self.path}"
+            ) from error
+
+    def _files(self):
+        """What a run consists of, as far as it is there, the checkpoints first and config.json last."""
+        names = ("checkpoints", "metrics.jsonl", "curves.png", "predictions.png", "context.png")
+        files = [self.path / name for name in names] + sorted(self.path.glob("context-*.png"))
+        return [file for file in [*files, self.path / "config.json"] if file.exists()]
+
+    def _has_best(self):
+        return _find(self._checkpoint("best")) is not None
 
     @classmethod
     def open(cls, path):
@@ -149,10 +221,12 @@ class Run:
             lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
             metrics = [json.loads(line) for line in lines]
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise RunError(f"{path} is no run: there is no {path / 'config.json'} (gspn train makes runs)") from error
+            raise RunError(
+                f"{path} is no run: there is no {path / 'config.json'} (gspn train makes runs){_earlier_hint(path)}"
+            ) from error
         except (OSError, ValueError) as error:
             raise RunError(f"the run {path} cannot be read: {error}") from error
-        if not isinstance(config, dict) or "format" not in config:
+        if not isinstance(config, dict) or not isinstance(config.get("format"), int):
             raise RunError(f"{path / 'config.json'} is not the config of a gspn run")
         if config["format"] > FORMAT:
             raise RunError(
@@ -179,24 +253,48 @@ class Run:
             folder.mkdir(parents=True)
             (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             for part, named in tensors.items():
-                named = {key: tensor.detach().contiguous() for key, tensor in named.items()}
-                save_file(named, folder / f"{part}.safetensors", metadata={"format": "pt"})
+                save_file(_separate(named), folder / f"{part}.safetensors", metadata={"format": "pt"})
                 shutil.copymode(folder / "state.json", folder / f"{part}.safetensors")  # save_file makes it private
+        if name == "best":
+            _remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
 
     def load_checkpoint(self, name, parts=("model", "ema", "optimizer")):
         """Reads checkpoints/`name` to (tensors, state), as `save_checkpoint` took them; only the `parts` that are
         there. Errors: RunError if there is no such checkpoint or a file of it is damaged."""
-        folder = self._checkpoint(name)
-        _recover(folder)
-        if not (folder / "state.json").exists():
-            raise RunError(f"the run {self.path} has no checkpoint {name!r}: there is no {folder / 'state.json'}")
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            files = [folder / f"{part}.safetensors" for part in parts]
-            tensors = {file.stem: load_file(file) for file in files if file.exists()}
-        except (OSError, ValueError, SafetensorError) as error:
-            raise RunError(f"the checkpoint {folder} is damaged: {error}") from error
-        return tensors, state
+        path = self._checkpoint(name)
+        while True:  # once, unless a training replaces the checkpoint while it is being read
+            found = _find(path)
+            if found is None:
+                missing = f"there is no {path / 'state.json'}{_earlier_hint(self.path)}"
+                raise RunError(f"the run {self.path} has no checkpoint {name!r}: {missing}")
+            folder = found[0]
+            try:
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                files = [folder / f"{part}.safetensors" for part in parts]
+                tensors = {file.stem: load_file(file) for file in files if file.exists()}
+            except (OSError, ValueError, SafetensorError) as error:
+                if _find(path) == found:
+                    raise RunError(f"the checkpoint {folder} is damaged: {error}") from error
+            else:
+                if _find(path) == found:
+                    return tensors, state
 
     def _checkpoint(self, name):
         return self.path / "checkpoints" / name
+
+
+def _separate(named):
+    """The tensors as safetensors stores them: contiguous, and none of them shares memory with another one. Tied weights
+    are thus stored under each of their names, and load_state_dict finds them all."""
+    separate, stored = {}, set()
+    for name, tensor in named.items():
+        tensor = tensor.detach().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in stored else tensor
+        stored.add(memory)
+    return separate
+
+
+def _earlier_hint(path):
+    earlier = path / EARLIER
+    return f"; the run that it was to replace is {earlier}" if (earlier / "config.json").exists() else ""

@@ -15,7 +15,7 @@ import gspn
 from gspn.models import create_model
 from gspn.train import pictures
 from gspn.train.checkpoint import Run, RunError
-from gspn.train.data import DataError, open_data
+from gspn.train.data import DataError, location, open_data
 from gspn.train.images import UNREADABLE, Augmentation, Preprocessing, make_loader
 from gspn.train.loop import LoopOptions, autocast, train
 
@@ -68,28 +68,33 @@ class Options:
     strict: bool = False
 
     def __post_init__(self):
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise OptionError(f"{name} must be from {low} to {high}, got {value}")
+        for name in _RANGES:
+            check_range(name, getattr(self, name))
         for name, allowed in _CHOICES:
             if getattr(self, name) not in (None, *allowed):
                 raise OptionError(f"{name} must be {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
 
 
-_RANGES = (
-    ("epochs", 1, 1_000_000),
-    ("batch_size", 1, 1_000_000),
-    ("lr", 0, float("inf")),
-    ("weight_decay", 0, 10),
-    ("warmup", 0, 1_000_000),
-    ("label_smoothing", 0, 0.99),
-    ("clip", 0, float("inf")),
-    ("ema", 0, 0.999999),
-    ("seed", 0, 2**63 - 1),
-    ("workers", 0, 1024),
-)
+_RANGES = {
+    "epochs": (1, 1_000_000),
+    "batch_size": (1, 1_000_000),
+    "lr": (0, float("inf")),
+    "weight_decay": (0, 10),
+    "warmup": (0, 1_000_000),
+    "label_smoothing": (0, 0.99),
+    "clip": (0, float("inf")),
+    "ema": (0, 0.999999),
+    "seed": (0, 2**63 - 1),
+    "workers": (0, 1024),
+}
 _CHOICES = (("precision", ("fp32", "bf16")), ("channels", (1, 3)), ("augment", ("none", "shift", "crop")))
+
+
+def check_range(name, value):
+    """Raises OptionError unless `value` is one that the option `name` may have, or None."""
+    low, high = _RANGES[name]
+    if value is not None and not low <= value <= high:
+        raise OptionError(f"{name} must be from {low} to {high}, got {value}")
 
 
 class Classification:
@@ -190,14 +195,19 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
     """
     accelerator, options = make_accelerator(), options or Options()
     console = console if accelerator.is_main_process else None
-    say = console.print if console else lambda *args, **more: None
+
+    def say(text):
+        if console:
+            console.print(text, markup=False, highlight=False)
+
     Run.check_free(out, overwrite)
     data_set = open_data(data, **open_options)
     train_split, eval_split, eval_name = data_set.for_training()
     class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
     train_split, eval_split = train_split.relabelled(class_names), eval_split.relabelled(class_names)
+    converts = options.channels is not None
     preprocessing, options = settle(options, data_set.kind, train_split)
-    model = build_model(options, preprocessing, len(class_names))
+    model = build_model(options, preprocessing, len(class_names), accelerator.device)
     count = sum(parameter.numel() for parameter in model.parameters())
     for note in data_set.notes:
         say(f"note: {note}")
@@ -205,8 +215,7 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
         f"{options.model}, {count:,} parameters; {len(train_split):,} training and {len(eval_split):,} {eval_name} "
         f"images of {len(class_names)} classes, {describe(preprocessing)}\n"
         f"{options.epochs} epochs, batch size {options.batch_size}, learning rate {options.lr:g}, EMA {options.ema:g}, "
-        f"{options.precision}, augmentation {options.augment}{' and flip' * options.flip}, seed {options.seed}",
-        highlight=False,
+        f"{options.precision}, augmentation {options.augment}{' and flip' * options.flip}, seed {options.seed}"
     )
 
     config = {
@@ -214,7 +223,13 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
         "model": model.config,
         "preprocessing": preprocessing.to_json(),
         "class_names": class_names,
-        "data": {"where": data_set.where, "kind": data_set.kind, "split": eval_name, **open_options},
+        "data": {
+            "where": data_set.where,
+            "kind": data_set.kind,
+            "split": eval_name,
+            "converts": converts,
+            **open_options,
+        },
         "options": asdict(options),
         "seed": options.seed,
         "versions": {"gspn": gspn.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -222,17 +237,22 @@ def train_classifier(data, out, options=None, *, overwrite=False, console=None, 
     accelerator.wait_for_everyone()  # all have found the folder free
     run = Run.create(out, config, overwrite) if accelerator.is_main_process else None
 
-    shift = max(max(preprocessing.size) // 8, 1) if options.augment == "shift" else 0
-    fill = "zero" if data_set.kind in ("digits", "idx") else "reflect"
-    augmentation = Augmentation(shift, fill, options.flip, options.augment == "crop")
-    size, seed, workers = options.batch_size, options.seed, options.workers
-    loader = make_loader(
-        train_split, preprocessing, size, train=True, augmentation=augmentation, seed=seed, workers=workers
-    )
-    eval_loader = accelerator.prepare(make_loader(eval_split, preprocessing, size, workers=workers))
-    task = Classification(train_split, eval_split, eval_loader, preprocessing, class_names, options)
-    names = LoopOptions.__dataclass_fields__
-    train(task, model, loader, LoopOptions(**{k: getattr(options, k) for k in names}), run, accelerator, console)
+    try:
+        shift = max(max(preprocessing.size) // 8, 1) if options.augment == "shift" else 0
+        fill = "zero" if data_set.kind in ("digits", "idx") else "reflect"
+        augmentation = Augmentation(shift, fill, options.flip, options.augment == "crop")
+        size, seed, workers = options.batch_size, options.seed, options.workers
+        loader = make_loader(
+            train_split, preprocessing, size, train=True, augmentation=augmentation, seed=seed, workers=workers
+        )
+        eval_loader = accelerator.prepare(make_loader(eval_split, preprocessing, size, workers=workers))
+        task = Classification(train_split, eval_split, eval_loader, preprocessing, class_names, options)
+        loop_options = LoopOptions(**{name: getattr(options, name) for name in LoopOptions.__dataclass_fields__})
+        train(task, model, loader, loop_options, run, accelerator, console)
+    except BaseException:
+        if run and run.restore_earlier():
+            say(f"the run that was in {out} is there again, as this training has no checkpoint")
+        raise
 
     accelerator.wait_for_everyone()  # the checkpoint is written
     classifier = load_classifier(out)
@@ -280,8 +300,8 @@ def settle(options, kind, split):
     return preprocessing, options
 
 
-def build_model(options, preprocessing, num_classes):
-    """The model for these data, tried on one empty image. Errors: OptionError."""
+def build_model(options, preprocessing, num_classes, device="cpu"):
+    """The model for these data, on `device` and tried there on one empty image. Errors: OptionError."""
     arguments = {"num_classes": num_classes, "in_chans": preprocessing.channels, **options.model_args}
     if arguments["in_chans"] != preprocessing.channels:
         raise OptionError(
@@ -292,14 +312,15 @@ def build_model(options, preprocessing, num_classes):
         raise OptionError(f"the model is to tell {arguments['num_classes']} classes, but the data have {num_classes}")
     torch.manual_seed(options.seed)
     try:
-        model = create_model(options.model, **arguments)
+        model = create_model(options.model, **arguments).to(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise OptionError(f"the model {options.model} cannot be made: {error}") from error
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, preprocessing.channels, *preprocessing.size))
+            model.eval()(torch.zeros(1, preprocessing.channels, *preprocessing.size, device=device))
     except (RuntimeError, ValueError) as error:
-        raise OptionError(f"{options.model} cannot take images of {describe(preprocessing)}: {error}") from error
+        what = f"an image of {describe(preprocessing)} on {device}"
+        raise OptionError(f"{options.model} fails when tried with {what}: {error}") from error
     return model
 
 
@@ -348,14 +369,20 @@ def load_classifier(path, checkpoint="best"):
         if run.config["task"] != "classification":
             raise RunError(f"{path} is a run of {run.config['task']}, expected classification")
         preprocessing = Preprocessing(**run.config["preprocessing"])
-        model = create_model(**run.config["model"])
+        # The backend is of the machine that trained, not of the model: a run made on a GPU is used on a CPU as well.
+        model = create_model(**{**run.config["model"], "backend": None})
         tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
-        model.load_state_dict(tensors.get("ema", tensors["model"]))
+        model.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
+        for part, needed in (("data", "where"), ("options", "precision")):
+            run.config[part][needed]  # evaluation needs them: better missed here than there
         return Classifier(run, model.eval(), preprocessing, run.config["class_names"])
     except RunError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
+
+
+_OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column")  # of open_data, kept by a run
 
 
 def evaluate(
@@ -366,18 +393,28 @@ def evaluate(
     Args:
         path: the run folder. data, open_options: see data.open_data.
         split: "train", "val", "test", "all"; None: see data.Data.for_evaluation.
-        channels: converts images of another number of channels, which without it is an error.
+        channels: that of the model, which converts images of another number of channels. Without it they are an
+            error, but not in the data that the run was trained on, nor if it was trained with `channels`.
+    What `open_options` leave out is as in training if `data` is what the run was trained on.
     Returns: (metrics, list of warnings); metrics are those of Outcome, "split" and "images_per_second".
-    Errors: DataError, RunError.
+    Errors: DataError, OptionError, RunError.
     """
+    check_range("batch_size", batch_size)
+    check_range("workers", workers)
     classifier = load_classifier(path, checkpoint)
-    preprocessing, class_names = classifier.preprocessing, classifier.class_names
-    open_options.setdefault("val_fraction", classifier.run.config["data"].get("val_fraction", 0.1))
+    preprocessing, class_names, config = classifier.preprocessing, classifier.class_names, classifier.run.config
+    if channels not in (None, preprocessing.channels):
+        raise OptionError(f"channels is {channels}, but the model of {path} takes {preprocessing.channels}")
+    trained_on = config["data"]
+    own = location(data) == trained_on["where"]
+    if own:
+        given = {name: value for name, value in open_options.items() if value is not None}
+        open_options = {name: trained_on[name] for name in _OPEN_OPTIONS if name in trained_on} | given
     data_set = open_data(data, **open_options)
-    chosen, name = data_set.for_evaluation(split, trained_on=classifier.run.config["data"]["where"])
+    chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
     chosen = chosen.relabelled(class_names)
-    converted = channels or classifier.run.config["options"]["channels"]
-    if chosen.channels() != preprocessing.channels and (channels is None or converted != preprocessing.channels):
+    converts = channels is not None or own or trained_on.get("converts", False)
+    if not converts and chosen.channels() != preprocessing.channels:
         raise DataError(
             f"the model takes {preprocessing.channels} channels but the images have {chosen.channels()}; "
             f"--channels {preprocessing.channels} converts them"
@@ -386,7 +423,7 @@ def evaluate(
     model = classifier.model.to(accelerator.device)
     loader = accelerator.prepare(make_loader(chosen, preprocessing, batch_size, workers=workers))
     start = time.perf_counter()
-    with autocast(accelerator.device, classifier.run.config["options"]["precision"]):
+    with autocast(accelerator.device, config["options"]["precision"]):
         outcome = classify(model, loader, preprocessing, accelerator)
     seconds = time.perf_counter() - start
     problems = [chosen.problem(i) for i in outcome.index[outcome.label == UNREADABLE].tolist()]
@@ -397,10 +434,14 @@ def evaluate(
     return {"split": name, **metrics, "images_per_second": rate}, warnings_of(metrics, problems)
 
 
-@torch.inference_mode()
 def predict(classifier, images, top=5):
     """The most probable classes of PIL images: for each a list of (class name, probability), `top` of them."""
-    pixels = torch.stack([classifier.preprocessing(image) for image in images])
+    return predict_pixels(classifier, torch.stack([classifier.preprocessing(image) for image in images]), top)
+
+
+@torch.inference_mode()
+def predict_pixels(classifier, pixels, top=5):
+    """As `predict`, of what the classifier's preprocessing made of images: uint8 (B, C, H, W)."""
     device = next(classifier.model.parameters()).device
     logits = classifier.model(classifier.preprocessing.normalize(pixels.to(device))).float()
     probability, number = logits.softmax(1).topk(min(top, logits.shape[1]))

@@ -7,6 +7,7 @@ import gzip
 import io
 import re
 import struct
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gspn.train.images import DataError, Split, decode, listed
+from gspn.train.images import DataError, Numbered, Split, decode, listed
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -33,7 +34,8 @@ class Data:
     Attributes:
         kind: "digits", "idx", "folder" or "datasets".
         where: the name or absolute path of DATA.
-        splits: at least one. "all" where "train" and "val" were made by holding out a part of one list.
+        splits: at least one. "all" where "train" and "val" were made by holding out a part of one list ("val" is
+            missing then if no class has two images).
         notes: things to tell the user.
     """
 
@@ -43,9 +45,14 @@ class Data:
     notes: list = field(default_factory=list)
 
     def for_training(self):
-        """(train, evaluation split, its name). Errors: DataError if there is no train split."""
+        """(train, evaluation split, its name). Errors: DataError if there are not both."""
         if "train" not in self.splits:
             raise DataError(f"{self.where} has no train split, only {', '.join(self.splits)}")
+        if not {"val", "test"} & set(self.splits):
+            raise DataError(
+                f"{self.where} has no evaluation split, and none can be held out of {len(self.splits['train'])} images "
+                "with one image a class: expected two images of some class at least, or a val or test split"
+            )
         name = "val" if "val" in self.splits else "test"
         return self.splits["train"], self.splits[name], name
 
@@ -94,8 +101,6 @@ def open_data(data, *, val_fraction=0.1, class_names=None, image_column=None, la
         kind, splits, notes = "datasets", _load_dataset(data, image_column, label_column), []
     else:
         raise DataError(f"there is no {data}; expected {KINDS}")
-    where = data if not path.exists() else str(path.resolve())
-
     for name, split in splits.items():
         if len(split) == 0:
             raise DataError(f"the {name} split of {data} is empty")
@@ -103,12 +108,23 @@ def open_data(data, *, val_fraction=0.1, class_names=None, image_column=None, la
             if split.class_names is not None and len(split.class_names) != len(class_names):
                 raise DataError(f"{len(class_names)} class names were given for {len(split.class_names)} classes")
             split.class_names = list(class_names)
+        twice = sorted(name for name, count in Counter(split.class_names or []).items() if count > 1)
+        if twice:
+            raise DataError(f"two classes of {data} have the same name: {', '.join(twice)}; expected distinct names")
     if list(splits) == ["train"]:
         everything = splits["train"]
         train, held_out = hold_out(everything.labels, val_fraction)
-        splits = {"train": everything.subset(train), "val": everything.subset(held_out), "all": everything}
-        notes = [*notes, f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
-    return Data(kind, where, splits, notes)
+        splits = {"train": everything.subset(train), "all": everything}
+        if len(held_out):
+            splits["val"] = everything.subset(held_out)
+            notes = [*notes, f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
+    return Data(kind, location(data), splits, notes)
+
+
+def location(data) -> str:
+    """What to know DATA again by: the absolute path, or the name if it is none."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else str(data)
 
 
 def hold_out(labels, fraction):
@@ -134,7 +150,7 @@ def digits():
     bunch = load_digits()
     pixels = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
     names = [str(i) for i in range(10)]
-    everything = Split(bunch.target, names, pixels=pixels, names=lambda i: f"digit {i}")
+    everything = Split(bunch.target, names, pixels=pixels, names=Numbered("digit"))
     train, test = hold_out(everything.labels, 0.2)
     return {"train": everything.subset(train), "test": everything.subset(test)}
 
@@ -205,13 +221,23 @@ def _class_folder(path):
             ignored += [f for f in inside if not _is_image(f)]
             files += images
             labels += [label] * len(images)
-        result[name] = _files(files, labels, class_names)
+        images = _Files(files)
+        result[name] = Split(labels, class_names, read=images.read, names=images.name)
     notes = [f"ignored {listed(ignored, 'file that is', 'files that are')} no image by name"] if ignored else []
     return result, notes
 
 
-def _files(files, labels, class_names):
-    return Split(labels, class_names, read=lambda i: decode(files[i]), names=lambda i: str(files[i]))
+@dataclass(frozen=True)
+class _Files:
+    """What a Split needs of a list of image files."""
+
+    paths: list
+
+    def read(self, i):
+        return decode(self.paths[i])
+
+    def name(self, i):
+        return str(self.paths[i])
 
 
 # -- idx files, the format of MNIST --
@@ -250,7 +276,7 @@ def _idx_folder(path, files):
             labels.astype(np.int64),
             class_names,
             pixels=torch.from_numpy(images)[:, None],
-            names=lambda i, file=of_split["images"].name: f"{file}, image {i}",
+            names=Numbered(f"{of_split['images'].name}, image"),
         )
     return splits
 
@@ -336,12 +362,19 @@ def _table(table, name, image_column, label_column):
         table = table.cast_column(image_column, datasets.Image(decode=False))
     except Exception as error:
         raise DataError(f"{name}: the column {image_column!r} holds no images: {error}") from error
+    return Split(labels, class_names, read=_Rows(table, image_column).read, names=Numbered(f"{name}, row"))
 
-    def read(i):
-        cell = table[i][image_column]
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a Split needs of a table of `datasets`."""
+
+    table: object
+    column: str
+
+    def read(self, i):
+        cell = self.table[i][self.column]
         return decode(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
-
-    return Split(labels, class_names, read=read, names=lambda i: f"{name}, row {i}")
 
 
 def _column(table, wanted, feature, what, name):

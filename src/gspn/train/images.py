@@ -5,6 +5,7 @@ augmentation of an image of (seed, epoch, index). Nothing depends on the number 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -31,12 +32,14 @@ class Split:
         pixels: uint8 (N, C, H, W) where all images are in memory, else None.
         read: index -> PIL image, where they are not.
         names: index -> what to call an image in a message.
+
+    `read` and `names` have to be picklable, for the loader's workers are not everywhere forked.
     """
 
     def __init__(self, labels, class_names, *, pixels=None, read=None, names=None):
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.class_names, self.pixels, self.read = class_names, pixels, read
-        self.names = names or (lambda i: f"image {i}")
+        self.names = names or Numbered("image")
 
     def __len__(self):
         return len(self.labels)
@@ -64,8 +67,8 @@ class Split:
             self.labels[index],
             self.class_names,
             pixels=pixels,
-            read=lambda i: self.read(int(index[i])),
-            names=lambda i: self.names(int(index[i])),
+            read=Chosen(self.read, index),
+            names=Chosen(self.names, index),
         )
 
     def relabelled(self, class_names):
@@ -101,6 +104,27 @@ class Split:
         if not images:
             raise DataError(f"none of {len(at)} images looked at can be read; the first: {self.problem(0)}")
         return images
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Names by number: "image 3"."""
+
+    what: str
+
+    def __call__(self, i):
+        return f"{self.what} {i}"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """`function` of the i-th of the numbers `index`."""
+
+    function: Callable
+    index: torch.Tensor
+
+    def __call__(self, i):
+        return self.function(int(self.index[i]))
 
 
 def listed(things, one, many):

@@ -140,7 +140,7 @@ def schedule(step, warmup, total, floor=0.01):
     """The learning rate at `step` as a part of the highest one: linear up to step `warmup`, then a cosine to `floor`.
 
     >>> [round(schedule(step, 2, 6), 2) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.86, 0.51, 0.16]
+    [0.5, 1.0, 1.0, 0.86, 0.51, 0.15]
     """
     if step < warmup:
         return (step + 1) / warmup
