@@ -163,7 +163,20 @@ def test_run_in_the_way_and_overwrite(run, digit_files, tmp_path):
     assert code == 2 and "is not empty" in err and (run / "config.json").read_text() == before
     copy = tmp_path / "m[red]r"
     shutil.copytree(run, copy)
-    train = ["train", digit_files, "--out", copy, "--epochs", 1, "--batch-size", 8, "--overwrite", *TINY]
+    train = [
+        "train",
+        digit_files,
+        "--out",
+        copy,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--workers",
+        0,
+        "--overwrite",
+        *TINY,
+    ]
     code, out, err = gspn_command(*train, "--lr", "1e30", "--clip", 0)
     assert code == 1 and (copy / "config.json").read_text() == before
     assert f"the run that was in {copy} is there again" in " ".join(out.split())

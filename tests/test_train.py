@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -483,6 +484,15 @@ def test_overwritten_run_comes_back_when_the_new_one_fails(full_run):
     run.save_checkpoint("last", {"model": {}}, {"epoch": 1})
     assert run.restore_earlier() and tree(run.path) == before
     assert not run.restore_earlier() and tree(run.path) == before
+
+
+def test_overwritten_run_that_a_crash_did_not_get_to_remove_is_not_put_back(full_run, tmp_path):
+    run = Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    shutil.copytree(run.path / ".earlier", tmp_path / "left")
+    run.save_checkpoint("best", {"model": {}}, {"epoch": 1})
+    before = tree(run.path)
+    (tmp_path / "left").rename(run.path / ".earlier")
+    assert Run.create(run.path, {"task": "newer"}, overwrite=True).restore_earlier() and tree(run.path) == before
 
 
 def test_training_that_diverges_at_once_leaves_the_run_it_was_to_overwrite(colours, tmp_path):

@@ -119,7 +119,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Same seed, same training.")] = 0,
     workers: Workers = 2,
     strict: Strict = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
+    ] = False,
 ):
     """Train a classifier on DATA, evaluate its best checkpoint, and draw curves, predictions and context.
 
