@@ -15,11 +15,13 @@ A run that is overwritten stays in RUN/.earlier, itself a run folder, until the 
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 EARLIER = ".earlier"  # the folder in RUN in which the run that is being overwritten waits
@@ -34,7 +36,7 @@ class SaveError(OSError):
 
 
 @contextmanager
-def atomic(path):
+def atomic(path: Path | str) -> Iterator[Path]:
     """Gives a temporary path beside `path`; when the block succeeds it is synced and renamed to `path`, a file or a
     folder. When anything fails the temporary is removed, `path` stays as it was, and SaveError says why."""
     path = Path(path)
@@ -111,7 +113,7 @@ def _sync(path):
         os.close(handle)
 
 
-def write_json(path, value):
+def write_json(path: Path | str, value) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -126,11 +128,11 @@ class Run:
         metrics: the rows of metrics.jsonl, one dict per epoch.
     """
 
-    def __init__(self, path, config, metrics):
+    def __init__(self, path: Path | str, config: dict, metrics: list[dict]):
         self.path, self.config, self.metrics = Path(path), config, metrics
 
     @staticmethod
-    def check_free(path, overwrite=False):
+    def check_free(path: Path | str, overwrite: bool = False) -> None:
         """Raises RunError unless `path` may become a run folder: it does not exist, or is empty, or is a run and
         `overwrite` is true."""
         path = Path(path)
@@ -143,7 +145,7 @@ class Run:
                 raise RunError(f"{path} is not empty and holds no run (no config.json), so it is not overwritten")
 
     @classmethod
-    def create(cls, path, config, overwrite=False):
+    def create(cls, path: Path | str, config: dict, overwrite: bool = False) -> "Run":
         """Makes the folder and writes its config.json. With `overwrite`, an earlier run's files, and nothing else, are
         set aside in path/.earlier; the first checkpoint "best" removes them, `restore_earlier` brings them back.
 
@@ -177,7 +179,7 @@ class Run:
             for file in self._files():
                 _remove(file)
 
-    def restore_earlier(self):
+    def restore_earlier(self) -> bool:
         """After a training that ended before its first checkpoint "best": puts the run that it was to overwrite back,
         in the order opposite to setting it aside. True if there was one.
 
@@ -213,7 +215,7 @@ class Run:
         return _find(self._checkpoint("best")) is not None
 
     @classmethod
-    def open(cls, path):
+    def open(cls, path: Path | str) -> "Run":
         """Opens an existing run. Errors: RunError if it is none, is damaged, or was written by a newer gspn."""
         path = Path(path)
         try:
@@ -234,13 +236,13 @@ class Run:
             )
         return cls(path, config, metrics)
 
-    def append_metrics(self, row):
+    def append_metrics(self, row: dict) -> None:
         """Adds one epoch's dict to metrics.jsonl."""
         with atomic(self.path / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in [*self.metrics, row]), encoding="utf-8")
         self.metrics.append(row)
 
-    def save_checkpoint(self, name, tensors, state):
+    def save_checkpoint(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
         """Writes checkpoints/`name`, all of it or nothing.
 
         Args:
@@ -258,7 +260,9 @@ class Run:
         if name == "best":
             _remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
 
-    def load_checkpoint(self, name, parts=("model", "ema", "optimizer")):
+    def load_checkpoint(
+        self, name: str, parts: Sequence[str] = ("model", "ema", "optimizer")
+    ) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Reads checkpoints/`name` to (tensors, state), as `save_checkpoint` took them; only the `parts` that are
         there. Errors: RunError if there is no such checkpoint or a file of it is damaged."""
         path = self._checkpoint(name)

@@ -6,10 +6,13 @@
 import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import accelerate
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
 
 import gspn
 from gspn.models import create_model
@@ -90,7 +93,7 @@ _RANGES = {
 _CHOICES = (("precision", ("fp32", "bf16")), ("channels", (1, 3)), ("augment", ("none", "shift", "crop")))
 
 
-def check_range(name, value):
+def check_range(name: str, value: float | None) -> None:
     """Raises OptionError unless `value` is one that the option `name` may have, or None."""
     low, high = _RANGES[name]
     if value is not None and not low <= value <= high:
@@ -183,7 +186,15 @@ def classify(model, loader, preprocessing, accelerator):
 # -- train --
 
 
-def train_classifier(data, out, options=None, *, overwrite=False, console=None, **open_options):
+def train_classifier(
+    data: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **open_options,
+) -> tuple[Run, dict, list[str]]:
     """Trains a classifier on `data` into the run folder `out`, evaluates its best checkpoint, draws the pictures.
 
     Args:
@@ -300,7 +311,9 @@ def settle(options, kind, split):
     return preprocessing, options
 
 
-def build_model(options, preprocessing, num_classes, device="cpu"):
+def build_model(
+    options: Options, preprocessing: Preprocessing, num_classes: int, device: torch.device | str = "cpu"
+) -> torch.nn.Module:
     """The model for these data, on `device` and tried there on one empty image. Errors: OptionError."""
     arguments = {"num_classes": num_classes, "in_chans": preprocessing.channels, **options.model_args}
     if arguments["in_chans"] != preprocessing.channels:
@@ -356,10 +369,10 @@ class Classifier:
     run: Run
     model: torch.nn.Module
     preprocessing: Preprocessing
-    class_names: list
+    class_names: list[str]
 
 
-def load_classifier(path, checkpoint="best"):
+def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
     """The Classifier in a run folder: in evaluation mode, on the CPU, with the averaged weights if the run has them.
 
     Errors: RunError.
@@ -386,8 +399,17 @@ _OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column") 
 
 
 def evaluate(
-    path, data, *, split=None, checkpoint="best", batch_size=256, channels=None, workers=2, strict=False, **open_options
-):
+    path: str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    checkpoint: str = "best",
+    batch_size: int = 256,
+    channels: int | None = None,
+    workers: int = 2,
+    strict: bool = False,
+    **open_options,
+) -> tuple[dict, list[str]]:
     """Evaluates a run on `data`.
 
     Args:
@@ -434,13 +456,13 @@ def evaluate(
     return {"split": name, **metrics, "images_per_second": rate}, warnings_of(metrics, problems)
 
 
-def predict(classifier, images, top=5):
+def predict(classifier: Classifier, images: list[Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:
     """The most probable classes of PIL images: for each a list of (class name, probability), `top` of them."""
     return predict_pixels(classifier, torch.stack([classifier.preprocessing(image) for image in images]), top)
 
 
 @torch.inference_mode()
-def predict_pixels(classifier, pixels, top=5):
+def predict_pixels(classifier: Classifier, pixels: torch.Tensor, top: int = 5) -> list[list[tuple[str, float]]]:
     """As `predict`, of what the classifier's preprocessing made of images: uint8 (B, C, H, W)."""
     device = next(classifier.model.parameters()).device
     logits = classifier.model(classifier.preprocessing.normalize(pixels.to(device))).float()

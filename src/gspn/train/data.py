@@ -8,6 +8,7 @@ import io
 import re
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,10 +42,10 @@ class Data:
 
     kind: str
     where: str
-    splits: dict
-    notes: list = field(default_factory=list)
+    splits: dict[str, Split]
+    notes: list[str] = field(default_factory=list)
 
-    def for_training(self):
+    def for_training(self) -> tuple[Split, Split, str]:
         """(train, evaluation split, its name). Errors: DataError if there are not both."""
         if "train" not in self.splits:
             raise DataError(f"{self.where} has no train split, only {', '.join(self.splits)}")
@@ -56,7 +57,7 @@ class Data:
         name = "val" if "val" in self.splits else "test"
         return self.splits["train"], self.splits[name], name
 
-    def for_evaluation(self, split=None, trained_on=None):
+    def for_evaluation(self, split: str | None = None, trained_on: str | None = None) -> tuple[Split, str]:
         """(split, its name): the one asked for; else test, else val. Where val is a part held out here, it is meant
         only for a run `trained_on` these data; any other run is evaluated on all of them."""
         if split is not None:
@@ -71,7 +72,14 @@ class Data:
         return self.splits[name], name
 
 
-def open_data(data, *, val_fraction=0.1, class_names=None, image_column=None, label_column=None):
+def open_data(
+    data: str | Path,
+    *,
+    val_fraction: float = 0.1,
+    class_names: Sequence[str] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Data:
     """Finds out what `data` is and opens it.
 
     Args:
@@ -121,13 +129,13 @@ def open_data(data, *, val_fraction=0.1, class_names=None, image_column=None, la
     return Data(kind, location(data), splits, notes)
 
 
-def location(data) -> str:
+def location(data: str | Path) -> str:
     """What to know DATA again by: the absolute path, or the name if it is none."""
     path = Path(data).expanduser()
     return str(path.resolve()) if path.exists() else str(data)
 
 
-def hold_out(labels, fraction):
+def hold_out(labels: Sequence[int], fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """(rest, held out): two increasing index arrays. Of each class `fraction` is held out, rounded, at least one
     image where it has two. The same labels always give the same answer."""
     shuffled = np.random.RandomState(0).permutation(len(labels))  # the one numpy stream that is frozen for ever
@@ -143,7 +151,7 @@ def hold_out(labels, fraction):
 # -- the embedded digits --
 
 
-def digits():
+def digits() -> dict[str, Split]:
     """scikit-learn's 1,797 8x8 digits (UCI, test part): values 0 to 16, here scaled to 0 to 255."""
     from sklearn.datasets import load_digits
 
@@ -281,7 +289,7 @@ def _idx_folder(path, files):
     return splits
 
 
-def read_idx(file, dimensions):
+def read_idx(file: Path, dimensions: int) -> np.ndarray:
     """The uint8 array in an idx file, gzipped or not.
 
     Errors: DataError if it is no idx file of bytes with that many dimensions, is empty, too short or too long.

@@ -44,14 +44,14 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def image(self, i):
+    def image(self, i: int) -> Image.Image:
         """The i-th image as PIL image. Errors: any, if the file is damaged."""
         if self.pixels is None:
             return self.read(i)
         pixels = self.pixels[i].permute(1, 2, 0).numpy()
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
-    def problem(self, i):
+    def problem(self, i: int) -> str:
         """What is wrong with the i-th image, in words, beginning with its name."""
         try:
             self.image(i)
@@ -59,7 +59,7 @@ class Split:
             return f"{self.names(i)}: {str(error) or type(error).__name__}"
         return f"{self.names(i)}: could not be turned into the model's input"
 
-    def subset(self, index):
+    def subset(self, index) -> "Split":
         """The split of the images `index` only."""
         index = torch.as_tensor(index, dtype=torch.int64)
         pixels = None if self.pixels is None else self.pixels[index]
@@ -71,7 +71,7 @@ class Split:
             names=Chosen(self.names, index),
         )
 
-    def relabelled(self, class_names):
+    def relabelled(self, class_names: list[str]) -> "Split":
         """The same images with labels that number `class_names`. Errors: DataError names the classes that are not
         among them. Data without names of their own are taken to be numbered alike."""
         own = self.class_names or class_names
@@ -86,14 +86,14 @@ class Split:
         number = torch.tensor([class_names.index(name) if name in class_names else 0 for name in own])
         return Split(number[self.labels], class_names, pixels=self.pixels, read=self.read, names=self.names)
 
-    def channels(self):
+    def channels(self) -> int:
         """1 or 3, from the pixels or from what up to 32 of the images are."""
         if self.pixels is not None:
             return self.pixels.shape[1]
         grey = ("1", "L", "LA", "La", "I")
         return 1 if all(i.mode in grey or i.mode.startswith("I;") for i in self.sample()) else 3
 
-    def sample(self, count=32):
+    def sample(self, count: int = 32) -> list[Image.Image]:
         """Up to `count` readable images, evenly spaced. Errors: DataError if none of them is readable."""
         images, at = [], np.unique(np.linspace(0, len(self) - 1, count).astype(int))
         for i in at.tolist():
@@ -149,7 +149,7 @@ def mixed_seed(*numbers):
 # -- from an image file to pixels --
 
 
-def decode(file):
+def decode(file) -> Image.Image:
     """Opens and fully decodes an image file (path or binary file object), turned upright by its EXIF orientation.
     Errors: whatever Pillow raises on a damaged file, which may be any exception."""
     with Image.open(file) as image:
@@ -157,7 +157,7 @@ def decode(file):
         return ImageOps.exif_transpose(image)
 
 
-def with_channels(image, channels):
+def with_channels(image: Image.Image, channels: int) -> Image.Image:
     """A PIL image with 1 (grey) or 3 (RGB) channels; transparency is laid on white; 16-bit grey is scaled to 8."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
@@ -192,7 +192,7 @@ class Preprocessing:
         for name in ("size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def __call__(self, image, numbers=None):
+    def __call__(self, image: Image.Image, numbers=None) -> torch.Tensor:
         """PIL image to uint8 (C, H, W): the centre box, or the box that four random `numbers` in [0, 1) choose."""
         image = with_channels(image, self.channels)
         box = centre_box(image.size, self.size, self.crop) if numbers is None else random_box(image.size, numbers)
@@ -200,7 +200,7 @@ class Preprocessing:
         pixels = torch.from_numpy(np.array(image))
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
 
-    def normalize(self, pixels):
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (B, C, H, W) to float32 on the same device: (pixels / 255 - mean) / std."""
         mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
@@ -331,7 +331,16 @@ class EpochSampler(Sampler):
         return ((self.epoch, i) for i in order)
 
 
-def make_loader(split, preprocessing, batch_size, *, train=False, augmentation=None, seed=0, workers=0):
+def make_loader(
+    split: Split,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    *,
+    train: bool = False,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> DataLoader:
     """A DataLoader of ImageDataset's batches. Training shuffles, augments and leaves out the last incomplete batch
     (unless it is the only one); evaluation goes through the images in order."""
     dataset = ImageDataset(split, preprocessing, augmentation if train else None, seed)
