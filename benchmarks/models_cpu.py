@@ -28,7 +28,7 @@ def build(case, mixer):
         kind = peers.Attention if mixer == "attention" else peers.LinearAttention
         for block in [m for m in model.modules() if isinstance(m, GSPNBlock)]:
             block.gspn = kind(block.gspn.channels)
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 
 def call_of(case, batch, mixer, train):

@@ -140,9 +140,15 @@ def test_block_is_the_paper_s():
         GSPNBlock(8, activation="relu")
 
 
-def test_grn_starts_as_identity():
+def test_grn_starts_as_identity_and_survives_a_channel_of_zeros():
     x = torch.randn(2, 5, 6, 8)
-    torch.testing.assert_close(GlobalResponseNorm(8)(x), x)
+    grn = GlobalResponseNorm(8)
+    torch.testing.assert_close(grn(x), x)
+    nn.init.ones_(grn.gamma)
+    x[..., 3] = 0
+    x.requires_grad_()
+    grn(x).sum().backward()
+    assert x.grad.isfinite().all() and (grn(x)[..., 3] == 0).all()
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
