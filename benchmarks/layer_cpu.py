@@ -163,6 +163,29 @@ def crossover(rounds):
     return rows
 
 
+def scaling(rounds):
+    """How much faster is the layer on two threads than on one? Wall time, so on an idle machine only."""
+    rows = []
+    for size in SIZES:
+        for train in (False, True):
+            call = contenders(size, torch.float32, train, only="gspn")["gspn"]
+
+            def on(threads, call=call):
+                torch.set_num_threads(threads)
+                call()
+
+            found = harness.interleaved({"gspn": lambda: on(2), "one thread": lambda: on(1)}, rounds, 2)
+            row = {"size (B,C,H,W,S)": size, "pass": "train" if train else "forward"}
+            rows.append(row | {"2 threads": harness.summary(found, "gspn")})
+            print(
+                size,
+                row["pass"],
+                f"two threads are {rows[-1]['2 threads']['one thread']['ratio'][1]:.2f}x as fast",
+                flush=True,
+            )
+    return rows
+
+
 def memory(size, dtype_name, train):
     """Peak MiB beyond the inputs and the parameters, each contender in a process of its own, one thread."""
     names = ["gspn", "reference", "unfused", "unfused, tuned", "linear attention", "attention"]
@@ -204,13 +227,14 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=list(range(len(SIZES))), help="numbers into the list")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--crossover", action="store_true", help="only gradients, over S: fused against unfused")
+    parser.add_argument("--scaling", action="store_true", help="only the layer, on two threads against one")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         memory_of(*json.loads(options.memory_of[0]), options.memory_of[1])
         return
-    if options.crossover:
-        rows = crossover(options.rounds)
+    if options.crossover or options.scaling:
+        rows = crossover(options.rounds) if options.crossover else scaling(options.rounds)
         harness.write_json(options.out, {"environment": harness.environment(), "rounds": options.rounds, "cases": rows})
         return
     content = {"what": "GSPN layer, all contenders with their projections", "environment": harness.environment()}
