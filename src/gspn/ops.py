@@ -266,7 +266,7 @@ def _same_dtype(x: Tensor, *, float32_beside_16_bit: bool = False, **others: Ten
     allowed = {x.dtype} | ({torch.float32} if float32_beside_16_bit and x.dtype.itemsize == 2 else set())
     if all(other.dtype in allowed for other in others.values()):
         return list(others.values())
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return [other if other.dtype in allowed else other.to(x.dtype) for other in others.values()]
     got = ", ".join(f"{name} {other.dtype}" for name, other in others.items())
     raise TypeError(f"dtypes have to agree outside autocast, got x {x.dtype}, {got}")
