@@ -1,9 +1,22 @@
 """What the tests share: which backends run here, and the definition of the operators as a loop over pixels."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import gspn
+
+# timm imports torchvision, whose published Linux build is for CUDA: beside a CPU torch its operators do not load, and
+# it can be imported only where the schemas exist that it has fake rules for. This is for the Makefile's copy alone.
+if Path(__file__).parent.parent / ".timm" in (Path(p).resolve() for p in sys.path):
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 # The CPU kernel has to be there in CI; where it cannot be built, its tests are skipped by name.
 HERE = [name for name in ("reference", "cpu") if name == "reference" or gspn.available_backends()[name].available]
