@@ -10,15 +10,9 @@ import torch
 from PIL import Image
 
 from gspn.train.data import DataError, hold_out, open_data, read_idx
-from gspn.train.images import (
-    UNREADABLE,
-    Augmentation,
-    EpochSampler,
-    ImageDataset,
-    Preprocessing,
-    make_loader,
-    with_channels,
-)
+from gspn.train.images import UNREADABLE, Preprocessing, with_channels
+from gspn.train.loader import EpochSampler, ImageDataset, make_loader
+from gspn.train.recipe import Augmentation
 
 GREY8 = Preprocessing(1, (8, 8), (0.5,), (0.25,))
 

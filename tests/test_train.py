@@ -29,7 +29,8 @@ from gspn.train.classify import (
     train_classifier,
 )
 from gspn.train.data import DataError, open_data
-from gspn.train.images import UNREADABLE, make_loader, mixed_seed
+from gspn.train.images import UNREADABLE, mixed_seed
+from gspn.train.loader import make_loader
 from gspn.train.loop import (
     LoopOptions,
     TrainingError,

@@ -19,8 +19,10 @@ from gspn.models import create_model
 from gspn.train import pictures
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.data import DataError, location, open_data
-from gspn.train.images import UNREADABLE, Augmentation, Preprocessing, make_loader
+from gspn.train.images import UNREADABLE, Preprocessing
+from gspn.train.loader import make_loader
 from gspn.train.loop import LoopOptions, autocast, train
+from gspn.train.recipe import Augmentation
 
 
 class OptionError(ValueError):
