@@ -13,33 +13,24 @@ import torch
 from PIL import Image
 from torch import nn
 
+from gspn.files import SaveError, atomic, write_json
 from gspn.train import checkpoint, pictures
-from gspn.train.checkpoint import FORMAT, Run, RunError, SaveError, atomic, write_json
-from gspn.train.classify import (
-    Classification,
-    OptionError,
-    Options,
-    build_model,
-    classify,
-    evaluate,
-    load_classifier,
-    make_accelerator,
-    predict,
-    settle,
-    train_classifier,
-)
+from gspn.train.checkpoint import FORMAT, Run, RunError
+from gspn.train.classify import Classification, build_model, settle, train_classifier
 from gspn.train.data import DataError, open_data
+from gspn.train.evaluate import classify, evaluate, load_classifier, predict
 from gspn.train.images import UNREADABLE, mixed_seed
 from gspn.train.loader import make_loader
 from gspn.train.loop import (
-    LoopOptions,
     TrainingError,
+    make_accelerator,
     make_optimizer,
     optimizer_tensors,
     schedule,
     train,
     update_ema,
 )
+from gspn.train.options import LoopOptions, OptionError, Options
 
 TINY = dict(depths=[1], width=16, global_levels=[0], stem_stride=4)
 
@@ -63,7 +54,7 @@ def test_run_folder_has_everything(digits_run):
     run, _ = digits_run
     names = {str(file.relative_to(run.path)) for file in run.path.rglob("*") if file.is_file()}
     parts = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
-    assert names == {"config.json", "metrics.jsonl", "curves.png", "predictions.png", "context.png"} | {
+    assert names == {"config.json", "options.yaml", "metrics.jsonl", "curves.png", "predictions.png", "context.png"} | {
         f"checkpoints/{name}/{part}" for name in ("last", "best") for part in parts
     }
     config = json.loads((run.path / "config.json").read_text())
@@ -164,7 +155,7 @@ def colours(tmp_path):
 
 
 def test_unreadable_image_is_left_out_named_and_counted(colours, tmp_path):
-    run, metrics, warnings = train_classifier(colours, tmp_path / "run", tiny_options(batch_size=16), val_fraction=0.25)
+    run, metrics, warnings = train_classifier(colours, tmp_path / "run", tiny_options(batch_size=16, val_fraction=0.25))
     assert len(warnings) == 1 and "1 unreadable image left out" in warnings[0] and "red/3.png" in warnings[0]
     row = run.metrics[-1]
     assert row["unreadable"] + row["unreadable_in_training"] == 1
@@ -259,8 +250,8 @@ def test_evaluation_of_the_runs_own_data_reads_them_as_training_did(tmp_path):
     )
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
     chosen = dict(image_column="b", label_column="kind", class_names=["black", "white"], val_fraction=0.4)
-    options = tiny_options(batch_size=4)
-    run, metrics, _ = train_classifier(tmp_path / "saved", tmp_path / "run", options, **chosen)
+    options = tiny_options(batch_size=4, **chosen)
+    run, metrics, _ = train_classifier(tmp_path / "saved", tmp_path / "run", options)
     again = evaluate(run.path, tmp_path / "saved", workers=0, image_column=None)[0]
     assert again["images"] == metrics["images"] == 4 and again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
 
@@ -329,7 +320,11 @@ def test_presets_and_small_inputs():
     split = open_data("digits").splits["train"]
     preprocessing, options = settle(Options(), "digits", split)
     assert options.flip is False and options.model_args == {"stem_stride": 1} and options.size == (8, 8)
-    assert None not in vars(options).values()
+    assert {name for name, value in vars(options).items() if value is None} == {
+        "class_names",
+        "image_column",
+        "label_column",
+    }
     assert settle(Options(size=(28, 20), epochs=7), "idx", split)[0].size == (28, 20)
     tiny_input = settle(Options(size=(2, 1), model="gspn_tiny", model_args={"backend": "reference"}), "digits", split)
     assert build_model(tiny_input[1], tiny_input[0], 10).num_classes == 10  # smaller than the model's stride: works
@@ -356,7 +351,13 @@ def one_layer_task(tmp_path, epochs=2, **more):
     names = data.splits["train"].class_names
     task = Classification(*data.splits.values(), accelerator.prepare(loaders[1]), preprocessing, names, options)
     run = Run.create(tmp_path / "run", {"task": "classification"})
-    return task, loaders[0], LoopOptions(epochs, 1e-2, ema=0.9, **more), run, accelerator
+    return (
+        task,
+        loaders[0],
+        LoopOptions(epochs=epochs, lr=1e-2, warmup=1.0, ema=0.9, **more).settled(),
+        run,
+        accelerator,
+    )
 
 
 def test_loop_trains_any_task(tmp_path):
@@ -663,7 +664,8 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     """A real one: the system refuses to write a file beyond 100,000 bytes."""
     code = f"""
 import resource, signal, torch
-from gspn.train.checkpoint import Run, SaveError
+from gspn.files import SaveError
+from gspn.train.checkpoint import Run
 run = Run.create({str(tmp_path / "run")!r}, dict(task="x"))
 run.save_checkpoint("last", dict(model=dict(w=torch.ones(50_000))), dict(epoch=1))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

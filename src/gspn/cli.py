@@ -3,6 +3,8 @@
 User errors are one message on stderr and exit code 2; a training that fails is exit code 1.
 """
 
+import functools
+import inspect
 import json
 import sys
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import gspn
+from gspn.train.options import OptionError, Options, parse_names, read_file
+from gspn.train.options import flags as option_flags
 
 app = typer.Typer(
     help="Train and use image classifiers built on GSPN, a linear-cost replacement for self-attention.",
@@ -49,8 +53,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @contextmanager
 def readable_errors():
     """Turns what a user can put right into one message and an exit code."""
-    from gspn.train.checkpoint import RunError, SaveError
-    from gspn.train.classify import OptionError
+    from gspn.files import SaveError
+    from gspn.train.checkpoint import RunError
     from gspn.train.data import DataError
     from gspn.train.loop import TrainingError
 
@@ -87,82 +91,58 @@ def options(
     pass
 
 
+def takes_options(options):
+    """Gives a command the flags of a set of options. It gets those that were used as `given`, texts and numbers by
+    name."""
+
+    def decorate(command):
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+        flags = option_flags(options)
+
+        @functools.wraps(command)
+        def with_flags(**arguments):
+            values = {flag.name: arguments.pop(flag.name) for flag in flags}
+            return command(**arguments, given={name: value for name, value in values.items() if value is not None})
+
+        with_flags.__signature__ = inspect.Signature(own + flags)
+        return with_flags
+
+    return decorate
+
+
 @app.command()
+@takes_options(Options)
 def train(
-    data: Data,
+    data: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA_HELP)] = None,
     run: Annotated[Path | None, typer.Option("--out", help="The run folder to make. Default: runs/DATA-MODEL.")] = None,
-    model: Annotated[str, typer.Option(help="gspn_micro (small images), gspn_tiny, gspn_small, gspn_base.")] = (
-        "gspn_micro"
-    ),
-    model_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the model, a JSON value; repeatable.")
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Options from a .yaml or .toml file, such as a run's; flags override it."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW; never on biases and norms.")] = 0.05,
-    warmup: Annotated[float | None, typer.Option(help="Epochs in which the learning rate rises.")] = None,
-    label_smoothing: Annotated[float, typer.Option(help="Part of the target spread over all classes.")] = 0.1,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for no limit.")] = 1.0,
-    ema: Annotated[float | None, typer.Option(help="Decay of the averaged weights; 0 for none.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast to bfloat16.")] = "fp32",
-    size: Annotated[str | None, typer.Option(help="Input size in pixels: N or HxW. Default: as the data.")] = None,
-    channels: Channels = None,
-    augment: Annotated[str | None, typer.Option(help="none, shift (small images) or crop (photos).")] = None,
-    flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = None,
-    val_fraction: Annotated[
-        float, typer.Option(help="Part of the images to hold out where DATA has no evaluation split.")
-    ] = 0.1,
-    class_names: ClassNames = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same training.")] = 0,
-    workers: Workers = 2,
-    strict: Strict = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
     ] = False,
+    *,
+    given: dict,
 ):
     """Train a classifier on DATA, evaluate its best checkpoint, and draw curves, predictions and context.
 
     What is not given is chosen from the kind of data and told. Example: gspn train digits --out runs/first
     """
     with readable_errors():
-        from gspn.train.classify import Options, train_classifier
+        source = f"{config}: " if config else ""
+        from_file = read_file(config) if config else {}
+        data = data or from_file.pop("data", None)
+        run = run or from_file.pop("out", None)
+        from_file = {name: value for name, value in from_file.items() if name not in ("data", "out")}
+        Options.read(from_file, source)  # a message about the file names it
+        options = Options.read(from_file | given)
+        if data is None:
+            raise OptionError("Missing argument 'DATA'")
+        from gspn.train.classify import train_classifier
 
-        if run is None:
-            run = Path("runs") / f"{Path(data).name or 'data'}-{model}"
-        chosen = Options(
-            model=model,
-            model_args=parse_model_args(model_arg or []),
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            label_smoothing=label_smoothing,
-            clip=clip,
-            ema=ema,
-            precision=precision,
-            size=parse_size(size),
-            channels=channels,
-            augment=augment,
-            flip=flip,
-            seed=seed,
-            workers=workers,
-            strict=strict,
-        )
-        trained, metrics, warnings = train_classifier(
-            data,
-            run,
-            chosen,
-            overwrite=overwrite,
-            console=out,
-            val_fraction=val_fraction,
-            class_names=parse_names(class_names),
-            image_column=image_column,
-            label_column=label_column,
-        )
+        run = Path(run) if run else Path("runs") / f"{Path(data).name or 'data'}-{options.model}"
+        trained, metrics, warnings = train_classifier(data, run, options, overwrite=overwrite, console=out)
         metrics["split"] = trained.config["data"]["split"]
         _print_metrics(metrics, f"the best checkpoint of {run}, chosen on these images")
         made = "checkpoints, metrics.jsonl, curves.png, predictions.png, context.png"
@@ -187,7 +167,7 @@ def evaluate(
 ):
     """Evaluate a run on DATA: top-1, top-5, loss, images per second."""
     with readable_errors():
-        from gspn.train.classify import evaluate
+        from gspn.train.evaluate import evaluate
 
         metrics, warnings = evaluate(
             run,
@@ -198,7 +178,7 @@ def evaluate(
             channels=channels,
             workers=workers,
             strict=strict,
-            class_names=parse_names(class_names),
+            class_names=class_names and parse_names(class_names),
             image_column=image_column,
             label_column=label_column,
         )
@@ -220,11 +200,11 @@ def predict(
 ):
     """Classify image files: the most probable classes with their probabilities."""
     with readable_errors():
-        from gspn.train import classify
         from gspn.train.data import DataError
+        from gspn.train.evaluate import load_classifier, predict_pixels
         from gspn.train.images import decode
 
-        classifier = classify.load_classifier(run, checkpoint)
+        classifier = load_classifier(run, checkpoint)
         answers, problems = [], []
         for path in images:
             try:
@@ -233,7 +213,7 @@ def predict(
                 problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
                 answers.append({"image": str(path), "error": str(error)})
                 continue
-            (classes,) = classify.predict_pixels(classifier, pixels[None], top)
+            (classes,) = predict_pixels(classifier, pixels[None], top)
             answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
         if problems and (strict or len(problems) == len(images)):
             raise DataError("; ".join(["unreadable image" + "s" * (len(problems) > 1), *problems]))
@@ -265,8 +245,8 @@ def show(
     """Draw where the context of one pixel of IMAGE comes from: four directions and merged."""
     with readable_errors():
         from gspn.train import pictures
-        from gspn.train.classify import OptionError, load_classifier
         from gspn.train.data import DataError
+        from gspn.train.evaluate import load_classifier
         from gspn.train.images import decode
 
         classifier = load_classifier(run, checkpoint)
@@ -290,30 +270,6 @@ def backends():
         out.print(f"{name}: {word}{f', {state.reason}' if state.reason else ''}", markup=False, highlight=False)
 
 
-def parse_model_args(pairs):
-    """{"stem_stride": 1} from ["stem_stride=1"]; a value is JSON, and text where it is not."""
-    arguments = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise typer.BadParameter(f"--model-arg takes KEY=VALUE, got {pair!r}")
-        try:
-            arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value
-    return arguments
-
-
-def parse_size(text):
-    """(H, W) from "N" or "HxW"."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"--size takes N or HxW in pixels, got {text!r}")
-    return int(parts[0]), int(parts[-1])
-
-
 def parse_place(text):
     """(row, column) from "ROW,COL"."""
     if text is None:
@@ -322,16 +278,6 @@ def parse_place(text):
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise typer.BadParameter(f"--place takes ROW,COL in pixels of the model's input, got {text!r}")
     return int(parts[0]), int(parts[1])
-
-
-def parse_names(text):
-    """["a", "b"] from "a,b"."""
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",")]
-    if len(set(names)) < len(names) or "" in names:
-        raise typer.BadParameter(f"--class-names takes distinct names with commas between them, got {text!r}")
-    return names
 
 
 def _print_metrics(metrics, title):

@@ -1,6 +1,7 @@
 """The run folder: what a training run leaves behind, written so that no crash or full disk harms what is there.
 
     RUN/config.json                    model, preprocessing, class names, options, versions
+    RUN/options.yaml                   the options alone, for `gspn train --config`
     RUN/metrics.jsonl                  one JSON object per epoch
     RUN/checkpoints/last, best         model.safetensors, ema.safetensors, optimizer.safetensors, state.json
     RUN/curves.png, predictions.png, context.png
@@ -15,13 +16,15 @@ A run that is overwritten stays in RUN/.earlier, itself a run folder, until the 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from gspn.files import SaveError, atomic, displaced, remove, write_json, write_text
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 EARLIER = ".earlier"  # the folder in RUN in which the run that is being overwritten waits
@@ -31,92 +34,16 @@ class RunError(ValueError):
     """A run folder that does not exist, is not one, is damaged, or is in the way."""
 
 
-class SaveError(OSError):
-    """Something could not be written. What was there before is untouched."""
-
-
-@contextmanager
-def atomic(path: Path | str) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; when the block succeeds it is synced and renamed to `path`, a file or a
-    folder. When anything fails the temporary is removed, `path` stays as it was, and SaveError says why."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        _remove(temporary)
-        yield temporary
-        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
-            _sync(file)
-        if temporary.is_dir():
-            _sync(temporary)
-            _replace_folder(temporary, path)
-        else:
-            os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        _remove(temporary, quietly=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise SaveError(f"cannot write {path}: {reason}. What was saved there before is untouched.") from error
-    except BaseException:
-        _remove(temporary, quietly=True)
-        raise
-
-
-def _replace_folder(new, path):
-    """Renames folder `new` to `path`. A crash between the two renames leaves .old: the next writer renames it back
-    before it does anything else, and until then readers take it for `path` (`_find`)."""
-    old = _old(path)
-    _recover(path)
-    _remove(old)
-    if path.exists():
-        os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        _recover(path)
-        raise
-    _remove(old, quietly=True)
-
-
-def _old(path):
-    return path.with_name(f".{path.name}.old")
-
-
-def _recover(path):
-    if _old(path).exists() and not path.exists():
-        os.rename(_old(path), path)
-
-
 def _find(path):
     """Where a reader finds the checkpoint `path`, and which one it is: (folder, number of the file, time), or None. It
     is in .old while its writer, or one that crashed there, is between the two renames."""
-    for folder in (path, _old(path), path):
+    for folder in (path, displaced(path), path):
         try:
             status = (folder / "state.json").stat()
         except FileNotFoundError:
             continue
         return folder, status.st_ino, status.st_mtime_ns
     return None
-
-
-def _remove(path, quietly=False):
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=quietly)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path | str, value) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 class Run:
@@ -145,9 +72,10 @@ class Run:
                 raise RunError(f"{path} is not empty and holds no run (no config.json), so it is not overwritten")
 
     @classmethod
-    def create(cls, path: Path | str, config: dict, overwrite: bool = False) -> "Run":
-        """Makes the folder and writes its config.json. With `overwrite`, an earlier run's files, and nothing else, are
-        set aside in path/.earlier; the first checkpoint "best" removes them, `restore_earlier` brings them back.
+    def create(cls, path: Path | str, config: dict, overwrite: bool = False, options: str | None = None) -> "Run":
+        """Makes the folder and writes its config.json, and `options`, a text, to options.yaml. With `overwrite`, an
+        earlier run's files, and nothing else, are set aside in path/.earlier; the first checkpoint "best" removes them,
+        `restore_earlier` brings them back.
 
         Errors: RunError as `check_free`; SaveError where the folder cannot be written, which leaves it as it was."""
         cls.check_free(path, overwrite)
@@ -158,6 +86,8 @@ class Run:
             raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
         try:
             run._set_earlier_aside()
+            if options is not None:
+                write_text(run.path / "options.yaml", options)
             write_json(run.path / "config.json", run.config)
         except BaseException:
             run.restore_earlier()
@@ -171,13 +101,13 @@ class Run:
         earlier = self.path / EARLIER
         with self._moving("set the earlier run aside in"):
             if self._has_best():
-                _remove(earlier)  # outlived: a crash came between the first best checkpoint and its removal
+                remove(earlier)  # outlived: a crash came between the first best checkpoint and its removal
             if not (earlier / "config.json").exists():
                 for file in self._files():
                     earlier.mkdir(exist_ok=True)
                     os.rename(file, earlier / file.name)
             for file in self._files():
-                _remove(file)
+                remove(file)
 
     def restore_earlier(self) -> bool:
         """After a training that ended before its first checkpoint "best": puts the run that it was to overwrite back,
@@ -190,7 +120,7 @@ class Run:
         with self._moving("put the earlier run back from"):
             if (earlier.path / "config.json").exists():
                 for file in self._files():
-                    _remove(file)
+                    remove(file)
             for file in reversed(earlier._files()):
                 os.replace(file, self.path / file.name)
             earlier.path.rmdir()
@@ -207,7 +137,7 @@ class Run:
 
     def _files(self):
         """What a run consists of, as far as it is there, the checkpoints first and config.json last."""
-        names = ("checkpoints", "metrics.jsonl", "curves.png", "predictions.png", "context.png")
+        names = ("checkpoints", "metrics.jsonl", "options.yaml", "curves.png", "predictions.png", "context.png")
         files = [self.path / name for name in names] + sorted(self.path.glob("context-*.png"))
         return [file for file in [*files, self.path / "config.json"] if file.exists()]
 
@@ -258,7 +188,7 @@ class Run:
                 save_file(_separate(named), folder / f"{part}.safetensors", metadata={"format": "pt"})
                 shutil.copymode(folder / "state.json", folder / f"{part}.safetensors")  # save_file makes it private
         if name == "best":
-            _remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
+            remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
 
     def load_checkpoint(
         self, name: str, parts: Sequence[str] = ("model", "ema", "optimizer")

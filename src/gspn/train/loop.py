@@ -9,9 +9,9 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Protocol
 
+import accelerate
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,30 +21,6 @@ from gspn.train.images import mixed_seed
 
 class TrainingError(RuntimeError):
     """Training cannot go on. The checkpoints written before are good."""
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """What the loop needs to know.
-
-    Attributes:
-        epochs: passes over the training images.
-        lr: the highest learning rate. It rises linearly over `warmup` epochs, then falls as a cosine to a hundredth.
-        weight_decay: of AdamW; not for biases, 1-D parameters and what the model's no_weight_decay() names.
-        clip: the largest norm of all gradients together; 0 does not clip.
-        ema: decay of the exponential moving average of the weights, which is what is evaluated; 0 keeps none.
-        precision: "fp32", or "bf16" for autocast to bfloat16.
-        seed: of model randomness such as drop path, a function of (seed, step, process).
-    """
-
-    epochs: int
-    lr: float
-    weight_decay: float = 0.05
-    warmup: float = 1.0
-    clip: float = 1.0
-    ema: float = 0.0
-    precision: str = "fp32"
-    seed: int = 0
 
 
 class Task(Protocol):
@@ -66,7 +42,7 @@ def train(task, model, loader, options, run, accelerator, console=None):
     """Trains `model` on the batches of `loader` and keeps its progress in `run`.
 
     Args:
-        task: a Task. model: any module. loader: images.make_loader's. options: LoopOptions.
+        task: a Task. model: any module. loader: images.make_loader's. options: options.LoopOptions, settled.
         run: checkpoint.Run, in the main process; gets a row of metrics and the checkpoint "last" after every epoch,
             "best" if it was that.
         accelerator: accelerate's, with split_batches. console: rich's, for the progress bar; None is silent.
@@ -74,6 +50,7 @@ def train(task, model, loader, options, run, accelerator, console=None):
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None
     optimizer = make_optimizer(model, options.lr, options.weight_decay)
+    batches = loader
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     plain = accelerator.unwrap_model(model)
     if ema is not None:
@@ -84,7 +61,7 @@ def train(task, model, loader, options, run, accelerator, console=None):
     with progress_bar(console if accelerator.is_main_process else None, options.epochs * steps) as bar:
         for epoch in range(options.epochs):
             start, images, total = time.perf_counter(), 0, 0.0
-            loader.set_epoch(epoch)
+            batches.begin(epoch)
             model.train()
             for batch in loader:
                 torch.manual_seed(mixed_seed(options.seed, step, accelerator.process_index))
@@ -176,6 +153,11 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for mean, buffer in zip(ema.buffers(), model.buffers(), strict=True):
         mean.copy_(buffer)
+
+
+def make_accelerator():
+    """accelerate's Accelerator; a loader's batch is split over the processes."""
+    return accelerate.Accelerator(dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
 
 
 def autocast(device, precision):

@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from gspn.files import atomic
 from gspn.models import context_maps
 from gspn.ops import DIRECTIONS
-from gspn.train.checkpoint import atomic
 from gspn.train.images import UNREADABLE
 
 BLUE, ORANGE, RED, GREY = "#2f6db3", "#e07b22", "#c62828", "#5f6368"
@@ -60,7 +60,7 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
     wrong ones first, marked red and with the true class, then right ones, evenly spaced.
 
     Args:
-        path: of the PNG. split: data.Split. outcome: classify.Outcome on it. preprocessing: images.Preprocessing.
+        path: of the PNG. split: data.Split. outcome: evaluate.Outcome on it. preprocessing: images.Preprocessing.
     """
     readable = outcome.label != UNREADABLE
     right = outcome.top[:, 0] == outcome.label
@@ -110,7 +110,7 @@ def context(path, classifier, image, place=None, block=None):
     """Draws where the context of one pixel comes from: the input with the pixel marked, the four directions, merged.
 
     Args:
-        path: of the PNG. classifier: classify.Classifier. image: PIL.
+        path: of the PNG. classifier: evaluate.Classifier. image: PIL.
         place: (row, column) in the model's input; None is its middle.
         block: number of the block, from the end if negative; None is the last one whose feature map has at least
             eight rows and columns (or the last of the first level).

@@ -1,0 +1,96 @@
+"""Writing files so that no crash or full disk harms what is there: under a temporary name in the same folder, synced to
+disk, then renamed; a folder of files likewise.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class SaveError(OSError):
+    """Something could not be written. What was there before is untouched."""
+
+
+@contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; when the block succeeds it is synced and renamed to `path`, a file or a
+    folder. When anything fails the temporary is removed, `path` stays as it was, and SaveError says why."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        remove(temporary)
+        yield temporary
+        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
+            _sync(file)
+        if temporary.is_dir():
+            _sync(temporary)
+            _replace_folder(temporary, path)
+        else:
+            os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        remove(temporary, quietly=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SaveError(f"cannot write {path}: {reason}. What was saved there before is untouched.") from error
+    except BaseException:
+        remove(temporary, quietly=True)
+        raise
+
+
+def _replace_folder(new, path):
+    """Renames folder `new` to `path`. A crash between the two renames leaves .old: the next writer renames it back
+    before it does anything else, and until then readers take it for `path`."""
+    old = displaced(path)
+    recover(path)
+    remove(old)
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        recover(path)
+        raise
+    remove(old, quietly=True)
+
+
+def displaced(path: Path) -> Path:
+    """Where the folder `path` waits while its successor takes its place."""
+    return path.with_name(f".{path.name}.old")
+
+
+def recover(path: Path) -> None:
+    """Renames the folder back to `path` if a crash came before its successor had taken its place."""
+    if displaced(path).exists() and not path.exists():
+        os.rename(displaced(path), path)
+
+
+def remove(path: Path, quietly: bool = False) -> None:
+    """Removes a file or a folder, if there is one; `quietly` leaves what cannot be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=quietly)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path | str, value) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a text as UTF-8, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

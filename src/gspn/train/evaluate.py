@@ -1,0 +1,181 @@
+"""What one does with a trained classifier: evaluate it (`gspn eval`) and ask it (`gspn predict`)."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from gspn.models import create_model
+from gspn.train.checkpoint import Run, RunError
+from gspn.train.data import DataError, location, open_data
+from gspn.train.images import UNREADABLE, Preprocessing
+from gspn.train.loader import make_loader
+from gspn.train.loop import autocast, make_accelerator
+from gspn.train.options import OptionError, check_range
+
+OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column")  # of open_data, kept by a run
+
+
+@dataclass
+class Outcome:
+    """A classifier's answers on a split, one row an image: index and label (N,), UNREADABLE where there was none;
+    top (N, K) classes by falling probability, their probability (N, K), loss (N,)."""
+
+    index: torch.Tensor
+    label: torch.Tensor
+    top: torch.Tensor
+    probability: torch.Tensor
+    loss: torch.Tensor
+
+    def metrics(self, class_names):
+        """loss, top1, top5 (None where there are no more than five classes), images, unreadable, and the names of the
+        classes of which there was no image."""
+        seen = self.label != UNREADABLE
+        if not seen.any():
+            raise DataError(f"none of the {len(seen)} images could be read")
+        hits = self.top[seen] == self.label[seen, None]
+        present = set(self.label[seen].tolist())
+        return {
+            "loss": self.loss[seen].mean().item(),
+            "top1": hits[:, 0].float().mean().item(),
+            "top5": hits.any(1).float().mean().item() if len(class_names) > 5 else None,
+            "images": int(seen.sum()),
+            "unreadable": int((~seen).sum()),
+            "missing_classes": [name for i, name in enumerate(class_names) if i not in present],
+        }
+
+
+@torch.inference_mode()
+def classify(model, loader, preprocessing, accelerator):
+    """Runs a classifier over a prepared loader's batches; with several processes each of them gets the whole Outcome,
+    in which no image counts twice."""
+    rows = []
+    for batch in loader:
+        logits = model(preprocessing.normalize(batch["image"])).float()
+        probability, top = logits.softmax(1).topk(min(5, logits.shape[1]))
+        loss = F.cross_entropy(logits, batch["label"], ignore_index=UNREADABLE, reduction="none")
+        rows.append(accelerator.gather_for_metrics((batch["index"], batch["label"], top, probability, loss)))
+    return Outcome(*(torch.cat(column).cpu() for column in zip(*rows, strict=True)))
+
+
+def warnings_of(metrics, problems):
+    """What must not go unsaid after training or evaluation, one text each."""
+    warnings = []
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
+        warnings.append(f"{len(problems)} unreadable image{'s' * (len(problems) > 1)} left out:{shown}")
+    if metrics["missing_classes"]:
+        missing = ", ".join(metrics["missing_classes"])
+        warnings.append(f"no image of these classes in the evaluation; accuracy is over the others: {missing}")
+    return warnings
+
+
+@dataclass
+class Classifier:
+    """A trained model with all it needs: see `load_classifier`."""
+
+    run: Run
+    model: torch.nn.Module
+    preprocessing: Preprocessing
+    class_names: list[str]
+
+
+def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
+    """The Classifier in a run folder: in evaluation mode, on the CPU, with the averaged weights if the run has them.
+
+    Errors: RunError.
+    """
+    run = Run.open(path)
+    try:
+        if run.config["task"] != "classification":
+            raise RunError(f"{path} is a run of {run.config['task']}, expected classification")
+        preprocessing = Preprocessing(**run.config["preprocessing"])
+        # The backend is of the machine that trained, not of the model: a run made on a GPU is used on a CPU as well.
+        model = create_model(**{**run.config["model"], "backend": None})
+        tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
+        model.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
+        for part, needed in (("data", "where"), ("options", "precision")):
+            run.config[part][needed]  # evaluation needs them: better missed here than there
+        return Classifier(run, model.eval(), preprocessing, run.config["class_names"])
+    except RunError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
+
+
+def evaluate(
+    path: str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    checkpoint: str = "best",
+    batch_size: int = 256,
+    channels: int | None = None,
+    workers: int = 2,
+    strict: bool = False,
+    **open_options,
+) -> tuple[dict, list[str]]:
+    """Evaluates a run on `data`.
+
+    Args:
+        path: the run folder. data, open_options: see data.open_data.
+        split: "train", "val", "test", "all"; None: see data.Data.for_evaluation.
+        channels: that of the model, which converts images of another number of channels. Without it they are an
+            error, but not in the data that the run was trained on, nor if it was trained with `channels`.
+    What `open_options` leave out is as in training if `data` is what the run was trained on.
+    Returns: (metrics, list of warnings); metrics are those of Outcome, "split" and "images_per_second".
+    Errors: DataError, OptionError, RunError.
+    """
+    check_range("batch_size", batch_size)
+    check_range("workers", workers)
+    classifier = load_classifier(path, checkpoint)
+    preprocessing, class_names, config = classifier.preprocessing, classifier.class_names, classifier.run.config
+    if channels not in (None, preprocessing.channels):
+        raise OptionError(f"channels is {channels}, but the model of {path} takes {preprocessing.channels}")
+    trained_on = config["data"]
+    own = location(data) == trained_on["where"]
+    if own:
+        given = {name: value for name, value in open_options.items() if value is not None}
+        open_options = {name: trained_on[name] for name in OPEN_OPTIONS if name in trained_on} | given
+    data_set = open_data(data, **open_options)
+    chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
+    chosen = chosen.relabelled(class_names)
+    converts = channels is not None or own or trained_on.get("converts", False)
+    if not converts and chosen.channels() != preprocessing.channels:
+        raise DataError(
+            f"the model takes {preprocessing.channels} channels but the images have {chosen.channels()}; "
+            f"--channels {preprocessing.channels} converts them"
+        )
+    accelerator = make_accelerator()
+    model = classifier.model.to(accelerator.device)
+    loader = accelerator.prepare(make_loader(chosen, preprocessing, batch_size, workers=workers))
+    start = time.perf_counter()
+    with autocast(accelerator.device, config["options"]["precision"]):
+        outcome = classify(model, loader, preprocessing, accelerator)
+    seconds = time.perf_counter() - start
+    problems = [chosen.problem(i) for i in outcome.index[outcome.label == UNREADABLE].tolist()]
+    if problems and strict:
+        raise DataError(f"unreadable image (--strict): {problems[0]}")
+    metrics = outcome.metrics(class_names)
+    rate = round(len(chosen) / seconds, 1)
+    return {"split": name, **metrics, "images_per_second": rate}, warnings_of(metrics, problems)
+
+
+def predict(classifier: Classifier, images: list[Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:
+    """The most probable classes of PIL images: for each a list of (class name, probability), `top` of them."""
+    return predict_pixels(classifier, torch.stack([classifier.preprocessing(image) for image in images]), top)
+
+
+@torch.inference_mode()
+def predict_pixels(classifier: Classifier, pixels: torch.Tensor, top: int = 5) -> list[list[tuple[str, float]]]:
+    """As `predict`, of what the classifier's preprocessing made of images: uint8 (B, C, H, W)."""
+    device = next(classifier.model.parameters()).device
+    logits = classifier.model(classifier.preprocessing.normalize(pixels.to(device))).float()
+    probability, number = logits.softmax(1).topk(min(top, logits.shape[1]))
+    return [
+        [(classifier.class_names[n], p) for n, p in zip(ns, ps, strict=True)]
+        for ns, ps in zip(number.tolist(), probability.tolist(), strict=True)
+    ]
