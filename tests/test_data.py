@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from gspn.train.data import DataError, hold_out, open_data, read_idx
-from gspn.train.images import UNREADABLE, Preprocessing, with_channels
-from gspn.train.loader import EpochSampler, ImageDataset, make_loader
+from gspn.train.images import TOGETHER, UNREADABLE, Preprocessing, Split, generator, with_channels
+from gspn.train.loader import ImageDataset, make_loader
 from gspn.train.recipe import Augmentation
 
 GREY8 = Preprocessing(1, (8, 8), (0.5,), (0.25,))
@@ -321,19 +321,6 @@ def test_normalisation():
     assert GREY8.normalize(pixels).flatten().tolist() == [-2, 2]
 
 
-def test_shift_moves_and_fills():
-    image = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5)
-    right_most = torch.tensor([[0.5, 0.99, 0.9]])  # no rows, one column to the left
-    zero = Augmentation(shift=1, fill="zero").move(image, right_most)
-    assert torch.equal(zero[..., :4], image[..., 1:]) and (zero[..., 4] == 0).all()
-    reflect = Augmentation(shift=1).move(image, right_most)
-    assert torch.equal(reflect[..., 4], image[..., 3])
-    flipped = Augmentation(flip=True).move(image, torch.tensor([[0.5, 0.5, 0.9]]))
-    assert torch.equal(flipped, image.flip(-1))
-    one = torch.ones(1, 1, 1, 1, dtype=torch.uint8)
-    assert Augmentation(shift=1).move(one, right_most).item() == 1
-
-
 # -- order and randomness --
 
 
@@ -351,13 +338,30 @@ def test_augmentation_belongs_to_seed_epoch_and_index():
 
 
 def test_order_belongs_to_seed_and_epoch():
-    def order(seed, epoch):
-        sampler = EpochSampler(50, True, seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
+    split = open_data("digits").splits["test"]
 
-    assert order(1, 2) == order(1, 2) and sorted(i for _, i in order(1, 2)) == list(range(50))
-    assert len({tuple(i for _, i in order(*key)) for key in [(1, 2), (2, 1), (1, 1), (2, 2)]}) == 4
+    def order(seed, epoch, batches_done=0):
+        loader = make_loader(split, GREY8, 50, train=True, seed=seed)
+        loader.begin(epoch, batches_done)
+        return torch.cat([batch["index"] for batch in loader]).tolist()
+
+    assert order(1, 2) == order(1, 2) and len(set(order(1, 2))) == len(order(1, 2)) == 350
+    assert len({tuple(order(*key)) for key in [(1, 2), (2, 1), (1, 1), (2, 2)]}) == 4
+    assert order(1, 2, batches_done=3) == order(1, 2)[150:]
+
+
+def test_images_in_shards_are_shuffled_over_a_few_shards_at_a_time():
+    shard = torch.arange(3000) // 100
+    split = Split(torch.zeros(3000), ["a"], pixels=torch.zeros(3000, 1, 1, 1), shard=shard)
+    order = [i for (i,) in split.keys(generator(0))]
+    assert sorted(order) == list(range(3000)) and order == [i for (i,) in split.keys(generator(0))]
+    first = order[: TOGETHER * 100]
+    assert shard[first].unique().numel() == TOGETHER and shard[first[:100]].unique().numel() == TOGETHER
+    assert order[:800] != [i for (i,) in split.keys(generator(1))][:800]
+    part = split.subset(range(50, 150))
+    assert (
+        sorted(i for (i,) in part.keys(generator(0))) == list(range(100)) and part.shard.tolist() == [0] * 50 + [1] * 50
+    )
 
 
 def test_workers_change_nothing_and_unreadable_images_are_marked(tmp_path):
@@ -370,7 +374,7 @@ def test_workers_change_nothing_and_unreadable_images_are_marked(tmp_path):
         loader = make_loader(
             split, GREY8, 6, train=True, augmentation=Augmentation(crop=True, flip=True), seed=1, workers=workers
         )
-        loader.sampler.set_epoch(3)
+        loader.begin(3)
         batches.append(list(loader))
     assert len(batches[0]) == 3  # the incomplete batch is left out in training
     for here, there in zip(*batches, strict=True):

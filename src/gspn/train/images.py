@@ -1,7 +1,8 @@
 """Labelled images of any kind, and what turns one of them into the model's input. loader.py makes batches of them."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 UNREADABLE = -100  # the label of an image that could not be decoded: cross_entropy's ignore_index
+TOGETHER = 8  # shards whose images are shuffled together
 
 
 # -- labelled images --
@@ -27,14 +29,17 @@ class Split:
         pixels: uint8 (N, C, H, W) where all images are in memory, else None.
         read: index -> PIL image, where they are not.
         names: index -> what to call an image in a message.
+        shard: int64 (N,), the number of the file that holds an image, where a file holds many and is best read as a
+            whole; else None.
 
     `read` and `names` have to be picklable, for the loader's workers are not everywhere forked.
     """
 
-    def __init__(self, labels, class_names, *, pixels=None, read=None, names=None):
+    def __init__(self, labels, class_names, *, pixels=None, read=None, names=None, shard=None):
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.class_names, self.pixels, self.read = class_names, pixels, read
         self.names = names or Numbered("image")
+        self.shard = None if shard is None else torch.as_tensor(shard, dtype=torch.int64)
 
     def __len__(self):
         return len(self.labels)
@@ -45,6 +50,17 @@ class Split:
             return self.read(i)
         pixels = self.pixels[i].permute(1, 2, 0).numpy()
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+    def keys(self, source: torch.Generator | None = None) -> Iterable[tuple]:
+        """What the loader gives its workers for each image, a tuple that begins with its index: in order, or shuffled
+        as `source` says. Images in shards are shuffled over TOGETHER shards at a time, in a random order of these."""
+        if source is None:
+            return ((i,) for i in range(len(self)))
+        order = torch.randperm(len(self), generator=source)
+        if self.shard is not None:
+            place = torch.randperm(int(self.shard.max()) + 1, generator=source)
+            order = order[(place[self.shard] // TOGETHER)[order].argsort(stable=True)]
+        return ((i,) for i in order.tolist())
 
     def problem(self, i: int) -> str:
         """What is wrong with the i-th image, in words, beginning with its name."""
@@ -57,14 +73,9 @@ class Split:
     def subset(self, index) -> "Split":
         """The split of the images `index` only."""
         index = torch.as_tensor(index, dtype=torch.int64)
-        pixels = None if self.pixels is None else self.pixels[index]
-        return Split(
-            self.labels[index],
-            self.class_names,
-            pixels=pixels,
-            read=Chosen(self.read, index),
-            names=Chosen(self.names, index),
-        )
+        pixels, shard = (None if each is None else each[index] for each in (self.pixels, self.shard))
+        read, names = Chosen(self.read, index), Chosen(self.names, index)
+        return Split(self.labels[index], self.class_names, pixels=pixels, read=read, names=names, shard=shard)
 
     def relabelled(self, class_names: list[str]) -> "Split":
         """The same images with labels that number `class_names`. Errors: DataError names the classes that are not
@@ -79,7 +90,9 @@ class Split:
                 f"it knows {', '.join(class_names)}"
             )
         number = torch.tensor([class_names.index(name) if name in class_names else 0 for name in own])
-        return Split(number[self.labels], class_names, pixels=self.pixels, read=self.read, names=self.names)
+        same = copy.copy(self)
+        same.labels, same.class_names = number[self.labels], class_names
+        return same
 
     def channels(self) -> int:
         """1 or 3, from the pixels or from what up to 32 of the images are."""
@@ -187,10 +200,14 @@ class Preprocessing:
         for name in ("size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def __call__(self, image: Image.Image, numbers=None) -> torch.Tensor:
-        """PIL image to uint8 (C, H, W): the centre box, or the box that four random `numbers` in [0, 1) choose."""
+    def __call__(self, image: Image.Image, numbers=None, least: float = 0.25) -> torch.Tensor:
+        """PIL image to uint8 (C, H, W): the centre box, or the box of at least that part of the area that four random
+        `numbers` in [0, 1) choose."""
         image = with_channels(image, self.channels)
-        box = centre_box(image.size, self.size, self.crop) if numbers is None else random_box(image.size, numbers)
+        if numbers is None:
+            box = centre_box(image.size, self.size, self.crop)
+        else:
+            box = random_box(image.size, numbers, least)
         image = image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC, box=box)
         pixels = torch.from_numpy(np.array(image))
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
@@ -212,9 +229,9 @@ def centre_box(image_size, size, crop):
     return left, top, left + w, top + h
 
 
-def random_box(image_size, numbers):
-    """A box of 25 to 100% of the area and proportions from 3:4 to 4:3, as four `numbers` in [0, 1) choose."""
-    area = image_size[0] * image_size[1] * (0.25 + 0.75 * float(numbers[0]))
+def random_box(image_size, numbers, least):
+    """A box of `least` to all of the area and proportions from 3:4 to 4:3, as four `numbers` in [0, 1) choose."""
+    area = image_size[0] * image_size[1] * (least + (1 - least) * float(numbers[0]))
     ratio = math.exp((2 * float(numbers[1]) - 1) * math.log(4 / 3))
     w, h = min(math.sqrt(area * ratio), image_size[0]), min(math.sqrt(area / ratio), image_size[1])
     left, top = (image_size[0] - w) * float(numbers[2]), (image_size[1] - h) * float(numbers[3])

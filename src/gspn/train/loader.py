@@ -4,15 +4,18 @@ Everything random is a function of numbers that a later run can repeat: the orde
 augmentation of an image of (seed, epoch, index). Nothing depends on the number of workers or processes.
 """
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gspn.train.images import UNREADABLE, Preprocessing, Split, generator
+from gspn.train.images import UNREADABLE, DataError, Preprocessing, Split, generator
 from gspn.train.recipe import Augmentation
 
 
 class ImageDataset(Dataset):
-    """A split (see data.py) as the loader reads it: by lists of (epoch, index), in batches.
+    """A split (see data.py) as the loader reads it: by lists of (epoch, *key), see EpochSampler, in batches.
 
     A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}; the label of an image that
     could not be decoded is UNREADABLE and its pixels are 0, so that batches keep their size.
@@ -32,21 +35,24 @@ class ImageDataset(Dataset):
         return len(self.split)
 
     def __getitems__(self, keys):
-        index = torch.tensor([i for _, i in keys])
+        epoch, index = keys[0][0], torch.tensor([key[1] for key in keys])
         label = self.split.labels[index]
-        numbers = self.epoch_numbers(keys[0][0])[index] if self.augmentation else None
+        numbers = self.epoch_numbers(epoch)[index] if self.augmentation else None
         if self.pixels is not None:
             image = self.pixels[index]
         else:
             image = torch.zeros(len(keys), self.preprocessing.channels, *self.preprocessing.size, dtype=torch.uint8)
-            for row, i in enumerate(index.tolist()):
-                crop = numbers[row, 3:] if self.augmentation and self.augmentation.crop else None
+            for row, key in enumerate(keys):
+                crop = ()
+                if self.augmentation and self.augmentation.crop:
+                    crop = numbers[row, 3:], self.augmentation.crop_area
                 try:
-                    image[row] = self.preprocessing(self.split.image(i), crop)
+                    image[row] = self.preprocessing(self.split.image(*key[1:]), *crop)
                 except Exception:  # Pillow raises anything on damaged files; Split.problem says later what it was
                     label[row] = UNREADABLE
         if self.augmentation:
-            image = self.augmentation.move(image, numbers[:, :3])
+            images = [(self.seed, epoch, i) for i in index.tolist()]
+            image = self.augmentation(image, numbers[:, :3], images, self.preprocessing)
         return {"image": image, "label": label, "index": index}
 
     def epoch_numbers(self, epoch):
@@ -57,22 +63,26 @@ class ImageDataset(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Yields (epoch, index): in order, or shuffled as (seed, epoch) say. The loop calls `set_epoch`."""
+    """Yields (epoch, *key) for the keys of a split (Split.keys): in order, or shuffled as (seed, epoch) say."""
 
-    def __init__(self, length, shuffle, seed=0):
-        self.length, self.shuffle, self.seed, self.epoch = length, shuffle, seed, 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def __init__(self, split, shuffle, seed=0):
+        self.split, self.shuffle, self.seed, self.epoch, self.start = split, shuffle, seed, 0, 0
 
     def __len__(self):
-        return self.length
+        return len(self.split)
 
     def __iter__(self):
-        order = range(self.length)
-        if self.shuffle:
-            order = torch.randperm(self.length, generator=generator(self.seed, self.epoch, 0)).tolist()
-        return ((self.epoch, i) for i in order)
+        keys = self.split.keys(generator(self.seed, self.epoch, 0) if self.shuffle else None)
+        return ((self.epoch, *key) for key in islice(keys, self.start, None))
+
+
+class Loader(DataLoader):
+    """What `make_loader` gives."""
+
+    def begin(self, epoch: int, batches_done: int = 0) -> None:
+        """The next iteration goes through `epoch`, without its first batches. Also for a loader that accelerate made
+        of this one: they share the sampler."""
+        self.sampler.epoch, self.sampler.start = epoch, batches_done * self.batch_size
 
 
 def make_loader(
@@ -84,21 +94,35 @@ def make_loader(
     augmentation: Augmentation | None = None,
     seed: int = 0,
     workers: int = 0,
-) -> DataLoader:
-    """A DataLoader of ImageDataset's batches. Training shuffles, augments and leaves out the last incomplete batch
+) -> Loader:
+    """A Loader of ImageDataset's batches. Training shuffles, augments and leaves out the last incomplete batch
     (unless it is the only one); evaluation goes through the images in order."""
     dataset = ImageDataset(split, preprocessing, augmentation if train else None, seed)
-    return DataLoader(
+    slow = dataset.pixels is None or (train and augmentation is not None and augmentation.slow)
+    return Loader(
         dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(len(split), shuffle=train, seed=seed),
+        sampler=EpochSampler(split, shuffle=train, seed=seed),
         drop_last=train and len(split) >= batch_size,
         collate_fn=_as_it_is,
-        num_workers=0 if dataset.pixels is not None else workers,
-        persistent_workers=dataset.pixels is None and workers > 0,
+        num_workers=workers if slow else 0,
+        persistent_workers=slow and workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
 
 
 def _as_it_is(batch):
     return batch
+
+
+def batches(loader: Iterable[dict]) -> Iterator[dict]:
+    """The batches of a loader, also one that accelerate prepared. Errors: DataError where a worker process died."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads images died, mostly because memory (or shared memory) ran out: {error}. "
+            "Fewer --workers or a smaller --batch-size need less; --workers 0 reads in this process"
+        ) from error

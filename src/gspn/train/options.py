@@ -177,12 +177,42 @@ class RecipeOptions(OptionSet):
 
     panel: ClassVar = "Augmentation"
 
+    preset: str | None = option(
+        None, "Where the rest comes from: digits, idx, fashion, small, photos, imagenet. Default: by the data."
+    )
     augment: str | None = option(
         None,
         "none, shift (small images, by up to an eighth) or crop (photos, random boxes).",
         choices=("none", "shift", "crop"),
     )
     flip: bool | None = option(None, "Mirror half of the images.")
+    crop_area: float | None = option(
+        None, "crop: the smallest part of the image that a box may be.", low=0.01, high=1, otherwise=0.25
+    )
+    erase: float | None = option(
+        None, "How often a random box is erased (filled with noise).", low=0, high=1, otherwise=0.0
+    )
+    rand_augment: str | None = option(
+        None, "RandAugment by timm: m9-mstd0.5-inc1 in the published recipe, or none.", otherwise="none"
+    )
+    color_jitter: float | None = option(
+        None, "Brightness, contrast and saturation, by timm; only without RandAugment.", low=0, high=1, otherwise=0.0
+    )
+    mixup: float | None = option(
+        None,
+        "Blends pairs of images, by timm: alpha of the beta distribution, 0 for never.",
+        low=0,
+        high=100,
+        otherwise=0.0,
+    )
+    cutmix: float | None = option(
+        None,
+        "Pastes boxes between pairs, by timm: alpha of the beta distribution, 0 for never.",
+        low=0,
+        high=100,
+        otherwise=0.0,
+    )
+    mix_switch: float = option(0.5, "How often cutmix is taken where mixup is on too.", low=0, high=1)
     label_smoothing: float | None = option(
         None, "Part of the target spread over all classes.", low=0, high=0.99, otherwise=0.1
     )
