@@ -75,8 +75,10 @@ def test_public_names():
         "gated_scan",
         "line_scan",
         "list_models",
+        "load_released",
         "normalize_weights",
         "propagate",
+        "register_timm",
     }
     for name in gspn.__all__:
         value = getattr(gspn, name)

@@ -119,6 +119,64 @@ def test_context_sums_to_one_a_line_and_is_the_jacobian():
     torch.testing.assert_close(context.merged[0].double(), jacobian[0].abs().mean(0), rtol=1e-4, atol=1e-6)
 
 
+def released_unit(**options):
+    layer = gspn.GSPN2d(6, proxy_dim=3, alignment="released", **options).double()
+    nn.init.normal_(layer.merger)
+    return layer
+
+
+def test_the_released_form_has_the_same_keys_and_keeps_what_the_layer_promises(backend):
+    layer = released_unit(backend=backend)
+    assert layer.state_dict().keys() == gspn.GSPN2d(6, proxy_dim=3).state_dict().keys()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    last = layer(x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last) and layer(x).is_contiguous()
+    torch.testing.assert_close(last, layer(x))
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16 and "released" in repr(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(x.float()).dtype == torch.float32
+    assert gspn.GSPN2d(6, alignment="released", groups=2, scan_dim=4, skip=False)(x.float()).shape == x.shape
+    with pytest.raises(ValueError, match="takes square feature maps, got 4x5"):
+        layer(torch.randn(1, 6, 4, 5))
+    with pytest.raises(ValueError, match='alignment has to be "aligned" or "released", got None'):
+        gspn.GSPN2d(6, alignment=None)
+
+
+@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
+def test_released_directions_are_ours(direction):
+    """On a map that every flip and transposition leaves as it is, weights and gates are symmetric too: what the
+    released form leaves turned is then exactly what the aligned form turns back."""
+    released = released_unit()
+    with torch.no_grad():
+        released.merger.copy_(torch.tensor([float(d == direction) for d in gspn.DIRECTIONS]))
+    aligned = gspn.GSPN2d(6, proxy_dim=3).double()
+    aligned.load_state_dict(released.state_dict())
+    x = torch.randn(2, 6, 7, 7, dtype=torch.float64)
+    x = x + x.flip(-1)
+    x = x + x.flip(-2)
+    x = x + x.mT
+    turn_back = {
+        "right": lambda t: t,
+        "down": lambda t: t.mT,
+        "left": lambda t: t.flip(-1),
+        "up": lambda t: t.mT.flip(-2),
+    }
+    torch.testing.assert_close(aligned(x), turn_back[direction](released(x)))
+    assert not torch.allclose(aligned(x), released(x)) or direction == "right"
+
+
+def test_released_context_is_the_jacobian():
+    layer = released_unit(segment=3)
+    x = torch.randn(1, 6, 5, 5, dtype=torch.float64)
+    context = layer.context(x, 1, 3)
+    proxy = layer.proxy_proj(x).detach()
+    frozen = x.clone().requires_grad_()
+    (jacobian,) = torch.autograd.grad(layer._released(frozen, proxy)[..., 1, 3].sum(), frozen)
+    torch.testing.assert_close(context.merged[0].double(), jacobian[0].abs().mean(0), rtol=1e-4, atol=1e-6)
+    sums = context.directions.flatten(2).sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums))  # column 3 starts a segment: one pixel a direction
+
+
 def test_block_is_the_paper_s():
     block = GSPNBlock(8, proxy_dim=3, segment=2).eval()
     for p in block.grn.parameters():

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "gspn.ops": ("DIRECTIONS", "available_backends", "gated_scan", "line_scan", "normalize_weights", "propagate"),
     "gspn.layers": ("GSPN2d",),
-    "gspn.models": ("create_model", "list_models"),
+    "gspn.models": ("create_model", "list_models", "load_released", "register_timm"),
 }
 _MODULES = ("layers", "models", "ops", "train")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspn.ops import DIRECTIONS, check_backend, check_directions, check_segment, gated_scan, propagate
+from gspn.ops import DIRECTIONS, check_backend, check_directions, check_segment, gated_scan, line_scan, propagate
 
 
 class Context(NamedTuple):
@@ -36,6 +36,21 @@ class Pointwise(nn.Conv2d):
         return super().forward(x)
 
 
+# How the released form reads the map for each direction before it scans to the right, and the way back.
+_READ = {"right": lambda t: t, "down": lambda t: t.mT, "left": lambda t: t.flip(-1), "up": lambda t: t.mT.flip(-1)}
+_BACK = {"right": lambda t: t, "down": lambda t: t.mT, "left": lambda t: t.flip(-1), "up": lambda t: t.flip(-1).mT}
+
+
+def _released_weights(logits: Tensor) -> Tensor:
+    """Propagation weights (...,3,H,W) for a scan to the right as the released models normalise them: sigmoids divided
+    by their sum over the neighbours that exist, and the sum, not the logits, clamped from below: at 1e-7, so that
+    three logits below about -16 do not give weights that sum to 1."""
+    sigmoids = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    previous, same, following = sigmoids.unbind(-3)
+    total = same + F.pad(previous[..., 1:, :], (0, 0, 1, 0)) + F.pad(following[..., :-1, :], (0, 0, 0, 1))
+    return sigmoids / total.clamp(min=1e-7).unsqueeze(-3)
+
+
 class GSPN2d(nn.Module):
     """The GSPN unit: context from the whole feature map at linear cost, in the place of self-attention.
 
@@ -56,6 +71,11 @@ class GSPN2d(nn.Module):
         skip: adds the skip gate.
         merger: "learned", one scalar a direction, or "mean". Both start at 1/D for D directions.
         directions: some of ``gspn.DIRECTIONS``.
+        alignment: "aligned", or "released" for the form in which the paper's authors trained their published weights
+            (:func:`gspn.load_released`): each direction's input is turned so that its scan runs to the right, but the
+            weights and gates, predicted on the map as it lies, are not turned with it, and the results are summed
+            without turning them back. So the output at (i,j) mixes content of (i,j), (j,i), (i,W-1-j) and (j,W-1-i).
+            Square maps only. It needs the memory for all weights and gates.
         backend: "reference", "cpu", "triton", or None to pick by device.
 
     Shape: (B,C,H,W) to (B,C,H,W), in the input's dtype and memory format; channels_last is the faster one. Inside
@@ -85,6 +105,7 @@ class GSPN2d(nn.Module):
         skip: bool = True,
         merger: str = "learned",
         directions: Sequence[str] = DIRECTIONS,
+        alignment: str = "aligned",
         backend: str | None = None,
     ):
         super().__init__()
@@ -99,11 +120,14 @@ class GSPN2d(nn.Module):
             raise ValueError(f"groups has to divide the {scanned} channels that are scanned, got {groups}")
         if merger not in ("learned", "mean"):
             raise ValueError(f'merger has to be "learned" or "mean", got {merger!r}')
+        if alignment not in ("aligned", "released"):
+            raise ValueError(f'alignment has to be "aligned" or "released", got {alignment!r}')
         check_backend(backend)
         check_segment(segment)
         count = len(check_directions(directions))
         self.channels, self.proxy_dim, self.groups, self.scan_dim = channels, proxy_dim, groups, scan_dim
         self.segment, self.directions, self.backend = segment, tuple(directions), backend
+        self.alignment = alignment
         self.proxy_proj = Pointwise(channels, proxy_dim)
         self.weight_proj = nn.Parameter(torch.empty(count, 3, groups, proxy_dim))
         self.input_proj = nn.Parameter(torch.empty(count, scanned, proxy_dim))
@@ -125,17 +149,20 @@ class GSPN2d(nn.Module):
         if self.merger is not None:
             nn.init.constant_(self.merger, 1 / len(self.directions))
 
-    def _merged_projections(self) -> tuple[Tensor, Tensor | None]:
-        """Output and skip projections with the merger's scalars in them, exact because both are linear."""
+    def _scaled(self, projection: Tensor) -> Tensor:
+        """Each direction's projection times its scalar of the merger, which is exact because both are linear."""
         if self.merger is None:
-            share = 1 / len(self.directions)
-            return self.output_proj * share, None if self.skip_proj is None else self.skip_proj.mean(0)
-        scalars = self.merger.view(-1, 1, 1)
-        return self.output_proj * scalars, None if self.skip_proj is None else (self.skip_proj * scalars).sum(0)
+            return projection / len(self.directions)
+        return projection * self.merger.view(-1, 1, 1)
+
+    def _merged_projections(self) -> tuple[Tensor, Tensor | None]:
+        """Output and skip projections with the merger's scalars in them, the skips of all directions summed."""
+        return self._scaled(self.output_proj), None if self.skip_proj is None else self._scaled(self.skip_proj).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] == 0 or x.shape[3] == 0:
-            raise ValueError(f"GSPN2d expects (B,{self.channels},H,W) with H, W >= 1, got {tuple(x.shape)}")
+        self._check(x)
+        if self.alignment == "released":
+            return self.expand(self._released(self.reduce(x), self.proxy_proj(x)))
         output_proj, skip_proj = self._merged_projections()
         y = propagate(
             self.reduce(x),
@@ -150,39 +177,68 @@ class GSPN2d(nn.Module):
         )
         return self.expand(y)
 
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] == 0 or x.shape[3] == 0:
+            raise ValueError(f"GSPN2d expects (B,{self.channels},H,W) with H, W >= 1, got {tuple(x.shape)}")
+        if self.alignment == "released" and x.shape[2] != x.shape[3]:
+            raise ValueError(
+                f'alignment="released" takes square feature maps, got {x.shape[2]}x{x.shape[3]}; "aligned" takes any'
+            )
+
+    def _released(self, x: Tensor, proxy: Tensor) -> Tensor:
+        """The output in the released form, for x (B,K,H,H) and proxy (B,S,H,H)."""
+
+        def project(projection: Tensor) -> Tensor:
+            return F.conv2d(proxy, projection.flatten(0, -2)[..., None, None]).unflatten(1, projection.shape[:-1])
+
+        read = torch.stack([_READ[d](x) for d in self.directions], 1)
+        h = self._scan(project(self.input_proj) * read, project(self.weight_proj).transpose(2, 3))
+        y = project(self._scaled(self.output_proj)) * h
+        if self.skip_proj is not None:
+            y = y + project(self._scaled(self.skip_proj)) * read
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return y.sum(1).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def _scan(self, gated: Tensor, logits: Tensor) -> Tensor:
+        """h (B,D,K,H,W) of the gated inputs (B,D,K,H,W) and logits (B,D,G,3,H,W)."""
+        options = {"segment": self.segment, "backend": self.backend}
+        if self.alignment == "aligned":
+            return gated_scan(torch.ones_like(gated[:, 0]), gated, logits, directions=self.directions, **options)
+        weights = _released_weights(logits).flatten(1, 2)
+        return line_scan(gated.flatten(1, 2), weights, direction="right", **options).unflatten(1, gated.shape[1:3])
+
     @torch.no_grad()
     def context(self, x: Tensor, row: int, column: int) -> Context:
         """Where the output at (row, column) comes from, for input x (B,C,H,W). Not inside torch.inference_mode."""
+        self._check(x)
         height, width = x.shape[-2:]
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"the place ({row}, {column}) is not on the {height}x{width} feature map")
         proxy, scanned = self.proxy_proj(x).float(), self.reduce(x)
         project = lambda p: torch.einsum("...s,bshw->b...hw", p.float(), proxy)  # noqa: E731
-        output_proj, skip_proj = self._merged_projections()
         logits = project(self.weight_proj).transpose(2, 3)
         # A scan is linear in its gated input, so the gradient of the state at the place is the weight of each pixel.
         with torch.enable_grad():
             gate = torch.zeros(logits.shape[0], len(self.directions), *scanned.shape[1:], device=x.device)
             gate.requires_grad_()
-            h = gated_scan(
-                torch.ones_like(scanned, dtype=torch.float32),
-                gate,
-                logits,
-                directions=self.directions,
-                segment=self.segment,
-                backend=self.backend,
+            (arriving,) = torch.autograd.grad(self._scan(gate, logits)[..., row, column].sum(), gate)
+        out_gate = project(self._scaled(self.output_proj))[..., row, column, None, None]
+        parts = out_gate * arriving * project(self.input_proj)
+        if self.skip_proj is not None:
+            parts[..., row, column] += project(self._scaled(self.skip_proj))[..., row, column]
+        if self.alignment == "released":  # both are on the map as the directions read it
+            turned = [_BACK[d] for d in self.directions]
+            arriving, parts = (
+                torch.stack([back(t) for back, t in zip(turned, maps.unbind(1), strict=True)], 1)
+                for maps in (arriving, parts)
             )
-            (arriving,) = torch.autograd.grad(h[..., row, column].sum(), gate)
-        out_gate = project(output_proj)[..., row, column, None, None]
-        total = (out_gate * arriving * project(self.input_proj)).sum(1)
-        if skip_proj is not None:
-            total[..., row, column] += project(skip_proj)[..., row, column]
-        return Context(arriving.mean(2), total.abs().mean(1))
+        return Context(arriving.mean(2), parts.sum(1).abs().mean(1))
 
     def extra_repr(self) -> str:
         extent = "global" if self.segment is None else f"segment={self.segment}"
         scan = f", scan_dim={self.scan_dim}" if self.scan_dim else ""
-        return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}"
+        form = ", released" if self.alignment == "released" else ""
+        return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}{form}"
 
 
 class LayerNorm2d(nn.LayerNorm):

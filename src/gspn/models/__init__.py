@@ -1,5 +1,17 @@
-"""The models: classification backbones, and what looks into them."""
+"""The models: classification backbones, what looks into them, released weights, and the bridge to timm."""
 
 from gspn.models.backbone import Backbone, context_maps, create_model, list_models
+from gspn.models.released import load_released
 
-__all__ = ["Backbone", "context_maps", "create_model", "list_models"]
+
+def register_timm() -> None:
+    """Makes gspn_micro, gspn_tiny, gspn_small and gspn_base known to timm, as ``import gspn.models.timm`` does.
+
+    Afterwards ``timm.create_model("gspn_tiny", ...)`` works with all that timm offers; see :mod:`gspn.models.timm`.
+
+    Raises ImportError where timm is not installed.
+    """
+    import gspn.models.timm  # noqa: F401
+
+
+__all__ = ["Backbone", "context_maps", "create_model", "list_models", "load_released", "register_timm"]

@@ -6,15 +6,18 @@ that timm's users know (forward_features, forward_intermediates, reset_classifie
 """
 
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspn.layers import GSPNBlock, LayerNorm2d, init_weights
 from gspn.ops import DIRECTIONS
 
-_MODELS: dict[str, Callable[..., "Backbone"]] = {}
+_SIZES: dict[str, Callable[[], dict]] = {}
+_EVERYWHERE = {"num_classes": 1000, "in_chans": 3, "activation": "silu", "alignment": "aligned"}  # in every config
 
 
 class Level(nn.Module):
@@ -54,8 +57,14 @@ class Backbone(nn.Module):
         stem_stride: 1, 2 or 4.
         global_pool: "avg", or "" to leave the last map as it is (num_classes=0 then).
         expansion, mlp_ratio, activation: of the block. drop_path_rate: grows linearly from 0 in the first block.
+        drop_rate: dropout before the head.
+        alignment: of :class:`gspn.GSPN2d`, in every block. In the "released" form the blocks called global scan in
+            segments of fixed length, that of the level's map at 224x224 pixels, and images have to be square.
 
     Shape: images (B,in_chans,H,W), any H, W >= 1, to logits (B,num_classes).
+
+    State dict (frozen): ``stem``, ``levels.I.downsample`` (but for I = 0), ``levels.I.blocks.J``, ``norm``, ``head``;
+    the same keys and shapes in both alignments.
 
     Attributes: ``config`` (filled in by :func:`create_model`, which makes the same model from it again),
     ``num_classes``, ``num_features``, ``feature_info`` (channels, reduction and module of every level), ``levels``,
@@ -81,6 +90,8 @@ class Backbone(nn.Module):
         scan_dim: int | None = None,
         skip: bool = True,
         merger: str = "learned",
+        alignment: str = "aligned",
+        drop_rate: float = 0.0,
         global_pool: str = "avg",
         backend: str | None = None,
     ):
@@ -94,7 +105,9 @@ class Backbone(nn.Module):
             )
         if not set(global_levels) <= set(range(len(depths))):
             raise ValueError(f"global_levels has to name levels below {len(depths)}, got {tuple(global_levels)}")
-        self.in_chans, self.depths = in_chans, tuple(depths)
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate has to be at least 0 and below 1, got {drop_rate}")
+        self.in_chans, self.depths, self.alignment, self.drop_rate = in_chans, tuple(depths), alignment, drop_rate
         first, second = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[stem_stride]
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, width // 2, 3, stride=first, padding=1),
@@ -107,6 +120,7 @@ class Backbone(nn.Module):
         levels = []
         for i, depth in enumerate(depths):
             channels = width * 2**i
+            whole = 224 // (stem_stride * 2**i) if alignment == "released" else None
             blocks = [
                 GSPNBlock(
                     channels,
@@ -117,9 +131,10 @@ class Backbone(nn.Module):
                     proxy_dim=proxy_dim,
                     groups=groups,
                     scan_dim=scan_dim,
-                    segment=None if i in global_levels and (j < 7 or (j + 1) % 7 == 0) else segment,
+                    segment=whole if i in global_levels and (j < 7 or (j + 1) % 7 == 0) else segment,
                     skip=skip,
                     merger=merger,
+                    alignment=alignment,
                     backend=backend,
                 )
                 for j in range(depth)
@@ -136,6 +151,14 @@ class Backbone(nn.Module):
         self.config: dict = {}
         self.reset_classifier(num_classes, global_pool)
 
+    @classmethod
+    def from_name(cls, name: str, **kwargs) -> Self:
+        """As :func:`create_model`, of the class it is called on."""
+        arguments = _EVERYWHERE | size_of(name) | kwargs
+        model = cls(**arguments)
+        model.config = {"name": name} | {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+        return model
+
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
@@ -147,9 +170,10 @@ class Backbone(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Average pooling and the head; with ``pre_logits`` the pooled features (B,num_features)."""
+        """Average pooling, dropout and the head; with ``pre_logits`` all but the head: (B,num_features)."""
         if self.global_pool == "avg":
             x = x.mean((-2, -1))
+        x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -201,9 +225,9 @@ class Backbone(nn.Module):
         if num_classes and not global_pool:
             raise ValueError(f'a head for {num_classes} classes needs global_pool="avg", got {global_pool!r}')
         self.num_classes, self.global_pool = num_classes, global_pool
-        where = self.norm.weight
+        where = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(where.device, where.dtype).apply(init_weights)
+        self.head.to(where.device, where.dtype).apply(init_weights).train(self.training)
         if self.config:
             self.config |= {"num_classes": num_classes, "global_pool": self.global_pool}
 
@@ -232,6 +256,10 @@ class Backbone(nn.Module):
     def _enter(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_chans or x.shape[2] == 0 or x.shape[3] == 0:
             raise ValueError(f"the model expects images (B,{self.in_chans},H,W) with H, W >= 1, got {tuple(x.shape)}")
+        if self.alignment == "released" and x.shape[2] != x.shape[3]:
+            raise ValueError(
+                f'alignment="released" takes square images, got {x.shape[2]}x{x.shape[3]}; "aligned" takes any size'
+            )
         # channels_last from here on: Linear, LN and the scan's kernels all work on channels that lie together
         return self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
@@ -249,9 +277,7 @@ def create_model(name: str, **kwargs) -> Backbone:
     >>> model = gspn.create_model("gspn_micro", num_classes=10, in_chans=1, stem_stride=1)
     >>> twin = gspn.create_model(**model.config)
     """
-    if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(list_models())}")
-    return _MODELS[name](**kwargs)
+    return Backbone.from_name(name, **kwargs)
 
 
 def list_models() -> list[str]:
@@ -261,22 +287,20 @@ def list_models() -> list[str]:
     >>> gspn.list_models()
     ['gspn_base', 'gspn_micro', 'gspn_small', 'gspn_tiny']
     """
-    return sorted(_MODELS)
+    return sorted(_SIZES)
 
 
 def register_model(function: Callable[[], dict]) -> Callable[[], dict]:
     """Makes a size, a function that returns arguments of :class:`Backbone`, known under its own name."""
-
-    def create(**kwargs) -> Backbone:
-        arguments = {"num_classes": 1000, "in_chans": 3} | function() | kwargs
-        model = Backbone(**arguments)
-        model.config = {"name": function.__name__} | {
-            k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()
-        }
-        return model
-
-    _MODELS[function.__name__] = create
+    _SIZES[function.__name__] = function
     return function
+
+
+def size_of(name: str) -> dict:
+    """The arguments of :class:`Backbone` that make the size ``name``. Raises ValueError for an unknown one."""
+    if name not in _SIZES:
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(list_models())}")
+    return _SIZES[name]()
 
 
 @register_model
