@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gspn
-from gspn.train.options import OptionError, Options, parse_names, read_file
+from gspn.train.options import OptionError, Options, parse_names, parse_size, read_file
 from gspn.train.options import flags as option_flags
 
 app = typer.Typer(
@@ -157,36 +157,52 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="train, val, test or all. Default: test, else val.")] = None,
     checkpoint: Checkpoint = "best",
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    sizes: Annotated[
+        str | None, typer.Option(metavar="N|HxW,...", help="Input sizes, one after the other. Default: the run's.")
+    ] = None,
     channels: Channels = None,
     class_names: ClassNames = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     workers: Workers = 2,
     strict: Strict = False,
-    as_json: AsJson = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="A folder for evaluation-HxW.json and confusion-HxW.png.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line a size.")] = False,
 ):
-    """Evaluate a run on DATA: top-1, top-5, loss, images per second."""
+    """Evaluate a run on DATA: top-1, top-5, loss, calibration, confusion, images per second."""
     with readable_errors():
         from gspn.train.evaluate import evaluate
+        from gspn.train.loop import make_accelerator
 
-        metrics, warnings = evaluate(
-            run,
-            data,
-            split=split,
-            checkpoint=checkpoint,
-            batch_size=batch_size,
-            channels=channels,
-            workers=workers,
-            strict=strict,
-            class_names=class_names and parse_names(class_names),
-            image_column=image_column,
-            label_column=label_column,
-        )
-        if as_json:
-            print(json.dumps(metrics))
-        else:
-            _print_metrics(metrics, f"{run} on {data}")
-        _warn(warnings)
+        main_process = make_accelerator().is_main_process
+        names = parsed("class-names", parse_names, class_names)
+        for size in [None] if sizes is None else [parsed("sizes", parse_size, each) for each in sizes.split(",")]:
+            metrics, warnings = evaluate(
+                run,
+                data,
+                split=split,
+                checkpoint=checkpoint,
+                batch_size=batch_size,
+                channels=channels,
+                size=size,
+                workers=workers,
+                strict=strict,
+                out=folder,
+                class_names=names,
+                image_column=image_column,
+                label_column=label_column,
+            )
+            if not main_process:
+                continue
+            if as_json:
+                print(json.dumps(metrics), flush=True)
+            else:
+                _print_metrics(metrics, f"{run} on {data}")
+            _warn(warnings)
+        if folder and main_process and not as_json:
+            out.print(f"in {folder}: evaluation-HxW.json, confusion-HxW.png", markup=False, highlight=False)
 
 
 @app.command()
@@ -270,6 +286,14 @@ def backends():
         out.print(f"{name}: {word}{f', {state.reason}' if state.reason else ''}", markup=False, highlight=False)
 
 
+def parsed(name, parse, text):
+    """What `parse` makes of the flag --`name`; None stays. OptionError says what it takes."""
+    try:
+        return None if text is None else parse(text.strip())
+    except ValueError as error:
+        raise OptionError(f"--{name} takes {error}, got {text!r}") from None
+
+
 def parse_place(text):
     """(row, column) from "ROW,COL"."""
     if text is None:
@@ -282,13 +306,16 @@ def parse_place(text):
 
 def _print_metrics(metrics, title):
     table = Table(title=escape(title), show_header=False, title_justify="left")
-    table.add_row("images", f"{metrics['images']:,} ({metrics['split']})")
+    at = " at {}x{}".format(*metrics["size"]) if "size" in metrics else ""
+    table.add_row("images", f"{metrics['images']:,} ({metrics['split']}){at}")
     table.add_row("top-1", f"{metrics['top1']:.2%}")
     if metrics["top5"] is not None:
         table.add_row("top-5", f"{metrics['top5']:.2%}")
     table.add_row("loss", f"{metrics['loss']:.4f}")
+    table.add_row("calibration error", f"{metrics['ece']:.2%}")
     if "images_per_second" in metrics:
-        table.add_row("images/s", f"{metrics['images_per_second']:.0f}")
+        both = f"{metrics['images_per_second']:.0f} with reading, {metrics['model_images_per_second']:.0f} without"
+        table.add_row("images/s", both)
     out.print(table)
 
 

@@ -1,18 +1,20 @@
 """What one does with a trained classifier: evaluate it (`gspn eval`) and ask it (`gspn predict`)."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from gspn.files import SaveError, write_json
 from gspn.models import create_model
+from gspn.train import pictures
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.data import DataError, location, open_data
 from gspn.train.images import UNREADABLE, Preprocessing
-from gspn.train.loader import make_loader
+from gspn.train.loader import batches, make_loader
 from gspn.train.loop import autocast, make_accelerator
 from gspn.train.options import OptionError, check_range
 
@@ -22,43 +24,83 @@ OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column")  
 @dataclass
 class Outcome:
     """A classifier's answers on a split, one row an image: index and label (N,), UNREADABLE where there was none;
-    top (N, K) classes by falling probability, their probability (N, K), loss (N,)."""
+    top (N, K) classes by falling probability, their probability (N, K), loss (N,). And the seconds that this process
+    waited for images and worked on them."""
 
     index: torch.Tensor
     label: torch.Tensor
     top: torch.Tensor
     probability: torch.Tensor
     loss: torch.Tensor
+    waiting: float
+    working: float
 
-    def metrics(self, class_names):
-        """loss, top1, top5 (None where there are no more than five classes), images, unreadable, and the names of the
-        classes of which there was no image."""
+    @property
+    def seen(self):
+        """Which images there were, bool (N,). Errors: DataError if there was none."""
         seen = self.label != UNREADABLE
         if not seen.any():
             raise DataError(f"none of the {len(seen)} images could be read")
+        return seen
+
+    def metrics(self, class_names):
+        """loss, top1, top5 (None where there are no more than five classes), ece, images, unreadable, and the names of
+        the classes of which there was no image."""
+        seen = self.seen
         hits = self.top[seen] == self.label[seen, None]
         present = set(self.label[seen].tolist())
         return {
             "loss": self.loss[seen].mean().item(),
             "top1": hits[:, 0].float().mean().item(),
             "top5": hits.any(1).float().mean().item() if len(class_names) > 5 else None,
+            "ece": self.calibration()[0],
             "images": int(seen.sum()),
             "unreadable": int((~seen).sum()),
             "missing_classes": [name for i, name in enumerate(class_names) if i not in present],
         }
+
+    def calibration(self, bins: int = 15) -> tuple[float, list[dict]]:
+        """Do answers given with a probability of 80% turn out right 80% of the time?
+
+        Returns: (expected calibration error: the mean over the images of how far the accuracy of their bin is from its
+        mean probability, and every bin of equal width that has images: from, to, images, probability, accuracy).
+        """
+        seen = self.seen
+        probability, right = self.probability[seen, 0].double(), (self.top[seen, 0] == self.label[seen]).double()
+        number = (probability * bins).long().clamp(max=bins - 1)
+        rows = []
+        for i in number.unique().tolist():
+            inside = number == i
+            row = {"from": i / bins, "to": (i + 1) / bins, "images": int(inside.sum())}
+            rows.append(
+                row | {"probability": probability[inside].mean().item(), "accuracy": right[inside].mean().item()}
+            )
+        error = sum(row["images"] * abs(row["accuracy"] - row["probability"]) for row in rows) / len(right)
+        return error, rows
+
+    def confusion(self, classes: int) -> torch.Tensor:
+        """How often an image of class i was taken for class j, int64 (classes, classes)."""
+        seen = self.seen
+        pairs = self.label[seen] * classes + self.top[seen, 0]
+        return pairs.bincount(minlength=classes * classes).view(classes, classes)
 
 
 @torch.inference_mode()
 def classify(model, loader, preprocessing, accelerator):
     """Runs a classifier over a prepared loader's batches; with several processes each of them gets the whole Outcome,
     in which no image counts twice."""
-    rows = []
-    for batch in loader:
+    rows, waiting, start = [], 0.0, time.perf_counter()
+    before = start
+    for batch in batches(loader):
+        waiting += time.perf_counter() - before
         logits = model(preprocessing.normalize(batch["image"])).float()
         probability, top = logits.softmax(1).topk(min(5, logits.shape[1]))
         loss = F.cross_entropy(logits, batch["label"], ignore_index=UNREADABLE, reduction="none")
-        rows.append(accelerator.gather_for_metrics((batch["index"], batch["label"], top, probability, loss)))
-    return Outcome(*(torch.cat(column).cpu() for column in zip(*rows, strict=True)))
+        row = accelerator.gather_for_metrics((batch["index"], batch["label"], top, probability, loss))
+        rows.append([column.cpu() for column in row])
+        before = time.perf_counter()
+    working = before - start - waiting
+    return Outcome(*(torch.cat(column) for column in zip(*rows, strict=True)), waiting, working)
 
 
 def warnings_of(metrics, problems):
@@ -114,8 +156,10 @@ def evaluate(
     checkpoint: str = "best",
     batch_size: int = 256,
     channels: int | None = None,
+    size: tuple[int, int] | None = None,
     workers: int = 2,
     strict: bool = False,
+    out: str | Path | None = None,
     **open_options,
 ) -> tuple[dict, list[str]]:
     """Evaluates a run on `data`.
@@ -125,14 +169,22 @@ def evaluate(
         split: "train", "val", "test", "all"; None: see data.Data.for_evaluation.
         channels: that of the model, which converts images of another number of channels. Without it they are an
             error, but not in the data that the run was trained on, nor if it was trained with `channels`.
+        size: (H, W) of the input, another one than in training if it is given.
+        out: a folder for evaluation-HxW.json and confusion-HxW.png.
     What `open_options` leave out is as in training if `data` is what the run was trained on.
-    Returns: (metrics, list of warnings); metrics are those of Outcome, "split" and "images_per_second".
-    Errors: DataError, OptionError, RunError.
+    Returns: (metrics, list of warnings); metrics, the same in every process, are those of Outcome and
+        "split", "size";
+        "reliability": see Outcome.calibration;
+        "confused": the 20 most frequent mistakes [class, taken for, images];
+        "images_per_second": with reading; "model_images_per_second": without.
+    Errors: DataError, OptionError, RunError, SaveError.
     """
     check_range("batch_size", batch_size)
     check_range("workers", workers)
     classifier = load_classifier(path, checkpoint)
     preprocessing, class_names, config = classifier.preprocessing, classifier.class_names, classifier.run.config
+    if size is not None:
+        preprocessing = replace(preprocessing, size=size)
     if channels not in (None, preprocessing.channels):
         raise OptionError(f"channels is {channels}, but the model of {path} takes {preprocessing.channels}")
     trained_on = config["data"]
@@ -152,16 +204,33 @@ def evaluate(
     accelerator = make_accelerator()
     model = classifier.model.to(accelerator.device)
     loader = accelerator.prepare(make_loader(chosen, preprocessing, batch_size, workers=workers))
-    start = time.perf_counter()
     with autocast(accelerator.device, config["options"]["precision"]):
         outcome = classify(model, loader, preprocessing, accelerator)
-    seconds = time.perf_counter() - start
     problems = [chosen.problem(i) for i in outcome.index[outcome.label == UNREADABLE].tolist()]
     if problems and strict:
         raise DataError(f"unreadable image (--strict): {problems[0]}")
-    metrics = outcome.metrics(class_names)
-    rate = round(len(chosen) / seconds, 1)
-    return {"split": name, **metrics, "images_per_second": rate}, warnings_of(metrics, problems)
+    seconds = {"images_per_second": outcome.waiting + outcome.working, "model_images_per_second": outcome.working}
+    metrics = {"split": name, "size": list(preprocessing.size), **outcome.metrics(class_names)}
+    metrics |= {rate: round(len(chosen) / duration, 1) for rate, duration in seconds.items()}
+    confusion = outcome.confusion(len(class_names))
+    metrics |= {"reliability": outcome.calibration()[1], "confused": mistakes(confusion, class_names)}
+    if out is not None and accelerator.is_main_process:
+        out, at = Path(out), "x".join(map(str, preprocessing.size))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SaveError(f"cannot make the folder {out}: {error.strerror}") from error
+        write_json(out / f"evaluation-{at}.json", metrics)
+        pictures.confusion(out / f"confusion-{at}.png", confusion, class_names, metrics)
+    return metrics, warnings_of(metrics, problems)
+
+
+def mistakes(confusion: torch.Tensor, class_names: list[str], count: int = 20) -> list[tuple[str, str, int]]:
+    """The most frequent ones in a confusion matrix (see Outcome): (class, taken for, images)."""
+    wrong = confusion.clone().fill_diagonal_(0)
+    number, place = wrong.flatten().topk(min(count, wrong.numel()))
+    pairs = [(n, *divmod(i, len(class_names))) for n, i in zip(number.tolist(), place.tolist(), strict=True) if n]
+    return [(class_names[label], class_names[guess], n) for n, label, guess in pairs]
 
 
 def predict(classifier: Classifier, images: list[Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:

@@ -1,4 +1,4 @@
-"""A run's three pictures: learning curves, predictions on test images, where one pixel's context comes from."""
+"""Pictures: learning curves, predictions on test images, where one pixel's context comes from, confusion."""
 
 import numpy as np
 import torch
@@ -90,6 +90,48 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
             axes.add_patch(Rectangle((extent[0], top), 0.92, tall * 0.92, **frame))
         axes.text(left + 0.5, top - 0.03, title, fontsize=8, color=colour, ha="center", va="bottom")
     axes.set(xlim=(0, COLUMNS), ylim=(rows * (tall + 0.32), 0))
+    save(figure, path)
+
+
+def confusion(path, matrix, class_names, metrics):
+    """Draws which class was taken for which, in parts of the images of a class, and beside it how often answers of a
+    given probability are right.
+
+    Args:
+        path: of the PNG. matrix: evaluate.Outcome.confusion's, int64 (K, K). metrics: evaluate.evaluate's.
+    """
+    K = len(class_names)
+    side = min(max(0.42 * K, 4.2), 12)
+    figure = Figure(figsize=(side + 5.6, side + 0.8), layout="constrained")
+    axes, reliability = figure.subplots(1, 2, width_ratios=(side + 1.2, 4.2))
+    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    image = axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # a root scale: rare mistakes show
+    figure.colorbar(image, ax=axes, shrink=0.7, format=PercentFormatter(1))
+    height, width = metrics["size"]
+    title = f"{metrics['images']:,} {metrics['split']} images at {height}x{width}: top-1 {metrics['top1']:.2%}"
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set(xlabel="taken for", ylabel="class")
+    if K <= 40:
+        names = [_short(name, 18) for name in class_names]
+        axes.set_xticks(range(K), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(K), names, fontsize=8)
+    if K <= 20:
+        for i, j in matrix.nonzero().tolist():
+            colour = "white" if share[i, j] > 0.4 else "black"
+            axes.text(j, i, f"{share[i, j]:.0%}", ha="center", va="center", fontsize=7, color=colour)
+
+    rows = metrics["reliability"]
+    left, width = [row["from"] for row in rows], [row["to"] - row["from"] for row in rows]
+    reliability.bar(left, [row["accuracy"] for row in rows], width, align="edge", color=BLUE, edgecolor="white")
+    means = [row["probability"] for row in rows], [row["accuracy"] for row in rows]
+    reliability.plot(*means, "o", color=ORANGE, markersize=4, label="mean probability of a bin")
+    reliability.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="as probable as right")
+    reliability.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="probability of the answer", ylabel="part right")
+    reliability.set_title(f"calibration error {metrics['ece']:.2%}", fontsize=11)
+    reliability.legend(frameon=False, fontsize=8, loc="upper left")
+    for axis in (reliability.xaxis, reliability.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, 0))
+    reliability.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 
