@@ -58,15 +58,39 @@ def interleaved(contenders: dict[str, Callable[[], None]], rounds: int, threads:
 
 
 def summary(samples: dict[str, list[float]], ours: str) -> dict[str, dict]:
-    """For each contender: milliseconds (quartiles) and how many times our time it takes (quartiles of the ratio)."""
+    """For each contender: milliseconds (quartiles) and how many times our time it takes (quartiles of the ratio);
+    without the ratio where ours was not measured."""
     quartiles = lambda values: [round(float(q), 4) for q in np.quantile(values, (0.25, 0.5, 0.75))]  # noqa: E731
-    return {
-        name: {
-            "ms": quartiles([1e3 * s for s in values]),
-            "ratio": quartiles([s / o for s, o in zip(values, samples[ours], strict=True)]),
-        }
-        for name, values in samples.items()
-    }
+    found = {name: {"ms": quartiles([1e3 * s for s in values])} for name, values in samples.items()}
+    if ours in samples:
+        for name, values in samples.items():
+            found[name]["ratio"] = quartiles([s / o for s, o in zip(values, samples[ours], strict=True)])
+    return found
+
+
+def eval_call(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """One forward pass without gradients."""
+
+    def run():
+        with torch.no_grad():
+            return module(x)
+
+    return run
+
+
+def train_call(module: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """One forward and one backward pass, with gradients of the input and of every parameter."""
+    x = x.detach().requires_grad_()
+    ones = torch.ones_like(x)
+
+    def run():
+        x.grad = None
+        module.zero_grad()
+        y = module(x)
+        y.backward(ones)
+        return y
+
+    return run
 
 
 def peak_extra_mib(run: Callable[[], object]) -> float:
@@ -98,7 +122,6 @@ def in_fresh_process(module: str, *arguments: str) -> dict:
 
 def environment() -> dict:
     """Machine, versions and commit, for the JSON file."""
-    git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -108,10 +131,18 @@ def environment() -> dict:
         "torch": torch.__version__,
         "gspn": gspn.__version__,
         "backends": {name: list(status) for name, status in gspn.available_backends().items()},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "src", "benchmarks")),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "src", "benchmarks")),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; empty where the sources were copied without their history, or git is not there."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _cpu_name() -> str:
@@ -121,7 +152,11 @@ def _cpu_name() -> str:
     return f"{name} ({', '.join(f for f in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if f in flags)})"
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict, quiet: bool = False) -> None:
+    """Whole or not at all: a benchmark that is killed leaves the file of the case before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {path}")
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+    if not quiet:
+        print(f"wrote {path}")

@@ -55,7 +55,7 @@ def contenders(size, dtype, train, prototype=None, threads=1, only=None):
     calls = {}
     for name, make in modules.items():
         if only in (None, name):
-            calls[name] = _train_call(make(), x) if train else _eval_call(make(), x)
+            calls[name] = harness.train_call(make(), x) if train else harness.eval_call(make(), x)
     if dtype == torch.float32:
         if only in (None, "unfused, tuned"):
             tuned = peers.TunedUnfused(layer, x)
@@ -71,28 +71,6 @@ def contenders(size, dtype, train, prototype=None, threads=1, only=None):
             if not train:
                 calls["prototype, unfused"] = old.unfused_forward
     return calls
-
-
-def _eval_call(module, x):
-    def run():
-        with torch.no_grad():
-            return module(x)
-
-    return run
-
-
-def _train_call(module, x):
-    x = x.detach().requires_grad_()
-    ones = torch.ones_like(x)
-
-    def run():
-        x.grad = None
-        module.zero_grad()
-        y = module(x)
-        y.backward(ones)
-        return y
-
-    return run
 
 
 def check(size, dtype, calls):

@@ -1,0 +1,112 @@
+"""From a machine with a GPU to a report on this library: are its kernels right there, and how fast are they?
+
+    python -m benchmarks.gpu_report --out DIR                     everything, under 15 minutes
+    python -m benchmarks.gpu_report --out DIR --part correctness  the GPU tests, and compute-sanitizer's checks
+    python -m benchmarks.gpu_report --out DIR --part speed        the benchmark's quick form
+
+Nothing has to be installed beside torch, triton and pytest: the sources are used where they lie. Each step has a time
+limit of its own and a log in DIR, and none stops the next. DIR/report-PART.md says at the end what became of each;
+the exit status is 0 only if all passed. A step whose tool is not there is "not run", which is no pass.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")  # where it lies when it is not on the path
+
+
+class Step(NamedTuple):
+    """A command with its time limit; None in the place of the command says why it cannot run (``why``)."""
+
+    name: str
+    command: list[str] | None
+    limit_s: int
+    environment: dict[str, str] | None = None
+    why: str = ""
+
+
+def correctness() -> list[Step]:
+    smoke = [sys.executable, "tests/triton_smoke.py"]
+    places = os.pathsep.join([os.environ.get("PATH", ""), *SANITIZERS])
+    sanitizer = shutil.which("compute-sanitizer", path=places)
+    # each tool sees the edges of a tensor only if each has an allocation of its own
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    steps = [
+        Step(
+            "tests", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "tests/test_triton_gpu.py"], 270
+        )
+    ]
+    for tool, limit in (("memcheck", 120), ("racecheck", 150)):
+        checked = [sanitizer, "--tool", tool, "--error-exitcode", "9", *smoke] if sanitizer else None
+        steps.append(Step(tool, checked, limit, alone, "" if sanitizer else "compute-sanitizer was not found"))
+    return steps
+
+
+def speed(out: Path, commit: str, rehearse: bool) -> list[Step]:
+    command = [sys.executable, "-m", "benchmarks.layer_gpu", "--quick", "--out", str(out), "--minutes", "7.5"]
+    command += ["--commit", commit] if commit else []
+    return [Step("layer-gpu", [*command, "--rehearse"] if rehearse else command, 570)]
+
+
+def run(step: Step, out: Path) -> dict:
+    """What became of a step: passed, failed, cut at its limit, or not run."""
+    if step.command is None:
+        return {"step": step.name, "verdict": "not run", "seconds": 0, "told": step.why}
+    sources = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    before = os.environ.get("PYTHONPATH")
+    environment = os.environ | (step.environment or {}) | {"PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([sources, before]) if before else sources
+    log, start = out / f"{step.name}.log", time.monotonic()
+    print(f"{step.name}: {' '.join(step.command)}", flush=True)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            status = process.wait(step.limit_s)
+            verdict = "passed" if status == 0 else f"failed ({status})"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            verdict = f"cut after {step.limit_s} s"
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    seconds = round(time.monotonic() - start, 1)
+    return {"step": step.name, "verdict": verdict, "seconds": seconds, "told": lines[-1] if lines else ""}
+
+
+def summary(rows: list[dict], part: str) -> str:
+    lines = [f"# GPU report: {part}", "", "| step | verdict | seconds | its last line |", "|---|---|---|---|"]
+    lines += [f"| {r['step']} | {r['verdict']} | {r['seconds']} | {r['told'].replace('|', '/')[:200]} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--part", choices=("correctness", "speed", "all"), default="all")
+    parser.add_argument("--commit", default="", help="to be recorded where the sources have no history beside them")
+    parser.add_argument("--rehearse", action="store_true", help="the speed part at toy sizes on the CPU")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    steps = correctness() if options.part != "speed" else []
+    steps += speed(out, options.commit, options.rehearse) if options.part != "correctness" else []
+    rows = []
+    for step in steps:
+        rows.append(run(step, out))
+        (out / f"report-{options.part}.md").write_text(summary(rows, options.part))  # a killed run keeps what it has
+        print(f"  {rows[-1]['verdict']} after {rows[-1]['seconds']} s: {rows[-1]['told'][:300]}", flush=True)
+    print(summary(rows, options.part))
+    return 0 if all(r["verdict"] == "passed" for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""The scan by itself on a GPU: correctness, time, and the share of the copy bandwidth that it reaches.
+
+A part of ``python -m benchmarks.layer_gpu``. The bytes are the fewest that the design can move: every map read or
+written once a direction, with the normalisation fused and the hidden states kept.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_harness, peers_gpu
+from benchmarks.gpu_harness import measure
+from gspn.kernels import reference
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DIRECTIONS = [0, 1, 2, 3]
+SIZES = {  # B, C, H, W
+    "a": (16, 8, 1024, 1024),
+    "b1": (128, 96, 56, 56),
+    "b2": (128, 192, 28, 28),
+    "b3": (128, 384, 14, 14),
+    "b4": (128, 768, 7, 7),
+    "c1": (2, 640, 64, 64),
+    "c2": (2, 1280, 32, 32),
+    "c3": (2, 640, 512, 1024),
+    "c4": (2, 1280, 256, 512),
+    "d1": (32, 1152, 16, 16),
+    "d2": (256, 1152, 32, 32),
+    # the eight of the bandwidth table of arXiv 2512.07884
+    "p1": (32, 196, 32, 32),
+    "p2": (1, 768, 64, 64),
+    "p3": (1, 1152, 64, 64),
+    "p4": (1, 32, 64, 64),
+    "p5": (1, 32, 128, 128),
+    "p6": (1, 64, 256, 256),
+    "p7": (8, 64, 256, 256),
+    "p8": (1, 128, 512, 512),
+}
+TOY_SIZES = {"toy square": (2, 8, 3, 3), "toy oblong": (1, 8, 2, 4)}
+FIRST = ("b1", "b2", "d2", "c1", "a")  # those with goals: measured before the others
+SHARING = 8  # channels that share weights, where they do
+OURS = "gspn"
+LINES = "one launch a line"
+PREPARED = "one launch a line, with its preparation"
+REFERENCE = "eager reference"
+# ‖kernel - float64 reference‖ / ‖float64 reference‖; the state that is rounded at each line is allowed more
+LIMITS = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
+LINES_LIMITS = {torch.float32: 5e-5, torch.bfloat16: 5e-2}
+
+
+class Case(NamedTuple):
+    """One measurement: a size, a dtype, how weights are shared, and a pass."""
+
+    size: str
+    shape: tuple[int, int, int, int]
+    dtype: str
+    shared: bool
+    train: bool
+
+    def __str__(self) -> str:
+        batch, channels, height, width = self.shape
+        weights = "shared" if self.shared else "per channel"
+        step = "backward" if self.train else "forward"
+        return f"{self.size}: B{batch} C{channels} {height}x{width}, {self.dtype}, {weights}, {step}"
+
+    @property
+    def channels_a_group(self) -> int:
+        channels = self.shape[1]
+        return max(n for n in range(1, SHARING + 1) if channels % n == 0) if self.shared else 1
+
+    @property
+    def elements(self) -> int:
+        """Elements of the hidden states of four directions."""
+        batch, channels, height, width = self.shape
+        return len(DIRECTIONS) * batch * channels * height * width
+
+    @property
+    def bytes_moved(self) -> float:
+        """Forward: x, gate, h and three logits. Backward: the gradient of h, h, its adjoint, three logits and their
+        gradients; then, elementwise, gate and x read and the gradients of both written (3.5 an element, for x is
+        shared by the directions)."""
+        logits = 3 / self.channels_a_group
+        maps = 3 + 2 * logits + 3.5 if self.train else 3 + logits
+        return maps * self.elements * DTYPES[self.dtype].itemsize
+
+    @property
+    def resident_gib(self) -> float:
+        """GiB of everything that has to be there at once: about what is moved, and one map of slack."""
+        maps = (8.5 if self.train else 3.25) + (6 if self.train else 3) / self.channels_a_group
+        return maps * self.elements * DTYPES[self.dtype].itemsize / 2**30
+
+
+def cases(quick: bool, rehearsal: bool) -> list[Case]:
+    """What is measured, the most important first; quick leaves out float32 and sharing where there is no goal."""
+    if rehearsal:
+        kinds = [("bfloat16", False), ("float32", True)]
+        return [Case(n, s, *kind, train) for n, s in TOY_SIZES.items() for kind in kinds for train in (False, True)]
+    found = []
+    for number, (dtype, shared, train) in enumerate(
+        [
+            ("bfloat16", False, False),
+            ("bfloat16", False, True),
+            ("float32", False, False),
+            ("bfloat16", True, False),
+            ("float32", False, True),
+            ("bfloat16", True, True),
+            ("float32", True, False),
+            ("float32", True, True),
+        ]
+    ):
+        order = sorted(SIZES, key=lambda s: (s not in FIRST, s in ("c3", "c4")))
+        for size in order:
+            if not (quick and number >= 2 and size not in FIRST):
+                found.append(Case(size, SIZES[size], dtype, shared, train))
+    return sorted(found, key=lambda c: c.size not in FIRST)
+
+
+class Problem(NamedTuple):
+    """x (B,C,H,W), gate (B,D,C,H,W), logits (B,D,G,3,H,W), and grad like gate: channels (groups) last in memory."""
+
+    x: Tensor
+    gate: Tensor
+    logits: Tensor
+    grad: Tensor | None
+
+
+def problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
+    batch, channels, height, width = case.shape
+    count, groups = len(DIRECTIONS), channels // case.channels_a_group
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = lambda *s: torch.randn(s, generator=generator, device=device, dtype=DTYPES[case.dtype])  # noqa: E731
+    x = draw(batch, height, width, channels).permute(0, 3, 1, 2)
+    gate = draw(batch, count, height, width, channels).permute(0, 1, 4, 2, 3)
+    logits = draw(batch, count, 3, height, width, groups).permute(0, 1, 5, 2, 3, 4)
+    grad = draw(batch, count, height, width, channels).permute(0, 1, 4, 2, 3) if case.train else None
+    return Problem(x, gate, logits, grad)
+
+
+def scan_of(
+    machine, name: str = "triton"
+) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """gated_scan and its backward: torch's operators on a GPU, and in a rehearsal, where they would refuse CPU
+    tensors, the functions behind them."""
+    if machine.rehearsal or name == "reference":
+        kernels = importlib.import_module(f"gspn.kernels.{name}")
+        return kernels.gated_scan, kernels.gated_scan_backward
+    operators = torch.ops.gspn
+    return (
+        lambda *a: operators.gated_scan(*a, name),
+        lambda *a: operators.gated_scan_backward(*a, name),
+    )
+
+
+# Correctness
+
+
+def gate(case: Case, inputs: Problem, h: Tensor | None, gradients: tuple[Tensor, ...] | None, limit: float) -> dict:
+    """Relative errors against the float64 reference of what a kernel computed, on the first and the last channels of
+    the first and the last image, at full height and width; every value has to be finite.
+
+    Raises WrongResult where something is: what is wrong is not measured.
+    """
+    step = case.channels_a_group
+    count = max(step, 8 // step * step)  # channels looked at
+    channels, groups = case.shape[1], case.shape[1] // step
+    errors: dict[str, float] = {}
+    for image, start in {(0, 0), (case.shape[0] - 1, max(0, channels - count))}:
+        images, some = slice(image, image + 1), slice(start, start + count)
+        few = slice(start // step, min(groups, (start + count) // step))
+        x, gates, logits = inputs.x[images, some], inputs.gate[images, :, some], inputs.logits[images, :, few]
+        exact = [t.double() for t in (x, gates, logits)]
+        if gradients is None:
+            found, expected = {"h": h[images, :, some]}, {"h": reference.gated_scan(*exact, DIRECTIONS, None)}
+        else:
+            states = reference.gated_scan(*exact, DIRECTIONS, None)
+            grad = inputs.grad[images, :, some].double()
+            wanted = reference.gated_scan_backward(grad, *exact, states, DIRECTIONS, None)
+            names = ("x", "gate", "logits")[: len(gradients)]
+            expected = dict(zip(names, wanted, strict=False))
+            parts = (gradients[0][images, some], gradients[1][images, :, some])
+            found = dict(zip(names, [*parts, *(g[images, :, few] for g in gradients[2:])], strict=True))
+        for name, value in found.items():
+            error = ((value.double() - expected[name]).norm() / expected[name].norm()).item()
+            errors[name] = max(errors.get(name, 0.0), error)
+    whole = {"h": h} if gradients is None else dict(zip(("x", "gate", "logits"), gradients, strict=False))
+    for name, value in whole.items():
+        if not torch.isfinite(value).all():
+            errors[name] = float("nan")
+    for name, error in errors.items():
+        if not error <= limit:
+            raise gpu_harness.WrongResult(f"{name} is wrong: relative error {error:.2e}, allowed {limit:.0e}")
+    return {name: float(f"{error:.2e}") for name, error in errors.items()}
+
+
+class poisoned:
+    """Inside, memory that torch.empty returns is filled with NaN, so that what a kernel leaves out is seen."""
+
+    def __enter__(self):
+        self._before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *_):
+        torch.use_deterministic_algorithms(self._before[0], warn_only=self._before[1])
+
+
+# Time
+
+
+def run(machine, case: Case, seconds: float, copy: float | None, official=None, slow: bool = True) -> dict:
+    """A row of the results: the gate, then the contenders; ``copy`` in GB/s is what the fraction is of, ``official``
+    makes the contender of that name, and ``slow`` says whether the eager reference is one."""
+    room = machine.memory_gib()
+    if case.resident_gib > 0.92 * room:
+        return {"why": f"not measured: needs {case.resident_gib:.0f} GiB, the device has {room:.0f}"}
+    inputs, calls, errors = problem(case, machine.device), {}, {}
+    row: dict = {"gib": round(case.bytes_moved / 2**30, 3)}
+    makers = {OURS: _ours, LINES: _lines}
+    if slow:
+        makers[REFERENCE] = _reference
+    if official is not None:
+        makers["official"] = official
+    for name, make in makers.items():
+        if name != OURS and 3 * case.resident_gib > room:
+            row[name] = {"why": "not measured: no room for it beside the others"}
+        elif case.shared and name in (LINES, "official"):
+            row[name] = {"why": "not measured: its weights are per channel"}
+        else:
+            found, why_not = gpu_harness.attempt(machine, lambda make=make: make(machine, case, inputs))
+            if why_not:
+                row[name] = {"why": why_not}
+            else:
+                more, errors[name] = found
+                calls |= more
+    row |= measure(machine, calls, OURS, seconds, graphs=(LINES,) if LINES in calls else ())
+    for name, found in row.items():
+        ms = gpu_harness.best_ms(found) if isinstance(found, dict) else None
+        if ms:
+            found["GB/s"] = round(case.bytes_moved / ms / 1e6, 1)
+            if copy:
+                found["of copy"] = round(found["GB/s"] / copy, 4)
+            if name in errors:
+                found["errors"] = errors[name]
+    return row
+
+
+def errors_of(machine, case: Case) -> dict:
+    """The gate by itself."""
+    return {OURS: {"errors": _ours(machine, case, problem(case, machine.device))[1]}}
+
+
+def _ours(machine, case: Case, inputs: Problem):
+    return operators(*scan_of(machine), case, inputs, LIMITS)
+
+
+def _reference(machine, case: Case, inputs: Problem):
+    calls, errors = operators(*scan_of(machine, "reference"), case, inputs, LIMITS)
+    return {REFERENCE: calls[OURS]}, errors
+
+
+def operators(forward, backward, case: Case, inputs: Problem, limits):
+    """({OURS: one call}, errors): the pass that the case asks for, after its gate."""
+    arguments = (inputs.x, inputs.gate, inputs.logits)
+    limit = limits[DTYPES[case.dtype]]
+    with poisoned():
+        h = forward(*arguments, DIRECTIONS, None)
+        gradients = backward(inputs.grad, *arguments, h, DIRECTIONS, None) if case.train else None
+    errors = gate(case, inputs, h, gradients, limit)
+    if not case.train:
+        return {OURS: lambda: forward(*arguments, DIRECTIONS, None)}, errors
+    return {OURS: lambda: backward(inputs.grad, *arguments, h, DIRECTIONS, None)}, errors
+
+
+def _lines(machine, case: Case, inputs: Problem):
+    arguments = (inputs.x, inputs.gate, inputs.logits)
+    scan = peers_gpu.LineLaunches(*arguments, train=case.train)
+    limit = LINES_LIMITS[DTYPES[case.dtype]]
+    with torch.no_grad():
+        for buffer in [*scan.h, *(b for out in scan.grads for b in out)]:
+            buffer.fill_(float("nan"))
+        scan.forward()
+        if not case.train:
+            errors = gate(case, inputs, scan.unstacked(scan.h), None, limit)
+            prepare = lambda: (scan.prepare(*arguments), scan.forward())  # noqa: E731
+            return {LINES: scan.forward, PREPARED: prepare}, errors
+        grad = scan.stacked(inputs.grad)
+        scan.backward(grad)
+        errors = gate(case, inputs, None, (scan.input_gradient(), scan.gate_gradient()), limit)
+        return {LINES: lambda: scan.backward(grad)}, errors
+
+
+# Goals
+
+
+def goals(results: dict, layers: dict) -> list[dict]:
+    """What was aimed at on an H100, each with what was measured: reached, missed or not measured."""
+    found = []
+
+    def add(goal: str, wanted: float, got: float | None, form: str) -> None:
+        verdict = "not measured" if got is None else "reached" if got >= wanted else "missed"
+        told = None if got is None else form.format(got)
+        found.append({"goal": goal, "wanted": form.format(wanted), "measured": told, "verdict": verdict})
+
+    forward = lambda size: results.get(str(Case(size, SIZES[size], "bfloat16", False, False)), {})  # noqa: E731
+    for size in FIRST:
+        batch, channels, height, width = SIZES[size]
+        share = forward(size).get(OURS, {}).get("of copy")
+        least, most = (0.6, 0.7) if size in ("c1", "a") else (0.8, 0.9)
+        name = f"share of copy bandwidth, forward, bfloat16, B{batch} C{channels} {height}x{width}"
+        add(name, least, share, "{:.0%}")
+        add(f"{name} (stretch)", most, share, "{:.0%}")
+    row = forward("a")
+    times = [gpu_harness.best_ms(row.get(name, {})) for name in (OURS, LINES)]
+    share = row.get(LINES, {}).get("of copy")
+    add(
+        "times the speed of one launch a line, B16 C8 1024x1024",
+        40,
+        times[1] / times[0] if all(times) else None,
+        "{:.1f}",
+    )
+    add("its own share of copy bandwidth, so that it is a fair one", 0.03, share, "{:.1%}")
+    for name, row in layers.items():
+        if "bfloat16" in name and "forward" in name and row.get("side", 0) >= 32:
+            times = [gpu_harness.best_ms(row.get(n, {})) for n in (OURS, "attention")]
+            add(f"times the speed of attention, {name}", 1, times[1] / times[0] if all(times) else None, "{:.2f}")
+    return found
