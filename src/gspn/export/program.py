@@ -1,0 +1,170 @@
+"""What every export starts from, torch.export with open sizes, and what it ends with, the comparison."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gspn.layers import GSPN2d
+from gspn.models import Backbone
+
+Size = tuple[int, int]
+
+
+class ExportError(ValueError):
+    """A model or an option that cannot be exported, or a file whose outputs are not the model's."""
+
+
+class Exported(NamedTuple):
+    """A file that was written.
+
+    Attributes:
+        path: the file. size_bytes: its size.
+        checked: the input shapes (B,C,H,W) at which its outputs were held against the model's.
+        difference: the largest difference there, as a part of the largest output; None without a check.
+    """
+
+    path: Path
+    size_bytes: int
+    checked: tuple[tuple[int, ...], ...]
+    difference: float | None
+
+
+def export_program(
+    model: nn.Module, example: Tensor | None = None, *, size: Size | None = None
+) -> torch.export.ExportedProgram:
+    """The model as a graph of torch's operators, in which each scan is one operator of gspn's.
+
+    Args:
+        model: takes one image or feature map (B,C,H,W): a backbone, a layer, or any module with some inside. A copy of
+            it is exported, in evaluation mode.
+        example: an input, which tells channels, dtype and device; None for a backbone or layer of gspn's.
+        size: (H,W), for a program of that size alone; None leaves height and width open. The batch is always open.
+
+    Returns:
+        a program for any B >= 2 and any H, W with at least two rows and columns on the smallest map: torch treats
+        a size of 1 as another program. (ONNX files that are made of it do not have this limit.)
+
+    Errors: ExportError where the model does not take such an input or has fixed a size itself.
+    """
+    return traced(*prepared(model, example, size), size)
+
+
+def prepared(model: nn.Module, example: Tensor | None, size: Size | None) -> tuple[nn.Module, Tensor]:
+    """A copy of the model in evaluation mode, its scans as operators, and an input of a shape that can be exported."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model has to be a torch module, got {type(model).__name__}")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ExportError(f"size has to be (height, width) of at least 1 pixel, got {size}")
+    if example is None:
+        example = _example_for(model)
+    elif example.ndim != 4 or not example.is_floating_point():
+        raise ExportError(f"example has to be a floating tensor (B,C,H,W), got {_described(example)}")
+    height, width = size or (max(n, 2) for n in example.shape[2:])
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, GSPN2d):
+            module.backend = None  # the reference would be unrolled, and who loads the program may have other kernels
+    return model, example.new_zeros(2, example.shape[1], height, width)
+
+
+def traced(model: nn.Module, example: Tensor, size: Size | None) -> torch.export.ExportedProgram:
+    """The program of what :func:`prepared` gives."""
+    open_dims = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
+    with torch.no_grad():
+        try:
+            model(example)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ExportError(f"the model does not take an input of {_described(example)}: {error}") from error
+        try:
+            dynamic = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
+            program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))
+        except RuntimeError as error:
+            raise ExportError(f"torch.export cannot follow the model: {error}") from error
+    fixed = [name for d, name in open_dims.items() if isinstance(input_shape(program)[d], int)]
+    if fixed:
+        raise ExportError(f"the model works at one {' and '.join(fixed)} only; size=(H, W) exports it for that size")
+    return program
+
+
+def _example_for(model: nn.Module) -> Tensor:
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if isinstance(model, Backbone):
+        side = 4 * model.feature_info[-1]["reduction"]
+        return weight.new_zeros(2, model.in_chans, side, side)
+    channels = getattr(model, "channels", None)
+    if weight is None or not isinstance(channels, int):
+        raise ExportError(f"an example input (B,C,H,W) is needed to export a {type(model).__name__}")
+    return weight.new_zeros(2, channels, 8, 8)
+
+
+def input_shape(program: torch.export.ExportedProgram) -> torch.Size:
+    """(B,C,H,W) of the program's input; what is open is a torch.SymInt."""
+    (name,) = program.graph_signature.user_inputs
+    return next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
+
+
+def compare(
+    model: nn.Module, run: Callable[[Tensor], list[Tensor]], shapes: list[tuple[int, ...]], tolerance: float
+) -> float:
+    """The largest difference of what `run` gives from what the float32 or float64 model gives, over random inputs of
+    these shapes, as a part of the model's largest output. Errors: ExportError above the tolerance."""
+    where, dtype = next((p.device, p.dtype) for p in model.parameters())
+    draw, worst = torch.Generator().manual_seed(0), 0.0
+    for shape in shapes:
+        x = torch.randn(shape, generator=draw, dtype=dtype)
+        with torch.no_grad():
+            wanted = pytree.tree_leaves(model(x.to(where)))
+        for got, want in zip(run(x), wanted, strict=True):
+            want = want.cpu().double()
+            difference = float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30))
+            if not difference <= tolerance:  # NaN too
+                raise ExportError(
+                    f"the file is not kept, because its output differs from the model's by {difference:.1e} of the "
+                    f"largest at {_sizes(shape)}; allowed is {tolerance:.0e}"
+                )
+            worst = max(worst, difference)
+    return worst
+
+
+def shapes_to_check(model: nn.Module, example: Tensor, size: Size | None) -> list[tuple[int, ...]]:
+    """Without a fixed size three sizes: as exported, and odd ones, not square where the model takes such."""
+    batch, channels, height, width = example.shape
+    if size:
+        return [(b, channels, *size) for b in (batch, 3)]
+    square = any(getattr(module, "alignment", None) == "released" for module in model.modules())
+    sizes = [(height, width), (height + 13, width + 6), (height // 2 + 5, width + 1)]
+    return [(b, channels, h, h if square else w) for b, (h, w) in zip((batch, 5, 3), sizes, strict=True)]
+
+
+def config_of(model: nn.Module) -> dict[str, dict]:
+    """{"model": config} of a backbone, from which gspn.create_model makes it again."""
+    return {"model": model.config} if isinstance(model, Backbone) and model.config else {}
+
+
+def as_text(metadata: Mapping | None) -> dict[str, str]:
+    """Metadata as a file holds it: text, or JSON for what is not."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+
+
+def to_be_written(path: Path | str) -> Path:
+    """The path, if a file can get that name: a mistake is better told before minutes of work than after."""
+    path = Path(path)
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder, expected the name of a file")
+    if not path.parent.is_dir():
+        raise ExportError(f"there is no folder {path.parent} to write {path.name} into")
+    return path
+
+
+def _described(t: Tensor) -> str:
+    return f"{_sizes(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+
+
+def _sizes(shape) -> str:
+    return "x".join(map(str, shape))
