@@ -139,8 +139,10 @@ def test_the_models():
     model = gspn.create_model("gspn_micro", num_classes=2, in_chans=1)
     with pytest.raises(ValueError, match=r"images \(B,1,H,W\) .*got \(1, 3, 8, 8\)"):
         model(torch.randn(1, 3, 8, 8))
-    with pytest.raises(ValueError, match='a head for 5 classes needs global_pool="avg"'):
-        model.reset_classifier(5, global_pool="")
+    with pytest.raises(ValueError, match='global_pool has to be "avg" or "", got \'max\''):
+        model.reset_classifier(5, global_pool="max")
+    with pytest.raises(ValueError, match="drop_rate has to be at least 0 and below 1, got 1"):
+        gspn.create_model("gspn_micro", drop_rate=1)
     with pytest.raises(ValueError, match="some of 3 levels"):
         model.forward_intermediates(torch.randn(1, 1, 8, 8), indices=[3])
     with pytest.raises(ValueError, match="some of 3 levels"):

@@ -66,6 +66,7 @@ def test_config_makes_the_same_model_again():
     assert torch.equal(twin.eval()(x), model.eval()(x)) and twin.config == model.config
     model.reset_classifier(3)
     assert gspn.create_model(**model.config).num_classes == 3
+    assert (model.config["activation"], model.config["alignment"]) == ("silu", "aligned")  # said even if not asked for
 
 
 def test_timm_contract():
@@ -82,6 +83,11 @@ def test_timm_contract():
     assert model(x).shape == (2, 7)
     model.reset_classifier(0, global_pool="")
     assert model(x).shape == features.shape
+    model.reset_classifier(7)
+    dense = model(x)  # without pooling the head classifies every place
+    model.reset_classifier(7, global_pool="avg")
+    assert dense.shape == (2, 7, *features.shape[2:]) and model(x).shape == (2, 7)
+    assert not model.head.training and model.train().head.training
     assert model.no_weight_decay() == set()
     for coarse in (False, True):
         assert {"stem", "blocks"} == set(model.group_matcher(coarse))
@@ -112,6 +118,20 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         grads.append([p.grad.clone() for p in model.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def test_dense_logits_average_to_the_pooled_ones():
+    pooled, x = small().eval(), torch.randn(2, 1, 20, 16)
+    dense = small(global_pool="").eval()
+    dense.load_state_dict(pooled.state_dict())
+    torch.testing.assert_close(dense(x).mean((-2, -1)), pooled(x))
+
+
+def test_dropout_before_the_head_in_training_only():
+    model = small(drop_rate=0.5)
+    features = model.forward_features(torch.randn(1, 1, 16, 16))
+    assert (model.forward_head(features, pre_logits=True) == 0).any()
+    assert (model.eval().forward_head(features, pre_logits=True) != 0).all()
 
 
 def test_drop_path_grows_with_depth():

@@ -54,7 +54,7 @@ def test_the_transcription_has_the_released_keys_and_parameters(name):
         theirs = ReleasedModel(depths=depths, width=width, proxy=proxy, global_levels=global_levels)
         ours = gspn.create_model(name, alignment="released", activation=None)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters()) == count
-    assert set(convert_released(theirs.state_dict(), ours)) == set(ours.state_dict())
+    assert set(convert_released(theirs.state_dict(), ours.config)) == set(ours.state_dict())
 
 
 # 64 pixels: maps of 16, 8, 4, 2; 448: the third map has two segments of 14 lines; 72: 18, 9, 5, 3, cut off segments
@@ -102,7 +102,7 @@ def test_gradients_are_the_released_ones(little, backend):
     for model in (little, ours):
         model.zero_grad()
         model(x).square().sum().backward()
-    expected = convert_released({name: p.grad for name, p in little.named_parameters()}, ours)
+    expected = convert_released({name: p.grad for name, p in little.named_parameters()}, ours.config)
     for name, parameter in ours.named_parameters():
         size = expected[name].abs().max().item()
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4 * size, msg=name)

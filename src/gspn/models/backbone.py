@@ -44,6 +44,16 @@ class Level(nn.Module):
         return x
 
 
+def check_images(x: Tensor, in_chans: int, alignment: str) -> Tensor:
+    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"the model expects images (B,{in_chans},H,W) with H, W >= 1, got {tuple(x.shape)}")
+    if alignment == "released" and x.shape[2] != x.shape[3]:
+        raise ValueError(
+            f'alignment="released" takes square images, got {x.shape[2]}x{x.shape[3]}; "aligned" takes any size'
+        )
+    return x
+
+
 class Backbone(nn.Module):
     """A GSPN backbone with a classification head.
 
@@ -55,13 +65,14 @@ class Backbone(nn.Module):
         global_levels: the levels (from 0) in which block i scans globally if i < 7 or (i + 1) % 7 == 0.
         segment: lines between resets in all other blocks.
         stem_stride: 1, 2 or 4.
-        global_pool: "avg", or "" to leave the last map as it is (num_classes=0 then).
+        global_pool: "avg", or "" for none: the head then classifies every place of the last map.
         expansion, mlp_ratio, activation: of the block. drop_path_rate: grows linearly from 0 in the first block.
         drop_rate: dropout before the head.
         alignment: of :class:`gspn.GSPN2d`, in every block. In the "released" form the blocks called global scan in
             segments of fixed length, that of the level's map at 224x224 pixels, and images have to be square.
 
-    Shape: images (B,in_chans,H,W), any H, W >= 1, to logits (B,num_classes).
+    Shape: images (B,in_chans,H,W), any H, W >= 1, to logits (B,num_classes), and without pooling
+    (B,num_classes,H/r,W/r), r the last level's reduction, rounded up.
 
     State dict (frozen): ``stem``, ``levels.I.downsample`` (but for I = 0), ``levels.I.blocks.J``, ``norm``, ``head``;
     the same keys and shapes in both alignments.
@@ -163,7 +174,7 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last level's map, normalised: (B,num_features,H/r,W/r), r its reduction, rounded up."""
+        """The last level's map, normalised: (B,num_features,H/r,W/r)."""
         x = self._enter(x)
         for level in self.levels:
             x = level(x)
@@ -171,10 +182,11 @@ class Backbone(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Average pooling, dropout and the head; with ``pre_logits`` all but the head: (B,num_features)."""
-        if self.global_pool == "avg":
-            x = x.mean((-2, -1))
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
+        pooled = self.global_pool == "avg"
+        x = F.dropout(x.mean((-2, -1)) if pooled else x, self.drop_rate, self.training)
+        if pre_logits:
+            return x
+        return self.head(x) if pooled else self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_intermediates(
         self,
@@ -222,8 +234,6 @@ class Backbone(nn.Module):
         global_pool = self.global_pool if global_pool is None else global_pool
         if global_pool not in ("avg", ""):
             raise ValueError(f'global_pool has to be "avg" or "", got {global_pool!r}')
-        if num_classes and not global_pool:
-            raise ValueError(f'a head for {num_classes} classes needs global_pool="avg", got {global_pool!r}')
         self.num_classes, self.global_pool = num_classes, global_pool
         where = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
@@ -254,12 +264,7 @@ class Backbone(nn.Module):
         }
 
     def _enter(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_chans or x.shape[2] == 0 or x.shape[3] == 0:
-            raise ValueError(f"the model expects images (B,{self.in_chans},H,W) with H, W >= 1, got {tuple(x.shape)}")
-        if self.alignment == "released" and x.shape[2] != x.shape[3]:
-            raise ValueError(
-                f'alignment="released" takes square images, got {x.shape[2]}x{x.shape[3]}; "aligned" takes any size'
-            )
+        x = check_images(x, self.in_chans, self.alignment)
         # channels_last from here on: Linear, LN and the scan's kernels all work on channels that lie together
         return self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 

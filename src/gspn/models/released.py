@@ -98,12 +98,9 @@ def load_released(
     >>> model = gspn.load_released("tiny.pth", "gspn_tiny")  # doctest: +SKIP
     """
     state = _part(_contents(path_or_state_dict), part)
-    head = state.get("classifier.head.weight")
-    trained = head.shape[0] if isinstance(head, Tensor) and head.ndim == 2 else 1000
     options = dict(alignment=alignment, activation=None, **kwargs)
-    with torch.device("meta"):
-        model = create_model(name, num_classes=trained, **options)
-    weights = convert_released(state, model)
+    weights = convert_released(state, {"name": name, **options})
+    trained = weights["head.weight"].shape[0]
     num_classes = trained if num_classes is None else num_classes
     model = create_model(name, num_classes=num_classes, in_chans=in_chans, **options)
     if num_classes != trained:
@@ -125,12 +122,16 @@ def is_released(state: Mapping) -> bool:
     return any(str(key).startswith(("patch_embed.", "layers.", "classifier.")) for key in state)
 
 
-def convert_released(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """A state dict in the released layout as one of ``model``, which may be on the meta device.
+def convert_released(state: Mapping[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """A state dict in the released layout as that of the model with this ``config``, but for head and channels, which
+    are those of the weights.
 
     Raises ValueError with all keys that are missing, left over or of another shape, and the size that fits, if any.
     """
-    ours = model.state_dict()
+    head = state.get("classifier.head.weight")
+    classes = head.shape[0] if isinstance(head, Tensor) and head.ndim == 2 else 1000
+    with torch.device("meta"):
+        ours = create_model(**config | {"num_classes": classes, "global_pool": "avg", "in_chans": 3}).state_dict()
     theirs = {_released_key(key): key for key in ours}
     shapes = {key: _released_shape(own, ours[own]) for key, own in theirs.items()}
     problems = {
@@ -144,8 +145,7 @@ def convert_released(state: Mapping[str, Tensor], model: Backbone) -> dict[str, 
         ],
     }
     if any(problems.values()):
-        name = model.config.get("name", "the model")
-        found = _name_of(state)
+        name, found = config["name"], _name_of(state)
         hint = f"these are the weights of {found}, not of {name}; " if found not in (None, name) else ""
         listed = "; ".join(f"{kind}: {_list(keys)}" for kind, keys in problems.items() if keys)
         raise ValueError(f"the released weights do not fit {name}: {hint}{listed}")
