@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gspn.train.data import DataError, hold_out, open_data, read_idx
+from gspn.train.data import DataError, hold_out, open_data
+from gspn.train.idx import read_idx
 from gspn.train.images import TOGETHER, UNREADABLE, Preprocessing, Split, generator, with_channels
 from gspn.train.loader import ImageDataset, make_loader
 from gspn.train.recipe import Augmentation

@@ -1,14 +1,12 @@
-"""What DATA means: `digits`, a folder of class folders, a folder of idx files, or anything that `datasets` loads.
+"""What DATA means: `digits`, a folder of class folders, a folder of idx files, shards, anything that `datasets` loads.
 
-`open_data` turns DATA into named splits of labelled images; images.py turns those into batches.
+`open_data` turns DATA into named splits of labelled images; loader.py turns those into batches.
 """
 
-import gzip
-import io
+import hashlib
 import re
-import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,15 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gspn.train.images import DataError, Numbered, Split, decode, listed
+from gspn.train.idx import IDX, idx_folder
+from gspn.train.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
+from gspn.train.shards import read_shards
+from gspn.train.tables import TABLES, load_tables
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 KINDS = (
     "`digits`; a folder of class folders with images (or of train/ and val/ or test/ with such folders); a "
     "folder of idx files (train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz], t10k-...); a folder that "
-    "datasets' save_to_disk made; a parquet, arrow, csv or json file or a folder of them; or a name on the Hugging "
-    "Face hub"
+    "datasets' save_to_disk made; a parquet, arrow, csv or json file or a folder of them; a tar file or a folder of "
+    "them (shards, as webdataset writes them); or a name on the Hugging Face hub"
 )
 
 
@@ -33,7 +32,7 @@ class Data:
     """Splits by name ("train", "val", "test") and where they came from.
 
     Attributes:
-        kind: "digits", "idx", "folder" or "datasets".
+        kind: "digits", "idx", "folder", "shards" or "datasets".
         where: the name or absolute path of DATA.
         splits: at least one. "all" where "train" and "val" were made by holding out a part of one list ("val" is
             missing then if no class has two images).
@@ -57,6 +56,19 @@ class Data:
         name = "val" if "val" in self.splits else "test"
         return self.splits["train"], self.splits[name], name
 
+    def fingerprint(self) -> str:
+        """A digest of what the images are: 64 hexadecimal digits, the same wherever the data lie. Pixels in memory
+        count as they are, files by name, size and class, tables by their labels, columns and number of bytes."""
+        digest = hashlib.sha256(self.kind.encode())
+        for name in sorted(self.splits):
+            if "all" in self.splits and name != "all":
+                digest.update(f"{name}{len(self.splits[name])}".encode())
+                continue
+            digest.update(name.encode())
+            for part in self.splits[name].identity():
+                digest.update(part)
+        return digest.hexdigest()
+
     def for_evaluation(self, split: str | None = None, trained_on: str | None = None) -> tuple[Split, str]:
         """(split, its name): the one asked for; else test, else val. Where val is a part held out here, it is meant
         only for a run `trained_on` these data; any other run is evaluated on all of them."""
@@ -79,6 +91,7 @@ def open_data(
     class_names: Sequence[str] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    streaming: bool = False,
 ) -> Data:
     """Finds out what `data` is and opens it.
 
@@ -88,11 +101,13 @@ def open_data(
             choice is by class and always the same.
         class_names: names for data that carry none, such as idx files.
         image_column, label_column: for `datasets`, where the columns' types do not tell.
+        streaming: `datasets` is to give rows as they come, without a copy of the table in its cache.
     Returns: Data.
     Errors: DataError says what was found and what was expected.
     """
     data = str(data)
     path = Path(data).expanduser()
+    columns = dict(image_column=image_column, label_column=label_column, streaming=streaming)
     if not 0 < val_fraction < 1:
         raise DataError(f"the part to hold out must lie between 0 and 1, got {val_fraction}")
     if data == "digits":
@@ -100,15 +115,20 @@ def open_data(
             raise DataError("`digits` is the embedded data set, but ./digits exists too: for that, write ./digits")
         kind, splits, notes = "digits", digits(), []
     elif path.is_dir():
-        kind, splits, notes = _open_folder(path, image_column, label_column)
+        kind, splits, notes = _open_folder(path, columns)
+    elif path.is_file() and path.suffix == ".tar":
+        kind, splits, notes = "shards", read_shards(path.parent, [path]), []
     elif path.is_file():
         if path.suffix not in TABLES:
             raise DataError(f"{data} is a file of an unknown kind; expected {KINDS}")
-        kind, splits, notes = "datasets", _load_dataset(TABLES[path.suffix], image_column, label_column, path), []
+        kind, splits, notes = "datasets", load_tables(TABLES[path.suffix], path, **columns), []
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", data):
-        kind, splits, notes = "datasets", _load_dataset(data, image_column, label_column), []
+        hint = f"; and there is no such file or folder; expected {KINDS}"
+        kind, splits, notes = "datasets", load_tables(data, **columns, hint=hint), []
     else:
         raise DataError(f"there is no {data}; expected {KINDS}")
+    if streaming and kind != "datasets":
+        raise DataError(f"streaming is for what `datasets` loads, but {data} is of another kind ({kind})")
     for name, split in splits.items():
         if len(split) == 0:
             raise DataError(f"the {name} split of {data} is empty")
@@ -166,9 +186,10 @@ def digits() -> dict[str, Split]:
 # -- folders --
 
 
-def _open_folder(path, image_column, label_column):
+def _open_folder(path, columns):
     """(kind, splits, notes) of a folder, by what lies in it."""
-    idx = [f for f in sorted(path.iterdir()) if _IDX.fullmatch(f.name)]
+    idx = [f for f in sorted(path.iterdir()) if IDX.fullmatch(f.name)]
+    shards = sorted(path.rglob("*.tar"))
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     tables = [] if saved else sorted(f for f in path.rglob("*") if f.suffix in TABLES)
     classes = [] if saved else [d for d in _subfolders(path) if any(_is_image(f) for f in d.rglob("*"))]
@@ -176,17 +197,20 @@ def _open_folder(path, image_column, label_column):
         "idx files": idx,
         "a data set saved to disk": saved,
         "class folders": classes,
+        "tar files": [] if classes else shards,
         "tables": [] if classes else tables,
     }
     kinds = [kind for kind, there in found.items() if there]
     if len(kinds) > 1:
         raise DataError(f"{path} holds {' and '.join(kinds)}, so it is not clear what is meant: give one of them")
     if idx:
-        return "idx", _idx_folder(path, idx), []
+        return "idx", idx_folder(path, idx), []
     if classes:
         return "folder", *_class_folder(path)
+    if shards:
+        return "shards", read_shards(path, shards), []
     if saved or tables:
-        return "datasets", _load_dataset("disk" if saved else str(path), image_column, label_column, path), []
+        return "datasets", load_tables("disk" if saved else str(path), path, **columns), []
     there = sorted(f.name for f in path.iterdir())
     what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
     raise DataError(f"{path} holds {what}; expected {KINDS}")
@@ -229,8 +253,8 @@ def _class_folder(path):
             ignored += [f for f in inside if not _is_image(f)]
             files += images
             labels += [label] * len(images)
-        images = _Files(files)
-        result[name] = Split(labels, class_names, read=images.read, names=images.name)
+        images = _Files(root, files)
+        result[name] = Split(labels, class_names, read=images, names=images.name)
     notes = [f"ignored {listed(ignored, 'file that is', 'files that are')} no image by name"] if ignored else []
     return result, notes
 
@@ -239,164 +263,15 @@ def _class_folder(path):
 class _Files:
     """What a Split needs of a list of image files."""
 
+    root: Path
     paths: list
 
-    def read(self, i):
+    def __call__(self, i):
         return decode(self.paths[i])
 
     def name(self, i):
         return str(self.paths[i])
 
-
-# -- idx files, the format of MNIST --
-
-_IDX = re.compile(r"(.*)(train|t10k|test)-(images|labels)([-.])idx([13])-ubyte(\.gz)?")
-
-
-def _idx_folder(path, files):
-    """Splits of a folder with idx files; classes.txt beside them, if there is one, names the classes line by line."""
-    found = {}
-    for file in files:
-        split, what = _IDX.fullmatch(file.name).group(2, 3)
-        of_split = found.setdefault("train" if split == "train" else "test", {})
-        other = of_split.get(what)
-        if other and other.name.removesuffix(".gz") != file.name.removesuffix(".gz"):
-            raise DataError(f"{path} holds both {other.name} and {file.name}: expected one file of {what} a split")
-        of_split[what] = min(other, file, key=lambda f: len(f.name)) if other else file
-    class_names = None
-    if (path / "classes.txt").exists():
-        class_names = [line.strip() for line in (path / "classes.txt").read_text().splitlines() if line.strip()]
-    splits = {}
-    for name, of_split in found.items():
-        for what in ("images", "labels"):
-            if what not in of_split:
-                there = next(iter(of_split.values())).name
-                raise DataError(f"{path} holds {there} but not the {name} {what} that belong to it")
-        images, labels = read_idx(of_split["images"], 3), read_idx(of_split["labels"], 1)
-        if len(images) != len(labels):
-            raise DataError(
-                f"{of_split['images'].name} holds {len(images)} images but {of_split['labels'].name} "
-                f"{len(labels)} labels (in {path})"
-            )
-        if class_names and labels.max() >= len(class_names):
-            raise DataError(f"{path / 'classes.txt'} names {len(class_names)} classes, but a label is {labels.max()}")
-        splits[name] = Split(
-            labels.astype(np.int64),
-            class_names,
-            pixels=torch.from_numpy(images)[:, None],
-            names=Numbered(f"{of_split['images'].name}, image"),
-        )
-    return splits
-
-
-def read_idx(file: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array in an idx file, gzipped or not.
-
-    Errors: DataError if it is no idx file of bytes with that many dimensions, is empty, too short or too long.
-    """
-    try:
-        content = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-    magic = content[:4]
-    expected = bytes([0, 0, 8, dimensions])
-    if magic != expected:
-        raise DataError(f"{file} begins with bytes {magic.hex(' ')}, expected {expected.hex(' ')} (idx{dimensions})")
-    if len(content) < 4 + 4 * dimensions:
-        raise DataError(f"{file} is truncated: its header is incomplete")
-    shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
-    got, wanted = len(content) - 4 - 4 * dimensions, int(np.prod(shape, dtype=np.int64))
-    if got != wanted or wanted == 0:
-        state = "empty" if wanted == 0 else "truncated" if got < wanted else "too long"
-        raise DataError(f"{file} is {state}: it announces {' x '.join(map(str, shape))} bytes and holds {got}")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
-
-
-# -- Hugging Face datasets --
-
-
-def _load_dataset(source, image_column, label_column, path=None):
-    """Splits of what `datasets` loads: "disk" (saved at path), a table format (a file at path), a folder, a name."""
-    import datasets
-
-    name = str(path or source)
-    try:
-        if source == "disk":
-            loaded = datasets.load_from_disk(name)
-        elif path is not None and path.is_file():
-            loaded = datasets.load_dataset(source, data_files=name)
-        else:
-            loaded = datasets.load_dataset(source)
-    except Exception as error:  # `datasets` raises its own, its file systems', the hub's and arrow's exceptions
-        reason = f"Hugging Face datasets cannot load it: {type(error).__name__}: {error}"
-        here = "" if path else f"; and there is no such file or folder; expected {KINDS}"
-        raise DataError(f"DATA {name}: {reason}{here}") from error
-    tables = loaded if isinstance(loaded, dict) else {"train": loaded}
-    splits, unlabelled = {}, []
-    for split, table in tables.items():
-        if split not in SPLIT_NAMES:
-            continue
-        read = _table(table, name, image_column, label_column)
-        if len(read) and bool((read.labels < 0).all()):
-            unlabelled.append(split)
-        elif bool((read.labels < 0).any()):
-            raise DataError(f"the {split} split of {name} has labels below 0")
-        else:
-            splits[SPLIT_NAMES[split]] = read
-    if not splits:
-        raise DataError(
-            f"{name} has the splits {', '.join(tables)}{' (without labels)' if unlabelled else ''}; expected train and "
-            f"validation, valid or test"
-        )
-    return splits
-
-
-def _table(table, name, image_column, label_column):
-    import datasets
-
-    image_column = _column(table, image_column, datasets.Image, "image", name)
-    label_column = _column(table, label_column, datasets.ClassLabel, "label", name)
-    feature = table.features[label_column]
-    labels = list(table[label_column])
-    if any(label is None for label in labels):
-        raise DataError(f"{name}: {sum(v is None for v in labels)} rows have no value in the column {label_column!r}")
-    if isinstance(feature, datasets.ClassLabel):
-        class_names = list(feature.names)
-    else:
-        class_names = [str(value) for value in sorted(set(labels))]
-        number = {value: i for i, value in enumerate(class_names)}
-        labels = [number[str(value)] for value in labels]
-    try:
-        table = table.cast_column(image_column, datasets.Image(decode=False))
-    except Exception as error:
-        raise DataError(f"{name}: the column {image_column!r} holds no images: {error}") from error
-    return Split(labels, class_names, read=_Rows(table, image_column).read, names=Numbered(f"{name}, row"))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What a Split needs of a table of `datasets`."""
-
-    table: object
-    column: str
-
-    def read(self, i):
-        cell = self.table[i][self.column]
-        return decode(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
-
-
-def _column(table, wanted, feature, what, name):
-    """The column to use: the one asked for, or the only one of that feature type."""
-    if wanted is not None:
-        if wanted not in table.features:
-            raise DataError(f"{name} has no column {wanted!r}; it has {', '.join(table.features)}")
-        return wanted
-    columns = [column for column, type_ in table.features.items() if isinstance(type_, feature)]
-    if len(columns) == 1:
-        return columns[0]
-    types = ", ".join(f"{column} ({type(type_).__name__})" for column, type_ in table.features.items())
-    found = "none" if not columns else " and ".join(columns)
-    raise DataError(
-        f"{name}: expected one column of type {feature.__name__}, found {found}; say which with --{what}-column. "
-        f"Its columns: {types}"
-    )
+    def identity(self) -> Iterator[bytes]:
+        for path in self.paths:
+            yield f"{path.relative_to(self.root)} {path.stat().st_size}\n".encode()

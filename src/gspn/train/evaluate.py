@@ -18,7 +18,7 @@ from gspn.train.loader import batches, make_loader
 from gspn.train.loop import autocast, make_accelerator
 from gspn.train.options import OptionError, check_range
 
-OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column")  # of open_data, kept by a run
+OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column", "streaming")  # open_data's; a run keeps them
 
 
 @dataclass

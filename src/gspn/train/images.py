@@ -2,13 +2,15 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 UNREADABLE = -100  # the label of an image that could not be decoded: cross_entropy's ignore_index
 TOGETHER = 8  # shards whose images are shuffled together
 
@@ -32,7 +34,8 @@ class Split:
         shard: int64 (N,), the number of the file that holds an image, where a file holds many and is best read as a
             whole; else None.
 
-    `read` and `names` have to be picklable, for the loader's workers are not everywhere forked.
+    `read` and `names` have to be picklable, for the loader's workers are not everywhere forked. A `read` that has a
+    method identity() tells by it, in bytes, what would be different if the images were others.
     """
 
     def __init__(self, labels, class_names, *, pixels=None, read=None, names=None, shard=None):
@@ -69,6 +72,16 @@ class Split:
         except Exception as error:
             return f"{self.names(i)}: {str(error) or type(error).__name__}"
         return f"{self.names(i)}: could not be turned into the model's input"
+
+    def identity(self) -> Iterator[bytes]:
+        """What makes up these images, as far as it can be told without decoding them."""
+        yield repr(self.class_names).encode()
+        yield self.labels.numpy().tobytes()
+        if self.pixels is not None:
+            yield repr(tuple(self.pixels.shape)).encode()
+            yield self.pixels.contiguous().numpy().tobytes()
+        elif hasattr(self.read, "identity"):
+            yield from self.read.identity()
 
     def subset(self, index) -> "Split":
         """The split of the images `index` only."""
@@ -139,6 +152,14 @@ def listed(things, one, many):
     """'3 files: a, b, c', at most five of them by name."""
     names = [str(thing) for thing in things[:5]] + (["..."] if len(things) > 5 else [])
     return f"{len(things)} {one if len(things) == 1 else many}: {', '.join(names)}"
+
+
+def read_class_names(folder: Path) -> list[str] | None:
+    """The lines of classes.txt in a folder, if there is one: the names of classes that the data number."""
+    file = folder / "classes.txt"
+    if not file.exists():
+        return None
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 # -- randomness that can be repeated --

@@ -4,6 +4,7 @@ Everything random is a function of numbers that a later run can repeat: the orde
 augmentation of an image of (seed, epoch, index). Nothing depends on the number of workers or processes.
 """
 
+import traceback
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -119,10 +120,13 @@ def batches(loader: Iterable[dict]) -> Iterator[dict]:
     """The batches of a loader, also one that accelerate prepared. Errors: DataError where a worker process died."""
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        # torch notices a dead worker itself, or else the connection breaks on which a worker's batch is fetched
+        fetching = any(frame.name == "_try_get_data" for frame in traceback.extract_tb(error.__traceback__))
+        if "DataLoader worker" not in str(error) and (isinstance(error, RuntimeError) or not fetching):
             raise
         raise DataError(
-            f"a process that reads images died, mostly because memory (or shared memory) ran out: {error}. "
-            "Fewer --workers or a smaller --batch-size need less; --workers 0 reads in this process"
+            "a process that reads images died, mostly because memory (or shared memory) ran out: "
+            f"{type(error).__name__}: {error}. Fewer --workers or a smaller --batch-size need less; --workers 0 reads "
+            "in this process"
         ) from error
