@@ -18,7 +18,8 @@ from gspn.train.loader import batches, make_loader
 from gspn.train.loop import autocast, make_accelerator
 from gspn.train.options import OptionError, check_range
 
-OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column", "streaming")  # open_data's; a run keeps them
+# Those of open_data, which a run keeps for its evaluation.
+OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column", "streaming")
 
 
 @dataclass
