@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,3 +73,34 @@ def random_problem(batch, channels, height, width, features, groups=None, direct
         draw(directions, channels, features),
         draw(channels, features) if skip else None,
     ]
+
+
+# -- training; imported only there, as it needs its extra --
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """(Run, metrics) of a tiny model trained on the digits."""
+    from training import tiny_options
+
+    from gspn.train.classify import train_classifier
+
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    run, metrics, warnings = train_classifier("digits", path, tiny_options(epochs=3, warmup=1.0, lr=2e-2, ema=0.8))
+    assert warnings == []
+    return run, metrics
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """A folder with red, green and blue pictures, 24x20; one of the red ones is damaged."""
+    from PIL import Image
+
+    for name, colour in {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(12):
+            noisy = np.clip(np.random.RandomState(i).randint(-20, 20, (24, 20, 3)) + colour, 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(tmp_path / "data" / name / f"{i}.png")
+    bad = tmp_path / "data" / "red" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    return tmp_path / "data"

@@ -119,6 +119,10 @@ def train(
         Path | None,
         typer.Option(metavar="FILE", help="Options from a .yaml or .toml file, such as a run's; flags override it."),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly, from its last checkpoint."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
     ] = False,
@@ -130,24 +134,52 @@ def train(
     What is not given is chosen from the kind of data and told. Example: gspn train digits --out runs/first
     """
     with readable_errors():
-        source = f"{config}: " if config else ""
-        from_file = read_file(config) if config else {}
-        data = data or from_file.pop("data", None)
-        run = run or from_file.pop("out", None)
-        from_file = {name: value for name, value in from_file.items() if name not in ("data", "out")}
-        Options.read(from_file, source)  # a message about the file names it
-        options = Options.read(from_file | given)
-        if data is None:
-            raise OptionError("Missing argument 'DATA'")
-        from gspn.train.classify import train_classifier
+        if resume is not None:
+            if run or config or overwrite:
+                raise OptionError(
+                    "--resume goes on in its own folder and options: not with --out, --config, --overwrite"
+                )
+            from gspn.train.classify import resume_classifier
 
-        run = Path(run) if run else Path("runs") / f"{Path(data).name or 'data'}-{options.model}"
-        trained, metrics, warnings = train_classifier(data, run, options, overwrite=overwrite, console=out)
-        metrics["split"] = trained.config["data"]["split"]
-        _print_metrics(metrics, f"the best checkpoint of {run}, chosen on these images")
-        made = "checkpoints, metrics.jsonl, curves.png, predictions.png, context.png"
-        out.print(f"in {run}: {made}", markup=False, highlight=False)
-        _warn(warnings)
+            run, result = resume, resume_classifier(resume, given, data=data, console=out)
+        else:
+            data, run, options = training_of(data, run, config, given)
+            from gspn.train.classify import train_classifier
+
+            result = train_classifier(data, run, options, overwrite=overwrite, console=out)
+        report(run, *result)
+
+
+def training_of(data, run, config, given):
+    """(DATA, run folder, Options) from the arguments, the configuration file and the flags that were given."""
+    from_file = read_file(config) if config else {}
+    data = data or from_file.pop("data", None)
+    run = run or from_file.pop("out", None)
+    from_file = {name: value for name, value in from_file.items() if name not in ("data", "out")}
+    Options.read(from_file, f"{config}: ")  # so that a message about the file names it
+    options = Options.read(from_file | given)
+    if data is None:
+        raise OptionError("Missing argument 'DATA'")
+    name = f"{Path(data).name or 'data'}-{options.model or ('finetuned' if options.init_from else 'gspn_micro')}"
+    return data, Path(run) if run else Path("runs") / name, options
+
+
+def report(run, trained, metrics, warnings):
+    """Tells, in the main process, how a training ended."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    metrics["split"] = trained.config["data"]["split"]
+    _print_metrics(metrics, f"the best checkpoint of {run}, chosen on these images")
+    if trained.metrics:
+        rows = trained.metrics
+        waited, took = (sum(row.get(name, 0) for row in rows) for name in ("data_seconds", "seconds"))
+        rate = sum(row["images_per_second"] for row in rows) / len(rows)
+        out.print(f"{rate:.0f} images/s; waiting for data {waited / max(took, 1e-9):.0%} of the time", highlight=False)
+    made = "checkpoints, options.yaml, metrics.jsonl, curves.png, predictions.png, context.png"
+    out.print(f"in {run}: {made}", markup=False, highlight=False)
+    _warn(warnings)
 
 
 @app.command("eval")
@@ -164,6 +196,7 @@ def evaluate(
     class_names: ClassNames = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    streaming: Annotated[bool | None, typer.Option("--streaming", help="datasets: rows as they come.")] = None,
     workers: Workers = 2,
     strict: Strict = False,
     folder: Annotated[
@@ -193,6 +226,7 @@ def evaluate(
                 class_names=names,
                 image_column=image_column,
                 label_column=label_column,
+                streaming=streaming,
             )
             if not main_process:
                 continue

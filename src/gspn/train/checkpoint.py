@@ -3,23 +3,26 @@
     RUN/config.json                    model, preprocessing, class names, options, versions
     RUN/options.yaml                   the options alone, for `gspn train --config`
     RUN/metrics.jsonl                  one JSON object per epoch
-    RUN/checkpoints/last, best         model.safetensors, ema.safetensors, optimizer.safetensors, state.json
+    RUN/checkpoints/last, best, ...    model.safetensors, ema.safetensors, optimizer.safetensors, state.json
     RUN/curves.png, predictions.png, context.png
 
 Tensors are safetensors and everything else is JSON: nothing is ever unpickled. A file is written under a temporary
 name in the same folder, synced to disk, then renamed; a checkpoint, which is several files, as a folder likewise.
 Whoever reads a run changes nothing in it, so that a run may be read while it is being written.
 
+Only one process writes a run at a time (`writing`); the lock is the system's, so that a killed process leaves none.
 A run that is overwritten stays in RUN/.earlier, itself a run folder, until the new one has its first best checkpoint.
 """
 
 import json
 import os
+import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +30,9 @@ from torch import Tensor
 from gspn.files import SaveError, atomic, displaced, remove, write_json, write_text
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
+STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
+LOCK = ".lock"
+PATIENCE = 8  # seconds for the lock: processes that read images outlive a killed training by up to 5
 EARLIER = ".earlier"  # the folder in RUN in which the run that is being overwritten waits
 
 
@@ -44,6 +50,35 @@ def _find(path):
             continue
         return folder, status.st_ino, status.st_mtime_ns
     return None
+
+
+@contextmanager
+def writing(path: Path | str, patience: float = PATIENCE) -> Iterator[None]:
+    """Makes the folder, and lets only one process at a time into this block for it.
+
+    Errors: RunError if another one is still there after `patience` seconds; SaveError if the folder cannot be made."""
+    path = Path(path)
+    _make_folder(path)
+    lock = FileLock(path / LOCK, timeout=patience)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"another training ({(path / LOCK).read_text().strip()}) is writing to {path}: wait for it, or choose "
+            "another folder"
+        ) from None
+    try:
+        (path / LOCK).write_text(f"process {os.getpid()} on {platform.node()}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def _make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 class Run:
@@ -65,7 +100,7 @@ class Run:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; expected a folder that is new or empty")
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(file.name != LOCK for file in path.iterdir()):
             if not overwrite:
                 raise RunError(f"{path} is not empty: choose another folder, or --overwrite to replace the run there")
             if not any((folder / "config.json").exists() for folder in (path, path / EARLIER)):
@@ -80,10 +115,7 @@ class Run:
         Errors: RunError as `check_free`; SaveError where the folder cannot be written, which leaves it as it was."""
         cls.check_free(path, overwrite)
         run = cls(path, json.loads(json.dumps({"format": FORMAT, **config})), [])
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
+        _make_folder(run.path)
         try:
             run._set_earlier_aside()
             if options is not None:
@@ -100,7 +132,7 @@ class Run:
         never got to a best checkpoint."""
         earlier = self.path / EARLIER
         with self._moving("set the earlier run aside in"):
-            if self._has_best():
+            if self.has_checkpoint("best"):
                 remove(earlier)  # outlived: a crash came between the first best checkpoint and its removal
             if not (earlier / "config.json").exists():
                 for file in self._files():
@@ -115,7 +147,7 @@ class Run:
 
         Errors: SaveError; the earlier run is in path/.earlier then."""
         earlier = Run(self.path / EARLIER, {}, [])
-        if self._has_best() or not earlier.path.exists():
+        if self.has_checkpoint("best") or not earlier.path.exists():
             return False
         with self._moving("put the earlier run back from"):
             if (earlier.path / "config.json").exists():
@@ -141,9 +173,6 @@ class Run:
         files = [self.path / name for name in names] + sorted(self.path.glob("context-*.png"))
         return [file for file in [*files, self.path / "config.json"] if file.exists()]
 
-    def _has_best(self):
-        return _find(self._checkpoint("best")) is not None
-
     @classmethod
     def open(cls, path: Path | str) -> "Run":
         """Opens an existing run. Errors: RunError if it is none, is damaged, or was written by a newer gspn."""
@@ -168,27 +197,45 @@ class Run:
 
     def append_metrics(self, row: dict) -> None:
         """Adds one epoch's dict to metrics.jsonl."""
-        with atomic(self.path / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in [*self.metrics, row]), encoding="utf-8")
-        self.metrics.append(row)
+        self._write_metrics([*self.metrics, row])
+
+    def rewind(self, epoch: int) -> None:
+        """Takes back the rows of metrics after `epoch`."""
+        if any(row["epoch"] > epoch for row in self.metrics):
+            self._write_metrics([row for row in self.metrics if row["epoch"] <= epoch])
+
+    def _write_metrics(self, rows):
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self.metrics = rows
 
     def save_checkpoint(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
         """Writes checkpoints/`name`, all of it or nothing.
 
         Args:
-            name: "last" or "best".
+            name: "last", "best", "epoch-0010".
             tensors: {"model": {parameter name: tensor}, "ema": ..., "optimizer": ...}, a safetensors file each.
             state: the rest, a JSON-able dict.
         Errors: SaveError with the path and the system's reason; the previous checkpoint stays.
         """
         with atomic(self._checkpoint(name)) as folder:
             folder.mkdir(parents=True)
-            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps({"format": STATE_FORMAT, **state}, indent=2) + "\n"
+            (folder / "state.json").write_text(text, encoding="utf-8")
             for part, named in tensors.items():
                 save_file(_separate(named), folder / f"{part}.safetensors", metadata={"format": "pt"})
                 shutil.copymode(folder / "state.json", folder / f"{part}.safetensors")  # save_file makes it private
         if name == "best":
             remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
+
+    def prune(self, keep: int) -> None:
+        """Removes the oldest of the checkpoints "epoch-...", but for `keep` of them; 0 keeps all."""
+        numbered = sorted((self.path / "checkpoints").glob("epoch-*"))
+        for folder in numbered[:-keep] if keep else []:
+            remove(folder, quietly=True)
+
+    def has_checkpoint(self, name: str) -> bool:
+        """Whether there is a checkpoint of that name."""
+        return _find(self._checkpoint(name)) is not None
 
     def load_checkpoint(
         self, name: str, parts: Sequence[str] = ("model", "ema", "optimizer")
@@ -205,7 +252,10 @@ class Run:
             try:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
                 files = [folder / f"{part}.safetensors" for part in parts]
+                _check_format(state, folder)
                 tensors = {file.stem: load_file(file) for file in files if file.exists()}
+            except RunError:
+                raise
             except (OSError, ValueError, SafetensorError) as error:
                 if _find(path) == found:
                     raise RunError(f"the checkpoint {folder} is damaged: {error}") from error
@@ -215,6 +265,16 @@ class Run:
 
     def _checkpoint(self, name):
         return self.path / "checkpoints" / name
+
+
+def _check_format(state, folder):
+    if not isinstance(state, dict) or not isinstance(state.get("format", 1), int):
+        raise RunError(f"{folder / 'state.json'} is not the state of a gspn checkpoint")
+    if state.get("format", 1) > STATE_FORMAT:
+        raise RunError(
+            f"the checkpoint {folder} was written by a newer gspn (format {state['format']}; this one reads up to "
+            f"{STATE_FORMAT}): update"
+        )
 
 
 def _separate(named):

@@ -1,67 +1,95 @@
-"""Image classification: the task for the loop, and `train_classifier`, which is what `gspn train` runs."""
+"""Image classification: the task for the loop, and `train_classifier` and `resume_classifier`, which are what
+`gspn train` runs.
+"""
 
 import platform
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+import accelerate
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from rich.console import Console
 
 import gspn
 from gspn.models import create_model
 from gspn.train import pictures
-from gspn.train.checkpoint import Run
-from gspn.train.data import DataError, open_data
+from gspn.train.checkpoint import STATE_FORMAT, Run, RunError, writing
+from gspn.train.data import Data, DataError, open_data
 from gspn.train.evaluate import OPEN_OPTIONS, classify, load_classifier, warnings_of
-from gspn.train.images import UNREADABLE, Preprocessing
+from gspn.train.finetune import Source, open_source, start_from
+from gspn.train.images import UNREADABLE, Preprocessing, Split
 from gspn.train.loader import make_loader
 from gspn.train.loop import autocast, make_accelerator, train
 from gspn.train.options import OptionError, Options, file_text
-from gspn.train.recipe import Augmentation
+from gspn.train.recipe import SMALL, Augmentation, Mixing, preset_for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SMALL = 96  # images of at most this many pixels a side keep their size and are not cropped
-PRESETS = {  # what Options leaves open, by kind of data
-    "digits": dict(epochs=12, lr=4e-3, batch_size=128, warmup=2.0, ema=0.98, flip=False, augment="shift"),
-    "idx": dict(epochs=8, lr=3e-3, batch_size=128, warmup=0.5, ema=0.998, flip=False, augment="shift"),
-    "small": dict(epochs=30, lr=2e-3, batch_size=128, warmup=2.0, ema=0.998, flip=True, augment="shift"),
-    "photos": dict(epochs=100, lr=1e-3, batch_size=128, warmup=5.0, ema=0.9995, flip=True, augment="crop"),
-}
 
 
 class Classification:
     """The Task of loop.py: cross-entropy on labelled images."""
 
-    best = "top1"
-
     def __init__(self, train_split, eval_split, eval_loader, preprocessing, class_names, options):
         self.splits = {"train": train_split, "evaluation": eval_split}
         self.loader, self.preprocessing, self.class_names = eval_loader, preprocessing, class_names
         self.smoothing, self.strict = options.label_smoothing, options.strict
+        self.format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self.mixing = Mixing.of(options, len(class_names))
+        self.seen = []  # numbers and labels of training images, to be looked at when that keeps no GPU waiting
         self.problems = {}  # an unreadable image's name and what is wrong with it, by split and index
 
+    def prepare(self, batch):
+        index, label = batch["index"], batch["label"]
+        self.seen.append((index, label))
+        if self.strict:
+            self.note_unreadable()
+        image = self.preprocessing.normalize(batch["image"]).contiguous(memory_format=self.format)
+        if self.mixing is None:
+            return {"image": image, "label": label}
+        image, target = self.mixing(image, label)
+        return {"image": image, "target": target}
+
+    def count(self, batch):
+        return batch["target"].sum() if "target" in batch else (batch["label"] != UNREADABLE).sum()
+
     def loss(self, model, batch):
-        self.note_unreadable("train", batch["index"], batch["label"])
-        logits = model(self.preprocessing.normalize(batch["image"]))
-        total = F.cross_entropy(
-            logits.float(), batch["label"], label_smoothing=self.smoothing, ignore_index=UNREADABLE, reduction="sum"
+        logits = model(batch["image"]).float()
+        if "target" in batch:
+            return -(batch["target"] * logits.log_softmax(1)).sum()
+        return F.cross_entropy(
+            logits, batch["label"], label_smoothing=self.smoothing, ignore_index=UNREADABLE, reduction="sum"
         )
-        return total / (batch["label"] != UNREADABLE).sum().clamp(min=1)
 
     def evaluate(self, model, accelerator):
+        self.note_unreadable()
         outcome = classify(model, self.loader, self.preprocessing, accelerator)
-        self.note_unreadable("evaluation", outcome.index, outcome.label)
+        self.note("evaluation", outcome.index[outcome.label == UNREADABLE].tolist())
+        for problems in gather_object([self.problems]):  # each process has read its own share of the images
+            self.problems |= problems
         return {f"val_{k}" if k == "loss" else k: v for k, v in outcome.metrics(self.class_names).items()} | {
             "unreadable_in_training": sum(split == "train" for split, _ in self.problems)
         }
 
-    def note_unreadable(self, split, index, label):
-        for i in index[label == UNREADABLE].tolist():
+    def note_unreadable(self):
+        """Looks at the labels of the training images since the last time."""
+        for index, label in self.seen:
+            self.note("train", index[label == UNREADABLE].tolist())
+        self.seen.clear()
+
+    def note(self, split, unreadable):
+        for i in unreadable:
             if (split, i) not in self.problems:
                 self.problems[split, i] = self.splits[split].problem(i)
             if self.strict:
                 raise DataError(f"unreadable image (--strict): {self.problems[split, i]}")
+
+    def score(self, metrics):
+        return [metrics["top1"], -metrics["val_loss"]]  # of equally good ones, that of the lower loss
 
     def line(self, row):
         top5 = "" if row["top5"] is None else f"  top-5 {row['top5']:.2%}"
@@ -72,6 +100,44 @@ class Classification:
 
 
 # -- train --
+
+
+@dataclass
+class Setup:
+    """What a classifier is trained on and with: the data, and options that leave nothing open."""
+
+    data: Data
+    train_split: Split
+    eval_split: Split
+    eval_name: str
+    class_names: list[str]
+    preprocessing: Preprocessing
+    options: Options
+    notes: list[str]
+
+    @classmethod
+    def of(cls, data: str | Path, options: Options, source: Source | None = None) -> "Setup":
+        """Opens the data and settles the options. Errors: DataError, OptionError."""
+        data_set = open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
+        train_split, eval_split, eval_name = data_set.for_training()
+        class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
+        train_split, eval_split = train_split.relabelled(class_names), eval_split.relabelled(class_names)
+        preprocessing, options, notes = settle(options, data_set.kind, train_split, source)
+        notes = [*data_set.notes, *notes]
+        return cls(data_set, train_split, eval_split, eval_name, class_names, preprocessing, options, notes)
+
+    def model(self, device) -> torch.nn.Module:
+        return build_model(self.options, self.preprocessing, len(self.class_names), device)
+
+    def describe(self, model) -> str:
+        options, count = self.options, sum(parameter.numel() for parameter in model.parameters())
+        return (
+            f"{options.model}, {count:,} parameters; {len(self.train_split):,} training and {len(self.eval_split):,} "
+            f"{self.eval_name} images of {len(self.class_names)} classes, {describe(self.preprocessing)}\n"
+            f"{options.epochs} epochs, batch size {options.batch_size}, learning rate {options.lr:g}, "
+            f"EMA {options.ema:g}, {options.precision}, preset {options.preset}, augmentation {options.augment}"
+            f"{' and flip' * bool(options.flip)}, seed {options.seed}"
+        )
 
 
 def train_classifier(
@@ -91,67 +157,139 @@ def train_classifier(
     Returns: (Run, metrics of the best checkpoint, list of warnings).
     Errors: DataError, OptionError, RunError, SaveError, TrainingError.
     """
-    accelerator, options = make_accelerator(), options or Options()
-    console = console if accelerator.is_main_process else None
-
-    def say(text):
-        if console:
-            console.print(text, markup=False, highlight=False)
-
+    options = options or Options()
+    accelerator = make_accelerator(options.fsdp)
+    say = _speaker(accelerator, console)
     Run.check_free(out, overwrite)
-    open_options = {name: getattr(options, name) for name in OPEN_OPTIONS}
-    data_set = open_data(data, **open_options)
-    train_split, eval_split, eval_name = data_set.for_training()
-    class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
-    train_split, eval_split = train_split.relabelled(class_names), eval_split.relabelled(class_names)
+    source = open_source(options.init_from, options.model, options.model_args) if options.init_from else None
     converts = options.channels is not None
-    preprocessing, options = settle(options, data_set.kind, train_split)
-    model = build_model(options, preprocessing, len(class_names), accelerator.device)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    for note in data_set.notes:
+    setup = Setup.of(data, options, source)
+    model = setup.model(accelerator.device)
+    notes = [*setup.notes, start_from(source, model, setup.class_names)] if source else setup.notes
+    for note in notes:
         say(f"note: {note}")
-    say(
-        f"{options.model}, {count:,} parameters; {len(train_split):,} training and {len(eval_split):,} {eval_name} "
-        f"images of {len(class_names)} classes, {describe(preprocessing)}\n"
-        f"{options.epochs} epochs, batch size {options.batch_size}, learning rate {options.lr:g}, EMA {options.ema:g}, "
-        f"{options.precision}, augmentation {options.augment}{' and flip' * options.flip}, seed {options.seed}"
-    )
+    say(setup.describe(model))
 
     config = {
         "task": "classification",
         "model": model.config,
-        "preprocessing": preprocessing.to_json(),
-        "class_names": class_names,
+        "preprocessing": setup.preprocessing.to_json(),
+        "class_names": setup.class_names,
         "data": {
-            "where": data_set.where,
-            "kind": data_set.kind,
-            "split": eval_name,
+            "where": setup.data.where,
+            "kind": setup.data.kind,
+            "split": setup.eval_name,
             "converts": converts,
-            **open_options,
+            "fingerprint": setup.data.fingerprint(),
+            **{name: getattr(options, name) for name in OPEN_OPTIONS},
         },
-        "options": asdict(options),
-        "seed": options.seed,
-        "versions": {"gspn": gspn.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "options": asdict(setup.options),
+        "seed": setup.options.seed,
+        "versions": _versions(),
     }
     accelerator.wait_for_everyone()  # all have found the folder free
-    text = file_text(options, {"data": str(data)})
-    run = Run.create(out, config, overwrite, options=text) if accelerator.is_main_process else None
+    with writing(out) if accelerator.is_main_process else nullcontext():
+        run = None
+        if accelerator.is_main_process:
+            run = Run.create(out, config, overwrite, options=file_text(setup.options, {"data": str(data)}))
+        try:
+            return _train(setup, model, out, run, accelerator, console)
+        except BaseException:
+            if run and run.restore_earlier():
+                say(f"the run that was in {out} is there again, as this training has no checkpoint")
+            elif run and run.has_checkpoint("last"):
+                say(f"`gspn train --resume {out}` goes on from its last checkpoint")
+            raise
 
-    try:
-        shift = max(max(preprocessing.size) // 8, 1) if options.augment == "shift" else 0
-        fill = "zero" if data_set.kind in ("digits", "idx") else "reflect"
-        augmentation = Augmentation(shift, fill, options.flip, options.augment == "crop")
-        size, seed, workers = options.batch_size, options.seed, options.workers
-        loader = make_loader(
-            train_split, preprocessing, size, train=True, augmentation=augmentation, seed=seed, workers=workers
+
+def resume_classifier(
+    path: str | Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    data: str | Path | None = None,
+    console: Console | None = None,
+) -> tuple[Run, dict, list[str]]:
+    """Goes on with a training that was stopped, from its last checkpoint, exactly as if it had not been.
+
+    Args:
+        path: the run folder. data: where the data are now, if they were moved. console: as in train_classifier.
+        changes: options by name that change nothing of the result, such as the number of workers.
+    Returns and errors: as train_classifier; OptionError also for changes of the result, RunError also where data,
+    checkpoint and run do not belong together.
+    """
+    config = Run.open(path).config
+    if config.get("task") != "classification":
+        raise RunError(f"{path} is a run of {config.get('task')}, expected classification")
+    options = _changed(config, changes or {})
+    accelerator = make_accelerator(options.fsdp)
+    say = _speaker(accelerator, console)
+    with writing(path) if accelerator.is_main_process else nullcontext():
+        setup = Setup.of(data or config["data"]["where"], options)
+        if setup.data.fingerprint() != config["data"].get("fingerprint"):
+            raise RunError(
+                f"{setup.data.where} is not what {path} was trained on: images, labels or class names have changed; "
+                f"`gspn train --init-from {path}` starts a new training from its weights"
+            )
+        setup.preprocessing = Preprocessing(**config["preprocessing"])
+        model = setup.model(accelerator.device)
+        run, checkpoint, place = Run.open(path), None, "the start, as there is no checkpoint yet"
+        if run.has_checkpoint("last"):
+            checkpoint = _, state = run.load_checkpoint("last")
+            if state.get("format", 1) < STATE_FORMAT:
+                raise RunError(f"{path} was written by an older gspn, which could not resume: nothing to go on from")
+            place = f"step {state['step']} (epoch {state['position']['epoch'] + 1})"
+            if state["processes"] != accelerator.num_processes:
+                say(
+                    f"note: {accelerator.num_processes} processes instead of {state['processes']}: what is random in "
+                    "the model will differ"
+                )
+        if config["versions"] != _versions():
+            say(f"note: other versions than before, so not the same to the last bit: {config['versions']}")
+        say(f"{setup.describe(model)}\ngoing on from {place}")
+        accelerator.wait_for_everyone()  # all have read
+        if accelerator.is_main_process:
+            run.rewind(checkpoint[1]["epoch"] if checkpoint else 0)
+        return _train(
+            setup, model, path, run if accelerator.is_main_process else None, accelerator, console, checkpoint
         )
-        eval_loader = accelerator.prepare(make_loader(eval_split, preprocessing, size, workers=workers))
-        task = Classification(train_split, eval_split, eval_loader, preprocessing, class_names, options)
-        train(task, model, loader, options, run, accelerator, console)
-    except BaseException:
-        if run and run.restore_earlier():
-            say(f"the run that was in {out} is there again, as this training has no checkpoint")
-        raise
+
+
+def _changed(config, changes):
+    """The options of a run, with `changes`."""
+    try:
+        saved = Options.read(config["options"])
+        changed = Options.read({**config["options"], **changes})
+    except (KeyError, TypeError) as error:
+        raise RunError(f"the run's config.json is damaged: {type(error).__name__}: {error}") from error
+    for one in fields(Options):
+        if getattr(saved, one.name) != getattr(changed, one.name) and not one.metadata["same_result"]:
+            free = ", ".join(one.name for one in fields(Options) if one.metadata["same_result"])
+            raise OptionError(
+                f"{one.name} was {getattr(saved, one.name)} and cannot be {getattr(changed, one.name)} in a training "
+                f"that goes on exactly; what can be changed: {free}. --init-from starts a new training from its weights"
+            )
+    return changed
+
+
+def _train(setup, model, out, run, accelerator, console, checkpoint=None):
+    """Trains, evaluates the best checkpoint, draws the pictures."""
+    options, preprocessing, class_names = setup.options, setup.preprocessing, setup.class_names
+    size, workers = options.batch_size, options.workers
+    loader = make_loader(
+        setup.train_split,
+        preprocessing,
+        size,
+        train=True,
+        augmentation=Augmentation.of(options, setup.data.kind, preprocessing.size),
+        seed=options.seed,
+        workers=workers,
+    )
+    eval_loader = accelerator.prepare(make_loader(setup.eval_split, preprocessing, size, workers=workers))
+    task = Classification(setup.train_split, setup.eval_split, eval_loader, preprocessing, class_names, options)
+    if options.compile:
+        model.compile()
+    console = console if accelerator.is_main_process else None
+    train(task, model, loader, options, run, accelerator, console, checkpoint)
 
     accelerator.wait_for_everyone()  # the checkpoint is written
     classifier = load_classifier(out)
@@ -160,14 +298,36 @@ def train_classifier(
     metrics = outcome.metrics(class_names)
     if accelerator.is_main_process:
         pictures.curves(run)
-        pictures.predictions(run.path / "predictions.png", eval_split, outcome, preprocessing, class_names, eval_name)
+        path, split = run.path / "predictions.png", setup.eval_split
+        pictures.predictions(path, split, outcome, preprocessing, class_names, setup.eval_name)
         first = int(outcome.index[outcome.label != UNREADABLE][0])
-        pictures.context(run.path / "context.png", classifier, eval_split.image(first))
+        pictures.context(run.path / "context.png", classifier, split.image(first))
     return classifier.run, metrics, warnings_of(metrics, list(task.problems.values()))
 
 
-def settle(options, kind, split):
-    """(Preprocessing, Options without None) for training on `split`, data of that kind."""
+def _speaker(accelerator, console):
+    def say(text):
+        if console and accelerator.is_main_process:
+            console.print(text, markup=False, highlight=False)
+
+    return say
+
+
+def _versions():
+    return {
+        "gspn": gspn.__version__,
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def settle(
+    options: Options, kind: str, split: Split, source: Source | None = None
+) -> tuple[Preprocessing, Options, list[str]]:
+    """What is open in `options` filled in, for training on `split`, data of that kind, from the weights `source`.
+
+    Returns: (Preprocessing, Options, notes)."""
     channels = options.channels or split.channels()
     if options.size is not None:
         size = options.size
@@ -186,12 +346,19 @@ def settle(options, kind, split):
         if channels == 1:
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     preprocessing = Preprocessing(channels, size, mean, std, crop=1.0 if small else 0.875)
-    preset = PRESETS[kind if kind in PRESETS else "small" if small else "photos"]
-    options = replace(options, size=size, channels=channels).settled(preset)
-    if options.model == "gspn_micro" and "stem_stride" not in options.model_args:
-        stride = 1 if max(size) <= 16 else 2 if small else 4
-        options = replace(options, model_args={**options.model_args, "stem_stride": stride})
-    return preprocessing, options
+
+    model = options.model or (source and source.name) or "gspn_micro"
+    arguments = dict(options.model_args)
+    if source and source.model_args:
+        arguments = {**source.model_args, **arguments}
+    elif model == "gspn_micro" and "stem_stride" not in arguments:
+        arguments["stem_stride"] = 1 if max(size) <= 16 else 2 if small else 4
+    name, preset, notes = preset_for(kind, size, len(split), model, options.preset)
+    if scale := preset.get("scale_lr"):
+        factor = (options.batch_size or preset["batch_size"]) / scale
+        preset = preset | {rate: preset[rate] * factor for rate in ("lr", "min_lr", "warmup_lr")}
+    options = replace(options, size=size, channels=channels, model=model, model_args=arguments, preset=name)
+    return preprocessing, options.settled(preset), notes
 
 
 def build_model(
@@ -207,8 +374,9 @@ def build_model(
     if arguments["num_classes"] != num_classes:
         raise OptionError(f"the model is to tell {arguments['num_classes']} classes, but the data have {num_classes}")
     torch.manual_seed(options.seed)
+    layout = torch.channels_last if options.channels_last else torch.preserve_format
     try:
-        model = create_model(options.model, **arguments).to(device)
+        model = create_model(options.model, **arguments).to(device, memory_format=layout)
     except (RuntimeError, TypeError, ValueError) as error:
         raise OptionError(f"the model {options.model} cannot be made: {error}") from error
     try:

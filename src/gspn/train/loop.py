@@ -1,22 +1,33 @@
-"""The training loop: AdamW, warm-up and cosine, clipping, EMA, bfloat16, evaluation and checkpoints, for any task.
+"""The training loop, for any task: AdamW, warm-up and cosine, accumulation, clipping, EMA, bfloat16, evaluation,
+checkpoints from which it goes on exactly.
 
-A task says what a batch's loss is and how to evaluate; classify.py is one. One process or several (torchrun): the
-loader's batch is the global one, which accelerate splits over the processes.
+A task says what a batch's loss is and how to evaluate; classify.py has one. One process or several (torchrun,
+accelerate launch): the loader's batch is the global one, which accelerate splits over the processes.
+
+What is random is a function of numbers that a resumed training has again: the order of (seed, epoch), augmentation of
+(seed, epoch, index), drop path and mixing of (seed, step, process).
 """
 
-import copy
-import json
 import math
+import random
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import accelerate
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from gspn.train.images import mixed_seed
+from gspn.train.loader import batches
+from gspn.train.optim import Ema, frozen_modules, learning_rate, make_optimizer
+from gspn.train.state import gather, restore
+
+LOOK_EVERY = 16  # steps after which losses are read from a GPU: reading them keeps it waiting
 
 
 class TrainingError(RuntimeError):
@@ -24,148 +35,260 @@ class TrainingError(RuntimeError):
 
 
 class Task(Protocol):
-    """What is trained."""
+    """What is trained. A batch is a dict of tensors, one row an item, with "index" among them, the item's number."""
 
-    best: str  # the metric whose largest value makes the best checkpoint
+    def prepare(self, batch: dict) -> dict:
+        """A batch of the loader, on the device, as `loss` wants it; may draw from torch's random state."""
 
-    def loss(self, model, batch):
-        """The mean loss of a batch (a dict with "index", the number of each item), a scalar tensor."""
+    def count(self, batch: dict) -> Tensor:
+        """How many items of a prepared batch count: by it the sum of the losses is divided."""
+
+    def loss(self, model, batch: dict) -> Tensor:
+        """The sum of the losses over a prepared batch, or a part of one; a scalar."""
 
     def evaluate(self, model, accelerator) -> dict:
-        """Metrics by name, JSON-able; among them "val_loss" and `best`. The model is in evaluation mode."""
+        """Metrics by name, JSON-able, "val_loss" among them. The model is in evaluation mode."""
 
-    def line(self, row) -> str:
+    def score(self, metrics: dict) -> list[float]:
+        """What makes the best checkpoint: the largest of these, compared number by number."""
+
+    def line(self, row: dict) -> str:
         """What to say about an epoch, from its row of metrics."""
 
 
-def train(task, model, loader, options, run, accelerator, console=None):
+@dataclass
+class Position:
+    """How far a training is, and what it knows of the epoch under way; a checkpoint keeps it."""
+
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches done of the next one
+    step: int = 0
+    loss: float = 0.0  # summed over these batches, as are
+    images: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0  # seconds until the next batch was there
+    best: list[float] = field(default_factory=list)
+
+
+def train(task, model, loader, options, run, accelerator, console=None, checkpoint=None):
     """Trains `model` on the batches of `loader` and keeps its progress in `run`.
 
     Args:
-        task: a Task. model: any module. loader: images.make_loader's. options: options.LoopOptions, settled.
-        run: checkpoint.Run, in the main process; gets a row of metrics and the checkpoint "last" after every epoch,
-            "best" if it was that.
-        accelerator: accelerate's, with split_batches. console: rich's, for the progress bar; None is silent.
-    Errors: TrainingError if the loss stops being a number; SaveError if the disk is full.
+        task: a Task. model: any module. loader: loader.make_loader's. options: options.LoopOptions, settled.
+        run: checkpoint.Run, in the main process: gets the checkpoint "last" at times and after every epoch, "best" if
+            it was that, "epoch-0010" if wanted, and a row of metrics.
+        accelerator: make_accelerator's. console: rich's, for the progress bar; None is silent.
+        checkpoint: of Run.load_checkpoint, to go on from there exactly.
+    Errors: TrainingError if the loss stops being a number or memory does not suffice; SaveError if the disk is full;
+        DataError if a process that reads images dies; RunError if the checkpoint is of another training.
     """
-    ema = copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None
-    optimizer = make_optimizer(model, options.lr, options.weight_decay)
-    batches = loader
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    frozen = frozen_modules(model, options.freeze or ())
+    optimizer = make_optimizer(model, options)
+    model, optimizer, prepared = accelerator.prepare(model, optimizer, loader)
     plain = accelerator.unwrap_model(model)
-    if ema is not None:
-        ema.to(accelerator.device)
-    steps = len(loader)
-    step, best = 0, ()
+    ema = Ema(plain, options.ema, options.ema_device or accelerator.device) if options.ema else None
+    at = Position()
+    if checkpoint is not None:
+        tensors, state = checkpoint
+        restore(tensors, plain, optimizer, ema)
+        at = Position(**state["position"])
+    steps, losses = len(prepared), []
+    look_every = 1 if accelerator.device.type == "cpu" else LOOK_EVERY
+    saver = Saver(run, options, accelerator, lambda: gather(plain, optimizer, ema))
 
-    with progress_bar(console if accelerator.is_main_process else None, options.epochs * steps) as bar:
-        for epoch in range(options.epochs):
-            start, images, total = time.perf_counter(), 0, 0.0
-            batches.begin(epoch)
+    with progress_bar(console if accelerator.is_main_process else None, options.epochs * steps, at) as bar, explained():
+        for epoch in range(at.epoch, options.epochs):
+            loader.begin(epoch, at.batch)
             model.train()
-            for batch in loader:
-                torch.manual_seed(mixed_seed(options.seed, step, accelerator.process_index))
-                lr = options.lr * schedule(step, round(options.warmup * steps), options.epochs * steps)
+            for module in frozen:
+                module.eval()
+            clock = Clock(at)
+            for batch in batches(prepared):
+                clock.batch_is_there()
+                seed_everything(mixed_seed(options.seed, at.step, accelerator.process_index))
+                lr = learning_rate(at.step, steps, options)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
-                with autocast(accelerator.device, options.precision):
-                    loss = task.loss(model, batch)
-                value = accelerator.reduce(loss.detach(), "mean").item()
-                if not math.isfinite(value):
-                    raise _diverged(f"the loss is {value} at step {step + 1} (epoch {epoch + 1})", epoch)
-                accelerator.backward(loss)
+                    group["lr"] = lr * group["lr_scale"]
+                losses.append(backward(task, model, batch, options, accelerator))
                 if options.clip:
                     accelerator.clip_grad_norm_(model.parameters(), options.clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 if ema is not None:
-                    update_ema(ema, plain, min(options.ema, (1 + step) / (10 + step)))
-                step += 1
-                total += value
-                images += len(batch["index"]) * accelerator.num_processes
-                rate = images / (time.perf_counter() - start)
-                bar.update(0, advance=1, epoch=f"{epoch + 1}/{options.epochs}", loss=f"{value:.3f}", rate=f"{rate:.0f}")
+                    ema.update(at.step)
+                at.step += 1
+                at.batch += 1
+                at.images += len(batch["index"]) * accelerator.num_processes
 
-            evaluated = ema if ema is not None else plain
-            with autocast(accelerator.device, options.precision):
-                metrics = task.evaluate(evaluated.eval(), accelerator)
+                last_one = at.batch == steps
+                if last_one or len(losses) >= look_every or saver.is_due_by_steps(at.step):
+                    save_now = look(losses, at, lr, saver, accelerator)
+                    if save_now and not last_one:
+                        saver.save(["last"], at, plain)
+                    rate = at.images / clock.seconds()
+                    bar.update(0, completed=at.step, epoch=f"{epoch + 1}/{options.epochs}", rate=f"{rate:.0f}")
+                    bar.update(0, loss=f"{at.loss / at.batch:.3f}")
+                clock.asks_for_a_batch()
+
+            rate = at.images / clock.seconds()
+            with ema.applied() if ema is not None else nullcontext(), autocast(accelerator.device, options.precision):
+                metrics = task.evaluate(plain.eval(), accelerator)
             if not math.isfinite(metrics["val_loss"]):
-                raise _diverged(f"the validation loss is {metrics['val_loss']} after epoch {epoch + 1}", epoch)
-            seconds = time.perf_counter() - start
-            row = {"epoch": epoch + 1, "step": step, "train_loss": total / steps, **metrics, "lr": lr}
-            row |= {"images_per_second": round(rate, 1), "seconds": round(seconds, 3)}
+                raise _diverged(f"the validation loss is {metrics['val_loss']} after epoch {epoch + 1}", saver)
+            row = {"epoch": epoch + 1, "step": at.step, "train_loss": at.loss / steps, **metrics, "lr": lr}
+            row |= {"images_per_second": round(rate, 1), "data_seconds": round(at.waiting, 3)}
+            row |= {"seconds": round(clock.seconds(), 3)}
+
+            # "last" comes last: what a kill leaves ahead of it is written again, the same, when training goes on.
+            score, names = task.score(metrics), []
+            if score > at.best:
+                names.append("best")
+            if options.keep_every and (epoch + 1) % options.keep_every == 0:
+                names.append(f"epoch-{epoch + 1:04}")
+            at = Position(epoch=epoch + 1, step=at.step, best=max(score, at.best))
+            saver.save([*names, "last"], at, plain, row)
             if accelerator.is_main_process:
-                tensors = {"model": plain.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-                if ema is not None:
-                    tensors["ema"] = ema.state_dict()
-                state = {"epoch": epoch + 1, "step": step, "metrics": row, "optimizer": optimizer_state(optimizer)}
-                run.save_checkpoint("last", tensors, state)
-                score = (metrics[task.best], -metrics["val_loss"])  # of equally good ones, that of the lower loss
-                if score > best:
-                    best = score
-                    run.save_checkpoint("best", tensors, state)
-                run.append_metrics(row)
                 bar.console.print(task.line(row), highlight=False)
 
 
-def _diverged(what, epochs_done):
-    kept = f"the checkpoint `last` is good: epoch {epochs_done}" if epochs_done else "there is no checkpoint yet"
+def backward(task, model, batch, options, accelerator):
+    """Adds the gradients of a global batch's mean loss; returns this process's part of that mean."""
+    batch = task.prepare(batch)
+    count = accelerator.reduce(task.count(batch), "sum").clamp(min=1)
+    parts = [dict(zip(batch, rows, strict=True)) for rows in zip(*_chunks(batch, options.accumulate), strict=True)]
+    total = torch.zeros((), device=accelerator.device)
+    for part in parts:
+        with nullcontext() if part is parts[-1] else accelerator.no_sync(model):
+            with autocast(accelerator.device, options.precision):
+                loss = task.loss(model, part) / count
+            accelerator.backward(loss * accelerator.num_processes)  # as gradients are averaged over the processes
+        total += loss.detach()
+    return total
+
+
+def _chunks(batch, parts):
+    return [rows.chunk(parts) for rows in batch.values()]
+
+
+def look(losses, at, lr, saver, accelerator):
+    """Adds up the losses of the last steps, in all processes the same. Returns whether it is time to save.
+    Errors: TrainingError if one is not a number."""
+    wanted = float(saver.is_due_by_time())
+    *values, wanted = accelerator.reduce(torch.stack([*losses, losses[0].new_tensor(wanted)]), "sum").tolist()
+    for step, value in enumerate(values, at.step - len(values) + 1):
+        if not math.isfinite(value):
+            raise _diverged(f"the loss is {value} at step {step} (epoch {at.epoch + 1}, learning rate {lr:g})", saver)
+        at.loss += value
+    losses.clear()
+    return wanted > 0 or saver.is_due_by_steps(at.step)
+
+
+class Saver:
+    """Writes checkpoints, in the main process, and knows when the next one is due."""
+
+    def __init__(self, run, options, accelerator, gather):
+        self.run, self.options, self.accelerator, self.gather = run, options, accelerator, gather
+        every = options.save_every
+        self.steps = int(every) if every.isdecimal() else 0
+        self.minutes = float(every.removesuffix("min")) if every.endswith("min") else math.inf
+        self.saved, self.time = "", time.monotonic()
+
+    def is_due_by_steps(self, step):
+        return self.steps > 0 and step % self.steps == 0
+
+    def is_due_by_time(self):
+        """By the main process's clock, which the others follow."""
+        return self.accelerator.is_main_process and time.monotonic() - self.time > 60 * self.minutes
+
+    def save(self, names, at, model, row=None):
+        """Writes the checkpoints `names`, the row of metrics before the last of them. All processes call it.
+        Errors: TrainingError if a weight is not a number; SaveError."""
+        finite = torch.stack([_local(p).isfinite().all() for p in model.parameters()]).all()
+        if self.accelerator.reduce((~finite).float(), "sum").item():
+            raise _diverged(f"the weights are no numbers any more after step {at.step}", self)
+        tensors = self.gather()
+        self.saved, self.time = f"step {at.step} (epoch {at.epoch + bool(at.batch)})", time.monotonic()
+        if self.run is None:
+            return
+        state = {"epoch": at.epoch, "step": at.step, "position": asdict(at), "metrics": row}
+        state["processes"] = self.accelerator.num_processes
+        *others, last = names
+        for name in others:
+            self.run.save_checkpoint(name, tensors, state)
+        if row is not None:
+            self.run.append_metrics(row)
+        self.run.save_checkpoint(last, tensors, state)
+        self.run.prune(self.options.keep)
+
+
+def _local(parameter):
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+class Clock:
+    """Adds to a Position the seconds of its epoch, and those that the loop waited for batches."""
+
+    def __init__(self, at):
+        self.at, self.before, self.start = at, at.seconds, time.perf_counter()
+        self.asked = self.start
+
+    def batch_is_there(self):
+        self.at.waiting += time.perf_counter() - self.asked
+
+    def asks_for_a_batch(self):
+        self.asked = time.perf_counter()
+        self.seconds()
+
+    def seconds(self):
+        self.at.seconds = self.before + time.perf_counter() - self.start
+        return self.at.seconds
+
+
+def _diverged(what, saver):
+    kept = f"the checkpoint `last` is good: after {saver.saved}" if saver.saved else "there is no checkpoint yet"
     return TrainingError(f"{what}; training stopped, {kept}. A lower learning rate may help.")
 
 
-def schedule(step, warmup, total, floor=0.01):
-    """The learning rate at `step` as a part of the highest one: linear up to step `warmup`, then a cosine to `floor`.
-
-    >>> [round(schedule(step, 2, 6), 2) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.86, 0.51, 0.15]
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-
-
-def make_optimizer(model, lr, weight_decay):
-    """AdamW that does not decay 1-D parameters (biases and norms among them) nor what model.no_weight_decay() names."""
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    decayed, others = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (others if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+@contextmanager
+def explained():
+    """Says of memory that does not suffice what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch has an error of its own for GPUs only
+        texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
+        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts):
+            raise TrainingError(
+                "memory does not suffice: cut a step into parts with --accumulate 2, 4, ..., or lower --batch-size or "
+                f"--size, or use --precision bf16. The checkpoints are good. ({str(error).splitlines()[0]})"
+            ) from error
+        raise
 
 
-def optimizer_tensors(optimizer):
-    """The optimizer's state as {"parameter number.name": tensor}."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": tensor for number, named in state.items() for name, tensor in named.items()}
+def seed_everything(seed: int) -> None:
+    """Seeds the random states of torch (all devices), numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
-def optimizer_state(optimizer):
-    """The optimizer's options of each parameter group, JSON-able."""
-    groups = optimizer.state_dict()["param_groups"]
-    return json.loads(json.dumps(groups))
+def make_accelerator(fsdp: bool = False) -> accelerate.Accelerator:
+    """accelerate's Accelerator; a loader's batch is split over the processes, and with `fsdp` the model as well."""
+    plugin = None
+    if fsdp:
+        plugin = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["GSPNBlock"]
+        )
+    return accelerate.Accelerator(
+        dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True), fsdp_plugin=plugin
+    )
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema = decay * ema + (1 - decay) * model, for parameters; buffers are copied."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for mean, buffer in zip(ema.buffers(), model.buffers(), strict=True):
-        mean.copy_(buffer)
-
-
-def make_accelerator():
-    """accelerate's Accelerator; a loader's batch is split over the processes."""
-    return accelerate.Accelerator(dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
-
-
-def autocast(device, precision):
+def autocast(device: torch.device, precision: str):
     """The context in which a model runs with `precision`."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def progress_bar(console, total):
+def progress_bar(console, total, at):
     """A bar with epoch, loss, images/s and time left; silent without a console."""
     bar = Progress(
         TextColumn("epoch {task.fields[epoch]}"),
@@ -176,5 +299,5 @@ def progress_bar(console, total):
         console=console or Console(quiet=True),
         transient=True,
     )
-    bar.add_task("train", total=total, epoch="-", loss="-", rate="-")
+    bar.add_task("train", total=total, completed=at.step, epoch="-", loss="-", rate="-")
     return bar

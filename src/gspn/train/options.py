@@ -5,6 +5,7 @@ file and what a run keeps of its options all follow from it. Imports nothing tha
 import difflib
 import inspect
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -114,6 +115,14 @@ def parse_names(value):
     return names
 
 
+def parse_interval(value):
+    """ "500" (steps), "15min" or "never", as it is."""
+    text = str(value).strip()
+    if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?min|never", text):
+        raise ValueError("a number of steps, minutes such as 15min, or never")
+    return text
+
+
 _PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse_text}
 
 # -- the options --
@@ -158,17 +167,44 @@ class LoopOptions(OptionSet):
 
     epochs: int | None = option(None, "Passes over the training images.", low=1, high=1_000_000)
     batch_size: int | None = option(None, "Images a step, over all processes together.", low=1, high=1_000_000)
+    accumulate: int = option(1, "Parts that a step's batch is cut into, to need less memory.", low=1, high=1_000_000)
     lr: float | None = option(None, "The highest learning rate.", low=0)
+    min_lr: float | None = option(None, "The last learning rate. Default: a hundredth of the highest.", low=0)
+    warmup_lr: float | None = option(None, "The learning rate that the warm-up starts from.", low=0, otherwise=0.0)
     weight_decay: float | None = option(None, "Of AdamW; never on biases and norms.", low=0, high=10, otherwise=0.05)
     warmup: float | None = option(None, "Epochs in which the learning rate rises.", low=0, high=1e6, otherwise=0.0)
+    layer_decay: float = option(
+        1.0, "Learning rate of a layer as a part of that of the layer above it, for fine-tuning.", low=0.01, high=1
+    )
+    beta1: float = option(0.9, "Of AdamW: memory of the mean gradient.", low=0, high=0.999999)
+    beta2: float = option(0.999, "Of AdamW: memory of the mean squared gradient.", low=0, high=0.999999)
+    eps: float = option(1e-8, "Of AdamW: added to the root of the mean squared gradient.", low=0)
     clip: float | None = option(None, "Largest gradient norm; 0 for no limit.", low=0, otherwise=1.0)
     ema: float | None = option(
         None, "Decay of the averaged weights, which are evaluated; 0 for none.", low=0, high=0.999999, otherwise=0.0
     )
+    ema_device: str | None = option(None, "Where the averaged weights are kept, such as cpu. Default: with the model.")
     precision: str | None = option(
         None, "fp32, or bf16 for autocast to bfloat16.", choices=("fp32", "bf16"), otherwise="fp32"
     )
     seed: int = option(0, "Same seed, same training.", low=0, high=2**63 - 1)
+    freeze: tuple | None = option(
+        None, "Parts of the model that keep their weights: stem,levels.0", parse=parse_names, metavar="NAMES"
+    )
+    fsdp: bool = option(False, "Several processes: shard the model over them (for large ones).")
+    save_every: str = option(
+        "15min",
+        "How often to save inside an epoch: 500 (steps), 15min, or never.",
+        parse=parse_interval,
+        metavar="INTERVAL",
+        same_result=True,
+    )
+    keep_every: int = option(
+        0, "Keep the checkpoint of every so manieth epoch; 0 for none.", low=0, high=1_000_000, same_result=True
+    )
+    keep: int = option(
+        0, "How many of those to keep, the oldest go first; 0 for all.", low=0, high=1_000_000, same_result=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +270,7 @@ class DataOptions(OptionSet):
     )
     image_column: str | None = option(None, "datasets: the column with the images.")
     label_column: str | None = option(None, "datasets: the column with the classes.")
+    streaming: bool = option(False, "datasets: take the rows as they come, without a copy of the table in its cache.")
     workers: int = option(2, "Processes that decode image files.", low=0, high=1024, same_result=True)
     strict: bool = option(False, "An unreadable image is an error, not left out and named.")
 
@@ -244,7 +281,9 @@ class ModelOptions(OptionSet):
 
     panel: ClassVar = "Model"
 
-    model: str = option("gspn_micro", "gspn_micro (small images), gspn_tiny, gspn_small, gspn_base.")
+    model: str | None = option(
+        None, "gspn_micro (small images), gspn_tiny, gspn_small, gspn_base.", otherwise="gspn_micro"
+    )
     model_args: Mapping = option(
         {},
         "An argument of the model, a JSON value; repeatable.",
@@ -252,6 +291,13 @@ class ModelOptions(OptionSet):
         flag="--model-arg",
         metavar="KEY=VALUE",
     )
+    init_from: str | None = option(
+        None,
+        "Start from trained weights: a run folder, a .safetensors file, a published .pth.",
+        metavar="RUN|FILE",
+    )
+    channels_last: bool = option(False, "Keep weights and images with their channels side by side in memory.")
+    compile: bool = option(False, "Compile the model with torch.compile.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,12 +386,14 @@ def read_file(path: Path) -> dict:
 
 def file_text(options: OptionSet, more: Mapping[str, Any]) -> str:
     """The text of a YAML file that `read_file` reads back: `more`, then every option with what it does."""
-    lines = [_yaml({name: value}) for name, value in more.items()]
+    lines = [f"{name}: {_yaml(value)}\n" for name, value in more.items()]
     for one in fields(options):
-        lines.append(f"\n# {one.metadata['help']}\n{_yaml({one.name: getattr(options, one.name)})}")
+        lines.append(f"\n# {one.metadata['help']}\n{one.name}: {_yaml(getattr(options, one.name))}\n")
     return "".join(lines)
 
 
 def _yaml(value):
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in value.items()}
-    return yaml.safe_dump(plain, default_flow_style=None, allow_unicode=True, width=float("inf"), sort_keys=False)
+    """The value on one line."""
+    plain = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("...\n").strip()

@@ -1,0 +1,131 @@
+"""What the loop optimizes with: AdamW in groups, the learning rate of every step, averaged weights."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gspn.train.options import LoopOptions, OptionError
+
+PREVIOUS = 99999  # in a group_matcher, as timm has it: belongs to the layer before
+
+
+def make_optimizer(model: nn.Module, options: LoopOptions) -> torch.optim.AdamW:
+    """AdamW of the parameters that are trained. 1-D ones (biases and norms among them) and those that
+    model.no_weight_decay() names are not decayed; with layer_decay, each layer's group has an "lr_scale".
+
+    Errors: OptionError if no parameter is trained, or for a layer_decay of a model without group_matcher().
+    """
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    scales = layer_scales(model, options.layer_decay) if options.layer_decay < 1 else {}
+    groups: dict = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.ndim <= 1 or name in exempt else options.weight_decay
+            groups.setdefault((decay, scales.get(name, 1.0)), []).append(parameter)
+    if not groups:
+        raise OptionError("nothing is left to train: every parameter is frozen")
+    groups = [{"params": each, "weight_decay": wd, "lr_scale": scale} for (wd, scale), each in groups.items()]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """{parameter name: decay ** layers above its own}, where model.group_matcher() (timm's form) tells the layers.
+
+    Errors: OptionError for a model without one."""
+    if not hasattr(model, "group_matcher"):
+        raise OptionError(f"layer_decay needs a model that tells its layers (group_matcher); {type(model).__name__} no")
+    specs = []
+    for ordinal, spec in enumerate(model.group_matcher().values()):
+        for pattern, suffix in spec if isinstance(spec, list | tuple) else [(spec, None)]:
+            specs.append((re.compile(pattern), ordinal, suffix or ()))
+
+    def key(name):
+        for pattern, ordinal, suffix in specs:
+            if found := pattern.match(name):
+                return (ordinal, *map(int, filter(None, found.groups())), *suffix)
+        return (math.inf,)  # the head
+
+    keys = {name: key(name) for name, _ in model.named_parameters()}
+    number, numbers = -1, {}
+    for each in sorted(set(keys.values())):
+        number += each[-1] != PREVIOUS
+        numbers[each] = number
+    return {name: decay ** (number - numbers[each]) for name, each in keys.items()}
+
+
+def learning_rate(step: int, steps_an_epoch: int, options: LoopOptions) -> float:
+    """The learning rate of `step`: linear from warmup_lr to lr in the warm-up, then a cosine down to min_lr.
+
+    >>> options = LoopOptions(epochs=3, lr=1.0, warmup=1.0).settled()
+    >>> [round(learning_rate(step, 2, options), 2) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.86, 0.51, 0.15]
+    """
+    warmup, total = round(options.warmup * steps_an_epoch), options.epochs * steps_an_epoch
+    if step < warmup:
+        return options.warmup_lr + (options.lr - options.warmup_lr) * (step + 1) / warmup
+    last = options.lr / 100 if options.min_lr is None else options.min_lr
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return last + (options.lr - last) * cosine
+
+
+class Ema:
+    """Averaged weights of a model's parameters: mean = decay * mean + (1 - decay) * parameter after every step.
+
+    Args:
+        model: whole, or sharded by FSDP (each process then averages its shard). device: where the averages are kept.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | str):
+        self.model, self.decay = model, decay
+        self.means = {name: p.to(device, copy=True) for name, p in self._parameters()}
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            parameter = parameter.detach()
+            yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After `step`. In the first steps the average is over as many steps as there have been, roughly."""
+        means = list(self.means.values())
+        now = [p.to(mean.device) for (_, p), mean in zip(self._parameters(), means, strict=True)]
+        torch._foreach_lerp_(means, now, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """In the block, the model's parameters are the averages."""
+        mine = {name: p.clone() for name, p in self._parameters()}
+        self.load(self.means)
+        try:
+            yield
+        finally:
+            self.load(mine)
+
+    @torch.no_grad()
+    def load(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters():
+            parameter.copy_(values[name])
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """The averages become what the model's parameters are."""
+        for name, parameter in self._parameters():
+            self.means[name].copy_(parameter)
+
+
+def frozen_modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """Fixes the weights of the modules `names` ("stem", "levels.0") and gives those modules: the loop keeps them in
+    evaluation mode. Errors: OptionError for a name that the model does not have."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules or not name:
+            known = [n for n, m in modules.items() if n and not re.search(r"\.\d+\.", n) and list(m.parameters())]
+            raise OptionError(f"freeze: the model has no part {name!r}; it has, among others, {', '.join(known[:12])}")
+        modules[name].requires_grad_(False)
+    return list(chain.from_iterable(modules[name].modules() for name in names))

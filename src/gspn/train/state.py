@@ -1,0 +1,80 @@
+"""The state of a training as tensors by name, as a checkpoint keeps them, and back: also where FSDP has sharded it.
+
+Gathering and restoring are done by all processes together; every process gets the whole.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gspn.train.checkpoint import RunError
+from gspn.train.optim import Ema
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Tensors:
+    """{"model": ..., "optimizer": ..., "ema": ...}: the model's state by name, the optimizer's as "parameter.slot"."""
+    tensors = {
+        "model": {name: _whole(tensor) for name, tensor in model.state_dict().items()},
+        "optimizer": {f"{name}.{slot}": _whole(tensor) for name, slot, tensor in _slots(model, optimizer)},
+    }
+    if ema is not None:
+        with ema.applied():
+            tensors["ema"] = {name: _whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    return tensors
+
+
+@torch.no_grad()
+def restore(tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
+    """Puts back what `gather` gave. Errors: RunError where the tensors are not those of this training."""
+    if ema is not None:
+        load_weights(model, tensors.get("ema", {}))
+        ema.take()
+    load_weights(model, tensors["model"])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for key, tensor in tensors.get("optimizer", {}).items():
+        name, _, slot = key.rpartition(".")
+        if name not in parameters:
+            raise RunError(f"the checkpoint has optimizer state of a parameter that is not trained here: {name}")
+        optimizer.state[parameters[name]][slot] = _like(tensor, parameters[name], on_device=slot != "step")
+    missing = [name for name, p in parameters.items() if p not in optimizer.state]
+    if missing:
+        raise RunError(f"the checkpoint has no optimizer state of {len(missing)} parameters, such as {missing[0]}")
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies weights and buffers by name. Errors: RunError names what is missing, left over or of another shape."""
+    state = model.state_dict()
+    problems = [f"{name} is missing" for name in state if name not in tensors]
+    problems += [f"{name} is not of this model" for name in tensors if name not in state]
+    problems += [
+        f"{name} has the shape {tuple(tensors[name].shape)}, expected {tuple(own.shape)}"
+        for name, own in state.items()
+        if name in tensors and tensors[name].shape != own.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise RunError(f"the weights do not fit the model: {'; '.join(problems[:5])}{more}")
+    for name, own in state.items():
+        own.copy_(_like(tensors[name], own))
+
+
+def _slots(model, optimizer) -> Iterator[tuple[str, str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        for slot, tensor in optimizer.state.get(parameter, {}).items():
+            yield name, slot, tensor
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor, model_tensor, on_device=True):
+    """A whole tensor placed as one of the model's is. AdamW's count of steps is a scalar that stays on the CPU."""
+    if isinstance(model_tensor, DTensor) and tensor.ndim:
+        return distribute_tensor(tensor.to(model_tensor.device), model_tensor.device_mesh, model_tensor.placements)
+    return tensor.to(model_tensor.device) if on_device else tensor

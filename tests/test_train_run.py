@@ -1,0 +1,275 @@
+"""The run folder: overwriting, crashes, damage."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from training import tiny_options, tree
+
+from gspn.files import SaveError, atomic, write_json
+from gspn.train import checkpoint
+from gspn.train.checkpoint import FORMAT, Run, RunError
+from gspn.train.classify import train_classifier
+from gspn.train.evaluate import evaluate, load_classifier
+from gspn.train.loop import TrainingError
+from gspn.train.options import OptionError, Options
+
+
+def test_run_folder_in_the_way(digits_run, tmp_path):
+    run, _ = digits_run
+    with pytest.raises(RunError, match="is not empty: choose another folder, or --overwrite"):
+        train_classifier("digits", run.path, tiny_options())
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(RunError, match="holds no run"):
+        train_classifier("digits", tmp_path, tiny_options(), overwrite=True)
+    with pytest.raises(RunError, match="is a file"):
+        train_classifier("digits", tmp_path / "letters.txt", tiny_options())
+    assert (tmp_path / "letters.txt").read_text() == "dear"
+    other = Run.create(tmp_path / "other", {"task": "x"})
+    (other.path / "mine.txt").write_text("stays")
+    other.append_metrics({"epoch": 1})
+    run = Run.create(tmp_path / "other", {"task": "y"}, overwrite=True)
+    run.save_checkpoint("best", {}, {"epoch": 1})
+    assert {file.name for file in other.path.iterdir()} == {"config.json", "checkpoints", "mine.txt"}
+
+
+def test_overwrite_with_a_bad_option_keeps_the_earlier_run(digits_run):
+    run, _ = digits_run
+    with pytest.raises(OptionError):
+        train_classifier("digits", run.path, Options(model="gspn_huge"), overwrite=True)
+    assert Run.open(run.path).metrics == run.metrics
+
+
+@pytest.fixture
+def full_run(tmp_path):
+    """A run with one of everything, each file of its own content."""
+    run = Run.create(tmp_path / "run", {"task": "old"})
+    for name in ("last", "best"):
+        run.save_checkpoint(name, {"model": {"w": torch.ones(3)}}, {"epoch": 1, "name": name})
+    run.append_metrics({"epoch": 1})
+    for name in ("curves", "predictions", "context", "context-old"):
+        (run.path / f"{name}.png").write_text(name)
+    (run.path / "mine.txt").write_text("not the run's")
+    return run
+
+
+def test_overwritten_run_waits_until_the_new_one_has_a_checkpoint(full_run):
+    before = tree(full_run.path)
+    run = Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    assert {name for name in tree(run.path) if ".earlier" not in name} == {"config.json", "mine.txt"}
+    assert tree(run.path / ".earlier") == {name: data for name, data in before.items() if name != "mine.txt"}
+    assert Run.open(run.path / ".earlier").load_checkpoint("best")[1]["name"] == "best"
+    with pytest.raises(RunError, match=r"no checkpoint 'best'.*; the run that it was to replace is .*\.earlier"):
+        run.load_checkpoint("best")
+    run.save_checkpoint("last", {"model": {}}, {"epoch": 1})
+    assert (run.path / ".earlier").exists()
+    run.save_checkpoint("best", {"model": {}}, {"epoch": 1})
+    assert {name.split("/")[0] for name in tree(run.path)} == {"config.json", "mine.txt", "checkpoints"}
+    assert not run.restore_earlier()
+
+
+def test_overwritten_run_comes_back_when_the_new_one_fails(full_run):
+    before = tree(full_run.path)
+    run = Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    run.save_checkpoint("last", {"model": {}}, {"epoch": 1})
+    assert run.restore_earlier() and tree(run.path) == before
+    assert not run.restore_earlier() and tree(run.path) == before
+
+
+def test_overwritten_run_that_a_crash_did_not_get_to_remove_is_not_put_back(full_run, tmp_path):
+    run = Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    shutil.copytree(run.path / ".earlier", tmp_path / "left")
+    run.save_checkpoint("best", {"model": {}}, {"epoch": 1})
+    before = tree(run.path)
+    (tmp_path / "left").rename(run.path / ".earlier")
+    assert Run.create(run.path, {"task": "newer"}, overwrite=True).restore_earlier() and tree(run.path) == before
+
+
+def test_training_that_diverges_at_once_leaves_the_run_it_was_to_overwrite(colours, tmp_path):
+    options = dict(batch_size=16)
+    run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(**options))
+    before = tree(run.path)
+    with pytest.raises(TrainingError, match="there is no checkpoint yet"):
+        train_classifier(colours, run.path, tiny_options(lr=1e30, clip=0.0, **options), overwrite=True)
+    assert tree(run.path) == before and evaluate(run.path, colours, workers=0)[0]["split"] == "val"
+
+
+class Killed(BaseException):
+    """What stands for a kill: nothing may catch it and go on."""
+
+
+def test_kill_at_any_step_of_overwriting_loses_nothing(full_run, monkeypatch):
+    """Killed before each rename or removal of a file in turn, overwriting can be done again and can be undone."""
+    before = tree(full_run.path)
+    steps = {name: getattr(os, name) for name in ("rename", "replace", "unlink", "rmdir")}
+    for kill_at in range(40):
+        count = [0]
+
+        def step(name, count=count, kill_at=kill_at):
+            def run(*args, **more):
+                count[0] += 1
+                if count[0] > kill_at:  # everything after it fails too: a dead process does no cleaning up
+                    raise Killed
+                return steps[name](*args, **more)
+
+            return run
+
+        with monkeypatch.context() as patch:
+            for name in steps:
+                patch.setattr(os, name, step(name))
+            try:
+                Run.create(full_run.path, {"task": "new"}, overwrite=True).restore_earlier()
+                done = True
+            except Killed:
+                done = False
+        Run.create(full_run.path, {"task": "newer"}, overwrite=True).restore_earlier()
+        assert tree(full_run.path) == before, f"killed at step {kill_at}"
+        if done:
+            return
+    pytest.fail("overwriting never came to its end")
+
+
+def test_overwriting_that_the_system_refuses_is_an_error_that_tells_and_undoes(full_run, monkeypatch):
+    before, rename = tree(full_run.path), os.rename
+
+    def refuse(source, target):
+        if str(source).endswith("metrics.jsonl"):
+            raise PermissionError(13, "Permission denied", str(source))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises(SaveError, match=r"cannot set the earlier run aside in .*Permission denied.* Nothing of it"):
+            Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    assert tree(full_run.path) == before
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(
+        SaveError, match=r"config\.json: No space left on device\. What was saved there before is untou"
+    ):
+        Run.create(full_run.path, {"task": "new"}, overwrite=True)
+    assert tree(full_run.path) == before
+
+
+def test_runs_that_cannot_be_opened(tmp_path):
+    with pytest.raises(RunError, match="is no run: there is no"):
+        Run.open(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        Run.open(tmp_path)
+    (tmp_path / "config.json").write_text('{"name": "another program\'s"}')
+    with pytest.raises(RunError, match="not the config of a gspn run"):
+        Run.open(tmp_path)
+    write_json(tmp_path / "config.json", {"format": "1"})
+    with pytest.raises(RunError, match="not the config of a gspn run"):
+        Run.open(tmp_path)
+    write_json(tmp_path / "config.json", {"format": FORMAT + 1})
+    with pytest.raises(RunError, match=f"newer gspn .format {FORMAT + 1}; this one reads up to {FORMAT}"):
+        Run.open(tmp_path)
+    write_json(tmp_path / "config.json", {"format": FORMAT, "task": "classification"})
+    with pytest.raises(RunError, match="damaged or foreign: KeyError: 'preprocessing'"):
+        load_classifier(tmp_path)
+
+
+def test_damaged_checkpoint(tmp_path):
+    run = Run.create(tmp_path / "run", {"task": "x"})
+    with pytest.raises(RunError, match="no checkpoint 'best'"):
+        run.load_checkpoint("best")
+    run.save_checkpoint("best", {"model": {"w": torch.ones(100)}}, {"epoch": 1})
+    file = run.path / "checkpoints" / "best" / "model.safetensors"
+    assert file.stat().st_mode & 0o777 == (file.parent / "state.json").stat().st_mode & 0o777
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(RunError, match="best is damaged"):
+        run.load_checkpoint("best")
+
+
+def test_checkpoint_survives_a_crash_between_the_renames_and_readers_change_nothing(tmp_path):
+    run = Run.create(tmp_path / "run", {"task": "x"})
+    run.save_checkpoint("last", {"model": {"w": torch.ones(3)}}, {"epoch": 1})
+    folder = run.path / "checkpoints"
+    os.rename(folder / "last", folder / ".last.old")
+    assert run.load_checkpoint("last")[1]["epoch"] == 1 and os.listdir(folder) == [".last.old"]
+    run.save_checkpoint("last", {"model": {"w": torch.zeros(3)}}, {"epoch": 2})
+    assert run.load_checkpoint("last")[1]["epoch"] == 2 and os.listdir(folder) == ["last"]
+
+
+def test_second_crash_between_the_renames_loses_nothing_either(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", {"task": "x"})
+    run.save_checkpoint("last", {"model": {"w": torch.ones(3)}}, {"epoch": 1})
+    folder = run.path / "checkpoints"
+    os.rename(folder / "last", folder / ".last.old")  # the first crash
+    rename = os.rename
+
+    def crash(source, target):
+        if source.name == ".last.new":
+            raise Killed
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(Killed):
+        run.save_checkpoint("last", {"model": {"w": torch.zeros(3)}}, {"epoch": 2})
+    assert run.load_checkpoint("last")[1]["epoch"] == 1
+
+
+def test_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", {"task": "x"})
+    run.save_checkpoint("last", {"model": {"w": torch.zeros(3)}}, {"epoch": 0})
+    load, count = checkpoint.load_file, [0]
+
+    def load_while_training_goes_on(file):
+        count[0] += 1
+        if count[0] < 3:
+            run.save_checkpoint("last", {"model": {"w": torch.full((3,), float(count[0]))}}, {"epoch": count[0]})
+        return load(file)
+
+    monkeypatch.setattr(checkpoint, "load_file", load_while_training_goes_on)
+    tensors, state = run.load_checkpoint("last")
+    assert state["epoch"] == 2 and (tensors["model"]["w"] == 2).all()
+
+
+def test_tied_weights_are_stored_under_both_names(tmp_path):
+    run, layer = Run.create(tmp_path / "run", {"task": "x"}), nn.Linear(4, 4)
+    tied = {"a": layer.weight, "b": layer.weight, "c": layer.weight[1:].t(), "d": layer.bias}
+    run.save_checkpoint("last", {"model": tied}, {})
+    stored = run.load_checkpoint("last")[0]["model"]
+    assert set(stored) == set(tied) and all(torch.equal(stored[name], tied[name]) for name in tied)
+
+
+def test_atomic_leaves_nothing_behind(tmp_path):
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a.json") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "1\n"
+    with pytest.raises(SaveError, match=r"cannot write .*nowhere/a\.json: No such file or directory"):
+        write_json(tmp_path / "nowhere" / "a.json", 1)
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
+    """A real one: the system refuses to write a file beyond 100,000 bytes."""
+    code = f"""
+import resource, signal, torch
+from gspn.files import SaveError
+from gspn.train.checkpoint import Run
+run = Run.create({str(tmp_path / "run")!r}, dict(task="x"))
+run.save_checkpoint("last", dict(model=dict(w=torch.ones(50_000))), dict(epoch=1))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    run.save_checkpoint("last", dict(model=dict(w=torch.zeros(50_000))), dict(epoch=2))
+except SaveError as error:
+    print(error)
+tensors, state = run.load_checkpoint("last")
+assert state["epoch"] == 1 and bool((tensors["model"]["w"] == 1).all())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "checkpoints/last: " in result.stdout and "File too large" in result.stdout
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["last"]
