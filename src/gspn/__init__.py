@@ -1,10 +1,13 @@
 """gspn: the Generalized Spatial Propagation Network, a two-dimensional replacement for self-attention on images whose
 cost is linear in the number of pixels.
 
-Public names are loaded when they are first used; importing gspn imports nothing optional and sets nothing.
+Public names are loaded when they are first used; importing gspn imports nothing optional and sets nothing. It makes the
+operators known to torch, which programs need that were exported with them.
 """
 
 import importlib
+
+import gspn.dispatch
 
 __version__ = "0.1.0"
 
@@ -12,8 +15,9 @@ _HOMES = {
     "gspn.ops": ("DIRECTIONS", "available_backends", "gated_scan", "line_scan", "normalize_weights", "propagate"),
     "gspn.layers": ("GSPN2d",),
     "gspn.models": ("create_model", "list_models", "load_released", "register_timm"),
+    "gspn.export": ("export_aoti", "export_onnx", "export_program"),
 }
-_MODULES = ("layers", "models", "ops", "train")
+_MODULES = ("export", "layers", "models", "ops", "train")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [*_HOME_OF, "__version__"]
