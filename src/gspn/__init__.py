@@ -7,7 +7,7 @@ operators known to torch, which programs need that were exported with them.
 
 import importlib
 
-import gspn.dispatch
+import gspn.dispatch  # noqa: F401
 
 __version__ = "0.1.0"
 
