@@ -1,14 +1,18 @@
 """RandAugment, colour jitter, mixup and cutmix by timm, made repeatable."""
 
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
+from training import TINY
 
+from gspn.train import pictures
+from gspn.train.classify import settle, train_classifier
 from gspn.train.images import UNREADABLE, Numbered, Preprocessing, Split
 from gspn.train.loader import make_loader
-from gspn.train.options import OptionError
+from gspn.train.options import OptionError, Options
 from gspn.train.recipe import Augmentation, Mixing
 
 pytest.importorskip("timm")
@@ -128,3 +132,32 @@ def test_mixing_draws_one_number_of_torchs_and_none_of_the_others():
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     Mixing(6, 0.8, 1.0)(torch.rand(6, 3, 8, 8, generator=torch.Generator()), torch.arange(6))
     assert (random.random(), np.random.rand()) == expected and torch.rand(()).item() == after
+
+
+# -- in training --
+
+
+def test_a_run_with_the_whole_recipe_repeats_bit_for_bit(tmp_path, monkeypatch):
+    for name in ("curves", "predictions", "context"):
+        monkeypatch.setattr(pictures, name, lambda *args: None)
+    split = photos(count=40)
+    for i in range(40):
+        (tmp_path / "data" / "abcde"[i % 5]).mkdir(parents=True, exist_ok=True)
+        split.image(i).save(tmp_path / "data" / "abcde"[i % 5] / f"{i}.png")
+    runs = {}
+    for name, more in {"one": {}, "two": dict(workers=2), "other": dict(mixup=0.0)}.items():
+        options = dict(preset="photos", size=(32, 32), epochs=1, batch_size=16, model_args=TINY, workers=0) | more
+        run, _, _ = train_classifier(tmp_path / "data", tmp_path / name, Options(**options))
+        runs[name] = run.load_checkpoint("last")[0]["model"]
+    chosen = json.loads((tmp_path / "one" / "config.json").read_text())["options"]
+    recipe = dict(rand_augment="m9-mstd0.5-inc1", color_jitter=0.4, erase=0.25, mixup=0.8, cutmix=1.0, augment="crop")
+    assert recipe.items() <= chosen.items() and chosen["preset"] == "photos"
+    assert all(torch.equal(runs["one"][key], runs["two"][key]) for key in runs["one"])
+    assert not torch.equal(runs["one"]["head.weight"], runs["other"]["head.weight"])
+
+
+def test_photos_get_the_recipe_by_default(tmp_path):
+    split = Split(torch.zeros(8), ["a"], pixels=torch.zeros(8, 3, 128, 128, dtype=torch.uint8))
+    _, options, notes = settle(Options(model="gspn_tiny"), "folder", split)
+    assert (options.preset, options.mixup, options.rand_augment, notes) == ("photos", 0.8, "m9-mstd0.5-inc1", [])
+    assert Mixing.of(options, 5) is not None and Augmentation.of(options, "folder", (128, 128)).slow
