@@ -1,5 +1,7 @@
 """Bad input to the operators, the layer and the models: a clear error that says what was got and what was expected."""
 
+import sys
+
 import pytest
 import torch
 from conftest import random_problem
@@ -147,3 +149,10 @@ def test_the_models():
         model.forward_intermediates(torch.randn(1, 1, 8, 8), indices=[3])
     with pytest.raises(ValueError, match="some of 3 levels"):
         model.forward_intermediates(torch.randn(1, 1, 8, 8), indices=4)
+
+
+def test_timm_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "gspn.models.timm", raising=False)
+    with pytest.raises(ImportError, match=r'needs timm, which the extra "timm" installs: pip install "gspn\[timm\]"'):
+        gspn.register_timm()

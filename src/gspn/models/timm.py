@@ -60,7 +60,7 @@ class TimmBackbone(Backbone):
         self.register_load_state_dict_pre_hook(_convert_in_place)  # the scripts' --checkpoint knows no filter
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Tells timm's data pipeline the size; nothing in the model depends on it.
+        """Tells timm the size (``timm.models.get_model_input_config``); nothing in the model depends on it.
 
         Raises ValueError for a size that is not square in the released alignment.
         """
