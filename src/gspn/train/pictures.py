@@ -101,9 +101,10 @@ def confusion(path, matrix, class_names, metrics):
         path: of the PNG. matrix: evaluate.Outcome.confusion's, int64 (K, K). metrics: evaluate.evaluate's.
     """
     K = len(class_names)
-    side = min(max(0.42 * K, 4.2), 12)
-    figure = Figure(figsize=(side + 5.6, side + 0.8), layout="constrained")
-    axes, reliability = figure.subplots(1, 2, width_ratios=(side + 1.2, 4.2))
+    names = [_short(name, 18) for name in class_names] if K <= 40 else []
+    side, margin = min(max(0.42 * K, 4.2), 12), 0.08 * max(map(len, names), default=0)  # inches
+    figure = Figure(figsize=(side + margin + 5.6, side + margin + 0.9), layout="constrained")
+    axes, reliability = figure.subplots(1, 2, width_ratios=(side + margin + 1.2, 4.2))
     share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     image = axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # a root scale: rare mistakes show
     figure.colorbar(image, ax=axes, shrink=0.7, format=PercentFormatter(1))
@@ -111,8 +112,7 @@ def confusion(path, matrix, class_names, metrics):
     title = f"{metrics['images']:,} {metrics['split']} images at {height}x{width}: top-1 {metrics['top1']:.2%}"
     axes.set_title(title, fontsize=11, loc="left")
     axes.set(xlabel="taken for", ylabel="class")
-    if K <= 40:
-        names = [_short(name, 18) for name in class_names]
+    if names:
         axes.set_xticks(range(K), names, rotation=90, fontsize=8)
         axes.set_yticks(range(K), names, fontsize=8)
     if K <= 20:
@@ -123,12 +123,13 @@ def confusion(path, matrix, class_names, metrics):
     rows = metrics["reliability"]
     left, width = [row["from"] for row in rows], [row["to"] - row["from"] for row in rows]
     reliability.bar(left, [row["accuracy"] for row in rows], width, align="edge", color=BLUE, edgecolor="white")
-    means = [row["probability"] for row in rows], [row["accuracy"] for row in rows]
-    reliability.plot(*means, "o", color=ORANGE, markersize=4, label="mean probability of a bin")
-    reliability.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="as probable as right")
+    centre = [(row["from"] + row["to"]) / 2 for row in rows]
+    share = [row["images"] / metrics["images"] for row in rows]
+    reliability.plot(centre, share, "o-", color=ORANGE, markersize=4, label="part of the images")
+    reliability.plot([0, 1], [0, 1], "--", color="black", linewidth=1, label="as often right as probable")
     reliability.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="probability of the answer", ylabel="part right")
     reliability.set_title(f"calibration error {metrics['ece']:.2%}", fontsize=11)
-    reliability.legend(frameon=False, fontsize=8, loc="upper left")
+    reliability.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     for axis in (reliability.xaxis, reliability.yaxis):
         axis.set_major_formatter(PercentFormatter(1, 0))
     reliability.spines[["top", "right"]].set_visible(False)
