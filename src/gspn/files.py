@@ -12,6 +12,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
+TEMPORARY = ".new"  # the end of the name of what is being written
+
+
 class SaveError(OSError):
     """Something could not be written. What was there before is untouched."""
 
@@ -21,7 +24,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """Gives a temporary path beside `path`; when the block succeeds it is synced and renamed to `path`, a file or a
     folder. When anything fails the temporary is removed, `path` stays as it was, and SaveError says why."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
         remove(temporary)
         yield temporary
@@ -56,6 +59,11 @@ def _replace_folder(new, path):
         recover(path)
         raise
     remove(old, quietly=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is what a killed process was writing."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY)
 
 
 def displaced(path: Path) -> Path:

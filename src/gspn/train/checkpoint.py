@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gspn.files import SaveError, atomic, displaced, remove, write_json, write_text
+from gspn.files import SaveError, atomic, displaced, is_temporary, remove, write_json, write_text
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
@@ -53,13 +53,13 @@ def _find(path):
 
 
 @contextmanager
-def writing(path: Path | str, patience: float = PATIENCE) -> Iterator[None]:
+def writing(path: Path | str) -> Iterator[None]:
     """Makes the folder, and lets only one process at a time into this block for it.
 
-    Errors: RunError if another one is still there after `patience` seconds; SaveError if the folder cannot be made."""
+    Errors: RunError if another one is still there after PATIENCE seconds; SaveError if the folder cannot be made."""
     path = Path(path)
     _make_folder(path)
-    lock = FileLock(path / LOCK, timeout=patience)
+    lock = FileLock(path / LOCK, timeout=PATIENCE)
     try:
         lock.acquire()
     except Timeout:
@@ -100,7 +100,7 @@ class Run:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; expected a folder that is new or empty")
-        if path.exists() and any(file.name != LOCK for file in path.iterdir()):
+        if path.exists() and any(file.name != LOCK and not is_temporary(file) for file in path.iterdir()):
             if not overwrite:
                 raise RunError(f"{path} is not empty: choose another folder, or --overwrite to replace the run there")
             if not any((folder / "config.json").exists() for folder in (path, path / EARLIER)):
@@ -118,9 +118,9 @@ class Run:
         _make_folder(run.path)
         try:
             run._set_earlier_aside()
+            write_json(run.path / "config.json", run.config)
             if options is not None:
                 write_text(run.path / "options.yaml", options)
-            write_json(run.path / "config.json", run.config)
         except BaseException:
             run.restore_earlier()
             raise

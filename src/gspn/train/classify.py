@@ -24,7 +24,7 @@ from gspn.train.evaluate import OPEN_OPTIONS, classify, load_classifier, warning
 from gspn.train.finetune import Source, open_source, start_from
 from gspn.train.images import UNREADABLE, Preprocessing, Split
 from gspn.train.loader import make_loader
-from gspn.train.loop import autocast, make_accelerator, train
+from gspn.train.loop import Position, autocast, make_accelerator, train
 from gspn.train.options import OptionError, Options, file_text
 from gspn.train.recipe import SMALL, Augmentation, Mixing, preset_for
 
@@ -87,6 +87,13 @@ class Classification:
                 self.problems[split, i] = self.splits[split].problem(i)
             if self.strict:
                 raise DataError(f"unreadable image (--strict): {self.problems[split, i]}")
+
+    def state(self):
+        self.note_unreadable()
+        return {"unreadable": [[*key, problem] for key, problem in self.problems.items()]}
+
+    def restore(self, state):
+        self.problems = {(split, i): problem for split, i, problem in state["unreadable"]}
 
     def score(self, metrics):
         return [metrics["top1"], -metrics["val_loss"]]  # of equally good ones, that of the lower loss
@@ -234,9 +241,7 @@ def resume_classifier(
         model = setup.model(accelerator.device)
         run, checkpoint, place = Run.open(path), None, "the start, as there is no checkpoint yet"
         if run.has_checkpoint("last"):
-            checkpoint = _, state = run.load_checkpoint("last")
-            if state.get("format", 1) < STATE_FORMAT:
-                raise RunError(f"{path} was written by an older gspn, which could not resume: nothing to go on from")
+            checkpoint = _, state = _complete(path, *run.load_checkpoint("last"))
             place = f"step {state['step']} (epoch {state['position']['epoch'] + 1})"
             if state["processes"] != accelerator.num_processes:
                 say(
@@ -269,6 +274,17 @@ def _changed(config, changes):
                 f"that goes on exactly; what can be changed: {free}. --init-from starts a new training from its weights"
             )
     return changed
+
+
+def _complete(path, tensors, state):
+    """A checkpoint, if a training can go on from it."""
+    if state.get("format", 1) < STATE_FORMAT:
+        raise RunError(f"{path} was written by an older gspn, which could not resume: nothing to go on from")
+    missing = {"epoch", "step", "position", "task", "processes"} - set(state)
+    missing |= {part for part in ("model", "optimizer") if part not in tensors}
+    if missing or set(state["position"]) != {one.name for one in fields(Position)}:
+        raise RunError(f"the checkpoint `last` of {path} is damaged or foreign: it lacks {', '.join(sorted(missing))}")
+    return tensors, state
 
 
 def _train(setup, model, out, run, accelerator, console, checkpoint=None):

@@ -55,6 +55,12 @@ class Task(Protocol):
     def line(self, row: dict) -> str:
         """What to say about an epoch, from its row of metrics."""
 
+    def state(self) -> dict:
+        """What the task knows that a checkpoint should keep, JSON-able."""
+
+    def restore(self, state: dict) -> None:
+        """Puts back what `state` gave."""
+
 
 @dataclass
 class Position:
@@ -91,10 +97,11 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
     if checkpoint is not None:
         tensors, state = checkpoint
         restore(tensors, plain, optimizer, ema)
+        task.restore(state["task"])
         at = Position(**state["position"])
     steps, losses = len(prepared), []
     look_every = 1 if accelerator.device.type == "cpu" else LOOK_EVERY
-    saver = Saver(run, options, accelerator, lambda: gather(plain, optimizer, ema))
+    saver = Saver(task, run, options, accelerator, lambda: gather(plain, optimizer, ema))
 
     with progress_bar(console if accelerator.is_main_process else None, options.epochs * steps, at) as bar, explained():
         for epoch in range(at.epoch, options.epochs):
@@ -186,8 +193,8 @@ def look(losses, at, lr, saver, accelerator):
 class Saver:
     """Writes checkpoints, in the main process, and knows when the next one is due."""
 
-    def __init__(self, run, options, accelerator, gather):
-        self.run, self.options, self.accelerator, self.gather = run, options, accelerator, gather
+    def __init__(self, task, run, options, accelerator, gather):
+        self.task, self.run, self.options, self.accelerator, self.gather = task, run, options, accelerator, gather
         every = options.save_every
         self.steps = int(every) if every.isdecimal() else 0
         self.minutes = float(every.removesuffix("min")) if every.endswith("min") else math.inf
@@ -210,7 +217,7 @@ class Saver:
         self.saved, self.time = f"step {at.step} (epoch {at.epoch + bool(at.batch)})", time.monotonic()
         if self.run is None:
             return
-        state = {"epoch": at.epoch, "step": at.step, "position": asdict(at), "metrics": row}
+        state = {"epoch": at.epoch, "step": at.step, "metrics": row, "position": asdict(at), "task": self.task.state()}
         state["processes"] = self.accelerator.num_processes
         *others, last = names
         for name in others:

@@ -1,0 +1,276 @@
+"""A training that was stopped at any moment goes on as if it had not been: the same parameters to the last bit."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from functools import partial
+
+import pytest
+import torch
+from training import TINY, same, tiny_options, tree
+
+from gspn import files
+from gspn.train import checkpoint, loop, pictures
+from gspn.train.checkpoint import Run, RunError, writing
+from gspn.train.classify import resume_classifier, train_classifier
+from gspn.train.loop import TrainingError
+from gspn.train.options import OptionError, Options
+
+PICTURES = ("curves", "predictions", "context")
+OPTIONS = dict(
+    model_args=dict(TINY, depths=[2], width=8, drop_path_rate=0.3),
+    epochs=4,
+    batch_size=128,
+    accumulate=2,
+    ema=0.9,
+    save_every="2",
+    keep_every=2,
+    workers=0,
+)
+STEPS = {  # of writing a checkpoint: where a process kills itself
+    "writes a tensor file": (checkpoint, "save_file"),
+    "waits for the disk": (files, "_sync"),
+    "renames a folder": (os, "rename"),
+    "renames a file": (os, "replace"),
+    "removes a file": (files, "remove"),
+}
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    for name in PICTURES:  # they take longer than the training
+        monkeypatch.setattr(pictures, name, lambda *args: None)
+
+
+def work(path, step=None, count=0):
+    """In a process of its own: trains, or goes on; kills itself before the `count`-th time of a step of STEPS."""
+    torch.set_num_threads(1)
+    for name in PICTURES:
+        setattr(pictures, name, lambda *args: None)
+    if step is not None:
+        module, name = STEPS[step]
+        real, left = getattr(module, name), [count]
+
+        def killing(*args, **more):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **more)
+
+        setattr(module, name, killing)
+    if (path / "config.json").exists():
+        resume_classifier(path)
+    else:
+        train_classifier("digits", path, Options(**OPTIONS))
+
+
+def start(path, **more):
+    """A process that works; it is forked from one that has imported everything, which takes no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gspn.train.classify"])
+    process = context.Process(target=partial(work, path, **more))
+    process.start()
+    return process
+
+
+def outcome(path):
+    """What has to be the same: the tensors of every checkpoint, and the metrics but for times."""
+    run = Run.open(path)
+    names = sorted(folder.name for folder in (path / "checkpoints").iterdir() if not folder.name.startswith("."))
+    clocks = ("seconds", "data_seconds", "images_per_second")
+    rows = [{key: value for key, value in row.items() if key not in clocks} for row in run.metrics]
+    return names, [run.load_checkpoint(name)[0] for name in names], rows
+
+
+def assert_same_outcome(one, other):
+    assert one[0] == other[0] and one[2] == other[2]
+    for name, mine, theirs in zip(one[0], one[1], other[1], strict=True):
+        assert set(mine) == set(theirs) == {"model", "ema", "optimizer"}
+        assert all(same(mine[part], theirs[part]) for part in mine), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    process = start(path)
+    process.join()
+    assert process.exitcode == 0
+    assert outcome(path)[0] == ["best", "epoch-0002", "epoch-0004", "last"]
+    return outcome(path)
+
+
+def kill_and_resume(path, rng, kills):
+    """Kills a training `kills` times: alternately after a random time, and in the middle of writing a checkpoint."""
+    killed = {"by the clock": 0, **dict.fromkeys(STEPS, 0)}
+    while sum(killed.values()) < kills:
+        step = rng.choice(list(STEPS)) if sum(killed.values()) % 2 else None
+        process = start(path, step=step, count=rng.randrange(25)) if step else start(path)
+        if step is None:
+            time.sleep(rng.uniform(0.05, 1.5))
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return killed  # it was done before
+        assert process.exitcode == -signal.SIGKILL
+        killed[step or "by the clock"] += 1
+    process = start(path)
+    process.join()
+    assert process.exitcode == 0
+    return killed
+
+
+def test_a_few_kills(uninterrupted, tmp_path):
+    rng = random.Random(0)
+    killed = kill_and_resume(tmp_path / "run", rng, 4)
+    assert sum(killed.values()) == 4
+    assert_same_outcome(outcome(tmp_path / "run"), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_twenty_kills(uninterrupted, tmp_path, seed, capsys):
+    """Five in each of four trainings, as one alone is over too soon."""
+    killed = kill_and_resume(tmp_path / "run", random.Random(100 + seed), 5)
+    with capsys.disabled():
+        print(f"\nkilled {sum(killed.values())} times: {killed}")
+    assert sum(killed.values()) == 5
+    assert_same_outcome(outcome(tmp_path / "run"), uninterrupted)
+
+
+# -- stopped without a kill: every place in an epoch, workers, images from files --
+
+
+class Stopped(BaseException):
+    """What stands for a kill in this process."""
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, 4, 5, 9])
+def test_resume_with_files_and_workers(colours, tmp_path, monkeypatch, stop_at):
+    """Four steps an epoch; saved every second one; images cropped at random by two processes."""
+    args = dict(TINY, depths=[2], width=8, drop_path_rate=0.3)
+    options = tiny_options(
+        epochs=3, batch_size=8, augment="crop", flip=True, save_every="2", model_args=args, workers=2
+    )
+    train_classifier(colours, tmp_path / "whole", options)
+    real, count = loop.backward, [0]
+
+    def stopping(*given):
+        if count[0] == stop_at:
+            raise Stopped
+        count[0] += 1
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", stopping)
+        with pytest.raises(Stopped):
+            train_classifier(colours, tmp_path / "parts", options)
+    resume_classifier(tmp_path / "parts", {"workers": 0})
+    assert_same_outcome(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+def test_resume_of_a_finished_run_changes_nothing(digits_run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(digits_run[0].path, copy)
+    before = tree(copy)
+    run, metrics, _ = resume_classifier(copy)
+    assert tree(copy) == before and metrics["top1"] == pytest.approx(digits_run[1]["top1"]) and len(run.metrics) == 3
+
+
+# -- what cannot be gone on with --
+
+
+@pytest.fixture
+def stopped(colours, tmp_path, monkeypatch):
+    """A run that was stopped in its second epoch."""
+    real, count = loop.backward, [0]
+
+    def stopping(*given):
+        count[0] += 1
+        if count[0] == 4:
+            raise Stopped
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", stopping)
+        with pytest.raises(Stopped):
+            train_classifier(colours, tmp_path / "run", tiny_options(epochs=2, batch_size=16))
+    return tmp_path / "run"
+
+
+def test_changed_data_are_refused(stopped, colours):
+    extra = colours / "red" / "extra.png"
+    extra.write_bytes((colours / "red" / "1.png").read_bytes())
+    with pytest.raises(RunError, match=r"data is not what .*run was trained on: images, labels or .*--init-from"):
+        resume_classifier(stopped)
+    extra.unlink()
+    colours.rename(colours.with_name("moved"))
+    run, _, _ = resume_classifier(stopped, data=colours.with_name("moved"))
+    assert len(run.metrics) == 2
+
+
+def test_options_of_the_result_cannot_change(stopped):
+    with pytest.raises(
+        OptionError, match=r"lr was 0\.002 and cannot be 0\.1 in a .* can be changed: .*workers.*--init"
+    ):
+        resume_classifier(stopped, {"lr": 0.1})
+    with pytest.raises(OptionError, match="epochs takes a whole number"):
+        resume_classifier(stopped, {"epochs": "x"})
+    resume_classifier(stopped, {"lr": 0.002, "save_every": "never", "keep_every": 1})
+    assert Run.open(stopped).has_checkpoint("epoch-0002")
+
+
+def test_damaged_foreign_and_newer_checkpoints_are_refused(stopped, monkeypatch):
+    last = stopped / "checkpoints" / "last"
+    good = {file.name: file.read_bytes() for file in last.iterdir()}
+
+    def refused(name, content, message):
+        (last / name).write_bytes(content)
+        with pytest.raises(RunError, match=message):
+            resume_classifier(stopped)
+        (last / name).write_bytes(good[name])
+
+    state = good["state.json"]
+    refused("optimizer.safetensors", good["optimizer.safetensors"][:-10], r"checkpoint .*last is damaged")
+    refused("model.safetensors", b"\x80\x02}q\x00.", r"checkpoint .*last is damaged")  # a pickle
+    refused("model.safetensors", good["optimizer.safetensors"], r"do not fit the model: .* is missing")
+    refused("optimizer.safetensors", good["model.safetensors"], r"optimizer state of a parameter that is not trained")
+    refused("state.json", state[:40], r"checkpoint .*last is damaged")
+    refused("state.json", b"[1]", r"is not the state of a gspn checkpoint")
+    refused("state.json", state.replace(b'"format": 2', b'"format": 3'), r"newer gspn \(format 3; .* up to 2\): update")
+    refused("state.json", state.replace(b'"format": 2,', b""), r"older gspn, which could not resume")
+    refused("state.json", state.replace(b'"position"', b'"place"'), r"damaged or foreign: it lacks position")
+    resume_classifier(stopped)
+
+
+def test_two_trainings_in_one_folder(tmp_path, stopped, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
+    with writing(stopped):
+        with pytest.raises(RunError, match=rf"another training \(process {os.getpid()} on .*\) is writing to .*run"):
+            resume_classifier(stopped)
+        with pytest.raises(RunError, match="another training"):
+            train_classifier("digits", stopped, tiny_options(), overwrite=True)
+    resume_classifier(stopped)
+
+
+def test_a_killed_training_leaves_no_lock(tmp_path, monkeypatch):
+    process = start(tmp_path / "run", step="writes a tensor file", count=0)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and (tmp_path / "run" / ".lock").exists()
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0)
+    with writing(tmp_path / "run"):
+        pass
+
+
+def test_diverged_training_can_be_told_apart(tmp_path):
+    """Its last checkpoint is good, and going on from it comes to the same end."""
+    options = tiny_options(epochs=2, lr=1e30, clip=0.0, save_every="1")
+    for attempt in (
+        lambda: train_classifier("digits", tmp_path / "run", options),
+        lambda: resume_classifier(tmp_path / "run"),
+    ):
+        with pytest.raises(TrainingError, match="training stopped"):
+            attempt()
