@@ -56,6 +56,20 @@ def test_any_size_and_stem_stride(stride, size):
     assert model.forward_features(torch.randn(1, 1, *size)).shape == (1, 32, height, width)
 
 
+def test_frozen_state_dict():
+    for alignment in ("aligned", "released"):
+        keys = small(alignment=alignment).state_dict()
+        both = ("weight", "bias")
+        block = [f"{m}.{p}" for m in ("norm1", "norm", "norm2", "mlp.0", "mlp.2") for p in both]
+        block += [f"{m}.weight" for m in ("in_proj", "dwconv", "out_proj", "gspn.proxy_proj")]
+        block += [f"gspn.{p}" for p in ("weight_proj", "input_proj", "output_proj", "skip_proj", "merger")]
+        block += ["grn.gamma", "grn.beta"]
+        expected = {f"{m}.{p}" for m in ("stem.0", "stem.1", "stem.3", "stem.4", "norm", "head") for p in both}
+        expected |= {f"levels.{i}.downsample.{j}.{p}" for i in (1, 2) for j in (0, 1) for p in both}
+        expected |= {f"levels.{i}.blocks.{j}.{k}" for i, j in ((0, 0), (1, 0), (1, 1), (2, 0)) for k in block}
+        assert set(keys) == expected and keys["levels.0.blocks.0.dwconv.weight"].shape == (12, 1, 7, 7)
+
+
 def test_config_makes_the_same_model_again():
     import json
 

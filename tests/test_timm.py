@@ -1,6 +1,7 @@
 """The bridge to timm: what timm's own code and scripts ask of a model (their train.py's steps, one by one)."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -176,7 +177,8 @@ def file(tmp_path_factory):
 def test_released_weights_are_converted_wherever_timm_loads(file, alignment):
     options = LITTLE | {"alignment": alignment, "activation": "none"}
     expected, x = load_little(file, alignment=alignment), torch.randn(2, 3, 64, 64)
-    by_path = timm.create_model("gspn_tiny", checkpoint_path=str(file), num_classes=11, **options).eval()
+    with nullcontext() if alignment == "released" else pytest.warns(UserWarning, match="outputs differ"):
+        by_path = timm.create_model("gspn_tiny", checkpoint_path=str(file), num_classes=11, **options).eval()
     torch.testing.assert_close(by_path(x), expected(x))
     later = timm.create_model("gspn_tiny", num_classes=11, **options).eval()
     load_checkpoint(later, str(file))

@@ -298,6 +298,10 @@ class GSPNBlock(nn.Module):
         gspn: the options of :class:`GSPN2d`.
 
     Shape: (B,C,H,W) to (B,C,H,W). Source: arXiv 2501.12381, figure 4.
+
+    State dict (frozen), D = expansion * C: ``norm1``, ``norm2`` (C,), ``in_proj.weight`` (D,C), ``dwconv.weight``
+    (D,1,7,7), ``gspn.*``, ``norm`` (D,), ``grn.gamma``, ``grn.beta`` (D,), ``out_proj.weight`` (C,D), ``mlp.0``,
+    ``mlp.2``.
     """
 
     def __init__(

@@ -108,12 +108,6 @@ def load_released(
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")} | new_head
     weights["stem.0.weight"] = _adapt_channels(weights["stem.0.weight"], in_chans)
     model.load_state_dict(weights)
-    if alignment == "aligned":
-        warnings.warn(
-            'released weights in alignment="aligned": outputs differ from those the weights were trained for, so '
-            'fine-tune before use; alignment="released" gives the trained ones',
-            stacklevel=2,
-        )
     return model
 
 
@@ -126,7 +120,8 @@ def convert_released(state: Mapping[str, Tensor], config: dict) -> dict[str, Ten
     """A state dict in the released layout as that of the model with this ``config``, but for head and channels, which
     are those of the weights.
 
-    Raises ValueError with all keys that are missing, left over or of another shape, and the size that fits, if any.
+    Warns where the model is aligned: it computes something else than the weights were trained for. Raises ValueError
+    with all keys that are missing, left over or of another shape, and the size that fits, if any.
     """
     head = state.get("classifier.head.weight")
     classes = head.shape[0] if isinstance(head, Tensor) and head.ndim == 2 else 1000
@@ -149,6 +144,12 @@ def convert_released(state: Mapping[str, Tensor], config: dict) -> dict[str, Ten
         hint = f"these are the weights of {found}, not of {name}; " if found not in (None, name) else ""
         listed = "; ".join(f"{kind}: {_list(keys)}" for kind, keys in problems.items() if keys)
         raise ValueError(f"the released weights do not fit {name}: {hint}{listed}")
+    if config["alignment"] == "aligned":
+        warnings.warn(
+            'released weights in alignment="aligned": outputs differ from those the weights were trained for, so '
+            'fine-tune before use; alignment="released" gives the trained ones',
+            stacklevel=3,
+        )
     return {own: _reshape(own, state[key], ours[own].shape) for key, own in theirs.items()}
 
 

@@ -8,9 +8,9 @@ Model arguments are those of :class:`gspn.models.Backbone`, ``drop_path_rate`` b
 
 No weights can be downloaded. Those that the paper's authors published are converted wherever timm loads weights:
 
-    as = dict(alignment="released", activation="none")      # or "aligned", the start for fine-tuning at any size
-    timm.create_model("gspn_tiny", checkpoint_path="tiny.pth", **as)
-    timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay={"file": "tiny.pth"}, num_classes=10, **as)
+    form = {"alignment": "released", "activation": "none"}  # or "aligned", the start for fine-tuning at any size
+    timm.create_model("gspn_tiny", checkpoint_path="tiny.pth", **form)
+    timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay={"file": "tiny.pth"}, num_classes=10, **form)
 
 The second adapts the head and the channels of the stem. timm's own scripts run with the models registered first:
 
@@ -102,7 +102,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: Backbone) -> M
 
 
 def _convert_in_place(model: TimmBackbone, state_dict: dict, prefix: str, *_) -> None:
-    if not prefix:
+    if not prefix and is_released(state_dict):
         converted = dict(checkpoint_filter_fn(state_dict, model))
         state_dict.clear()
         state_dict.update(converted)
