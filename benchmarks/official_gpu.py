@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import peers_gpu, scan_gpu
+from benchmarks import cases_gpu, peers_gpu, scan_gpu
 
 SUFFIXES = (".cpp", ".cc", ".cu")
 
@@ -39,14 +39,14 @@ def load(folder: Path) -> tuple[Callable | None, dict]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def make(machine, case: scan_gpu.Case, inputs: scan_gpu.Problem):
+    def make(machine, case: cases_gpu.Case, inputs: scan_gpu.Problem):
         if case.train:
             raise NotImplementedError("only its forward pass is called")
         scan = peers_gpu.LineLaunches(inputs.x, inputs.gate, inputs.logits)
         calls = [module.prepare(extension, *(t.flatten(0, 1) for t in s[:2]), [t.flatten(0, 1) for t in s[2:]])
                  for s in scan.stacks]  # fmt: skip
         states = [call().view_as(h) for call, h in zip(calls, scan.h, strict=True)]
-        limit = scan_gpu.LINES_LIMITS[scan_gpu.DTYPES[case.dtype]]
+        limit = scan_gpu.LINES_LIMITS[cases_gpu.DTYPES[case.dtype]]
         errors = scan_gpu.gate(case, inputs, scan.unstacked(states), None, limit)
         return {"official": lambda: [call() for call in calls]}, errors
 

@@ -45,6 +45,7 @@ def table(rows: dict[str, dict], key: str | None) -> list[str]:
 def document(content: dict) -> str:
     """The whole file as Markdown."""
     environment, device, sections = content["environment"], content["device before"], content["sections"]
+    after = content.get("device after", {})
     lines = ["# GSPN on a GPU", ""]
     if content["rehearsal"]:
         lines += [f"**{REHEARSAL}.**", ""]
@@ -52,7 +53,7 @@ def document(content: dict) -> str:
         f"{device['name']}; {'; '.join(f'{k} {v}' for k, v in device.items() if k != 'name')}.  ",
         f"torch {environment['torch']}, Python {environment['python']}, commit "
         f"{environment['commit'][:12] or 'unknown'}, {environment['date']}.  ",
-        f"Clocks afterwards: {'; '.join(f'{k} {v}' for k, v in content['device after'].items() if 'clocks' in k)}.",
+        f"Clocks afterwards: {'; '.join(f'{k} {v}' for k, v in after.items() if 'clocks' in k)}.",
         "",
         "Times in ms, medians of interleaved rounds, cold L2 cache: as called / replayed from a CUDA graph.",
         "",
