@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training import TINY
 
-from gspn.train import images, tables
+from gspn.train import images, pictures, tables
+from gspn.train.classify import train_classifier
 from gspn.train.data import DataError, open_data
+from gspn.train.evaluate import evaluate
 from gspn.train.images import UNREADABLE, Preprocessing, generator
 from gspn.train.loader import batches, make_loader
+from gspn.train.options import Options
 from gspn.train.recipe import Augmentation
 
 GREY8 = Preprocessing(1, (8, 8), (0.5,), (0.25,))
@@ -267,3 +271,20 @@ def test_unreadable_images_in_shards_and_streams_are_marked(tmp_path):
     split = open_data(tmp_path).splits["all"]
     (batch,) = make_loader(split, GREY8, 8)
     assert torch.where(batch["label"] == UNREADABLE)[0].tolist() == [5] and "all.tar, 5" in split.problem(5)
+
+
+# -- in training --
+
+
+def test_training_and_evaluation_on_shards_and_on_a_stream(tmp_path, streamed, monkeypatch):
+    for name in ("curves", "predictions", "context"):
+        monkeypatch.setattr(pictures, name, lambda *args: None)
+    options = dict(model_args=TINY, epochs=1, batch_size=10, workers=1, augment="shift", flip=True)
+    shards = write_shards(tmp_path / "shards")
+    for name, data, count in (("shards", shards, 8), ("stream", streamed, 10)):
+        run, metrics, _ = train_classifier(
+            data, tmp_path / "runs" / name, Options(**options, streaming=name == "stream")
+        )
+        assert metrics["images"] == count and run.metrics[0]["step"] == 9
+        again, _ = evaluate(run.path, data, workers=0)
+        assert again["images"] == count and again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
