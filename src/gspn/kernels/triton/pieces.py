@@ -1,0 +1,270 @@
+"""propagate on the GPU: projections by matrix products, scans, and the merger, piece by piece in a bounded workspace.
+
+A piece is all directions of a map where their maps fit the workspace, else one direction, else a strip of its lines,
+between which the state of the scan is carried. The gradient is computed in the same kind of pieces from x and proxy
+alone: for strips, a first pass finds the state that each is entered with, then they are scanned back.
+
+Rounding. Projections and gates are held in the dtype of x as long as the parts of all directions are summed up in
+float32; h always has float32. Where there is no room for such a sum, y itself is the sum, and the gates have float32.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gspn.kernels.triton import launch
+from gspn.kernels.triton.launch import Merged, Strip, channels_inside, empty_inside, empty_maps, on, state_dtype
+
+
+def propagate(
+    x: Tensor, proxy: Tensor, weight_proj: Tensor, input_proj: Tensor, output_proj: Tensor, skip_proj: Tensor | None,
+    directions: list[int], segment: int | None, workspace_mib: int = 256,
+) -> Tensor:  # fmt: skip
+    """y (B,C,H,W) of x (B,C,H,W) and proxy (B,S,H,W), in a workspace of about `workspace_mib` MiB beside them, or as
+    much as one line of one direction takes."""
+    projections = (weight_proj, input_proj, output_proj, skip_proj)
+    with on(x), torch.autocast(x.device.type, enabled=False):
+        x, proxy = channels_inside(x, 1), channels_inside(proxy, 1)
+        y = empty_inside(x, 1)
+        if y.numel() == 0:
+            return y
+        work = _Work.choose(x, weight_proj, directions, segment, workspace_mib, backward=False)
+        total = empty_inside(x, 1, state_dtype(x.dtype)) if work.wide_sum else y
+        for pieces in work.passes():
+            entered = None
+            for piece in pieces:
+                strip = work.strip(piece, entered)
+                maps = _Maps.project(piece, proxy, *projections, work.gate_dtype)
+                h = work.scan(piece, maps, strip)
+                launch.merge(h, maps.output_gate, maps.skip, piece.of(x), piece.of(total), add=not piece.opens)
+                entered = strip and strip.left
+        return y if total is y else y.copy_(total)
+
+
+def propagate_backward(
+    grad: Tensor, x: Tensor, proxy: Tensor, weight_proj: Tensor, input_proj: Tensor, output_proj: Tensor,
+    skip_proj: Tensor | None, directions: list[int], segment: int | None, workspace_mib: int = 256,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of x, proxy and the four projections. Beside the workspace this holds dx in float32 where it takes
+    several pieces, and for each strip the state that the scan enters it with."""
+    projections = (weight_proj, input_proj, output_proj, skip_proj)
+    with on(x), torch.autocast(x.device.type, enabled=False):
+        grad, x, proxy = (channels_inside(t, 1) for t in (grad, x, proxy))
+        state = state_dtype(x.dtype)
+        work = _Work.choose(x, weight_proj, directions, segment, workspace_mib, backward=True)
+        dx = empty_inside(x, 1, x.dtype if work.single else state)
+        dproxy = empty_inside(proxy, 1, state).zero_()
+        found = [None if p is None else torch.zeros_like(p, dtype=state) for p in projections]
+        for pieces in work.passes() if x.numel() else ():
+            pieces = list(pieces)
+            states, adjoint = [None] * len(pieces), None
+            for n, piece in enumerate(pieces[:-1] if work.carries else ()):
+                strip = work.strip(piece, states[n])
+                work.scan(piece, _Maps.project(piece, proxy, *projections, work.gate_dtype), strip)
+                states[n + 1] = strip.left
+            for piece, entered in zip(reversed(pieces), reversed(states), strict=True):
+                maps = _Maps.project(piece, proxy, *projections, work.gate_dtype)
+                h = work.scan(piece, maps, work.strip(piece, entered))
+                dmaps, dy, strip = maps.alike(), piece.of(grad), work.strip(piece, adjoint)
+                g = launch.scan_backward(
+                    dy[:, None].expand(-1, len(piece.indices), -1, -1, -1), maps.output_gate, maps.logits, h,
+                    dmaps.logits, piece.directions, segment, normalized=True, strip=strip,
+                )  # fmt: skip
+                adjoint = strip and strip.left
+                merged = Merged(dy, h, maps.skip, dmaps.output_gate, dmaps.skip)
+                launch.merge_backward(
+                    g, maps.input_gate, piece.of(x), piece.of(dx), dmaps.input_gate, merged, add=not piece.opens
+                )
+                _add_gradients(piece, maps, dmaps, piece.of(dproxy), *found)
+        grads = (None if p is None else f.to(p.dtype) for p, f in zip(projections, found, strict=True))
+        return dx.to(x.dtype), dproxy.to(proxy.dtype), *grads
+
+
+class _Piece(NamedTuple):
+    """All lines of some directions of the call, or a strip of lines of one."""
+
+    indices: range  # in the call's directions
+    directions: list[int]
+    origin: int = 0  # first line, in the order of the scan
+    lines: int | None = None  # None: all
+    total: int = 0  # lines of the map
+
+    @property
+    def opens(self) -> bool:
+        """Whether it is the first to write where it writes: it brings the skip, and later ones add."""
+        return self.indices[0] == 0
+
+    @property
+    def axis(self) -> int:
+        return -1 if self.directions[0] % 2 == 0 else -2
+
+    @property
+    def reverse(self) -> bool:
+        return self.directions[0] >= 2
+
+    def of(self, t: Tensor) -> Tensor:
+        """Its part of a map (..., H, W)."""
+        if self.lines is None:
+            return t
+        return t.narrow(self.axis, self.total - self.origin - self.lines if self.reverse else self.origin, self.lines)
+
+
+class _Work(NamedTuple):
+    """How a call is cut into pieces."""
+
+    x: Tensor
+    directions: list[int]
+    segment: int | None
+    together: bool  # all directions in one piece
+    strip_lines: int | None  # of a piece, if directions are cut into strips
+    wide_sum: bool  # the directions' parts are summed up in the state's dtype, which y has not
+    gate_dtype: torch.dtype
+
+    @classmethod
+    def choose(cls, x, weight_proj, directions, segment, workspace_mib, *, backward) -> "_Work":
+        """What fits: bytes are counted for projections and h, and with `backward` for their gradients."""
+        batch, channels, height, width = x.shape
+        narrow, wide = x.element_size(), state_dtype(x.dtype).itemsize
+        gates, pixels, room = 2 * channels, batch * height * width, workspace_mib << 20
+        one = ((3 * weight_proj.shape[2] + gates) * narrow + channels * wide) * (2 if backward else 1)
+        if len(directions) * pixels * one <= room:
+            return cls(x, directions, segment, True, None, False, x.dtype)
+        sums = wide > narrow and not backward
+        if pixels * (one + sums * channels * wide) <= room:
+            return cls(x, directions, segment, False, None, sums, x.dtype)
+        if not backward:
+            one += gates * (wide - narrow)
+        longest = max(width if d % 2 else height for d in directions)
+        lines = max(room // max(batch * longest * one, 1), 1)
+        if segment is not None and segment <= lines:
+            lines -= lines % segment
+        return cls(x, directions, segment, False, lines, False, x.dtype if backward else state_dtype(x.dtype))
+
+    @property
+    def single(self) -> bool:
+        return self.together or (self.strip_lines is None and len(self.directions) == 1)
+
+    @property
+    def carries(self) -> bool:
+        """Whether the state of a scan crosses the borders of strips."""
+        return self.strip_lines is not None and (self.segment is None or self.strip_lines % self.segment > 0)
+
+    def passes(self) -> Iterator[Iterator[_Piece]]:
+        """The pieces, in the order of the scan, for each direction or for all together."""
+        if self.together:
+            yield iter([_Piece(range(len(self.directions)), list(self.directions))])
+            return
+        for index, direction in enumerate(self.directions):
+            yield self._strips(index, direction)
+
+    def _strips(self, index, direction):
+        total = self.x.shape[-1 if direction % 2 == 0 else -2]
+        step = self.strip_lines or total
+        for origin in range(0, total, step):
+            lines = min(step, total - origin) if self.strip_lines else None
+            yield _Piece(range(index, index + 1), [direction], origin, lines, total)
+
+    def strip(self, piece: _Piece, entered: Tensor | None) -> Strip | None:
+        """What the scan of a strip needs to know; None where it stands alone. The first one is entered with nothing."""
+        if not self.carries:
+            return None
+        batch, channels, height, width = self.x.shape
+        places = height if piece.axis == -1 else width
+        left = self.x.new_empty(batch, 1, places, channels, dtype=state_dtype(self.x.dtype))
+        return Strip(piece.origin, piece.total, left if entered is None else entered, left)
+
+    def scan(self, piece: _Piece, maps: "_Maps", strip: Strip | None) -> Tensor:
+        """h (B,D,C,H,W) of a piece, in the state's dtype. In a strip the state that it was entered with lies in memory
+        where the line before would, for the gradients of the first line's weights."""
+        x = piece.of(self.x)
+        if strip is None or piece.origin == 0:
+            h = empty_maps(x, len(piece.indices), state_dtype(x.dtype))
+        else:
+            shape = list(x.shape)
+            shape[piece.axis] += 1
+            longer = empty_maps(x.new_empty(()).expand(shape), 1, strip.entered.dtype)
+            line = longer.narrow(piece.axis, piece.lines if piece.reverse else 0, 1)
+            line.copy_(strip.entered.transpose(2, 3).unsqueeze(piece.axis))
+            h = longer.narrow(piece.axis, 0 if piece.reverse else 1, piece.lines)
+        launch.scan(x, maps.input_gate, maps.logits, h, piece.directions, self.segment, strip=strip)
+        return h
+
+
+class _Maps(NamedTuple):
+    """The projections of a piece's proxy, as two products: (2D + skip) C gates, and 3DG logits."""
+
+    features: Tensor  # (N,S)
+    gate_proj: Tensor  # ((2D + skip) C, S)
+    logit_proj: Tensor  # (3DG, S)
+    gates: Tensor  # (B,H,W,(2D + skip) C)
+    flat_logits: Tensor  # (B,H,W,3DG)
+    sizes: tuple[int, int, int]  # D, C, G
+
+    @classmethod
+    def project(cls, piece, proxy, weight_proj, input_proj, output_proj, skip_proj, gate_dtype) -> "_Maps":
+        proxy, chosen = piece.of(proxy), slice(piece.indices.start, piece.indices.stop)
+        features = proxy.permute(0, 2, 3, 1).reshape(-1, proxy.shape[1])
+        gate_proj = [input_proj[chosen].flatten(0, 1), output_proj[chosen].flatten(0, 1)]
+        if skip_proj is not None and piece.opens:
+            gate_proj.append(skip_proj)
+        gate_proj = torch.cat(gate_proj).to(features.dtype)
+        logit_proj = weight_proj[chosen].flatten(0, 2).to(features.dtype)
+        gates, logits = _product(features, gate_proj.T, gate_dtype), _product(features, logit_proj.T, features.dtype)
+        pixels = (proxy.shape[0], *proxy.shape[2:], -1)
+        sizes = (len(piece.indices), input_proj.shape[1], weight_proj.shape[2])
+        return cls(features, gate_proj, logit_proj, gates.view(pixels), logits.view(pixels), sizes)
+
+    def alike(self) -> "_Maps":
+        """Maps of undefined content, for the gradients of these."""
+        return self._replace(gates=torch.empty_like(self.gates), flat_logits=torch.empty_like(self.flat_logits))
+
+    @property
+    def logits(self) -> Tensor:  # (B,D,G,3,H,W)
+        count, _, groups = self.sizes
+        return self.flat_logits.unflatten(-1, (count, 3, groups)).permute(0, 3, 5, 4, 1, 2)
+
+    @property
+    def input_gate(self) -> Tensor:  # (B,D,C,H,W)
+        return self._gates(0, self.sizes[0])
+
+    @property
+    def output_gate(self) -> Tensor:  # (B,D,C,H,W)
+        return self._gates(self.sizes[0], self.sizes[0])
+
+    @property
+    def skip(self) -> Tensor | None:  # (B,C,H,W)
+        count, channels, _ = self.sizes
+        return self._gates(2 * count, 1)[:, 0] if self.gates.shape[-1] > 2 * count * channels else None
+
+    def _gates(self, first, number):
+        channels = self.sizes[1]
+        part = self.gates[..., first * channels : (first + number) * channels]
+        return part.unflatten(-1, (number, channels)).permute(0, 3, 4, 1, 2)
+
+
+def _add_gradients(piece, maps, dmaps, dproxy, dweight_proj, dinput_proj, doutput_proj, dskip_proj) -> None:
+    """Adds what the gradients of a piece's maps give to those of the proxy and the projections."""
+    state, chosen = dproxy.dtype, slice(piece.indices.start, piece.indices.stop)
+    dgates, dlogits = dmaps.gates.flatten(0, 2), dmaps.flat_logits.flatten(0, 2)
+    rows = _product(dgates, maps.gate_proj, state) + _product(dlogits, maps.logit_proj, state)
+    dproxy += rows.view(*dmaps.gates.shape[:3], -1).permute(0, 3, 1, 2)
+    dweight_proj[chosen] += _product(dlogits.T, maps.features, state).view_as(dweight_proj[chosen])
+    count, channels, _ = maps.sizes
+    parts = _product(dgates.T, maps.features, state).split(
+        [count * channels] * 2 + [channels] * (maps.skip is not None)
+    )
+    dinput_proj[chosen] += parts[0].view_as(dinput_proj[chosen])
+    doutput_proj[chosen] += parts[1].view_as(doutput_proj[chosen])
+    if maps.skip is not None:
+        dskip_proj += parts[2]
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b as `dtype`: that of both, or a wider one, which the sums then have too."""
+    if dtype == a.dtype == b.dtype:
+        return a @ b
+    if a.is_cuda and a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
