@@ -83,7 +83,7 @@ def seeded(seed: int):
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs too
     try:
         yield
     finally:
