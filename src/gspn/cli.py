@@ -1,4 +1,4 @@
-"""The `gspn` command: train, eval, predict, show, backends.
+"""The `gspn` command: train, eval, predict, show, export, backends.
 
 User errors are one message on stderr and exit code 2; a training that fails is exit code 1.
 """
@@ -53,6 +53,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @contextmanager
 def readable_errors():
     """Turns what a user can put right into one message and an exit code."""
+    from gspn.export import ExportError
     from gspn.files import SaveError
     from gspn.train.checkpoint import RunError
     from gspn.train.data import DataError
@@ -62,7 +63,7 @@ def readable_errors():
         yield
     except (TrainingError, SaveError) as error:
         _fail(str(error), 1)
-    except (DataError, OptionError, RunError) as error:
+    except (DataError, ExportError, OptionError, RunError) as error:
         _fail(str(error), 2)
 
 
@@ -310,6 +311,49 @@ def show(
         except ValueError as error:  # a place or a block that there is not
             raise OptionError(str(error)) from error
         out.print(f"wrote {picture}", markup=False, highlight=False)
+
+
+@app.command("export")
+def export_run(
+    run: RunFolder,
+    onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file of standard operators, for any runtime.")] = False,
+    aoti: Annotated[bool, typer.Option("--aoti", help="A package compiled for this CPU, for torch with gspn.")] = False,
+    file: Annotated[
+        Path | None, typer.Option("--out", help="The file to write. Default: RUN/model.onnx or RUN/model.pt2.")
+    ] = None,
+    checkpoint: Checkpoint = "best",
+    size: Annotated[
+        str | None, typer.Option(help="N or HxW: the only input size of the file. Default: any size.")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX: version of the operators. Default: 20.")] = None,
+    precision: Annotated[str | None, typer.Option(help="ONNX: fp32 (default) or fp16.")] = None,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not compare the file's outputs with the model's.")
+    ] = False,
+):
+    """Export a run for use without gspn (--onnx), or compiled ahead of time (--aoti).
+
+    Classes, preprocessing and the model's configuration are kept in the file. Example: gspn export runs/first --onnx
+    """
+    with readable_errors():
+        from gspn.train.evaluate import load_classifier
+
+        if onnx == aoti:
+            raise OptionError("choose one of --onnx and --aoti")
+        special = {name: value for name, value in (("opset", opset), ("precision", precision)) if value is not None}
+        if aoti and special:
+            raise OptionError(f"--{next(iter(special))} is for --onnx")
+        classifier = load_classifier(run, checkpoint)
+        metadata = {"class_names": classifier.class_names, "preprocessing": classifier.preprocessing.to_json()}
+        write = gspn.export_onnx if onnx else gspn.export_aoti
+        options = {"size": parsed("size", parse_size, size), "metadata": metadata, "check": not no_check, **special}
+        try:
+            written = write(classifier.model, file or run / ("model.onnx" if onnx else "model.pt2"), **options)
+        except ImportError as error:
+            _fail(str(error), 2)
+        sizes = ", ".join("x".join(map(str, shape)) for shape in written.checked)
+        checked = "not checked" if no_check else f"differs by {written.difference:.0e} of the largest output at {sizes}"
+        out.print(f"wrote {written.path}, {written.size_bytes / 1e6:.1f} MB, {checked}", markup=False, highlight=False)
 
 
 @app.command()

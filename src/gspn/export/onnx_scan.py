@@ -187,6 +187,7 @@ class _Expansion:
                 "has_previous": nodes.add("Greater", place, zero),
                 "has_next": nodes.add("Less", place, nodes.add("Sub", places, one)),
                 "zero": nodes.constant(0.0, self.state),
+                "one": nodes.constant(1.0, self.state),
                 "floor": nodes.constant(LOGIT_FLOOR, self.state),
             }
             if self.segment:
@@ -246,8 +247,11 @@ class _Expansion:
         self, body: _Nodes, frame: dict[str, Value], h: Value, b: Value, weights: Value, groups: int, normalize: bool
     ) -> Value:
         """The next state (B,P,C) of state h, gated input b and weights or logits (B,P,3G)."""
-        if normalize:
-            weights = body.add("Sigmoid", body.add("Max", weights, frame["floor"]))
+        if (
+            normalize
+        ):  # 1 / (1 + e^-a): onnxruntime's Sigmoid is 0 from about -18 down, and the three divide by their sum
+            powers = body.add("Exp", body.add("Neg", body.add("Max", weights, frame["floor"])))
+            weights = body.add("Reciprocal", body.add("Add", powers, frame["one"]))
         if 1 < groups < self.channels:
             group = np.arange(self.channels) * groups // self.channels
             columns = np.concatenate([group + k * groups for k in range(3)])

@@ -118,8 +118,13 @@ def compare(
     draw, worst = torch.Generator().manual_seed(0), 0.0
     for shape in shapes:
         x = torch.randn(shape, generator=draw, dtype=dtype)
-        with torch.no_grad():
-            wanted = pytree.tree_leaves(model(x.to(where)))
+        try:
+            with torch.no_grad():
+                wanted = pytree.tree_leaves(model(x.to(where)))
+        except (RuntimeError, ValueError) as error:
+            raise ExportError(
+                f"the model does not take {_sizes(shape)}; size=(H, W) exports one size: {error}"
+            ) from error
         for got, want in zip(run(x), wanted, strict=True):
             want = want.cpu().double()
             difference = float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30))
