@@ -13,7 +13,7 @@ from gspn.train.options import OptionError
 from gspn.train.recipe import PRESETS, Augmentation, Mixing, preset_for, seeded
 
 COLOUR = Preprocessing(3, (32, 32), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-NOT_HERE = "they need timm (no module): install gspn[imagenet]"
+NOT_HERE = "timm is not there: install gspn[imagenet]"
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_without_timm_the_default_runs_and_says_so(without_timm):
 
 def test_asking_for_what_needs_timm_names_the_extra(without_timm):
     for wanted in (dict(rand_augment="m9"), dict(color_jitter=0.4)):
-        with pytest.raises(OptionError, match=r"asked for, but .*gspn\[imagenet\]"):
+        with pytest.raises(OptionError, match=r"comes from timm, but .*gspn\[imagenet\]"):
             Augmentation(**wanted)
     with pytest.raises(OptionError, match=r"gspn\[imagenet\]"):
         Mixing(10, 0.8, 0.0)

@@ -66,15 +66,15 @@ def timm_problem() -> str | None:
     try:
         import timm.data  # noqa: F401
     except ImportError as error:
-        return f'they need timm ({error}): install with pip install "gspn[imagenet]"'
+        return f'timm is not there ({error}): install it with pip install "gspn[imagenet]"'
     except Exception as error:  # a torchvision built for another torch raises RuntimeError
-        return f"timm is installed but cannot be imported: {type(error).__name__}: {error}"
+        return f"timm is installed, but cannot be imported: {type(error).__name__}: {error}"
     return None
 
 
 def need_timm(what):
     if timm_problem():
-        raise OptionError(f"{what} asked for, but {timm_problem()}")
+        raise OptionError(f"{what} comes from timm, but {timm_problem()}")
 
 
 @contextmanager
@@ -127,9 +127,9 @@ class Augmentation:
                     f"RandAugment's settings are M or more joined by -: mMAGNITUDE, nLAYERS, pPROBABILITY, "
                     f"mstdDEVIATION, mmaxLIMIT, inc1; or none. Got {self.rand_augment!r}"
                 )
-            need_timm("RandAugment was")
+            need_timm("RandAugment")
         if self.color_jitter:
-            need_timm("colour jitter was")
+            need_timm("colour jitter")
 
     @classmethod
     def of(cls, options: Any, kind: str, size: tuple[int, int]) -> "Augmentation":
@@ -242,7 +242,7 @@ class Mixing:
     """
 
     def __init__(self, num_classes: int, mixup: float, cutmix: float, switch: float = 0.5, smoothing: float = 0.0):
-        need_timm("mixup or cutmix was")
+        need_timm("mixup or cutmix")
         from timm.data import Mixup
 
         self.mixup = Mixup(mixup, cutmix, switch_prob=switch, label_smoothing=smoothing, num_classes=num_classes)
