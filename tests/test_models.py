@@ -180,6 +180,9 @@ def test_context_maps():
     assert maps["right"][:, :5].sum(0).allclose(torch.ones(5))
     assert model.training
     assert context_maps(model, torch.randn(1, 8, 8), (7, 7))["place"] == (1, 1)
+    released = context_maps(small(stem_stride=1, alignment="released"), torch.randn(1, 8, 8), (3, 4), block=0)
+    assert released["down"][4, 3] > 0 and released["down"][5:].sum() == 0  # the place is (3, 4) as each direction reads
+    assert released["left"][3, 3] > 0 and released["left"][:, :3].sum() == 0
     with pytest.raises(ValueError, match=r"place \(8, 0\) is not on the 8x8 image"):
         context_maps(model, torch.randn(1, 8, 8), (8, 0))
     with pytest.raises(ValueError, match="block has to be from -4 to 3, got 4"):
