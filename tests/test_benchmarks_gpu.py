@@ -70,6 +70,24 @@ for shape, groups in (((2, 4, 3, 3), 4), ((1, 6, 2, 4), 3)):
 """
 
 
+COMPILES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from benchmarks import peers_gpu
+for kernel in (peers_gpu._line_forward, peers_gpu._line_backward):
+    numbers = dict.fromkeys(("t", "rows", "places", "lines"), "i32") | {"BLOCK": "constexpr"}
+    signature = {name: numbers.get(name, "*bf16") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs={"BLOCK": peers_gpu.BLOCK})
+    options = {"num_warps": peers_gpu.BLOCK // 32}
+    print(kernel.__name__, len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]))
+"""
+
+
+def test_the_kernel_with_one_launch_a_line_compiles():
+    result = python("-c", "import os; os.environ.pop('TRITON_INTERPRET', None)\n" + COMPILES)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 def test_the_kernel_with_one_launch_a_line_is_right_in_all_gradients():
     environment = "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
     result = python("-c", environment + GRADIENTS)
