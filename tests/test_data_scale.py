@@ -189,6 +189,9 @@ def test_streams_are_splits(streamed):
 def test_streaming_of_other_kinds_is_an_error(tmp_path):
     with pytest.raises(DataError, match="streaming is for what `datasets` loads, but digits is of another kind"):
         open_data("digits", streaming=True)
+    (tmp_path / "train.csv").write_text("image,label\nx.png,1\n")
+    with pytest.raises(DataError, match="does not tell its columns' types as a stream"):
+        open_data(tmp_path / "train.csv", streaming=True)
 
 
 # -- has the data set changed? --

@@ -71,6 +71,8 @@ def load_tables(
 def _table(table, name, image_column, label_column):
     import datasets
 
+    if table.features is None:
+        raise DataError(f"{name} does not tell its columns' types as a stream: leave out --streaming")
     image_column = _column(table, image_column, datasets.Image, "image", name)
     label_column = _column(table, label_column, datasets.ClassLabel, "label", name)
     feature, counts = table.features[label_column], None
