@@ -3,10 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# timm needs torchvision, and accelerate, datasets and transformers behave differently where torchvision can be found:
-# so both live outside .venv, and the tests marked timm run by themselves, on few enough files to need no second worker.
-WITHOUT_TIMM := $(PYTEST) -n 2
+# Three processes, for some packages change what others do. timm needs torchvision, and where that can be found
+# accelerate, datasets and transformers behave differently: both stand in .timm, beside .venv. Triton is an interpreter
+# or not for a whole process. The last two have few tests, and start no workers.
+MAIN := $(PYTEST) -n 2
 WITH_TIMM := PYTHONPATH=.timm $(PYTEST)
+WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST)
+TRITON_TESTS := $(wildcard tests/test_triton*.py)
 
 .PHONY: quickstart test test-all lint clean
 
@@ -27,12 +30,14 @@ quickstart: .venv/.installed
 	$(BIN)/gspn eval runs/quickstart digits
 
 test: .venv/.installed .timm/.installed
-	$(WITHOUT_TIMM) -m "not slow and not timm"
+	$(MAIN) -m "not slow and not timm and not triton"
 	$(WITH_TIMM) -m "timm and not slow"
+	$(WITH_TRITON) -m "triton and not slow" $(TRITON_TESTS)
 
 test-all: .venv/.installed .timm/.installed
-	$(WITHOUT_TIMM) -m "not timm"
+	$(MAIN) -m "not timm and not triton"
 	$(WITH_TIMM) -m timm
+	$(WITH_TRITON) -m triton $(TRITON_TESTS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
