@@ -1,6 +1,7 @@
 """The GPU backend, for CUDA and ROCm, in Triton.
 
-    device.py     the kernels: what a program computes
+    device.py     the scans: what a program computes
+    merge.py      the kernels around them: merger, gradients of gates
     plan.py       launch parameters, a plain function of the sizes
     launch.py     from tensors to launches: layouts, strides, grids
     pieces.py     propagate: projections, scans and merging, piece by piece in a bounded workspace

@@ -18,6 +18,7 @@ there are no atomics. So results do not depend on the order of programs, and are
 Words: SHARE channels share weights; a program has BCW groups and GB channels of each. ALIGN is a number of elements
 by which every stride and the number of channels are divisible; they are passed divided by it, so that the compiler
 knows, and loads whole vectors, while sizes are not specialised on: another height, width or segment compiles nothing.
+Within a map positions are numbers of the type INDEX, 64 bits only where a map has 2^31 elements or more.
 """
 
 import triton
@@ -26,14 +27,15 @@ import triton.language as tl
 FLOOR = tl.constexpr(-28.0)  # LOGIT_FLOOR of the reference: (1 + e^28)^3 is finite in float32
 LOG2E = tl.constexpr(1.4426950408889634)
 
-_SIZES = [  # for which the compiler is to make no versions of their own (such as: is 1, is divisible by 16)
+SIZES = [  # for which the compiler is to make no versions of their own (such as: is 1, is divisible by 16)
     *("height", "width", "maps", "directions", "count", "segment", "origin", "total", "state_places"),
     *("first", "lines", "own", "blocks", "tiles", "segments", "unit", "part_stride", "chunks"),
     *(
-        f"{name}_strides"
-        for name in ("x", "gate", "logits", "h", "grad", "output_gate", "skip", "y", "dlogits", "dgate")
+        f"{name}_{axis}"
+        for name in ("x", "gate", "logits", "h", "grad", "output_gate", "skip", "y")
+        for axis in "bdkhw"
     ),
-    *("dx_strides", "doutput_strides", "dskip_strides"),
+    *(f"{name}_{axis}" for name in ("dlogits", "dgate", "dx", "doutput", "dskip") for axis in "bdkhw"),
 ]
 
 
@@ -65,6 +67,34 @@ def _channels(block, channels, SHARE: tl.constexpr, BCW: tl.constexpr, GB: tl.co
 
 
 @triton.jit
+def _steps(row, column, horizontal, width, unit, INDEX: tl.constexpr, DENSE: tl.constexpr):
+    """From line to line and from place to place in memory. What is known to be DENSE (..., H, W, C) is computed from
+    its sizes, the same for all such tensors, so that they share positions: those cost more registers than the data."""
+    if DENSE:
+        row = width * unit
+        column = unit
+    return tl.where(horizontal, column, row).to(INDEX), tl.where(horizontal, row, column).to(INDEX)
+
+
+@triton.jit
+def _exists(place, P, HALO: tl.constexpr):
+    """Whether a place is one of the line's; only tiles with a halo reach beyond its beginning."""
+    if HALO > 0:
+        return (place >= 0) & (place < P)
+    else:
+        return place < P
+
+
+@triton.jit
+def _owned(place, first, own, P, HALO: tl.constexpr):
+    """Whether a place is one that this program writes: not in the halo of its tile."""
+    if HALO > 0:
+        return (place >= first) & (place < tl.minimum(first + own, P))
+    else:
+        return place < P
+
+
+@triton.jit
 def _cross(low, high, NG: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr):
     """The highest place of the strip before and the lowest of the strip after; its own at the ends of the line."""
     if NG == 1:
@@ -78,7 +108,7 @@ def _cross(low, high, NG: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr):
 
 
 @triton.jit
-def _inverse_sigmoid(logit):
+def inverse_sigmoid(logit):
     return 1.0 + tl.exp2(tl.maximum(logit, FLOOR, propagate_nan=tl.PropagateNan.ALL) * -LOG2E)
 
 
@@ -91,7 +121,7 @@ def _reciprocal(value):
 
 
 @triton.jit
-def _normalize(ea, eb, ec, first, last):
+def normalize(ea, eb, ec, first, last):
     """The weights of the previous and the next place from the inverse sigmoids; that of the same place is what is
     missing to one, and is not formed: so weights sum to one exactly."""
     previous = tl.where(first, 0.0, eb * ec)
@@ -103,14 +133,16 @@ def _normalize(ea, eb, ec, first, last):
 # ---- scans -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def scan_forward(
-    x, gate, logits, h, state_in, state_out, x_strides, gate_strides, logits_strides, h_strides,
+    x, gate, logits, h, state_in, state_out, x_b, x_h, x_w, gate_b, gate_d, gate_h, gate_w, logits_b, logits_d,
+    logits_k, logits_h, logits_w, h_b, h_d, h_h, h_w,
     height, width, unit, maps, directions, count, segment, origin, state_places, first, lines, own, blocks, tiles,
     segments,
     SHARE: tl.constexpr, NG: tl.constexpr, R: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr, HALO: tl.constexpr,
     CHAINED: tl.constexpr, GATED: tl.constexpr, NORMALIZED: tl.constexpr, ALIGN: tl.constexpr,
-    ALIGN_LOGITS: tl.constexpr, STATE: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN_LOGITS: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr,
+    X_DENSE: tl.constexpr, GATE_DENSE: tl.constexpr, H_DENSE: tl.constexpr,
 ):  # fmt: skip
     """h of x, gate and logits. GATED: the input is gate * x, else x. NORMALIZED: logits are to be normalised, else they
     are the weights. CHAINED: lines [first, first + lines) of a scan whose line 0 is line `origin` of its map, the state
@@ -125,27 +157,26 @@ def scan_forward(
 
     image = image.to(tl.int64)
     place = tile * own - HALO + tl.arange(0, NG)[:, None, None] * R  # of r = 0
-    x_t = tl.where(horizontal, x_strides[2], x_strides[1]).to(tl.int64)
-    x_p = tl.where(horizontal, x_strides[1], x_strides[2]).to(tl.int64)
-    h_t = tl.where(horizontal, h_strides[3], h_strides[2]).to(tl.int64)
-    h_p = tl.where(horizontal, h_strides[2], h_strides[3]).to(tl.int64)
-    l_t = tl.where(horizontal, logits_strides[4], logits_strides[3]).to(tl.int64)
-    l_p = tl.where(horizontal, logits_strides[3], logits_strides[4]).to(tl.int64)
-    l_k = logits_strides[2].to(tl.int64) * ALIGN_LOGITS
-    x_at = x + (image * x_strides[0] + place * x_p) * ALIGN + c
-    h_at = h + (image * h_strides[0] + which * h_strides[1].to(tl.int64) + place * h_p) * ALIGN + c
-    l_at = logits + (image * logits_strides[0] + which * logits_strides[1].to(tl.int64) + place * l_p) * ALIGN_LOGITS
-    l_at += group
+    x_t, x_p = _steps(x_h, x_w, horizontal, width, unit, INDEX, X_DENSE)
+    h_t, h_p = _steps(h_h, h_w, horizontal, width, unit, INDEX, H_DENSE)
+    l_t, l_p = _steps(logits_h, logits_w, horizontal, width, unit, INDEX, False)
+    l_k = logits_k.to(INDEX) * ALIGN_LOGITS
+    x += image * x_b * ALIGN
+    h += (image * h_b + which * h_d.to(tl.int64)) * ALIGN
+    logits += (image * logits_b + which * logits_d.to(tl.int64)) * ALIGN_LOGITS
+    x_at = place * x_p * ALIGN + c
+    h_at = place * h_p * ALIGN + c
+    l_at = place * l_p * ALIGN_LOGITS + group
     if GATED:
-        gate_t = tl.where(horizontal, gate_strides[3], gate_strides[2]).to(tl.int64)
-        gate_p = tl.where(horizontal, gate_strides[2], gate_strides[3]).to(tl.int64)
-        gate_at = gate + (image * gate_strides[0] + which * gate_strides[1].to(tl.int64) + place * gate_p) * ALIGN + c
+        gate_t, gate_p = _steps(gate_h, gate_w, horizontal, width, unit, INDEX, GATE_DENSE)
+        gate += (image * gate_b + which * gate_d.to(tl.int64)) * ALIGN
+        gate_at = place * gate_p * ALIGN + c
 
     state_at = ((image * maps + which) * state_places + place) * channels + c
     states = ()
     for r in tl.static_range(R):
         if CHAINED:
-            exists = (place + r >= 0) & (place + r < P) & c_exists & (place * 0 + (origin + begin) % segment > 0)
+            exists = _exists(place + r, P, HALO) & c_exists & (place * 0 + (origin + begin) % segment > 0)
             states = states + (tl.load(state_in + state_at + r * channels, exists, 0.0),)
         else:
             states = states + (tl.zeros((NG, BCW, GB), STATE),)
@@ -158,11 +189,13 @@ def scan_forward(
         b = ()
         d = ()
         for r in tl.static_range(R):
-            exists = (place + r >= 0) & (place + r < P)
-            line = l_at + (at * l_t + r * l_p) * ALIGN_LOGITS
-            inputs = inputs + (tl.load(x_at + (at * x_t + r * x_p) * ALIGN, exists & c_exists, 0.0),)
+            exists = _exists(place + r, P, HALO)
+            line = logits + (l_at + (at * l_t + r * l_p) * ALIGN_LOGITS)
+            inputs = inputs + (tl.load(x + (x_at + (at * x_t + r * x_p) * ALIGN), exists & c_exists, 0.0),)
             if GATED:
-                gates = gates + (tl.load(gate_at + (at * gate_t + r * gate_p) * ALIGN, exists & c_exists, 0.0),)
+                gates = gates + (
+                    tl.load(gate + (gate_at + (at * gate_t + r * gate_p) * ALIGN), exists & c_exists, 0.0),
+                )
             a = a + (tl.load(line, exists & group_exists, 0.0),)
             b = b + (tl.load(line + l_k, exists & group_exists, 0.0),)
             d = d + (tl.load(line + 2 * l_k, exists & group_exists, 0.0),)
@@ -180,10 +213,10 @@ def scan_forward(
             first_place = own_place == 0
             last_place = own_place == P - 1
             if NORMALIZED:
-                ea = _inverse_sigmoid(a[r].to(STATE))
-                eb = _inverse_sigmoid(b[r].to(STATE))
-                ed = _inverse_sigmoid(d[r].to(STATE))
-                wp, wf = _normalize(ea, eb, ed, first_place, last_place)
+                ea = inverse_sigmoid(a[r].to(STATE))
+                eb = inverse_sigmoid(b[r].to(STATE))
+                ed = inverse_sigmoid(d[r].to(STATE))
+                wp, wf = normalize(ea, eb, ed, first_place, last_place)
                 value = (wp * (previous - same) + (wf * (following - same) + same)) + z
             else:
                 previous = tl.where(first_place, 0.0, previous)
@@ -193,26 +226,29 @@ def scan_forward(
                 value = z + wp * previous + b[r].to(STATE) * same + wf * following
             if CHAINED:
                 value = tl.where(goes_on, value, z)
-            exists = (own_place >= tile * own) & (own_place < tl.minimum(tile * own + own, P)) & c_exists
-            tl.store(h_at + (at * h_t + r * h_p) * ALIGN, value.to(h.dtype.element_ty), exists)
+            exists = _owned(own_place, tile * own, own, P, HALO) & c_exists
+            tl.store(h + (h_at + (at * h_t + r * h_p) * ALIGN), value.to(h.dtype.element_ty), exists)
             new = new + (value,)
         states = new
 
     if CHAINED:
         for r in tl.static_range(R):
-            exists = (place + r >= tile * own) & (place + r < tl.minimum(tile * own + own, P)) & c_exists
+            exists = _owned(place + r, tile * own, own, P, HALO) & c_exists
             tl.store(state_out + state_at + r * channels, states[r], exists)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def scan_backward(
     grad, output_gate, logits, h, g, dlogits, state_in, state_out,
-    grad_strides, output_gate_strides, logits_strides, h_strides, dlogits_strides, part_stride, total,
+    grad_b, grad_d, grad_h, grad_w, output_gate_b, output_gate_d, output_gate_h, output_gate_w, logits_b, logits_d,
+    logits_k, logits_h, logits_w, h_b, h_d, h_h, h_w, dlogits_b, dlogits_d, dlogits_k, dlogits_h, dlogits_w,
+    part_stride, total,
     height, width, unit, maps, directions, count, segment, origin, state_places, first, lines, own, blocks, tiles,
     segments,
     SHARE: tl.constexpr, NG: tl.constexpr, R: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr, HALO: tl.constexpr,
     CHAINED: tl.constexpr, GATED: tl.constexpr, NORMALIZED: tl.constexpr, ALIGN: tl.constexpr,
-    ALIGN_LOGITS: tl.constexpr, STATE: tl.constexpr, STAGES: tl.constexpr, PARTIAL: tl.constexpr,
+    ALIGN_LOGITS: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr, PARTIAL: tl.constexpr,
+    GRAD_DENSE: tl.constexpr, H_DENSE: tl.constexpr, DLOGITS_ALIKE: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of a scan: g, the gradient of what went into the scan, (B, maps, H, W, C) dense, and dlogits.
 
@@ -231,38 +267,37 @@ def scan_backward(
 
     image = image.to(tl.int64)
     place = tile * own - HALO + tl.arange(0, NG)[:, None, None] * R  # of r = 0
-    grad_t = tl.where(horizontal, grad_strides[3], grad_strides[2]).to(tl.int64)
-    grad_p = tl.where(horizontal, grad_strides[2], grad_strides[3]).to(tl.int64)
-    h_t = tl.where(horizontal, h_strides[3], h_strides[2]).to(tl.int64)
-    h_p = tl.where(horizontal, h_strides[2], h_strides[3]).to(tl.int64)
-    l_t = tl.where(horizontal, logits_strides[4], logits_strides[3]).to(tl.int64)
-    l_p = tl.where(horizontal, logits_strides[3], logits_strides[4]).to(tl.int64)
-    l_k = logits_strides[2].to(tl.int64) * ALIGN_LOGITS
-    dl_t = tl.where(horizontal, dlogits_strides[4], dlogits_strides[3]).to(tl.int64)
-    dl_p = tl.where(horizontal, dlogits_strides[3], dlogits_strides[4]).to(tl.int64)
-    dl_k = dlogits_strides[2].to(tl.int64) * ALIGN_LOGITS
-    g_t = tl.where(horizontal, 1, width).to(tl.int64) * unit
-    g_p = tl.where(horizontal, width, 1).to(tl.int64) * unit
-    map_size = height.to(tl.int64) * width * unit
-    grad_at = grad + (image * grad_strides[0] + which * grad_strides[1].to(tl.int64) + place * grad_p) * ALIGN + c
-    h_at = h + (image * h_strides[0] + which * h_strides[1].to(tl.int64) + place * h_p) * ALIGN + c
-    l_at = logits + (image * logits_strides[0] + which * logits_strides[1].to(tl.int64) + place * l_p) * ALIGN_LOGITS
-    l_at += group
-    dl_at = image * dlogits_strides[0] + which * dlogits_strides[1].to(tl.int64) + place * dl_p
-    dl_at = dlogits + (dl_at * ALIGN_LOGITS + part * part_stride.to(tl.int64)) + group
-    g_at = g + ((image * maps + which) * map_size + place * g_p) * ALIGN + c
+    g_t, g_p = _steps(0, 0, horizontal, width, unit, INDEX, True)
+    grad_t, grad_p = _steps(grad_h, grad_w, horizontal, width, unit, INDEX, GRAD_DENSE)
+    h_t, h_p = _steps(h_h, h_w, horizontal, width, unit, INDEX, H_DENSE)
+    l_t, l_p = _steps(logits_h, logits_w, horizontal, width, unit, INDEX, False)
+    l_k = logits_k.to(INDEX) * ALIGN_LOGITS
+    dl_t, dl_p = _steps(dlogits_h, dlogits_w, horizontal, width, unit, INDEX, False)
+    if DLOGITS_ALIKE:
+        dl_t, dl_p = l_t, l_p
+    dl_k = dlogits_k.to(INDEX) * ALIGN_LOGITS
+    grad += (image * grad_b + which * grad_d.to(tl.int64)) * ALIGN
+    h += (image * h_b + which * h_d.to(tl.int64)) * ALIGN
+    logits += (image * logits_b + which * logits_d.to(tl.int64)) * ALIGN_LOGITS
+    dlogits += (image * dlogits_b + which * dlogits_d.to(tl.int64)) * ALIGN_LOGITS
+    dlogits += part * part_stride.to(tl.int64)
+    g += (image * maps + which) * height.to(tl.int64) * width * unit * ALIGN
+    grad_at = place * grad_p * ALIGN + c
+    h_at = place * h_p * ALIGN + c
+    l_at = place * l_p * ALIGN_LOGITS + group
+    dl_at = place * dl_p * ALIGN_LOGITS + group
+    g_at = place * g_p * ALIGN + c
     if GATED:
-        u_t = tl.where(horizontal, output_gate_strides[3], output_gate_strides[2]).to(tl.int64)
-        u_p = tl.where(horizontal, output_gate_strides[2], output_gate_strides[3]).to(tl.int64)
-        u_at = image * output_gate_strides[0] + which * output_gate_strides[1].to(tl.int64) + place * u_p
-        u_at = output_gate + u_at * ALIGN + c
+        u_t, u_p = _steps(output_gate_h, output_gate_w, horizontal, width, unit, INDEX, False)
+        output_gate += (image * output_gate_b + which * output_gate_d.to(tl.int64)) * ALIGN
+        u_at = place * u_p * ALIGN + c
 
     state_at = ((image * maps + which) * state_places + place) * channels + c
     carried = ()  # what the line after gives to this one
     for r in tl.static_range(R):
         if CHAINED:
             after_end = (origin + end) % segment > 0 and origin + end < tl.where(total > 0, total, T)
-            exists = (place + r >= 0) & (place + r < P) & c_exists & (place * 0 + after_end.to(tl.int32) > 0)
+            exists = _exists(place + r, P, HALO) & c_exists & (place * 0 + after_end.to(tl.int32) > 0)
             carried = carried + (tl.load(state_in + state_at + r * channels, exists, 0.0),)
         else:
             carried = carried + (tl.zeros((NG, BCW, GB), STATE),)
@@ -280,17 +315,17 @@ def scan_backward(
         d = ()
         met = ()
         for r in tl.static_range(R):
-            exists = (place + r >= 0) & (place + r < P)
-            line = l_at + (at * l_t + r * l_p) * ALIGN_LOGITS
-            grads = grads + (tl.load(grad_at + (at * grad_t + r * grad_p) * ALIGN, exists & c_exists, 0.0),)
+            exists = _exists(place + r, P, HALO)
+            line = logits + (l_at + (at * l_t + r * l_p) * ALIGN_LOGITS)
+            grads = grads + (tl.load(grad + (grad_at + (at * grad_t + r * grad_p) * ALIGN), exists & c_exists, 0.0),)
             if GATED:
-                gates = gates + (tl.load(u_at + (at * u_t + r * u_p) * ALIGN, exists & c_exists, 0.0),)
+                gates = gates + (tl.load(output_gate + (u_at + (at * u_t + r * u_p) * ALIGN), exists & c_exists, 0.0),)
             a = a + (tl.load(line, exists & group_exists, 0.0),)
             b = b + (tl.load(line + l_k, exists & group_exists, 0.0),)
             d = d + (tl.load(line + 2 * l_k, exists & group_exists, 0.0),)
         for r in tl.static_range(R + 2):
             exists = (place + (r - 1) >= 0) & (place + (r - 1) < P) & goes_on & c_exists
-            met = met + (tl.load(h_at + (at_met * h_t + (r - 1) * h_p) * ALIGN, exists, 0.0),)
+            met = met + (tl.load(h + (h_at + (at_met * h_t + (r - 1) * h_p) * ALIGN), exists, 0.0),)
         to_previous = ()
         to_same = ()
         to_following = ()
@@ -301,9 +336,9 @@ def scan_backward(
             dh = grads[r].to(STATE)
             if GATED:
                 dh = dh * gates[r].to(STATE)
-            value = tl.where((own_place >= 0) & (own_place < P) & c_exists, dh + carried[r], 0.0)
-            exists = (own_place >= tile * own) & (own_place < tl.minimum(tile * own + own, P))
-            tl.store(g_at + (at * g_t + r * g_p) * ALIGN, value.to(g.dtype.element_ty), exists & c_exists)
+            value = tl.where(_exists(own_place, P, HALO) & c_exists, dh + carried[r], 0.0)
+            exists = _owned(own_place, tile * own, own, P, HALO)
+            tl.store(g + (g_at + (at * g_t + r * g_p) * ALIGN), value.to(g.dtype.element_ty), exists & c_exists)
 
             dp = value * met[r].to(STATE)
             ds = value * met[r + 1].to(STATE)
@@ -313,12 +348,12 @@ def scan_backward(
                 ds = tl.sum(ds, 2, keep_dims=True)
                 df = tl.sum(df, 2, keep_dims=True)
             if NORMALIZED:
-                ea = _inverse_sigmoid(a[r].to(STATE))
-                eb = _inverse_sigmoid(b[r].to(STATE))
-                ed = _inverse_sigmoid(d[r].to(STATE))
-                wp, wf = _normalize(ea, eb, ed, first_place, last_place)
+                ea = inverse_sigmoid(a[r].to(STATE))
+                eb = inverse_sigmoid(b[r].to(STATE))
+                ed = inverse_sigmoid(d[r].to(STATE))
+                wp, wf = normalize(ea, eb, ed, first_place, last_place)
                 if not PARTIAL:
-                    dp, ds, df = _logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a[r], b[r], d[r], STATE)
+                    dp, ds, df = logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a[r], b[r], d[r], STATE)
                 part_previous = wp * value
                 part_following = wf * value
                 part_same = value - part_previous - part_following
@@ -328,7 +363,7 @@ def scan_backward(
                 part_previous = tl.where(first_place, 0.0, a[r].to(STATE) * value)
                 part_following = tl.where(last_place, 0.0, d[r].to(STATE) * value)
                 part_same = b[r].to(STATE) * value
-            out = dl_at + (at * dl_t + r * dl_p) * ALIGN_LOGITS
+            out = dlogits + (dl_at + (at * dl_t + r * dl_p) * ALIGN_LOGITS)
             tl.store(out, dp.to(dlogits.dtype.element_ty), exists & group_exists)
             tl.store(out + dl_k, ds.to(dlogits.dtype.element_ty), exists & group_exists)
             tl.store(out + 2 * dl_k, df.to(dlogits.dtype.element_ty), exists & group_exists)
@@ -347,12 +382,12 @@ def scan_backward(
 
     if CHAINED:
         for r in tl.static_range(R):
-            exists = (place + r >= tile * own) & (place + r < tl.minimum(tile * own + own, P)) & c_exists
+            exists = _owned(place + r, tile * own, own, P, HALO) & c_exists
             tl.store(state_out + state_at + r * channels, carried[r], exists)
 
 
 @triton.jit
-def _logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a, b, d, STATE: tl.constexpr):
+def logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a, b, d, STATE: tl.constexpr):
     """Gradients of the three logits from those of the weights: w_k (1 - s_k) (dw_k - sum_j w_j dw_j), s_k = 1 / e_k;
     zero beneath the floor. dw of a neighbour that does not exist must be finite; its weight is zero."""
     mean = ds + (wp * (dp - ds) + wf * (df - ds))
@@ -364,134 +399,3 @@ def _logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a, b, d, STATE: tl.constexp
         tl.where(b.to(STATE) < FLOOR, zero, (1.0 - wp - wf) * (1.0 - q * (ea * ed)) * (ds - mean)),
         tl.where(d.to(STATE) < FLOOR, zero, wf * (1.0 - q * product) * (df - mean)),
     )
-
-
-# ---- elementwise, around the scans -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def _pixels(height, width, unit, chunks, ALIGN: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr):
-    """A tile of PIXELS pixels of an image times BC channels: image, row, column, channel, and which exist."""
-    left = tl.program_id(0)
-    c = (left % chunks) * BC + tl.arange(0, BC)[None, :]
-    left = left // chunks
-    size = height * width
-    tiles = (size + PIXELS - 1) // PIXELS
-    pixel = (left % tiles) * PIXELS + tl.arange(0, PIXELS)[:, None]
-    row = pixel // width
-    column = pixel - row * width
-    exists = (pixel < size) & (c < unit * ALIGN)
-    return (left // tiles).to(tl.int64), row.to(tl.int64), column.to(tl.int64), c, exists
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def finish_logits(
-    partial, logits, dlogits, logits_strides, dlogits_strides, part_stride, height, width, unit, directions, count,
-    chunks, PARTS: tl.constexpr, NORMALIZED: tl.constexpr, ALIGN: tl.constexpr, STATE: tl.constexpr,
-    PIXELS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Sums what the PARTS blocks of each group gave to the gradients of its weights, (PARTS, B, count, H, W, 3, G), in
-    their order, and takes it back to the logits where the weights were made of those. Channels here are groups."""
-    image, i, j, g, exists = _pixels(height, width, unit, chunks, ALIGN, PIXELS, BC)
-    groups = unit * ALIGN
-    which = (image % count).to(tl.int32)
-    direction = (directions >> (4 * which + 2)) & 3
-    at = partial + ((image * height + i) * width + j) * 3 * groups + g
-    image = image // count
-    horizontal = direction % 2 == 0
-    place = tl.where(horizontal, i, j)
-    last = tl.where(horizontal, height, width) - 1
-    dp = tl.zeros((PIXELS, BC), STATE)
-    ds = tl.zeros((PIXELS, BC), STATE)
-    df = tl.zeros((PIXELS, BC), STATE)
-    for part in tl.static_range(PARTS):
-        from_part = at + part * part_stride.to(tl.int64)
-        dp += tl.load(from_part, exists, 0.0)
-        ds += tl.load(from_part + groups, exists, 0.0)
-        df += tl.load(from_part + 2 * groups, exists, 0.0)
-    if NORMALIZED:
-        line = image * logits_strides[0] + which * logits_strides[1].to(tl.int64) + i * logits_strides[3]
-        line = logits + (line + j * logits_strides[4]) + g
-        a = tl.load(line, exists, 0.0)
-        b = tl.load(line + logits_strides[2], exists, 0.0)
-        d = tl.load(line + 2 * logits_strides[2].to(tl.int64), exists, 0.0)
-        ea = _inverse_sigmoid(a.to(STATE))
-        eb = _inverse_sigmoid(b.to(STATE))
-        ed = _inverse_sigmoid(d.to(STATE))
-        wp, wf = _normalize(ea, eb, ed, place == 0, place == last)
-        dp, ds, df = _logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a, b, d, STATE)
-    out = image * dlogits_strides[0] + which * dlogits_strides[1].to(tl.int64) + i * dlogits_strides[3]
-    out = dlogits + (out + j * dlogits_strides[4]) + g
-    tl.store(out, dp.to(dlogits.dtype.element_ty), exists)
-    tl.store(out + dlogits_strides[2], ds.to(dlogits.dtype.element_ty), exists)
-    tl.store(out + 2 * dlogits_strides[2].to(tl.int64), df.to(dlogits.dtype.element_ty), exists)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def merge_forward(
-    h, output_gate, skip, x, y_in, y, h_strides, output_gate_strides, skip_strides, x_strides, y_strides,
-    height, width, unit, chunks,
-    COUNT: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, ALIGN: tl.constexpr, STATE: tl.constexpr,
-    PIXELS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """y = sum over the COUNT directions of output_gate * h, plus skip * x where SKIP, plus y_in where ADD; y_in has the
-    strides of y, and may be y: each element is read by the one that writes it."""
-    image, i, j, c, exists = _pixels(height, width, unit, chunks, ALIGN, PIXELS, BC)
-    total = tl.zeros((PIXELS, BC), STATE)
-    y_at = (image * y_strides[0] + i * y_strides[1] + j * y_strides[2]) * ALIGN + c
-    if ADD:
-        total += tl.load(y_in + y_at, exists, 0.0).to(STATE)
-    if SKIP:
-        skip_at = (image * skip_strides[0] + i * skip_strides[1] + j * skip_strides[2]) * ALIGN + c
-        x_at = (image * x_strides[0] + i * x_strides[1] + j * x_strides[2]) * ALIGN + c
-        total += tl.load(skip + skip_at, exists, 0.0).to(STATE) * tl.load(x + x_at, exists, 0.0).to(STATE)
-    h_at = (image * h_strides[0] + i * h_strides[2] + j * h_strides[3]) * ALIGN + c
-    u_at = (image * output_gate_strides[0] + i * output_gate_strides[2] + j * output_gate_strides[3]) * ALIGN + c
-    for n in tl.static_range(COUNT):
-        state = tl.load(h + (h_at + n * h_strides[1].to(tl.int64) * ALIGN), exists, 0.0).to(STATE)
-        gate = tl.load(output_gate + (u_at + n * output_gate_strides[1].to(tl.int64) * ALIGN), exists, 0.0)
-        total += gate.to(STATE) * state
-    tl.store(y + y_at, total.to(y.dtype.element_ty), exists)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def merge_backward(
-    g, gate, x, grad, h, skip, dx_in, dx, dgate, doutput, dskip,
-    gate_strides, x_strides, grad_strides, h_strides, skip_strides, dx_strides, dgate_strides, doutput_strides,
-    dskip_strides, height, width, unit, chunks,
-    COUNT: tl.constexpr, MERGED: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, ALIGN: tl.constexpr,
-    STATE: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """From g, the gradient of gate * x (B, COUNT, H, W, C) dense: dgate = g * x and dx = sum over the directions of
-    g * gate, plus dx_in where ADD, which has the strides of dx and may be dx. MERGED: also doutput = grad * h, the
-    gradient of the output gates; SKIP: also dskip = grad * x, and skip * grad is added to dx."""
-    image, i, j, c, exists = _pixels(height, width, unit, chunks, ALIGN, PIXELS, BC)
-    value = tl.load(x + (image * x_strides[0] + i * x_strides[1] + j * x_strides[2]) * ALIGN + c, exists, 0.0).to(STATE)
-    total = tl.zeros((PIXELS, BC), STATE)
-    dx_at = (image * dx_strides[0] + i * dx_strides[1] + j * dx_strides[2]) * ALIGN + c
-    if ADD:
-        total += tl.load(dx_in + dx_at, exists, 0.0).to(STATE)
-    if MERGED:
-        dy_at = (image * grad_strides[0] + i * grad_strides[1] + j * grad_strides[2]) * ALIGN + c
-        dy = tl.load(grad + dy_at, exists, 0.0).to(STATE)
-        h_at = (image * h_strides[0] + i * h_strides[2] + j * h_strides[3]) * ALIGN + c
-        du_at = (image * doutput_strides[0] + i * doutput_strides[2] + j * doutput_strides[3]) * ALIGN + c
-    if SKIP:
-        skip_at = (image * skip_strides[0] + i * skip_strides[1] + j * skip_strides[2]) * ALIGN + c
-        total += dy * tl.load(skip + skip_at, exists, 0.0).to(STATE)
-        out_at = (image * dskip_strides[0] + i * dskip_strides[1] + j * dskip_strides[2]) * ALIGN + c
-        tl.store(dskip + out_at, (dy * value).to(dskip.dtype.element_ty), exists)
-    gate_at = (image * gate_strides[0] + i * gate_strides[2] + j * gate_strides[3]) * ALIGN + c
-    dgate_at = (image * dgate_strides[0] + i * dgate_strides[2] + j * dgate_strides[3]) * ALIGN + c
-    g_at = ((image * COUNT * height + i) * width + j) * unit * ALIGN + c
-    map_size = height.to(tl.int64) * width * unit * ALIGN
-    for n in tl.static_range(COUNT):
-        adjoint = tl.load(g + (g_at + n * map_size), exists, 0.0).to(STATE)
-        total += adjoint * tl.load(gate + (gate_at + n * gate_strides[1].to(tl.int64) * ALIGN), exists, 0.0).to(STATE)
-        out = dgate + (dgate_at + n * dgate_strides[1].to(tl.int64) * ALIGN)
-        tl.store(out, (adjoint * value).to(dgate.dtype.element_ty), exists)
-        if MERGED:
-            state = tl.load(h + (h_at + n * h_strides[1].to(tl.int64) * ALIGN), exists, 0.0).to(STATE)
-            out = doutput + (du_at + n * doutput_strides[1].to(tl.int64) * ALIGN)
-            tl.store(out, (dy * state).to(doutput.dtype.element_ty), exists)
-    tl.store(dx + dx_at, total.to(dx.dtype.element_ty), exists)

@@ -1,4 +1,4 @@
-"""From tensors to launches: layouts, strides and grids of the kernels in device.py.
+"""From tensors to launches: layouts, strides and grids of the kernels in device.py and merge.py.
 
 A tensor given here has its channels (logits: their groups) innermost in memory: `channels_inside` sees to it.
 """
@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from gspn.kernels.triton import device
+from gspn.kernels.triton import merge as merging
 from gspn.kernels.triton.plan import Plan, blocks, plan
 
 INTERPRETED = not isinstance(device.scan_forward, triton.JITFunction)  # TRITON_INTERPRET was set: on the CPU, slowly
@@ -84,13 +85,15 @@ def scan(
     (B,D,G,3,H,W); without, the logits are the weights."""
     align, x_strides, gate_strides, h_strides = _strides(_of_map(x), _of_maps(gate), _of_maps(h), size=x.shape[1])
     align_logits, logits_strides = _strides(_of_logits(logits), size=logits.shape[2])
+    index = _index(x, h, logits, gate)
     for cut in _cuts(x, logits, directions, segment, plan, backward=False):
         for launch in cut.launches(x, len(directions), segment, strip, backward=False):
             device.scan_forward[launch.grid](
                 x, x if gate is None else gate, logits, h, launch.entered, launch.left,
-                x_strides, gate_strides, logits_strides, h_strides,
+                *x_strides, *gate_strides, *logits_strides, *h_strides,
                 x.shape[2], x.shape[3], x.shape[1] // align, *launch.numbers, **launch.constants,
                 GATED=gate is not None, NORMALIZED=gate is not None, ALIGN=align, ALIGN_LOGITS=align_logits,
+                INDEX=index, X_DENSE=_dense(x), GATE_DENSE=gate is not None and _dense(gate), H_DENSE=_dense(h),
             )  # fmt: skip
 
 
@@ -112,20 +115,22 @@ def scan_backward(
         partial = make(parts, batch, count, height, width, 3, groups, dtype=g.dtype, device=g.device)
         out = partial[0].permute(0, 1, 5, 4, 2, 3)
     align_logits, logits_strides, out_strides = _strides(_of_logits(logits), _of_logits(out), size=groups)
+    index = _index(grad, h, logits, out, g, output_gate)
     for cut in cuts:
         for launch in cut.launches(like_x, count, segment, strip, backward=True):
             device.scan_backward[launch.grid](
                 grad, grad if output_gate is None else output_gate, logits, h, g, out, launch.entered, launch.left,
-                grad_strides, gate_strides, logits_strides, h_strides, out_strides,
+                *grad_strides, *gate_strides, *logits_strides, *h_strides, *out_strides,
                 partial.stride(0) if parts > 1 else 0, strip.total if strip else 0,
                 height, width, channels // align, *launch.numbers, **launch.constants,
                 GATED=output_gate is not None, NORMALIZED=normalized, ALIGN=align, ALIGN_LOGITS=align_logits,
-                PARTIAL=parts > 1,
+                PARTIAL=parts > 1, INDEX=index, GRAD_DENSE=_dense(grad), H_DENSE=_dense(h),
+                DLOGITS_ALIKE=out_strides == logits_strides,
             )  # fmt: skip
     if parts > 1:
         align, logits_strides, out_strides = _strides(_of_logits(logits), _of_logits(dlogits), size=groups)
-        device.finish_logits[_elementwise_grid(batch * count, height, width, groups)](
-            partial, logits, dlogits, logits_strides, out_strides, partial.stride(0),
+        merging.finish_logits[_elementwise_grid(batch * count, height, width, groups)](
+            partial, logits, dlogits, *logits_strides, *out_strides, partial.stride(0),
             height, width, groups // align, _packed(list(enumerate(directions))), count, _chunks(groups),
             PARTS=parts, NORMALIZED=normalized, ALIGN=align, STATE=_TYPES[g.dtype], PIXELS=_PIXELS, BC=_CHANNELS,
         )  # fmt: skip
@@ -233,8 +238,9 @@ def merge(
     align, h_strides, gate_strides, *strides = _strides(
         _of_maps(h), _of_maps(output_gate), *(_of_map(t) for t in (skip, x, y)), size=channels
     )
-    device.merge_forward[_elementwise_grid(batch, height, width, channels)](
-        h, output_gate, x if skip is None else skip, x, y, y, h_strides, gate_strides, *strides,
+    merging.merge_forward[_elementwise_grid(batch, height, width, channels)](
+        h, output_gate, x if skip is None else skip, x, y, y,
+        *h_strides, *gate_strides, *(n for of in strides for n in of),
         height, width, channels // align, _chunks(channels), COUNT=h.shape[1], SKIP=skip is not None, ADD=add,
         ALIGN=align, STATE=_TYPES[state_dtype(x.dtype)], PIXELS=_PIXELS, BC=_CHANNELS,
     )  # fmt: skip
@@ -266,11 +272,11 @@ def merge_backward(
         size=channels,
     )  # fmt: skip
     x_strides, grad_strides, skip_strides, dx_strides, dskip_strides = strides
-    device.merge_backward[_elementwise_grid(batch, height, width, channels)](
+    merging.merge_backward[_elementwise_grid(batch, height, width, channels)](
         g, gate, x, *(x if t is None else t for t in (grad, h, skip_map)), dx, dx, dgate,
         *(dgate if t is None else t for t in (doutput, dskip)),
-        gate_strides, x_strides, grad_strides, h_strides, skip_strides, dx_strides, dgate_strides, doutput_strides,
-        dskip_strides, height, width, channels // align, _chunks(channels),
+        *gate_strides, *x_strides, *grad_strides, *h_strides, *skip_strides, *dx_strides, *dgate_strides,
+        *doutput_strides, *dskip_strides, height, width, channels // align, _chunks(channels),
         COUNT=gate.shape[1], MERGED=merged is not None, SKIP=skip, ADD=add,
         ALIGN=align, STATE=_TYPES[g.dtype], PIXELS=_PIXELS, BC=_CHANNELS,
     )  # fmt: skip
@@ -282,6 +288,14 @@ def _elementwise_grid(images: int, height: int, width: int, channels: int) -> tu
 
 def _chunks(channels: int) -> int:
     return -(-channels // _CHANNELS)
+
+
+def _index(*tensors: Tensor | None):
+    """The type of positions within maps (B,C,H,W), (B,D,C,H,W) or logits (B,D,G,3,H,W): wide enough for the last
+    element of the largest, and for the places beyond its ends that a program computes and does not touch."""
+    sizes = [(t.shape[-2] + 1) * t.stride(-2) + (t.shape[-1] + 1) * t.stride(-1) for t in tensors if t is not None]
+    sizes += [t.stride(3) for t in tensors if t is not None and t.dim() == 6]
+    return triton.language.int32 if 2 * max(sizes) < 1 << 31 else triton.language.int64
 
 
 # ---- strides ---------------------------------------------------------------------------------------------------------
@@ -300,6 +314,11 @@ def _of_maps(t: Tensor | None) -> tuple[int, ...]:
 def _of_logits(t: Tensor) -> tuple[int, ...]:
     """(B, D, 3, H, W) strides of logits (B,D,G,3,H,W)."""
     return _of(t, (0, 1, 3, 4, 5))
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether rows and columns of maps (..., C, H, W) follow one another without gaps, channels innermost."""
+    return (t.stride(-1), t.stride(-2)) == (t.shape[-3], t.shape[-3] * t.shape[-1])
 
 
 def _of(t, dims):
