@@ -31,7 +31,9 @@ class Pointwise(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1:  # vmap cannot be asked for the memory format
+        # vmap cannot be asked for the memory format. Compiled, a convolution's output that is kept for the gradients is
+        # laid out anew, with the sizes of that day as constants: each other size would compile again.
+        if x.ndim == 4 and (torch.compiler.is_compiling() or (x.shape[1] > 1 and x.stride(1) == 1)):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
         return super().forward(x)
 
@@ -239,6 +241,24 @@ class GSPN2d(nn.Module):
         scan = f", scan_dim={self.scan_dim}" if self.scan_dim else ""
         form = ", released" if self.alignment == "released" else ""
         return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}{form}"
+
+
+class StridedConv2d(nn.Conv2d):
+    """A 3x3 convolution with padding: (B,C,H,W) to (B,C',H/stride,W/stride), rounded up; strides 1 and 2.
+
+    Compiled or exported with open sizes, the map is first filled up with zeros to an even size, which changes nothing:
+    they lie where the padding would. But the sizes that follow are then quotients, and not quotients plus one, whose
+    products Inductor of torch 2.13 cannot factorise and fails.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 2):
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == (2, 2) and torch.compiler.is_compiling():
+            height, width = x.shape[-2:]
+            x = F.pad(x, (0, 2 * ((width + 1) // 2) - width, 0, 2 * ((height + 1) // 2) - height))
+        return super().forward(x)
 
 
 class LayerNorm2d(nn.LayerNorm):

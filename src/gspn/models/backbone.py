@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gspn.layers import GSPNBlock, LayerNorm2d, init_weights
+from gspn.layers import GSPNBlock, LayerNorm2d, StridedConv2d, init_weights
 from gspn.ops import DIRECTIONS
 
 _SIZES: dict[str, Callable[[], dict]] = {}
@@ -27,9 +27,7 @@ class Level(nn.Module):
         super().__init__()
         self.downsample = None
         if in_channels is not None:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 3, stride=2, padding=1), LayerNorm2d(channels)
-            )
+            self.downsample = nn.Sequential(StridedConv2d(in_channels, channels), LayerNorm2d(channels))
         self.blocks = nn.ModuleList(blocks)
         self.grad_checkpointing = False
 
@@ -121,10 +119,10 @@ class Backbone(nn.Module):
         self.in_chans, self.depths, self.alignment, self.drop_rate = in_chans, tuple(depths), alignment, drop_rate
         first, second = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[stem_stride]
         self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, width // 2, 3, stride=first, padding=1),
+            StridedConv2d(in_chans, width // 2, first),
             LayerNorm2d(width // 2),
             nn.GELU(),
-            nn.Conv2d(width // 2, width, 3, stride=second, padding=1),
+            StridedConv2d(width // 2, width, second),
             LayerNorm2d(width),
         )
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
