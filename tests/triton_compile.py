@@ -109,7 +109,7 @@ def _innermost_loop(code: str) -> str:
     lines = code.splitlines()
     labels = {m[1]: n for n, line in enumerate(lines) if (m := re.match(r"(\.L_x_\d+):", line))}
     jumps = [(labels[m[1]], n) for n, line in enumerate(lines) if (m := re.search(r"BRA.*`\((\.L_x_\d+)\)", line))
-             and labels.get(m[1], n) < n]  # fmt: skip
+             and labels.get(m[1], n) < n - 8]  # fmt: skip
     start, end = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, len(lines)))
     return "\n".join(lines[start:end])
 

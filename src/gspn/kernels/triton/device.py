@@ -176,8 +176,8 @@ def scan_forward(
     states = ()
     for r in tl.static_range(R):
         if CHAINED:
-            exists = _exists(place + r, P, HALO) & c_exists & (place * 0 + (origin + begin) % segment > 0)
-            states = states + (tl.load(state_in + state_at + r * channels, exists, 0.0),)
+            enters = _exists(place + r, P, HALO) & c_exists & (place * 0 + (origin + begin) % segment > 0)
+            states = states + (tl.load(state_in + state_at + r * channels, enters, 0.0),)
         else:
             states = states + (tl.zeros((NG, BCW, GB), STATE),)
 
@@ -233,8 +233,8 @@ def scan_forward(
 
     if CHAINED:
         for r in tl.static_range(R):
-            exists = _owned(place + r, tile * own, own, P, HALO) & c_exists
-            tl.store(state_out + state_at + r * channels, states[r], exists)
+            leaves = _owned(place + r, tile * own, own, P, HALO) & c_exists
+            tl.store(state_out + state_at + r * channels, states[r], leaves)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -297,8 +297,8 @@ def scan_backward(
     for r in tl.static_range(R):
         if CHAINED:
             after_end = (origin + end) % segment > 0 and origin + end < tl.where(total > 0, total, T)
-            exists = _exists(place + r, P, HALO) & c_exists & (place * 0 + after_end.to(tl.int32) > 0)
-            carried = carried + (tl.load(state_in + state_at + r * channels, exists, 0.0),)
+            enters = _exists(place + r, P, HALO) & c_exists & (place * 0 + after_end.to(tl.int32) > 0)
+            carried = carried + (tl.load(state_in + state_at + r * channels, enters, 0.0),)
         else:
             carried = carried + (tl.zeros((NG, BCW, GB), STATE),)
 
@@ -382,8 +382,8 @@ def scan_backward(
 
     if CHAINED:
         for r in tl.static_range(R):
-            exists = _owned(place + r, tile * own, own, P, HALO) & c_exists
-            tl.store(state_out + state_at + r * channels, carried[r], exists)
+            leaves = _owned(place + r, tile * own, own, P, HALO) & c_exists
+            tl.store(state_out + state_at + r * channels, carried[r], leaves)
 
 
 @triton.jit
