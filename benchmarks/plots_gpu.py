@@ -37,7 +37,10 @@ def table(rows: dict[str, dict], key: str | None) -> list[str]:
     lines = ["| case | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for case, row in rows.items():
         cells = [told(row[n], key) if n in row else "" for n in names]
-        lines.append(f"| {case} | " + " | ".join(cells if "why" not in row else [row["why"], *[""] * (len(names) - 1)]))
+        moved = f", {row['gib']:.3g} GiB" if "gib" in row else ""
+        lines.append(
+            f"| {case}{moved} | " + " | ".join(cells if "why" not in row else [row["why"], *[""] * (len(names) - 1)])
+        )
         lines[-1] += " |"
     return lines
 
@@ -71,7 +74,7 @@ def document(content: dict) -> str:
         f"| {g['goal']} | {g['wanted']} | {g['measured'] or ''} | {g['verdict']} |" for g in content.get("goals", [])
     ]
     titles = {
-        "scan": ("The scan alone, share of copy bandwidth in brackets", "of copy"),
+        "scan": ("The scan alone: bytes that it has to move, share of copy bandwidth in brackets", "of copy"),
         "layer": ("The layer with its projections, extra MiB in brackets", "extra_mib"),
         "models": ("Whole models, images/s in brackets", "images/s"),
     }

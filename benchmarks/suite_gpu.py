@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+
 from benchmarks import (
     cases_gpu,
     gpu_harness,
@@ -24,6 +26,7 @@ def measure_all(machine, options) -> dict:
     environment = harness.environment()
     environment["commit"] = environment["commit"] or options.commit
     environment["gpu"] = machine.describe()["name"]
+    environment["float32 matrix products"] = torch.get_float32_matmul_precision()
     what = gpu_harness.REHEARSAL if machine.rehearsal else "GSPN on a GPU"
     head = {"what": what, "rehearsal": machine.rehearsal, "quick": options.quick, "environment": environment}
     head |= {"device before": machine.describe(), "packages": peers_gpu.missing()}
@@ -35,10 +38,11 @@ def measure_all(machine, options) -> dict:
     results.content["official"] = built
     if "scan" in options.only or options.tune:
         print("compiling", flush=True)
-        if machine.rehearsal:
+        results.content["compiled beforehand"] = (
             warm_gpu.compile_share(machine, cases_gpu.cases(False, True)[-1:], False)
-        else:
-            results.content["compiled beforehand"] = warm_gpu.start(options.quick, options.tune)
+            if machine.rehearsal
+            else warm_gpu.start(options.quick, options.tune)
+        )
 
     def case(section: str, name: str, run: Callable[[], dict]) -> dict | None:
         def guarded():

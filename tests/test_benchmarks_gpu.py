@@ -29,14 +29,18 @@ def test_the_rehearsal_measures_every_section(tmp_path):
     content = json.loads((tmp_path / "layer-gpu.json").read_text())
     assert content["rehearsal"] and "not a measurement" in content["what"]
     sections = content["sections"]
+    assert content["compiled beforehand"] == 1
     assert set(sections) == {"gate", "copy", "scan", "layer", "models", "tune"} and content["left"] == []
     for name, row in sections["scan"].items():
         contenders = {OURS, LINES, cases_gpu.REFERENCE} if "per channel" in name else {OURS}
         assert contenders <= {n for n, r in row.items() if isinstance(r, dict) and r.get("ms")}, (name, row)
-        assert row[OURS]["errors"] and "of copy" in row[OURS] and row[OURS]["graph"]["ms"]
+        assert row[OURS]["errors"] and "of copy" in row[OURS]
+        assert LINES not in contenders or (row[OURS]["graph"]["ms"] and row[LINES]["graph"]["ms"])
     for section in ("layer", "models"):
         for name, row in sections[section].items():
-            assert {"gspn", "attention", "linear attention"} <= {n for n in row if "ms" in (row[n] or {})}, name
+            assert {"gspn", "attention", "linear attention"} <= {
+                n for n, r in row.items() if isinstance(r, dict) and "ms" in r
+            }, name
     assert all("winner" in row for row in sections["tune"].values())
     assert all("errors" in row[OURS] for row in sections["gate"].values())
     assert {g["verdict"] for g in content["goals"]} == {"not measured"}
@@ -217,9 +221,9 @@ def test_an_unfinished_file_can_be_read(tmp_path):
     head = {"rehearsal": False, "packages": {}, "device before": {"name": "GPU"}}
     head["environment"] = {"torch": "2", "python": "3", "commit": "", "date": "today"}
     results = gpu_harness.Results(tmp_path / "r.json", head, 1)
-    results.case("scan", "one", lambda: {"gspn": {"ms": [1, 2, 3], "of copy": 0.5}})
+    results.case("scan", "one", lambda: {"gib": 3.5, "gspn": {"ms": [1, 2, 3], "of copy": 0.5}})
     text = plots_gpu.document(json.loads((tmp_path / "r.json").read_text()))
-    assert "| one | 2 (50%) |" in text and "commit unknown" in text
+    assert "| one, 3.5 GiB | 2 (50%) |" in text and "commit unknown" in text
 
 
 def test_the_report_goes_on_after_a_failure(tmp_path):
