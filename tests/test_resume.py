@@ -69,7 +69,7 @@ def work(path, step=None, count=0):
 def start(path, **more):
     """A process that works; it is forked from one that has imported everything, which takes no time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gspn.train.classify"])
+    context.set_forkserver_preload(["gspn.train.classify", "sklearn.datasets", "torch._dynamo"])
     process = context.Process(target=partial(work, path, **more))
     process.start()
     return process

@@ -34,12 +34,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Classification:
     """The Task of loop.py: cross-entropy on labelled images."""
 
-    def __init__(self, train_split, eval_split, eval_loader, preprocessing, class_names, options):
+    def __init__(self, train_split, eval_split, eval_loader, preprocessing, class_names, options, mixing=None):
         self.splits = {"train": train_split, "evaluation": eval_split}
         self.loader, self.preprocessing, self.class_names = eval_loader, preprocessing, class_names
         self.smoothing, self.strict = options.label_smoothing, options.strict
         self.format = torch.channels_last if options.channels_last else torch.contiguous_format
-        self.mixing = Mixing.of(options, len(class_names))
+        self.mixing = mixing
         self.seen = []  # numbers and labels of training images, to be looked at when that keeps no GPU waiting
         self.problems = {}  # an unreadable image's name and what is wrong with it, by split and index
 
@@ -120,18 +120,29 @@ class Setup:
     class_names: list[str]
     preprocessing: Preprocessing
     options: Options
+    augmentation: Augmentation
+    mixing: Mixing | None
     notes: list[str]
 
     @classmethod
-    def of(cls, data: str | Path, options: Options, source: Source | None = None) -> "Setup":
-        """Opens the data and settles the options. Errors: DataError, OptionError."""
-        data_set = open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
+    def of(cls, data_set: Data, options: Options, source: Source | None = None) -> "Setup":
+        """Settles the options for these data. Errors: DataError, OptionError."""
         train_split, eval_split, eval_name = data_set.for_training()
         class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
         train_split, eval_split = train_split.relabelled(class_names), eval_split.relabelled(class_names)
         preprocessing, options, notes = settle(options, data_set.kind, train_split, source)
-        notes = [*data_set.notes, *notes]
-        return cls(data_set, train_split, eval_split, eval_name, class_names, preprocessing, options, notes)
+        return cls(
+            data_set,
+            train_split,
+            eval_split,
+            eval_name,
+            class_names,
+            preprocessing,
+            options,
+            Augmentation.of(options, data_set.kind, preprocessing.size),
+            Mixing.of(options, len(class_names)),
+            [*data_set.notes, *notes],
+        )
 
     def model(self, device) -> torch.nn.Module:
         return build_model(self.options, self.preprocessing, len(self.class_names), device)
@@ -165,12 +176,16 @@ def train_classifier(
     Errors: DataError, OptionError, RunError, SaveError, TrainingError.
     """
     options = options or Options()
-    accelerator = make_accelerator(options.fsdp)
+    accelerator = make_accelerator()
     say = _speaker(accelerator, console)
     Run.check_free(out, overwrite)
-    source = open_source(options.init_from, options.model, options.model_args) if options.init_from else None
+    data_set, source = open_with(data, options), None
+    if options.init_from:
+        channels = options.channels or data_set.splits["train"].channels()
+        source = open_source(options.init_from, options.model, options.model_args, channels)
     converts = options.channels is not None
-    setup = Setup.of(data, options, source)
+    setup = Setup.of(data_set, options, source)
+    check_processes(setup.options, accelerator)
     model = setup.model(accelerator.device)
     notes = [*setup.notes, start_from(source, model, setup.class_names)] if source else setup.notes
     for note in notes:
@@ -228,10 +243,11 @@ def resume_classifier(
     if config.get("task") != "classification":
         raise RunError(f"{path} is a run of {config.get('task')}, expected classification")
     options = _changed(config, changes or {})
-    accelerator = make_accelerator(options.fsdp)
+    accelerator = make_accelerator()
     say = _speaker(accelerator, console)
     with writing(path) if accelerator.is_main_process else nullcontext():
-        setup = Setup.of(data or config["data"]["where"], options)
+        setup = Setup.of(open_with(data or config["data"]["where"], options), options)
+        check_processes(options, accelerator)
         if setup.data.fingerprint() != config["data"].get("fingerprint"):
             raise RunError(
                 f"{setup.data.where} is not what {path} was trained on: images, labels or class names have changed; "
@@ -296,12 +312,13 @@ def _train(setup, model, out, run, accelerator, console, checkpoint=None):
         preprocessing,
         size,
         train=True,
-        augmentation=Augmentation.of(options, setup.data.kind, preprocessing.size),
+        augmentation=setup.augmentation,
         seed=options.seed,
         workers=workers,
     )
     eval_loader = accelerator.prepare(make_loader(setup.eval_split, preprocessing, size, workers=workers))
-    task = Classification(setup.train_split, setup.eval_split, eval_loader, preprocessing, class_names, options)
+    splits = setup.train_split, setup.eval_split
+    task = Classification(*splits, eval_loader, preprocessing, class_names, options, setup.mixing)
     if options.compile:
         model.compile()
     console = console if accelerator.is_main_process else None
@@ -319,6 +336,20 @@ def _train(setup, model, out, run, accelerator, console, checkpoint=None):
         first = int(outcome.index[outcome.label != UNREADABLE][0])
         pictures.context(run.path / "context.png", classifier, split.image(first))
     return classifier.run, metrics, warnings_of(metrics, list(task.problems.values()))
+
+
+def open_with(data, options):
+    """data.open_data with what the options say about it."""
+    return open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
+
+
+def check_processes(options, accelerator):
+    """Raises OptionError unless the processes can share a batch."""
+    count = accelerator.num_processes
+    if options.batch_size % count:
+        raise OptionError(
+            f"batch_size is of all {count} processes together: expected a multiple, got {options.batch_size}"
+        )
 
 
 def _speaker(accelerator, console):

@@ -32,9 +32,10 @@ class Source:
     class_names: list[str] | None = None
 
 
-def open_source(path: str | Path, model: str | None, model_args: Mapping) -> Source:
+def open_source(path: str | Path, model: str | None, model_args: Mapping, channels: int | None = None) -> Source:
     """The weights in a run folder (its best checkpoint, averaged where it has averages), in a .safetensors file with
-    the names of our models, or in a published checkpoint (.pth), whose `model` has to be said.
+    the names of our models, or in a published checkpoint (.pth), whose `model` has to be said and whose stem can be
+    made one for `channels` other than 3.
 
     Errors: RunError, OptionError."""
     path = Path(path)
@@ -58,7 +59,7 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping) -> Sou
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "fine-tune before use" is what happens next
-            published = load_released(path, model, **{"alignment": "aligned", **arguments})
+            published = load_released(path, model, in_chans=channels or 3, **{"alignment": "aligned", **arguments})
     except (OSError, ValueError, TypeError) as error:
         raise OptionError(f"init_from: {error}") from error
     arguments |= {name: published.config[name] for name in ("alignment", "activation")}

@@ -13,6 +13,7 @@ import random
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import accelerate
@@ -21,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from gspn.train.images import mixed_seed
 from gspn.train.loader import batches
@@ -89,9 +92,9 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
         DataError if a process that reads images dies; RunError if the checkpoint is of another training.
     """
     frozen = frozen_modules(model, options.freeze or ())
-    optimizer = make_optimizer(model, options)
-    model, optimizer, prepared = accelerator.prepare(model, optimizer, loader)
+    model = distribute(model, options.fsdp, accelerator)
     plain = accelerator.unwrap_model(model)
+    optimizer, prepared = accelerator.prepare(make_optimizer(plain, options), loader)
     ema = Ema(plain, options.ema, options.ema_device or accelerator.device) if options.ema else None
     at = Position()
     if checkpoint is not None:
@@ -140,6 +143,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
             rate = at.images / clock.seconds()
             with ema.applied() if ema is not None else nullcontext(), autocast(accelerator.device, options.precision):
                 metrics = task.evaluate(plain.eval(), accelerator)
+                reshard(plain)
             if not math.isfinite(metrics["val_loss"]):
                 raise _diverged(f"the validation loss is {metrics['val_loss']} after epoch {epoch + 1}", saver)
             row = {"epoch": epoch + 1, "step": at.step, "train_loss": at.loss / steps, **metrics, "lr": lr}
@@ -165,7 +169,7 @@ def backward(task, model, batch, options, accelerator):
     parts = [dict(zip(batch, rows, strict=True)) for rows in zip(*_chunks(batch, options.accumulate), strict=True)]
     total = torch.zeros((), device=accelerator.device)
     for part in parts:
-        with nullcontext() if part is parts[-1] else accelerator.no_sync(model):
+        with nullcontext() if part is parts[-1] else no_sync(model, accelerator):
             with autocast(accelerator.device, options.precision):
                 loss = task.loss(model, part) / count
             accelerator.backward(loss * accelerator.num_processes)  # as gradients are averaged over the processes
@@ -232,6 +236,39 @@ def _local(parameter):
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
+def distribute(model, fsdp, accelerator):
+    """The model over the processes: a copy in each (DDP), or a part of every block in each (FSDP)."""
+    if not fsdp or accelerator.num_processes == 1:
+        return accelerator.prepare(model)
+    model.to(accelerator.device)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    for module in chain.from_iterable(reversed(lists)):  # inner ones first
+        fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def reshard(model):
+    """FSDP keeps what is not in a block whole after a forward pass, for the backward pass: without one, no more."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def no_sync(model, accelerator):
+    """In the block, gradients stay in their process."""
+    if not isinstance(model, FSDPModule):
+        with accelerator.no_sync(model):
+            yield
+        return
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
 class Clock:
     """Adds to a Position the seconds of its epoch, and those that the loop waited for batches."""
 
@@ -278,16 +315,9 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def make_accelerator(fsdp: bool = False) -> accelerate.Accelerator:
-    """accelerate's Accelerator; a loader's batch is split over the processes, and with `fsdp` the model as well."""
-    plugin = None
-    if fsdp:
-        plugin = accelerate.FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["GSPNBlock"]
-        )
-    return accelerate.Accelerator(
-        dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True), fsdp_plugin=plugin
-    )
+def make_accelerator() -> accelerate.Accelerator:
+    """accelerate's Accelerator; a loader's batch is split over the processes."""
+    return accelerate.Accelerator(dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
 
 
 def autocast(device: torch.device, precision: str):
