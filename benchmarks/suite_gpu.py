@@ -90,7 +90,7 @@ def gates(machine, quick: bool) -> dict[str, Callable[[], dict]]:
     if quick:
         shapes = {"odd": shapes["odd"]}
     if machine.rehearsal:
-        shapes, kinds = {"odd": (1, 8, 3, 2)}, [("float32", False, False)]
+        shapes, kinds = {"odd": (1, 8, 1, 2)}, [("float32", False, False)]
     cases = [cases_gpu.Case(name, shape, *kind) for name, shape in shapes.items() for kind in kinds]
     return {str(case): lambda case=case: scan_gpu.errors_of(machine, case) for case in cases}
 
