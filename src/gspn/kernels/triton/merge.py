@@ -51,20 +51,22 @@ def finish_logits(
         df += tl.load(from_part + 2 * groups, exists, 0.0)
     if NORMALIZED:
         line = image * logits_b + which * logits_d.to(tl.int64) + i * logits_h
-        line = logits + (line + j * logits_w) + g
+        line = logits + (line + j * logits_w) * ALIGN + g
+        k = logits_k.to(tl.int64) * ALIGN
         a = tl.load(line, exists, 0.0)
-        b = tl.load(line + logits_k, exists, 0.0)
-        d = tl.load(line + 2 * logits_k.to(tl.int64), exists, 0.0)
+        b = tl.load(line + k, exists, 0.0)
+        d = tl.load(line + 2 * k, exists, 0.0)
         ea = inverse_sigmoid(a.to(STATE))
         eb = inverse_sigmoid(b.to(STATE))
         ed = inverse_sigmoid(d.to(STATE))
         wp, wf = normalize(ea, eb, ed, place == 0, place == last)
         dp, ds, df = logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a, b, d, STATE)
     out = image * dlogits_b + which * dlogits_d.to(tl.int64) + i * dlogits_h
-    out = dlogits + (out + j * dlogits_w) + g
+    out = dlogits + (out + j * dlogits_w) * ALIGN + g
+    dk = dlogits_k.to(tl.int64) * ALIGN
     tl.store(out, dp.to(dlogits.dtype.element_ty), exists)
-    tl.store(out + dlogits_k, ds.to(dlogits.dtype.element_ty), exists)
-    tl.store(out + 2 * dlogits_k.to(tl.int64), df.to(dlogits.dtype.element_ty), exists)
+    tl.store(out + dk, ds.to(dlogits.dtype.element_ty), exists)
+    tl.store(out + 2 * dk, df.to(dlogits.dtype.element_ty), exists)
 
 
 @triton.jit(do_not_specialize=SIZES)

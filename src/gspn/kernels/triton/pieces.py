@@ -195,9 +195,9 @@ class _Work(NamedTuple):
 class _Maps(NamedTuple):
     """The projections of a piece's proxy, as two products: (2D + skip) C gates, and 3DG logits."""
 
-    features: Tensor  # (N,S)
-    gate_proj: Tensor  # ((2D + skip) C, S)
-    logit_proj: Tensor  # (3DG, S)
+    features: Tensor  # (N,S), or twice side by side for projections in two parts
+    gate_proj: Tensor  # ((2D + skip) C, S), or two parts side by side
+    logit_proj: Tensor  # (3DG, S), likewise
     gates: Tensor  # (B,H,W,(2D + skip) C)
     flat_logits: Tensor  # (B,H,W,3DG)
     sizes: tuple[int, int, int]  # D, C, G
@@ -209,8 +209,12 @@ class _Maps(NamedTuple):
         gate_proj = [input_proj[chosen].flatten(0, 1), output_proj[chosen].flatten(0, 1)]
         if skip_proj is not None and piece.opens:
             gate_proj.append(skip_proj)
-        gate_proj = torch.cat(gate_proj).to(features.dtype)
-        logit_proj = weight_proj[chosen].flatten(0, 2).to(features.dtype)
+        gate_proj, logit_proj = torch.cat(gate_proj), weight_proj[chosen].flatten(0, 2)
+        if features.element_size() < gate_proj.element_size():
+            features = features.repeat(1, 2)
+            gate_proj, logit_proj = _two_parts(gate_proj, features.dtype), _two_parts(logit_proj, features.dtype)
+        elif features.dtype != gate_proj.dtype:
+            gate_proj, logit_proj = gate_proj.to(features.dtype), logit_proj.to(features.dtype)
         gates, logits = _product(features, gate_proj.T, gate_dtype), _product(features, logit_proj.T, features.dtype)
         pixels = (proxy.shape[0], *proxy.shape[2:], -1)
         sizes = (len(piece.indices), input_proj.shape[1], weight_proj.shape[2])
@@ -248,17 +252,24 @@ def _add_gradients(piece, maps, dmaps, dproxy, dweight_proj, dinput_proj, doutpu
     """Adds what the gradients of a piece's maps give to those of the proxy and the projections."""
     state, chosen = dproxy.dtype, slice(piece.indices.start, piece.indices.stop)
     dgates, dlogits = dmaps.gates.flatten(0, 2), dmaps.flat_logits.flatten(0, 2)
+    features = maps.features[:, : dproxy.shape[1]]
     rows = _product(dgates, maps.gate_proj, state) + _product(dlogits, maps.logit_proj, state)
+    rows = rows.unflatten(1, (-1, dproxy.shape[1])).sum(1)  # over the projections' parts
     dproxy += rows.view(*dmaps.gates.shape[:3], -1).permute(0, 3, 1, 2)
-    dweight_proj[chosen] += _product(dlogits.T, maps.features, state).view_as(dweight_proj[chosen])
+    dweight_proj[chosen] += _product(dlogits.T, features, state).view_as(dweight_proj[chosen])
     count, channels, _ = maps.sizes
-    parts = _product(dgates.T, maps.features, state).split(
-        [count * channels] * 2 + [channels] * (maps.skip is not None)
-    )
+    parts = _product(dgates.T, features, state).split([count * channels] * 2 + [channels] * (maps.skip is not None))
     dinput_proj[chosen] += parts[0].view_as(dinput_proj[chosen])
     doutput_proj[chosen] += parts[1].view_as(doutput_proj[chosen])
     if maps.skip is not None:
         dskip_proj += parts[2]
+
+
+def _two_parts(projection: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, S) as (n, 2S) in a narrower dtype, whose two parts sum up to it: rounding the projections once more would
+    exceed the error budget, and a product with few columns costs what it writes, not what it reads."""
+    first = projection.to(dtype)
+    return torch.cat((first, (projection - first).to(dtype)), 1)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
