@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 import gspn
 from gspn.export.program import (
@@ -138,7 +139,7 @@ def _names_of_sizes(program: torch.export.ExportedProgram) -> dict[str, str]:
     named = zip(input_shape(program), ("batch", "", "height", "width"), strict=True)
     found: dict[str, str] = {}
     for symbol, name in named:
-        if isinstance(symbol, torch.SymInt):
+        if not is_concrete_int(symbol):
             found.setdefault(str(symbol), name)  # of a square input, width is height
     return found
 

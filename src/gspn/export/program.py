@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from gspn.layers import GSPN2d
@@ -86,7 +87,7 @@ def traced(model: nn.Module, example: Tensor, size: Size | None) -> torch.export
             program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))
         except RuntimeError as error:
             raise ExportError(f"torch.export cannot follow the model: {error}") from error
-    fixed = [name for d, name in open_dims.items() if isinstance(input_shape(program)[d], int)]
+    fixed = [name for d, name in open_dims.items() if is_concrete_int(input_shape(program)[d])]
     if fixed:
         raise ExportError(f"the model works at one {' and '.join(fixed)} only; size=(H, W) exports it for that size")
     return program
