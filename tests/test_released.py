@@ -2,9 +2,11 @@
 that say what does not fit."""
 
 import pickle
+import re
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ SIZES = {  # depths, width, proxy_dim, levels that may be global, published para
     "gspn_small": ((5, 5, 10, 2), 108, 16, (3,), 50_773_346),
     "gspn_base": ((4, 4, 15, 4), 120, 8, (2, 3), 93_061_108),
 }
+SNIPPETS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/models.md").read_text(), re.DOTALL)
 LITTLE = {"depths": (1, 1, 2, 1), "width": 12, "proxy_dim": 3}
 
 
@@ -35,6 +38,11 @@ def released_model(**options):
         elif parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return model
+
+
+def full_size():
+    depths, width, proxy, global_levels, _ = SIZES["gspn_tiny"]
+    return released_model(depths=depths, width=width, proxy=proxy, global_levels=global_levels)
 
 
 def load_little(state, **options):
@@ -68,14 +76,19 @@ def test_outputs_are_the_released_ones(little, size, backend):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_outputs_are_the_released_ones_at_full_size():
+def test_outputs_are_the_released_ones_at_full_size_and_the_documentation_runs(tmp_path, monkeypatch):
     torch.manual_seed(2)
-    depths, width, proxy, global_levels, _ = SIZES["gspn_tiny"]
-    theirs = released_model(depths=depths, width=width, proxy=proxy, global_levels=global_levels)
-    ours = gspn.load_released(theirs.state_dict(), "gspn_tiny").eval()
+    theirs = full_size()
+    monkeypatch.chdir(tmp_path)
+    torch.save(theirs.state_dict(), "tiny.pth")
+    found = {}
+    with pytest.warns(UserWarning, match="outputs differ"):
+        for snippet in SNIPPETS[:2]:
+            exec(snippet, found)
+    assert len(found["maps"]) == 3 and found["start"].num_classes == 10
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        expected, got = theirs(x), ours(x)
+        expected, got = theirs(x), found["model"].eval()(x)
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
