@@ -111,7 +111,6 @@ class _Expansion:
         self.segment = node.attributes["segment"].as_int()
         self.dtype, self.channels = self.x.dtype, self.x.shape[1]
         self.state = DataType.DOUBLE if self.dtype == DataType.DOUBLE else DataType.FLOAT
-        self.x_lines: dict[int, Value] = {}  # x by its lines, for both ways of cutting the map into them
         self.frames: dict[int, dict[str, Value]] = {}
 
     def propagate(self) -> Value:
@@ -122,7 +121,7 @@ class _Expansion:
             axis = direction % 2
             if axis not in proxy_lines:
                 proxy_lines[axis] = self.lines(proxy, axis)
-            parts = [self.entry(p, i) for p in (weight_proj, *gate_projs)] + ([skip_proj] if skip_proj else [])
+            parts = [self.entry(p, i) for p in (weight_proj, *gate_projs)] + ([] if skip_proj is None else [skip_proj])
             rows = [self.cast(self.reshape(part, -1, features), self.state) for part in parts]
             matrix = self.nodes.add("Transpose", self.nodes.add("Concat", *rows, axis=0), perm=[1, 0])
             merged.setdefault(axis, []).append(
@@ -247,9 +246,8 @@ class _Expansion:
         self, body: _Nodes, frame: dict[str, Value], h: Value, b: Value, weights: Value, groups: int, normalize: bool
     ) -> Value:
         """The next state (B,P,C) of state h, gated input b and weights or logits (B,P,3G)."""
-        if (
-            normalize
-        ):  # 1 / (1 + e^-a): onnxruntime's Sigmoid is 0 from about -18 down, and the three divide by their sum
+        if normalize:
+            # 1 / (1 + e^-a): onnxruntime's Sigmoid is 0 from about -18 down, and the weights would be 0 / 0
             powers = body.add("Exp", body.add("Neg", body.add("Max", weights, frame["floor"])))
             weights = body.add("Reciprocal", body.add("Add", powers, frame["one"]))
         if 1 < groups < self.channels:

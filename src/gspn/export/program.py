@@ -115,17 +115,16 @@ def compare(
 ) -> float:
     """The largest difference of what `run` gives from what the float32 or float64 model gives, over random inputs of
     these shapes, as a part of the model's largest output. Errors: ExportError above the tolerance."""
-    where, dtype = next((p.device, p.dtype) for p in model.parameters())
+    like = next(model.parameters(), torch.zeros(()))
     draw, worst = torch.Generator().manual_seed(0), 0.0
     for shape in shapes:
-        x = torch.randn(shape, generator=draw, dtype=dtype)
+        x = torch.randn(shape, generator=draw, dtype=like.dtype)
         try:
             with torch.no_grad():
-                wanted = pytree.tree_leaves(model(x.to(where)))
+                wanted = pytree.tree_leaves(model(x.to(like.device)))
         except (RuntimeError, ValueError) as error:
-            raise ExportError(
-                f"the model does not take {_sizes(shape)}; size=(H, W) exports one size: {error}"
-            ) from error
+            advice = "size=(H, W) exports it for one size"
+            raise ExportError(f"the model does not take {_sizes(shape)}; {advice}: {error}") from error
         for got, want in zip(run(x), wanted, strict=True):
             want = want.cpu().double()
             difference = float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30))
