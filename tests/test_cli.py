@@ -7,10 +7,13 @@ import sys
 
 import pytest
 from PIL import Image
+from training import same
 from typer.testing import CliRunner
 
 import gspn
 from gspn.cli import app
+from gspn.train import pictures
+from gspn.train.checkpoint import Run
 from gspn.train.data import open_data
 
 TINY = [
@@ -155,6 +158,46 @@ def test_user_errors_are_one_message_and_exit_code_2(arguments, message, tmp_pat
     code, _, err = gspn_command(*arguments)
     assert code == 2 and "Traceback" not in err and message in " ".join(err.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runs_options_repeat_it(run, tmp_path, monkeypatch):
+    for name in ("curves", "predictions", "context"):
+        monkeypatch.setattr(pictures, name, lambda *args: None)
+    code, out, err = gspn_command("train", "--config", run / "options.yaml", "--out", tmp_path / "again")
+    assert code == 0, err
+    assert (
+        "waiting for data" in out
+        and (tmp_path / "again" / "options.yaml").read_text() == (run / "options.yaml").read_text()
+    )
+    one, other = (Run.open(path).load_checkpoint("last")[0] for path in (run, tmp_path / "again"))
+    assert all(same(one[part], other[part]) for part in one)
+
+
+def test_flags_override_the_file_and_the_file_is_checked(run, tmp_path):
+    (tmp_path / "mine.toml").write_text('data = "digits"\nepochs = 1\nlr = -1.0\n')
+    code, _, err = gspn_command("train", "--config", tmp_path / "mine.toml", "--out", tmp_path / "run", *TINY)
+    assert code == 2 and "mine.toml: lr must be from 0" in " ".join(err.split())
+    (tmp_path / "mine.toml").write_text(f'data = "digits"\nout = "{tmp_path}/run"\nepochs = 7\nlearningrate = 1\n')
+    code, _, err = gspn_command("train", "--config", tmp_path / "mine.toml")
+    assert code == 2 and "mine.toml: there is no option 'learningrate'; the nearest is" in " ".join(err.split())
+    (tmp_path / "mine.toml").write_text(f'data = "digits"\nout = "{tmp_path}/run"\nepochs = 7\nbatch-size = 512\n')
+    code, _, err = gspn_command("train", "--config", tmp_path / "mine.toml", "--epochs", 1, *TINY)
+    assert code == 0, err
+    assert len(Run.open(tmp_path / "run").metrics) == 1
+    assert Run.open(tmp_path / "run").config["options"]["batch_size"] == 512
+
+
+def test_resume(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    code, out, err = gspn_command("train", "--resume", copy, "--workers", 0)
+    assert code == 0 and "going on from step 22 (epoch 3)" in out, err
+    code, _, err = gspn_command("train", "--resume", copy, "--lr", 0.5)
+    assert code == 2 and "lr was 0.01 and cannot be 0.5" in " ".join(err.split())
+    code, _, err = gspn_command("train", "--resume", copy, "--out", tmp_path / "other")
+    assert code == 2 and "not with --out" in " ".join(err.split())
+    code, _, err = gspn_command("train", "--resume", tmp_path)
+    assert code == 2 and "is no run" in " ".join(err.split())
 
 
 def test_run_in_the_way_and_overwrite(run, digit_files, tmp_path):

@@ -158,6 +158,35 @@ def test_overwriting_that_the_system_refuses_is_an_error_that_tells_and_undoes(f
     assert tree(full_run.path) == before
 
 
+def test_what_a_kill_left_of_the_start_is_not_in_the_way(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json.new").write_text("{")
+    Run.create(tmp_path, {"task": "x"})
+    assert Run.open(tmp_path).config["task"] == "x"
+
+
+def test_metrics_are_taken_back(tmp_path):
+    run = Run.create(tmp_path / "run", {"task": "x"})
+    for epoch in (1, 2, 3):
+        run.append_metrics({"epoch": epoch})
+    run.rewind(3)
+    assert len(Run.open(run.path).metrics) == 3
+    run.rewind(1)
+    assert run.metrics == Run.open(run.path).metrics == [{"epoch": 1}]
+
+
+def test_old_checkpoints_are_pruned(tmp_path):
+    run = Run.create(tmp_path / "run", {"task": "x"})
+    for name in ("last", "best", *(f"epoch-{epoch:04}" for epoch in (2, 4, 10, 12))):
+        run.save_checkpoint(name, {"model": {}}, {})
+    run.prune(0)
+    assert len(os.listdir(run.path / "checkpoints")) == 6
+    run.prune(2)
+    assert sorted(os.listdir(run.path / "checkpoints")) == ["best", "epoch-0010", "epoch-0012", "last"]
+    run.prune(5)
+    assert len(os.listdir(run.path / "checkpoints")) == 4
+
+
 def test_runs_that_cannot_be_opened(tmp_path):
     with pytest.raises(RunError, match="is no run: there is no"):
         Run.open(tmp_path / "nowhere")

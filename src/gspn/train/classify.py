@@ -25,6 +25,7 @@ from gspn.train.finetune import Source, open_source, start_from
 from gspn.train.images import UNREADABLE, Preprocessing, Split
 from gspn.train.loader import make_loader
 from gspn.train.loop import Position, autocast, make_accelerator, train
+from gspn.train.optim import frozen_modules
 from gspn.train.options import OptionError, Options, file_text
 from gspn.train.recipe import SMALL, Augmentation, Mixing, preset_for
 
@@ -145,7 +146,10 @@ class Setup:
         )
 
     def model(self, device) -> torch.nn.Module:
-        return build_model(self.options, self.preprocessing, len(self.class_names), device)
+        """A new model. Errors: OptionError."""
+        model = build_model(self.options, self.preprocessing, len(self.class_names), device)
+        frozen_modules(model, self.options.freeze or ())  # a wrong name is better found before the run's folder is made
+        return model
 
     def describe(self, model) -> str:
         options, count = self.options, sum(parameter.numel() for parameter in model.parameters())
@@ -187,7 +191,7 @@ def train_classifier(
     setup = Setup.of(data_set, options, source)
     check_processes(setup.options, accelerator)
     model = setup.model(accelerator.device)
-    notes = [*setup.notes, start_from(source, model, setup.class_names)] if source else setup.notes
+    notes = [*setup.notes, start_from(source, model, setup.class_names, data_set.where)] if source else setup.notes
     for note in notes:
         say(f"note: {note}")
     say(setup.describe(model))

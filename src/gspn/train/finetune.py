@@ -23,6 +23,7 @@ class Source:
         where: what to call them. weights: tensors by name.
         name, model_args: of the model they are of, where that is known, but for classes and channels.
         class_names: those that the head tells apart; None where that is not known.
+        data: where the data were that it was trained on.
     """
 
     where: str
@@ -30,6 +31,7 @@ class Source:
     name: str | None = None
     model_args: Mapping | None = None
     class_names: list[str] | None = None
+    data: str | None = None
 
 
 def open_source(path: str | Path, model: str | None, model_args: Mapping, channels: int | None = None) -> Source:
@@ -45,7 +47,8 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
         name = arguments.pop("name")
         for own in ("num_classes", "in_chans", "backend"):
             arguments.pop(own, None)
-        return Source(f"the run {path}", classifier.model.state_dict(), name, arguments, classifier.class_names)
+        weights, data = classifier.model.state_dict(), classifier.run.config["data"]["where"]
+        return Source(f"the run {path}", weights, name, arguments, classifier.class_names, data)
     if path.suffix == ".safetensors":
         try:
             return Source(str(path), load_file(path))
@@ -67,13 +70,15 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
 
 
 @torch.no_grad()
-def start_from(source: Source, model: nn.Module, class_names: list[str]) -> str:
+def start_from(source: Source, model: nn.Module, class_names: list[str], data: str) -> str:
     """Copies the weights into a model. Its head stays new unless the source tells the same classes, by name and order.
+    Names that are bare numbers, as data without names have them, are the same classes in the same `data` only.
 
     Returns: a note on what became of the head. Errors: OptionError names what does not fit."""
     own = model.state_dict()
     (head,) = (name for name, module in model.named_modules() if module is model.get_classifier())
-    keep_head = source.class_names == class_names
+    named = not all(name.isdecimal() for name in class_names)
+    keep_head = source.class_names == class_names and (named or source.data == data)
     body = {name for name in own if keep_head or not name.startswith(f"{head}.")}
     problems = [f"{name} is missing there" for name in sorted(body - set(source.weights))]
     problems += [f"{name} is not of {type(model).__name__}" for name in source.weights if name not in own]

@@ -104,7 +104,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
         at = Position(**state["position"])
     steps, losses = len(prepared), []
     look_every = 1 if accelerator.device.type == "cpu" else LOOK_EVERY
-    saver = Saver(task, run, options, accelerator, lambda: gather(plain, optimizer, ema))
+    saver = Saver(task, run, options, accelerator, lambda: gather(plain, optimizer, ema, accelerator.is_main_process))
 
     with progress_bar(console if accelerator.is_main_process else None, options.epochs * steps, at) as bar, explained():
         for epoch in range(at.epoch, options.epochs):

@@ -1,6 +1,6 @@
 """The state of a training as tensors by name, as a checkpoint keeps them, and back: also where FSDP has sharded it.
 
-Gathering and restoring are done by all processes together; every process gets the whole.
+Gathering and restoring are done by all processes together.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,15 +15,16 @@ from gspn.train.optim import Ema
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Tensors:
-    """{"model": ..., "optimizer": ..., "ema": ...}: the model's state by name, the optimizer's as "parameter.slot"."""
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, keep: bool) -> Tensors:
+    """{"model": ..., "optimizer": ..., "ema": ...}: the model's state by name, the optimizer's as "parameter.slot". A
+    process that does not `keep` them takes part, for what is sharded, and gets nothing of it."""
     tensors = {
-        "model": {name: _whole(tensor) for name, tensor in model.state_dict().items()},
-        "optimizer": {f"{name}.{slot}": _whole(tensor) for name, slot, tensor in _slots(model, optimizer)},
+        "model": {name: _whole(tensor, keep) for name, tensor in model.state_dict().items()},
+        "optimizer": {f"{name}.{slot}": _whole(tensor, keep) for name, slot, tensor in _slots(model, optimizer)},
     }
     if ema is not None:
         with ema.applied():
-            tensors["ema"] = {name: _whole(tensor).clone() for name, tensor in model.state_dict().items()}
+            tensors["ema"] = {name: _whole(tensor, keep).clone() for name, tensor in model.state_dict().items()}
     return tensors
 
 
@@ -69,8 +70,12 @@ def _slots(model, optimizer) -> Iterator[tuple[str, str, Tensor]]:
             yield name, slot, tensor
 
 
-def _whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _whole(tensor, keep):
+    """The whole of a sharded tensor, on the CPU, as it may be too large for one device."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = tensor.full_tensor()
+    return whole.cpu() if keep else whole.new_empty(0)
 
 
 def _like(tensor, model_tensor, on_device=True):
