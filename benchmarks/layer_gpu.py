@@ -48,10 +48,13 @@ def main() -> int:
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.layer_gpu", *again])
     for goal in content["goals"]:
         print(f"{goal['verdict']:>12}: {goal['goal']}: {goal['measured'] or '-'} (wanted {goal['wanted']})")
-    if content["left"]:
-        print(f"{len(content['left'])} cases left when the time was up; --resume goes on with them")
     for wrong in content["wrong"]:
         print(f"WRONG RESULTS: {wrong}")
+    if content["left"]:
+        print(f"{len(content['left'])} cases left when the time was up; --resume goes on with them")
+    verdicts = [goal["verdict"] for goal in content["goals"]]
+    told = ", ".join(f"{verdicts.count(v)} {v}" for v in ("reached", "missed", "not measured"))
+    print(f"goals: {told}; wrong results: {len(content['wrong'])}; cases left: {len(content['left'])}")
     return 1 if content["wrong"] else 0
 
 

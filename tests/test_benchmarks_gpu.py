@@ -107,6 +107,27 @@ def test_without_a_gpu_the_command_says_so(tmp_path, monkeypatch, capsys):
     assert "--rehearse" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_lost_device_is_followed_by_a_fresh_process_for_what_is_left(tmp_path, monkeypatch):
+    from benchmarks import suite_gpu
+
+    class Gone(Exception):
+        pass
+
+    def execv(path, arguments):
+        raise Gone(path, *arguments)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_harness, "Gpu", lambda: None)
+    monkeypatch.setattr(suite_gpu, "measure_all", lambda *_: fails(gpu_harness.DeviceLost("illegal access"))())
+    monkeypatch.setattr(layer_gpu.os, "execv", execv)
+    monkeypatch.setattr(sys, "argv", ["layer_gpu", "--out", str(tmp_path), "--only", "scan", "--minutes", "5"])
+    with pytest.raises(Gone) as gone:
+        layer_gpu.main()
+    path, *arguments, minutes = gone.value.args
+    assert path == sys.executable and 4.9 < float(minutes) <= 5
+    assert arguments[1:3] == ["-m", "benchmarks.layer_gpu"] and arguments[-2:] == ["--resume", "--minutes"]
+
+
 def test_bytes_are_those_of_the_design():
     floor = lambda *case: round(Case(case[0], cases_gpu.SIZES[case[0]], *case[1:]).bytes_moved / 3e12 * 1e6)  # noqa: E731
     assert floor("a", "float32", False, False) == 4295 and floor("a", "bfloat16", False, False) == 2147
@@ -190,6 +211,49 @@ def test_one_contenders_failure_is_a_result(capsys):
 def test_ours_missing_leaves_times_without_ratios():
     found = gpu_harness.measure(Measured(), {"ours": fails(ValueError("gone")), "other": lambda: 1e-3}, "ours", 0.1)
     assert "ratio" not in found["other"] and found["other"]["ms"][1] == 1
+
+
+def test_the_clock_of_a_gpu_is_two_events_around_a_call_with_a_cold_cache(monkeypatch):
+    done = []
+    properties = SimpleNamespace(
+        L2_cache_size=2**20, name="stand-in", total_memory=2**33, multi_processor_count=3, uuid="0"
+    )
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    stand_in = SimpleNamespace(
+        get_device_properties=lambda: properties,
+        Event=Event,
+        synchronize=lambda: done.append("wait"),
+        memory_allocated=lambda: 5 * 2**20,
+        max_memory_allocated=lambda: 8 * 2**20,
+        reset_peak_memory_stats=lambda: done.append("reset"),
+        empty_cache=lambda: None,
+    )
+    monkeypatch.setattr(gpu_harness.Gpu, "device", torch.device("cpu"))
+    monkeypatch.setattr(torch, "cuda", stand_in)
+    gpu = gpu_harness.Gpu()
+    assert 4 * gpu._other.numel() >= 64 * 2**20  # a small cache is no reason to fill little
+    monkeypatch.setattr(gpu, "cool", lambda: done.append("cool"))
+    seconds = gpu.round([("one", lambda: done.append("one")), ("two", lambda: done.append("two"))])
+    assert seconds == {"one": 2e-3, "two": 2e-3}
+    assert done == ["cool", "event", "one", "event", "cool", "event", "two", "event", "wait"]
+    assert gpu.extra_mib(lambda: None) == 3.0 and done[-2:] == ["reset", "wait"]
+    told = gpu.describe()
+    assert told["name"] == "stand-in" and told["memory_gib"] == gpu.memory_gib() == 8 and "nvidia-smi" in told
+    gpu.free()
+    gpu.check()
+    monkeypatch.setattr(stand_in, "synchronize", fails(RuntimeError("illegal memory access")))
+    with pytest.raises(gpu_harness.DeviceLost, match="illegal"):
+        gpu_harness.attempt(gpu, fails(RuntimeError("illegal memory access")))
 
 
 def test_a_lost_device_is_not_a_result():
