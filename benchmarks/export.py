@@ -52,13 +52,13 @@ def torch_call(model: torch.nn.Module, x: torch.Tensor):
     return run
 
 
-def measure(name: str, folder: Path, rounds: int, threads: int) -> dict:
+def measure(name: str, folder: Path, precisions: list[str], rounds: int, threads: int) -> dict:
     make, shape = CASES[name]
     torch.manual_seed(0)
     native, reference = make(), make(backend="reference")
     x, row = torch.randn(shape), {"case": name, "input": list(shape), "files": {}}
     calls = {"torch": torch_call(native, x), "torch, eager reference": torch_call(reference, x)}
-    for precision in ("fp32", "fp16"):
+    for precision in precisions:
         path, start = folder / f"{precision}.onnx", time.perf_counter()
         written = gspn.export_onnx(native, path, precision=precision)
         row["files"][precision] = {
@@ -78,6 +78,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/export-cpu.json"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "fp16"), default=["fp32", "fp16"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -85,10 +86,10 @@ def main():
     content = {"what": "exported models", "environment": environment, "threads": options.threads, "cases": []}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.cases:
-            row = measure(name, Path(folder), options.rounds, options.threads)
+            row = measure(name, Path(folder), options.precisions, options.rounds, options.threads)
             content["cases"].append(row)
             harness.write_json(options.out, content)
-            print(name, row["files"]["fp32"], {n: t["ratio"][1] for n, t in row["times"].items()}, flush=True)
+            print(name, row["files"], {n: t["ratio"][1] for n, t in row["times"].items()}, flush=True)
 
 
 if __name__ == "__main__":
