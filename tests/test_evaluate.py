@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training import TINY
 from typer.testing import CliRunner
 
 from gspn.cli import app
+from gspn.train import pictures
 from gspn.train.classify import train_classifier
 from gspn.train.data import DataError
 from gspn.train.evaluate import Outcome, evaluate, mistakes
 from gspn.train.images import UNREADABLE
 from gspn.train.options import Options
-
-TINY = dict(depths=[1], width=16, global_levels=[0], stem_stride=4)
 
 
 def outcome(label, top, probability):
@@ -70,7 +70,10 @@ def test_confusion_and_its_mistakes():
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "digits"
     options = Options(model_args=TINY, epochs=2, batch_size=64, lr=1e-2, ema=0.8, workers=0)
-    return train_classifier("digits", path, options)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("curves", "predictions", "context"):
+            patch.setattr(pictures, name, lambda *args: None)  # they take longer than the training
+        return train_classifier("digits", path, options)[0]
 
 
 def test_metrics_hang_together(run):
