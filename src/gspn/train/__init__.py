@@ -1,5 +1,6 @@
-"""Training: what DATA means (`data`), pixels and batches (`images`), the loop (`loop`), the classification task
-(`classify`), the run folder (`checkpoint`) and its pictures (`pictures`).
+"""Training: what can be told (`options`), what DATA means (`data`), images to batches (`images`, `recipe`, `loader`),
+the loop (`loop`, `optim`, `state`), the classification task (`classify`, `finetune`), what one does with a trained
+classifier (`evaluate`, `pictures`), the run folder (`checkpoint`).
 
 Needs the extra `train`; importing this package without it raises ImportError with the command that installs it.
 """

@@ -105,6 +105,8 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
     steps, losses = len(prepared), []
     look_every = 1 if accelerator.device.type == "cpu" else LOOK_EVERY
     saver = Saver(task, run, options, accelerator, lambda: gather(plain, optimizer, ema, accelerator.is_main_process))
+    if checkpoint is not None:
+        saver.has_saved(at)
 
     with progress_bar(console if accelerator.is_main_process else None, options.epochs * steps, at) as bar, explained():
         for epoch in range(at.epoch, options.epochs):
@@ -204,6 +206,10 @@ class Saver:
         self.minutes = float(every.removesuffix("min")) if every.endswith("min") else math.inf
         self.saved, self.time = "", time.monotonic()
 
+    def has_saved(self, at):
+        """Takes note of the last checkpoint."""
+        self.saved, self.time = f"step {at.step} (epoch {at.epoch + bool(at.batch)})", time.monotonic()
+
     def is_due_by_steps(self, step):
         return self.steps > 0 and step % self.steps == 0
 
@@ -218,7 +224,7 @@ class Saver:
         if self.accelerator.reduce((~finite).float(), "sum").item():
             raise _diverged(f"the weights are no numbers any more after step {at.step}", self)
         tensors = self.gather()
-        self.saved, self.time = f"step {at.step} (epoch {at.epoch + bool(at.batch)})", time.monotonic()
+        self.has_saved(at)
         if self.run is None:
             return
         state = {"epoch": at.epoch, "step": at.step, "metrics": row, "position": asdict(at), "task": self.task.state()}
