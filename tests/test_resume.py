@@ -172,7 +172,6 @@ def test_resume_with_files_and_workers(colours, tmp_path, monkeypatch, stop_at):
 
 
 def test_resume_of_a_finished_run_changes_nothing(digits_run, tmp_path):
-
     copy = tmp_path / "run"
     shutil.copytree(digits_run[0].path, copy)
     before = tree(copy)
