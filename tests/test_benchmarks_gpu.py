@@ -301,9 +301,12 @@ def test_the_report_goes_on_after_a_failure(tmp_path):
         gpu_report.Step(
             "passes", code("import os; print(os.environ['EXTRA'], os.environ['PYTHONPATH'])"), 300, {"EXTRA": "seen"}
         ),
+        gpu_report.correctness()[0]._replace(name="skips", command=code("print('43 skipped, 1 warning')")),
+        gpu_report.correctness()[0]._replace(name="tests", command=code("print('40 passed, 3 skipped')")),
     ]
     rows = [gpu_report.run(step, tmp_path) for step in steps]
-    assert [r["verdict"] for r in rows] == ["failed (3)", "cut after 2 s", "not run", "passed"]
+    verdicts = ["failed (3)", "cut after 2 s", "not run", "passed", "failed (it checked nothing)", "passed"]
+    assert [r["verdict"] for r in rows] == verdicts
     assert [r["told"] for r in rows[:3]] == ["so it ends", "begun", "no such tool"]
     assert rows[3]["told"].startswith(f"seen {ROOT / 'src'}")  # the sources are used where they lie
     assert (tmp_path / "hangs.log").read_text() == "begun\n"
