@@ -57,17 +57,17 @@ _BACKWARD = (
     (4, Plan(1, 4, 64, 1, 1)),
     (7, Plan(1, 7, 64, 1, 1)),
     (8, Plan(1, 8, 32, 1, 1)),
-    (14, Plan(2, 7, 32, 1, 1)),
-    (16, Plan(4, 4, 32, 1, 1)),
-    (28, Plan(4, 7, 16, 1, 1)),
-    (32, Plan(16, 2, 16, 1, 1)),
-    (64, Plan(32, 2, 8, 1, 2)),
-    (128, Plan(32, 4, 8, 2, 1)),
+    (14, Plan(2, 7, 32, 2, 1)),
+    (16, Plan(8, 2, 16, 1, 1)),
+    (28, Plan(4, 7, 16, 2, 1)),
+    (32, Plan(16, 2, 8, 1, 1)),
+    (64, Plan(32, 2, 8, 2, 2)),
+    (128, Plan(32, 4, 8, 4, 1)),
     (256, Plan(64, 4, 8, 4, 1)),
-    (512, Plan(128, 4, 8, 8, 1)),
-    (1024, Plan(256, 4, 8, 16, 1)),
+    (512, Plan(128, 4, 4, 8, 1)),
+    (1024, Plan(256, 4, 4, 16, 1)),
 )
-_TILED = {False: Plan(32, 4, 8, 1, 2, HALO), True: Plan(32, 4, 8, 2, 1, HALO)}
+_TILED = {False: Plan(32, 4, 8, 1, 2, HALO), True: Plan(32, 4, 8, 4, 1, HALO)}
 
 
 def plan(
@@ -95,11 +95,13 @@ def plan(
 
 
 def _fit(found: Plan, channels: int, scans: int, bytes_each: int, processors: int) -> Plan:
-    """The plan with its channels adapted: 16 bytes a load for wide values, no more than the map has, and fewer where
-    there would be too few programs."""
-    wanted = max(found.channels * 2 // max(bytes_each, 2), 1)
-    wanted = min(wanted, 1 << (channels - 1).bit_length())
-    while wanted * bytes_each > 16 and scans * -(-channels // wanted) < FEW * processors:
+    """The plan with its channels adapted: no more than the map has, half as many for wider values, and fewer where
+    there would be too few programs; but no fewer than give each lane something to do."""
+    wanted = min(found.channels, 1 << (channels - 1).bit_length())
+    least = max(32 * found.warps // found.strips, 16 // bytes_each)
+    if bytes_each > 2 and wanted > least:
+        wanted //= 2
+    while wanted > least and scans * -(-channels // wanted) < FEW * processors:
         wanted //= 2
     return found._replace(channels=wanted)
 
