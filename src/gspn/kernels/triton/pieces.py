@@ -124,18 +124,25 @@ class _Work(NamedTuple):
 
     @classmethod
     def choose(cls, x, weight_proj, directions, segment, workspace_mib, *, backward) -> "_Work":
-        """What fits: bytes are counted for projections and h, and with `backward` for their gradients."""
+        """What fits. Counted are projections (with the skip's), their features and h, and with `backward` the gradients
+        of all of these and of what the scans take in."""
         batch, channels, height, width = x.shape
+        _, _, groups, features = weight_proj.shape
         narrow, wide = x.element_size(), state_dtype(x.dtype).itemsize
-        gates, pixels, room = 2 * channels, batch * height * width, workspace_mib << 20
-        one = ((3 * weight_proj.shape[2] + gates) * narrow + channels * wide) * (2 if backward else 1)
-        if len(directions) * pixels * one <= room:
+        parts = 2 if weight_proj.element_size() > narrow else 1
+        pixels, room = batch * height * width, workspace_mib << 20
+
+        def bytes_each(count: int, gate: int) -> int:  # for a pixel, of `count` directions
+            maps = 3 * groups * count * narrow + channels * (2 * count + 1) * gate
+            taken = maps + features * parts * narrow + channels * count * wide
+            return 2 * (taken + features * parts * wide) if backward else taken
+
+        if pixels * bytes_each(len(directions), narrow) <= room:
             return cls(x, directions, segment, True, None, False, x.dtype)
         sums = wide > narrow and not backward
-        if pixels * (one + sums * channels * wide) <= room:
+        if pixels * (bytes_each(1, narrow) + sums * channels * wide) <= room:
             return cls(x, directions, segment, False, None, sums, x.dtype)
-        if not backward:
-            one += gates * (wide - narrow)
+        one = bytes_each(1, narrow if backward else wide)
         longest = max(width if d % 2 else height for d in directions)
         lines = max(room // max(batch * longest * one, 1), 1)
         if segment is not None and segment <= lines:
