@@ -224,6 +224,11 @@ def test_propagate(case, mode, skip, monkeypatch):
     check_propagate(case, skip=skip)
 
 
+def test_propagate_with_projections_wider_than_the_maps(monkeypatch):
+    force(monkeypatch, 2)
+    check_propagate(Case(1, 2, 2, 4, 2, directions=(0,), dtype=BF16), exact_weights=True)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("segment", [None, 7, 1000])
@@ -269,32 +274,33 @@ def test_plans_are_within_their_bounds():
 
 
 def test_maps_of_more_than_two_to_the_31_elements():
-    """Reads beyond 2^31 elements: maps whose rows lie 2^29 elements apart, of which only a few bytes exist."""
+    """Reads beyond 2^31 elements: maps whose rows lie 2^29 elements apart, in memory of which little is used."""
     from triton_race import watched
 
-    torch.utils.deterministic.fill_uninitialized_memory = False
     rows, apart = 6, 1 << 29
-
-    def spread(t: torch.Tensor) -> torch.Tensor:
-        """The same values, rows far apart, channels innermost."""
-        channels = t.dim() - 3 if t.dim() < 6 else 2
-        order = [d for d in range(t.dim()) if d not in (t.dim() - 2, channels)] + [channels]
-        inner = {d: s for d, s in zip(order, t.permute(order).contiguous().stride(), strict=True)}
-        strides = [apart if d == t.dim() - 2 else inner[d] for d in range(t.dim())]
-        memory = torch.empty(apart * (rows - 1) + t.numel(), dtype=t.dtype)
-        return memory.as_strided(t.shape, strides).copy_(t)
-
-    case = Case(1, 2, rows, 2, 1, directions=(1,), dtype=FP16)
-    *problem, grad = scan_problem(case)
+    *problem, grad = scan_problem(Case(1, 2, rows, 2, 1, directions=(1,), dtype=FP16))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # the outer fixture switches it on again
     try:
-        far = [spread(t) for t in problem]
+        memory = torch.empty(apart * (rows - 1) + 1000, dtype=FP16)
     except RuntimeError as error:
         pytest.skip(f"no address space for it: {error}")
+    taken = 0
+
+    def spread(t: torch.Tensor, channels: int) -> torch.Tensor:
+        """The same values with rows far apart and channels innermost."""
+        nonlocal taken
+        order = [d for d in range(t.dim()) if d not in (t.dim() - 2, channels)] + [channels]
+        strides = dict(zip(order, t.permute(t.dim() - 2, *order).contiguous().stride()[1:], strict=True))
+        strides[t.dim() - 2] = apart
+        found = memory.as_strided(t.shape, [strides[d] for d in range(t.dim())], taken)
+        taken += t.numel()
+        return found.copy_(t)
+
+    x, gate, logits = (spread(t, channels) for t, channels in zip(problem, (1, 2, 2), strict=True))
     p = Plan(2, 1, 2, 1, 1)
     with watched(overflow=True):
-        h = backend.gated_scan(*far, [1], None, plan=p)
-        assert torch.equal(h, backend.gated_scan(*problem, [1], None, plan=p))
-        got = backend.gated_scan_backward(spread(grad), *far, spread(h), [1], None, plan=p)
-    near = backend.gated_scan_backward(grad, *problem, h, [1], None, plan=p)
-    for a, b in zip(got, near, strict=True):
+        h = backend.gated_scan(x, gate, logits, [1], None, plan=p)
+        got = backend.gated_scan_backward(spread(grad, 2), x, gate, logits, spread(h, 2), [1], None, plan=p)
+    assert torch.equal(h, backend.gated_scan(*problem, [1], None, plan=p))
+    for a, b in zip(got, backend.gated_scan_backward(grad, *problem, h, [1], None, plan=p), strict=True):
         assert torch.equal(a, b)

@@ -3,8 +3,7 @@
 The budget. Every result is held against the same problem in float64. Its largest error may be twice that of eager torch
 in the same dtype (the reference's scans; for `propagate` the layer unfused, every map rounded to the dtype as a layer
 would hold it), plus FLOOR ulps of the largest value, for what eager torch happens to get exactly right, and because the
-kernels' exponentials and reciprocals are good to a few ulps, not to half of one. The interpreter cuts off where a GPU
-rounds to bfloat16, which alone doubles the error of the last step: what the factor leaves room for.
+kernels' exponentials and reciprocals are good to a few ulps, not to half of one.
 """
 
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import gspn
 from gspn.kernels import reference
 
 ALL = (0, 1, 2, 3)
@@ -105,21 +105,19 @@ def propagate_problem(case: Case, features: int, skip: bool, device: str = "cpu"
 
 def unfused(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment) -> Tensor:
     """What propagate computes, by its definition, every map in the dtype of x. Differentiable."""
-    project = lambda p: torch.einsum("...s,bshw->b...hw", p, proxy)  # noqa: E731
+    project = lambda p: torch.einsum("...s,bshw->b...hw", p, proxy.to(p.dtype)).to(x.dtype)  # noqa: E731
     logits = project(weight_proj).transpose(2, 3)
     y = project(output_proj) * reference.gated_scan(x, project(input_proj), logits, list(directions), segment)
     return y.sum(1) if skip_proj is None else y.sum(1) + project(skip_proj) * x
 
 
-def with_gradients(function, tensors: list[Tensor | None], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The value and all gradients of a differentiable function, computed in `dtype`."""
-    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+def with_gradients(function, tensors: list[Tensor | None], grad: Tensor) -> list[Tensor]:
+    """The value and all gradients of a differentiable function."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     value = function(*leaves)
     given = [t for t in leaves if t is not None]
-    return [
-        value.detach(),
-        *torch.autograd.grad(value, given, grad.to(dtype), allow_unused=True, materialize_grads=True),
-    ]
+    grads = torch.autograd.grad(value, given, grad.to(value.dtype), allow_unused=True, materialize_grads=True)
+    return [value.detach(), *grads]
 
 
 def wide(tensors) -> list[Tensor | None]:
@@ -191,15 +189,37 @@ def check_line_scans(case: Case, plan=None, device: str = "cpu") -> None:
     assert_within_budget(got, *found)
 
 
-def check_propagate(case: Case, features: int = 2, skip: bool = True, device: str = "cpu", workspace_mib=256) -> None:
-    """propagate and its gradients, straight from the backend."""
+def check_propagate(
+    case: Case, features: int = 2, skip: bool = True, device: str = "cpu", workspace_mib: int = 256, exact_weights=False
+) -> None:
+    """propagate and its gradients, straight from the backend; with `exact_weights`, projections in float32."""
     from gspn.kernels import triton
 
     *problem, grad = propagate_problem(case, features, skip, device)
+    if exact_weights:
+        problem[2:] = [None if p is None else p.float() + torch.randn_like(p.float()) * 1e-3 for p in problem[2:]]
     options = (list(case.directions), case.segment)
     got = [triton.propagate(*problem, *options, workspace_mib)]
     grads = triton.propagate_backward(grad, *problem, *options, workspace_mib)
     got += [g for g, t in zip(grads, problem, strict=True) if t is not None]
     plain = lambda *tensors: unfused(*tensors, *options)  # noqa: E731
-    eager, exact = (with_gradients(plain, problem, grad, dtype) for dtype in (case.dtype, torch.float64))
-    assert_within_budget(got, eager, exact)
+    assert_within_budget(got, with_gradients(plain, problem, grad), with_gradients(plain, wide(problem), grad))
+
+
+def check_public(name: str, case: Case, device: str, features: int = 8) -> None:
+    """An operator as users call it, with autograd: "gated_scan", "line_scan" or "propagate"."""
+    options = dict(directions=[gspn.DIRECTIONS[d] for d in case.directions], segment=case.segment)
+    if name == "propagate":
+        *problem, grad = propagate_problem(case, features, True, device)
+        plain = lambda *tensors: unfused(*tensors, case.directions, case.segment)  # noqa: E731
+        found = [with_gradients(lambda *tensors: gspn.propagate(*tensors, **options), problem, grad)]
+        found += [with_gradients(plain, tensors, grad) for tensors in (problem, wide(problem))]
+        return assert_within_budget(*found)
+    *problem, grad = scan_problem(case, device)
+    if name == "line_scan":
+        problem, grad = [problem[0], problem[2][:, 0] * 0.3], grad[:, 0]
+        options = dict(direction=options["directions"][0], segment=case.segment)
+    scan = lambda backend: lambda *tensors: getattr(gspn, name)(*tensors, **options, backend=backend)  # noqa: E731
+    found = [with_gradients(scan(None), problem, grad)]
+    found += [with_gradients(scan("reference"), tensors, grad) for tensors in (problem, wide(problem))]
+    return assert_within_budget(*found)

@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 _BUILDER = interpreter.InterpreterBuilder
@@ -31,13 +32,15 @@ class Race(AssertionError):
 
 @contextmanager
 def watched(overflow: bool = False) -> Iterator["Watch"]:
-    """Checks every launch inside; raises Race. With `overflow` integer arithmetic is checked too, which is slow."""
+    """Checks every launch inside, and rounds to bfloat16 as a GPU does; raises Race. With `overflow` integer arithmetic
+    is checked too, which is slow."""
     watch = Watch()
     launch, load, store = interpreter.GridExecutor.__call__, _BUILDER.create_masked_load, _BUILDER.create_masked_store
     gather, builder = _BUILDER.create_gather, interpreter.interpreter_builder
 
     def watched_launch(executor, *args, **kwargs):
         watch.begin([*args, *kwargs.values()])
+        patched.clear()
         try:
             result = launch(executor, *args, **kwargs)
         except Exception:
@@ -65,10 +68,29 @@ def watched(overflow: bool = False) -> Iterator["Watch"]:
     def atomic(*_, **__):
         watch.fail("an atomic operation")
 
+    # The interpreter replaces Triton's language anew for every call of a device function: once a launch is enough.
+    patched: set[int] = set()
+    patch_language = interpreter._patch_lang
+
+    def patch_once(function):
+        known = id(function.__globals__) in patched
+        patched.add(id(function.__globals__))
+        return mock.Mock() if known else patch_language(function)  # what a launch restores when it ends
+
+    convert = interpreter._convert_float
+
+    def rounding_convert(data, source, target, mode):
+        """The interpreter cuts off; a GPU rounds to the nearest, as torch does."""
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
     options = dataclasses.replace(builder.options, sanitize_overflow=overflow)
     with (
         mock.patch.object(interpreter.GridExecutor, "__call__", watched_launch),
         mock.patch.object(builder, "options", options),
+        mock.patch.object(interpreter, "_patch_lang", patch_once),
+        mock.patch.object(interpreter, "_convert_float", rounding_convert),
         mock.patch.multiple(
             _BUILDER,
             create_masked_load=watched_load,
