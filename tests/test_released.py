@@ -1,6 +1,7 @@
 """Released weights: the same outputs as an independent transcription of the released forward, safe files, and errors
 that say what does not fit."""
 
+import io
 import pickle
 import re
 import sys
@@ -180,6 +181,7 @@ def test_files_and_their_parts(little, tmp_path):
         norm(file, part="ema")
     save_file(first, tmp_path / "tiny.safetensors")
     assert torch.equal(norm(tmp_path / "tiny.safetensors"), first["classifier.norm.weight"])
+    assert torch.equal(norm({f"module.{k}": v for k, v in first.items()}), first["classifier.norm.weight"])
     half = {k: v.half() for k, v in first.items()}
     assert norm(half).dtype == torch.float32
 
@@ -223,10 +225,15 @@ def test_the_authors_settings_in_a_file_are_read_as_data(little, tmp_path, monke
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.pth"):
         load_little(tmp_path / "missing.pth")
-    for name in ("a.pth", "a.safetensors"):
-        (tmp_path / name).write_bytes(b"not weights at all")
-        with pytest.raises(ValueError, match=name):
-            load_little(tmp_path / name)
+    whole = io.BytesIO()
+    torch.save({"model": {"norm.bias": torch.zeros(3)}}, whole, _use_new_zipfile_serialization=False)
+    damaged = [whole.getvalue()[:size] for size in (0, 1, 20, 90, -1)]
+    for contents in (b"not weights at all", *damaged):
+        for name in ("a.pth", "a.safetensors"):
+            (tmp_path / name).write_bytes(contents)
+            with pytest.raises(ValueError, match=rf"{name} (cannot be read|holds more than tensors)") as caught:
+                load_little(tmp_path / name)
+            assert type(caught.value) is ValueError
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no state dict but a list"):
         load_little(tmp_path / "list.pth")

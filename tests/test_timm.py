@@ -174,7 +174,7 @@ def file(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:released weights in alignment")
 @pytest.mark.parametrize("alignment", ["released", "aligned"])
-def test_released_weights_are_converted_wherever_timm_loads(file, alignment):
+def test_released_weights_are_converted_wherever_timm_loads(file, alignment, tmp_path):
     options = LITTLE | {"alignment": alignment, "activation": "none"}
     expected, x = load_little(file, alignment=alignment), torch.randn(2, 3, 64, 64)
     with nullcontext() if alignment == "released" else pytest.warns(UserWarning, match="outputs differ"):
@@ -183,6 +183,9 @@ def test_released_weights_are_converted_wherever_timm_loads(file, alignment):
     later = timm.create_model("gspn_tiny", num_classes=11, **options).eval()
     load_checkpoint(later, str(file))
     torch.testing.assert_close(later(x), expected(x))
+    torch.save(expected.state_dict(), tmp_path / "converted.pth")
+    converted = timm.create_model("gspn_tiny", checkpoint_path=tmp_path / "converted.pth", num_classes=11, **options)
+    torch.testing.assert_close(converted.eval()(x), expected(x))
     pretrained = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file), "num_classes": 11}}
     gray = timm.create_model("gspn_tiny", in_chans=1, num_classes=3, **pretrained, **options).eval()
     assert gray(x[:, :1]).shape == (2, 3)
@@ -212,5 +215,9 @@ def test_errors_that_say_how(file):
         ValueError, match='trained without activation, got "silu"; create the model with activation="none"'
     ):
         timm.create_model("gspn_tiny", **options)
+    pruned = small()
+    pruned.prune_intermediate_layers([0])
+    with pytest.raises(ValueError, match="levels have been pruned"):
+        load_checkpoint(pruned, str(file))
     with pytest.raises(ValueError, match=r"left over: layers\.2\.blocks\.1\.norm\.weight"):
         timm.create_model("gspn_tiny", **(options | {"depths": (1, 1, 1, 1), "activation": "none"}))

@@ -29,7 +29,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -92,7 +91,8 @@ def load_released(
         says so, and makes the same form again.
 
     Raises FileNotFoundError, and ValueError for a file that cannot be read, that holds anything else than tensors in
-    known places, that is of another size, or whose keys or shapes do not fit; all that do not are listed.
+    known places, that is of another size, or whose keys or shapes do not fit: the first eight of each kind are listed,
+    and how many more there are.
 
     >>> import gspn
     >>> model = gspn.load_released("tiny.pth", "gspn_tiny")  # doctest: +SKIP
@@ -121,7 +121,7 @@ def convert_released(state: Mapping[str, Tensor], config: dict) -> dict[str, Ten
     are those of the weights.
 
     Warns where the model is aligned: it computes something else than the weights were trained for. Raises ValueError
-    with all keys that are missing, left over or of another shape, and the size that fits, if any.
+    with the keys that are missing, left over or of another shape, and the size that fits, if any.
     """
     head = state.get("classifier.head.weight")
     classes = head.shape[0] if isinstance(head, Tensor) and head.ndim == 2 else 1000
@@ -173,8 +173,8 @@ def _contents(source: str | os.PathLike | Mapping) -> Mapping:
         raise ValueError(
             f"{path} holds more than tensors, or is damaged; nothing in it was executed: {reason}"
         ) from error
-    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as a file of weights: {error}") from error
+    except Exception as error:  # what a damaged file makes the reader raise is not documented; nothing is executed
+        raise ValueError(f"{path} cannot be read as a file of weights: {error!r}") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds no state dict but a {type(contents).__name__}")
     return contents
@@ -187,7 +187,11 @@ def _part(contents: Mapping, part: str | None) -> Mapping:
         raise ValueError(f"part {part!r} is not among the parts with weights: {', '.join(there) or 'none has a name'}")
     if part is None and len(there) > 1:
         warnings.warn(f"of the parts {' and '.join(there)}, {there[0]} is taken; part= takes the other", stacklevel=3)
-    return contents[part or there[0]] if there else contents
+    weights = contents[part or there[0]] if there else contents
+    wrapped = "module."  # the name that a wrapper for several processes puts before each key
+    if weights and all(str(key).startswith(wrapped) for key in weights):
+        return {key.removeprefix(wrapped): value for key, value in weights.items()}
+    return weights
 
 
 def _released_key(key: str) -> str:

@@ -12,7 +12,10 @@ No weights can be downloaded. Those that the paper's authors published are conve
     timm.create_model("gspn_tiny", checkpoint_path="tiny.pth", **form)
     timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay={"file": "tiny.pth"}, num_classes=10, **form)
 
-The second adapts the head and the channels of the stem. timm's own scripts run with the models registered first:
+The second adapts the head and the channels of the stem. A file that holds the authors' settings too, which timm does
+not read, has to be converted: ``torch.save(gspn.load_released(FILE, NAME).state_dict(), OTHER)``.
+
+timm's own scripts run with the models registered first:
 
     python -c "import gspn, runpy, sys; gspn.register_timm(); sys.argv.pop(0); \\
         runpy.run_path(sys.argv[0], run_name='__main__')" train.py DATA --model gspn_tiny
@@ -93,6 +96,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: Backbone) -> M
     """
     if not is_released(state_dict):
         return state_dict
+    if not model.config:
+        raise ValueError("released weights do not fit a model whose levels have been pruned: load them before")
     if model.config["activation"] is not None:
         raise ValueError(
             f'released weights were trained without activation, got "{model.config["activation"]}"; create the model '
