@@ -1,8 +1,9 @@
 """propagate on the GPU: projections by matrix products, scans, and the merger, piece by piece in a bounded workspace.
 
-A piece is all directions of a map where their maps fit the workspace, else one direction, else a strip of its lines,
-between which the state of the scan is carried. The gradient is computed in the same kind of pieces from x and proxy
-alone: for strips, a first pass finds the state that each is entered with, then they are scanned back.
+A piece is all directions of as many images as fit the workspace, else one direction of them; where one image does not
+fit, strips of lines of one direction, between which the state of the scan is carried. The gradient is computed in the
+same kind of pieces from x and proxy alone: for strips, a first pass finds the state that each is entered with, then
+they are scanned back.
 
 Rounding. Projections and gates are held in the dtype of x as long as the parts of all directions are summed up in
 float32; h always has float32. Where there is no room for such a sum, y itself is the sum, and the gates have float32.
@@ -28,58 +29,96 @@ def propagate(
     with on(x), torch.autocast(x.device.type, enabled=False):
         x, proxy = channels_inside(x, 1), channels_inside(proxy, 1)
         y = empty_inside(x, 1)
-        if y.numel() == 0:
-            return y
-        work = _Work.choose(x, weight_proj, directions, segment, workspace_mib, backward=False)
-        total = empty_inside(x, 1, state_dtype(x.dtype)) if work.wide_sum else y
-        for pieces in work.passes():
-            entered = None
-            for piece in pieces:
-                strip = work.strip(piece, entered)
-                maps = _Maps.project(piece, proxy, *projections, work.gate_dtype)
-                h = work.scan(piece, maps, strip)
-                launch.merge(h, maps.output_gate, maps.skip, piece.of(x), piece.of(total), add=not piece.opens)
-                entered = strip and strip.left
-        return y if total is y else y.copy_(total)
+        images = _images_at_once(x, weight_proj, len(directions), workspace_mib, backward=False)
+        for some, features, out in zip(*(t.split(images) for t in (x, proxy, y)), strict=True):
+            work = _Work.choose(some, weight_proj, directions, segment, workspace_mib, backward=False)
+            total = empty_inside(some, 1, state_dtype(x.dtype)) if work.wide_sum else out
+            for pieces in work.passes() if x.numel() else ():
+                left = None
+                for piece in pieces:
+                    left = _forward(work, piece, features, projections, total, left)
+            if total is not out:
+                out.copy_(total)
+        return y
+
+
+def _forward(work, piece, proxy, projections, total, entered) -> Tensor | None:
+    """Adds a piece to `total`; the state that it leaves with, where it was entered with one. What it holds beside is
+    given back when it returns."""
+    strip, x = work.strip(piece, entered), piece.of(work.x)
+    maps = _Maps.project(piece, proxy, *projections, work.gate_dtype)
+    h = work.scan(piece, maps, strip)
+    launch.merge(h, maps.output_gate, maps.skip, x, piece.of(total), add=not piece.opens)
+    return strip and strip.left
 
 
 def propagate_backward(
     grad: Tensor, x: Tensor, proxy: Tensor, weight_proj: Tensor, input_proj: Tensor, output_proj: Tensor,
     skip_proj: Tensor | None, directions: list[int], segment: int | None, workspace_mib: int = 256,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of x, proxy and the four projections. Beside the workspace this holds dx in float32 where it takes
-    several pieces, and for each strip the state that the scan enters it with."""
+    """Gradients of x, proxy and the four projections. Beside the workspace this holds the proxy's gradient in float32,
+    and where one image does not fit, dx in float32 and for each strip the state that the scan enters it with."""
     projections = (weight_proj, input_proj, output_proj, skip_proj)
     with on(x), torch.autocast(x.device.type, enabled=False):
         grad, x, proxy = (channels_inside(t, 1) for t in (grad, x, proxy))
-        state = state_dtype(x.dtype)
-        work = _Work.choose(x, weight_proj, directions, segment, workspace_mib, backward=True)
-        dx = empty_inside(x, 1, x.dtype if work.single else state)
+        state, dx = state_dtype(x.dtype), empty_inside(x, 1)
         dproxy = empty_inside(proxy, 1, state).zero_()
         found = [None if p is None else torch.zeros_like(p, dtype=state) for p in projections]
-        for pieces in work.passes() if x.numel() else ():
-            pieces = list(pieces)
-            states, adjoint = [None] * len(pieces), None
-            for n, piece in enumerate(pieces[:-1] if work.carries else ()):
-                strip = work.strip(piece, states[n])
-                work.scan(piece, _Maps.project(piece, proxy, *projections, work.gate_dtype), strip)
-                states[n + 1] = strip.left
-            for piece, entered in zip(reversed(pieces), reversed(states), strict=True):
-                maps = _Maps.project(piece, proxy, *projections, work.gate_dtype)
-                h = work.scan(piece, maps, work.strip(piece, entered))
-                dmaps, dy, strip = maps.alike(), piece.of(grad), work.strip(piece, adjoint)
-                g = launch.scan_backward(
-                    dy[:, None].expand(-1, len(piece.indices), -1, -1, -1), maps.output_gate, maps.logits, h,
-                    dmaps.logits, piece.directions, segment, normalized=True, strip=strip,
-                )  # fmt: skip
-                adjoint = strip and strip.left
-                merged = Merged(dy, h, maps.skip, dmaps.output_gate, dmaps.skip)
-                launch.merge_backward(
-                    g, maps.input_gate, piece.of(x), piece.of(dx), dmaps.input_gate, merged, add=not piece.opens
-                )
-                _add_gradients(piece, maps, dmaps, piece.of(dproxy), *found)
-        grads = (None if p is None else f.to(p.dtype) for p, f in zip(projections, found, strict=True))
-        return dx.to(x.dtype), dproxy.to(proxy.dtype), *grads
+        images = _images_at_once(x, weight_proj, len(directions), workspace_mib, backward=True)
+        parts = (t.split(images) for t in (x, proxy, grad, dx, dproxy))
+        for some, features, dy, out, dfeatures in zip(*parts, strict=True):
+            work = _Work.choose(some, weight_proj, directions, segment, workspace_mib, backward=True)
+            total = out if work.single else empty_inside(some, 1, state)
+            for pieces in work.passes() if x.numel() else ():
+                pieces = list(pieces)
+                entered, adjoint = work.entered(pieces, features, projections), None
+                for piece, state_before in zip(reversed(pieces), reversed(entered), strict=True):
+                    grads = (total, dfeatures, found)
+                    adjoint = _backward(work, piece, features, projections, dy, state_before, adjoint, *grads)
+            if total is not out:
+                out.copy_(total)
+        projection_grads = (None if p is None else f.to(p.dtype) for p, f in zip(projections, found, strict=True))
+        return dx, dproxy.to(proxy.dtype), *projection_grads
+
+
+def _backward(work, piece, proxy, projections, grad, entered, adjoint, dx, dproxy, found) -> Tensor | None:
+    """Adds what a piece gives to the gradients; the adjoint that it leaves with, where it was entered with one."""
+    maps = _Maps.project(piece, proxy, *projections, work.gate_dtype)
+    h = work.scan(piece, maps, work.strip(piece, entered))
+    dmaps, dy, strip = maps.alike(), piece.of(grad), work.strip(piece, adjoint)
+    g = launch.scan_backward(
+        dy[:, None].expand(-1, len(piece.indices), -1, -1, -1), maps.output_gate, maps.logits, h, dmaps.logits,
+        piece.directions, work.segment, normalized=True, strip=strip,
+    )  # fmt: skip
+    merged = Merged(dy, h, maps.skip, dmaps.output_gate, dmaps.skip)
+    x, dx = piece.of(work.x), piece.of(dx)
+    launch.merge_backward(g, maps.input_gate, x, dx, dmaps.input_gate, merged, add=not piece.opens)
+    _add_gradients(piece, maps, dmaps, piece.of(dproxy), *found)
+    return strip and strip.left
+
+
+def _bytes_each(x, weight_proj, count, gate_bytes, backward) -> int:
+    """Workspace for a pixel of `count` directions: projections (with the skip's), their features and h, and with
+    `backward` the gradients of all of these and of what the scans take in."""
+    channels, narrow, wide = x.shape[1], x.element_size(), state_dtype(x.dtype).itemsize
+    _, _, groups, features = weight_proj.shape
+    features *= 2 if weight_proj.element_size() > narrow else 1
+    maps = 3 * groups * count * narrow + channels * (2 * count + 1) * gate_bytes
+    taken = maps + features * narrow + channels * count * wide
+    return 2 * (taken + features * wide) if backward else taken
+
+
+def _images_at_once(x, weight_proj, count, workspace_mib, *, backward) -> int:
+    """Images that are worked on together: as many as fit with all directions, else with one, else all in strips."""
+    batch, channels, height, width = x.shape
+    narrow, wide = x.element_size(), state_dtype(x.dtype).itemsize
+    together = _bytes_each(x, weight_proj, count, narrow, backward)
+    alone = _bytes_each(x, weight_proj, 1, narrow, backward) + channels * wide * (wide > narrow and not backward)
+    for one in (together, alone):
+        images = (workspace_mib << 20) // max(height * width * one, 1)
+        if images:
+            return max(min(images, batch), 1)
+    return max(batch, 1)
 
 
 class _Piece(NamedTuple):
@@ -124,25 +163,16 @@ class _Work(NamedTuple):
 
     @classmethod
     def choose(cls, x, weight_proj, directions, segment, workspace_mib, *, backward) -> "_Work":
-        """What fits. Counted are projections (with the skip's), their features and h, and with `backward` the gradients
-        of all of these and of what the scans take in."""
+        """All directions together, or one after the other, or in strips of lines: what fits."""
         batch, channels, height, width = x.shape
-        _, _, groups, features = weight_proj.shape
         narrow, wide = x.element_size(), state_dtype(x.dtype).itemsize
-        parts = 2 if weight_proj.element_size() > narrow else 1
         pixels, room = batch * height * width, workspace_mib << 20
-
-        def bytes_each(count: int, gate: int) -> int:  # for a pixel, of `count` directions
-            maps = 3 * groups * count * narrow + channels * (2 * count + 1) * gate
-            taken = maps + features * parts * narrow + channels * count * wide
-            return 2 * (taken + features * parts * wide) if backward else taken
-
-        if pixels * bytes_each(len(directions), narrow) <= room:
+        if pixels * _bytes_each(x, weight_proj, len(directions), narrow, backward) <= room:
             return cls(x, directions, segment, True, None, False, x.dtype)
         sums = wide > narrow and not backward
-        if pixels * (bytes_each(1, narrow) + sums * channels * wide) <= room:
+        if pixels * (_bytes_each(x, weight_proj, 1, narrow, backward) + sums * channels * wide) <= room:
             return cls(x, directions, segment, False, None, sums, x.dtype)
-        one = bytes_each(1, narrow if backward else wide)
+        one = _bytes_each(x, weight_proj, 1, narrow if backward else wide, backward)
         longest = max(width if d % 2 else height for d in directions)
         lines = max(room // max(batch * longest * one, 1), 1)
         if segment is not None and segment <= lines:
@@ -181,6 +211,15 @@ class _Work(NamedTuple):
         places = height if piece.axis == -1 else width
         left = self.x.new_empty(batch, 1, places, channels, dtype=state_dtype(self.x.dtype))
         return Strip(piece.origin, piece.total, left if entered is None else entered, left)
+
+    def entered(self, pieces: list[_Piece], proxy: Tensor, projections) -> list[Tensor | None]:
+        """The state that each piece is entered with, found by a scan of its own; None where they stand alone."""
+        states: list[Tensor | None] = [None] * len(pieces)
+        for n, piece in enumerate(pieces[:-1] if self.carries else ()):
+            strip = self.strip(piece, states[n])
+            self.scan(piece, _Maps.project(piece, proxy, *projections, self.gate_dtype), strip)
+            states[n + 1] = strip.left
+        return states
 
     def scan(self, piece: _Piece, maps: "_Maps", strip: Strip | None) -> Tensor:
         """h (B,D,C,H,W) of a piece, in the state's dtype. In a strip the state that it was entered with lies in memory
