@@ -99,6 +99,18 @@ def test_predict_agrees_with_evaluation(digits_run):
     assert len(answers[0]) == 3 and answers[0][0][1] >= answers[0][1][1]
 
 
+@pytest.mark.slow
+def test_compiled_and_channels_last_change_nothing_but_rounding(tmp_path, monkeypatch):
+    for picture in ("curves", "predictions", "context"):
+        monkeypatch.setattr(pictures, picture, lambda *args: None)
+    options = dict(batch_size=359, lr=1e-2)
+    plain = train_classifier("digits", tmp_path / "plain", tiny_options(**options))[0]
+    fast = train_classifier("digits", tmp_path / "fast", tiny_options(compile=True, channels_last=True, **options))[0]
+    assert fast.metrics[-1]["train_loss"] == pytest.approx(plain.metrics[-1]["train_loss"], abs=1e-4)
+    one, other = (run.load_checkpoint("last")[0]["model"] for run in (plain, fast))
+    assert one.keys() == other.keys()
+
+
 def test_bf16_and_no_ema(tmp_path):
     args = dict(TINY, backend="reference")
     options = tiny_options(precision="bf16", ema=0.0, clip=0.0, model_args=args)

@@ -142,6 +142,20 @@ def test_unreadable_images_count_for_nothing(tmp_path):
     assert outcome.metrics(task.class_names)["images"] == 256
 
 
+def test_mixed_targets(tmp_path):
+    """What a mixing makes of labels is what the loss is of: here one class for each image, and none for ten of them."""
+    task, loader, _, _, _ = one_layer_task(tmp_path / "run", label_smoothing=0.0)
+    model, batch = OneLayer().eval(), next(iter(loader))
+    plain = task.prepare({key: value[10:] for key, value in batch.items()})
+    task.mixing = lambda images, labels: (
+        images,
+        nn.functional.one_hot(labels, 10) * (torch.arange(256) >= 10)[:, None],
+    )
+    mixed = task.prepare(batch)
+    assert set(mixed) == {"image", "target"} and task.count(mixed) == task.count(plain) == 246
+    torch.testing.assert_close(task.loss(model, mixed), task.loss(model, plain))
+
+
 def test_learning_rate():
     options = LoopOptions(epochs=2, lr=1.0, warmup=0.8).settled()
     rate = lambda step, **more: learning_rate(step, 5, LoopOptions(epochs=2, lr=1.0, **more).settled())  # noqa: E731
