@@ -96,15 +96,16 @@ def _owned(place, first, own, P, HALO: tl.constexpr):
 
 @triton.jit
 def _cross(low, high, NG: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr):
-    """The highest place of the strip before and the lowest of the strip after; its own at the ends of the line."""
+    """The highest place of the strip before and the lowest of the strip after. At the ends of the line, where weights
+    are zero, the place's own value: another's could be NaN, which zero times is."""
     if NG == 1:
-        return high, low
+        return low, high
     else:
-        g = tl.arange(0, NG)[:, None, None, None]
+        g = tl.arange(0, NG)[:, None, None]
         side = tl.arange(0, 2)[None, None, None, :]
-        source = tl.where(side == 0, tl.minimum(g + 1, NG - 1), tl.maximum(g - 1, 0))
+        source = tl.where(side == 0, tl.minimum(g[:, :, :, None] + 1, NG - 1), tl.maximum(g[:, :, :, None] - 1, 0))
         after, before = tl.split(tl.gather(tl.join(low, high), tl.broadcast_to(source, (NG, BCW, GB, 2)), 0))
-        return before, after
+        return tl.where(g == 0, low, before), tl.where(g == NG - 1, high, after)
 
 
 @triton.jit
@@ -200,7 +201,7 @@ def scan_forward(
             b = b + (tl.load(line + l_k, exists & group_exists, 0.0),)
             d = d + (tl.load(line + 2 * l_k, exists & group_exists, 0.0),)
         before, after = _cross(states[0], states[R - 1], NG, BCW, GB)
-        goes_on = (place * 0 + (origin + t) % segment) > 0
+        goes_on = (place * 0 + ((origin + t) % segment if CHAINED else t - begin)) > 0
         new = ()
         for r in tl.static_range(R):
             own_place = place + r
@@ -224,8 +225,7 @@ def scan_forward(
                 wp = tl.where(first_place, 0.0, a[r].to(STATE))
                 wf = tl.where(last_place, 0.0, d[r].to(STATE))
                 value = z + wp * previous + b[r].to(STATE) * same + wf * following
-            if CHAINED:
-                value = tl.where(goes_on, value, z)
+            value = tl.where(goes_on, value, z)  # whatever the weights of a first line are, even NaN
             exists = _owned(own_place, tile * own, own, P, HALO) & c_exists
             tl.store(h + (h_at + (at * h_t + r * h_p) * ALIGN), value.to(h.dtype.element_ty), exists)
             new = new + (value,)
