@@ -1,11 +1,11 @@
 """How many images a second the loader reads, alone and in training: folders, shards, tables, streams; augmentations.
 
-python -m benchmarks.loader --out benchmarks/results/loader-cpu.json [--images 256] [--workers 0 2] [--train gspn_micro]
+python -m benchmarks.loader --out benchmarks/results/loader-cpu.json [--images 256] [--workers 0 2] [--train gspn_tiny]
 
 The images are JPEG files of 500x375 pixels, the mean size of ImageNet's, cut from scikit-learn's two photographs. With
 no workers the clock is the CPU time of this process, which other processes disturb little: images/s of one core. With
-workers it is wall time, which says something on an idle machine only. Training is an epoch of a model, and says which
-part of the time it waits for images. The published recipe needs timm; without it that row is left out.
+workers it is wall time, which says something on an idle machine only. The published recipe needs timm; without it that
+row is left out. What a training waits for images, `gspn train` says at its end.
 """
 
 import argparse
@@ -17,17 +17,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+import gspn
 from benchmarks import harness
-from gspn.train.classify import train_classifier
 from gspn.train.data import open_data
 from gspn.train.images import Preprocessing
 from gspn.train.loader import make_loader
-from gspn.train.options import Options
 from gspn.train.recipe import Augmentation, timm_problem
 
-SIZE, BATCH, ROUNDS = 224, 32, 3
+SIZE, BATCH, TRAIN_BATCH, ROUNDS = 224, 32, 4, 3
 PREPROCESSING = Preprocessing(3, (SIZE, SIZE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop=0.875)
 AUGMENTATIONS = {
     "centre crop (evaluation)": None,
@@ -83,16 +83,40 @@ def rate(split, augmentation, workers):
     return round(images / float(np.median(seconds[1:])), 1)
 
 
-def training(folder, model, workers, root):
-    """What a run says of itself: images a second, and the part of the time in which it waits for images."""
-    options = Options(
-        model=model, epochs=1, batch_size=BATCH, preset="photos", rand_augment="none", mixup=0.0, cutmix=0.0,
-        color_jitter=0.0, size=(SIZE, SIZE), workers=workers,
-    )  # fmt: skip
-    run, _, _ = train_classifier(folder, root / "run", options, overwrite=True)
-    row = run.metrics[-1]
-    waiting = round(row["data_seconds"] / row["seconds"], 4)
-    return {"model": model, "workers": workers, "images_per_second": row["images_per_second"], "waiting": waiting}
+def training(name):
+    """Images a second of one core in which a model is trained: forward and backward, without the loader."""
+    model = gspn.create_model(name, num_classes=1000).to(memory_format=torch.channels_last)
+    x = torch.randn(TRAIN_BATCH, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
+
+    def step():
+        model(x).square().mean().backward()
+
+    torch.set_num_threads(1)
+    (samples,) = harness.interleaved({name: step}, ROUNDS, threads=1).values()
+    return round(TRAIN_BATCH / float(np.median(samples)), 2)
+
+
+def table(result):
+    """The figures as Markdown."""
+    where = result["environment"]
+    lines = [
+        f"Machine: {where['cpu']}, {where['cores']} cores; torch {where['torch']}; commit {where['commit'][:12]}; "
+        f"{where['date']}. 500x375 JPEG to {SIZE}x{SIZE}. Without workers: images/s of one core's CPU time.",
+        "",
+        "| data | augmentation | workers | images/s |",
+        "|---|---|---|---|",
+    ]
+    for row in result["loader"]:
+        lines.append(f"| {row['data']} | {row['augmentation']} | {row['workers']} | {row['images_per_second']:.0f} |")
+    for name, rate in result.get("training", {}).items():
+        slowest = min(row["images_per_second"] for row in result["loader"] if row["workers"] == 0)
+        part = 1 / slowest / (1 / slowest + 1 / rate)
+        lines += [
+            "",
+            f"One core trains {rate} images/s of `{name}` (forward and backward at {SIZE}x{SIZE}): at the slowest",
+        ]
+        lines[-1] += f" of these the loader takes {part:.1%} of a core's time in training."
+    return "\n".join(lines) + "\n"
 
 
 def main():
@@ -100,7 +124,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--workers", type=int, nargs="+", default=[0])
-    parser.add_argument("--train", metavar="MODEL", help="also an epoch of training with this model")
+    parser.add_argument("--train", metavar="MODEL", nargs="+", default=[], help="also how fast these models train")
     arguments = parser.parse_args()
 
     augmentations = dict(AUGMENTATIONS)
@@ -120,10 +144,9 @@ def main():
                 row = {"data": data, "augmentation": augmentation, "workers": workers, "images_per_second": images}
                 result["loader"].append(row)
                 print(row, flush=True)
-        if arguments.train:
-            result["training"] = training(places["folder"], arguments.train, max(arguments.workers), Path(root))
-            print(result["training"])
+    result["training"] = {name: training(name) for name in arguments.train}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.out.with_suffix(".md").write_text(table(result))
 
 
 if __name__ == "__main__":
