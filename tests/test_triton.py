@@ -172,17 +172,18 @@ def test_empty(sizes):
         assert not any(g.any() for g in grads[2:])
 
 
-def test_nan_goes_where_the_reference_lets_it():
-    p, options = Plan(4, 1, 2, 1, 1), ([1], None)
-    for which in range(3):
-        *problem, grad = scan_problem(Case(1, 2, 3, 4, 2, directions=(1,)))
-        target = problem[which]
-        target[(0,) * (target.ndim - 2) + (1, 1)] = float("nan")
-        h, expected = backend.gated_scan(*problem, *options, plan=p), reference.gated_scan(*problem, *options)
-        assert expected.isnan().any() and torch.equal(h.isnan(), expected.isnan())
-        got = backend.gated_scan_backward(grad, *problem, expected, *options, plan=p)
-        for a, b in zip(got, reference.gated_scan_backward(grad, *problem, expected, *options), strict=True):
-            assert (a.isnan() | ~b.isnan()).all()  # NaN is never lost
+@pytest.mark.parametrize("plan", [Plan(4, 1, 2, 1, 1), Plan(1, 4, 2, 1, 1), Plan(2, 2, 2, 1, 1)], ids=str)
+def test_nan_goes_where_the_reference_lets_it(plan):
+    """Of x, gate and logits, and from the last place of a line, which is nobody's neighbour at the other end."""
+    options = ([1], None)
+    *problem, grad = scan_problem(Case(1, 3, 3, 4, 3, directions=(1,)))
+    x, gate, logits = problem
+    x[0, 0, 1, 3] = gate[0, 0, 1, 0, 3] = logits[0, 0, 2, 0, 1, 1] = float("nan")
+    h, expected = backend.gated_scan(*problem, *options, plan=plan), reference.gated_scan(*problem, *options)
+    assert expected.isnan().any() and torch.equal(h.isnan(), expected.isnan())
+    got = backend.gated_scan_backward(grad, *problem, expected, *options, plan=plan)
+    for a, b in zip(got, reference.gated_scan_backward(grad, *problem, expected, *options), strict=True):
+        assert (a.isnan() | ~b.isnan()).all()  # NaN is never lost
 
 
 def test_logits_beneath_the_floor_have_no_gradient_and_make_no_nan():
@@ -229,32 +230,56 @@ def test_propagate_with_projections_wider_than_the_maps(monkeypatch):
     check_propagate(Case(1, 2, 2, 4, 2, directions=(0,), dtype=BF16), exact_weights=True)
 
 
+def test_propagate_image_by_image(monkeypatch):
+    monkeypatch.setattr(pieces, "_images_at_once", lambda *_, **__: 1)
+    check_propagate(Case(2, 2, 2, 3, 1, directions=(2,), dtype=BF16))
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("segment", [None, 7, 1000])
 @pytest.mark.parametrize("mib", [0, 1, 2, 8, 20, 100000])
 def test_pieces_fit_the_workspace(mib, segment, dtype, backward):
-    x, weight_proj = torch.empty(2, 24, 96, 130, dtype=dtype), torch.empty(4, 3, 24, 8)
+    """They cover every line once, and the maps of each fit: logits, gates with the skip's, features, and h."""
+    batch, channels, height, width, features = 2, 24, 96, 130, 8
+    x, weight_proj = torch.empty(batch, channels, height, width, dtype=dtype), torch.empty(4, 3, channels, features)
     work = pieces._Work.choose(x, weight_proj, list(ALL), segment, mib, backward=backward)
-    narrow, wide_size = x.element_size(), 4
     gate_size = work.gate_dtype.itemsize
     for number, passes in enumerate(work.passes()):
         covered = 0
         for piece in passes:
-            pixels = 2 * (96 * 130 if piece.lines is None else piece.lines * (96 if piece.axis == -1 else 130))
-            each = 3 * 24 * narrow + 2 * 24 * gate_size + 24 * wide_size
-            needed = len(piece.indices) * pixels * each * (2 if backward and gate_size == narrow else 1)
-            needed += 2 * 24 * 96 * 130 * wide_size if work.wide_sum else 0
-            one_line = piece.lines == 1
-            assert needed <= mib << 20 or one_line, (piece, needed)
+            places = height if piece.axis == -1 else width
+            pixels = batch * (height * width if piece.lines is None else piece.lines * places)
+            each = len(piece.indices) * channels * (3 * x.element_size() + 2 * gate_size + 4)
+            each += features * x.element_size() + channels * gate_size * piece.opens
+            needed = pixels * each * (2 if backward else 1) + (x.numel() * 4 if work.wide_sum else 0)
+            assert needed <= mib << 20 or piece.lines == 1, (piece, needed)
             assert piece.origin == covered
             covered += (piece.total or 1) if piece.lines is None else piece.lines
             if work.strip_lines and segment and not work.carries:
                 assert piece.origin % segment == 0
-        assert piece.lines is None or covered == piece.total == (130 if number % 2 == 0 else 96)
+        assert piece.lines is None or covered == piece.total == (width if number % 2 == 0 else height)
     assert work.together == (mib == 100000)
     if mib == 0:
         assert work.strip_lines == 1
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_images_at_once(dtype, backward):
+    """As many as fit with all directions, else with one; all of them where not even one does."""
+    x, weight_proj = torch.empty(16, 24, 32, 32, dtype=dtype), torch.empty(4, 3, 24, 8)
+    workspaces = (0, 4, 10, 20, 1000)
+    images = [pieces._images_at_once(x, weight_proj, 4, mib, backward=backward) for mib in workspaces]
+    for mib, count in zip(workspaces, images, strict=True):
+        work = pieces._Work.choose(x[:count], weight_proj, list(ALL), None, mib, backward=backward)
+        assert (work.strip_lines is not None) == (mib == 0), mib
+        if mib >= 10:
+            assert work.together
+            if count < 16:
+                more = pieces._Work.choose(x[: count + 1], weight_proj, list(ALL), None, mib, backward=backward)
+                assert not more.together
+    assert images[0] == 16 == images[-1] and images[1:] == sorted(images[1:])
 
 
 def test_plans_are_within_their_bounds():

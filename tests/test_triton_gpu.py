@@ -103,7 +103,7 @@ def _plan_cases():
             yield Case(1, 8, 333, 40, groups, segment=segment, directions=(0, 2), dtype=dtype)
 
 
-@pytest.mark.parametrize("case", _plan_cases(), ids=str)
+@pytest.mark.parametrize("case", list(_plan_cases()), ids=str)
 def test_every_plan(case, monkeypatch):
     """Without launch parameters given: those of the table's entry, forward and backward."""
     used = []
@@ -154,7 +154,7 @@ def _operator_cases():
         yield "line_scan", case._replace(dtype=(other, BF16)[number % 2])
 
 
-@pytest.mark.parametrize("name, case", _operator_cases(), ids=str)
+@pytest.mark.parametrize("name, case", list(_operator_cases()), ids=str)
 def test_operators(name, case):
     with nan_filled():
         check_public(name, case, DEVICE)
@@ -295,7 +295,7 @@ def test_other_sizes_compile_nothing(groups):
     run(2, 30, 31, None)
     before = _variants()
     assert before > 0
-    for sizes in ((2, 32, 32, None), (1, 29, 32, None), (3, 31, 30, 7), (2, 32, 29, 16), (16, 30, 30, 1)):
+    for sizes in ((2, 32, 32, None), (1, 29, 32, None), (3, 31, 30, 7), (2, 32, 29, 16), (4, 30, 30, 10)):
         run(*sizes)
         assert _variants() == before, f"{sizes} compiled {_variants() - before} more"
 
@@ -330,7 +330,7 @@ def test_propagate_keeps_to_its_workspace(mib):
     *problem, grad = propagate_problem(case, 16, True, DEVICE)
     y_bytes = problem[0].nbytes
     peak, y = _peak(lambda: gspn.propagate(*problem, workspace_mib=mib))
-    bound = 1.25 * (mib << 20) + y_bytes + (4 << 20)  # the map of the skip and copies of the proxy come on top
+    bound = 1.1 * (mib << 20) + y_bytes + (4 << 20)
     assert peak <= bound, f"{peak >> 20} MiB beside x; {bound / 2**20:.0f} expected at most"
     exact = gspn.propagate(*(t.double() for t in problem), backend="reference")
     assert (y.double() - exact).abs().max() <= 0.03 * exact.abs().max()
@@ -340,10 +340,10 @@ def test_propagate_keeps_to_its_workspace(mib):
         return torch.autograd.grad(gspn.propagate(*leaves, workspace_mib=mib), leaves, grad)
 
     # beside the workspace: y, dx and dproxy in both dtypes, and the state that enters each strip
-    lines = max(mib << 20, 1) // (256 * (3 * 64 * 2 + 2 * 64 * 2 + 64 * 4) * 2)
-    states = 256 * 64 * 4 * -(-256 // max(lines, 1))
+    lines = (mib << 20) // 600_000
+    states = 256 * 64 * 4 * -(-256 // lines)
     peak, _ = _peak(backward)
-    bound = 1.25 * (mib << 20) + 6 * y_bytes + states + (8 << 20)
+    bound = 1.1 * (mib << 20) + 6 * y_bytes + states + (8 << 20)
     assert peak <= bound, f"{peak >> 20} MiB for the gradients; {bound / 2**20:.0f} expected at most"
 
 

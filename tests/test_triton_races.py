@@ -197,8 +197,8 @@ MISTAKES = [
         "return (place >= 0) & (place < P)",
         _tiles,
     ),
-    Mistake("before and after exchanged", "device", "return before, after", "return after, before", _plain),
-    Mistake("no end of the strips", "device", "tl.maximum(g - 1, 0)", "g - 1", _plain),
+    Mistake("before and after exchanged", "device", "after, before = tl.split", "before, after = tl.split", _plain),
+    Mistake("no end of the strips", "device", "tl.maximum(g[:, :, :, None] - 1, 0)", "g[:, :, :, None] - 1", _plain),
     Mistake("no reset", "device", "value = tl.where(goes_on, value, z)", "value = value", _tiles_and_segments),
     Mistake("a state before the first line", "device", "(origin + begin) % segment > 0", "segment > 0", _tiles),
     Mistake(
@@ -207,15 +207,15 @@ MISTAKES = [
     Mistake(
         "the halo starts from nothing",
         "device",
-        "exists = _exists(place + r, P, HALO) & c_exists & (place * 0 + (origin",
-        "exists = _owned(place + r, tile * own, own, P, HALO) & c_exists & (place * 0 + (origin",
+        "_exists(place + r, P, HALO) & c_exists & (place * 0 + (origin",
+        "_owned(place + r, tile * own, own, P, HALO) & c_exists & (place * 0 + (origin",
         _tiles,
     ),
     Mistake(
         "the adjoint's halo starts from nothing",
         "device",
-        "exists = _exists(place + r, P, HALO) & c_exists & (place * 0 + after_end",
-        "exists = _owned(place + r, tile * own, own, P, HALO) & c_exists & (place * 0 + after_end",
+        "_exists(place + r, P, HALO) & c_exists & (place * 0 + after_end",
+        "_owned(place + r, tile * own, own, P, HALO) & c_exists & (place * 0 + after_end",
         _tiles,
     ),
     Mistake(
@@ -255,8 +255,10 @@ MISTAKES = [
     Mistake("channels beyond the last", "merge", "(pixel < size) & (c < unit * ALIGN)", "pixel < size", _merger),
     Mistake("the skip's gradient", "merge", "total += dy * tl.load(skip", "total += tl.load(skip", _merger),
     Mistake("one part of several", "merge", "tl.static_range(PARTS)", "tl.static_range(1)", _parts),
-    Mistake("strips forget", "pieces", "entered = strip and strip.left", "entered = None", _strips),
-    Mistake("strips forget the adjoint", "pieces", "adjoint = strip and strip.left", "adjoint = None", _strips),
+    Mistake("strips forget", "pieces", "projections, total, left)", "projections, total, None)", _strips),
+    Mistake(
+        "strips forget the adjoint", "pieces", "state_before, adjoint, *grads", "state_before, None, *grads", _strips
+    ),
     Mistake(
         "strips from the other end",
         "pieces",
