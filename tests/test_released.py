@@ -77,6 +77,19 @@ def test_outputs_are_the_released_ones(little, size, backend):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_level_as_deep_as_the_base_size_s_has_local_blocks_too():
+    """The blocks 7 to 12 and 14 of its third level; on its 4x4 map segments of 2 and of 14 lines differ."""
+    theirs = released_model(depths=(1, 1, 15, 1), num_classes=5)
+    ours = load_little(theirs.state_dict(), depths=(1, 1, 15, 1))
+    assert [b.gspn.segment for b in ours.levels[2].blocks] == [14] * 7 + [2] * 6 + [14, 2]
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs(x)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+        ours.levels[2].blocks[9].gspn.segment = 14
+        assert not torch.allclose(ours(x), expected, atol=1e-3)
+
+
 def test_outputs_are_the_released_ones_at_full_size_and_the_documentation_runs(tmp_path, monkeypatch):
     torch.manual_seed(2)
     theirs = full_size()
@@ -246,6 +259,7 @@ def test_what_does_not_fit_is_listed(little):
     del state["classifier.norm.bias"], state["layers.0.blocks.0.op.grn.beta"]
     state["layers.0.extra"] = torch.zeros(1)
     state["patch_embed.0.bias"] = "a string"
+    state["patch_embed.5.weight"] = torch.tensor(1.0)
     state["layers.1.blocks.0.op.m_conv.weight"] = torch.zeros(4)
     with pytest.raises(ValueError) as caught:
         load_little(state)
@@ -254,6 +268,7 @@ def test_what_does_not_fit_is_listed(little):
     assert "left over: layers.0.extra" in message
     assert "not a tensor: patch_embed.0.bias" in message
     assert "layers.1.blocks.0.op.m_conv.weight (4,) instead of (1, 4, 1, 1)" in message
+    assert "patch_embed.5.weight () instead of (12, 6, 3, 3)" in message
     with pytest.raises(ValueError, match=r"missing: patch_embed.0.weight, .* and \d+ more"):
         load_little({})
     with pytest.raises(ValueError, match=r"left over: stem\.0\.weight"):

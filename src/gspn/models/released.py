@@ -235,7 +235,7 @@ def _name_of(state: Mapping[str, Tensor]) -> str | None:
     depths = tuple(sum(level == i for level, _ in places) for i in range(1 + max(level for level, _ in places)))
     for name in list_models():
         size = size_of(name)
-        if (size["width"], size["depths"], size["proxy_dim"]) == (stem.shape[0], depths, proxy.shape[0]):
+        if ((size["width"],), size["depths"], (size["proxy_dim"],)) == (stem.shape[:1], depths, proxy.shape[:1]):
             return name
     return None
 
