@@ -46,11 +46,13 @@ def test_backbones_export_with_open_batch_height_and_width():
         torch.testing.assert_close(program.module()(x), model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_program_of_one_size():
+def test_a_program_of_one_size_or_one_batch():
     layer = gspn.GSPN2d(8).eval()
     program = export_program(layer, size=(1, 7))
     x = torch.randn(4, 8, 1, 7)
     torch.testing.assert_close(program.module()(x), layer(x))
+    one = export_program(layer, size=(1, 7), batch=1)
+    torch.testing.assert_close(one.module()(x[:1]), layer(x[:1]))
     with pytest.raises(AssertionError):
         program.module()(torch.randn(4, 8, 7, 1))
 
@@ -142,7 +144,7 @@ def test_an_aoti_package_gives_the_model_s_outputs_at_every_size(tmp_path):
     model, path = gspn.create_model("gspn_micro", **TINY).eval(), tmp_path / "model.pt2"
     written = export_aoti(model, path, metadata={"class_names": ["a", "b", "c"]})
     assert written.difference <= 1e-4 and len(written.checked) == 3 and written.size_bytes == path.stat().st_size
-    inputs = [torch.randn(batch, 1, height, width) for batch, height, width in SIZES]
+    inputs = [torch.randn(batch, 1, height, width) for batch, height, width in [*SIZES, (1, 16, 9)]]
     torch.save([inputs, [model(x).detach() for x in inputs]], tmp_path / "expected.pt")
     code = f"""
 import gspn, torch  # in this order or the other, but both before loading

@@ -325,6 +325,7 @@ def export_run(
     size: Annotated[
         str | None, typer.Option(help="N or HxW: the only input size of the file. Default: any size.")
     ] = None,
+    batch: Annotated[int | None, typer.Option(help="The only batch size of the file. Default: any.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX: version of the operators. Default: 20.")] = None,
     precision: Annotated[str | None, typer.Option(help="ONNX: fp32 (default) or fp16.")] = None,
     no_check: Annotated[
@@ -346,7 +347,8 @@ def export_run(
         classifier = load_classifier(run, checkpoint)
         metadata = {"class_names": classifier.class_names, "preprocessing": classifier.preprocessing.to_json()}
         write = gspn.export_onnx if onnx else gspn.export_aoti
-        options = {"size": parsed("size", parse_size, size), "metadata": metadata, "check": not no_check, **special}
+        shape = {"size": parsed("size", parse_size, size), "batch": batch}
+        options = {**shape, "metadata": metadata, "check": not no_check, **special}
         try:
             written = write(classifier.model, file or run / ("model.onnx" if onnx else "model.pt2"), **options)
         except ImportError as error:

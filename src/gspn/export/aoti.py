@@ -30,6 +30,7 @@ def export_aoti(
     example: Tensor | None = None,
     *,
     size: Size | None = None,
+    batch: int | None = None,
     metadata: Mapping | None = None,
     check: bool = True,
 ) -> Exported:
@@ -44,7 +45,7 @@ def export_aoti(
     and gspn, and not in C++ alone.
 
     Args:
-        model, example, size: as in :func:`export_program`, whose limits on sizes hold. path: as in
+        model, example, size, batch: as in :func:`export_program`. Without a fixed batch, 1 is a batch too. path: as in
             :func:`export_onnx`, ends with .pt2.
         metadata: as in :func:`export_onnx`; ``model.get_metadata()`` gives it back.
         check: compares the outputs with the model's at several sizes before the file gets its name.
@@ -54,11 +55,11 @@ def export_aoti(
     path = to_be_written(path)
     if path.suffix != ".pt2":
         raise ExportError(f"torch loads packages that are named .pt2 only, got {path.name}")
-    model, example = prepared(model, example, size)
-    model, example = model.to("cpu", torch.float32), example.to("cpu", torch.float32)
-    program = traced(model, example, size)
+    model, example = prepared(model, example, size, batch)
     text = as_text({"gspn": gspn.__version__, **config_of(model), **(metadata or {})})
-    shapes = shapes_to_check(model, example, size) if check else []
+    model, example = model.to("cpu", torch.float32), example.to("cpu", torch.float32)
+    program = traced(model, example, size, batch)
+    shapes = shapes_to_check(model, example, size, batch) if check else []
     with atomic(path) as temporary:
         with temporary.open("wb") as file:
             try:

@@ -2,11 +2,8 @@
 
 import copy
 import importlib
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +23,7 @@ from gspn.export.program import (
     shapes_to_check,
     to_be_written,
     traced,
+    without_notices,
 )
 from gspn.files import atomic
 
@@ -40,6 +38,7 @@ def export_onnx(
     example: Tensor | None = None,
     *,
     size: Size | None = None,
+    batch: int | None = None,
     opset: int = DEFAULT_OPSET,
     precision: str = "fp32",
     metadata: Mapping | None = None,
@@ -52,8 +51,8 @@ def export_onnx(
     the model gives several.
 
     Args:
-        model, example, size: as in :func:`export_program`. What gspn's layers contain is exported as it is: activation,
-            alignment, segments, groups, directions.
+        model, example, size, batch: as in :func:`export_program`. What gspn's layers contain is exported as it is:
+            activation, alignment, segments, groups, directions.
         path: the file, replaced if it exists, once the new one is complete.
         opset: version of the ONNX operators, 18 or newer.
         precision: "fp32", or "fp16" for weights, input and output in float16; the scan's state stays float32.
@@ -72,18 +71,19 @@ def export_onnx(
     for package in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         _require(package)
     newest = importlib.import_module("onnx").defs.onnx_opset_version()
-    if not OLDEST_OPSET <= opset <= newest:
-        raise ExportError(f"opset has to be from {OLDEST_OPSET} to {newest} (the newest of this onnx), got {opset}")
+    if not isinstance(opset, int) or not OLDEST_OPSET <= opset <= newest:
+        raise ExportError(f"opset has to be from {OLDEST_OPSET} to {newest} (the newest of this onnx), got {opset!r}")
     if precision not in _TOLERANCE:
         raise ExportError(f"precision has to be {' or '.join(_TOLERANCE)}, got {precision!r}")
     path = to_be_written(path)
-    model, example = prepared(model, example, size)
+    model, example = prepared(model, example, size, batch)
+    text = as_text({"gspn": gspn.__version__, **config_of(model), **(metadata or {})})
     model = model.to("cpu", torch.float32)
     exported = model if precision == "fp32" else copy.deepcopy(model).half()
     dtype = torch.float32 if precision == "fp32" else torch.float16
-    program = traced(exported, example.to("cpu", dtype), size)
-    content = _content(program, opset, {"gspn": gspn.__version__, **config_of(model), **(metadata or {})})
-    shapes = shapes_to_check(model, example, size) if check else []
+    program = traced(exported, example.to("cpu", dtype), size, batch)
+    content = _content(program, opset, text)
+    shapes = shapes_to_check(model, example, size, batch) if check else []
     with atomic(path) as temporary:
         temporary.write_bytes(content)
         difference = compare(model, _runner(temporary, dtype), shapes, _TOLERANCE[precision]) if check else None
@@ -97,7 +97,7 @@ def _require(package: str) -> None:
         raise ImportError(f'ONNX export needs {error.name}: pip install "gspn[onnx]"') from error
 
 
-def _content(program: torch.export.ExportedProgram, opset: int, metadata: Mapping) -> bytes:
+def _content(program: torch.export.ExportedProgram, opset: int, metadata: Mapping[str, str]) -> bytes:
     """The bytes of the file."""
     import onnx
     import onnx_ir as ir
@@ -108,7 +108,7 @@ def _content(program: torch.export.ExportedProgram, opset: int, metadata: Mappin
     outputs = len(program.graph_signature.user_outputs)
     names = ["output"] if outputs == 1 else [f"output_{i}" for i in range(outputs)]
     sizes = _names_of_sizes(program)
-    with _quietly():
+    with without_notices("torch.onnx"):
         program = program.run_decompositions(onnx_scan.symbols())
         written = torch.onnx.export(
             program, opset_version=opset, input_names=["input"], output_names=names, verbose=False
@@ -125,7 +125,7 @@ def _content(program: torch.export.ExportedProgram, opset: int, metadata: Mappin
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, sizes) for dim in value.shape])
     model.producer_name, model.producer_version = "gspn", gspn.__version__
-    model.metadata_props.update(as_text(metadata))
+    model.metadata_props.update(metadata)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if weights > _LARGEST - 2**24:
         raise ExportError(f"an ONNX file holds at most 2 GiB, this model's weights take {weights / 2**30:.1f} GiB")
@@ -148,20 +148,6 @@ def _renamed(dim, names: Mapping[str, str]) -> int | str | None:
     if isinstance(dim, int):
         return dim
     return dim.value and re.sub(r"\w+", lambda word: names.get(word[0], word[0]), dim.value)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without torch's notices about torchvision, its own deprecations and each of its steps."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _runner(path: Path, dtype: torch.dtype):

@@ -2,7 +2,10 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +40,7 @@ class Exported(NamedTuple):
 
 
 def export_program(
-    model: nn.Module, example: Tensor | None = None, *, size: Size | None = None
+    model: nn.Module, example: Tensor | None = None, *, size: Size | None = None, batch: int | None = None
 ) -> torch.export.ExportedProgram:
     """The model as a graph of torch's operators, in which each scan is one operator of gspn's.
 
@@ -45,25 +48,31 @@ def export_program(
         model: takes one image or feature map (B,C,H,W): a backbone, a layer, or any module with some inside. A copy of
             it is exported, in evaluation mode.
         example: an input, which tells channels, dtype and device; None for a backbone or layer of gspn's.
-        size: (H,W), for a program of that size alone; None leaves height and width open. The batch is always open.
+        size, batch: (H,W) and B, for a program of that size or batch alone; None leaves them open.
 
     Returns:
         a program for any B >= 2 and any H, W with at least two rows and columns on the smallest map: torch treats
-        a size of 1 as another program. (ONNX files that are made of it do not have this limit.)
+        a size of 1 as another program, and ``batch=1`` makes it. (ONNX files do not have this limit.)
 
     Errors: ExportError where the model does not take such an input or has fixed a size itself.
     """
-    return traced(*prepared(model, example, size), size)
+    return traced(*prepared(model, example, size, batch), size, batch)
 
 
-def prepared(model: nn.Module, example: Tensor | None, size: Size | None) -> tuple[nn.Module, Tensor]:
+def prepared(
+    model: nn.Module, example: Tensor | None, size: Size | None, batch: int | None
+) -> tuple[nn.Module, Tensor]:
     """A copy of the model in evaluation mode, its scans as operators, and an input of a shape that can be exported."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch module, got {type(model).__name__}")
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ExportError(f"size has to be (height, width) of at least 1 pixel, got {size}")
+    if size is not None and not (isinstance(size, tuple | list) and len(size) == 2 and all(map(_counts, size))):
+        raise ExportError(f"size has to be (height, width) of at least 1 pixel, got {size!r}")
+    if batch is not None and not _counts(batch):
+        raise ExportError(f"batch has to be at least 1, got {batch!r}")
     if example is None:
         example = _example_for(model)
+    elif not isinstance(example, Tensor):
+        raise ExportError(f"example has to be a floating tensor (B,C,H,W), got {type(example).__name__}")
     elif example.ndim != 4 or not example.is_floating_point():
         raise ExportError(f"example has to be a floating tensor (B,C,H,W), got {_described(example)}")
     height, width = size or (max(n, 2) for n in example.shape[2:])
@@ -71,12 +80,12 @@ def prepared(model: nn.Module, example: Tensor | None, size: Size | None) -> tup
     for module in model.modules():
         if isinstance(module, GSPN2d):
             module.backend = None  # the reference would be unrolled, and who loads the program may have other kernels
-    return model, example.new_zeros(2, example.shape[1], height, width)
+    return model, example.new_zeros(batch or 2, example.shape[1], height, width)
 
 
-def traced(model: nn.Module, example: Tensor, size: Size | None) -> torch.export.ExportedProgram:
+def traced(model: nn.Module, example: Tensor, size: Size | None, batch: int | None) -> torch.export.ExportedProgram:
     """The program of what :func:`prepared` gives."""
-    open_dims = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
+    open_dims = ({} if batch else {0: "batch"}) | ({} if size else {2: "height", 3: "width"})
     with torch.no_grad():
         try:
             model(example)
@@ -84,7 +93,8 @@ def traced(model: nn.Module, example: Tensor, size: Size | None) -> torch.export
             raise ExportError(f"the model does not take an input of {_described(example)}: {error}") from error
         try:
             dynamic = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
-            program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))
+            with without_notices("torch.fx.experimental.symbolic_shapes"):  # of what it cannot simplify
+                program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))
         except RuntimeError as error:
             raise ExportError(f"torch.export cannot follow the model: {error}") from error
     fixed = [name for d, name in open_dims.items() if is_concrete_int(input_shape(program)[d])]
@@ -137,14 +147,13 @@ def compare(
     return worst
 
 
-def shapes_to_check(model: nn.Module, example: Tensor, size: Size | None) -> list[tuple[int, ...]]:
+def shapes_to_check(model: nn.Module, example: Tensor, size: Size | None, batch: int | None) -> list[tuple[int, ...]]:
     """Without a fixed size three sizes: as exported, and odd ones, not square where the model takes such."""
-    batch, channels, height, width = example.shape
-    if size:
-        return [(b, channels, *size) for b in (batch, 3)]
+    first, channels, height, width = example.shape
     square = any(getattr(module, "alignment", None) == "released" for module in model.modules())
     sizes = [(height, width), (height + 13, width + 6), (height // 2 + 5, width + 1)]
-    return [(b, channels, h, h if square else w) for b, (h, w) in zip((batch, 5, 3), sizes, strict=True)]
+    sizes = [size] * 3 if size else [(h, h if square else w) for h, w in sizes]
+    return list(dict.fromkeys((batch or b, channels, *s) for b, s in zip((first, 1, 5), sizes, strict=True)))
 
 
 def config_of(model: nn.Module) -> dict[str, dict]:
@@ -153,8 +162,16 @@ def config_of(model: nn.Module) -> dict[str, dict]:
 
 
 def as_text(metadata: Mapping | None) -> dict[str, str]:
-    """Metadata as a file holds it: text, or JSON for what is not."""
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    """Metadata as a file holds it: text, or JSON for what is not. Errors: ExportError for what is neither."""
+    text = {}
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str):
+            raise ExportError(f"metadata has to be named by text, got {key!r}")
+        try:
+            text[key] = value if isinstance(value, str) else json.dumps(value)
+        except TypeError as error:
+            raise ExportError(f"metadata[{key!r}] is neither text nor JSON: {error}") from error
+    return text
 
 
 def to_be_written(path: Path | str) -> Path:
@@ -165,6 +182,24 @@ def to_be_written(path: Path | str) -> Path:
     if not path.parent.is_dir():
         raise ExportError(f"there is no folder {path.parent} to write {path.name} into")
     return path
+
+
+@contextmanager
+def without_notices(name: str) -> Iterator[None]:
+    """Without warnings, and without what torch logs under that name ."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _counts(number) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
 def _described(t: Tensor) -> str:
