@@ -148,9 +148,19 @@ def _two_launches():
 
 
 def _beneath_the_floor():
-    x, gate, logits, _ = scan_problem(_one(1, 2, 2, 1, 0))
-    logits[..., 1] = -1e30
-    assert backend.gated_scan(x, gate, logits, [0], None, plan=Plan(2, 1, 1, 1, 1)).isfinite().all()
+    x, gate, logits, grad = scan_problem(_one(1, 2, 2, 1, 0))
+    logits[0, 0, 0, 0, :, 1], logits[0, 0, 0, 1, 0, 1] = -28.5, -1e30
+    options, p = ([0], None), Plan(2, 1, 1, 1, 1)
+    h = backend.gated_scan(x, gate, logits, *options, plan=p)
+    dlogits = backend.gated_scan_backward(grad, x, gate, logits, h, *options, plan=p)[2]
+    assert h.isfinite().all() and not dlogits[0, 0, 0, 0, :, 1].any()
+
+
+def _nan_at_the_end():
+    x, gate, logits, _ = scan_problem(_one(1, 4, 2, 1, 0))
+    x[0, 0, 3, 0] = float("nan")
+    h = backend.gated_scan(x, gate, logits, [0], None, plan=Plan(1, 4, 1, 1, 1))
+    assert h[0, 0, 0, :2, 1].isfinite().all()
 
 
 def _parts_that_differ():
@@ -200,7 +210,6 @@ MISTAKES = [
     Mistake("before and after exchanged", "device", "after, before = tl.split", "before, after = tl.split", _plain),
     Mistake("no end of the strips", "device", "tl.maximum(g[:, :, :, None] - 1, 0)", "g[:, :, :, None] - 1", _plain),
     Mistake("no reset", "device", "value = tl.where(goes_on, value, z)", "value = value", _tiles_and_segments),
-    Mistake("a state before the first line", "device", "(origin + begin) % segment > 0", "segment > 0", _tiles),
     Mistake(
         "no clamp", "device", "tl.maximum(logit, FLOOR, propagate_nan=tl.PropagateNan.ALL)", "logit", _beneath_the_floor
     ),
@@ -230,10 +239,13 @@ MISTAKES = [
         "",
         _tiles,
     ),
-    Mistake("the last strip gets its own", "device", "tl.where(strip < NG - 1, after, 0.0)", "after", _plain),
-    Mistake("the first strip gets its own", "device", "tl.where(strip > 0, before, 0.0)", "before", _plain),
     Mistake("a weight before the line", "device", "tl.where(first, 0.0, eb * ec)", "eb * ec", _plain),
     Mistake("a place too many", "device", "return place < P\n", "return place <= P\n", _plain, 2),
+    Mistake("a line's ends are neighbours", "device", "return low, high", "return high, low", _nan_at_the_end),
+    Mistake(
+        "a gradient beneath the floor", "device", "a.to(STATE) < FLOOR", "a.to(STATE) < 2 * FLOOR", _beneath_the_floor
+    ),
+    Mistake("gradients of parts, then of their sum", "device", "if not PARTIAL:", "if True:", _parts),
     Mistake("parts in one place", "device", "dlogits += part * part_stride", "dlogits += 0 * part_stride", _parts),
     Mistake("a gradient of the weight that is not one", "device", "wp * (1.0 - q * (eb * ed))", "wp", _plain),
     Mistake("one Newton step too few", "device", "q * (1.0 - value * q)", "q * 1e-3", _plain),
@@ -303,7 +315,7 @@ def is_caught(mistake: Mistake, folder: Path) -> str:
         except Race as error:
             return f"race: {error}"
         except AssertionError as error:
-            return str(error)
+            return str(error) or "an assertion"
     return ""
 
 
