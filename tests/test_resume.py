@@ -16,6 +16,7 @@ from gspn import files
 from gspn.train import checkpoint, loop, pictures
 from gspn.train.checkpoint import Run, RunError, writing
 from gspn.train.classify import resume_classifier, train_classifier
+from gspn.train.evaluate import load_classifier
 from gspn.train.loop import TrainingError
 from gspn.train.options import OptionError, Options
 
@@ -27,7 +28,8 @@ OPTIONS = dict(
     accumulate=2,
     ema=0.9,
     save_every="2",
-    keep_every=2,
+    keep_every=1,
+    keep=2,
     workers=0,
 )
 STEPS = {  # of writing a checkpoint: where a process kills itself
@@ -96,7 +98,7 @@ def assert_same_outcome(one, other):
 def uninterrupted(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "uninterrupted"
     finish(path)
-    assert outcome(path)[0] == ["best", "epoch-0002", "epoch-0004", "last"]
+    assert outcome(path)[0] == ["best", "epoch-0003", "epoch-0004", "last"]
     return outcome(path)
 
 
@@ -244,8 +246,52 @@ def test_damaged_foreign_and_newer_checkpoints_are_refused(stopped, monkeypatch)
     refused("state.json", b"[1]", r"is not the state of a gspn checkpoint")
     refused("state.json", state.replace(b'"format": 2', b'"format": 3'), r"newer gspn \(format 3; .* up to 2\): update")
     refused("state.json", state.replace(b'"format": 2,', b""), r"older gspn, which could not resume")
-    refused("state.json", state.replace(b'"position"', b'"place"'), r"damaged or foreign: it lacks position")
+    refused("state.json", state.replace(b'"position"', b'"place"'), r"damaged or foreign: KeyError: 'position'")
+    refused("state.json", state.replace(b'"step": 2', b'"step": "2"'), r"damaged or foreign: ValueError: counts are")
+    refused("state.json", state.replace(b'"unreadable": [', b'"readable": ['), r"damaged or foreign: KeyError: 'unrea")
+    ema = (last / "ema.safetensors").read_bytes()
+    (last / "ema.safetensors").unlink()
+    for use in (resume_classifier, lambda path: load_classifier(path, "last")):
+        with pytest.raises(RunError, match=r"last is damaged: .*ema\.safetensors"):
+            use(stopped)
+    (last / "ema.safetensors").write_bytes(ema)
+    config, metrics = stopped / "config.json", stopped / "metrics.jsonl"
+    for file, old, new, message in (
+        (config, b'"preprocessing"', b'"processing"', "damaged or foreign: KeyError: 'preprocessing'"),
+        (config, b'"options"', b'"choices"', "holds no options"),
+        (metrics, b'"epoch"', b'"era"', "holds something else than rows with an epoch"),
+    ):
+        before = file.read_bytes()
+        file.write_bytes(before.replace(old, new))
+        with pytest.raises(RunError, match=message):
+            resume_classifier(stopped)
+        file.write_bytes(before)
     resume_classifier(stopped)
+
+
+def test_trained_weights_are_the_start_also_before_the_first_checkpoint(digits_run, tmp_path, monkeypatch):
+    shutil.copytree(digits_run[0].path, tmp_path / "source")
+    options = tiny_options(init_from=str(tmp_path / "source"), model_args={}, save_every="never")
+    train_classifier("digits", tmp_path / "whole", options)
+    real, count = loop.backward, [0]
+
+    def stopping(*given):
+        count[0] += 1
+        if count[0] == 3:
+            raise Stopped
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", stopping)
+        with pytest.raises(Stopped):
+            train_classifier("digits", tmp_path / "parts", options)
+    shutil.copytree(tmp_path / "parts", tmp_path / "other")
+    resume_classifier(tmp_path / "parts")
+    assert_same_outcome(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    best = tmp_path / "source" / "checkpoints" / "best" / "ema.safetensors"
+    best.write_bytes((tmp_path / "whole" / "checkpoints" / "best" / "ema.safetensors").read_bytes())
+    with pytest.raises(RunError, match=r"source holds other weights than those that .*other started from"):
+        resume_classifier(tmp_path / "other")
 
 
 def test_two_trainings_in_one_folder(tmp_path, stopped, monkeypatch):

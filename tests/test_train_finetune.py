@@ -91,3 +91,10 @@ def test_what_does_not_fit(digits_run, colours, tmp_path):
         train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(tmp_path)))
     with pytest.raises(OptionError, match=r"freeze: the model has no part 'level'; it has, among others, stem"):
         train_classifier("digits", tmp_path / "run", from_run(run, freeze=("level",)))
+    everything = ("stem", "levels", "norm", "head")
+    with pytest.raises(OptionError, match="nothing is left to train"):
+        train_classifier("digits", tmp_path / "run", from_run(run, freeze=everything))
+    for device in ("foo", "meta", "cuda:99"):
+        with pytest.raises(OptionError, match=f"ema_device '{device}' cannot be used: "):
+            train_classifier("digits", tmp_path / "run", tiny_options(ema_device=device))
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,8 @@ def test_options_that_cannot_be():
     for bad, message in {
         "epochs=0": "epochs must be from 1",
         "lr=-1": "lr must be from 0",
+        "lr=float('inf')": "lr must be from 0",
+        "clip=float('nan')": "clip must be from 0",
         "precision='fp8'": "precision must be fp32 or bf16, got 'fp8'",
         "channels=2": "channels must be 1 or 3, got 2",
         "label_smoothing=1": "label_smoothing must be from 0",

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gspn.files import SaveError, atomic, displaced, is_temporary, remove, write_json, write_text
+from gspn.files import TEMPORARY, SaveError, atomic, displaced, is_temporary, remove, write_json, write_text
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
@@ -181,6 +181,8 @@ class Run:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
             metrics = [json.loads(line) for line in lines]
+            if not all(isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in metrics):
+                raise ValueError("metrics.jsonl holds something else than rows with an epoch")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunError(
                 f"{path} is no run: there is no {path / 'config.json'} (gspn train makes runs){_earlier_hint(path)}"
@@ -219,7 +221,7 @@ class Run:
         """
         with atomic(self._checkpoint(name)) as folder:
             folder.mkdir(parents=True)
-            text = json.dumps({"format": STATE_FORMAT, **state}, indent=2) + "\n"
+            text = json.dumps({"format": STATE_FORMAT, "parts": sorted(tensors), **state}, indent=2) + "\n"
             (folder / "state.json").write_text(text, encoding="utf-8")
             for part, named in tensors.items():
                 save_file(_separate(named), folder / f"{part}.safetensors", metadata={"format": "pt"})
@@ -228,10 +230,14 @@ class Run:
             remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
 
     def prune(self, keep: int) -> None:
-        """Removes the oldest of the checkpoints "epoch-...", but for `keep` of them; 0 keeps all."""
-        numbered = sorted((self.path / "checkpoints").glob("epoch-*"))
-        for folder in numbered[:-keep] if keep else []:
-            remove(folder, quietly=True)
+        """Removes the oldest of the checkpoints "epoch-...", but for `keep` of them (0 keeps all), and what a killed
+        process had begun to write or to remove. Each is renamed first, so that none is there in part."""
+        folder = self.path / "checkpoints"
+        for number, old in enumerate(sorted(folder.glob("epoch-*"), reverse=True)):
+            if keep and number >= keep:
+                os.rename(old, old.with_name(f".{old.name}{TEMPORARY}"))
+        for left in filter(is_temporary, folder.glob(".*")):
+            remove(left, quietly=True)
 
     def has_checkpoint(self, name: str) -> bool:
         """Whether there is a checkpoint of that name."""
@@ -253,10 +259,11 @@ class Run:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
                 files = [folder / f"{part}.safetensors" for part in parts]
                 _check_format(state, folder)
-                tensors = {file.stem: load_file(file) for file in files if file.exists()}
+                written = state.get("parts", [file.stem for file in files if file.exists()])
+                tensors = {file.stem: load_file(file) for file in files if file.stem in written}
             except RunError:
                 raise
-            except (OSError, ValueError, SafetensorError) as error:
+            except (OSError, TypeError, ValueError, SafetensorError) as error:
                 if _find(path) == found:
                     raise RunError(f"the checkpoint {folder} is damaged: {error}") from error
             else:

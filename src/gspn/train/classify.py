@@ -4,7 +4,7 @@
 
 import platform
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gspn.train.finetune import Source, open_source, start_from
 from gspn.train.images import UNREADABLE, Preprocessing, Split
 from gspn.train.loader import make_loader
 from gspn.train.loop import Position, autocast, make_accelerator, train
-from gspn.train.optim import frozen_modules
+from gspn.train.optim import frozen_modules, make_optimizer
 from gspn.train.options import OptionError, Options, file_text
 from gspn.train.recipe import SMALL, Augmentation, Mixing, preset_for
 
@@ -148,7 +148,15 @@ class Setup:
     def model(self, device) -> torch.nn.Module:
         """A new model. Errors: OptionError."""
         model = build_model(self.options, self.preprocessing, len(self.class_names), device)
-        frozen_modules(model, self.options.freeze or ())  # a wrong name is better found before the run's folder is made
+        options = self.options
+        frozen_modules(model, options.freeze or ())  # what cannot be is found before the run's folder is made
+        make_optimizer(model, options)
+        try:
+            torch.zeros(1, device=options.ema_device or device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise OptionError(
+                f"ema_device {options.ema_device!r} cannot be used: {str(error).splitlines()[0]}"
+            ) from error
         return model
 
     def describe(self, model) -> str:
@@ -210,6 +218,7 @@ def train_classifier(
             **{name: getattr(options, name) for name in OPEN_OPTIONS},
         },
         "options": asdict(setup.options),
+        "init_from": source and source.digest(),
         "seed": setup.options.seed,
         "versions": _versions(),
     }
@@ -243,49 +252,71 @@ def resume_classifier(
     Returns and errors: as train_classifier; OptionError also for changes of the result, RunError also where data,
     checkpoint and run do not belong together.
     """
-    config = Run.open(path).config
-    if config.get("task") != "classification":
-        raise RunError(f"{path} is a run of {config.get('task')}, expected classification")
-    options = _changed(config, changes or {})
+    options = _changed(Run.open(path).config, changes or {})
     accelerator = make_accelerator()
     say = _speaker(accelerator, console)
     with writing(path) if accelerator.is_main_process else nullcontext():
-        setup = Setup.of(open_with(data or config["data"]["where"], options), options)
+        run, checkpoint = Run.open(path), None
+        with readable(path):
+            config = run.config
+            setup = Setup.of(open_with(data or config["data"]["where"], options), options)
+            if setup.data.fingerprint() != config["data"].get("fingerprint"):
+                raise RunError(
+                    f"{setup.data.where} is not what {path} was trained on: images, labels or class names have "
+                    f"changed; `gspn train --init-from {path}` starts a new training from its weights"
+                )
+            setup.preprocessing = Preprocessing(**config["preprocessing"])
+            other_versions = config["versions"] != _versions() and config["versions"]
         check_processes(options, accelerator)
-        if setup.data.fingerprint() != config["data"].get("fingerprint"):
-            raise RunError(
-                f"{setup.data.where} is not what {path} was trained on: images, labels or class names have changed; "
-                f"`gspn train --init-from {path}` starts a new training from its weights"
-            )
-        setup.preprocessing = Preprocessing(**config["preprocessing"])
         model = setup.model(accelerator.device)
-        run, checkpoint, place = Run.open(path), None, "the start, as there is no checkpoint yet"
         if run.has_checkpoint("last"):
-            checkpoint = _, state = _complete(path, *run.load_checkpoint("last"))
+            checkpoint = _complete(path, *run.load_checkpoint("last"))
+            state = checkpoint[1]
             place = f"step {state['step']} (epoch {state['position']['epoch'] + 1})"
             if state["processes"] != accelerator.num_processes:
                 say(
                     f"note: {accelerator.num_processes} processes instead of {state['processes']}: what is random in "
                     "the model will differ"
                 )
-        if config["versions"] != _versions():
-            say(f"note: other versions than before, so not the same to the last bit: {config['versions']}")
+        else:
+            place = "the start, as there is no checkpoint yet"
+            if options.init_from:
+                channels = setup.preprocessing.channels
+                source = open_source(options.init_from, options.model, options.model_args, channels)
+                if source.digest() != config.get("init_from"):
+                    raise RunError(f"{source.where} holds other weights than those that {path} started from")
+                say(f"note: {start_from(source, model, setup.class_names, setup.data.where)}")
+        if other_versions:
+            say(f"note: other versions than before, so not the same to the last bit: {other_versions}")
         say(f"{setup.describe(model)}\ngoing on from {place}")
         accelerator.wait_for_everyone()  # all have read
         if accelerator.is_main_process:
             run.rewind(checkpoint[1]["epoch"] if checkpoint else 0)
+            run.prune(options.keep)
         return _train(
             setup, model, path, run if accelerator.is_main_process else None, accelerator, console, checkpoint
         )
 
 
+@contextmanager
+def readable(path):
+    """What a run's files do not hold, or hold as something else, is a RunError."""
+    try:
+        yield
+    except (RunError, DataError, OptionError):
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
+
+
 def _changed(config, changes):
     """The options of a run, with `changes`."""
-    try:
-        saved = Options.read(config["options"])
-        changed = Options.read({**config["options"], **changes})
-    except (KeyError, TypeError) as error:
-        raise RunError(f"the run's config.json is damaged: {type(error).__name__}: {error}") from error
+    if config.get("task") != "classification":
+        raise RunError(f"this is a run of {config.get('task')}, expected classification")
+    if not isinstance(config.get("options"), dict):
+        raise RunError("the run's config.json is damaged or foreign: it holds no options")
+    saved = Options.read(config["options"], "the run's config.json: ")
+    changed = Options.read({**config["options"], **changes})
     for one in fields(Options):
         if getattr(saved, one.name) != getattr(changed, one.name) and not one.metadata["same_result"]:
             free = ", ".join(one.name for one in fields(Options) if one.metadata["same_result"])
@@ -300,10 +331,13 @@ def _complete(path, tensors, state):
     """A checkpoint, if a training can go on from it."""
     if state.get("format", 1) < STATE_FORMAT:
         raise RunError(f"{path} was written by an older gspn, which could not resume: nothing to go on from")
-    missing = {"epoch", "step", "position", "task", "processes"} - set(state)
-    missing |= {part for part in ("model", "optimizer") if part not in tensors}
-    if missing or set(state["position"]) != {one.name for one in fields(Position)}:
-        raise RunError(f"the checkpoint `last` of {path} is damaged or foreign: it lacks {', '.join(sorted(missing))}")
+    with readable(f"{path}, checkpoint `last`,"):
+        position = Position(**state["position"])
+        counts = [position.epoch, position.batch, position.step, position.images, state["epoch"], state["processes"]]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"counts are {counts}")
+        if not {"model", "optimizer"} <= set(tensors) or not isinstance(state["task"]["unreadable"], list):
+            raise KeyError("model, optimizer or what is unreadable")
     return tensors, state
 
 

@@ -1,5 +1,6 @@
 """Starting from trained weights (`--init-from`): from a run, a file of weights, or a published checkpoint."""
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,14 @@ class Source:
     class_names: list[str] | None = None
     data: str | None = None
 
+    def digest(self) -> str:
+        """What tells other weights apart: 64 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.weights.items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
 
 def open_source(path: str | Path, model: str | None, model_args: Mapping, channels: int | None = None) -> Source:
     """The weights in a run folder (its best checkpoint, averaged where it has averages), in a .safetensors file with
@@ -58,7 +67,9 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
         raise OptionError(f"init_from: there is no {path}; expected a run folder, a .safetensors or a .pth file")
     if model is None:
         raise OptionError(f"init_from: {path} does not say of which model it is; say it with --model")
-    arguments = {name: value for name, value in model_args.items() if name not in ("num_classes", "in_chans")}
+    arguments = {
+        name: value for name, value in model_args.items() if name not in ("num_classes", "in_chans", "activation")
+    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "fine-tune before use" is what happens next

@@ -5,6 +5,7 @@ file and what a run keeps of its options all follow from it. Imports nothing tha
 import difflib
 import inspect
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -315,7 +316,7 @@ def check(one, value) -> None:
         return
     if choices and value not in choices:
         raise OptionError(f"{one.name} must be {' or '.join(map(str, choices))}, got {value!r}")
-    if low is not None and not low <= value <= high:
+    if low is not None and not (low <= value <= high and math.isfinite(value)):
         raise OptionError(f"{one.name} must be from {low} to {high}, got {value}")
 
 
