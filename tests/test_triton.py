@@ -267,19 +267,15 @@ def test_pieces_fit_the_workspace(mib, segment, dtype, backward):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_images_at_once(dtype, backward):
-    """As many as fit with all directions, else with one; all of them where not even one does."""
+    """As many as fit with all directions, in equal parts, else with one, else a single one in strips."""
     x, weight_proj = torch.empty(16, 24, 32, 32, dtype=dtype), torch.empty(4, 3, 24, 8)
     workspaces = (0, 4, 10, 20, 1000)
     images = [pieces._images_at_once(x, weight_proj, 4, mib, backward=backward) for mib in workspaces]
     for mib, count in zip(workspaces, images, strict=True):
         work = pieces._Work.choose(x[:count], weight_proj, list(ALL), None, mib, backward=backward)
         assert (work.strip_lines is not None) == (mib == 0), mib
-        if mib >= 10:
-            assert work.together
-            if count < 16:
-                more = pieces._Work.choose(x[: count + 1], weight_proj, list(ALL), None, mib, backward=backward)
-                assert not more.together
-    assert images[0] == 16 == images[-1] and images[1:] == sorted(images[1:])
+        assert work.together or mib < 10
+    assert images[0] == 1 and images[-1] == 16 and images == sorted(images)
 
 
 def test_plans_are_within_their_bounds():
