@@ -44,7 +44,7 @@ def tables(target: str) -> list[dict]:
         for backward in (False, True)
         for places in [longest for longest, _ in plans._FORWARD] + [5000]
         for value in ("bf16", "fp32")
-    ]
+    ] + [scan(longest, backward=True, target=target, merged=True) for longest, _ in plans._BACKWARD]
 
 
 def check(found: dict) -> None:

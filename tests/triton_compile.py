@@ -28,8 +28,11 @@ TARGETS = {
 }
 
 
-def compile_scan(target, backward, value, plan, share=1, channels=64, gated=True, chained=False, partial=None):
-    """The compiled scan_forward or scan_backward with these launch parameters, for maps of dtype `value`."""
+def compile_scan(
+    target, backward, value, plan, share=1, channels=64, gated=True, chained=False, partial=None, merged=False
+):
+    """The compiled scan_forward or scan_backward with these launch parameters, for maps of dtype `value`; `merged` is
+    the backward scan as propagate runs it, with output gates and h in the state's dtype."""
     plan = Plan(*plan)
     groups, members, _ = blocks(plan, channels, share)
     constants = dict(
@@ -39,8 +42,8 @@ def compile_scan(target, backward, value, plan, share=1, channels=64, gated=True
     )  # fmt: skip
     if backward:
         partial = share > members if partial is None else partial
-        constants.update(GATED=False, PARTIAL=partial, GRAD_DENSE=True, DLOGITS_ALIKE=not partial)
-        wide = {"g", "dlogits"} if partial else {"g"}
+        constants.update(GATED=merged, PARTIAL=partial, GRAD_DENSE=True, DLOGITS_ALIKE=not partial)
+        wide = {"g"} | ({"dlogits"} if partial else set()) | ({"h"} if merged else set())
         return _compile(device.scan_backward, target, value, constants, wide, plan.warps)
     constants.update(X_DENSE=True, GATE_DENSE=True)
     return _compile(device.scan_forward, target, value, constants, set(), plan.warps)
@@ -76,7 +79,8 @@ def resources(compiled, target) -> dict:
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # noqa: E731
-        return dict(registers=number("vgpr_count"), spills=number("vgpr_spill_count") + number("sgpr_spill_count"))
+        # Scalars that do not fit go to lanes of vector registers, not to memory: only vectors are counted.
+        return dict(registers=number("vgpr_count"), spills=number("vgpr_spill_count"))
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])

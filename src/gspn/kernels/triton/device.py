@@ -1,4 +1,4 @@
-"""The GPU kernels themselves, in Triton. triton.py beside this file chooses their launch parameters and starts them.
+"""The scans on the GPU, in Triton. plan.py beside this file chooses their launch parameters, launch.py starts them.
 
 How a scan program works. It owns some channels of one image in one direction, a range of lines and all places of a
 line (or a tile of them), and walks over the lines with the state h in registers, in float32 (float64 for float64).

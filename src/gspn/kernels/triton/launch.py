@@ -20,7 +20,7 @@ from gspn.kernels.triton.plan import Plan, blocks, plan
 INTERPRETED = not isinstance(device.scan_forward, triton.JITFunction)  # TRITON_INTERPRET was set: on the CPU, slowly
 _TYPES = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 _ALIGN = 16  # elements by which strides are known to be divisible, at most
-_PIXELS, _CHANNELS = 64, 32  # tile of the elementwise kernels
+_TILE, _CHANNELS = 2048, 32  # elements of a tile of the elementwise kernels, and the most channels of one
 _ENDLESS = 1 << 30  # the segment of a global scan
 
 
@@ -132,7 +132,7 @@ def scan_backward(
         merging.finish_logits[_elementwise_grid(batch * count, height, width, groups)](
             partial, logits, dlogits, *logits_strides, *out_strides, partial.stride(0),
             height, width, groups // align, _packed(list(enumerate(directions))), count, _chunks(groups),
-            PARTS=parts, NORMALIZED=normalized, ALIGN=align, STATE=_TYPES[g.dtype], PIXELS=_PIXELS, BC=_CHANNELS,
+            PARTS=parts, NORMALIZED=normalized, ALIGN=align, STATE=_TYPES[g.dtype], **_tile(groups),
         )  # fmt: skip
     return g
 
@@ -242,7 +242,7 @@ def merge(
         h, output_gate, x if skip is None else skip, x, y, y,
         *h_strides, *gate_strides, *(n for of in strides for n in of),
         height, width, channels // align, _chunks(channels), COUNT=h.shape[1], SKIP=skip is not None, ADD=add,
-        ALIGN=align, STATE=_TYPES[state_dtype(x.dtype)], PIXELS=_PIXELS, BC=_CHANNELS,
+        ALIGN=align, STATE=_TYPES[state_dtype(x.dtype)], **_tile(channels),
     )  # fmt: skip
 
 
@@ -278,16 +278,22 @@ def merge_backward(
         *gate_strides, *x_strides, *grad_strides, *h_strides, *skip_strides, *dx_strides, *dgate_strides,
         *doutput_strides, *dskip_strides, height, width, channels // align, _chunks(channels),
         COUNT=gate.shape[1], MERGED=merged is not None, SKIP=skip, ADD=add,
-        ALIGN=align, STATE=_TYPES[g.dtype], PIXELS=_PIXELS, BC=_CHANNELS,
+        ALIGN=align, STATE=_TYPES[g.dtype], **_tile(channels),
     )  # fmt: skip
 
 
+def _tile(channels: int) -> dict[str, int]:
+    """The tile of an elementwise kernel: whole vectors of channels, as many pixels as that leaves room for."""
+    wide = min(1 << (channels - 1).bit_length(), _CHANNELS)
+    return {"PIXELS": _TILE // wide, "BC": wide}
+
+
 def _elementwise_grid(images: int, height: int, width: int, channels: int) -> tuple[int]:
-    return (images * -(-height * width // _PIXELS) * _chunks(channels),)
+    return (images * -(-height * width // _tile(channels)["PIXELS"]) * _chunks(channels),)
 
 
 def _chunks(channels: int) -> int:
-    return -(-channels // _CHANNELS)
+    return -(-channels // _tile(channels)["BC"])
 
 
 def _index(*tensors: Tensor | None):

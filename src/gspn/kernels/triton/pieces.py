@@ -18,6 +18,8 @@ from torch import Tensor
 from gspn.kernels.triton import launch
 from gspn.kernels.triton.launch import Merged, Strip, channels_inside, empty_inside, empty_maps, on, state_dtype
 
+LINES = 16  # of a strip, if there is a choice: a gradient keeps a state in float32 for each strip
+
 
 def propagate(
     x: Tensor, proxy: Tensor, weight_proj: Tensor, input_proj: Tensor, output_proj: Tensor, skip_proj: Tensor | None,
@@ -57,7 +59,9 @@ def propagate_backward(
     skip_proj: Tensor | None, directions: list[int], segment: int | None, workspace_mib: int = 256,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of x, proxy and the four projections. Beside the workspace this holds the proxy's gradient in float32,
-    and where one image does not fit, dx in float32 and for each strip the state that the scan enters it with."""
+    and where one image does not fit, dx of one in float32 and for each strip the state that the scan enters it with.
+    What lies between the products has the dtype of x: gradients of float32 projections beside 16-bit maps are as exact
+    as those of linear layers under autocast."""
     projections = (weight_proj, input_proj, output_proj, skip_proj)
     with on(x), torch.autocast(x.device.type, enabled=False):
         grad, x, proxy = (channels_inside(t, 1) for t in (grad, x, proxy))
@@ -109,16 +113,16 @@ def _bytes_each(x, weight_proj, count, gate_bytes, backward) -> int:
 
 
 def _images_at_once(x, weight_proj, count, workspace_mib, *, backward) -> int:
-    """Images that are worked on together: as many as fit with all directions, else with one, else all in strips."""
+    """Images that are worked on together: as many as fit with all directions, else with one, else with strips of LINES
+    lines; in equal parts."""
     batch, channels, height, width = x.shape
     narrow, wide = x.element_size(), state_dtype(x.dtype).itemsize
     together = _bytes_each(x, weight_proj, count, narrow, backward)
     alone = _bytes_each(x, weight_proj, 1, narrow, backward) + channels * wide * (wide > narrow and not backward)
-    for one in (together, alone):
-        images = (workspace_mib << 20) // max(height * width * one, 1)
-        if images:
-            return max(min(images, batch), 1)
-    return max(batch, 1)
+    strip = _bytes_each(x, weight_proj, 1, narrow if backward else wide, backward)
+    sizes = (height * width * together, height * width * alone, LINES * max(height, width) * strip)
+    images = next((n for n in ((workspace_mib << 20) // max(size, 1) for size in sizes) if n), 1)
+    return -(-batch // -(-batch // min(images, batch))) if batch else 1
 
 
 class _Piece(NamedTuple):
@@ -256,6 +260,8 @@ class _Maps(NamedTuple):
         if skip_proj is not None and piece.opens:
             gate_proj.append(skip_proj)
         gate_proj, logit_proj = torch.cat(gate_proj), weight_proj[chosen].flatten(0, 2)
+        widest = torch.promote_types(gate_proj.dtype, logit_proj.dtype)
+        gate_proj, logit_proj = gate_proj.to(widest), logit_proj.to(widest)
         if features.element_size() < gate_proj.element_size():
             features = features.repeat(1, 2)
             gate_proj, logit_proj = _two_parts(gate_proj, features.dtype), _two_parts(logit_proj, features.dtype)
@@ -300,7 +306,8 @@ def _add_gradients(piece, maps, dmaps, dproxy, dweight_proj, dinput_proj, doutpu
     dgates, dlogits = dmaps.gates.flatten(0, 2), dmaps.flat_logits.flatten(0, 2)
     features = maps.features[:, : dproxy.shape[1]]
     rows = _product(dgates, maps.gate_proj, state) + _product(dlogits, maps.logit_proj, state)
-    rows = rows.unflatten(1, (-1, dproxy.shape[1])).sum(1)  # over the projections' parts
+    if rows.shape[1] > dproxy.shape[1]:  # the projections are in two parts
+        rows = rows[:, : dproxy.shape[1]] + rows[:, dproxy.shape[1] :]
     dproxy += rows.view(*dmaps.gates.shape[:3], -1).permute(0, 3, 1, 2)
     dweight_proj[chosen] += _product(dlogits.T, features, state).view_as(dweight_proj[chosen])
     count, channels, _ = maps.sizes

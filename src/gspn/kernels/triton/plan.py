@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     Attributes:
         strips: strips of places, the tensor axis across lanes; a power of two.
         places: places in a strip, unrolled. strips * places is at least the length of a line, or of a tile with halo.
-        channels: channels of a program, a power of two.
+        channels: channels of a program, a power of two; strips * channels is 32 * warps at least, or lanes idle.
         warps: warps of a program.
         stages: lines being fetched at a time; 1 leaves fetching to the warps at hand.
         halo: 0, or the places on either side of a tile, where lines are cut into tiles.
@@ -65,7 +65,7 @@ _BACKWARD = (
     (128, Plan(32, 4, 8, 4, 1)),
     (256, Plan(64, 4, 8, 4, 1)),
     (512, Plan(128, 4, 4, 8, 1)),
-    (1024, Plan(256, 4, 4, 16, 1)),
+    (1024, Plan(512, 2, 4, 16, 1)),
 )
 _TILED = {False: Plan(32, 4, 8, 1, 2, HALO), True: Plan(32, 4, 8, 4, 1, HALO)}
 
