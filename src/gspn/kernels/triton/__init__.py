@@ -28,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 OLDEST_TRITON = (3, 6)
+OLDEST_GPU = (8, 0)  # compute capability: the oldest with bfloat16 and asynchronous copies
 
 
 @cache
@@ -40,6 +41,9 @@ def available() -> tuple[bool, str]:
         return True, "Triton's interpreter, on the CPU"
     if not torch.cuda.is_available():
         return False, "torch finds no CUDA or ROCm device"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_GPU:
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        return False, f"{torch.cuda.get_device_name()} has compute capability {found}; 8.0 or newer is needed"
     return True, f"Triton {triton.__version__}, {torch.cuda.get_device_name()}"
 
 
