@@ -164,9 +164,8 @@ class Setup:
         return (
             f"{options.model}, {count:,} parameters; {len(self.train_split):,} training and {len(self.eval_split):,} "
             f"{self.eval_name} images of {len(self.class_names)} classes, {describe(self.preprocessing)}\n"
-            f"{options.epochs} epochs, batch size {options.batch_size}, learning rate {options.lr:g}, "
-            f"EMA {options.ema:g}, {options.precision}, preset {options.preset}, augmentation {options.augment}"
-            f"{' and flip' * bool(options.flip)}, seed {options.seed}"
+            f"{options.epochs} epoch{'s' * (options.epochs > 1)}, batch size {options.batch_size}, "
+            f"XX * bool(options.flip)}, seed {options.seed}"
         )
 
 
