@@ -165,7 +165,8 @@ class Setup:
             f"{options.model}, {count:,} parameters; {len(self.train_split):,} training and {len(self.eval_split):,} "
             f"{self.eval_name} images of {len(self.class_names)} classes, {describe(self.preprocessing)}\n"
             f"{options.epochs} epoch{'s' * (options.epochs > 1)}, batch size {options.batch_size}, "
-            f"XX * bool(options.flip)}, seed {options.seed}"
+            f"learning rate {options.lr:g}, EMA {options.ema:g}, {options.precision}, preset {options.preset}, "
+            f"augmentation {options.augment}{' and flip' * bool(options.flip)}, seed {options.seed}"
         )
 
 
