@@ -11,7 +11,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-
 TEMPORARY = ".new"  # the end of the name of what is being written
 
 
