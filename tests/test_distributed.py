@@ -45,6 +45,8 @@ def test_two_processes_are_as_one(folders):
     two = json.loads(by_torchrun(Path(__file__).with_name("two_processes.py"), folders[1]))  # only one of them prints
     assert len(one["losses"]) == len(two["losses"]) == 51
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-5
+    first, second = two["seeds of all"]
+    assert first == one["seeds"] and not set(first) & set(second)  # what is random in the model differs
     assert two["metrics"]["images"] == 359 and close(one["metrics"], two["metrics"])
     assert Run.open(folders[1] / "copies").metrics[0]["images"] == 359
     # pictures of which one is damaged, whichever process read it

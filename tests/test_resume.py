@@ -17,6 +17,7 @@ from gspn.train import checkpoint, loop, pictures
 from gspn.train.checkpoint import Run, RunError, writing
 from gspn.train.classify import resume_classifier, train_classifier
 from gspn.train.evaluate import load_classifier
+from gspn.train.images import mixed_seed
 from gspn.train.loop import TrainingError
 from gspn.train.options import OptionError, Options
 
@@ -156,9 +157,8 @@ class Stopped(BaseException):
 def test_resume_with_files_and_workers(colours, tmp_path, monkeypatch, stop_at):
     """Four steps an epoch; saved every second one; images cropped at random by two processes."""
     args = dict(TINY, depths=[2], width=8, drop_path_rate=0.3)
-    options = tiny_options(
-        epochs=3, batch_size=8, augment="crop", flip=True, save_every="2", model_args=args, workers=2
-    )
+    kind = dict(augment="crop", flip=True, erase=0.5, precision="bf16", channels_last=True)
+    options = tiny_options(epochs=3, batch_size=8, save_every="2", model_args=args, workers=2, **kind)
     train_classifier(colours, tmp_path / "whole", options)
     real, count = loop.backward, [0]
 
@@ -174,6 +174,40 @@ def test_resume_with_files_and_workers(colours, tmp_path, monkeypatch, stop_at):
             train_classifier(colours, tmp_path / "parts", options)
     resume_classifier(tmp_path / "parts", {"workers": 0})
     assert_same_outcome(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("stop_at", ["best", "append_metrics", "epoch-0001", "last"])
+def test_stopped_among_the_files_of_an_epochs_end(colours, tmp_path, monkeypatch, stop_at):
+    """Whatever of the first epoch's end is written, rows of metrics and the best checkpoint come out the same."""
+    options = tiny_options(epochs=2, batch_size=16, save_every="1", keep_every=1)
+    train_classifier(colours, tmp_path / "whole", options)
+    save, append = Run.save_checkpoint, Run.append_metrics
+
+    def stopping_save(run, name, tensors, state):
+        if name == stop_at and state["epoch"] == 1:
+            raise Stopped
+        save(run, name, tensors, state)
+
+    def stopping_append(run, row):
+        if stop_at == "append_metrics":
+            raise Stopped
+        append(run, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_checkpoint", stopping_save)
+        patch.setattr(Run, "append_metrics", stopping_append)
+        with pytest.raises(Stopped):
+            train_classifier(colours, tmp_path / "parts", options)
+    assert Run.open(tmp_path / "parts").load_checkpoint("last")[1]["epoch"] == 0
+    resume_classifier(tmp_path / "parts")
+    assert_same_outcome(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+def test_what_is_random_belongs_to_seed_step_and_process(colours, tmp_path, monkeypatch):
+    seeds, seed = [], loop.seed_everything
+    monkeypatch.setattr(loop, "seed_everything", lambda value: (seeds.append(value), seed(value)))
+    train_classifier(colours, tmp_path / "run", tiny_options(epochs=2, batch_size=16, seed=7))
+    assert seeds == [mixed_seed(7, step, 0) for step in range(4)]
 
 
 def test_resume_of_a_finished_run_changes_nothing(digits_run, tmp_path):

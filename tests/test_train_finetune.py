@@ -76,6 +76,8 @@ def test_what_does_not_fit(digits_run, colours, tmp_path):
         train_classifier(colours, tmp_path / "run", from_run(run, batch_size=16))
     with pytest.raises(OptionError, match=r"do not fit the model: .*shape \(16,.* there and \(8,"):
         train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(run.path), model_args={"width": 8}))
+    with pytest.raises(OptionError, match="is of a gspn_micro, so --model cannot be gspn_tiny"):
+        train_classifier("digits", tmp_path / "run", from_run(run, model="gspn_tiny"))
     for path, message in {
         "gone": r"there is no gone; expected a run folder, a \.safetensors or a \.pth",
         "gone.safetensors": "gone.safetensors cannot be read",

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from training import TINY
 
 from gspn.train import loop, pictures
@@ -61,7 +62,13 @@ def main(folder):
     torch.set_num_threads(1)
     for name in ("curves", "predictions", "context"):  # they take longer than the training
         setattr(pictures, name, lambda *args: None)
-    found = {}
+    found, seed = {"seeds": []}, loop.seed_everything
+
+    def recording(value):
+        found["seeds"].append(value)
+        seed(value)
+
+    loop.seed_everything = recording
     (_, found["metrics"], _), found["losses"] = losses_of(
         lambda: train_classifier("digits", folder / "copies", Options(**OPTIONS))
     )
@@ -79,5 +86,6 @@ def main(folder):
 
 if __name__ == "__main__":
     found = main(Path(sys.argv[1]))
+    found["seeds of all"] = gather_object([found["seeds"]])
     if loop.make_accelerator().is_main_process:
         print(json.dumps(found))

@@ -156,6 +156,9 @@ def training_of(data, run, config, given):
     from_file = read_file(config) if config else {}
     data = data or from_file.pop("data", None)
     run = run or from_file.pop("out", None)
+    for name, value in {"data": data, "out": run}.items():
+        if not isinstance(value, str | Path | None):
+            raise OptionError(f"{config}: {name} takes text, got {value!r}")
     from_file = {name: value for name, value in from_file.items() if name not in ("data", "out")}
     Options.read(from_file, f"{config}: ")  # so that a message about the file names it
     options = Options.read(from_file | given)

@@ -197,7 +197,7 @@ def train_classifier(
         source = open_source(options.init_from, options.model, options.model_args, channels)
     converts = options.channels is not None
     setup = Setup.of(data_set, options, source)
-    check_processes(setup.options, accelerator)
+    check_processes(setup, accelerator)
     model = setup.model(accelerator.device)
     notes = [*setup.notes, start_from(source, model, setup.class_names, data_set.where)] if source else setup.notes
     for note in notes:
@@ -267,7 +267,7 @@ def resume_classifier(
                 )
             setup.preprocessing = Preprocessing(**config["preprocessing"])
             other_versions = config["versions"] != _versions() and config["versions"]
-        check_processes(options, accelerator)
+        check_processes(setup, accelerator)
         model = setup.model(accelerator.device)
         if run.has_checkpoint("last"):
             checkpoint = _complete(path, *run.load_checkpoint("last"))
@@ -381,13 +381,14 @@ def open_with(data, options):
     return open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
 
 
-def check_processes(options, accelerator):
+def check_processes(setup, accelerator):
     """Raises OptionError unless the processes can share a batch."""
-    count = accelerator.num_processes
-    if options.batch_size % count:
-        raise OptionError(
-            f"batch_size is of all {count} processes together: expected a multiple, got {options.batch_size}"
-        )
+    count, size = accelerator.num_processes, setup.options.batch_size
+    if size % count:
+        raise OptionError(f"batch_size is of all {count} processes together: expected a multiple, got {size}")
+    share = min(size, len(setup.train_split)) // count
+    if setup.mixing is not None and share % 2:
+        raise OptionError(f"mixup and cutmix pair images: expected an even number for each process, got {share}")
 
 
 def _speaker(accelerator, console):

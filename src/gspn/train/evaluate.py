@@ -203,6 +203,7 @@ def evaluate(
             f"--channels {preprocessing.channels} converts them"
         )
     accelerator = make_accelerator()
+    batch_size += -batch_size % accelerator.num_processes  # they share a batch
     model = classifier.model.to(accelerator.device)
     loader = accelerator.prepare(make_loader(chosen, preprocessing, batch_size, workers=workers))
     with autocast(accelerator.device, config["options"]["precision"]):

@@ -54,6 +54,8 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
         classifier = load_classifier(path)
         arguments = dict(classifier.run.config["model"])
         name = arguments.pop("name")
+        if model not in (None, name):
+            raise OptionError(f"init_from: the run {path} is of a {name}, so --model cannot be {model}")
         for own in ("num_classes", "in_chans", "backend"):
             arguments.pop(own, None)
         weights, data = classifier.model.state_dict(), classifier.run.config["data"]["where"]
