@@ -31,7 +31,7 @@ _PHOTOS = dict(TIMM, erase=0.25, augment="crop", flip=True)
 PRESETS = {
     "digits": dict(epochs=12, lr=4e-3, batch_size=128, warmup=2.0, ema=0.98, flip=False, augment="shift"),
     "idx": dict(epochs=8, lr=3e-3, batch_size=128, warmup=0.5, ema=0.998, flip=False, augment="shift"),
-    "fashion": dict(epochs=16, lr=2e-3, batch_size=64, warmup=0.5, ema=0.998, flip=True, augment="none"),
+    "fashion": dict(epochs=20, lr=2e-3, batch_size=64, warmup=0.5, ema=0.998, flip=True, augment="none", erase=0.5),
     "small": dict(epochs=30, lr=2e-3, batch_size=128, warmup=2.0, ema=0.998, flip=True, augment="shift", erase=0.25),
     "photos": _PHOTOS | dict(epochs=100, lr=1e-3, batch_size=128, warmup=5.0, ema=0.9995),
     "imagenet": _PHOTOS
