@@ -90,3 +90,5 @@ if __name__ == "__main__":
     found["seeds of all"] = gather_object([found["seeds"]])
     if loop.make_accelerator().is_main_process:
         print(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else its threads may abort the process at its end

@@ -406,4 +406,15 @@ def main():
     """The entry point of the `gspn` command."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    app()
+    try:
+        app()
+    finally:
+        _leave_processes()
+
+
+def _leave_processes():
+    """One of several processes takes its leave of the others: what the group runs in the background would else, now and
+    then, abort it at its end, after all its work."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
