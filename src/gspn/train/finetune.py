@@ -95,7 +95,7 @@ def start_from(source: Source, model: nn.Module, class_names: list[str], data: s
     body = {name for name in own if keep_head or not name.startswith(f"{head}.")}
     problems = [f"{name} is missing there" for name in sorted(body - set(source.weights))]
     problems += [f"{name} is not of {type(model).__name__}" for name in source.weights if name not in own]
-    for name in body & set(source.weights):
+    for name in (n for n in own if n in body and n in source.weights):  # in the model's order, the same in every run
         theirs, mine = tuple(source.weights[name].shape), tuple(own[name].shape)
         if theirs != mine and name.startswith("stem.0") and theirs[1:2] != mine[1:2] and theirs[2:] == mine[2:]:
             raise OptionError(
