@@ -174,16 +174,16 @@ def _line_scan():
     check_line_scans(_one(1, 3, 3, 1, 3), Plan(4, 1, 1, 1, 1))
 
 
-def _propagate(mode, *directions, **rest):
+def _propagate(mode, *directions, channels=1, **rest):
     def check():
         with pytest.MonkeyPatch.context() as patch:
             force(patch, mode)
-            check_propagate(_one(1, 2, 4, 1, *directions, **rest))
+            check_propagate(_one(channels, 2, 4, 1, *directions, **rest))
 
     return check
 
 
-_merger = _propagate("together", 1)
+_merger = _propagate("together", 1, channels=3)  # an elementwise tile has four then
 _each = _propagate("each", 0, 1)
 _strips = _propagate(2, 2)
 
