@@ -45,7 +45,7 @@ def correctness() -> list[Step]:
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "tests/test_triton_gpu.py"]
     if importlib.util.find_spec("xdist"):
-        pytest += ["-n", "4"]  # most of the time goes into compiling, on one core each
+        pytest += ["-n", "8"]  # most of the time goes into compiling, on one core each
     steps = [Step("tests", pytest, 270, proof=r"\b[1-9]\d* passed")]
     for tool, limit in (("memcheck", 120), ("racecheck", 150)):
         checked = [sanitizer, "--tool", tool, "--error-exitcode", "9", *smoke] if sanitizer else None
