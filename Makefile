@@ -16,7 +16,7 @@ TRITON_TESTS := $(wildcard tests/test_triton*.py)
 # Reinstalls where sources that are compiled, or what is depended on, have changed; Python sources are used in place.
 .venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/gspn/kernels/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,onnx,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,onnx,diffusion,dev]"
 	touch $@
 
 # Without dependencies: a resolver might replace torch by a build of several gigabytes.

@@ -309,17 +309,17 @@ def readable(path):
         raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
 
 
-def _changed(config, changes):
-    """The options of a run, with `changes`."""
-    if config.get("task") != "classification":
-        raise RunError(f"this is a run of {config.get('task')}, expected classification")
+def _changed(config, changes, task="classification", kind=Options):
+    """The options of a run of that task, with `changes`."""
+    if config.get("task") != task:
+        raise RunError(f"this is a run of {config.get('task')}, expected {task}")
     if not isinstance(config.get("options"), dict):
         raise RunError("the run's config.json is damaged or foreign: it holds no options")
-    saved = Options.read(config["options"], "the run's config.json: ")
-    changed = Options.read({**config["options"], **changes})
-    for one in fields(Options):
+    saved = kind.read(config["options"], "the run's config.json: ")
+    changed = kind.read({**config["options"], **changes})
+    for one in fields(kind):
         if getattr(saved, one.name) != getattr(changed, one.name) and not one.metadata["same_result"]:
-            free = ", ".join(one.name for one in fields(Options) if one.metadata["same_result"])
+            free = ", ".join(one.name for one in fields(kind) if one.metadata["same_result"])
             raise OptionError(
                 f"{one.name} was {getattr(saved, one.name)} and cannot be {getattr(changed, one.name)} in a training "
                 f"that goes on exactly; what can be changed: {free}. --init-from starts a new training from its weights"
@@ -336,7 +336,7 @@ def _complete(path, tensors, state):
         counts = [position.epoch, position.batch, position.step, position.images, state["epoch"], state["processes"]]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"counts are {counts}")
-        if not {"model", "optimizer"} <= set(tensors) or not isinstance(state["task"]["unreadable"], list):
+        if not {"model", "optimizer"} <= set(tensors) or not isinstance(state["task"].get("unreadable", []), list):
             raise KeyError("model, optimizer or what is unreadable")
     return tensors, state
 

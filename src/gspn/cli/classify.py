@@ -1,114 +1,35 @@
-"""The `gspn` command: train, eval, predict, show, export, backends.
+"""The commands around classifiers: train, eval, predict, show, export."""
 
-User errors are one message on stderr and exit code 2; a training that fails is exit code 1.
-"""
-
-import functools
-import inspect
 import json
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import gspn.train  # says which packages of the extra are missing
-except ImportError as error:
-    raise SystemExit(f"gspn: {error}") from None
-
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import gspn
+from gspn.cli.app import (
+    DATA_HELP,
+    AsJson,
+    Channels,
+    Checkpoint,
+    ClassNames,
+    Data,
+    ImageColumn,
+    LabelColumn,
+    RunFolder,
+    Strict,
+    Workers,
+    app,
+    fail,
+    out,
+    parsed,
+    readable_errors,
+    takes_options,
+    warn,
+)
 from gspn.train.options import OptionError, Options, parse_names, parse_size, read_file
-from gspn.train.options import flags as option_flags
-
-app = typer.Typer(
-    help="Train and use image classifiers built on GSPN, a linear-cost replacement for self-attention.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-
-DATA_HELP = (
-    "`digits` (embedded), a folder of class folders with images, a folder of MNIST-format idx files, or anything that "
-    "Hugging Face datasets loads: a folder made by save_to_disk, a parquet, arrow, csv or json file, a name on the hub."
-)
-Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `gspn train` makes it.")]
-Checkpoint = Annotated[str, typer.Option(help="Which checkpoint: best or last.")]
-ImageColumn = Annotated[str | None, typer.Option(help="datasets: the column with the images.")]
-LabelColumn = Annotated[str | None, typer.Option(help="datasets: the column with the classes.")]
-ClassNames = Annotated[str | None, typer.Option(help="Names for data without any, in order: a,b,c.")]
-Channels = Annotated[int | None, typer.Option(help="Convert the images to 1 (grey) or 3 (colour) channels.")]
-Strict = Annotated[bool, typer.Option("--strict", help="An unreadable image is an error, not left out and named.")]
-Workers = Annotated[int, typer.Option(help="Processes that decode image files.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-@contextmanager
-def readable_errors():
-    """Turns what a user can put right into one message and an exit code."""
-    from gspn.export import ExportError
-    from gspn.files import SaveError
-    from gspn.train.checkpoint import RunError
-    from gspn.train.data import DataError
-    from gspn.train.loop import TrainingError
-
-    try:
-        yield
-    except (TrainingError, SaveError) as error:
-        _fail(str(error), 1)
-    except (DataError, ExportError, OptionError, RunError) as error:
-        _fail(str(error), 2)
-
-
-def _fail(message, code):
-    err.print("[bold red]error:[/]", end=" ")
-    err.print(message, markup=False, highlight=False)
-    raise typer.Exit(code)
-
-
-def _warn(messages):
-    for message in messages:
-        err.print("[bold yellow]warning:[/]", end=" ")
-        err.print(message, markup=False, highlight=False)
-
-
-def _version(wanted: bool):
-    if wanted:
-        out.print(f"gspn {gspn.__version__}", highlight=False)
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-):
-    pass
-
-
-def takes_options(options):
-    """Gives a command the flags of a set of options. It gets those that were used as `given`, texts and numbers by
-    name."""
-
-    def decorate(command):
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
-        flags = option_flags(options)
-
-        @functools.wraps(command)
-        def with_flags(**arguments):
-            values = {flag.name: arguments.pop(flag.name) for flag in flags}
-            return command(**arguments, given={name: value for name, value in values.items() if value is not None})
-
-        with_flags.__signature__ = inspect.Signature(own + flags)
-        return with_flags
-
-    return decorate
 
 
 @app.command()
@@ -183,7 +104,7 @@ def report(run, trained, metrics, warnings):
         out.print(f"{rate:.0f} images/s; waiting for data {waited / max(took, 1e-9):.0%} of the time", highlight=False)
     made = "checkpoints, options.yaml, metrics.jsonl, curves.png, predictions.png, context.png"
     out.print(f"in {run}: {made}", markup=False, highlight=False)
-    _warn(warnings)
+    warn(warnings)
 
 
 @app.command("eval")
@@ -238,7 +159,7 @@ def evaluate(
                 print(json.dumps(metrics), flush=True)
             else:
                 _print_metrics(metrics, f"{run} on {data}")
-            _warn(warnings)
+            warn(warnings)
         if folder and main_process and not as_json:
             out.print(f"in {folder}: evaluation-HxW.json, confusion-HxW.png", markup=False, highlight=False)
 
@@ -278,7 +199,7 @@ def predict(
                 classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in answer.get("classes", []))
                 out.print(f"{answer['image']}: {classes or 'unreadable'}", markup=False, highlight=False)
         if problems:
-            _warn([f"{len(problems)} of {len(images)} images unreadable:\n  " + "\n  ".join(problems)])
+            warn([f"{len(problems)} of {len(images)} images unreadable:\n  " + "\n  ".join(problems)])
 
 
 @app.command()
@@ -355,26 +276,10 @@ def export_run(
         try:
             written = write(classifier.model, file or run / ("model.onnx" if onnx else "model.pt2"), **options)
         except ImportError as error:
-            _fail(str(error), 2)
+            fail(str(error), 2)
         sizes = ", ".join("x".join(map(str, shape)) for shape in written.checked)
         checked = "not checked" if no_check else f"differs by {written.difference:.0e} of the largest output at {sizes}"
         out.print(f"wrote {written.path}, {written.size_bytes / 1e6:.1f} MB, {checked}", markup=False, highlight=False)
-
-
-@app.command()
-def backends():
-    """Which backends are available here, and as what; why the others are not."""
-    for name, state in gspn.available_backends().items():
-        word = "available" if state.available else "not available"
-        out.print(f"{name}: {word}{f', {state.reason}' if state.reason else ''}", markup=False, highlight=False)
-
-
-def parsed(name, parse, text):
-    """What `parse` makes of the flag --`name`; None stays. OptionError says what it takes."""
-    try:
-        return None if text is None else parse(text.strip())
-    except ValueError as error:
-        raise OptionError(f"--{name} takes {error}, got {text!r}") from None
 
 
 def parse_place(text):
@@ -400,21 +305,3 @@ def _print_metrics(metrics, title):
         both = f"{metrics['images_per_second']:.0f} with reading, {metrics['model_images_per_second']:.0f} without"
         table.add_row("images/s", both)
     out.print(table)
-
-
-def main():
-    """The entry point of the `gspn` command."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        app()
-    finally:
-        _leave_processes()
-
-
-def _leave_processes():
-    """One of several processes takes its leave of the others: what the group runs in the background would else, now and
-    then, abort it at its end, after all its work."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()

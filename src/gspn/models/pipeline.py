@@ -1,0 +1,305 @@
+"""From classes to images: a pipeline of diffusers for class-conditional models, in pixels or in a VAE's latents."""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gspn.models.generator import GSPNTransformer2DModel
+
+try:
+    from diffusers import (
+        AutoencoderKL,
+        DDPMParallelScheduler,
+        DDPMScheduler,
+        DiffusionPipeline,
+        DiTTransformer2DModel,
+        ImagePipelineOutput,
+        SchedulerMixin,
+        UnCLIPScheduler,
+    )
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError(f'generation needs diffusers ({error}): pip install "gspn[diffusion]"') from error
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+TAKE_VARIANCE = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)  # those that use a learned variance
+
+
+class GSPNPipeline(DiffusionPipeline):
+    """Images of given classes, by GSPNTransformer2DModel or diffusers' DiTTransformer2DModel.
+
+    Args:
+        transformer: the model. It is in evaluation mode during a call, whatever it was in before.
+        scheduler: any of diffusers for DDPM's noise (DDPM, DDIM, DPM-Solver++, Euler, UniPC, ...) whose prediction_type
+            is the model's; DiT's is "epsilon". Others are refused, as are those for flow matching.
+        vae: AutoencoderKL; None if the model's maps are the pixels, in [-1, 1].
+        id2label: the classes' names, {0: "tench, Tinca tinca", ...}; a part between commas stands for its class too.
+
+    ``save_pretrained`` writes all of it, ``GSPNPipeline.from_pretrained`` reads it and what DiTPipeline saved.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components: ClassVar = ["vae"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
+
+    def __init__(
+        self,
+        transformer: GSPNTransformer2DModel | DiTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        id2label = {int(number): name for number, name in (id2label or {}).items()}  # JSON's keys are texts
+        for number in id2label:
+            if not 0 <= number < self.num_classes:
+                raise ValueError(f"id2label names class {number}, but there are 0 to {self.num_classes - 1}")
+        self.register_to_config(id2label={str(number): name for number, name in id2label.items()})
+        self.id2label = id2label
+
+    # -- what the parts say --
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, without the null class."""
+        config = self.transformer.config
+        return config["num_classes"] if "num_classes" in config else config["num_embeds_ada_norm"]
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels for a place of the model's map, in each dimension; 1 without a VAE."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def get_label_ids(self, labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
+        """The numbers of classes that are given by number or name.
+
+        Raises ValueError for a number out of range, and a name that no class or more than one has."""
+        if isinstance(labels, Tensor):
+            labels = labels.tolist()
+        labels = [labels] if isinstance(labels, int | str) else list(labels)
+        known = {}
+        for number, name in self.id2label.items():
+            for part in {name, *map(str.strip, name.split(","))}:
+                known.setdefault(part, set()).add(number)
+        return [self._label_id(label, known) for label in labels]
+
+    def _label_id(self, label, known):
+        if isinstance(label, str):
+            numbers = {n for n, name in self.id2label.items() if name == label} or known.get(label, set())
+            if len(numbers) > 1:
+                raise ValueError(f"{label!r} is the name of the classes {sorted(numbers)}: give the number")
+            if not numbers:
+                names = list(self.id2label.values())
+                shown = ", ".join(map(repr, names[:20])) + ", ..." * (len(names) > 20)
+                raise ValueError(f"there is no class {label!r}; there are {shown or 'no names, only numbers'}")
+            return next(iter(numbers))
+        if isinstance(label, bool) or not hasattr(label, "__index__"):
+            raise ValueError(f"a class is a whole number or a name, got {label!r}")
+        if not 0 <= (number := label.__index__()) < self.num_classes:
+            raise ValueError(f"class labels have to be from 0 to {self.num_classes - 1}, got {number}")
+        return number
+
+    # -- from noise to images --
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor,
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        sequential_guidance: bool = False,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """One image for each of `class_labels`.
+
+        Args:
+            class_labels: numbers or names of classes, or one of them.
+            guidance_scale: g in null + g * (conditional - null), on all channels of the prediction; 1 is without.
+            num_inference_steps: of the scheduler.
+            height, width: of the images in pixels: multiples of the patch (and of the VAE's factor). None, both
+                of them, is the square that the model was made for.
+            generator: one for all, or a list with one for each image, which then is the same in any batch.
+            latents: noise (B,C,h,w) instead of what the generator would give to begin with.
+            eta: DDIM's, for schedulers that take it.
+            output_type: "pil", "np" (B,H,W,C) or "pt" (B,C,H,W) in [0, 1], or "latent": the model's map as it is.
+            sequential_guidance: the conditional prediction and the null one after the other, not in one batch of twice
+                the size: half the memory.
+            callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ...}) after every step; may return
+                a dict with other latents.
+        Returns: ImagePipelineOutput, or (images,) without `return_dict`.
+        Raises ValueError, before any work, for what does not fit together.
+        """
+        labels = self.get_label_ids(class_labels)
+        self._check_parts(output_type)
+        guided = self._check_numbers(guidance_scale, num_inference_steps, eta)
+        shape = self._map_shape(len(labels), height, width, latents)
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise ValueError(f"expected one generator for each of {len(labels)} images, got {len(generator)}")
+        wrong = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
+        if wrong:
+            raise ValueError(f"a callback can get {self._callback_tensor_inputs}, not {wrong}")
+
+        device = self._execution_device
+        scheduler, takes_variance = self._scheduler()
+        options = inspect.signature(scheduler.step).parameters
+        extra = {name: value for name, value in dict(generator=generator, eta=eta).items() if name in options}
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        labels = torch.tensor(labels, device=device)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        # The map stays in float32 whatever the weights are in: what steps add up must not be rounded to bfloat16.
+        latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma
+
+        with _evaluating(self.transformer), self.progress_bar(total=len(scheduler.timesteps)) as bar:
+            for i, t in enumerate(scheduler.timesteps):
+                given = scheduler.scale_model_input(latents, t)
+                prediction, variance = self._predict(given, t, labels, guidance_scale, guided, sequential_guidance)
+                if takes_variance:
+                    prediction = torch.cat([prediction, variance], 1)
+                latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
+                bar.update()
+        images = self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(self, latents, t, labels, scale, guided, sequential):
+        """The guided prediction and the variance (that for the class; None if none is learned), float32 (B,C,h,w)."""
+
+        def model(maps, classes):
+            steps = torch.as_tensor(t, device=maps.device).expand(len(maps))
+            return self.transformer(maps, timestep=steps, class_labels=classes, return_dict=False)[0].float()
+
+        latents, channels = latents.to(self.transformer.dtype), latents.shape[1]
+        null = torch.full_like(labels, self.num_classes)
+        if not guided:
+            conditional = model(latents, labels)
+        elif sequential:
+            conditional, free = model(latents, labels), model(latents, null)[:, :channels]
+        else:
+            conditional, free = model(latents.repeat(2, 1, 1, 1), torch.cat([labels, null])).chunk(2)
+            free = free[:, :channels]
+        prediction, variance = conditional[:, :channels], conditional[:, channels:]
+        if guided:
+            prediction = free + scale * (prediction - free)
+        return prediction, variance
+
+    def _decode(self, latents, output_type):
+        if output_type == "latent":
+            return latents
+        if self.vae is None:
+            images = latents
+        else:
+            config = self.vae.config
+            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+            images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        images = (images / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images
+
+    # -- checks --
+
+    def _scheduler(self):
+        """The scheduler to step with, and whether it takes the variance."""
+        scheduler = self.scheduler
+        if isinstance(scheduler, TAKE_VARIANCE):
+            return scheduler, scheduler.config.variance_type in ("learned", "learned_range")
+        if (scheduler.config.get("variance_type") or "").startswith("learned"):
+            # Told of a variance, the solvers cut the prediction down to three channels; it is dropped here.
+            scheduler = copy.deepcopy(scheduler)
+            scheduler.register_to_config(variance_type=None)
+        return scheduler, False
+
+    def _check_parts(self, output_type):
+        config, scheduler = self.transformer.config, self.scheduler
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type has to be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        name, expected = type(scheduler).__name__, config.get("prediction_type", "epsilon")
+        told = scheduler.config.get("prediction_type")
+        if told is None or not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{name} does not take the timesteps and predictions of a model trained with DDPM's noise, as this one "
+                f"is: expected DDPM, DDIM, DPM-Solver++, Euler, ... with prediction_type {expected!r}"
+            )
+        if told != expected:
+            raise ValueError(
+                f"the model predicts {expected!r}, but the scheduler ({name}) has prediction_type {told!r}: make it "
+                f"with {name}.from_config(scheduler.config, prediction_type={expected!r})"
+            )
+        channels = config.in_channels
+        learns = config.get("out_channels") == 2 * channels
+        if config.get("out_channels") not in (None, channels, 2 * channels):
+            raise ValueError(f"out_channels has to be {channels} or {2 * channels}, got {config.out_channels}")
+        if self._scheduler()[1] and not learns:
+            raise ValueError(
+                f"the scheduler ({name}) takes a learned variance, but the model predicts none: give it "
+                'variance_type="fixed_small"'
+            )
+        if self.vae is not None and self.vae.config.latent_channels != channels:
+            raise ValueError(f"the VAE has {self.vae.config.latent_channels} latent channels, the model {channels}")
+        if self.vae is None and output_type == "pil" and channels not in (1, 3):
+            raise ValueError(f"maps of {channels} channels are no picture: give a vae, or another output_type")
+
+    def _check_numbers(self, scale, steps, eta):
+        """Whether there is guidance."""
+        if not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+            raise ValueError(f"guidance_scale has to be a number of at least 0, got {scale!r}")
+        last = self.scheduler.config.num_train_timesteps
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= last:
+            raise ValueError(f"num_inference_steps has to be a whole number from 1 to {last}, got {steps!r}")
+        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(f"{type(self.scheduler).__name__} takes no eta, got {eta}")
+        if scale != 1 and self.transformer.config.get("class_dropout_prob", 0.1) == 0:
+            raise ValueError(
+                f"the model has no null class (class_dropout_prob 0): guidance_scale has to be 1, got {scale}"
+            )
+        return scale != 1
+
+    def _map_shape(self, count, height, width, latents):
+        config, factor = self.transformer.config, self.vae_scale_factor
+        if not count:
+            raise ValueError("expected one class at least")
+        if (height is None) != (width is None):
+            raise ValueError(f"height and width go together, got {height} and {width}")
+        if height is None:
+            sides = (config.sample_size,) * 2 if latents is None else latents.shape[-2:]
+            height, width = (side * factor for side in sides)
+        unit = config.patch_size * factor
+        if not all(isinstance(side, int) and side > 0 and side % unit == 0 for side in (height, width)):
+            parts = f"the patch of {config.patch_size}" + (f" times the VAE's factor of {factor}" if factor > 1 else "")
+            raise ValueError(f"height and width have to be multiples of {unit}, {parts}, got {height}x{width}")
+        if height != width and isinstance(self.transformer, DiTTransformer2DModel):
+            raise ValueError(f"diffusers' DiT makes square images only, got {height}x{width}")
+        shape = (count, config.in_channels, height // factor, width // factor)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents have to be of shape {shape} for these images, got {tuple(latents.shape)}")
+        return shape
+
+
+@contextmanager
+def _evaluating(model):
+    """Without what happens in training only, such as the dropping of labels."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,239 @@
+"""What is known of the features of a set of images, its Statistics, and how it is found out: batch by batch, over
+several processes, kept in a file from which an interrupted call goes on.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gspn.files import SaveError, atomic, remove
+from gspn.train.diffusion.distances import Moments, Score
+from gspn.train.diffusion.features import Extractor
+from gspn.train.diffusion.imagesets import NO_CLASS, ImageSet, lazily
+from gspn.train.images import UNREADABLE, DataError, Preprocessing
+from gspn.train.loader import batches, make_loader
+
+FORMAT = 1  # of a file of statistics
+KEPT = 10_000  # images whose features are kept for kernel distance, precision and recall
+SAVE_EVERY = 60  # seconds
+
+
+class Statistics:
+    """What is known of a set of N images; grows batch by batch.
+
+    Attributes:
+        images: N. done: how many of them were looked at, the first ones. unreadable: how many of these could not be.
+        moments: of the features of all images, a Moments.
+        kept: float32 (M, d), the features of up to KEPT images, evenly spaced.
+        score: of the network's probabilities, a Score; None where it gives none.
+        classified, right: images whose class is known, and those of them that the network takes for it.
+    """
+
+    def __init__(self, images: int, d: int, classes: int | None):
+        self.images, self.done, self.unreadable, self.classified, self.right = images, 0, 0, 0, 0
+        self.moments, self.score = Moments.empty(d), Score(images, classes) if classes else None
+        self.kept = torch.empty(0, d)
+        self.wanted = torch.zeros(images, dtype=torch.bool)
+        self.wanted[torch.linspace(0, images - 1, min(images, KEPT), dtype=torch.float64).round().long()] = True
+
+    def add(self, index: Tensor, label: Tensor, features: Tensor, logits: Tensor | None) -> None:
+        """Takes in the next images, whose numbers are `index`, with labels as ImageDataset gives them."""
+        self.done += len(index)
+        seen = label != UNREADABLE
+        self.unreadable += int((~seen).sum())
+        index, label, features = index[seen], label[seen], features[seen]
+        if not features.isfinite().all():
+            raise DataError(f"the network's features of image {int(index[0])} or one after it are no finite numbers")
+        self.moments.add(features)
+        self.kept = torch.cat([self.kept, features[self.wanted[index]].float()])
+        if logits is not None:
+            self.score.add(index, logits[seen])
+            known = label != NO_CLASS
+            self.classified += int(known.sum())
+            self.right += int((logits[seen].argmax(1) == label)[known].sum())
+
+    def accuracy(self) -> float | None:
+        return self.right / self.classified if self.classified else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by name."""
+        counts = [self.images, self.done, self.unreadable, self.classified, self.right, self.moments.count]
+        tensors = {"counts": torch.tensor(counts), "mean": self.moments.mean, "scatter": self.moments.scatter}
+        tensors["kept"] = self.kept
+        if self.score is not None:
+            tensors |= {f"score.{key}": getattr(self.score, key) for key in ("count", "entropy", "probability")}
+        return tensors
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "Statistics":
+        """What `tensors` gave."""
+        images, done, unreadable, classified, right, count = tensors["counts"].tolist()
+        scored = "score.probability" in tensors
+        self = cls(images, len(tensors["mean"]), tensors["score.probability"].shape[1] if scored else None)
+        self.done, self.unreadable, self.classified, self.right = done, unreadable, classified, right
+        self.moments, self.kept = Moments(count, tensors["mean"], tensors["scatter"]), tensors["kept"]
+        for key in ("count", "entropy", "probability") if scored else ():
+            setattr(self.score, key, tensors[f"score.{key}"])
+        return self
+
+
+# -- files of statistics --
+
+
+def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
+    """Writes statistics and what they are of, atomically; one process at a time in a folder. Errors: SaveError."""
+    tensors = {name: tensor.contiguous() for name, tensor in statistics.tensors().items()}
+    metadata = {"gspn": json.dumps(key), "digest": _digest(tensors, key)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / ".lock", timeout=SAVE_EVERY), atomic(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+            temporary.chmod(0o644)  # save_file makes it private
+    except SaveError:
+        raise
+    except OSError as error:  # FileLock's Timeout too
+        raise SaveError(f"cannot write {path}: {error}") from error
+
+
+def read_statistics(path: Path) -> tuple[Statistics, dict]:
+    """(statistics, what they are of). Errors: DataError where the file is damaged or another one."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "gspn" not in metadata:
+            raise DataError(f"{path} holds no statistics of images; `gspn fid --save` writes such files")
+        key = json.loads(metadata["gspn"])
+        if metadata.get("digest") != _digest(tensors, key):
+            raise DataError(f"{path} is damaged: its content is not what was written")
+        if key["format"] > FORMAT:
+            raise DataError(f"{path} was written by a newer gspn (format {key['format']}, not up to {FORMAT}): update")
+        return Statistics.of(tensors), key
+    except DataError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged or holds no statistics of images: {error}") from error
+
+
+def _digest(tensors, key):
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- from images to statistics --
+
+
+@dataclass
+class Work:
+    """How images become statistics: network, size (H, W) of the images, and the means to it."""
+
+    extractor: Extractor
+    size: tuple[int, int]
+    accelerator: object
+    batch_size: int
+    workers: int
+    strict: bool
+    cache: Path | None
+    console: Console | None
+    notes: list[str]
+
+    def key(self, images: ImageSet) -> dict:
+        """What statistics of these images depend on."""
+        key = {"format": FORMAT, "images": images.identity, "where": images.where, "part": images.part}
+        return key | {"size": list(self.size), "features": self.extractor.name, "network": self.extractor.digest()}
+
+    def file(self, key: dict) -> Path | None:
+        """Where they are kept: neither where the images lie nor what the network was called matters."""
+        if self.cache is None:
+            return None
+        what = [key[name] for name in ("format", "images", "size", "network")]
+        return self.cache / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.safetensors"
+
+    def statistics(self, images: ImageSet, what: str) -> tuple[Statistics | None, Path | None]:
+        """(those of all the images, in the main process; the file that they are kept in)."""
+        main, key = self.accelerator.is_main_process, self.key(images)
+        file = self.file(key)
+        statistics = self.found(file, len(images.split)) if main and file else None
+        # one process looks, for the others may not see the same files
+        (start,) = broadcast_object_list([statistics.done if statistics else 0])
+        if start < len(images.split):
+            statistics = self.extract(images, what, start, statistics, file, key)
+        if main and statistics.moments.count < 2:
+            raise DataError(f"{images.where}: {statistics.moments.count} of {statistics.images} images could be read")
+        return statistics, file
+
+    def found(self, file, images):
+        """What the file holds, if it is there and sound."""
+        if not file.exists():
+            return None
+        try:
+            statistics, _ = read_statistics(file)
+        except DataError as error:
+            self.notes.append(f"computed again: {error}")
+            return None
+        return statistics if statistics.images == images else None
+
+    def extract(self, images, what, start, statistics, file, key):
+        """Goes through the images from `start` on. In the main process: the statistics of all of them."""
+        size, workers = self.batch_size, self.workers
+        how = Preprocessing(self.extractor.channels, self.size, (0.0,) * 3, (1.0,) * 3)
+        loader = self.accelerator.prepare(make_loader(lazily(images.split, start), how, size, workers=workers))
+        network, saved, unreadable = self.extractor.network.to(self.accelerator.device), time.monotonic(), []
+        main = self.accelerator.is_main_process
+        with self.bar(what, start, len(images.split)) as bar, torch.inference_mode():
+            for batch in batches(loader):
+                features, logits = network(batch["image"])
+                row = [batch["index"] + start, batch["label"], features.float()]
+                row += [] if logits is None else [logits.float()]
+                index, label, features, *rest = (each.cpu() for each in self.accelerator.gather_for_metrics(row))
+                unreadable += index[label == UNREADABLE].tolist()
+                if unreadable and self.strict:
+                    raise DataError(f"unreadable image (--strict): {images.split.problem(unreadable[0])}")
+                if not main:
+                    continue
+                if statistics is None:
+                    classes = rest[0].shape[1] if rest else None
+                    statistics = Statistics(len(images.split), features.shape[1], classes)
+                statistics.add(index, label, features, rest[0] if rest else None)
+                bar.update(0, completed=statistics.done)
+                if time.monotonic() - saved > SAVE_EVERY or statistics.done == statistics.images:
+                    self.keep(file, statistics, key)
+                    saved = time.monotonic()
+        self.notes += [f"unreadable: {images.split.problem(i)}" for i in unreadable[:20]]
+        return statistics
+
+    def keep(self, file, statistics, key):
+        if file is None:
+            return
+        try:
+            save_statistics(file, statistics, key)
+        except SaveError as error:  # what was computed is there all the same
+            if str(error) not in self.notes:
+                self.notes.append(str(error))
+
+    def bar(self, what, done, total):
+        """A bar with images and time left; silent without a console."""
+        bar = Progress(
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=(self.console if self.accelerator.is_main_process else None) or Console(quiet=True),
+            transient=True,
+        )
+        bar.add_task(what, total=total, completed=done)
+        return bar

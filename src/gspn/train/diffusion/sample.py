@@ -1,0 +1,381 @@
+"""Samples of a trained generator, by one process or several: what `gspn sample` runs.
+
+All that is random in sample i comes of (seed, i), so that it is the same whatever the batch, the number of processes
+and where they were stopped; another size of a batch may round the last bit of a sum elsewhere. A batch is a run of
+consecutive numbers; of one that was stopped in its middle, only the images that are missing are written.
+"""
+
+import hashlib
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import diffusers
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+
+from gspn.files import SaveError, write_json
+from gspn.models.pipeline import GSPNPipeline
+from gspn.train.checkpoint import Run, RunError, writing
+from gspn.train.diffusion.grid import draw_grid, save_picture
+from gspn.train.diffusion.sample_files import ABOUT, GRID, IMAGES, Samples
+from gspn.train.diffusion.vae import open_vae
+from gspn.train.images import decode, generator
+from gspn.train.loop import TrainingError, make_accelerator
+from gspn.train.options import OptionError, OptionSet, option, parse_size
+
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm-solver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+DEFAULT_PER_CLASS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(OptionSet):
+    """What to sample, and how."""
+
+    panel: ClassVar = "Samples"
+
+    classes: str = option("all", "Names or numbers of classes with commas between them, or all.", metavar="NAME,3,...")
+    per_class: int | None = option(
+        None, f"Images of each class. Default: {DEFAULT_PER_CLASS}.", low=1, high=100_000_000
+    )
+    count: int | None = option(None, "Images of all classes, which take turns.", low=1, high=100_000_000)
+    guidance: float = option(4.0, "How much the class counts: 1 is without guidance.", low=0)
+    steps: int = option(50, "Steps from noise to image.", low=1, high=100_000)
+    size: tuple | None = option(
+        None, "Of the images in pixels: N or HxW. Default: as in training.", parse=parse_size, metavar="N|HxW"
+    )
+    scheduler: str | None = option(
+        None, f"{', '.join(SCHEDULERS)}. Default: the generator's own.", choices=tuple(SCHEDULERS)
+    )
+    seed: int = option(0, "Same seed, same images.", low=0, high=2**63 - 1)
+    precision: str = option("fp32", "Of the model: fp32, or bf16.", choices=("fp32", "bf16"))
+    batch_size: int = option(16, "Images at a time, in each process.", low=1, high=1_000_000, same_result=True)
+    grid: bool = option(True, "Draw grid.png, the first images of each class.", same_result=True)
+    npz: bool = option(False, "Write samples.npz, as ADM's evaluation takes it.", same_result=True)
+
+
+def sample(
+    source: str | Path,
+    out: str | Path,
+    options: SampleOptions | None = None,
+    *,
+    checkpoint: str = "last",
+    console: Console | None = None,
+) -> dict:
+    """Samples a generator into the folder `out`, or goes on where this was stopped; more images of the same may be
+    asked for later.
+
+    Args:
+        source, checkpoint: see load_pipeline. options: SampleOptions. console: rich's; None is silent.
+        out: the folder; not to exist, to be empty, or begun with the same generator and options.
+    Returns: {"images", "made" (by this call, all processes), "seconds", "folder", "files"}, in every process.
+    Errors: OptionError, RunError, SaveError; TrainingError where memory does not suffice or values are not finite.
+    """
+    options = options or SampleOptions()
+    accelerator, out = make_accelerator(), Path(out).expanduser()
+    pipeline = load_pipeline(source, checkpoint)
+    wanted, note = _plan(pipeline, out, options)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(accelerator.device)
+    if options.precision == "bf16":
+        pipeline.transformer.to(torch.bfloat16)
+    if pipeline.vae is not None:
+        pipeline.vae.enable_slicing()  # decodes an image at a time, which bounds the memory
+    main = accelerator.is_main_process
+    if note and console and main:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    _check_folder(wanted)
+    accelerator.wait_for_everyone()  # all have found the folder fit
+    start = time.perf_counter()
+    with writing(out) if main else nullcontext():
+        batches = None
+        if main:
+            _begin(wanted)
+            batches = _batches(wanted.missing(), options.batch_size)
+        [batches] = broadcast_object_list([batches])
+        made = sum(len(missing) for _, missing in batches)
+        _make(pipeline, wanted, options, batches, accelerator, console if main else None)
+        accelerator.wait_for_everyone()
+        seconds = time.perf_counter() - start
+        files = [IMAGES]
+        if main:
+            files += _finish(wanted, options)
+        [files] = broadcast_object_list([files])
+    return {"images": wanted.count, "made": made, "seconds": seconds, "folder": str(out), "files": files}
+
+
+# -- the generator --
+
+
+def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
+    """The pipeline of a trained generator, on the CPU, with the averaged weights if the run has them.
+
+    Args:
+        source: a run of `gspn train-diffusion`, or a folder that GSPNPipeline.save_pretrained made.
+        checkpoint: "last", "best" or another one of the run.
+    Errors: RunError; OptionError if its VAE cannot be loaded.
+    """
+    from gspn.train.diffusion.task import build_generator  # here, as it draws samples itself
+
+    path = Path(source).expanduser()
+    if (path / "model_index.json").exists():
+        return _saved_pipeline(path)
+    run = Run.open(path)
+    if run.config.get("task") != "diffusion":
+        raise RunError(f"{path} is a run of {run.config.get('task')}, expected diffusion")
+    tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
+    try:
+        config = run.config
+        scheduler = getattr(diffusers, config["scheduler"]["class"]).from_config(config["scheduler"]["config"])
+        transformer = build_generator(config["model"])
+        transformer.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
+        if "prediction_type" not in transformer.config:  # DiT of diffusers does not know what it predicts
+            transformer.register_to_config(prediction_type=scheduler.config.prediction_type)
+        id2label = dict(enumerate(config["class_names"]))
+        vae = config["vae"] and open_vae(config["vae"]["path"])
+        if vae:
+            vae.register_to_config(**{name: config["vae"][name] for name in ("scaling_factor", "shift_factor")})
+        pipeline = GSPNPipeline(transformer.eval(), scheduler, vae or None, id2label)
+        pipeline.image_size = tuple(config["space"]["image_size"])
+        return pipeline
+    except (RunError, OptionError):
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()
+        raise RunError(
+            f"the run {path} is damaged or foreign: {type(error).__name__}: {' '.join(reason[:2])}"
+        ) from error
+
+
+def _saved_pipeline(path):
+    try:
+        name = GSPNPipeline.load_config(path).get("_class_name")
+        if name not in ("GSPNPipeline", "DiTPipeline"):
+            raise RunError(f"{path} holds a {name}, expected a GSPNPipeline")
+        pipeline = GSPNPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, RunError):
+            raise
+        reason = " ".join(str(error).strip().splitlines()[:2])
+        raise RunError(f"the pipeline {path} cannot be loaded: {reason}") from error
+    side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    pipeline.image_size = (side, side)
+    return pipeline
+
+
+def named_scheduler(name: str, own) -> diffusers.SchedulerMixin:
+    """The scheduler of that name (see SCHEDULERS) for the noise and the prediction of the scheduler `own`."""
+    config = dict(own.config)
+    if name not in ("ddpm", "ddim"):
+        for key in ("timestep_spacing", "steps_offset"):  # how DDPM skips steps; solvers have their own way
+            config.pop(key, None)
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+
+
+# -- what to make --
+
+
+def _plan(pipeline, out, options):
+    """The Samples that are wanted, and what to tell about them. The pipeline gets its scheduler."""
+    count = pipeline.num_classes
+    names = [pipeline.id2label.get(i, str(i)) for i in range(count)]
+    classes = _classes(pipeline, options.classes, names)
+    if options.count and options.per_class:
+        raise OptionError(f"count {options.count} and per_class {options.per_class} exclude each other: give one")
+    number = options.count or (options.per_class or DEFAULT_PER_CLASS) * len(classes)
+    if options.scheduler:
+        pipeline.scheduler = named_scheduler(options.scheduler, pipeline.scheduler)
+    height, width = options.size or pipeline.image_size
+    try:
+        pipeline.check(classes, options.guidance, options.steps, height, width, output_type="np")
+        if pipeline.vae is None and pipeline.transformer.config.in_channels not in (1, 3):
+            raise ValueError(f"the model's maps of {pipeline.transformer.config.in_channels} channels are no pictures")
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    scheduler = pipeline.scheduler
+    settings = {
+        "weights": _digest(pipeline),
+        "guidance": options.guidance,
+        "steps": options.steps,
+        "size": [height, width],
+        "scheduler": {"class": type(scheduler).__name__, **_plain(scheduler.config)},
+        "seed": options.seed,
+        "precision": options.precision,
+    }
+    scheduler.set_timesteps(options.steps)
+    first, last = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps
+    note = None
+    if first < 0.88 * last:
+        note = (
+            f"with {options.steps} steps {type(scheduler).__name__} begins at step {first} of {last}, where an image is "
+            f"not all noise: better give it a number of steps that divides {last}"
+        )
+    return Samples(out, settings, number, classes, names), note
+
+
+def _classes(pipeline, text, names):
+    if text.strip() == "all" and "all" not in names:
+        return list(range(pipeline.num_classes))
+    classes = []
+    for part in (part.strip() for part in text.split(",")):
+        try:
+            classes += pipeline.get_label_ids(int(part) if part.isdecimal() and part not in names else part)
+        except ValueError as error:
+            raise OptionError(f"classes: {error}") from error
+    if len(set(classes)) < len(classes):
+        raise OptionError(f"classes names a class twice: {text!r}")
+    return classes
+
+
+def _plain(config):
+    """What of a scheduler's config decides about samples, as JSON gives it back."""
+    return {key: value for key, value in sorted(config.items()) if not key.startswith("_") and value is not None}
+
+
+def _digest(pipeline):
+    """What tells other weights apart: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in (pipeline.transformer, pipeline.vae):
+        for name, tensor in sorted(part.state_dict().items()) if part is not None else ():
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_folder(wanted):
+    """Raises RunError unless the samples may go into their folder."""
+    folder = wanted.folder
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; expected a folder that is new, empty, or holds such samples")
+    if not (folder / ABOUT).exists():
+        if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+            raise RunError(f"{folder} is not empty and holds no samples (no {ABOUT}): choose another folder")
+        return
+    before = Samples.open(folder)
+    pairs = [(name, before.settings.get(name), value) for name, value in wanted.settings.items()]
+    pairs += [(name, getattr(before, name), getattr(wanted, name)) for name in ("classes", "class_names")]
+    for name, was, value in pairs:
+        if was != value:
+            what = "other weights" if name == "weights" else f"{name} {_short(was)}, not {_short(value)}"
+            raise RunError(f"the samples in {folder} were made with {what}: choose another folder")
+    if before.count > wanted.count:
+        raise RunError(f"{folder} is of {before.count} samples, more than {wanted.count}: choose another folder")
+
+
+def _short(value):
+    text = str(value)
+    return text if len(text) < 200 else text[:200] + " ..."
+
+
+def _begin(wanted):
+    try:
+        (wanted.folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder {wanted.folder / IMAGES}: {error.strerror}") from error
+    write_json(wanted.folder / ABOUT, wanted.about())
+
+
+def _batches(missing, size):
+    """[(numbers of a batch, those of them to be written), ...]. Batches begin at multiples of their size, so that an
+    image is made in the same company when its batch was stopped."""
+    batches = {}
+    for i in missing:
+        batches.setdefault(i // size, []).append(i)
+    return [(list(range(b * size, (b + 1) * size)), wanted) for b, wanted in batches.items()]
+
+
+# -- making it --
+
+
+def _make(pipeline, wanted, options, batches, accelerator, console):
+    """Makes the batches of this process: every so manieth."""
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    bar = Progress(
+        TextColumn("sampling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images "),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console or Console(quiet=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("samples", total=sum(len(missing) for _, missing in batches))
+        done = 0.0
+        for numbers, missing in own:
+            share = len(missing) * accelerator.num_processes  # the others are about as far
+
+            def step(pipeline, i, t, tensors, done=done, share=share):
+                bar.update(task, completed=int(done + share * (i + 1) / len(pipeline.scheduler.timesteps)))
+
+            pixels = _images(pipeline, wanted, options, numbers, step)
+            images = pipeline.numpy_to_pil(pixels)
+            for i in missing:
+                save_picture(wanted.path(i), images[numbers.index(i)])
+            done += share
+
+
+def _images(pipeline, wanted, options, numbers, step):
+    """float32 (B,H,W,C) in [0, 1]. Errors: TrainingError."""
+    height, width = wanted.settings["size"]
+    try:
+        pixels = pipeline(
+            [wanted.label(i) for i in numbers],
+            options.guidance,
+            options.steps,
+            height,
+            width,
+            generator=[generator(options.seed, i) for i in numbers],
+            output_type="np",
+            callback_on_step_end=step,
+        ).images
+    except (RuntimeError, MemoryError) as error:
+        texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
+        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts):
+            raise TrainingError(
+                f"memory does not suffice for {len(numbers)} images of {height}x{width} at a time: lower --batch-size; "
+                f"what is done stays ({str(error).splitlines()[0]})"
+            ) from error
+        raise
+    if not np.isfinite(pixels).all():
+        wrong = [i for i, image in zip(numbers, pixels, strict=True) if not np.isfinite(image).all()]
+        raise TrainingError(f"sample {wrong[0]} has values that are not finite; try --precision fp32 or more steps")
+    return pixels
+
+
+def _finish(wanted, options):
+    """Draws and writes what is of all samples. Returns the names of the files."""
+    files = []
+    if options.grid:
+        save_picture(wanted.folder / GRID, _grid(wanted))
+        files.append(GRID)
+    if options.npz:
+        files.append(wanted.write_arrays().name)
+    return files
+
+
+def _grid(wanted, per_class=10):
+    shown = range(min(wanted.count, per_class * len(wanted.classes)))
+    images, labels = [decode(wanted.path(i)) for i in shown], [wanted.label(i) for i in shown]
+    settings = wanted.settings
+    height, width = settings["size"]
+    title = (
+        f"{height}x{width}, guidance {settings['guidance']:g}, {settings['steps']} steps of "
+        f"{settings['scheduler']['class'].removesuffix('Scheduler')}, seed {settings['seed']}"
+    )
+    return draw_grid(images, labels, wanted.class_names, title=title, columns=per_class)

@@ -1,0 +1,64 @@
+"""The VAE between images and latents: an AutoencoderKL of diffusers."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+
+from gspn.train.data import location
+from gspn.train.options import OptionError
+
+
+def open_vae(where: str | Path) -> AutoencoderKL:
+    """A VAE with its weights, in float32 on the CPU.
+
+    Args:
+        where: a folder that save_pretrained made, of the VAE or of a pipeline that has one, or a name on the Hugging
+            Face hub. Weights are read from safetensors only.
+    Errors: OptionError.
+    """
+    path = Path(where).expanduser()
+    within = "vae" if not (path / "config.json").exists() and (path / "vae" / "config.json").exists() else None
+    name = str(path) if path.exists() else str(where)
+    try:
+        config = AutoencoderKL.load_config(name, subfolder=within)
+        if config.get("_class_name") != "AutoencoderKL":
+            raise OptionError(f"{where} is of the class {config.get('_class_name')}, expected an AutoencoderKL")
+        vae, found = AutoencoderKL.from_pretrained(
+            name, subfolder=within, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OptionError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise OptionError(f"the VAE {where} cannot be loaded: {reason}") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise OptionError(f"the VAE {where} lacks {len(missing)} of its weights, such as {missing[0]}")
+    if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+        raise OptionError(
+            f"the VAE {where} normalises each channel (latents_mean, latents_std): expected one scaling_factor for all"
+        )
+    return vae.float()
+
+
+def describe_vae(vae: AutoencoderKL, where: str | Path) -> dict:
+    """What config.json keeps of a VAE: path, class, scaling_factor, shift_factor, digest (of the factors and weights)."""
+    scale = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor}
+    digest = hashlib.sha256(json.dumps(scale).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return {"path": location(where), "class": "AutoencoderKL", **scale, "digest": digest.hexdigest()}
+
+
+def latent_shape(vae: AutoencoderKL, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of (H, W) images. Errors: OptionError for a size that it cannot halve that often."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if any(length % factor for length in size):
+        raise OptionError(
+            f"size must be divisible by {factor}, by which the VAE shrinks images, got {size[0]}x{size[1]}"
+        )
+    return vae.config.latent_channels, size[0] // factor, size[1] // factor
