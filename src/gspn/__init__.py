@@ -17,10 +17,15 @@ _HOMES = {
     "gspn.models": ("create_model", "list_models", "load_released", "register_timm"),
     "gspn.export": ("export_aoti", "export_onnx", "export_program"),
 }
+# These need the extra `diffusion`, so `from gspn import *` leaves them out.
+_OF_DIFFUSERS = {
+    "gspn.models.generator": ("GSPNTransformer2DModel", "create_generator"),
+    "gspn.models.pipeline": ("GSPNPipeline",),
+}
 _MODULES = ("export", "layers", "models", "ops", "train")
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: home for home, names in (_HOMES | _OF_DIFFUSERS).items() for name in names}
 
-__all__ = [*_HOME_OF, "__version__"]
+__all__ = [*(name for names in _HOMES.values() for name in names), "__version__"]
 
 
 def __getattr__(name: str):
@@ -34,4 +39,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | set(_HOME_OF) | set(__all__))

@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -40,6 +41,8 @@ class GSPNPipeline(DiffusionPipeline):
             is the model's; DiT's is "epsilon". Others are refused, as are those for flow matching.
         vae: AutoencoderKL; None if the model's maps are the pixels, in [-1, 1].
         id2label: the classes' names, {0: "tench, Tinca tinca", ...}; a part between commas stands for its class too.
+        image_size: (H, W) in pixels of the images to make where a call says nothing else; None is the square that the
+            model's sample_size says.
 
     ``save_pretrained`` writes all of it, ``GSPNPipeline.from_pretrained`` reads it and what DiTPipeline saved.
     """
@@ -54,6 +57,7 @@ class GSPNPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: dict | None = None,
+        image_size: Sequence[int] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -61,8 +65,9 @@ class GSPNPipeline(DiffusionPipeline):
         for number in id2label:
             if not 0 <= number < self.num_classes:
                 raise ValueError(f"id2label names class {number}, but there are 0 to {self.num_classes - 1}")
-        self.register_to_config(id2label={str(number): name for number, name in id2label.items()})
-        self.id2label = id2label
+        self.id2label, self.image_size = id2label, None if image_size is None else tuple(image_size)
+        names = {str(number): name for number, name in id2label.items()}
+        self.register_to_config(id2label=names, image_size=image_size and list(image_size))
 
     # -- what the parts say --
 
@@ -83,7 +88,7 @@ class GSPNPipeline(DiffusionPipeline):
         Raises ValueError for a number out of range, and a name that no class or more than one has."""
         if isinstance(labels, Tensor):
             labels = labels.tolist()
-        labels = [labels] if isinstance(labels, int | str) else list(labels)
+        labels = [labels] if isinstance(labels, Integral | str) else list(labels)
         known = {}
         for number, name in self.id2label.items():
             for part in {name, *map(str.strip, name.split(","))}:
@@ -100,11 +105,11 @@ class GSPNPipeline(DiffusionPipeline):
                 shown = ", ".join(map(repr, names[:20])) + ", ..." * (len(names) > 20)
                 raise ValueError(f"there is no class {label!r}; there are {shown or 'no names, only numbers'}")
             return next(iter(numbers))
-        if isinstance(label, bool) or not hasattr(label, "__index__"):
+        if isinstance(label, bool) or not isinstance(label, Integral):
             raise ValueError(f"a class is a whole number or a name, got {label!r}")
-        if not 0 <= (number := label.__index__()) < self.num_classes:
-            raise ValueError(f"class labels have to be from 0 to {self.num_classes - 1}, got {number}")
-        return number
+        if not 0 <= label < self.num_classes:
+            raise ValueError(f"class labels have to be from 0 to {self.num_classes - 1}, got {label}")
+        return int(label)
 
     # -- from noise to images --
 
@@ -131,8 +136,8 @@ class GSPNPipeline(DiffusionPipeline):
             class_labels: numbers or names of classes, or one of them.
             guidance_scale: g in null + g * (conditional - null), on all channels of the prediction; 1 is without.
             num_inference_steps: of the scheduler.
-            height, width: of the images in pixels: multiples of the patch (and of the VAE's factor). None, both
-                of them, is the square that the model was made for.
+            height, width: of the images in pixels: multiples of the patch (and of the VAE's factor). None, both of
+                them, is what the pipeline was made for, see image_size.
             generator: one for all, or a list with one for each image, which then is the same in any batch.
             latents: noise (B,C,h,w) instead of what the generator would give to begin with.
             eta: DDIM's, for schedulers that take it.
@@ -144,10 +149,9 @@ class GSPNPipeline(DiffusionPipeline):
         Returns: ImagePipelineOutput, or (images,) without `return_dict`.
         Raises ValueError, before any work, for what does not fit together.
         """
-        labels = self.get_label_ids(class_labels)
-        self._check_parts(output_type)
-        guided = self._check_numbers(guidance_scale, num_inference_steps, eta)
-        shape = self._map_shape(len(labels), height, width, latents)
+        labels, shape = self.check_inputs(
+            class_labels, guidance_scale, num_inference_steps, height, width, latents, eta, output_type
+        )
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"expected one generator for each of {len(labels)} images, got {len(generator)}")
         wrong = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
@@ -168,7 +172,7 @@ class GSPNPipeline(DiffusionPipeline):
         with _evaluating(self.transformer), self.progress_bar(total=len(scheduler.timesteps)) as bar:
             for i, t in enumerate(scheduler.timesteps):
                 given = scheduler.scale_model_input(latents, t)
-                prediction, variance = self._predict(given, t, labels, guidance_scale, guided, sequential_guidance)
+                prediction, variance = self._predict(given, t, labels, guidance_scale, sequential_guidance)
                 if takes_variance:
                     prediction = torch.cat([prediction, variance], 1)
                 latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
@@ -179,7 +183,7 @@ class GSPNPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, latents, t, labels, scale, guided, sequential):
+    def _predict(self, latents, t, labels, scale, sequential):
         """The guided prediction and the variance (that for the class; None if none is learned), float32 (B,C,h,w)."""
 
         def model(maps, classes):
@@ -187,7 +191,7 @@ class GSPNPipeline(DiffusionPipeline):
             return self.transformer(maps, timestep=steps, class_labels=classes, return_dict=False)[0].float()
 
         latents, channels = latents.to(self.transformer.dtype), latents.shape[1]
-        null = torch.full_like(labels, self.num_classes)
+        null, guided = torch.full_like(labels, self.num_classes), scale != 1
         if not guided:
             conditional = model(latents, labels)
         elif sequential:
@@ -216,6 +220,25 @@ class GSPNPipeline(DiffusionPipeline):
         return self.numpy_to_pil(images) if output_type == "pil" else images
 
     # -- checks --
+
+    def check_inputs(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor,
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        output_type: str = "pil",
+    ) -> tuple[list[int], tuple[int, int, int, int]]:
+        """Whether a call with these arguments can be done, at no cost.
+
+        Returns: (numbers of the classes, shape (B,C,h,w) of the maps). Raises ValueError as the call does."""
+        labels = self.get_label_ids(class_labels)
+        self._check_parts(output_type)
+        self._check_numbers(guidance_scale, num_inference_steps, eta)
+        return labels, self._map_shape(len(labels), height, width, latents)
 
     def _scheduler(self):
         """The scheduler to step with, and whether it takes the variance."""
@@ -259,7 +282,6 @@ class GSPNPipeline(DiffusionPipeline):
             raise ValueError(f"maps of {channels} channels are no picture: give a vae, or another output_type")
 
     def _check_numbers(self, scale, steps, eta):
-        """Whether there is guidance."""
         if not isinstance(scale, int | float) or not 0 <= scale < math.inf:
             raise ValueError(f"guidance_scale has to be a number of at least 0, got {scale!r}")
         last = self.scheduler.config.num_train_timesteps
@@ -280,8 +302,10 @@ class GSPNPipeline(DiffusionPipeline):
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got {height} and {width}")
         if height is None:
-            sides = (config.sample_size,) * 2 if latents is None else latents.shape[-2:]
-            height, width = (side * factor for side in sides)
+            if latents is not None:
+                height, width = (side * factor for side in latents.shape[-2:])
+            else:
+                height, width = self.image_size or (config.sample_size * factor,) * 2
         unit = config.patch_size * factor
         if not all(isinstance(side, int) and side > 0 and side % unit == 0 for side in (height, width)):
             parts = f"the patch of {config.patch_size}" + (f" times the VAE's factor of {factor}" if factor > 1 else "")

@@ -4,7 +4,9 @@
     RUN/options.yaml                   the options alone, for `gspn train --config`
     RUN/metrics.jsonl                  one JSON object per epoch
     RUN/checkpoints/last, best, ...    model.safetensors, ema.safetensors, optimizer.safetensors, state.json
-    RUN/curves.png, predictions.png, context.png
+    RUN/curves.png, predictions.png, context.png         of a classifier
+    RUN/curves.png, samples/epoch-0001.png, ...          of a generator
+    RUN/tensorboard/                                     if wanted
 
 Tensors are safetensors and everything else is JSON: nothing is ever unpickled. A file is written under a temporary
 name in the same folder, synced to disk, then renamed; a checkpoint, which is several files, as a folder likewise.
@@ -169,7 +171,8 @@ class Run:
 
     def _files(self):
         """What a run consists of, as far as it is there, the checkpoints first and config.json last."""
-        names = ("checkpoints", "metrics.jsonl", "options.yaml", "curves.png", "predictions.png", "context.png")
+        names = ("checkpoints", "metrics.jsonl", "options.yaml", "samples", "tensorboard", "curves.png")
+        names += ("predictions.png", "context.png")
         files = [self.path / name for name in names] + sorted(self.path.glob("context-*.png"))
         return [file for file in [*files, self.path / "config.json"] if file.exists()]
 

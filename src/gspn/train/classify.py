@@ -2,33 +2,30 @@
 `gspn train` runs.
 """
 
-import platform
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from rich.console import Console
 
-import gspn
 from gspn.models import create_model
 from gspn.train import pictures
-from gspn.train.checkpoint import STATE_FORMAT, Run, RunError, writing
-from gspn.train.data import Data, DataError, open_data
-from gspn.train.evaluate import OPEN_OPTIONS, classify, load_classifier, warnings_of
+from gspn.train.checkpoint import Run, RunError
+from gspn.train.data import Data, DataError
+from gspn.train.evaluate import classify, load_classifier, warnings_of
 from gspn.train.finetune import Source, open_source, start_from
 from gspn.train.images import UNREADABLE, Preprocessing, Split
 from gspn.train.loader import make_loader
-from gspn.train.loop import Position, autocast, make_accelerator, train
-from gspn.train.optim import frozen_modules, make_optimizer
-from gspn.train.options import OptionError, Options, file_text
+from gspn.train.loop import autocast, train
+from gspn.train.options import OptionError, Options
 from gspn.train.recipe import SMALL, Augmentation, Mixing, preset_for
+from gspn.train.session import describe_size, open_with, resume, start
 
+TASK = "classification"  # in a run's config.json
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -99,6 +96,9 @@ class Classification:
     def score(self, metrics):
         return [metrics["top1"], -metrics["val_loss"]]  # of equally good ones, that of the lower loss
 
+    def pictures(self):
+        return {}
+
     def line(self, row):
         top5 = "" if row["top5"] is None else f"  top-5 {row['top5']:.2%}"
         return (
@@ -124,10 +124,28 @@ class Setup:
     augmentation: Augmentation
     mixing: Mixing | None
     notes: list[str]
+    converts: bool
+    source: Source | None = None
+    begun_from: str | None = None  # the digest of the weights of init_from, in a run that is gone on with
+
+    @classmethod
+    def begin(cls, data: str | Path, options: Options) -> "Setup":
+        """For a new training on `data`: with the weights that it starts from."""
+        data_set, source = open_with(data, options), None
+        if options.init_from:
+            channels = options.channels or data_set.splits["train"].channels()
+            source = open_source(options.init_from, options.model, options.model_args, channels)
+        return cls.of(data_set, options, source)
+
+    @classmethod
+    def again(cls, data: str | Path, options: Options) -> "Setup":
+        """For a training that is gone on with."""
+        return cls.of(open_with(data, options), options)
 
     @classmethod
     def of(cls, data_set: Data, options: Options, source: Source | None = None) -> "Setup":
         """Settles the options for these data. Errors: DataError, OptionError."""
+        converts = options.channels is not None
         train_split, eval_split, eval_name = data_set.for_training()
         class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
         train_split, eval_split = train_split.relabelled(class_names), eval_split.relabelled(class_names)
@@ -143,27 +161,46 @@ class Setup:
             Augmentation.of(options, data_set.kind, preprocessing.size),
             Mixing.of(options, len(class_names)),
             [*data_set.notes, *notes],
+            converts=converts,
+            source=source,
         )
 
     def model(self, device) -> torch.nn.Module:
         """A new model. Errors: OptionError."""
-        model = build_model(self.options, self.preprocessing, len(self.class_names), device)
-        options = self.options
-        frozen_modules(model, options.freeze or ())  # what cannot be is found before the run's folder is made
-        make_optimizer(model, options)
-        try:
-            torch.zeros(1, device=options.ema_device or device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise OptionError(
-                f"ema_device {options.ema_device!r} cannot be used: {str(error).splitlines()[0]}"
-            ) from error
-        return model
+        return build_model(self.options, self.preprocessing, len(self.class_names), device)
+
+    def first_weights(self, model) -> str | None:
+        """Copies the weights of --init-from into it; a note on them. Errors: OptionError."""
+        if not self.options.init_from:
+            return None
+        if self.source is None:  # of a run that is gone on with and has no checkpoint yet
+            self.source = open_source(
+                self.options.init_from, self.options.model, self.options.model_args, self.preprocessing.channels
+            )
+            if self.source.digest() != self.begun_from:
+                raise RunError(f"{self.source.where} holds other weights than those that the run started from")
+        return start_from(self.source, model, self.class_names, self.data.where)
+
+    def config(self, model) -> dict:
+        """What config.json keeps of a classifier."""
+        return {
+            "model": model.config,
+            "preprocessing": self.preprocessing.to_json(),
+            "class_names": self.class_names,
+            "data": {"converts": self.converts},
+            "init_from": self.source and self.source.digest(),
+        }
+
+    def check_config(self, config) -> None:
+        """Takes over the run's preprocessing, and which weights it began from."""
+        self.preprocessing = Preprocessing(**config["preprocessing"])
+        self.begun_from = config.get("init_from")
 
     def describe(self, model) -> str:
         options, count = self.options, sum(parameter.numel() for parameter in model.parameters())
         return (
             f"{options.model}, {count:,} parameters; {len(self.train_split):,} training and {len(self.eval_split):,} "
-            f"{self.eval_name} images of {len(self.class_names)} classes, {describe(self.preprocessing)}\n"
+            f"{self.eval_name} images of {len(self.class_names)} classes, {describe_size(self.preprocessing)}\n"
             f"{options.epochs} epoch{'s' * (options.epochs > 1)}, batch size {options.batch_size}, "
             f"learning rate {options.lr:g}, EMA {options.ema:g}, {options.precision}, preset {options.preset}, "
             f"augmentation {options.augment}{' and flip' * bool(options.flip)}, seed {options.seed}"
@@ -188,53 +225,7 @@ def train_classifier(
     Errors: DataError, OptionError, RunError, SaveError, TrainingError.
     """
     options = options or Options()
-    accelerator = make_accelerator()
-    say = _speaker(accelerator, console)
-    Run.check_free(out, overwrite)
-    data_set, source = open_with(data, options), None
-    if options.init_from:
-        channels = options.channels or data_set.splits["train"].channels()
-        source = open_source(options.init_from, options.model, options.model_args, channels)
-    converts = options.channels is not None
-    setup = Setup.of(data_set, options, source)
-    check_processes(setup, accelerator)
-    model = setup.model(accelerator.device)
-    notes = [*setup.notes, start_from(source, model, setup.class_names, data_set.where)] if source else setup.notes
-    for note in notes:
-        say(f"note: {note}")
-    say(setup.describe(model))
-
-    config = {
-        "task": "classification",
-        "model": model.config,
-        "preprocessing": setup.preprocessing.to_json(),
-        "class_names": setup.class_names,
-        "data": {
-            "where": setup.data.where,
-            "kind": setup.data.kind,
-            "split": setup.eval_name,
-            "converts": converts,
-            "fingerprint": setup.data.fingerprint(),
-            **{name: getattr(options, name) for name in OPEN_OPTIONS},
-        },
-        "options": asdict(setup.options),
-        "init_from": source and source.digest(),
-        "seed": setup.options.seed,
-        "versions": _versions(),
-    }
-    accelerator.wait_for_everyone()  # all have found the folder free
-    with writing(out) if accelerator.is_main_process else nullcontext():
-        run = None
-        if accelerator.is_main_process:
-            run = Run.create(out, config, overwrite, options=file_text(setup.options, {"data": str(data)}))
-        try:
-            return _train(setup, model, out, run, accelerator, console)
-        except BaseException:
-            if run and run.restore_earlier():
-                say(f"the run that was in {out} is there again, as this training has no checkpoint")
-            elif run and run.has_checkpoint("last"):
-                say(f"`gspn train --resume {out}` goes on from its last checkpoint")
-            raise
+    return start(TASK, Setup.begin, _train, data, out, options, overwrite=overwrite, console=console)
 
 
 def resume_classifier(
@@ -252,96 +243,10 @@ def resume_classifier(
     Returns and errors: as train_classifier; OptionError also for changes of the result, RunError also where data,
     checkpoint and run do not belong together.
     """
-    options = _changed(Run.open(path).config, changes or {})
-    accelerator = make_accelerator()
-    say = _speaker(accelerator, console)
-    with writing(path) if accelerator.is_main_process else nullcontext():
-        run, checkpoint = Run.open(path), None
-        with readable(path):
-            config = run.config
-            setup = Setup.of(open_with(data or config["data"]["where"], options), options)
-            if setup.data.fingerprint() != config["data"].get("fingerprint"):
-                raise RunError(
-                    f"{setup.data.where} is not what {path} was trained on: images, labels or class names have "
-                    f"changed; `gspn train --init-from {path}` starts a new training from its weights"
-                )
-            setup.preprocessing = Preprocessing(**config["preprocessing"])
-            other_versions = config["versions"] != _versions() and config["versions"]
-        check_processes(setup, accelerator)
-        model = setup.model(accelerator.device)
-        if run.has_checkpoint("last"):
-            checkpoint = _complete(path, *run.load_checkpoint("last"))
-            state = checkpoint[1]
-            place = f"step {state['step']} (epoch {state['position']['epoch'] + 1})"
-            if state["processes"] != accelerator.num_processes:
-                say(
-                    f"note: {accelerator.num_processes} processes instead of {state['processes']}: what is random in "
-                    "the model will differ"
-                )
-        else:
-            place = "the start, as there is no checkpoint yet"
-            if options.init_from:
-                channels = setup.preprocessing.channels
-                source = open_source(options.init_from, options.model, options.model_args, channels)
-                if source.digest() != config.get("init_from"):
-                    raise RunError(f"{source.where} holds other weights than those that {path} started from")
-                say(f"note: {start_from(source, model, setup.class_names, setup.data.where)}")
-        if other_versions:
-            say(f"note: other versions than before, so not the same to the last bit: {other_versions}")
-        say(f"{setup.describe(model)}\ngoing on from {place}")
-        accelerator.wait_for_everyone()  # all have read
-        if accelerator.is_main_process:
-            run.rewind(checkpoint[1]["epoch"] if checkpoint else 0)
-            run.prune(options.keep)
-        return _train(
-            setup, model, path, run if accelerator.is_main_process else None, accelerator, console, checkpoint
-        )
+    return resume(TASK, Setup.again, _train, path, changes, Options, data=data, console=console)
 
 
-@contextmanager
-def readable(path):
-    """What a run's files do not hold, or hold as something else, is a RunError."""
-    try:
-        yield
-    except (RunError, DataError, OptionError):
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
-
-
-def _changed(config, changes, task="classification", kind=Options):
-    """The options of a run of that task, with `changes`."""
-    if config.get("task") != task:
-        raise RunError(f"this is a run of {config.get('task')}, expected {task}")
-    if not isinstance(config.get("options"), dict):
-        raise RunError("the run's config.json is damaged or foreign: it holds no options")
-    saved = kind.read(config["options"], "the run's config.json: ")
-    changed = kind.read({**config["options"], **changes})
-    for one in fields(kind):
-        if getattr(saved, one.name) != getattr(changed, one.name) and not one.metadata["same_result"]:
-            free = ", ".join(one.name for one in fields(kind) if one.metadata["same_result"])
-            raise OptionError(
-                f"{one.name} was {getattr(saved, one.name)} and cannot be {getattr(changed, one.name)} in a training "
-                f"that goes on exactly; what can be changed: {free}. --init-from starts a new training from its weights"
-            )
-    return changed
-
-
-def _complete(path, tensors, state):
-    """A checkpoint, if a training can go on from it."""
-    if state.get("format", 1) < STATE_FORMAT:
-        raise RunError(f"{path} was written by an older gspn, which could not resume: nothing to go on from")
-    with readable(f"{path}, checkpoint `last`,"):
-        position = Position(**state["position"])
-        counts = [position.epoch, position.batch, position.step, position.images, state["epoch"], state["processes"]]
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError(f"counts are {counts}")
-        if not {"model", "optimizer"} <= set(tensors) or not isinstance(state["task"].get("unreadable", []), list):
-            raise KeyError("model, optimizer or what is unreadable")
-    return tensors, state
-
-
-def _train(setup, model, out, run, accelerator, console, checkpoint=None):
+def _train(setup, model, out, run, accelerator, console, checkpoint):
     """Trains, evaluates the best checkpoint, draws the pictures."""
     options, preprocessing, class_names = setup.options, setup.preprocessing, setup.class_names
     size, workers = options.batch_size, options.workers
@@ -374,38 +279,6 @@ def _train(setup, model, out, run, accelerator, console, checkpoint=None):
         first = int(outcome.index[outcome.label != UNREADABLE][0])
         pictures.context(run.path / "context.png", classifier, split.image(first))
     return classifier.run, metrics, warnings_of(metrics, list(task.problems.values()))
-
-
-def open_with(data, options):
-    """data.open_data with what the options say about it."""
-    return open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
-
-
-def check_processes(setup, accelerator):
-    """Raises OptionError unless the processes can share a batch."""
-    count, size = accelerator.num_processes, setup.options.batch_size
-    if size % count:
-        raise OptionError(f"batch_size is of all {count} processes together: expected a multiple, got {size}")
-    share = min(size, len(setup.train_split)) // count
-    if setup.mixing is not None and share % 2:
-        raise OptionError(f"mixup and cutmix pair images: expected an even number for each process, got {share}")
-
-
-def _speaker(accelerator, console):
-    def say(text):
-        if console and accelerator.is_main_process:
-            console.print(text, markup=False, highlight=False)
-
-    return say
-
-
-def _versions():
-    return {
-        "gspn": gspn.__version__,
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def settle(
@@ -469,11 +342,6 @@ def build_model(
         with torch.inference_mode():
             model.eval()(torch.zeros(1, preprocessing.channels, *preprocessing.size, device=device))
     except (RuntimeError, ValueError) as error:
-        what = f"an image of {describe(preprocessing)} on {device}"
+        what = f"an image of {describe_size(preprocessing)} on {device}"
         raise OptionError(f"{options.model} fails when tried with {what}: {error}") from error
     return model
-
-
-def describe(preprocessing):
-    """'28x28, grey'."""
-    return f"{preprocessing.size[0]}x{preprocessing.size[1]}, {'grey' if preprocessing.channels == 1 else 'colour'}"

@@ -1,8 +1,8 @@
 """The training loop, for any task: AdamW, warm-up and cosine, accumulation, clipping, EMA, bfloat16, evaluation,
 checkpoints from which it goes on exactly.
 
-A task says what a batch's loss is and how to evaluate; classify.py has one. One process or several (torchrun,
-accelerate launch): the loader's batch is the global one, which accelerate splits over the processes.
+A task says what a batch's loss is and how to evaluate; classify.py and diffusion/task.py have one. One process or
+several (torchrun, accelerate launch): the loader's batch is the global one, which accelerate splits over them.
 
 What is random is a function of numbers that a resumed training has again: the order of (seed, epoch), augmentation of
 (seed, epoch, index), drop path and mixing of (seed, step, process).
@@ -11,7 +11,7 @@ What is random is a function of numbers that a resumed training has again: the o
 import math
 import random
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Protocol
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from gspn.train.board import Board
+from gspn.train.checkpoint import RunError
 from gspn.train.images import mixed_seed
 from gspn.train.loader import batches
 from gspn.train.optim import Ema, frozen_modules, learning_rate, make_optimizer
@@ -57,6 +59,9 @@ class Task(Protocol):
 
     def line(self, row: dict) -> str:
         """What to say about an epoch, from its row of metrics."""
+
+    def pictures(self) -> dict:
+        """PIL images by name: what the last evaluation drew, in the main process."""
 
     def state(self) -> dict:
         """What the task knows that a checkpoint should keep, JSON-able."""
@@ -100,15 +105,20 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
     if checkpoint is not None:
         tensors, state = checkpoint
         restore(tensors, plain, optimizer, ema)
-        task.restore(state["task"])
+        try:
+            task.restore(state["task"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"the checkpoint is damaged or foreign: {type(error).__name__}: {error}") from error
         at = Position(**state["position"])
     steps, losses = len(prepared), []
     look_every = 1 if accelerator.device.type == "cpu" else LOOK_EVERY
+    board = Board(run.path / "tensorboard" if run and options.tensorboard else None, at.step)
     saver = Saver(task, run, options, accelerator, lambda: gather(plain, optimizer, ema, accelerator.is_main_process))
     if checkpoint is not None:
         saver.has_saved(at)
 
-    with progress_bar(console if accelerator.is_main_process else None, options.epochs * steps, at) as bar, explained():
+    console = console if accelerator.is_main_process else None
+    with closing(board), explained(), progress_bar(console, options.epochs * steps, at) as bar:
         for epoch in range(at.epoch, options.epochs):
             loader.begin(epoch, at.batch)
             model.train()
@@ -134,7 +144,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
 
                 last_one = at.batch == steps
                 if last_one or len(losses) >= look_every or saver.is_due_by_steps(at.step):
-                    save_now = look(losses, at, lr, saver, accelerator)
+                    save_now = look(losses, at, lr, saver, board, accelerator)
                     if save_now and not last_one:
                         saver.save(["last"], at, plain)
                     rate = at.images / clock.seconds()
@@ -161,6 +171,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
             at = Position(epoch=epoch + 1, step=at.step, best=max(score, at.best))
             saver.save([*names, "last"], at, plain, row)
             if accelerator.is_main_process:
+                board.epoch(row, task.pictures())
                 bar.console.print(task.line(row), highlight=False)
 
 
@@ -183,7 +194,7 @@ def _chunks(batch, parts):
     return [rows.chunk(parts) for rows in batch.values()]
 
 
-def look(losses, at, lr, saver, accelerator):
+def look(losses, at, lr, saver, board, accelerator):
     """Adds up the losses of the last steps, in all processes the same. Returns whether it is time to save.
     Errors: TrainingError if one is not a number."""
     wanted = float(saver.is_due_by_time())
@@ -192,6 +203,7 @@ def look(losses, at, lr, saver, accelerator):
         if not math.isfinite(value):
             raise _diverged(f"the loss is {value} at step {step} (epoch {at.epoch + 1}, learning rate {lr:g})", saver)
         at.loss += value
+    board.steps(at.step, values, lr)
     losses.clear()
     return wanted > 0 or saver.is_due_by_steps(at.step)
 

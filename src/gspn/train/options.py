@@ -203,6 +203,7 @@ class LoopOptions(OptionSet):
     keep_every: int = option(
         0, "Keep the checkpoint of every so manieth epoch; 0 for none.", low=0, high=1_000_000, same_result=True
     )
+    tensorboard: bool = option(False, "Write RUN/tensorboard for TensorBoard to show.", same_result=True)
     keep: int = option(
         0, "How many of those to keep, the oldest go first; 0 for all.", low=0, high=1_000_000, same_result=True
     )

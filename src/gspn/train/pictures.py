@@ -55,6 +55,32 @@ def curves(run):
     save(figure, run.path / "curves.png")
 
 
+def losses(run):
+    """Draws RUN/curves.png of a generator: the loss, and the two parts of its validation loss."""
+    rows = run.metrics
+    epochs, marker = [row["epoch"] for row in rows], "o" if len(rows) < 3 else None
+    learned = any(row["val_bound"] for row in rows)  # else there is no variance, and nothing bounds it
+    figure = Figure(figsize=(12 if learned else 8, 3.6), layout="constrained")
+    loss, error, *bound = figure.subplots(1, 2 + learned)
+    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker, label="training")
+    loss.plot(epochs, [row["val_loss"] for row in rows], color=ORANGE, marker=marker, label="validation")
+    loss.set(title="Loss")
+    loss.legend(frameon=False)
+    error.plot(epochs, [row["val_error"] for row in rows], color=ORANGE, marker=marker)
+    error.set(title="Squared error, validation")
+    for axes in bound:
+        axes.plot(epochs, [row["val_bound"] for row in rows], color=ORANGE, marker=marker)
+        axes.set(title="Variational bound, validation (bits)")
+    for axes in (loss, error, *bound):
+        axes.set(xlabel="epoch", yscale="log")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, run.path / "curves.png")
+
+
 def predictions(path, split, outcome, preprocessing, class_names, split_name):
     """Draws a grid of a split's images as the model sees them, with predicted class and its probability: up to eight
     wrong ones first, marked red and with the true class, then right ones, evenly spaced.

@@ -150,9 +150,10 @@ def _check(size, dtype, precision, shard_size, batch_size, workers):
 
 def _relabelled(data: Data) -> dict[str, Split]:
     """The splits to encode, with the classes of the first of them, train where there is one."""
-    splits = {name: split for name, split in data.splits.items() if name != "all"}  # which is train and val
-    first = splits.get("train") or next(iter(splits.values()))
-    names = first.class_names or [str(i) for i in range(max(int(s.labels.max()) for s in splits.values()) + 1)]
+    splits = {name: data.splits[name] for name in ("train", "val", "test") if name in data.splits}
+    names = next(iter(splits.values())).class_names or [
+        str(i) for i in range(max(int(s.labels.max()) for s in splits.values()) + 1)
+    ]
     return {name: split.relabelled(names) for name, split in splits.items()}
 
 
@@ -257,7 +258,7 @@ def _encode_shards(shards, split, loader, vae, device, strict, bar):
             bar.advance(len(readable))
         about = {**shards.about(number), "unreadable": problems}
         with atomic(shards.path(number)) as temporary:
-            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
             save_file(tensors, temporary, metadata={ABOUT: json.dumps(about)})
 
 

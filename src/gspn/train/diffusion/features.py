@@ -49,8 +49,9 @@ class Extractor:
         return published.get(what, what) if self.standard else f"{what} ({self.name})"
 
     def digest(self) -> str:
-        """Of the weights and how the input is made, 64 hexadecimal digits: where they lie does not count."""
-        digest = hashlib.sha256(repr((type(self.network).__name__, self.channels, self.rule)).encode())
+        """Of weights, input and classes, 64 hexadecimal digits: what it is called and where it lies do not count."""
+        what = type(self.network).__name__, self.channels, self.rule, self.class_names
+        digest = hashlib.sha256(repr(what).encode())
         for key, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -186,9 +186,9 @@ def _compare(ours: Statistics, known: Known, extractor: Extractor, notes: list[s
             )
         if statistics.moments.count <= d:
             notes.append(
-                f"too few images: {statistics.moments.count} of the {what} for {d} features, whose covariance then has "
-                f"a rank of at most {statistics.moments.count - 1}: the distance is biased upwards, and only comparable "
-                "between sets of equal numbers"
+                f"{what}: {statistics.moments.count} images are too few for {d} features, their covariance has a rank "
+                f"of at most {statistics.moments.count - 1}: the distance comes out too large, and compares only with "
+                "those of as many images"
             )
     moments = ours.moments
     result = {

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gspn.files import SaveError, atomic, remove
+from gspn.files import SaveError, atomic
 from gspn.train.diffusion.distances import Moments, Score
 from gspn.train.diffusion.features import Extractor
 from gspn.train.diffusion.imagesets import NO_CLASS, ImageSet, lazily
@@ -110,8 +110,8 @@ def read_statistics(path: Path) -> tuple[Statistics, dict]:
     """(statistics, what they are of). Errors: DataError where the file is damaged or another one."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata, names = file.metadata() or {}, list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
         if "gspn" not in metadata:
             raise DataError(f"{path} holds no statistics of images; `gspn fid --save` writes such files")
         key = json.loads(metadata["gspn"])

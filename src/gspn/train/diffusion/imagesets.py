@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from gspn.train.data import open_data
+from gspn.train.diffusion.sample_files import ABOUT, Samples
 from gspn.train.images import DataError, Numbered, Split, decode, listed
 from gspn.train.options import OptionError
 
@@ -47,18 +48,17 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
     """Opens a set of images.
 
     Args:
-        where: a folder of image files, an npz file (ARRAYS), or DATA as data.open_data takes it with its
-            `open_options`.
+        where: a folder that `gspn sample` made, a folder of image files, an npz file (ARRAYS), or DATA as
+            data.open_data takes it with its `open_options`.
         part: the split of DATA to take. Without it `preferred`, if there is one of that name; else as evaluation does.
-    Errors: DataError says what was found and what was expected.
+    Errors: DataError says what was found and what was expected; RunError if samples are missing from their folder.
     """
     path = Path(where).expanduser()
-    if path.suffix == ".npz" or (path.is_dir() and _loose_files(path)):
+    found = _without_splits(path)
+    if found is not None:
         if part is not None:
             raise OptionError(f"{where} has no splits, got {part!r}")
-        split, notes = _open_npz(path) if path.suffix == ".npz" else _open_folder(path)
-        name, kind = "", "npz" if path.suffix == ".npz" else "files"
-        identity = hashlib.sha256(kind.encode())
+        (split, notes), name, identity = found, "", hashlib.sha256()
         for piece in split.identity():
             identity.update(piece)
     else:
@@ -70,6 +70,15 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
     for image in split.sample():
         identity.update(f"{image.mode} {image.size}".encode() + image.tobytes())
     return ImageSet(split, str(where), name, identity.hexdigest(), notes)
+
+
+def _without_splits(path):
+    """(split, notes) of images that are no DATA; None of others."""
+    if path.suffix == ".npz":
+        return _open_npz(path)
+    if (path / ABOUT).exists():
+        return Samples.open(path).split(), []
+    return _open_folder(path) if path.is_dir() and _loose_files(path) else None
 
 
 def lazily(split: Split, start: int = 0) -> Split:
@@ -142,9 +151,9 @@ def _open_npz(path):
                 labels = arrays["arr_1"]
     except FileNotFoundError as error:
         raise DataError(f"there is no {path}") from error
+    except DataError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path} cannot be read, it is damaged or no npz file: {error}") from error
     labels = np.asarray(labels)
     if labels.shape != (pixels.shape[0],) or labels.dtype.kind not in "iu":

@@ -4,8 +4,8 @@
     LATENTS/train-00000.safetensors    a shard: the first shard_size images of train, and so on
 
 A shard holds mean and std of the VAE's posterior (N, C, h, w), with `flip` those of the mirrored images too (mean_flip,
-std_flip), and int64 (N,) label and index, an image's number in its split. Images that could not be read are left out and
-named in the shard's header, with what tells a shard from that of other latents.
+std_flip), and int64 (N,) label and index, an image's number in its split. Images that could not be read are left out
+and named in the shard's header, with what tells a shard from that of other latents.
 """
 
 import hashlib

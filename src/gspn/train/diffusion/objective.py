@@ -1,11 +1,11 @@
 """What a diffusion model is trained for: the squared error of its prediction, and the bound that teaches its variance.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise,  t uniform in 0 .. T-1, a_t the scheduler's cumulative product of alphas
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise,  t uniform in 0 .. T-1, a_t the cumulative product of 1 - beta
     loss = mean |prediction - target|^2 + L_vlb
 
-The target is the noise (epsilon), sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v_prediction) or x_0 (sample). L_vlb, in bits per
-value, is the Kullback-Leibler divergence of q(x_{t-1} | x_t, x_0) from the model's step, and at t = 0 the negative
-log-likelihood of x_0 in steps of 1/127.5. It learns the variance only: the prediction enters it without gradient.
+The target is the noise (epsilon), sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v_prediction) or x_0 (sample). L_vlb, in bits
+per value, is the Kullback-Leibler divergence of q(x_{t-1} | x_t, x_0) from the model's step, and at t = 0 the negative
+log-likelihood of x_0 as a value of 8 bits. It learns the variance only: the prediction enters it without gradient.
 
 Sources: arXiv 2102.09672 (hybrid loss, learned variance), 2212.09748 (DiT, which weighs both terms alike).
 """
@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-BIN = 1 / 127.5  # distance of two values of an 8-bit image in [-1, 1]
+HALF = 1 / 255  # half the distance of two values of an 8-bit image in [-1, 1]
 
 
 def make_scheduler(prediction_type: str = "epsilon", *, learn_sigma: bool = True, clip: bool = False, **config):
@@ -111,8 +111,9 @@ class Objective:
 
 
 def negative_log_likelihood(value: Tensor, distribution: Normal) -> Tensor:
-    """In nats, of `value` in [-1, 1] known to BIN: the probability of its interval, which at the two ends is open."""
-    upper, lower = distribution.cdf(value + BIN), distribution.cdf(value - BIN)
+    """In nats, of an 8-bit `value` in [-1, 1]: the probability of the interval that is rounded to it, which at the two
+    ends is open."""
+    upper, lower = distribution.cdf(value + HALF), distribution.cdf(value - HALF)
     upper = torch.where(value > 0.999, torch.ones_like(upper), upper)
     lower = torch.where(value < -0.999, torch.zeros_like(lower), lower)
     return -(upper - lower).clamp(min=1e-12).log()

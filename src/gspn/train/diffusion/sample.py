@@ -6,11 +6,10 @@ consecutive numbers; of one that was stopped in its middle, only the images that
 """
 
 import hashlib
+import json
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import diffusers
 import numpy as np
@@ -25,47 +24,11 @@ from gspn.models.pipeline import GSPNPipeline
 from gspn.train.checkpoint import Run, RunError, writing
 from gspn.train.diffusion.grid import draw_grid, save_picture
 from gspn.train.diffusion.sample_files import ABOUT, GRID, IMAGES, Samples
+from gspn.train.diffusion.sample_options import PER_CLASS, SCHEDULERS, SampleOptions
 from gspn.train.diffusion.vae import open_vae
 from gspn.train.images import decode, generator
 from gspn.train.loop import TrainingError, make_accelerator
-from gspn.train.options import OptionError, OptionSet, option, parse_size
-
-SCHEDULERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm-solver++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-}
-DEFAULT_PER_CLASS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions(OptionSet):
-    """What to sample, and how."""
-
-    panel: ClassVar = "Samples"
-
-    classes: str = option("all", "Names or numbers of classes with commas between them, or all.", metavar="NAME,3,...")
-    per_class: int | None = option(
-        None, f"Images of each class. Default: {DEFAULT_PER_CLASS}.", low=1, high=100_000_000
-    )
-    count: int | None = option(None, "Images of all classes, which take turns.", low=1, high=100_000_000)
-    guidance: float = option(4.0, "How much the class counts: 1 is without guidance.", low=0)
-    steps: int = option(50, "Steps from noise to image.", low=1, high=100_000)
-    size: tuple | None = option(
-        None, "Of the images in pixels: N or HxW. Default: as in training.", parse=parse_size, metavar="N|HxW"
-    )
-    scheduler: str | None = option(
-        None, f"{', '.join(SCHEDULERS)}. Default: the generator's own.", choices=tuple(SCHEDULERS)
-    )
-    seed: int = option(0, "Same seed, same images.", low=0, high=2**63 - 1)
-    precision: str = option("fp32", "Of the model: fp32, or bf16.", choices=("fp32", "bf16"))
-    batch_size: int = option(16, "Images at a time, in each process.", low=1, high=1_000_000, same_result=True)
-    grid: bool = option(True, "Draw grid.png, the first images of each class.", same_result=True)
-    npz: bool = option(False, "Write samples.npz, as ADM's evaluation takes it.", same_result=True)
+from gspn.train.options import OptionError
 
 
 def sample(
@@ -105,7 +68,7 @@ def sample(
         batches = None
         if main:
             _begin(wanted)
-            batches = _batches(wanted.missing(), options.batch_size)
+            batches = _batches(wanted, options.batch_size)
         [batches] = broadcast_object_list([batches])
         made = sum(len(missing) for _, missing in batches)
         _make(pipeline, wanted, options, batches, accelerator, console if main else None)
@@ -149,9 +112,7 @@ def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
         vae = config["vae"] and open_vae(config["vae"]["path"])
         if vae:
             vae.register_to_config(**{name: config["vae"][name] for name in ("scaling_factor", "shift_factor")})
-        pipeline = GSPNPipeline(transformer.eval(), scheduler, vae or None, id2label)
-        pipeline.image_size = tuple(config["space"]["image_size"])
-        return pipeline
+        return GSPNPipeline(transformer.eval(), scheduler, vae or None, id2label, config["space"]["image_size"])
     except (RunError, OptionError):
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -166,15 +127,12 @@ def _saved_pipeline(path):
         name = GSPNPipeline.load_config(path).get("_class_name")
         if name not in ("GSPNPipeline", "DiTPipeline"):
             raise RunError(f"{path} holds a {name}, expected a GSPNPipeline")
-        pipeline = GSPNPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+        return GSPNPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         if isinstance(error, RunError):
             raise
         reason = " ".join(str(error).strip().splitlines()[:2])
         raise RunError(f"the pipeline {path} cannot be loaded: {reason}") from error
-    side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    pipeline.image_size = (side, side)
-    return pipeline
 
 
 def named_scheduler(name: str, own) -> diffusers.SchedulerMixin:
@@ -196,14 +154,12 @@ def _plan(pipeline, out, options):
     classes = _classes(pipeline, options.classes, names)
     if options.count and options.per_class:
         raise OptionError(f"count {options.count} and per_class {options.per_class} exclude each other: give one")
-    number = options.count or (options.per_class or DEFAULT_PER_CLASS) * len(classes)
+    number = options.count or (options.per_class or PER_CLASS) * len(classes)
     if options.scheduler:
         pipeline.scheduler = named_scheduler(options.scheduler, pipeline.scheduler)
-    height, width = options.size or pipeline.image_size
+    size = options.size or (None, None)
     try:
-        pipeline.check(classes, options.guidance, options.steps, height, width, output_type="np")
-        if pipeline.vae is None and pipeline.transformer.config.in_channels not in (1, 3):
-            raise ValueError(f"the model's maps of {pipeline.transformer.config.in_channels} channels are no pictures")
+        _, shape = pipeline.check_inputs(classes, options.guidance, options.steps, *size)
     except ValueError as error:
         raise OptionError(str(error)) from error
     scheduler = pipeline.scheduler
@@ -211,7 +167,7 @@ def _plan(pipeline, out, options):
         "weights": _digest(pipeline),
         "guidance": options.guidance,
         "steps": options.steps,
-        "size": [height, width],
+        "size": [side * pipeline.vae_scale_factor for side in shape[2:]],
         "scheduler": {"class": type(scheduler).__name__, **_plain(scheduler.config)},
         "seed": options.seed,
         "precision": options.precision,
@@ -221,9 +177,10 @@ def _plan(pipeline, out, options):
     note = None
     if first < 0.88 * last:
         note = (
-            f"with {options.steps} steps {type(scheduler).__name__} begins at step {first} of {last}, where an image is "
-            f"not all noise: better give it a number of steps that divides {last}"
+            f"with {options.steps} steps {type(scheduler).__name__} begins at step {first} of {last}, where an image "
+            f"is not all noise yet: a number of steps that divides {last} is better"
         )
+    settings = json.loads(json.dumps(settings))  # as it is read again
     return Samples(out, settings, number, classes, names), note
 
 
@@ -289,13 +246,13 @@ def _begin(wanted):
     write_json(wanted.folder / ABOUT, wanted.about())
 
 
-def _batches(missing, size):
+def _batches(wanted, size):
     """[(numbers of a batch, those of them to be written), ...]. Batches begin at multiples of their size, so that an
     image is made in the same company when its batch was stopped."""
     batches = {}
-    for i in missing:
-        batches.setdefault(i // size, []).append(i)
-    return [(list(range(b * size, (b + 1) * size)), wanted) for b, wanted in batches.items()]
+    for i in wanted.missing():
+        batches.setdefault(i // size * size, []).append(i)
+    return [(list(range(at, min(at + size, wanted.count))), missing) for at, missing in batches.items()]
 
 
 # -- making it --

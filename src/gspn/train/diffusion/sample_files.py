@@ -1,6 +1,6 @@
 """The folder that `gspn sample` makes, and reading it.
 
-    OUT/samples.json                what the samples are of: classes, guidance, steps, seed, a digest of the weights, ...
+    OUT/samples.json                what they are: classes, guidance, steps, seed, a digest of the weights, ...
     OUT/images/000012-dress.png     number and class
     OUT/grid.png, OUT/samples.npz   if wanted
 
@@ -87,7 +87,8 @@ class Samples:
         """The samples with their classes. Errors: RunError if some are still missing."""
         if missing := self.missing():
             raise RunError(
-                f"{len(missing)} of {self.count} samples are not in {self.folder} yet: give `gspn sample` the same again"
+                f"{len(missing)} of {self.count} samples are not in {self.folder} yet: `gspn sample` with the same "
+                "arguments makes them"
             )
         return Split([self.label(i) for i in range(self.count)], self.class_names, read=_Read(self), names=self.path)
 

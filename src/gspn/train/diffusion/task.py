@@ -2,9 +2,8 @@
 `gspn train-diffusion` runs.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,51 @@ from diffusers.models.embeddings import LabelEmbedding
 from rich.console import Console
 from torch import Tensor
 
+from gspn.files import SaveError
 from gspn.models.dit import create_dit, dit_names
 from gspn.models.generator import create_generator, generator_names
-from gspn.train.checkpoint import Run, RunError, writing
-from gspn.train.classify import _changed, _complete, _speaker, _versions, open_with, readable
+from gspn.models.pipeline import GSPNPipeline
+from gspn.train import pictures
+from gspn.train.board import check_tensorboard
+from gspn.train.checkpoint import Run
 from gspn.train.data import Data
-from gspn.train.evaluate import OPEN_OPTIONS
+from gspn.train.diffusion.grid import draw_grid, save_picture
+from gspn.train.diffusion.latents import is_latents, make_latent_loader, open_latents
 from gspn.train.diffusion.objective import Objective, make_scheduler
 from gspn.train.diffusion.options import PRESETS, GeneratorOptions
+from gspn.train.diffusion.sample import named_scheduler
+from gspn.train.diffusion.vae import open_vae
 from gspn.train.images import UNREADABLE, Preprocessing, Split, generator
-from gspn.train.loader import make_loader
-from gspn.train.loop import autocast, make_accelerator, train
-from gspn.train.options import OptionError, file_text
-from gspn.train.recipe import SMALL, Augmentation
+from gspn.train.loader import Loader, batches, make_loader
+from gspn.train.loop import train
+from gspn.train.options import OptionError
+from gspn.train.recipe import Augmentation
+from gspn.train.session import open_with, resume, start
+
+TASK = "diffusion"  # in a run's config.json
+SHOWN_CLASSES, SHOWN_EACH = 10, 4  # in the pictures of samples that are drawn in training
 
 
 class Diffusion:
-    """The Task of loop.py: the hybrid loss of objective.py on images or latents with a class."""
+    """The Task of loop.py: the hybrid loss of objective.py on images or latents with a class.
 
-    def __init__(self, objective, normalize, num_classes, eval_loader, options):
+    Args:
+        normalize: makes of a batch's "image" what the model sees. loader: of the held-out images.
+        draw: called with the model and the number of the epoch; gives a picture of samples or None.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        normalize: Callable[[Tensor], Tensor],
+        num_classes: int,
+        loader: Loader,
+        class_dropout: float,
+        draw: Callable | None = None,
+    ):
         self.objective, self.normalize, self.num_classes = objective, normalize, num_classes
-        self.loader, self.dropout = eval_loader, options.class_dropout
+        self.loader, self.dropout, self.draw = loader, class_dropout, draw
+        self.epochs, self.drawn = 0, {}
 
     def prepare(self, batch):
         start, label = self.normalize(batch["image"]), batch["label"]
@@ -69,7 +92,7 @@ class Diffusion:
     def evaluate(self, model, accelerator):
         """The losses of held-out images, each with noise and a timestep of its own that are always the same."""
         rows = []
-        for batch in self.loader:
+        for batch in batches(self.loader):
             start, index = self.normalize(batch["image"]), batch["index"]
             drawn = [generator(0, i) for i in index.tolist()]
             noise = torch.stack([torch.randn(start.shape[1:], generator=each) for each in drawn])
@@ -82,13 +105,19 @@ class Diffusion:
         _, first = np.unique(rows[:, 0], return_index=True)  # processes get equal shares, some images twice
         known, error, bound = rows[first, 1:].sum(0).tolist()
         error, bound = error / max(known, 1), bound / max(known, 1)
+        self.epochs += 1
+        picture = self.draw and self.draw(model, self.epochs)
+        self.drawn = {"samples": picture} if picture else {}
         return {"val_loss": error + bound, "val_error": error, "val_bound": bound, "images": int(known)}
 
+    def pictures(self):
+        return self.drawn
+
     def state(self):
-        return {}
+        return {"epochs": self.epochs}
 
     def restore(self, state):
-        pass
+        self.epochs = state["epochs"]
 
     def score(self, metrics):
         return [-metrics["val_loss"]]
@@ -105,68 +134,164 @@ class Diffusion:
 
 @dataclass
 class Setup:
-    """What a generator is trained on and with: the data, and options that leave nothing open."""
+    """What a generator is trained on and with: the data, and options that leave nothing open.
+
+    `preprocessing` is None where the data are latents.
+    """
 
     data: Data
     train_split: Split
     eval_split: Split
     eval_name: str
     class_names: list[str]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
+    channels: int
+    size: tuple[int, int]  # of what the model sees
     options: GeneratorOptions
     notes: list[str]
 
     @classmethod
-    def of(cls, data: Data, options: GeneratorOptions) -> "Setup":
+    def of(cls, where: str | Path, options: GeneratorOptions) -> "Setup":
         """Settles the options for these data. Errors: DataError, OptionError."""
+        latents = is_latents(where)
+        data = open_latents(where, val_fraction=options.val_fraction) if latents else open_with(where, options)
         train_split, eval_split, eval_name = data.for_training()
         class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
         train_split, eval_split = train_split.relabelled(class_names), eval_split.relabelled(class_names)
-        channels = options.channels or train_split.channels()
-        if options.size is not None:
-            size = options.size
-        elif train_split.pixels is not None:
-            size = tuple(train_split.pixels.shape[2:])
+        if latents:
+            for name, given, own in (("size", options.size, data.image_size), ("channels", options.channels, None)):
+                if given not in (None, own):
+                    raise OptionError(f"{name}: {where} holds latents of images of {data.image_size}, got {given}")
+            preprocessing, channels, size, image_size = None, data.channels, data.size, data.image_size
         else:
-            sizes = {(image.height, image.width) for image in train_split.sample()}
-            size = sizes.pop() if len(sizes) == 1 else (64, 64)
-        size = tuple(size)
-        # to [-1, 1], between which the noise and the bound are meant
-        preprocessing = Preprocessing(channels, size, (0.5,) * channels, (0.5,) * channels)
-        options = replace(options, size=size, channels=channels, model=options.model or "GSPN-micro/2")
-        options = options.settled(PRESETS["pixels"])
-        return cls(data, train_split, eval_split, eval_name, class_names, preprocessing, options, list(data.notes))
+            channels, size = options.channels or train_split.channels(), options.size or _size_of(train_split)
+            # to [-1, 1], for which the noise and the bound are meant
+            preprocessing = Preprocessing(channels, size, (0.5,) * channels, (0.5,) * channels)
+            image_size = preprocessing.size
+        options = replace(options, size=tuple(image_size))
+        options = options.settled(PRESETS["latents" if latents else "pixels"])
+        if options.tensorboard:
+            check_tensorboard()
+        return cls(
+            data,
+            train_split,
+            eval_split,
+            eval_name,
+            class_names,
+            preprocessing,
+            channels,
+            tuple(size),
+            options,
+            list(data.notes),
+        )
 
     def scheduler(self) -> DDPMScheduler:
+        """Of the training, as DDPM samples with it."""
         options = self.options
         return make_scheduler(
             options.prediction,
             learn_sigma=options.learn_sigma,
-            clip=True,
+            clip=self.preprocessing is not None,
             num_train_timesteps=options.timesteps,
             beta_schedule=options.schedule,
         )
 
     def model_config(self) -> dict:
-        """What config.json keeps of the model: build_generator makes it of this."""
+        """What build_generator makes the model of."""
         options = self.options
         arguments = {
             "num_classes": len(self.class_names),
-            "sample_size": self.options.size[0],
-            "in_channels": self.preprocessing.channels,
+            "sample_size": self.size[0],
+            "in_channels": self.channels,
             "learn_sigma": options.learn_sigma,
         }
+        if options.model in generator_names():
+            arguments |= {"prediction_type": options.prediction, "class_dropout_prob": options.class_dropout}
+        own = sorted(set(arguments) & set(options.model_args))
+        if own:
+            raise OptionError(f"model_arg: {', '.join(own)} follows from the data and the other options")
         return {"name": options.model, "arguments": arguments | dict(options.model_args)}
+
+    def model(self, device: torch.device) -> torch.nn.Module:
+        """A new model, tried on one empty map. Errors: OptionError."""
+        torch.manual_seed(self.options.seed)
+        model = build_generator(self.model_config()).to(device)
+        what = f"{self.options.model} fails when tried with {self.size[0]}x{self.size[1]}"
+        with torch.inference_mode():
+            empty, none = torch.zeros(1, self.channels, *self.size, device=device), torch.zeros(1, device=device)
+            try:
+                output = model.eval()(empty, timestep=none.long(), class_labels=none.long()).sample
+            except (RuntimeError, ValueError) as error:
+                raise OptionError(f"{what}: {error}") from error
+        if output.shape[2:] != empty.shape[2:]:
+            raise OptionError(f"{what}: it gives {output.shape[2]}x{output.shape[3]}")
+        if "prediction_type" not in model.config:  # DiT of diffusers does not know what it predicts
+            model.register_to_config(prediction_type=self.options.prediction)
+        if self.options.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
+
+    def first_weights(self, model):
+        """None: a generator starts from random weights."""
+
+    def vae(self) -> dict | None:
+        """What the run keeps of the VAE whose latents these are."""
+        if self.preprocessing is not None:
+            return None
+        return {name: self.data.vae[name] for name in ("path", "scaling_factor", "shift_factor")}
+
+    def config(self, model) -> dict:
+        """What config.json keeps of a generator."""
+        return {
+            "model": {**self.model_config(), "class": type(model).__name__, "config": dict(model.config)},
+            "scheduler": {"class": "DDPMScheduler", "config": dict(self.scheduler().config)},
+            "space": {
+                "kind": "latents" if self.preprocessing is None else "pixels",
+                "channels": self.channels,
+                "size": list(self.size),
+                "image_size": list(self.options.size),
+            },
+            "vae": self.vae(),
+            "class_names": self.class_names,
+        }
+
+    def check_config(self, config):
+        """Nothing: the fingerprint of the data and the options tell all."""
 
     def describe(self, model) -> str:
         options, count = self.options, sum(parameter.numel() for parameter in model.parameters())
-        height, width = options.size
+        (height, width), (h, w) = options.size, self.size
+        as_latents = f" as latents of {self.channels}x{h}x{w}" if self.preprocessing is None else ""
         return (
             f"{options.model}, {count:,} parameters; {len(self.train_split):,} training and {len(self.eval_split):,} "
-            f"{self.eval_name} images of {len(self.class_names)} classes, {height}x{width}\n"
+            f"{self.eval_name} images of {len(self.class_names)} classes, {height}x{width}{as_latents}\n"
             f"{options.epochs} epoch{'s' * (options.epochs > 1)}, batch size {options.batch_size}, learning rate "
-            f"{options.lr:g}, EMA {options.ema:g}, {options.precision}, predicts {options.prediction}, seed {options.seed}"
+            f"{options.lr:g}, EMA {options.ema:g}, {options.precision}, predicts {options.prediction}, "
+            f"seed {options.seed}"
         )
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """What the model sees of a batch of the loader."""
+        return image if self.preprocessing is None else self.preprocessing.normalize(image)
+
+    def loader(self, split: Split, train: bool = False) -> Loader:
+        """Batches of a split."""
+        options = self.options
+        common = dict(train=train, seed=options.seed, workers=options.workers)
+        if self.preprocessing is None:
+            return make_latent_loader(split, options.batch_size, flip=options.flip, **common)
+        augmentation = Augmentation(flip=True) if options.flip else None
+        return make_loader(split, self.preprocessing, options.batch_size, augmentation=augmentation, **common)
+
+
+def _size_of(split):
+    """The size of the images, if it is one."""
+    if split.pixels is not None:
+        return tuple(split.pixels.shape[2:])
+    sizes = sorted({(image.height, image.width) for image in split.sample()})
+    if len(sizes) > 1:
+        raise OptionError(f"the images have several sizes, such as {sizes[0]} and {sizes[-1]}: say with --size which")
+    return sizes[0]
 
 
 def build_generator(config: Mapping) -> torch.nn.Module:
@@ -185,21 +310,48 @@ def build_generator(config: Mapping) -> torch.nn.Module:
     return model
 
 
-def make_model(setup: Setup, device) -> torch.nn.Module:
-    """A new model, tried on one empty image. Errors: OptionError."""
-    torch.manual_seed(setup.options.seed)
-    model = build_generator(setup.model_config()).to(device)
-    height, width = setup.options.size
-    try:
-        with torch.inference_mode():
-            empty = torch.zeros(1, setup.preprocessing.channels, height, width, device=device)
-            index = torch.zeros(1, dtype=torch.long, device=device)
-            model.eval()(empty, timestep=index, class_labels=index)
-    except (RuntimeError, ValueError) as error:
-        raise OptionError(f"{setup.options.model} fails when tried with {height}x{width}: {error}") from error
-    if setup.options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    return model
+class Samples:
+    """Draws RUN/samples/epoch-0001.png and so on: a few classes, the same noise each time."""
+
+    def __init__(self, setup: Setup, folder: Path | None):
+        self.setup, self.folder = setup, folder
+        self.vae = None if setup.preprocessing is not None else open_vae(setup.vae()["path"])
+
+    def __call__(self, model, epoch):
+        """A picture; None in an epoch without one. Errors: SaveError."""
+        setup, options = self.setup, self.setup.options
+        if epoch % options.sample_every and epoch < options.epochs:
+            return None
+        count = len(setup.class_names)
+        classes = np.unique(np.linspace(0, count - 1, min(count, SHOWN_CLASSES)).astype(int)).tolist()
+        labels = [label for label in classes for _ in range(SHOWN_EACH)]
+        scheduler = named_scheduler("dpm-solver++", setup.scheduler())
+        device = next(model.parameters()).device
+        if self.vae is not None:
+            self.vae.to(device)
+        pipeline = GSPNPipeline(model, scheduler, self.vae)
+        pipeline.set_progress_bar_config(disable=True)
+        images = []
+        for label in classes:
+            images += pipeline(
+                [label] * SHOWN_EACH,
+                guidance_scale=options.guidance if options.class_dropout else 1.0,
+                num_inference_steps=options.sample_steps,
+                height=options.size[0],
+                width=options.size[1],
+                generator=[generator(options.seed, label, i) for i in range(SHOWN_EACH)],
+            ).images
+        if self.vae is not None:
+            self.vae.to("cpu")
+        title = f"after epoch {epoch}, guidance {options.guidance:g}, {options.sample_steps} steps"
+        picture = draw_grid(images, labels, setup.class_names, title=title)
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise SaveError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+            save_picture(self.folder / f"epoch-{epoch:04}.png", picture)
+        return picture
 
 
 def train_generator(
@@ -210,51 +362,16 @@ def train_generator(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Run:
-    """Trains a generator on `data` into the run folder `out`.
+    """Trains a generator on `data` into the run folder `out`; draws loss curves and, in between, samples.
 
     Args:
-        data: see data.open_data. out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
+        data: see data.open_data; or a folder of latents that encode made.
+        out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
         options: GeneratorOptions. console: rich's, or None for silence.
-    Errors: DataError, OptionError, RunError, SaveError, TrainingError.
+    Returns: the Run, in the main process. Errors: DataError, OptionError, RunError, SaveError, TrainingError.
     """
     options = options or GeneratorOptions()
-    accelerator = make_accelerator()
-    say = _speaker(accelerator, console)
-    Run.check_free(out, overwrite)
-    setup = Setup.of(open_with(data, options), options)
-    model = make_model(setup, accelerator.device)
-    for note in setup.notes:
-        say(f"note: {note}")
-    say(setup.describe(model))
-    config = {
-        "task": "diffusion",
-        "model": {**setup.model_config(), "class": type(model).__name__, "config": dict(model.config)},
-        "scheduler": {"class": "DDPMScheduler", "config": dict(setup.scheduler().config)},
-        "space": {
-            "kind": "pixels",
-            "channels": setup.preprocessing.channels,
-            "size": list(setup.options.size),
-            "image_size": list(setup.options.size),
-        },
-        "vae": None,
-        "class_names": setup.class_names,
-        "data": {
-            "where": setup.data.where,
-            "kind": setup.data.kind,
-            "split": setup.eval_name,
-            "fingerprint": setup.data.fingerprint(),
-            **{name: getattr(options, name) for name in OPEN_OPTIONS},
-        },
-        "options": asdict(setup.options),
-        "seed": setup.options.seed,
-        "versions": _versions(),
-    }
-    accelerator.wait_for_everyone()
-    with writing(out) if accelerator.is_main_process else nullcontext():
-        run = None
-        if accelerator.is_main_process:
-            run = Run.create(out, config, overwrite, options=file_text(setup.options, {"data": str(data)}))
-        return _train(setup, model, run, accelerator, console)
+    return start(TASK, Setup.of, _train, data, out, options, overwrite=overwrite, console=console)
 
 
 def resume_generator(
@@ -264,49 +381,34 @@ def resume_generator(
     data: str | Path | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Goes on with a training that was stopped, from its last checkpoint, exactly as if it had not been."""
-    options = _changed(Run.open(path).config, changes or {}, "diffusion", GeneratorOptions)
-    accelerator = make_accelerator()
-    say = _speaker(accelerator, console)
-    with writing(path) if accelerator.is_main_process else nullcontext():
-        run, checkpoint = Run.open(path), None
-        with readable(path):
-            setup = Setup.of(open_with(data or run.config["data"]["where"], options), options)
-            if setup.data.fingerprint() != run.config["data"]["fingerprint"]:
-                raise RunError(f"{setup.data.where} is not what {path} was trained on")
-        model = make_model(setup, accelerator.device)
-        if run.has_checkpoint("last"):
-            checkpoint = _complete(path, *run.load_checkpoint("last"))
-        say(f"{setup.describe(model)}\ngoing on from step {checkpoint[1]['step'] if checkpoint else 0}")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            run.rewind(checkpoint[1]["epoch"] if checkpoint else 0)
-            run.prune(options.keep)
-        return _train(setup, model, run if accelerator.is_main_process else None, accelerator, console, checkpoint)
+    """Goes on with a training that was stopped, from its last checkpoint, exactly as if it had not been.
+
+    Args:
+        path: the run folder. data: where the data are now, if they were moved. console: as in train_generator.
+        changes: options by name that change nothing of the result, such as the number of workers.
+    Returns and errors: as train_generator.
+    """
+    return resume(TASK, Setup.of, _train, path, changes, GeneratorOptions, data=data, console=console)
 
 
-def _train(setup, model, run, accelerator, console, checkpoint=None):
-    options = setup.options
-    augmentation = Augmentation(flip=options.flip) if options.flip else None
-    loader = make_loader(
-        setup.train_split,
-        setup.preprocessing,
-        options.batch_size,
-        train=True,
-        augmentation=augmentation,
-        seed=options.seed,
-        workers=options.workers,
-    )
-    held_out = setup.eval_split
+def _train(setup, model, out, run, accelerator, console, checkpoint):
+    options, held_out = setup.options, setup.eval_split
     if len(held_out) > options.eval_images:
         held_out = held_out.subset(np.linspace(0, len(held_out) - 1, options.eval_images).astype(int))
-    eval_loader = make_loader(held_out, setup.preprocessing, options.batch_size, workers=options.workers)
+    draw = None
+    if options.sample_every and (run or options.fsdp):  # of a model in parts, all processes have to draw
+        draw = Samples(setup, run and run.path / "samples")
     task = Diffusion(
         Objective(setup.scheduler()),
-        setup.preprocessing.normalize,
+        setup.normalize,
         len(setup.class_names),
-        accelerator.prepare(eval_loader),
-        options,
+        accelerator.prepare(setup.loader(held_out)),
+        options.class_dropout,
+        draw,
     )
-    train(task, model, loader, options, run, accelerator, console, checkpoint)
+    if options.compile:
+        model.compile()
+    train(task, model, setup.loader(setup.train_split, train=True), options, run, accelerator, console, checkpoint)
+    if run:
+        pictures.losses(run)
     return run

@@ -45,7 +45,7 @@ def open_vae(where: str | Path) -> AutoencoderKL:
 
 
 def describe_vae(vae: AutoencoderKL, where: str | Path) -> dict:
-    """What config.json keeps of a VAE: path, class, scaling_factor, shift_factor, digest (of the factors and weights)."""
+    """What config.json keeps of a VAE: path, class, scaling_factor, shift_factor, digest (of factors and weights)."""
     scale = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor}
     digest = hashlib.sha256(json.dumps(scale).encode())
     for name, tensor in sorted(vae.state_dict().items()):
