@@ -202,6 +202,8 @@ def test_processes_share_the_shards(latents, pictures, vae, tmp_path, monkeypatc
         places = dict(process_index=int(name), num_processes=3, is_main_process=name == "0")
         return SimpleNamespace(device=torch.device("cpu"), wait_for_everyone=barrier.wait, **places)
 
+    models = {str(i): open_vae(vae) for i in range(3)}  # which diffusers cannot do in two threads at a time
+    monkeypatch.setattr(encode_module, "open_vae", lambda path: models[threading.current_thread().name])
     monkeypatch.setattr(encode_module, "_posterior", recorded)
     monkeypatch.setattr(encode_module, "make_accelerator", of_thread)
     found, arguments = [], dict(flip=True, shard_size=5, batch_size=2, **SIZE)
@@ -313,7 +315,7 @@ def test_another_process_that_begins_at_the_same_time(pictures, vae, tmp_path, m
     ):
         monkeypatch.setattr(encode_module, "_missing", overtaken)
         with pytest.raises(RunError, match=message):
-            encode(pictures, vae, tmp_path / folder, shard_size=shard_size, **SIZE)
+            encode(pictures, vae, tmp_path / folder, splits=["train"], shard_size=shard_size, **SIZE)
         assert len(open_latents(tmp_path / folder).splits["test"]) == 3
 
 
@@ -332,21 +334,26 @@ def test_unreadable_images(pictures, vae, tmp_path, latents, copied):
 
 def test_a_stream(pictures, vae, tmp_path, latents):
     datasets = pytest.importorskip("datasets")
-    split = open_data(pictures).splits["test"]
-    rows = {"image": [split.image(i) for i in range(3)], "label": ["dog"] * 3}
-    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "train.parquet")
-    streamed = encode(
-        tmp_path / "train.parquet",
-        vae,
-        tmp_path / "x",
-        label_column="label",
-        splits=["train"],
-        shard_size=2,
-        batch_size=2,
-        **SIZE,
-    )
-    whole = streamed.splits["all"].posterior(torch.arange(len(streamed.splits["all"])))
-    assert len(whole[0]) == len(streamed.splits["all"]) > 0
+    (tmp_path / "tables").mkdir()
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    for name, split in open_data(pictures).splits.items():
+        files = [open(split.names(i), "rb").read() for i in range(len(split))]
+        rows = {
+            "image": [{"bytes": file, "path": None} for file in files],
+            "label": split.relabelled(["cat", "dog"]).labels.tolist(),
+        }
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(tmp_path / "tables" / f"{name}.parquet")
+    arguments = dict(streaming=True, flip=True, shard_size=5, batch_size=2, **SIZE)
+    encode(tmp_path / "tables", vae, tmp_path / "x", **arguments)
+    for name, number in (("train", 1), ("train", 0), ("test", 0)):
+        (tmp_path / "x" / f"{name}-{number:05}.safetensors").unlink()
+    data = encode(tmp_path / "tables", vae, tmp_path / "x", **arguments)
+    for name, split in latents[0].splits.items():
+        every = torch.arange(len(split))
+        assert data.splits[name].labels.equal(split.labels)
+        assert data.splits[name].posterior(every)[0].equal(split.posterior(every)[0])
+    assert len(data.unreadable) == 1
 
 
 # -- opening and reading --

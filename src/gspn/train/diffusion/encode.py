@@ -151,9 +151,9 @@ def _check(size, dtype, precision, shard_size, batch_size, workers):
 def _relabelled(data: Data) -> dict[str, Split]:
     """The splits to encode, with the classes of the first of them, train where there is one."""
     splits = {name: data.splits[name] for name in ("train", "val", "test") if name in data.splits}
-    names = next(iter(splits.values())).class_names or [
-        str(i) for i in range(max(int(s.labels.max()) for s in splits.values()) + 1)
-    ]
+    names = next(iter(splits.values())).class_names
+    if names is None:
+        names = [str(i) for i in range(max(int(split.labels.max()) for split in splits.values()) + 1)]
     return {name: split.relabelled(names) for name, split in splits.items()}
 
 
