@@ -195,7 +195,9 @@ def fid(
         str | None, typer.Option(metavar="N|HxW", help="Size to compare at. Default: of the reference images.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of the reference. Default: train.")] = None,
-    samples_split: Annotated[str | None, typer.Option(help="Of samples that are DATA. Default: test, else val.")] = None,
+    samples_split: Annotated[
+        str | None, typer.Option(help="Of samples that are DATA. Default: test, else val.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
     cache: Annotated[
         Path | None, typer.Option(help="The folder for statistics. Default: ~/.cache/gspn/fid.", metavar="FOLDER")

@@ -34,7 +34,7 @@ def default_cache() -> Path:
 def evaluate_samples(
     samples: str | Path,
     reference: str | Path,
-    features: str,
+    features: str | Extractor,
     *,
     samples_split: str | None = None,
     split: str | None = None,
@@ -53,7 +53,7 @@ def evaluate_samples(
         samples: see imagesets.open_images; of DATA with splits the one that evaluation takes, or samples_split.
         reference: likewise, of DATA with splits by default "train", or split; or a file of statistics that `save`
             made, or an npz file of Inception's mu and sigma, as others publish them.
-        features: see features.load_extractor.
+        features: see features.load_extractor; or an Extractor of your own.
         size: (H, W) at which they are compared; None: that of the reference images. Images of another size are resized
             to it first, by the rule that the result states.
         cache: the folder for statistics; None keeps none. save: a file for those of the reference.
@@ -69,7 +69,8 @@ def evaluate_samples(
     """
     check_range("batch_size", batch_size)
     check_range("workers", workers)
-    accelerator, extractor, notes = make_accelerator(), load_extractor(features), []
+    accelerator, notes = make_accelerator(), []
+    extractor = features if isinstance(features, Extractor) else load_extractor(features)
     main = accelerator.is_main_process
     batch_size += -batch_size % accelerator.num_processes  # they share a batch
     known = _given(reference, extractor, split, save)
@@ -93,7 +94,7 @@ def evaluate_samples(
         of_samples = _described(statistics, samples, ours.part)
         of_reference = _described(known.statistics, reference, theirs.part if theirs else None)
         compared = _compare(statistics, known, extractor, notes)
-        result = {"features": features, **compared, "samples": of_samples, "reference": of_reference}
+        result = {"features": extractor.name, **compared, "samples": of_samples, "reference": of_reference}
         result |= {"size": list(size), "resized": f"{RESIZED}; then {extractor.rule}", "notes": notes}
         if file is not None:
             remove(file, quietly=True)  # samples come and go; the reference stays

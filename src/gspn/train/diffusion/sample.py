@@ -223,8 +223,13 @@ def _check_folder(wanted):
             raise RunError(f"{folder} is not empty and holds no samples (no {ABOUT}): choose another folder")
         return
     before = Samples.open(folder)
-    pairs = [(name, before.settings.get(name), value) for name, value in wanted.settings.items()]
-    pairs += [(name, getattr(before, name), getattr(wanted, name)) for name in ("classes", "class_names")]
+    pairs = [(name, getattr(before, name), getattr(wanted, name)) for name in ("classes", "class_names")]
+    for name, value in wanted.settings.items():
+        was = before.settings.get(name)
+        if isinstance(value, dict) and isinstance(was, dict):  # the scheduler's config: what differs in it
+            pairs += [(f"{name} {key}", was.get(key), value.get(key)) for key in ("class", *sorted({*was, *value}))]
+        else:
+            pairs.append((name, was, value))
     for name, was, value in pairs:
         if was != value:
             what = "other weights" if name == "weights" else f"{name} {_short(was)}, not {_short(value)}"

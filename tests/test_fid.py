@@ -1,0 +1,630 @@
+"""`gspn fid`: distances against closed forms and torch-fidelity's figures, what is compared and what it is called, what is
+kept in files, what an interruption leaves.
+"""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from gspn.cli import app
+from gspn.files import SaveError
+from gspn.models import create_model
+from gspn.train.checkpoint import Run, RunError
+from gspn.train.diffusion import features, image_statistics
+from gspn.train.diffusion.distances import Moments, Score, frechet_distance, kernel_distance, precision_recall
+from gspn.train.diffusion.features import Extractor, load_extractor
+from gspn.train.diffusion.fid import evaluate_samples
+from gspn.train.diffusion.image_statistics import read_statistics
+from gspn.train.diffusion.imagesets import open_images
+from gspn.train.images import DataError
+from gspn.train.options import OptionError
+
+NAMES = ["blue", "green", "red"]
+
+
+# -- distances --
+
+
+def rotation(d, seed=0):
+    return np.linalg.qr(np.random.RandomState(seed).randn(d, d))[0]
+
+
+def test_frechet_distance_of_commuting_covariances():
+    turn, a, b = rotation(6), np.arange(1.0, 7), np.array([4.0, 0, 9, 1, 0.5, 2])
+    mean = np.arange(6.0)
+    expected = 6 * 0.25 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    value = frechet_distance(mean, turn @ np.diag(a) @ turn.T, mean + 0.5, turn @ np.diag(b) @ turn.T)
+    assert value == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_of_others():
+    # of 2x2 matrices: tr (AB)^(1/2) = sqrt(tr AB + 2 sqrt(det A det B))
+    a, b = np.array([[2.0, 0.5], [0.5, 1]]), np.array([[1.0, -0.7], [-0.7, 3]])
+    shared = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a) * np.linalg.det(b)))
+    assert frechet_distance([0, 0], a, [3, 4], b) == pytest.approx(25 + 3 + 4 - 2 * shared, rel=1e-12)
+    # of uu^T and vv^T, which are singular: |u|^2 + |v|^2 - 2 |u.v|
+    u, v = np.random.RandomState(1).randn(2, 50)
+    value = frechet_distance(np.zeros(50), np.outer(u, u), np.zeros(50), np.outer(v, v))
+    assert value == pytest.approx(u @ u + v @ v - 2 * abs(u @ v), rel=1e-6)
+
+
+def test_frechet_distance_of_the_same_is_zero():
+    x = np.random.RandomState(2).randn(20, 64) * np.logspace(-6, 3, 64)  # fewer than dimensions, and badly scaled
+    mean, covariance = x.mean(0), np.cov(x, rowvar=False)
+    assert 0 <= frechet_distance(mean, covariance, mean, covariance) < 1e-9 * np.trace(covariance)
+
+
+def test_frechet_distance_refuses_what_it_cannot_compare():
+    with pytest.raises(ValueError, match=r"expected mean \(d,\).*\(3,\), \(3, 3\), \(2,\), \(2, 2\)"):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="no finite numbers"):
+        frechet_distance(np.zeros(2), np.eye(2) * np.nan, np.zeros(2), np.eye(2))
+
+
+def test_the_figures_of_torch_fidelity():
+    """torch-fidelity 0.4.0 gave these for the same features (kid_subset_size=250, else its own defaults)."""
+    draw, d = np.random.RandomState(7), 12
+    mix = draw.randn(d, d)
+    reference = torch.from_numpy(draw.randn(300, d) @ mix)
+    samples = torch.from_numpy(draw.randn(250, d) @ (mix + 0.3 * draw.randn(d, d)) + 0.4)
+    logits = torch.from_numpy(3 * draw.randn(250, 5))
+    moments, score = [Moments.empty(d), Moments.empty(d)], Score(250, 5)
+    for each, rows in zip(moments, (samples, reference), strict=True):
+        for batch in rows.split(64):
+            each.add(batch)
+    for index in torch.arange(250).split(64):
+        score.add(index, logits[index])
+    value = frechet_distance(*(x for each in moments for x in (each.mean, each.covariance())))
+    assert value == pytest.approx(10.251059803015835, rel=1e-9)
+    assert kernel_distance(samples, reference) == pytest.approx((14.223440507048362, 2.60175890244203, 250), rel=1e-9)
+    assert precision_recall(samples, reference) == pytest.approx((0.82, 0.8333333), abs=1e-6)
+    assert score.value() == pytest.approx((2.537075332193515, 0.19426852860791027), rel=1e-9)
+
+
+def test_moments_do_not_depend_on_batches_and_bear_a_large_mean():
+    x = torch.randn(101, 7, dtype=torch.float64) + 1e6
+    moments = Moments.empty(7)
+    for rows in (x[:1], x[1:1], x[1:60], x[60:]):
+        moments.add(rows)
+    assert np.allclose(moments.covariance().numpy(), np.cov(x.numpy(), rowvar=False), rtol=1e-8)
+    assert torch.allclose(moments.mean, x.mean(0), rtol=1e-14)
+    with pytest.raises(ValueError, match="takes two images, got 1"):
+        one = Moments.empty(2)
+        one.add(torch.zeros(1, 2))
+        one.covariance()
+
+
+def test_kernel_distance_is_the_unbiased_estimate():
+    x, y = torch.randn(6, 3), torch.randn(6, 3) + 1
+    kernel = lambda a, b: (float(a.double() @ b.double()) / 3 + 1) ** 3  # noqa: E731
+    pairs = [(i, j) for i in range(6) for j in range(6)]
+    within = sum(kernel(each[i], each[j]) for each in (x, y) for i, j in pairs if i != j) / 30
+    expected = within - 2 * sum(kernel(x[i], y[j]) for i, j in pairs) / 36
+    mean, std, size = kernel_distance(x, y)  # every subset of six of six is all of them
+    assert (mean, std, size) == (pytest.approx(expected, rel=1e-9), pytest.approx(0, abs=1e-9), 6)
+    with pytest.raises(ValueError, match="two images in each set, got 1 and 6"):
+        kernel_distance(x[:1], y)
+
+
+def test_precision_and_recall_of_what_covers_one_mode_of_two():
+    reference = torch.cat([torch.randn(100, 2), torch.randn(100, 2) + 100])
+    assert precision_recall(reference[:100], reference) == (1, 0.5)
+    assert precision_recall(reference, reference[:100]) == (0.5, 1)
+    assert precision_recall(reference - 1000, reference) == (0, 0)
+    with pytest.raises(ValueError, match="more than 3 images in each set, got 3 and 200"):
+        precision_recall(reference[:3], reference)
+
+
+def test_the_score_of_sure_answers_is_the_number_of_classes():
+    sure = torch.eye(4).repeat(50, 1) * 1000
+    score = Score(200, 4)
+    score.add(torch.arange(200), sure)
+    assert score.value()[0] == pytest.approx(4, rel=0.2)  # not every part has as many of each
+    unsure = Score(200, 4)
+    unsure.add(torch.arange(200), torch.zeros(200, 4))
+    assert unsure.value() == pytest.approx((1, 0), abs=1e-12)
+    assert Score(3, 2).part.sort().values.tolist() == [0, 1, 2]
+
+
+# -- images, compared by their colours --
+
+
+class Colours(nn.Module):
+    """Features: mean and deviation of each colour. Answers: which colour there is most of (blue, green, red)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen, self.stop = [], None
+
+    def forward(self, pixels):
+        if self.stop is not None and len(self.seen) >= self.stop:
+            raise KeyboardInterrupt
+        x = pixels.float() * self.weight
+        self.seen.append(tuple(pixels.shape))
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1), x.mean((2, 3)).flip(1)
+
+
+def colour_extractor(**more):
+    return Extractor("colours", Colours(), 3, "as they are", **{"class_names": NAMES} | more)
+
+
+def paint(folder, seed, count=12, size=(10, 8), scale=1):
+    """A folder of class folders with noisy one-coloured pictures; returns them, (N, H, W, 3), in the order of NAMES."""
+    draw, images = np.random.RandomState(seed), []
+    for name in NAMES:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            colour = np.array([name == "red", name == "green", name == "blue"]) * 100 + 60 + draw.randint(0, 40, 3)
+            pixels = (colour + draw.randint(-20, 20, (*size, 3))).astype(np.uint8)
+            images.append(pixels.repeat(scale, 0).repeat(scale, 1))
+            Image.fromarray(images[-1]).save(folder / name / f"{i:02}.png")
+    return np.stack(images)
+
+
+def colour_features(images):
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1).double().numpy()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """(samples, reference): folders, and their images."""
+    drawn, real = paint(tmp_path / "drawn", 1), paint(tmp_path / "real", 2, 20)
+    return types.SimpleNamespace(drawn=tmp_path / "drawn", real=tmp_path / "real", images=(drawn, real), at=tmp_path)
+
+
+def compare(samples, reference, extractor=None, **more):
+    return evaluate_samples(
+        samples, reference, extractor or colour_extractor(), **{"workers": 0, "batch_size": 7} | more
+    )
+
+
+def test_comparing_two_folders(pictures):
+    result = compare(pictures.drawn, pictures.real, split="all", samples_split="all")
+    x, y = map(colour_features, pictures.images)
+    expected = frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+    assert result["frechet_distance"] == pytest.approx(expected, rel=1e-6) and expected > 0.1
+    x, y = map(torch.from_numpy, (x, y))
+    assert result["kernel_distance"]["mean"] == pytest.approx(kernel_distance(x.float(), y.float())[0], rel=1e-6)
+    assert (result["precision"], result["recall"]) == precision_recall(x.float(), y.float())
+    assert result["accuracy"] == result["reference_accuracy"] == 1 and result["score"]["mean"] > 1.5
+    assert result["samples"] == {"where": str(pictures.drawn), "split": "all", "images": 36, "unreadable": 0}
+    assert result["reference"]["images"] == 60 and result["size"] == [10, 8]
+    assert result["names"]["frechet_distance"] == "Frechet distance (colours)"
+    assert "FID" not in json.dumps(result) and "Inception" not in json.dumps(result)
+
+
+def test_the_training_images_are_the_reference_and_evaluation_s_the_samples(pictures):
+    result = compare(pictures.real, pictures.real)
+    assert (result["samples"]["split"], result["reference"]["split"]) == ("all", "train")
+    assert (result["samples"]["images"], result["reference"]["images"]) == (60, 54)
+    with pytest.raises(DataError, match="no split 'test'"):
+        compare(pictures.drawn, pictures.real, split="test")
+
+
+def test_labels_count_only_against_the_classifier_s_own_names(pictures):
+    (pictures.drawn / "green").rename(pictures.drawn / "violet")
+    result = compare(pictures.drawn, pictures.real)
+    assert result["accuracy"] is None and result["reference_accuracy"] == 1
+    assert any("no accuracy on the samples" in note and "violet" in note for note in result["notes"])
+    assert compare(pictures.drawn, pictures.real, colour_extractor(class_names=None))["accuracy"] is None
+    turned = compare(pictures.real, pictures.real, colour_extractor(class_names=["red", "green", "blue"]))
+    assert turned["accuracy"] == pytest.approx(1 / 3)
+
+
+def as_npz(path, images, save=np.savez, **more):
+    save(path, images, **more)
+    return path
+
+
+def test_folders_of_files_and_arrays_are_the_same_images(pictures):
+    flat = pictures.at / "flat"
+    flat.mkdir()
+    for i, pixels in enumerate(pictures.images[0]):
+        Image.fromarray(pixels).save(flat / f"{i:03}.png")
+    labels = np.repeat(np.arange(3), 12)
+    stored = as_npz(pictures.at / "stored.npz", pictures.images[0], arr_1=labels)
+    packed = as_npz(pictures.at / "packed.npz", pictures.images[0], np.savez_compressed)
+    results = [compare(each, pictures.real) for each in (flat, stored, packed)]
+    classes = compare(pictures.drawn, pictures.real, samples_split="all")
+    for result in results:
+        assert result["frechet_distance"] == classes["frechet_distance"]
+        assert result["samples"]["split"] is None and result["samples"]["images"] == 36
+    assert [result["accuracy"] for result in results] == [None, 1, None]
+    assert any("by number only" in note for note in results[1]["notes"])
+    with pytest.raises(OptionError, match="has no splits, got 'train'"):
+        compare(flat, pictures.real, samples_split="train")
+    (flat / "more").mkdir()
+    Image.fromarray(pictures.images[0][0]).save(flat / "more" / "a.png")
+    with pytest.raises(DataError, match=r"images and folders with images \(more\)"):
+        compare(flat, pictures.real)
+
+
+def test_arrays_that_cannot_be_used(pictures):
+    at, images = pictures.at, pictures.images[0]
+    good = as_npz(at / "good.npz", images)
+    broken = {
+        "cut.npz": "damaged or no npz file",
+        "float.npz": r"arr_0 of .* is float64 \(36, 10, 8, 3\); expected an npz",
+        "four.npz": r"is uint8 \(36, 10, 8, 4\)",
+        "other.npz": "holds 1 array: images; expected",
+        "labels.npz": r"arr_1 of .* is int64 \(3,\)",
+        "absent.npz": "there is no",
+    }
+    (at / "cut.npz").write_bytes(good.read_bytes()[:-500])
+    np.savez(at / "float.npz", images / 255)
+    np.savez(at / "four.npz", np.concatenate([images, images[..., :1]], 3))
+    np.savez(at / "other.npz", images=images)
+    np.savez(at / "labels.npz", images, np.arange(3))
+    for name, message in broken.items():
+        with pytest.raises(DataError, match=message):
+            compare(at / name, pictures.real)
+
+
+def test_the_folder_of_gspn_sample(pictures):
+    folder = pictures.at / "samples"
+    (folder / "images").mkdir(parents=True)
+    about = {"format": 1, "settings": {"seed": 0}, "count": 6, "classes": [2, 0], "class_names": ["a", "blue", "red"]}
+    about["class_names"] = ["green", "blue", "red"]
+    (folder / "samples.json").write_text(json.dumps(about))
+    Image.new("RGB", (300, 200)).save(folder / "grid.png")  # which is no sample
+    for i in range(6):
+        name, place = ("red", 24) if i % 2 == 0 else ("green", 12)
+        Image.fromarray(pictures.images[0][place + i]).save(folder / "images" / f"{i:06}-{name}.png")
+    result = compare(folder, pictures.real)
+    assert result["samples"]["images"] == 6 and result["accuracy"] == 1
+    (folder / "images" / "000003-green.png").unlink()
+    with pytest.raises(RunError, match="1 of 6 samples are not in"):
+        compare(folder, pictures.real)
+
+
+def test_other_sizes_are_resized_to_the_reference_s(pictures):
+    paint(pictures.at / "large", 1, scale=2)  # the pictures of `drawn`, every pixel four times
+    extractor = colour_extractor()
+    large = compare(pictures.at / "large", pictures.real, extractor, samples_split="all")
+    assert {shape[2:] for shape in extractor.network.seen} == {(10, 8)}
+    small = compare(pictures.drawn, pictures.real, samples_split="all")
+    assert large["accuracy"] == 1 and large["size"] == [10, 8] and "as they are" in large["resized"]
+    assert large["frechet_distance"] == pytest.approx(small["frechet_distance"], rel=0.5)
+    compare(pictures.drawn, pictures.real, extractor, size=(5, 6))
+    assert extractor.network.seen[-1][2:] == (5, 6)
+    Image.new("RGB", (9, 9)).save(pictures.real / "blue" / "odd.png")
+    with pytest.raises(OptionError, match="2 sizes: 9x9, 10x8: give .*--size HxW"):
+        compare(pictures.drawn, pictures.real, split="all")
+
+
+def test_unreadable_images_are_named_and_left_out_or_refused(pictures):
+    whole = compare(pictures.drawn, pictures.real, samples_split="all")
+    bad = pictures.drawn / "green" / "03.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    result = compare(pictures.drawn, pictures.real, samples_split="all")
+    assert result["samples"]["unreadable"] == 1 and result["accuracy"] == 1
+    assert any(str(bad) in note for note in result["notes"])
+    x, y = map(colour_features, (np.delete(pictures.images[0], 15, 0), pictures.images[1]))
+    reference = open_images(pictures.real, None, "train").split
+    y = colour_features(np.stack([np.asarray(reference.image(i)) for i in range(len(reference))]))
+    expected = frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+    assert result["frechet_distance"] == pytest.approx(expected, rel=1e-6) != whole["frechet_distance"]
+    for cache in (None, pictures.at / "cache"):
+        with pytest.raises(DataError, match=r"--strict.*green/03\.png"):
+            compare(pictures.drawn, pictures.real, samples_split="all", strict=True, cache=cache)
+
+
+def test_too_few_images_are_told(pictures):
+    few = as_npz(pictures.at / "few.npz", pictures.images[0][:5])
+    result = compare(few, pictures.real)
+    (note,) = (note for note in result["notes"] if "too few" in note)
+    assert "samples: 5 images are too few for 6 features" in note and "rank of at most 4" in note
+    assert not any("too few" in note for note in compare(pictures.drawn, pictures.real)["notes"])
+    two = compare(as_npz(few, pictures.images[0][:2]), pictures.real)
+    assert two["precision"] is None and two["frechet_distance"] > 0
+    with pytest.raises(DataError, match="1 of 1 images could be read"):
+        compare(as_npz(few, pictures.images[0][:1]), pictures.real)
+
+
+# -- what is kept --
+
+
+def looked_at(extractor):
+    count = sum(shape[0] for shape in extractor.network.seen)
+    extractor.network.seen.clear()
+    return count
+
+
+def test_the_reference_is_looked_at_once(pictures):
+    extractor, cache = colour_extractor(), pictures.at / "cache"
+    first = compare(pictures.drawn, pictures.real, extractor, cache=cache)
+    samples, reference = first["samples"]["images"], first["reference"]["images"]
+    assert looked_at(extractor) == samples + reference
+    assert len(list(cache.glob("*.safetensors"))) == 1  # samples come and go
+    assert compare(pictures.drawn, pictures.real, extractor, cache=cache) == first
+    assert looked_at(extractor) == samples
+    renamed = Extractor("renamed", extractor.network, 3, extractor.rule, NAMES)
+    (pictures.real.parent / "real").rename(pictures.at / "elsewhere")
+    compare(pictures.drawn, pictures.at / "elsewhere", renamed, cache=cache)
+    assert looked_at(extractor) == samples
+
+
+def test_anything_else_is_computed_anew(pictures):
+    extractor, cache = colour_extractor(), pictures.at / "cache"
+    go = lambda **more: compare(pictures.drawn, pictures.real, extractor, cache=cache, **more)  # noqa: E731
+    whole = go()["samples"]["images"]
+    both = looked_at(extractor)
+    go(size=(6, 6))
+    assert looked_at(extractor) == both
+    go(split="val")
+    assert looked_at(extractor) == whole + 6
+    extractor.class_names = NAMES[::-1]
+    assert go()["reference_accuracy"] == pytest.approx(1 / 3)
+    assert looked_at(extractor) == both
+    with torch.no_grad():
+        extractor.network.weight.fill_(0.5)
+    go()
+    assert looked_at(extractor) == both
+    for file in sorted((pictures.real / "red").iterdir()):  # other pixels in files of the same names and sizes
+        size = file.stat().st_size
+        Image.new("RGB", (8, 10), (200, len(file.name), 30)).save(file)
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+    go()
+    assert looked_at(extractor) == both
+
+
+def test_damaged_statistics_are_computed_again(pictures):
+    extractor, cache = colour_extractor(), pictures.at / "cache"
+    first = compare(pictures.drawn, pictures.real, extractor, cache=cache)
+    both = looked_at(extractor)
+    (file,) = cache.glob("*.safetensors")
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:-20] + b"\1" + whole[-19:], b"", b"no file of tensors"):
+        file.write_bytes(damaged)
+        again = compare(pictures.drawn, pictures.real, extractor, cache=cache)
+        assert looked_at(extractor) == both
+        assert any(str(file) in note and "damaged" in note for note in again["notes"])
+        assert again["frechet_distance"] == first["frechet_distance"]
+        assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("stop", [3, 9, 13])  # batches: in the reference, after it, in the samples
+def test_an_interrupted_call_goes_on_where_it_was(pictures, monkeypatch, stop):
+    monkeypatch.setattr(image_statistics, "SAVE_EVERY", 0)
+    whole = compare(pictures.drawn, pictures.real, samples_split="all")
+    extractor, cache = colour_extractor(), pictures.at / "cache"
+    extractor.network.stop = stop
+    with pytest.raises(KeyboardInterrupt):
+        compare(pictures.drawn, pictures.real, extractor, samples_split="all", cache=cache)
+    extractor.network.stop = None
+    assert compare(pictures.drawn, pictures.real, extractor, samples_split="all", cache=cache) == whole
+    assert looked_at(extractor) == 36 + whole["reference"]["images"]  # each image once
+    assert not [file.name for file in cache.iterdir() if file.name.endswith(".new")]
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_a_note(pictures):
+    blocked = pictures.at / "file"
+    blocked.write_text("")
+    result = compare(pictures.drawn, pictures.real, cache=blocked / "cache")
+    assert any("cannot write" in note for note in result["notes"])
+    assert result["frechet_distance"] == compare(pictures.drawn, pictures.real)["frechet_distance"]
+    with pytest.raises(SaveError, match="cannot write"):
+        compare(pictures.drawn, pictures.real, save=blocked / "statistics.safetensors")
+
+
+def test_saved_statistics_stand_for_the_reference(pictures, monkeypatch):
+    extractor, file = colour_extractor(), pictures.at / "real.safetensors"
+    first = compare(pictures.drawn, pictures.real, extractor, save=file)
+    looked_at(extractor)
+    again = compare(pictures.drawn, file, extractor)
+    assert looked_at(extractor) == first["samples"]["images"]
+    ignored = {"reference", "notes"}
+    assert {k: v for k, v in again.items() if k not in ignored} == {k: v for k, v in first.items() if k not in ignored}
+    assert again["reference"]["images"] == first["reference"]["images"]
+    with pytest.raises(OptionError, match="of images of 10x8, but size is 5x5"):
+        compare(pictures.drawn, file, extractor, size=(5, 5))
+    with pytest.raises(OptionError, match="neither a split can be chosen"):
+        compare(pictures.drawn, file, extractor, split="train")
+    with torch.no_grad():
+        extractor.network.weight.fill_(2)
+    with pytest.raises(OptionError, match="is of features colours, not of colours as it is now"):
+        compare(pictures.drawn, file, extractor)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match="damaged"):
+        compare(pictures.drawn, file)
+    # what an interrupted call left in the cache is not all of the reference
+    monkeypatch.setattr(image_statistics, "SAVE_EVERY", 0)
+    stopped = colour_extractor()
+    stopped.network.stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        compare(pictures.drawn, pictures.real, stopped, cache=pictures.at / "cache")
+    (part,) = (pictures.at / "cache").glob("*.safetensors")
+    assert read_statistics(part)[0].done == 14
+    with pytest.raises(DataError, match="of 14 of 54 images: it was interrupted"):
+        compare(pictures.drawn, part)
+
+
+def test_kept_features_are_evenly_spaced(pictures, monkeypatch):
+    monkeypatch.setattr(image_statistics, "KEPT", 5)
+    images = as_npz(pictures.at / "a.npz", pictures.images[0])
+    file = pictures.at / "a.safetensors"
+    result = compare(images, images, save=file)
+    kept = read_statistics(file)[0].kept
+    expected = torch.from_numpy(colour_features(pictures.images[0][[0, 9, 18, 26, 35]])).float()
+    assert torch.allclose(kept, expected) and result["kernel_distance"]["subset_size"] == 5
+
+
+# -- networks --
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of `gspn train` with random weights."""
+    torch.manual_seed(3)
+    model = create_model("gspn_micro", num_classes=3, depths=[1], width=8, global_levels=[0], stem_stride=4).eval()
+    how = {"channels": 3, "size": [12, 16], "mean": [0.4] * 3, "std": [0.2] * 3, "crop": 1.0}
+    config = {"task": "classification", "preprocessing": how, "model": model.config, "class_names": NAMES}
+    config |= {"data": {"where": "nowhere"}, "options": {"precision": "fp32"}}
+    made = Run.create(tmp_path_factory.mktemp("runs") / "run", config)
+    made.save_checkpoint("best", {"model": model.state_dict()}, {})
+    return types.SimpleNamespace(path=made.path, model=model)
+
+
+@torch.inference_mode()
+def test_a_classifier_s_features_come_before_its_head(run):
+    extractor = load_extractor(f"classifier:{run.path}")
+    pixels = torch.randint(0, 256, (4, 3, 12, 16), dtype=torch.uint8)
+    got, logits = extractor.network(pixels)
+    x = (pixels / 255 - 0.4) / 0.2
+    assert torch.allclose(logits, run.model(x), atol=1e-5)
+    assert torch.allclose(got, run.model.forward_features(x).mean((2, 3)), atol=1e-5) and got.shape == (4, 8)
+    assert extractor.class_names == NAMES and not extractor.standard
+    larger, _ = extractor.network(pixels.repeat_interleave(3, 2).repeat_interleave(3, 3))
+    assert larger.shape == (4, 8) and "12x16, bicubic" in extractor.rule
+
+
+def test_names_of_features(run, tmp_path):
+    for wrong in ("vgg", "inception:", "classifier:", "timm:", "inceptionv3"):
+        with pytest.raises(OptionError, match="expected `inception` or"):
+            load_extractor(wrong)
+    with pytest.raises(RunError, match="is no run"):
+        load_extractor(f"classifier:{tmp_path}")
+
+
+class FakeInception(nn.Module):
+    """What stands for torch-fidelity's: the same arguments, few features."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None):
+        super().__init__()
+        assert features_list == ["2048", "logits_unbiased"]
+        if feature_extractor_weights_path is None:
+            raise OSError("no network")
+        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+
+    def forward(self, pixels):
+        assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3
+        return pixels.float().mean((2, 3)), pixels.float().mean((2, 3)) / 100
+
+
+def test_only_inception_s_published_weights_make_a_fid(pictures, monkeypatch):
+    name = "torch_fidelity.feature_extractor_inceptionv3"
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    module = types.SimpleNamespace(FeatureExtractorInceptionV3=FakeInception)
+    monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(OptionError, match=r"weights cannot be had: OSError: no network; give them in a file"):
+        load_extractor("inception")
+    file = pictures.at / "weights.pth"
+    with pytest.raises(OptionError, match="cannot be read: FileNotFoundError"):
+        load_extractor(f"inception,{file}")
+    torch.save({}, file)
+    other = compare(pictures.drawn, pictures.real, load_extractor(f"inception,{file}"))
+    assert other["names"]["frechet_distance"] == f"Frechet distance (inception,{file})"
+    monkeypatch.setattr(features, "INCEPTION_SHA256", features.hashlib.sha256(file.read_bytes()).hexdigest())
+    extractor = load_extractor(f"inception,{file}")
+    result = compare(pictures.drawn, pictures.real, extractor)
+    assert list(result["names"].values())[:3] == ["FID", "KID", "precision"]
+    assert result["names"]["score"] == "Inception Score" and result["accuracy"] is None
+    torch.save({"a": FakeInception}, file)  # would run code where unpickled
+    with pytest.raises(OptionError, match="cannot be read"):
+        load_extractor(f"inception,{file}")
+    # statistics as others publish them
+    published = pictures.at / "published.npz"
+    np.savez(published, mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(OptionError, match="taken for Inception's: not colours"):
+        compare(pictures.drawn, published)
+    np.savez(published, mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(DataError, match="expected 2048 features"):
+        compare(pictures.drawn, published, extractor)
+    with pytest.raises(DataError, match="holds mu; expected mu and sigma"):
+        np.savez(published, mu=np.zeros(3))
+        compare(pictures.drawn, published, extractor)
+
+
+def test_published_mean_and_covariance(pictures):
+    extractor = colour_extractor(standard=True)
+    extractor.network.forward = lambda x: (torch.nn.functional.pad(x.float().mean((2, 3)), (0, 2045)), None)
+    x = pictures.images[1].mean((1, 2))
+    mean, covariance = np.zeros(2048), np.zeros((2048, 2048))
+    mean[:3], covariance[:3, :3] = x.mean(0), np.cov(x, rowvar=False)
+    published = pictures.at / "published.npz"
+    np.savez(published, mu=mean, sigma=covariance)
+    from_file = compare(pictures.drawn, published, extractor)
+    from_images = compare(pictures.drawn, as_npz(pictures.at / "a.npz", pictures.images[1]), extractor)
+    assert from_file["frechet_distance"] == pytest.approx(from_images["frechet_distance"], rel=1e-4)
+    assert from_file["kernel_distance"] is None and from_file["reference"]["images"] is None
+    assert any("no kernel distance" in note for note in from_file["notes"]) and from_file["size"] == [10, 8]
+
+
+def test_what_is_not_installed_is_said(monkeypatch):
+    for name, module in (("inception", "torch_fidelity"), ("timm:resnet18", "timm")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(OptionError, match=r"does not import here .*pip install \"gspn\[.*classifier:RUN"):
+            load_extractor(name)
+
+
+@pytest.mark.timm
+def test_a_model_of_timm(pictures):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet").eval()
+    file = pictures.at / "weights.pth"
+    torch.save(model.state_dict(), file)
+    extractor = load_extractor(f"timm:test_efficientnet,{file}")
+    size, mean, std = (model.pretrained_cfg[key] for key in ("input_size", "mean", "std"))
+    pixels = torch.randint(0, 256, (2, *size), dtype=torch.uint8)
+    with torch.inference_mode():
+        got, logits = extractor.network(pixels)
+        x = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        assert torch.allclose(logits, model(x), atol=1e-4) and got.ndim == 2
+    result = compare(pictures.drawn, pictures.real, f"timm:test_efficientnet,{file}")
+    assert result["dimension"] == got.shape[1] and result["names"]["score"].startswith("score (timm:test_efficientnet")
+    with pytest.raises(OptionError, match="has no model 'no_such'"):
+        load_extractor("timm:no_such")
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(OptionError, match="do not fit EfficientNet"):
+        load_extractor(f"timm:test_efficientnet,{file}")
+
+
+# -- the command, and several processes --
+
+
+def test_the_command(pictures, run, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: pictures.at)
+    arguments = ["fid", str(pictures.drawn), "--reference", str(pictures.real), "--workers", "0"]
+    arguments += ["--features", f"classifier:{run.path}", "--split", "all", "--samples-split", "all"]
+    told = CliRunner().invoke(app, [*arguments, "--out", str(pictures.at / "result.json"), "--size", "9x7"])
+    assert told.exit_code == 0, told.output
+    text = " ".join(told.output.split())
+    assert "36 against 60, at 9x7" in text and "accuracy (classifier:" in text and "FID" not in text
+    result = json.loads((pictures.at / "result.json").read_text())
+    assert result["size"] == [9, 7] and len(list((pictures.at / ".cache/gspn/fid").glob("*.safetensors"))) == 1
+    printed = CliRunner().invoke(app, [*arguments, "--json", "--no-cache"])
+    assert json.loads(printed.stdout.splitlines()[0])["frechet_distance"] > 0
+    for wrong, message in (
+        (["--cache", "x", "--no-cache"], "choose one of"),
+        (["--size", "a"], "--size takes N or HxW"),
+        (["--features", "vgg"], "unknown features 'vgg'"),
+    ):
+        failed = CliRunner().invoke(app, [*arguments, *wrong])
+        assert failed.exit_code == 2 and message in failed.output
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(pictures, run):
+    arguments = [str(pictures.drawn), "--reference", str(pictures.real), "--features", f"classifier:{run.path}"]
+    arguments += ["--workers", "0", "--samples-split", "all", "--batch-size", "8"]
+    one = CliRunner().invoke(app, ["fid", *arguments, "--json", "--no-cache"])
+    file = pictures.at / "two.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    command += ["-m", "gspn", "fid", *arguments, "--cache", str(pictures.at / "cache"), "--out", str(file)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    one, two = json.loads(one.stdout.splitlines()[0]), json.loads(file.read_text())
+    assert two["samples"] == one["samples"] and two["reference"] == one["reference"]
+    assert two["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-5)
+    assert two["accuracy"] == one["accuracy"] and two["precision"] == one["precision"]
