@@ -387,6 +387,7 @@ def test_a_number_of_steps_that_begins_too_late_is_told(run, tmp_path):
     assert module._plan(load_pipeline(run), tmp_path, options(steps=250))[1] is None
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_batches(run, done, tmp_path):
     """Of a folder in which some samples are there already."""
     folder = shutil.copytree(done[0], tmp_path / "a")

@@ -10,11 +10,16 @@ from training import TINY
 
 from gspn.train import loop, pictures
 from gspn.train.classify import resume_classifier, train_classifier
+from gspn.train.diffusion.options import GeneratorOptions
+from gspn.train.diffusion.task import train_generator
 from gspn.train.options import OptionError, Options
 
 SMALL = dict(TINY, width=8)
 OPTIONS = dict(model_args=SMALL, epochs=1, batch_size=28, lr=5e-3, ema=0.9, seed=3, workers=0)  # 51 steps an epoch
 SHARDED = OPTIONS | dict(epochs=2, batch_size=350, accumulate=2, save_every="3", fsdp=True)  # 4 steps an epoch
+
+# at a learning rate of 0 what is random in training changes nothing, and validation and samples have to be the same
+GENERATOR = dict(model_args={"hidden_size": 16, "depth": 2}, epochs=1, batch_size=350, lr=0.0, eval_images=51)
 
 
 class Stopped(BaseException):
@@ -60,7 +65,7 @@ def stopped_and_resumed(path):
 
 def main(folder):
     torch.set_num_threads(1)
-    for name in ("curves", "predictions", "context"):  # they take longer than the training
+    for name in ("curves", "predictions", "context", "losses"):  # they take longer than the training
         setattr(pictures, name, lambda *args: None)
     found, seed = {"seeds": []}, loop.seed_everything
 
@@ -77,6 +82,8 @@ def main(folder):
     (found["sharded"], found["parameters"]), found["sharded losses"] = losses_of(
         lambda: stopped_and_resumed(folder / "sharded")
     )
+    for name, fsdp in (("generator", False), ("sharded generator", True)):
+        train_generator("digits", folder / name, GeneratorOptions(**GENERATOR, fsdp=fsdp, sample_steps=3))
     if torch.distributed.is_initialized():  # one process takes it
         try:
             train_classifier("digits", folder / "odd", Options(**OPTIONS | dict(batch_size=31)))

@@ -169,15 +169,35 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         self._init_weights()
 
     def _init_weights(self):
-        """What predicts starts at 0, as in DiT; the last projection of a block is the smaller the more blocks there are,
-        so that the residual keeps its scale. Embeddings start as torch has them: with DiT's deviation of 0.02, a class,
-        which is added once at the input, goes unheard for thousands of steps."""
+        """What predicts starts at 0, as in DiT; the last projection of a block is the smaller the more blocks there
+        are, so that the residual keeps its scale. Embeddings start as torch has them: with DiT's deviation of 0.02, a
+        class, which is added once at the input, goes unheard for thousands of steps."""
         with torch.no_grad():
             for linear in (self.modulation, self.proj_out):
                 nn.init.zeros_(linear.weight)
                 nn.init.zeros_(linear.bias)
             for block in self.blocks:
                 block.ffn.out_proj.weight /= math.sqrt(len(self.blocks))
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """As in diffusers. Raises ValueError for the config of another model."""
+        name = (config or {}).get("_class_name", cls.__name__)
+        if name != cls.__name__:
+            raise ValueError(f"this is the config of a {name}, expected that of a {cls.__name__}")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers. Raises ValueError where the weights are of another model or do not make up this one, which
+        diffusers fills up with random ones."""
+        told = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "also has")):
+            if names := sorted(info[key]):
+                shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+                raise ValueError(f"{pretrained_model_name_or_path} is of another architecture: it {what} {shown}")
+        return (model, info) if told else model
 
     def forward(
         self,

@@ -23,6 +23,7 @@ from gspn.train.options import OptionError, check_range
 
 __all__ = ["default_cache", "evaluate_samples", "frechet_distance"]
 
+INCEPTION_FEATURES = 2048
 RESIZED = "to the largest centred box of these proportions, bicubic with antialiasing (Pillow), if not of this size"
 
 
@@ -96,7 +97,7 @@ def evaluate_samples(
         compared = _compare(statistics, known, extractor, notes)
         result = {"features": extractor.name, **compared, "samples": of_samples, "reference": of_reference}
         result |= {"size": list(size), "resized": f"{RESIZED}; then {extractor.rule}", "notes": notes}
-        if file is not None:
+        if file is not None and file.exists():
             remove(file, quietly=True)  # samples come and go; the reference stays
     (result,) = broadcast_object_list([result])
     return result
@@ -149,8 +150,9 @@ def _published(path, extractor):
         raise DataError(f"{path} cannot be read, it is damaged or no npz file: {error}") from error
     if not extractor.standard:
         raise OptionError(f"{path} holds mu and sigma of unnamed features, taken for Inception's: not {extractor.name}")
-    if mean.shape != (2048,) or covariance.shape != (2048, 2048):
-        raise DataError(f"mu and sigma of {path} are {mean.shape} and {covariance.shape}; expected 2048 features")
+    d = INCEPTION_FEATURES
+    if mean.shape != (d,) or covariance.shape != (d, d):
+        raise DataError(f"mu and sigma of {path} are {mean.shape} and {covariance.shape}; expected {d} features")
     return Known(mean, covariance)
 
 
