@@ -20,7 +20,7 @@ def lively(model):
     """The same model in evaluation mode, its last layers away from the zero that they start at."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.split(".")[0] in ("modulation", "proj_out", "embed"):
+            if name.split(".")[0] in ("modulation", "proj_out", "embed", "proj_out_1", "proj_out_2"):
                 parameter.normal_(std=0.3 if name.startswith("embed") else 0.1)
     return model.eval()
 

@@ -104,6 +104,18 @@ def test_pixels_of_a_patch_are_in_their_places():
     assert torch.equal(output, torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(2, 3))
 
 
+def test_the_last_layer_is_shifted_and_scaled():
+    model, given, shift = tiny_generator(patch_size=1), inputs(), torch.randn(32)
+    plain = []
+    model.norm.register_forward_hook(lambda module, args, out: plain.append(out))
+    with torch.no_grad():
+        model.modulation.weight.zero_()
+        model.modulation.bias.copy_(torch.cat([shift, torch.full((32,), -0.25)]))
+        output = model(**given).sample
+        expected = model.proj_out((plain[0] * 0.75).permute(0, 2, 3, 1) + shift).permute(0, 3, 1, 2)
+    torch.testing.assert_close(output, expected)
+
+
 def test_the_batch_does_not_mix():
     model, given = tiny_generator(), inputs(3)
     for i in range(3):

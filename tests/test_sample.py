@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusion import ddpm, generator_run, tiny_vae
+from diffusion import ddpm, generator_run, lively, tiny_vae
 from PIL import Image
 from training import tree
 from typer.testing import CliRunner
 
 from gspn.cli import app
 from gspn.files import SaveError
+from gspn.models.dit import create_dit
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.diffusion import sample as module
@@ -78,6 +79,30 @@ def test_a_run_with_a_vae_and_a_saved_pipeline_give_the_same(tmp_path):
     for name, source in (("a", run.path), ("b", tmp_path / "saved")):
         sample(source, tmp_path / name, options(count=2))
     assert tree(tmp_path / "a") == tree(tmp_path / "b") and pixels(tmp_path / "a").shape == (2, 16, 16, 3)
+
+
+def test_a_run_of_dit(tmp_path):
+    """Its blocks share an embedding while it is trained, which save_pretrained could not write."""
+    arguments = dict(num_classes=3, sample_size=8, in_channels=3, num_layers=2)
+    torch.manual_seed(0)
+    model = lively(create_dit("DiT-micro/2", **arguments))
+    config = {"task": "diffusion", "model": {"name": "DiT-micro/2", "arguments": arguments}, "vae": None}
+    scheduler = dict(ddpm(prediction_type="v_prediction").config)
+    config |= {"scheduler": {"class": "DDPMScheduler", "config": scheduler}, "class_names": ["a", "b", "c"]}
+    config |= {"space": {"image_size": [8, 8]}, "options": {"class_dropout": 0.0}}
+    run = Run.create(tmp_path / "run", config)
+    run.save_checkpoint("last", {"model": dict(model.state_dict())}, {"epoch": 1, "step": 1})
+    pipeline = load_pipeline(run.path)
+    given = dict(
+        hidden_states=torch.randn(2, 3, 8, 8), timestep=torch.tensor([3, 700]), class_labels=torch.tensor([2, 0])
+    )
+    with torch.no_grad():
+        assert torch.equal(pipeline.transformer(**given).sample, model(**given).sample)
+    with pytest.raises(ValueError, match="no null class"):
+        pipeline([0])
+    pipeline.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(load_pipeline(tmp_path / "saved").transformer(**given).sample, model(**given).sample)
 
 
 def test_sources_that_are_none(tmp_path, run):

@@ -1,5 +1,7 @@
 """DiT, what the generator is compared with: diffusers' model, trainable from random weights as its authors train it."""
 
+import copy
+
 from torch import nn
 
 from gspn.models.generator import PATCHES
@@ -34,7 +36,8 @@ def create_dit(
     learn_sigma: bool = True,
     **config,
 ) -> DiTTransformer2DModel:
-    """DiT with random weights: "DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2" and the like. Other arguments: as diffusers'.
+    """DiT with random weights: "DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2" and the like. Other arguments are
+    diffusers'.
 
     Raises ValueError for another name.
     """
@@ -78,3 +81,9 @@ def as_published(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
     return model
+
+
+def untie(model: DiTTransformer2DModel) -> None:
+    """Gives each block an embedding of its own again: shared weights cannot be saved by save_pretrained."""
+    for block in model.transformer_blocks:
+        block.norm1.emb = copy.deepcopy(block.norm1.emb)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from gspn.files import atomic
 
 SHOWN = 96, 256  # pixels that the longer side of an image is brought to at least, by whole factors, and at most
+COLUMNS, CLASSES = 10, 60  # the most images of a class, and the most classes, to show
 GAP, LETTERS, INK, PAPER = 4, 20, "black", "white"
 
 
@@ -25,8 +26,8 @@ def draw_grid(
     class_names: Sequence[str],
     *,
     title: str = "",
-    columns: int = 10,
-    classes: int = 60,
+    columns: int = COLUMNS,
+    classes: int = CLASSES,
 ) -> Image.Image:
     """A picture of `images`, all of one size, a row for each class with its name to the left; where there are few
     images a class, several classes side by side.
@@ -71,7 +72,7 @@ def _enlarged(image):
     if longest > most:
         size = [max(1, round(side * most / longest)) for side in image.size]
         return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    factor = max(1, math.ceil(least / longest)) if longest * 1.5 <= least else max(1, round(least / longest))
+    factor = math.ceil(least / longest)
     return image.convert("RGB").resize([side * factor for side in image.size], Image.Resampling.NEAREST)
 
 

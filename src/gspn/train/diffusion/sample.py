@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 
 from gspn.files import SaveError, write_json
+from gspn.models.dit import untie
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train.checkpoint import Run, RunError, writing
-from gspn.train.diffusion.grid import draw_grid, save_picture
+from gspn.train.diffusion.grid import CLASSES, COLUMNS, draw_grid, save_picture
 from gspn.train.diffusion.sample_files import ABOUT, GRID, IMAGES, Samples
 from gspn.train.diffusion.sample_options import PER_CLASS, SCHEDULERS, SampleOptions
 from gspn.train.diffusion.vae import open_vae
@@ -106,8 +107,11 @@ def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
         scheduler = getattr(diffusers, config["scheduler"]["class"]).from_config(config["scheduler"]["config"])
         transformer = build_generator(config["model"])
         transformer.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
-        if "prediction_type" not in transformer.config:  # DiT of diffusers does not know what it predicts
-            transformer.register_to_config(prediction_type=scheduler.config.prediction_type)
+        if isinstance(transformer, diffusers.DiTTransformer2DModel):
+            untie(transformer)
+            dropout = config.get("options", {}).get("class_dropout", 0.1)
+            # diffusers' DiT does not know what it predicts, nor whether the null class was trained.
+            transformer.register_to_config(prediction_type=scheduler.config.prediction_type, class_dropout_prob=dropout)
         id2label = dict(enumerate(config["class_names"]))
         vae = config["vae"] and open_vae(config["vae"]["path"])
         if vae:
@@ -331,8 +335,10 @@ def _finish(wanted, options):
     return files
 
 
-def _grid(wanted, per_class=10):
-    shown = range(min(wanted.count, per_class * len(wanted.classes)))
+def _grid(wanted):
+    classes = set(sorted(wanted.classes)[:CLASSES])
+    shown = range(min(wanted.count, COLUMNS * len(wanted.classes)))  # they take turns
+    shown = [i for i in shown if wanted.label(i) in classes]
     images, labels = [decode(wanted.path(i)) for i in shown], [wanted.label(i) for i in shown]
     settings = wanted.settings
     height, width = settings["size"]
@@ -340,4 +346,4 @@ def _grid(wanted, per_class=10):
         f"{height}x{width}, guidance {settings['guidance']:g}, {settings['steps']} steps of "
         f"{settings['scheduler']['class'].removesuffix('Scheduler')}, seed {settings['seed']}"
     )
-    return draw_grid(images, labels, wanted.class_names, title=title, columns=per_class)
+    return draw_grid(images, labels, wanted.class_names, title=title)
