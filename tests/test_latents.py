@@ -23,12 +23,13 @@ diffusers = pytest.importorskip("diffusers")
 
 from gspn.cli import app  # noqa: E402
 from gspn.train.checkpoint import RunError  # noqa: E402
-from gspn.train.data import DataError, open_data  # noqa: E402
+from gspn.train.data import Data, DataError, open_data  # noqa: E402
 from gspn.train.diffusion import encode as encode_module  # noqa: E402
 from gspn.train.diffusion.encode import encode  # noqa: E402
 from gspn.train.diffusion.latent_files import ABOUT  # noqa: E402
 from gspn.train.diffusion.latents import is_latents, make_latent_loader, open_latents  # noqa: E402
 from gspn.train.diffusion.vae import open_vae  # noqa: E402
+from gspn.train.images import Split  # noqa: E402
 from gspn.train.options import OptionError  # noqa: E402
 
 SIZE = dict(size=(16, 8), workers=0)  # latents of 3x8x4
@@ -143,6 +144,13 @@ def test_classes_of_other_numbers_in_another_split(pictures, vae, tmp_path):
     assert sorted(more.splits) == ["test", "train"] and len(more.splits["train"]) == 12
 
 
+def test_classes_without_names():
+    splits = {"test": Split([0, 4], None, pixels=torch.zeros(2, 1, 4, 4)), "train": Split([1, 2], None)}
+    relabelled = encode_module._relabelled(Data("idx", "somewhere", splits))
+    assert [*relabelled] == ["train", "test"]
+    assert all(split.class_names == ["0", "1", "2", "3", "4"] for split in relabelled.values())
+
+
 def test_bf16_vae_and_values_that_do_not_fit(pictures, vae, tmp_path):
     data = encode(pictures, vae, tmp_path / "x", precision="bf16", splits=["test"], **SIZE)
     mean, _ = data.splits["test"].posterior(torch.arange(3))
@@ -206,6 +214,9 @@ def test_processes_share_the_shards(latents, pictures, vae, tmp_path, monkeypatc
     monkeypatch.setattr(encode_module, "open_vae", lambda path: models[threading.current_thread().name])
     monkeypatch.setattr(encode_module, "_posterior", recorded)
     monkeypatch.setattr(encode_module, "make_accelerator", of_thread)
+    (tmp_path / "x").mkdir()
+    shutil.copy(latents[1] / "config.json", tmp_path / "x")
+    (tmp_path / "x" / "test-00000.safetensors").write_bytes(b"cut")  # which nobody must take for done
     found, arguments = [], dict(flip=True, shard_size=5, batch_size=2, **SIZE)
     threads = [
         threading.Thread(name=str(i), target=lambda: found.append(encode(pictures, vae, tmp_path / "x", **arguments)))
@@ -322,8 +333,11 @@ def test_another_process_that_begins_at_the_same_time(pictures, vae, tmp_path, m
 def test_unreadable_images(pictures, vae, tmp_path, latents, copied):
     with pytest.raises(DataError, match=r"unreadable image \(--strict\): .*5\.png"):
         encode(pictures, vae, tmp_path / "x", strict=True, **SIZE)
+    assert not list((tmp_path / "x").glob("*.safetensors"))
+    (copied / "train-00002.safetensors").unlink()
     with pytest.raises(DataError, match=r"unreadable image \(--strict\): .*5\.png"):  # it was encoded without it
         encode(pictures, vae, copied, flip=True, shard_size=5, strict=True, **SIZE)
+    assert not (copied / "train-00002.safetensors").exists()
     only = tmp_path / "only" / "train" / "cat"
     only.mkdir(parents=True)
     for name in ("a", "b"):

@@ -133,6 +133,21 @@ def test_it_does_what_ddim_and_the_model_do_step_by_step(pixels):
     torch.testing.assert_close(result, x, atol=1e-4, rtol=1e-4)
 
 
+def test_it_does_what_euler_and_the_model_do_step_by_step(pixels):
+    """Whose map is scaled: at the beginning, and before it goes into the model."""
+    scheduler, noise = diffusers.EulerDiscreteScheduler(), torch.randn(1, 3, 8, 8)
+    pipeline = quiet(GSPNPipeline(pixels.transformer, scheduler))
+    result = pipeline([2], 1.0, 4, latents=noise, output_type="latent").images
+    sigmas = scheduler.sigmas
+    x = noise * sigmas[0]
+    for t, sigma, following in zip(scheduler.timesteps, sigmas, sigmas[1:], strict=False):
+        with torch.no_grad():
+            epsilon = pixels.transformer(x / (sigma**2 + 1).sqrt(), t[None], torch.tensor([2])).sample[:, :3]
+        x = x + (following - sigma) * epsilon
+    assert sigmas[0] > 100 and scheduler.config.timestep_spacing == "linspace"
+    torch.testing.assert_close(result, x, atol=1e-3, rtol=1e-4)
+
+
 def test_an_image_does_not_depend_on_its_batch(pixels):
     together = pixels([3, 0, 1], 2.0, 3, 8, 16, generator=seeds(7, 8, 9), output_type="pt").images
     for place, (label, seed) in enumerate(((3, 7), (0, 8), (1, 9))):

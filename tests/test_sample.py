@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from diffusion import ddpm, generator_run, lively, tiny_vae
 from PIL import Image
-from training import tree
+from training import same, tree
 from typer.testing import CliRunner
 
 from gspn.cli import app
@@ -63,6 +63,8 @@ def test_the_averaged_weights_are_sampled(tmp_path):
     assert all(torch.equal(loaded.transformer.state_dict()[name], w) for name, w in model.state_dict().items())
     assert loaded.id2label == dict(enumerate(["one", "two", "three/3", "four", "five"]))
     assert loaded.image_size == (8, 8) and loaded.vae is None and not loaded.transformer.training
+    heun = HeunDiscreteScheduler.from_config(loaded.scheduler.config)  # as users do; its own betas are others
+    torch.testing.assert_close(heun.alphas_cumprod, loaded.scheduler.alphas_cumprod)
     (tmp_path / "run/checkpoints/last/ema.safetensors").unlink()
     state = tmp_path / "run/checkpoints/last/state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"parts": ["model"]}))
@@ -182,15 +184,31 @@ def test_classes_sizes_and_schedulers(run, tmp_path):
     assert len(set(images.values())) == len(SCHEDULERS)
 
 
-def test_schedulers_keep_the_noise_and_the_prediction():
-    own = ddpm(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", timestep_spacing="leading")
+@pytest.mark.parametrize("more", [{}, dict(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")])
+def test_schedulers_keep_the_noise_and_the_prediction(more):
+    own = ddpm(**more)  # the rest is DDPM's default, which is not that of each of the others
     for name in SCHEDULERS:
         made = module.named_scheduler(name, own)
-        assert made.config.prediction_type == "v_prediction"
+        assert made.config.prediction_type == own.config.prediction_type
         torch.testing.assert_close(made.alphas_cumprod.float(), own.alphas_cumprod)
         made.set_timesteps(10)
         # DDPM skips by whole steps and ends at 0; the solvers begin with nothing but noise.
         assert int(made.timesteps[0]) == (900 if name in ("ddpm", "ddim") else 999)
+
+
+@pytest.mark.parametrize("name", ["dpm-solver++", "unipc"])
+def test_solvers_clip_where_ddpm_does(name):
+    """What an untrained model predicts at the first step is far from an image."""
+    predicted = []
+    for clip in (True, False):
+        scheduler = module.named_scheduler(name, ddpm(clip_sample=clip))
+        scheduler.set_timesteps(5)
+        scheduler._init_step_index(scheduler.timesteps[0])
+        noise = torch.linspace(-3, 3, 48).view(1, 3, 4, 4)
+        predicted.append(scheduler.convert_model_output(-noise, sample=noise))
+    clipped, free = predicted
+    assert free.abs().max() > 100
+    torch.testing.assert_close(clipped, free.clamp(-1, 1))
 
 
 def test_names_and_numbers_of_classes(tmp_path):
@@ -212,6 +230,15 @@ def test_default_count(run, tmp_path, monkeypatch):
 
 class Stopped(BaseException):
     """What stands for a kill."""
+
+
+def test_batches_are_the_same_when_a_part_is_there(tmp_path):
+    samples = Samples(tmp_path, {}, 8, [0], ["a"])
+    (tmp_path / "images").mkdir()
+    assert module._batches(samples, 3) == [([0, 1, 2], [0, 1, 2]), ([3, 4, 5], [3, 4, 5]), ([6, 7], [6, 7])]
+    for i in (0, 1, 2, 3, 5):
+        samples.path(i).touch()
+    assert module._batches(samples, 3) == [([3, 4, 5], [4]), ([6, 7], [6, 7])]
 
 
 @pytest.mark.parametrize("after", [0, 1, 4, 6])
@@ -403,6 +430,21 @@ def test_the_command(run, tmp_path):
     assert result.exit_code == 2 and "were made with steps 3, not 1" in result.output
     result = CliRunner().invoke(app, ["sample", str(run), "--out", str(tmp_path / "b"), "--guidance", "-1"])
     assert result.exit_code == 2 and "guidance must be from 0" in result.output
+
+
+def test_a_generator_is_exported_as_a_pipeline(tmp_path):
+    run, model = generator_run(tmp_path / "run")
+    arguments = ["export", str(run.path), "--diffusers", "--checkpoint", "last"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and f"wrote {run.path / 'pipeline'}" in result.output
+    loaded = GSPNPipeline.from_pretrained(run.path / "pipeline")
+    assert same(loaded.transformer.state_dict(), model.state_dict()) and loaded.id2label[2] == "three/3"
+    assert loaded.image_size == (8, 8)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "is there already; expected a folder to be made" in result.output
+    for more, message in (("--onnx", "choose one of"), ("--no-check", "--no-check is for --onnx and --aoti")):
+        result = CliRunner().invoke(app, [*arguments, more])
+        assert result.exit_code == 2 and message in result.output
 
 
 def test_a_number_of_steps_that_begins_too_late_is_told(run, tmp_path):

@@ -242,8 +242,12 @@ def export_run(
     run: RunFolder,
     onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file of standard operators, for any runtime.")] = False,
     aoti: Annotated[bool, typer.Option("--aoti", help="A package compiled for this CPU, for torch with gspn.")] = False,
+    diffusers: Annotated[
+        bool, typer.Option("--diffusers", help="Of a generator: a folder for GSPNPipeline.from_pretrained.")
+    ] = False,
     file: Annotated[
-        Path | None, typer.Option("--out", help="The file to write. Default: RUN/model.onnx or RUN/model.pt2.")
+        Path | None,
+        typer.Option("--out", help="The file to write. Default: RUN/model.onnx, RUN/model.pt2 or RUN/pipeline."),
     ] = None,
     checkpoint: Checkpoint = "best",
     size: Annotated[
@@ -256,16 +260,25 @@ def export_run(
         bool, typer.Option("--no-check", help="Do not compare the file's outputs with the model's.")
     ] = False,
 ):
-    """Export a run for use without gspn (--onnx), or compiled ahead of time (--aoti).
+    """Export a run for use without gspn (--onnx), compiled ahead of time (--aoti), or as a pipeline (--diffusers).
 
     Classes, preprocessing and the model's configuration are kept in the file. Example: gspn export runs/first --onnx
     """
     with readable_errors():
         from gspn.train.evaluate import load_classifier
 
-        if onnx == aoti:
-            raise OptionError("choose one of --onnx and --aoti")
+        if onnx + aoti + diffusers != 1:
+            raise OptionError("choose one of --onnx and --aoti, or --diffusers for a generator")
         special = {name: value for name, value in (("opset", opset), ("precision", precision)) if value is not None}
+        if diffusers:
+            given = [*special, *(name for name, value in (("size", size), ("batch", batch)) if value is not None)]
+            if given or no_check:
+                raise OptionError(f"--{given[0] if given else 'no-check'} is for --onnx and --aoti")
+            from gspn.train.diffusion.sample import export_pipeline
+
+            export_pipeline(run, file or run / "pipeline", checkpoint)
+            out.print(f"wrote {file or run / 'pipeline'}", markup=False, highlight=False)
+            return
         if aoti and special:
             raise OptionError(f"--{next(iter(special))} is for --onnx")
         classifier = load_classifier(run, checkpoint)

@@ -111,7 +111,8 @@ def read_statistics(path: Path) -> tuple[Statistics, dict]:
     try:
         with safe_open(path, "pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
+            # copies, for they are mapped, and the file may change
+            tensors = {name: file.get_tensor(name).clone() for name in names}
         if "gspn" not in metadata:
             raise DataError(f"{path} holds no statistics of images; `gspn fid --save` writes such files")
         key = json.loads(metadata["gspn"])

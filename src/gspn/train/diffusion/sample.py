@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
-from gspn.files import SaveError, write_json
+from gspn.files import SaveError, atomic, write_json
 from gspn.models.dit import untie
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train.checkpoint import Run, RunError, writing
@@ -104,7 +104,9 @@ def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
     tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
     try:
         config = run.config
-        scheduler = getattr(diffusers, config["scheduler"]["class"]).from_config(config["scheduler"]["config"])
+        scheduler = getattr(diffusers, config["scheduler"]["class"]).from_config(
+            _explicit(config["scheduler"]["config"])
+        )
         transformer = build_generator(config["model"])
         transformer.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
         if isinstance(transformer, diffusers.DiTTransformer2DModel):
@@ -139,13 +141,35 @@ def _saved_pipeline(path):
         raise RunError(f"the pipeline {path} cannot be loaded: {reason}") from error
 
 
+def export_pipeline(source: str | Path, out: str | Path, checkpoint: str = "last") -> GSPNPipeline:
+    """Writes the pipeline of a trained generator into the new folder `out`, as GSPNPipeline.from_pretrained reads it.
+
+    Errors: those of load_pipeline; RunError if there is something already, SaveError."""
+    out = Path(out).expanduser()
+    if out.exists():
+        raise RunError(f"{out} is there already; expected a folder to be made")
+    pipeline = load_pipeline(source, checkpoint)
+    with atomic(out) as temporary:
+        pipeline.save_pretrained(temporary)
+    return pipeline
+
+
 def named_scheduler(name: str, own) -> diffusers.SchedulerMixin:
     """The scheduler of that name (see SCHEDULERS) for the noise and the prediction of the scheduler `own`."""
-    config = dict(own.config)
+    config = _explicit(own.config)
     if name not in ("ddpm", "ddim"):
         for key in ("timestep_spacing", "steps_offset"):  # how DDPM skips steps; solvers have their own way
             config.pop(key, None)
+        if config.get("clip_sample"):
+            # What DDPM calls clipping, of the image predicted at each step, is to solvers a threshold of at most that.
+            config |= {"thresholding": True, "sample_max_value": config.get("clip_sample_range", 1.0)}
     return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+
+
+def _explicit(config):
+    """A scheduler's config in which nothing is left to the defaults of its class: those of another class, for which
+    from_config would exchange them, may be of other noise."""
+    return {key: value for key, value in config.items() if key != "_use_default_values"}
 
 
 # -- what to make --
