@@ -21,8 +21,10 @@ from rich.console import Console
 from benchmarks import harness
 from gspn.train.checkpoint import Run
 from gspn.train.diffusion.fid import evaluate_samples
+from gspn.train.diffusion.generators import load_pipeline
 from gspn.train.diffusion.objective import Objective
-from gspn.train.diffusion.sample import SampleOptions, load_pipeline, sample
+from gspn.train.diffusion.sample import sample
+from gspn.train.generator_options import SampleOptions
 
 COLOURS = ("#2f6db3", "#e07b22", "#5f6368")
 COLUMNS = {

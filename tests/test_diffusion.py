@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from gspn.cli import app
 from gspn.models.dit import create_dit
 from gspn.train.checkpoint import Run, RunError
+from gspn.train.diffusion.generators import build_generator, load_pipeline
 from gspn.train.diffusion.objective import Objective, make_scheduler, negative_log_likelihood
-from gspn.train.diffusion.options import GeneratorOptions
-from gspn.train.diffusion.task import Diffusion, build_generator, resume_generator, train_generator
+from gspn.train.diffusion.task import Diffusion, resume_generator, train_generator
+from gspn.train.generator_options import GeneratorOptions
 from gspn.train.options import OptionError
 
 TINY = dict(model_args={"hidden_size": 16, "depth": 2}, batch_size=128, epochs=2, sample_steps=2, eval_images=50)
@@ -200,8 +201,6 @@ def test_what_can_be_trained(tmp_path, changes):
     run = Run.open(tmp_path / "run")
     assert 0 < run.metrics[0]["val_error"] < 1.2
     assert (tmp_path / "run/samples").exists() == (changes.get("sample_every") != 0)
-    from gspn.train.diffusion.sample import load_pipeline
-
     pipeline = load_pipeline(tmp_path / "run")
     guidance = 1.0 if changes.get("class_dropout") == 0 else 3.0
     height, width = changes.get("size", (8, 8))

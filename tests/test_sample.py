@@ -22,10 +22,11 @@ from gspn.models.dit import create_dit
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.diffusion import sample as module
+from gspn.train.diffusion.generators import load_pipeline
 from gspn.train.diffusion.grid import draw_grid
-from gspn.train.diffusion.sample import SCHEDULERS, load_pipeline, sample
+from gspn.train.diffusion.sample import sample
 from gspn.train.diffusion.sample_files import Samples
-from gspn.train.diffusion.sample_options import SampleOptions
+from gspn.train.generator_options import SCHEDULERS, SampleOptions
 from gspn.train.images import generator
 from gspn.train.loop import TrainingError
 from gspn.train.options import OptionError

@@ -10,8 +10,8 @@ from training import TINY
 
 from gspn.train import loop, pictures
 from gspn.train.classify import resume_classifier, train_classifier
-from gspn.train.diffusion.options import GeneratorOptions
 from gspn.train.diffusion.task import train_generator
+from gspn.train.generator_options import GeneratorOptions
 from gspn.train.options import OptionError, Options
 
 SMALL = dict(TINY, width=8)

@@ -274,7 +274,7 @@ def export_run(
             given = [*special, *(name for name, value in (("size", size), ("batch", batch)) if value is not None)]
             if given or no_check:
                 raise OptionError(f"--{given[0] if given else 'no-check'} is for --onnx and --aoti")
-            from gspn.train.diffusion.sample import export_pipeline
+            from gspn.train.diffusion.generators import export_pipeline
 
             export_pipeline(run, file or run / "pipeline", checkpoint)
             out.print(f"wrote {file or run / 'pipeline'}", markup=False, highlight=False)

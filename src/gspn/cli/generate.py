@@ -23,8 +23,7 @@ from gspn.cli.app import (
     takes_options,
     warn,
 )
-from gspn.train.diffusion.options import GeneratorOptions
-from gspn.train.diffusion.sample_options import SampleOptions
+from gspn.train.generator_options import GeneratorOptions, SampleOptions
 from gspn.train.options import OptionError, parse_names, parse_size, read_file
 
 

@@ -11,22 +11,18 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 
-from gspn.files import SaveError, atomic, write_json
-from gspn.models.dit import untie
-from gspn.models.pipeline import GSPNPipeline
-from gspn.train.checkpoint import Run, RunError, writing
+from gspn.files import SaveError, write_json
+from gspn.train.checkpoint import RunError, writing
+from gspn.train.diffusion.generators import load_pipeline, named_scheduler
 from gspn.train.diffusion.grid import CLASSES, COLUMNS, draw_grid, save_picture
 from gspn.train.diffusion.sample_files import ABOUT, GRID, IMAGES, Samples
-from gspn.train.diffusion.sample_options import PER_CLASS, SCHEDULERS, SampleOptions
-from gspn.train.diffusion.vae import open_vae
+from gspn.train.generator_options import PER_CLASS, SampleOptions
 from gspn.train.images import decode, generator
 from gspn.train.loop import TrainingError, make_accelerator
 from gspn.train.options import OptionError
@@ -80,96 +76,6 @@ def sample(
             files += _finish(wanted, options)
         [files] = broadcast_object_list([files])
     return {"images": wanted.count, "made": made, "seconds": seconds, "folder": str(out), "files": files}
-
-
-# -- the generator --
-
-
-def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
-    """The pipeline of a trained generator, on the CPU, with the averaged weights if the run has them.
-
-    Args:
-        source: a run of `gspn train-diffusion`, or a folder that GSPNPipeline.save_pretrained made.
-        checkpoint: "last", "best" or another one of the run.
-    Errors: RunError; OptionError if its VAE cannot be loaded.
-    """
-    from gspn.train.diffusion.task import build_generator  # here, as it draws samples itself
-
-    path = Path(source).expanduser()
-    if (path / "model_index.json").exists():
-        return _saved_pipeline(path)
-    run = Run.open(path)
-    if run.config.get("task") != "diffusion":
-        raise RunError(f"{path} is a run of {run.config.get('task')}, expected diffusion")
-    tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
-    try:
-        config = run.config
-        scheduler = getattr(diffusers, config["scheduler"]["class"]).from_config(
-            _explicit(config["scheduler"]["config"])
-        )
-        transformer = build_generator(config["model"])
-        transformer.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
-        if isinstance(transformer, diffusers.DiTTransformer2DModel):
-            untie(transformer)
-            dropout = config.get("options", {}).get("class_dropout", 0.1)
-            # diffusers' DiT does not know what it predicts, nor whether the null class was trained.
-            transformer.register_to_config(prediction_type=scheduler.config.prediction_type, class_dropout_prob=dropout)
-        id2label = dict(enumerate(config["class_names"]))
-        vae = config["vae"] and open_vae(config["vae"]["path"])
-        if vae:
-            vae.register_to_config(**{name: config["vae"][name] for name in ("scaling_factor", "shift_factor")})
-        return GSPNPipeline(transformer.eval(), scheduler, vae or None, id2label, config["space"]["image_size"])
-    except (RunError, OptionError):
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()
-        raise RunError(
-            f"the run {path} is damaged or foreign: {type(error).__name__}: {' '.join(reason[:2])}"
-        ) from error
-
-
-def _saved_pipeline(path):
-    try:
-        name = GSPNPipeline.load_config(path).get("_class_name")
-        if name not in ("GSPNPipeline", "DiTPipeline"):
-            raise RunError(f"{path} holds a {name}, expected a GSPNPipeline")
-        return GSPNPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, RunError):
-            raise
-        reason = " ".join(str(error).strip().splitlines()[:2])
-        raise RunError(f"the pipeline {path} cannot be loaded: {reason}") from error
-
-
-def export_pipeline(source: str | Path, out: str | Path, checkpoint: str = "last") -> GSPNPipeline:
-    """Writes the pipeline of a trained generator into the new folder `out`, as GSPNPipeline.from_pretrained reads it.
-
-    Errors: those of load_pipeline; RunError if there is something already, SaveError."""
-    out = Path(out).expanduser()
-    if out.exists():
-        raise RunError(f"{out} is there already; expected a folder to be made")
-    pipeline = load_pipeline(source, checkpoint)
-    with atomic(out) as temporary:
-        pipeline.save_pretrained(temporary)
-    return pipeline
-
-
-def named_scheduler(name: str, own) -> diffusers.SchedulerMixin:
-    """The scheduler of that name (see SCHEDULERS) for the noise and the prediction of the scheduler `own`."""
-    config = _explicit(own.config)
-    if name not in ("ddpm", "ddim"):
-        for key in ("timestep_spacing", "steps_offset"):  # how DDPM skips steps; solvers have their own way
-            config.pop(key, None)
-        if config.get("clip_sample"):
-            # What DDPM calls clipping, of the image predicted at each step, is to solvers a threshold of at most that.
-            config |= {"thresholding": True, "sample_max_value": config.get("clip_sample_range", 1.0)}
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
-
-
-def _explicit(config):
-    """A scheduler's config in which nothing is left to the defaults of its class: those of another class, for which
-    from_config would exchange them, may be of other noise."""
-    return {key: value for key, value in config.items() if key != "_use_default_values"}
 
 
 # -- what to make --

@@ -10,24 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from diffusers.models.embeddings import LabelEmbedding
 from rich.console import Console
 from torch import Tensor
 
 from gspn.files import SaveError
-from gspn.models.dit import create_dit, dit_names
-from gspn.models.generator import create_generator, generator_names
+from gspn.models.generator import generator_names
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train import pictures
 from gspn.train.board import check_tensorboard
 from gspn.train.checkpoint import Run
 from gspn.train.data import Data
+from gspn.train.diffusion.generators import build_generator, named_scheduler
 from gspn.train.diffusion.grid import draw_grid, save_picture
 from gspn.train.diffusion.latents import is_latents, make_latent_loader, open_latents
 from gspn.train.diffusion.objective import Objective, make_scheduler
-from gspn.train.diffusion.options import PRESETS, GeneratorOptions
-from gspn.train.diffusion.sample import named_scheduler
 from gspn.train.diffusion.vae import open_vae
+from gspn.train.generator_options import PRESETS, GeneratorOptions
 from gspn.train.images import UNREADABLE, Preprocessing, Split, generator
 from gspn.train.loader import Loader, batches, make_loader
 from gspn.train.loop import train
@@ -292,22 +290,6 @@ def _size_of(split):
     if len(sizes) > 1:
         raise OptionError(f"the images have several sizes, such as {sizes[0]} and {sizes[-1]}: say with --size which")
     return sizes[0]
-
-
-def build_generator(config: Mapping) -> torch.nn.Module:
-    """The model, with random weights, of a run's config["model"]. Errors: OptionError."""
-    name, arguments = config["name"], config["arguments"]
-    names = (*generator_names(), *dit_names())
-    if name not in names:
-        raise OptionError(f"there is no generator {name!r}; there are {', '.join(names)}")
-    try:
-        model = (create_generator if name in generator_names() else create_dit)(name, **arguments)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise OptionError(f"the model {name} cannot be made: {error}") from error
-    for module in model.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0  # Diffusion.prepare drops classes
-    return model
 
 
 class Samples:

@@ -1,0 +1,119 @@
+"""Generators by name and from runs: the model, and the pipeline that samples it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers.models.embeddings import LabelEmbedding
+from safetensors import SafetensorError
+
+from gspn.files import atomic
+from gspn.models.dit import create_dit, dit_names, untie
+from gspn.models.generator import create_generator, generator_names
+from gspn.models.pipeline import GSPNPipeline
+from gspn.train.checkpoint import Run, RunError
+from gspn.train.diffusion.vae import open_vae
+from gspn.train.generator_options import SCHEDULERS
+from gspn.train.options import OptionError
+
+
+def build_generator(config: Mapping) -> torch.nn.Module:
+    """The model, with random weights, of a run's config["model"]. Errors: OptionError."""
+    name, arguments = config["name"], config["arguments"]
+    names = (*generator_names(), *dit_names())
+    if name not in names:
+        raise OptionError(f"there is no generator {name!r}; there are {', '.join(names)}")
+    try:
+        model = (create_generator if name in generator_names() else create_dit)(name, **arguments)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise OptionError(f"the model {name} cannot be made: {error}") from error
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0  # Diffusion.prepare drops classes
+    return model
+
+
+def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
+    """The pipeline of a trained generator, on the CPU, with the averaged weights if the run has them.
+
+    Args:
+        source: a run of `gspn train-diffusion`, or a folder that GSPNPipeline.save_pretrained made.
+        checkpoint: "last", "best" or another one of the run.
+    Errors: RunError; OptionError if its VAE cannot be loaded.
+    """
+    path = Path(source).expanduser()
+    if (path / "model_index.json").exists():
+        return _saved_pipeline(path)
+    run = Run.open(path)
+    if run.config.get("task") != "diffusion":
+        raise RunError(f"{path} is a run of {run.config.get('task')}, expected diffusion")
+    tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
+    try:
+        config = run.config
+        scheduler = getattr(diffusers, config["scheduler"]["class"]).from_config(
+            _explicit(config["scheduler"]["config"])
+        )
+        transformer = build_generator(config["model"])
+        transformer.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
+        if isinstance(transformer, diffusers.DiTTransformer2DModel):
+            untie(transformer)
+            dropout = config.get("options", {}).get("class_dropout", 0.1)
+            # diffusers' DiT does not know what it predicts, nor whether the null class was trained.
+            transformer.register_to_config(prediction_type=scheduler.config.prediction_type, class_dropout_prob=dropout)
+        id2label = dict(enumerate(config["class_names"]))
+        vae = config["vae"] and open_vae(config["vae"]["path"])
+        if vae:
+            vae.register_to_config(**{name: config["vae"][name] for name in ("scaling_factor", "shift_factor")})
+        return GSPNPipeline(transformer.eval(), scheduler, vae or None, id2label, config["space"]["image_size"])
+    except (RunError, OptionError):
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()
+        raise RunError(
+            f"the run {path} is damaged or foreign: {type(error).__name__}: {' '.join(reason[:2])}"
+        ) from error
+
+
+def _saved_pipeline(path):
+    try:
+        name = GSPNPipeline.load_config(path).get("_class_name")
+        if name not in ("GSPNPipeline", "DiTPipeline"):
+            raise RunError(f"{path} holds a {name}, expected a GSPNPipeline")
+        return GSPNPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, RunError):
+            raise
+        reason = " ".join(str(error).strip().splitlines()[:2])
+        raise RunError(f"the pipeline {path} cannot be loaded: {reason}") from error
+
+
+def export_pipeline(source: str | Path, out: str | Path, checkpoint: str = "last") -> GSPNPipeline:
+    """Writes the pipeline of a trained generator into the new folder `out`, as GSPNPipeline.from_pretrained reads it.
+
+    Errors: those of load_pipeline; RunError if there is something already, SaveError."""
+    out = Path(out).expanduser()
+    if out.exists():
+        raise RunError(f"{out} is there already; expected a folder to be made")
+    pipeline = load_pipeline(source, checkpoint)
+    with atomic(out) as temporary:
+        pipeline.save_pretrained(temporary)
+    return pipeline
+
+
+def named_scheduler(name: str, own) -> diffusers.SchedulerMixin:
+    """The scheduler of that name (see SCHEDULERS) for the noise and the prediction of the scheduler `own`."""
+    config = _explicit(own.config)
+    if name not in ("ddpm", "ddim"):
+        for key in ("timestep_spacing", "steps_offset"):  # how DDPM skips steps; solvers have their own way
+            config.pop(key, None)
+        if config.get("clip_sample"):
+            # What DDPM calls clipping, of the image predicted at each step, is to solvers a threshold of at most that.
+            config |= {"thresholding": True, "sample_max_value": config.get("clip_sample_range", 1.0)}
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+
+
+def _explicit(config):
+    """A scheduler's config in which nothing is left to the defaults of its class: those of another class, for which
+    from_config would exchange them, may be of other noise."""
+    return {key: value for key, value in config.items() if key != "_use_default_values"}
