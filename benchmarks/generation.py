@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks import harness
 from gspn.train.checkpoint import Run
 from gspn.train.diffusion.fid import evaluate_samples
-from gspn.train.diffusion.generators import load_pipeline
+from gspn.train.diffusion.generators import build_generator, load_pipeline
 from gspn.train.diffusion.objective import Objective
 from gspn.train.diffusion.sample import sample
 from gspn.train.generator_options import SampleOptions
@@ -173,8 +173,8 @@ def main():
     state = next(iter(states.values()))
     stem, classes = arguments.stem, len(next(iter(trained.values())).config["class_names"])
     parameters = {
-        name: sum(p.numel() for p in load_pipeline(path, arguments.checkpoint).transformer.parameters())
-        for name, path in runs.items()
+        name: sum(p.numel() for p in build_generator(run.config["model"]).parameters())  # as trained: DiT's ties count
+        for name, run in trained.items()
     }
     rows = compare(runs, arguments)
     seconds = step_times(runs, arguments.checkpoint, arguments.rounds)
