@@ -9,10 +9,10 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_are_three():
-    assert len(SNIPPETS) == 3
+def test_there_are_four():
+    assert len(SNIPPETS) == 4
 
 
-@pytest.mark.parametrize("code", SNIPPETS, ids=["layer", "backbone", "operators"])
+@pytest.mark.parametrize("code", SNIPPETS, ids=["layer", "backbone", "operators", "generator"])
 def test_snippet(code):
     exec(compile(code, "README.md", "exec"), {})

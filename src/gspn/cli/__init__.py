@@ -1,6 +1,11 @@
 """The `gspn` command. What its parts share is in app.py; classifiers are classify.py's, generators generate.py's."""
 
-from gspn.cli import classify, generate  # noqa: F401  # after app.py, which says what is not installed; they add to it
+try:
+    import gspn.train  # says which packages of the extra are missing
+except ImportError as error:
+    raise SystemExit(f"gspn: {error}") from None
+
+from gspn.cli import classify, generate  # noqa: F401  # they add their commands
 from gspn.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -10,11 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import gspn.train  # says which packages of the extra are missing
-except ImportError as error:
-    raise SystemExit(f"gspn: {error}") from None
-
 import typer
 from rich.console import Console
 
@@ -61,6 +56,10 @@ def readable_errors():
     except (TrainingError, SaveError) as error:
         fail(str(error), 1)
     except (DataError, ExportError, OptionError, RunError) as error:
+        fail(str(error), 2)
+    except ImportError as error:
+        if "pip install" not in str(error):  # a missing extra says how to get it
+            raise
         fail(str(error), 2)
 
 
