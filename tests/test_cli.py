@@ -255,9 +255,8 @@ def test_as_a_module_and_without_the_extra(run):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert 'need typer: install with pip install "gspn[train]"' in result.stderr
-    code = (
-        "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: n != 'diffusers' and find(n, *a);"
-    )
+    code = "import importlib.util as u; find = u.find_spec; "
+    code += "u.find_spec = lambda name, *more: None if name == 'diffusers' else find(name, *more); "
     code += "import sys; from gspn.cli import main; sys.argv = ['gspn', 'train-diffusion', 'digits']; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr

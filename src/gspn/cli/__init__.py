@@ -1,7 +1,7 @@
 """The `gspn` command. What its parts share is in app.py; classifiers are classify.py's, generators generate.py's."""
 
 try:
-    import gspn.train  # says which packages of the extra are missing
+    import gspn.train  # noqa: F401  # says which packages of the extra are missing
 except ImportError as error:
     raise SystemExit(f"gspn: {error}") from None
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import gspn
-from gspn.train.options import OptionError
+from gspn.train.options import OptionError, read_file
 from gspn.train.options import flags as option_flags
 
 app = typer.Typer(
@@ -105,6 +105,25 @@ def takes_options(options):
         return with_flags
 
     return decorate
+
+
+def training_of(kind, data, run, config, given):
+    """(DATA, run folder, options of that kind) from the arguments, the configuration file and the flags given."""
+    from_file = read_file(config) if config else {}
+    data = data or from_file.pop("data", None)
+    run = run or from_file.pop("out", None)
+    for name, value in {"data": data, "out": run}.items():
+        if not isinstance(value, str | Path | None):
+            raise OptionError(f"{config}: {name} takes text, got {value!r}")
+    from_file = {name: value for name, value in from_file.items() if name not in ("data", "out")}
+    kind.read(from_file, f"{config}: ")  # so that a message about the file names it
+    options = kind.read(from_file | given)
+    if data is None:
+        raise OptionError("Missing argument 'DATA'")
+    otherwise = kind.__dataclass_fields__["model"].metadata["otherwise"]
+    model = options.model or ("finetuned" if getattr(options, "init_from", None) else otherwise)
+    name = f"{Path(data).name or 'data'}-{model.replace('/', '-')}"
+    return data, Path(run) if run else Path("runs") / name, options
 
 
 def parsed(name, parse, text):

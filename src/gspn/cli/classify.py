@@ -27,9 +27,10 @@ from gspn.cli.app import (
     parsed,
     readable_errors,
     takes_options,
+    training_of,
     warn,
 )
-from gspn.train.options import OptionError, Options, parse_names, parse_size, read_file
+from gspn.train.options import OptionError, Options, parse_names, parse_size
 
 
 @app.command()
@@ -65,28 +66,11 @@ def train(
 
             run, result = resume, resume_classifier(resume, given, data=data, console=out)
         else:
-            data, run, options = training_of(data, run, config, given)
+            data, run, options = training_of(Options, data, run, config, given)
             from gspn.train.classify import train_classifier
 
             result = train_classifier(data, run, options, overwrite=overwrite, console=out)
         report(run, *result)
-
-
-def training_of(data, run, config, given):
-    """(DATA, run folder, Options) from the arguments, the configuration file and the flags that were given."""
-    from_file = read_file(config) if config else {}
-    data = data or from_file.pop("data", None)
-    run = run or from_file.pop("out", None)
-    for name, value in {"data": data, "out": run}.items():
-        if not isinstance(value, str | Path | None):
-            raise OptionError(f"{config}: {name} takes text, got {value!r}")
-    from_file = {name: value for name, value in from_file.items() if name not in ("data", "out")}
-    Options.read(from_file, f"{config}: ")  # so that a message about the file names it
-    options = Options.read(from_file | given)
-    if data is None:
-        raise OptionError("Missing argument 'DATA'")
-    name = f"{Path(data).name or 'data'}-{options.model or ('finetuned' if options.init_from else 'gspn_micro')}"
-    return data, Path(run) if run else Path("runs") / name, options
 
 
 def report(run, trained, metrics, warnings):

@@ -21,10 +21,11 @@ from gspn.cli.app import (
     parsed,
     readable_errors,
     takes_options,
+    training_of,
     warn,
 )
 from gspn.train.generator_options import GeneratorOptions, SampleOptions
-from gspn.train.options import OptionError, parse_names, parse_size, read_file
+from gspn.train.options import OptionError, parse_names, parse_size
 
 
 @app.command("train-diffusion")
@@ -63,14 +64,7 @@ def train_diffusion(
                 )
             resume_generator(resume, given, data=data, console=out)
             return
-        from_file = read_file(config) if config else {}
-        data = data or from_file.pop("data", None)
-        from_file = {name: value for name, value in from_file.items() if name not in ("data", "out")}
-        GeneratorOptions.read(from_file, f"{config}: ")
-        options = GeneratorOptions.read(from_file | given)
-        if data is None:
-            raise OptionError("Missing argument 'DATA'")
-        run = run or Path("runs") / f"{Path(data).name or 'data'}-{(options.model or 'GSPN-micro/2').replace('/', '-')}"
+        data, run, options = training_of(GeneratorOptions, data, run, config, given)
         train_generator(data, run, options, overwrite=overwrite, console=out)
 
 

@@ -17,7 +17,7 @@ class DiffusionOptions(OptionSet):
     prediction: str = option(
         "epsilon", "What the model predicts.", choices=("epsilon", "v_prediction", "sample"), metavar="TYPE"
     )
-    timesteps: int = option(1000, "Steps from an image to noise.", low=2, high=100_000)
+    timesteps: int = option(1000, "Steps from an image to noise.", low=25, high=100_000)
     schedule: str = option(
         "linear",
         "How the noise grows: linear, scaled_linear, squaredcos_cap_v2 (cosine).",
@@ -36,10 +36,10 @@ class WatchOptions(OptionSet):
 
     panel: ClassVar = "Watching"
 
-    eval_images: int = option(
-        1000, "Images of the evaluation split that the validation loss is taken of.", low=1, same_result=True
+    eval_images: int = option(1000, "Images of the evaluation split that the validation loss is taken of.", low=1)
+    sample_every: int = option(
+        1, "Draw a grid of samples after every so manieth epoch; 0 for never.", low=0, same_result=True
     )
-    sample_every: int = option(1, "Draw a grid of samples after every so manieth epoch; 0 for never.", low=0)
     sample_steps: int = option(25, "Steps of a sample's making (DPM-Solver++).", low=2, same_result=True)
     guidance: float = option(2.0, "Guidance of these samples; 1 is none.", low=0, same_result=True)
 
@@ -72,7 +72,7 @@ class GeneratorOptions(DataOptions, WatchOptions, DiffusionOptions, LoopOptions,
 
 
 # By the kind of data: what is None in the options. Latents are trained on as the paper's authors do it, but for the
-# batch, which is for one GPU and scales their learning rate of 1e-4 for 1024 images with its root.
+# batch, which is for one GPU; their learning rate of 1e-4 is for 1024 images.
 PRESETS = {
     "pixels": dict(epochs=20, batch_size=64, lr=1e-3, warmup=0.2, weight_decay=0.0, clip=1.0, ema=0.999),
     "latents": dict(epochs=80, batch_size=256, lr=1e-4, min_lr=1e-6, warmup=5, weight_decay=0.0, clip=1.0, ema=0.9999),

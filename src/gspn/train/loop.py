@@ -169,9 +169,9 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
             if options.keep_every and (epoch + 1) % options.keep_every == 0:
                 names.append(f"epoch-{epoch + 1:04}")
             at = Position(epoch=epoch + 1, step=at.step, best=max(score, at.best))
+            board.epoch(row, task.pictures())  # before "last", so that no kill leaves the epoch out
             saver.save([*names, "last"], at, plain, row)
             if accelerator.is_main_process:
-                board.epoch(row, task.pictures())
                 bar.console.print(task.line(row), highlight=False)
 
 
@@ -335,7 +335,9 @@ def seed_everything(seed: int) -> None:
 
 def make_accelerator() -> accelerate.Accelerator:
     """accelerate's Accelerator; a loader's batch is split over the processes."""
-    return accelerate.Accelerator(dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
+    # accelerate has to be told that processes which torchrun started on a machine without a GPU belong together
+    cpu = torch.distributed.is_torchelastic_launched() and not torch.accelerator.is_available()
+    return accelerate.Accelerator(cpu=cpu, dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
 
 
 def autocast(device: torch.device, precision: str):

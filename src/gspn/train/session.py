@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 import gspn
+from gspn.train.board import check_tensorboard
 from gspn.train.checkpoint import STATE_FORMAT, Run, RunError, writing
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.evaluate import OPEN_OPTIONS
@@ -72,6 +73,8 @@ def start(
     accelerator = make_accelerator()
     say = speaker(accelerator, console)
     Run.check_free(out, overwrite)
+    if options.tensorboard:
+        check_tensorboard()
     setup = setup_of(data, options)
     check_processes(setup, accelerator)
     model = new_model(setup, accelerator.device)
@@ -133,6 +136,8 @@ def resume(
     run do not belong together.
     """
     options = changed(Run.open(path).config, changes or {}, task, kind)
+    if options.tensorboard:
+        check_tensorboard()
     accelerator = make_accelerator()
     say = speaker(accelerator, console)
     with writing(path) if accelerator.is_main_process else nullcontext():

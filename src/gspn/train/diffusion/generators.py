@@ -13,7 +13,7 @@ from gspn.models.dit import create_dit, dit_names, untie
 from gspn.models.generator import create_generator, generator_names
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train.checkpoint import Run, RunError
-from gspn.train.diffusion.vae import open_vae
+from gspn.train.diffusion.vae import check_vae, open_vae
 from gspn.train.generator_options import SCHEDULERS
 from gspn.train.options import OptionError
 
@@ -62,7 +62,7 @@ def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
             # diffusers' DiT does not know what it predicts, nor whether the null class was trained.
             transformer.register_to_config(prediction_type=scheduler.config.prediction_type, class_dropout_prob=dropout)
         id2label = dict(enumerate(config["class_names"]))
-        vae = config["vae"] and open_vae(config["vae"]["path"])
+        vae = config["vae"] and check_vae(open_vae(config["vae"]["path"]), config["vae"])
         if vae:
             vae.register_to_config(**{name: config["vae"][name] for name in ("scaling_factor", "shift_factor")})
         return GSPNPipeline(transformer.eval(), scheduler, vae or None, id2label, config["space"]["image_size"])

@@ -23,6 +23,10 @@ HALF = 1 / 255  # half the distance of two values of an 8-bit image in [-1, 1]
 def make_scheduler(prediction_type: str = "epsilon", *, learn_sigma: bool = True, clip: bool = False, **config):
     """The DDPMScheduler of a training; its config is kept in the run. clip: samples lie in [-1, 1], as pixels do."""
     kind = "learned_range" if learn_sigma else "fixed_small"
+    steps = config.get("num_train_timesteps", 1000)
+    if config.get("beta_schedule", "linear") in ("linear", "scaled_linear"):
+        # 1e-4 to 0.02 are meant for 1000 steps; with fewer, an image would not become noise
+        config = {"beta_start": 1e-4 * 1000 / steps, "beta_end": 0.02 * 1000 / steps} | config
     return DDPMScheduler(prediction_type=prediction_type, variance_type=kind, clip_sample=clip, **config)
 
 

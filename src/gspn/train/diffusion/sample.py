@@ -17,11 +17,11 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gspn.files import SaveError, write_json
+from gspn.files import SaveError, remove, write_json
 from gspn.train.checkpoint import RunError, writing
 from gspn.train.diffusion.generators import load_pipeline, named_scheduler
 from gspn.train.diffusion.grid import CLASSES, COLUMNS, draw_grid, save_picture
-from gspn.train.diffusion.sample_files import ABOUT, GRID, IMAGES, Samples
+from gspn.train.diffusion.sample_files import ABOUT, ARRAYS, GRID, IMAGES, Samples
 from gspn.train.generator_options import PER_CLASS, SampleOptions
 from gspn.train.images import decode, generator
 from gspn.train.loop import TrainingError, make_accelerator
@@ -178,11 +178,14 @@ def _short(value):
 
 
 def _begin(wanted):
+    if (wanted.folder / ABOUT).exists() and Samples.open(wanted.folder).count < wanted.count:
+        for name in (GRID, ARRAYS):  # of fewer samples
+            remove(wanted.folder / name)
+    write_json(wanted.folder / ABOUT, wanted.about())  # first: by it, what was stopped here is recognised
     try:
         (wanted.folder / IMAGES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"cannot make the folder {wanted.folder / IMAGES}: {error.strerror}") from error
-    write_json(wanted.folder / ABOUT, wanted.about())
 
 
 def _batches(wanted, size):

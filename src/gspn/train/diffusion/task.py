@@ -14,17 +14,17 @@ from rich.console import Console
 from torch import Tensor
 
 from gspn.files import SaveError
+from gspn.models.dit import dit_names
 from gspn.models.generator import generator_names
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train import pictures
-from gspn.train.board import check_tensorboard
 from gspn.train.checkpoint import Run
-from gspn.train.data import Data
+from gspn.train.data import Data, DataError
 from gspn.train.diffusion.generators import build_generator, named_scheduler
 from gspn.train.diffusion.grid import draw_grid, save_picture
 from gspn.train.diffusion.latents import is_latents, make_latent_loader, open_latents
 from gspn.train.diffusion.objective import Objective, make_scheduler
-from gspn.train.diffusion.vae import open_vae
+from gspn.train.diffusion.vae import check_vae, open_vae
 from gspn.train.generator_options import PRESETS, GeneratorOptions
 from gspn.train.images import UNREADABLE, Preprocessing, Split, generator
 from gspn.train.loader import Loader, batches, make_loader
@@ -43,6 +43,7 @@ class Diffusion:
     Args:
         normalize: makes of a batch's "image" what the model sees. loader: of the held-out images.
         draw: called with the model and the number of the epoch; gives a picture of samples or None.
+        problem: says what is wrong with a training image; with it, an unreadable one is a DataError.
     """
 
     def __init__(
@@ -53,14 +54,18 @@ class Diffusion:
         loader: Loader,
         class_dropout: float,
         draw: Callable | None = None,
+        problem: Callable[[int], str] | None = None,
     ):
         self.objective, self.normalize, self.num_classes = objective, normalize, num_classes
         self.loader, self.dropout, self.draw = loader, class_dropout, draw
         self.epochs, self.drawn = 0, {}
+        self.strict, self.problem = problem is not None, problem
 
     def prepare(self, batch):
         start, label = self.normalize(batch["image"]), batch["label"]
         count, device = len(label), start.device
+        if self.strict and (label == UNREADABLE).any():
+            raise DataError(f"unreadable image (--strict): {self.problem(int(batch['index'][label == UNREADABLE][0]))}")
         # Here and not in the model: DiT of diffusers embeds the class in each block, and would drop it in some of them.
         dropped = torch.rand(count, device=device) < self.dropout
         return {
@@ -168,8 +173,12 @@ class Setup:
             image_size = preprocessing.size
         options = replace(options, size=tuple(image_size))
         options = options.settled(PRESETS["latents" if latents else "pixels"])
-        if options.tensorboard:
-            check_tensorboard()
+        if options.sample_every and options.sample_steps > options.timesteps:
+            raise OptionError(f"sample_steps {options.sample_steps} are more than the {options.timesteps} timesteps")
+        if options.fsdp and options.model in dit_names():
+            raise OptionError("fsdp cannot shard DiT, whose blocks share an embedding")
+        if latents and options.sample_every:
+            _vae_of(data.vae)  # what cannot be decoded is found before the run's folder is made
         return cls(
             data,
             train_split,
@@ -236,7 +245,7 @@ class Setup:
         """What the run keeps of the VAE whose latents these are."""
         if self.preprocessing is not None:
             return None
-        return {name: self.data.vae[name] for name in ("path", "scaling_factor", "shift_factor")}
+        return {name: self.data.vae[name] for name in ("path", "scaling_factor", "shift_factor", "digest")}
 
     def config(self, model) -> dict:
         """What config.json keeps of a generator."""
@@ -282,6 +291,14 @@ class Setup:
         return make_loader(split, self.preprocessing, options.batch_size, augmentation=augmentation, **common)
 
 
+def _vae_of(described):
+    """The VAE whose latents are trained on. Errors: OptionError."""
+    try:
+        return check_vae(open_vae(described["path"]), described)
+    except OptionError as error:
+        raise OptionError(f"{error} (--sample-every 0 trains without the VAE, and draws no samples)") from error
+
+
 def _size_of(split):
     """The size of the images, if it is one."""
     if split.pixels is not None:
@@ -297,7 +314,7 @@ class Samples:
 
     def __init__(self, setup: Setup, folder: Path | None):
         self.setup, self.folder = setup, folder
-        self.vae = None if setup.preprocessing is not None else open_vae(setup.vae()["path"])
+        self.vae = None if setup.preprocessing is not None else _vae_of(setup.vae())
 
     def __call__(self, model, epoch):
         """A picture; None in an epoch without one. Errors: SaveError."""
@@ -325,7 +342,8 @@ class Samples:
             ).images
         if self.vae is not None:
             self.vae.to("cpu")
-        title = f"after epoch {epoch}, guidance {options.guidance:g}, {options.sample_steps} steps"
+        guidance = options.guidance if options.class_dropout else 1.0
+        title = f"after epoch {epoch}, guidance {guidance:g}, {options.sample_steps} steps"
         picture = draw_grid(images, labels, setup.class_names, title=title)
         if self.folder is not None:
             try:
@@ -387,6 +405,7 @@ def _train(setup, model, out, run, accelerator, console, checkpoint):
         accelerator.prepare(setup.loader(held_out)),
         options.class_dropout,
         draw,
+        setup.train_split.problem if options.strict else None,
     )
     if options.compile:
         model.compile()

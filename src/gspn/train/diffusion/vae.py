@@ -54,6 +54,14 @@ def describe_vae(vae: AutoencoderKL, where: str | Path) -> dict:
     return {"path": location(where), "class": "AutoencoderKL", **scale, "digest": digest.hexdigest()}
 
 
+def check_vae(vae: AutoencoderKL, described: dict) -> AutoencoderKL:
+    """The VAE, if it is the one that was `described`. Errors: OptionError."""
+    told = described.get("digest")
+    if told is not None and describe_vae(vae, described["path"])["digest"] != told:
+        raise OptionError(f"the VAE in {described['path']} is not the one whose latents these are: other weights")
+    return vae
+
+
 def latent_shape(vae: AutoencoderKL, size: tuple[int, int]) -> tuple[int, int, int]:
     """(C, h, w) of the latents of (H, W) images. Errors: OptionError for a size that it cannot halve that often."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
