@@ -89,6 +89,17 @@ def test_the_likelihood_is_a_probability():
         assert abs((-negative_log_likelihood(values, normal)).exp().sum() - 1) < 1e-6
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("steps", [25, 250, 1000, 20_000])
+def test_at_the_last_step_an_image_is_noise(schedule, steps):
+    """However many steps there are: samples begin with nothing but noise."""
+    objective = Objective(make_scheduler(num_train_timesteps=steps, beta_schedule=schedule))
+    assert 0 < objective.tables["signal"][-1] < 0.05 and (objective.scheduler.betas < 1).all()
+    start, t = torch.rand(2, 1, 2, 2) * 2 - 1, torch.tensor([0, steps - 1])
+    error, bound = objective.losses(torch.zeros(2, 2, 2, 2), start, torch.randn_like(start), t)
+    assert error.isfinite().all() and bound.isfinite().all()
+
+
 def test_the_bound_teaches_the_variance_only():
     objective, start, noise, t, perfect = case("epsilon", 400)
     output = torch.cat([perfect + 0.2, torch.zeros_like(start)], 1).requires_grad_()
@@ -234,6 +245,8 @@ def test_dit_starts_as_published():
         ),
         ({"model_args": {"num_classes": 3}}, "num_classes follows from the data"),
         ({"model_args": {"depth": 3}}, "depth has to be even"),
+        ({"timesteps": 30, "sample_steps": 31}, "sample_steps 31 are more than the 30 timesteps"),
+        ({"model": "DiT-micro/2", "model_args": {}, "fsdp": True}, "fsdp cannot shard DiT"),
         ({"model_args": {"heads": 3}}, "cannot be made: .*heads"),
     ],
 )

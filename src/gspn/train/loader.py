@@ -119,14 +119,24 @@ def _as_it_is(batch):
 def batches(loader: Iterable[dict]) -> Iterator[dict]:
     """The batches of a loader, also one that accelerate prepared. Errors: DataError where a worker process died."""
     try:
-        yield from loader
-    except (RuntimeError, OSError, EOFError) as error:
-        # torch notices a dead worker itself, or else the connection breaks on which a worker's batch is fetched
-        fetching = any(frame.name == "_try_get_data" for frame in traceback.extract_tb(error.__traceback__))
-        if "DataLoader worker" not in str(error) and (isinstance(error, RuntimeError) or not fetching):
+        try:
+            yield from loader
+        except (OSError, EOFError) as error:
+            # a worker is dead, too, where the connection breaks on which its batch is fetched
+            if not any(frame.f_code.co_name == "_try_get_data" for frame, _ in traceback.walk_tb(error.__traceback__)):
+                raise
+            raise _died(error) from error
+    except RuntimeError as error:  # by a signal: torch tells of a dead worker at any moment, also in the lines above
+        if str(error).startswith("Caught DamagedShard in DataLoader worker"):
+            raise DataError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+        if "DataLoader worker (pid" not in str(error):
             raise
-        raise DataError(
-            "a process that reads images died, mostly because memory (or shared memory) ran out: "
-            f"{type(error).__name__}: {error}. Fewer --workers or a smaller --batch-size need less; --workers 0 reads "
-            "in this process"
-        ) from error
+        raise _died(error) from error
+
+
+def _died(error):
+    return DataError(
+        "a process that reads images died, mostly because memory (or shared memory) ran out: "
+        f"{type(error).__name__}: {error}. Fewer --workers or a smaller --batch-size need less; --workers 0 reads "
+        "in this process"
+    )
