@@ -39,6 +39,18 @@ ClassNames = Annotated[str | None, typer.Option(help="Names for data without any
 Channels = Annotated[int | None, typer.Option(help="Convert the images to 1 (grey) or 3 (colour) channels.")]
 Strict = Annotated[bool, typer.Option("--strict", help="An unreadable image is an error, not left out and named.")]
 Workers = Annotated[int, typer.Option(help="Processes that decode image files.")]
+NewRun = Annotated[Path | None, typer.Option("--out", help="The run folder to make. Default: runs/DATA-MODEL.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Options from a .yaml or .toml file, such as a run's; flags override it."),
+]
+ResumedRun = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly, from its last checkpoint."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

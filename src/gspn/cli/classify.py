@@ -15,9 +15,13 @@ from gspn.cli.app import (
     Channels,
     Checkpoint,
     ClassNames,
+    ConfigFile,
     Data,
     ImageColumn,
     LabelColumn,
+    NewRun,
+    Overwrite,
+    ResumedRun,
     RunFolder,
     Strict,
     Workers,
@@ -37,18 +41,10 @@ from gspn.train.options import OptionError, Options, parse_names, parse_size
 @takes_options(Options)
 def train(
     data: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA_HELP)] = None,
-    run: Annotated[Path | None, typer.Option("--out", help="The run folder to make. Default: runs/DATA-MODEL.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Options from a .yaml or .toml file, such as a run's; flags override it."),
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly, from its last checkpoint."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
-    ] = False,
+    run: NewRun = None,
+    config: ConfigFile = None,
+    resume: ResumedRun = None,
+    overwrite: Overwrite = False,
     *,
     given: dict,
 ):

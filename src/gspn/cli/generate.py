@@ -11,9 +11,13 @@ from rich.table import Table
 from gspn.cli.app import (
     AsJson,
     ClassNames,
+    ConfigFile,
     Data,
     ImageColumn,
     LabelColumn,
+    NewRun,
+    Overwrite,
+    ResumedRun,
     Strict,
     Workers,
     app,
@@ -35,18 +39,10 @@ def train_diffusion(
         str | None,
         typer.Argument(metavar="DATA", help="As for `gspn train`, or a folder of latents that `gspn encode` made."),
     ] = None,
-    run: Annotated[Path | None, typer.Option("--out", help="The run folder to make. Default: runs/DATA-MODEL.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Options from a .yaml or .toml file, such as a run's; flags override it."),
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly, from its last checkpoint."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
-    ] = False,
+    run: NewRun = None,
+    config: ConfigFile = None,
+    resume: ResumedRun = None,
+    overwrite: Overwrite = False,
     *,
     given: dict,
 ):

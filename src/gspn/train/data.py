@@ -253,14 +253,14 @@ def _class_folder(path):
             ignored += [f for f in inside if not _is_image(f)]
             files += images
             labels += [label] * len(images)
-        images = _Files(root, files)
+        images = ImageFiles(root, files)
         result[name] = Split(labels, class_names, read=images, names=images.name)
     notes = [f"ignored {listed(ignored, 'file that is', 'files that are')} no image by name"] if ignored else []
     return result, notes
 
 
 @dataclass(frozen=True)
-class _Files:
+class ImageFiles:
     """What a Split needs of a list of image files."""
 
     root: Path

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gspn.train.data import open_data
+from gspn.train.data import ImageFiles, open_data
 from gspn.train.diffusion.sample_files import ABOUT, Samples
-from gspn.train.images import DataError, Numbered, Split, decode, listed
+from gspn.train.images import DataError, Numbered, Split, listed
 from gspn.train.options import OptionError
 
 NO_CLASS = -1  # the label of an image whose class is not known
@@ -107,21 +107,6 @@ def _is_image(file):
     return file.is_file() and file.suffix.lower() in Image.registered_extensions() and not file.name.startswith(".")
 
 
-@dataclass(frozen=True)
-class _Files:
-    paths: list
-
-    def __call__(self, i):
-        return decode(self.paths[i])
-
-    def name(self, i):
-        return str(self.paths[i])
-
-    def identity(self) -> Iterator[bytes]:
-        for path in self.paths:
-            yield f"{path.name} {path.stat().st_size}\n".encode()
-
-
 def _open_folder(folder):
     files = _loose_files(folder)
     inside = [sub.name for sub in sorted(folder.iterdir()) if sub.is_dir() and any(map(_is_image, sub.rglob("*")))]
@@ -130,7 +115,7 @@ def _open_folder(folder):
             f"{folder} holds images and folders with images ({', '.join(inside[:5])}), so it is not clear what is "
             "meant: give one of them"
         )
-    images = _Files(files)
+    images = ImageFiles(folder, files)
     return Split([NO_CLASS] * len(files), None, read=images, names=images.name), []
 
 
