@@ -254,8 +254,14 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
             raise ValueError(f"class labels have to be from 0 to {last}{null}; got {wrong}")
 
 
-# width and depth of the published sizes; micro is ours, for small images on a CPU
-SIZES = {"micro": (160, 8), "S": (368, 24), "B": (900, 30), "L": (1200, 56), "XL": (1500, 56)}
+SIZES = {
+    # Ours, for small images on a CPU. Nine blocks with short segments do not see far enough to draw a whole.
+    "micro": dict(hidden_size=160, depth=8, segment=None),
+    "S": dict(hidden_size=368, depth=24),
+    "B": dict(hidden_size=900, depth=30),
+    "L": dict(hidden_size=1200, depth=56),
+    "XL": dict(hidden_size=1500, depth=56),
+}
 PATCHES = (2, 4)
 
 
@@ -272,7 +278,7 @@ def create_generator(
 
     Args:
         name: "GSPN-S/2", "GSPN-B/2", "GSPN-L/2", "GSPN-XL/2" (the published sizes), the same with "/4" for patches of
-            4, and "GSPN-micro/2", "GSPN-micro/4" for small images.
+            4, and "GSPN-micro/2", "GSPN-micro/4" for small images, which scan globally in all blocks.
         num_classes, sample_size, in_channels, skip, config: arguments of :class:`GSPNTransformer2DModel`.
 
     Raises ValueError for another name, and as the model does. Parameters with 1000 classes, 4 channels and skip:
@@ -281,8 +287,7 @@ def create_generator(
     if name not in generator_names():
         raise ValueError(f"there is no generator {name!r}; there are {', '.join(generator_names())}")
     size, patch = name.removeprefix("GSPN-").split("/")
-    width, depth = SIZES[size]
-    config = {"patch_size": int(patch), "hidden_size": width, "depth": depth} | config
+    config = {"patch_size": int(patch)} | SIZES[size] | config
     return GSPNTransformer2DModel(
         num_classes=num_classes, sample_size=sample_size, in_channels=in_channels, skip=skip, **config
     )

@@ -14,14 +14,19 @@ class DiffusionOptions(OptionSet):
 
     panel: ClassVar = "Diffusion"
 
-    prediction: str = option(
-        "epsilon", "What the model predicts.", choices=("epsilon", "v_prediction", "sample"), metavar="TYPE"
+    prediction: str | None = option(
+        None,
+        "What the model predicts. Default: epsilon for latents, v_prediction for pixels.",
+        choices=("epsilon", "v_prediction", "sample"),
+        metavar="TYPE",
+        otherwise="epsilon",
     )
     timesteps: int = option(1000, "Steps from an image to noise.", low=25, high=100_000)
-    schedule: str = option(
-        "linear",
-        "How the noise grows: linear, scaled_linear, squaredcos_cap_v2 (cosine).",
+    schedule: str | None = option(
+        None,
+        "How the noise grows: linear (default for latents), scaled_linear, squaredcos_cap_v2 (cosine; for pixels).",
         choices=("linear", "scaled_linear", "squaredcos_cap_v2"),
+        otherwise="linear",
     )
     learn_sigma: bool = option(True, "Predict the variance too, learned by the variational bound.")
     class_dropout: float = option(
@@ -72,10 +77,13 @@ class GeneratorOptions(DataOptions, WatchOptions, DiffusionOptions, LoopOptions,
 
 
 # By the kind of data: what is None in the options. Latents are trained on as the paper's authors do it, but for the
-# batch, which is for one GPU; their learning rate of 1e-4 is for 1024 images.
+# batch, which is for one GPU; their learning rate of 1e-4 is for 1024 images. With the noise as target, small images'
+# class is learned late: at high noise, where it decides, that target asks for next to nothing of the image.
 PRESETS = {
-    "pixels": dict(epochs=20, batch_size=64, lr=1e-3, warmup=0.2, weight_decay=0.0, clip=1.0, ema=0.999),
-    "latents": dict(epochs=80, batch_size=256, lr=1e-4, min_lr=1e-6, warmup=5, weight_decay=0.0, clip=1.0, ema=0.9999),
+    "pixels": dict(epochs=20, batch_size=64, lr=1e-3, warmup=0.2, weight_decay=0.0, clip=1.0, ema=0.999)
+    | dict(prediction="v_prediction", schedule="squaredcos_cap_v2"),
+    "latents": dict(epochs=80, batch_size=256, lr=1e-4, min_lr=1e-6, warmup=5, weight_decay=0.0, clip=1.0, ema=0.9999)
+    | dict(prediction="epsilon", schedule="linear"),
 }
 
 
