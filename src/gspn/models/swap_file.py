@@ -1,0 +1,100 @@
+"""The file of swapped layers: one safetensors file whose header holds the config."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gspn.files import atomic
+
+FILE = "gspn_swap.safetensors"  # what a folder holds that is given for the file
+_FORMAT = 1
+
+# What of a UNet's config tells base models apart; fine-tunes share it. The second kind has one value for all levels or
+# one for each.
+_OF_BASE = (
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "down_block_types",
+    "mid_block_type",
+    "up_block_types",
+    "use_linear_projection",
+    "addition_embed_type",
+    "class_embed_type",
+)
+_PER_LEVEL = (
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "cross_attention_dim",
+    "attention_head_dim",
+    "num_attention_heads",
+    "only_cross_attention",
+)
+
+
+def _identity(unet: nn.Module) -> dict:
+    identity = {key: unet.config.get(key) for key in _OF_BASE}
+    for key in _PER_LEVEL:
+        value = unet.config.get(key)
+        levels = len(unet.config.down_block_types)
+        identity[key] = value if isinstance(value, (list, tuple)) else [value] * levels
+    return json.loads(json.dumps(identity))  # tuples become lists, as in what is read
+
+
+def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], options: dict) -> Path:
+    """Writes the layers of `unet` by their names, with the `options` that build them, and returns the file's path: in
+    the folder `path`, or `path` itself where it ends in .safetensors. What was there is replaced at once."""
+    path = Path(path)
+    path = path if path.suffix == ".safetensors" else path / FILE
+    tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
+    if any(value.is_meta for value in tensors.values()):
+        raise ValueError("the layers' weights are not here (offloaded, or on the meta device): save before offloading")
+    config = options | {
+        "format": _FORMAT,
+        "layers": {name: layer.channels for name, layer in layers.items()},
+        "unet": _identity(unet),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(tensors, temporary, metadata={"format": "pt", "gspn_swap": json.dumps(config)})
+    return path
+
+
+def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """The config in a file or folder, and for each layer its state dict. Raises FileNotFoundError, or ValueError for a
+    file that is damaged, is something else, or whose layers are not for `unet`, with those `channels` by name."""
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no swapped layers at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {}).get("gspn_swap", "null"))
+            if config is None:
+                raise ValueError(f"{path} holds no swapped layers: it was not written by gspn's Swap.save")
+            if config["format"] != _FORMAT:
+                raise ValueError(f"{path} has format {config['format']}, this version of gspn reads {_FORMAT}")
+            _check_belongs(path, config, unet, channels)
+            states = {name: {} for name in channels}
+            for key in file.keys():  # noqa: SIM118: not a dict
+                name = next((name for name in channels if key.startswith(f"{name}.")), None)
+                if name is None:
+                    raise ValueError(f"{path} has the tensor {key}, which is of none of its layers")
+                states[name][key.removeprefix(f"{name}.")] = file.get_tensor(key)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    return config, states
+
+
+def _check_belongs(path, config, unet, channels):
+    own, saved = _identity(unet), config["unet"]
+    differing = [key for key in own if own[key] != saved.get(key)]
+    if differing:
+        shown = "; ".join(f"{key} is {saved.get(key)} there and {own[key]} here" for key in differing[:3])
+        raise ValueError(f"{path} belongs to another base model: {shown}")
+    if config["layers"] != channels:
+        raise ValueError(f"{path} belongs to another base model: its layers are not where this UNet has attention")

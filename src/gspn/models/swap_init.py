@@ -1,0 +1,319 @@
+"""Where a swapped layer starts: from the weights of the attention it replaces, then fitted to that attention's own
+output on feature maps, layer by layer, before any distillation.
+
+The scan is kin to attention: both are gated sums over places. With constant gates and even propagation weights it is an
+average over the places that it reaches, as attention is where all scores are equal. `initialize` sets just that up, in
+closed form and from weights alone; which places count more is what training adds, from Q and K, which are there.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def initialize(layer: nn.Module, attention: nn.Module, norm: nn.LayerNorm | None, size: tuple[int, int]) -> None:
+    """Sets the weights of `layer` so that its output is that of `attention` were all its scores equal.
+
+        qkv:   x + to_v x = W_v x, and likewise K and Q; gates constant; to_out = W_out
+        pure:  to_out = W_out W_v; gates read the direction in which what the norm gives is most nearly constant
+
+    Args:
+        layer: a :class:`gspn.GSPNAttention`, in place, in float32. attention: diffusers' Attention, of any dtype.
+        norm: the LayerNorm before it, whose scale and shift tell the mean and variance of x; None takes 0 and 1, with
+            which no direction is constant and the pure form starts at zero output.
+        size: H and W of the map at the UNet's own size, over which a global scan is to average; segments do not need
+            it.
+
+    The proxies of Q and K are the directions in which both are largest, within each head; the projections from them
+    start at zero. Source: ours; arXiv 2501.12381 names the kinship and gives no formula.
+    """
+    w = {name: getattr(attention, f"to_{name}").weight.float() for name in "qkv"}
+    out, v_bias = attention.to_out[0], attention.to_v.bias
+    scale, shift = _statistics(norm, w["v"])
+    # Each line that a direction has gone through adds 1 to the sum of weights; averaged over the map.
+    lines = sum(_mean_lines(n, layer.segment) for n in size) * 2
+    gate = (len(layer.merger if layer.form == "qkv" else layer.gspn.merger) / lines) ** 0.5
+    if layer.form == "pure":
+        _initialize_pure(layer.gspn, w, scale, shift, gate, attention.heads)
+        layer.to_out[0].weight.copy_(out.weight.float() @ w["v"])
+        if layer.to_out[0].bias is not None:
+            passed = 0 if v_bias is None else out.weight.float() @ v_bias.float()
+            layer.to_out[0].bias.copy_(out.bias.float() + passed)
+        return
+    eye = torch.eye(layer.channels, device=out.weight.device)
+    for name, weight in w.items():
+        linear, source = getattr(layer, f"to_{name}"), getattr(attention, f"to_{name}")
+        linear.weight.copy_(weight - eye)
+        if linear.bias is not None:
+            linear.bias.copy_(source.bias)
+    directions = _shared_directions(w["q"], w["k"], scale, attention.heads, layer.proxy_dim)
+    layer.input_proxy.weight.copy_(directions)
+    layer.output_proxy.weight.copy_(directions)
+    for name in ("weight", "input", "output", "skip"):
+        if layer.gate_bias:
+            getattr(layer, f"{name}_proj").zero_()
+            getattr(layer, f"{name}_bias").fill_(gate if name in ("input", "output") else 0.0)
+    layer.to_out[0].load_state_dict(out.state_dict())
+
+
+def _initialize_pure(unit, w, scale, shift, gate, heads):
+    # The least squares solution of p . x = 1 for x of that mean and variance: nearly constant where the norm's shift is
+    # large beside its scale, and the smaller the less there is that is constant.
+    spread = shift / scale.square().clamp(min=1e-6)
+    constant = spread / (1 + (shift * spread).sum())
+    others = _shared_directions(w["q"], w["k"], scale, heads, unit.proxy_dim - 1)
+    in_input = F.normalize(others @ (w["q"] + w["k"]), dim=1) if len(others) else others
+    unit.proxy_proj.weight.copy_(torch.cat([constant[None], in_input])[..., None, None])
+    for name in ("weight_proj", "input_proj", "output_proj", "skip_proj"):
+        getattr(unit, name).zero_()
+    unit.input_proj[..., 0] = gate
+    unit.output_proj[..., 0] = gate
+
+
+def _statistics(norm, like) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean (C,) of what a LayerNorm gives, for inputs alike in all channels."""
+    ones = torch.ones(like.shape[1], device=like.device)
+    if norm is None or norm.weight is None:
+        return ones, torch.zeros_like(ones)
+    shift = torch.zeros_like(ones) if norm.bias is None else norm.bias.float()
+    return norm.weight.float().abs(), shift
+
+
+def _mean_lines(length: int, segment: int | None) -> float:
+    """How many lines, its own among them, a place sees in one direction, averaged over `length` lines."""
+    reach = length if segment is None else min(segment, length)
+    whole, rest = divmod(length, reach)
+    return (whole * reach * (reach + 1) + rest * (rest + 1)) / (2 * length)
+
+
+def _shared_directions(q: Tensor, k: Tensor, scale: Tensor, heads: int, count: int) -> Tensor:
+    """`count` orthonormal directions (count,C) in the space of Q and K, each within one head: those in which the
+    product of what Q and K have of variance is largest, for inputs of standard deviation `scale`."""
+    found = []
+    width = q.shape[0] // heads
+    for head in range(heads):
+        rows = slice(head * width, (head + 1) * width)
+        of_q, of_k = ((m[rows] * scale) @ (m[rows] * scale).T for m in (q, k))
+        both = of_q / of_q.trace().clamp(min=1e-12) + of_k / of_k.trace().clamp(min=1e-12)
+        vectors = torch.linalg.eigh(both).eigenvectors.T
+        power = (vectors @ of_q * vectors).sum(1) * (vectors @ of_k * vectors).sum(1)
+        found += [(power[i].item(), rows, vectors[i]) for i in range(width)]
+    found.sort(key=lambda entry: entry[0], reverse=True)
+    directions = q.new_zeros(count, q.shape[0])
+    for row, (_, rows, vector) in zip(directions, found, strict=False):
+        row[rows] = vector
+    return directions
+
+
+# -- feature maps, and how far a layer is from its attention on them --
+
+
+@dataclass
+class FeatureMaps:
+    """What came before one self-attention: `tokens`, a list of (b,N,C), and to each its (H, W) in `sizes`."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return sum(len(t) for t in self.tokens)
+
+    def split(self, share: float) -> tuple["FeatureMaps", "FeatureMaps"]:
+        """The first maps and the last `share` of them, at least one each."""
+        singles = [(t[i : i + 1], size) for t, size in zip(self.tokens, self.sizes, strict=True) for i in range(len(t))]
+        if len(singles) < 2:
+            raise ValueError(f"at least two feature maps are needed, got {len(singles)}")
+        cut = min(len(singles) - 1, max(1, round(len(singles) * (1 - share))))
+        return tuple(
+            FeatureMaps(*(list(part) for part in zip(*s, strict=True))) for s in (singles[:cut], singles[cut:])
+        )
+
+
+def collect(swap, run: Callable[[], object], count: int = 256, names: Iterable[str] | None = None) -> dict:
+    """Feature maps before the self-attentions `names` (all by default) of a :class:`gspn.Swap`, while its UNet runs
+    with attention: by name a :class:`FeatureMaps` of at least `count` maps, on the CPU, in the UNet's dtype.
+
+    Args:
+        run: called without arguments until there are enough; each call runs the UNet at least once.
+    """
+    maps = {name: FeatureMaps() for name in (swap.attentions if names is None else names)}
+    size = {}
+
+    def sized(name):
+        def hook(transformer, args, kwargs):
+            size[name] = tuple((args[0] if args else kwargs["hidden_states"]).shape[-2:])
+
+        return hook
+
+    def taken(name, transformer):
+        def hook(attention, args, kwargs):
+            x = args[0] if args else kwargs["hidden_states"]
+            maps[name].tokens.append(x.detach().to("cpu", copy=True))
+            maps[name].sizes.append(size[transformer])
+
+        return hook
+
+    hooks = []
+    with swap.use("attention"), torch.no_grad():
+        try:
+            for transformer in {name.partition(".transformer_blocks.")[0] for name in maps}:
+                module = swap.unet.get_submodule(transformer)
+                hooks.append(module.register_forward_pre_hook(sized(transformer), with_kwargs=True))
+            for name in maps:
+                transformer = name.partition(".transformer_blocks.")[0]
+                hook = taken(name, transformer)
+                hooks.append(swap.attentions[name].register_forward_pre_hook(hook, with_kwargs=True))
+            before = -1
+            while (least := min(map(len, maps.values()))) < count:
+                if least == before:
+                    raise ValueError("run() did not run the UNet of this swap")
+                before = least
+                run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return maps
+
+
+@torch.no_grad()
+def relative_error(layer: nn.Module, attention: nn.Module, maps: FeatureMaps) -> float:
+    """|layer(x) - attention(x)| / |attention(x)|, norms over all maps: 1 is what a zero output has. In float32."""
+    device, wrong, whole = next(layer.parameters()).device, 0.0, 0.0
+    dtypes = [next(module.parameters()).dtype for module in (layer, attention)]
+    for tokens, size in zip(maps.tokens, maps.sizes, strict=True):
+        x = tokens.to(device)
+        target = attention(x.to(dtypes[1])).float()
+        wrong += (layer(x.to(dtypes[0]), map_size=size).float() - target).square().sum().item()
+        whole += target.square().sum().item()
+    return (wrong / max(whole, 1e-30)) ** 0.5
+
+
+# -- the layer-wise fit --
+
+
+def fit(
+    swap,
+    run: Callable[[], object],
+    *,
+    maps: int = 256,
+    steps: int = 200,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    memory_mib: int = 4096,
+    seed: int = 0,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Fits each layer of a :class:`gspn.Swap` to the output of the attention that it replaced, on feature maps of the
+    UNet with attention: to_out by least squares, then all by AdamW on the squared error, to_out again.
+
+    Args:
+        run: see `collect`. maps: feature maps of each layer, of which an eighth is held out. steps, batch_size, lr: of
+            AdamW, cosine to 0. memory_mib: of the maps kept at a time; the layers are dealt with in groups below it.
+        seed: of the order of the maps. progress: called after each layer with its name and the errors.
+
+    Returns the relative error on the maps held out (see `relative_error`), before and after, by the layer's name. What
+    a layer had is kept where the fit would be worse on them. Computes in float32; the layers keep their dtype.
+    """
+    errors = {}
+    waiting = list(swap.layers)
+    each = {name: _bytes_of(m) * maps for name, m in collect(swap, run, 1).items()}
+    while waiting:
+        group, total = [], 0.0
+        while waiting and (not group or total + each[waiting[0]] <= memory_mib * 2**20):
+            total += each[waiting[0]]
+            group.append(waiting.pop(0))
+        collected = collect(swap, run, maps, group)
+        for name in group:
+            errors[name] = _fit_layer(swap, name, collected.pop(name), steps, batch_size, lr, seed)
+            if progress is not None:
+                progress(name, *errors[name])
+    return errors
+
+
+def _bytes_of(maps: FeatureMaps) -> float:
+    return sum(t.numel() * t.element_size() for t in maps.tokens) / len(maps)
+
+
+def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
+    layer, attention = swap.layers[name], swap.attentions[name]
+    device, dtype = next(layer.parameters()).device, next(layer.parameters()).dtype
+    attention_dtype = next(attention.parameters()).dtype
+    training, held = maps.split(1 / 8)
+    wanted = [(p, p.requires_grad) for p in layer.parameters()]
+    try:
+        layer.float().to(device).requires_grad_(True)
+        before = relative_error(layer, attention, held)
+        best, state = before, _copy(layer)
+
+        def keep_if_better():
+            nonlocal best, state
+            error = relative_error(layer, attention, held)
+            if error < best:  # false for NaN
+                best, state = error, _copy(layer)
+
+        with torch.no_grad():
+            targets = [attention(t.to(device, attention_dtype)).float() for t in training.tokens]
+        _solve_out(layer, training, targets, device)
+        keep_if_better()
+        layer.load_state_dict(state)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+        order = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            chosen = torch.randint(len(training), (batch_size,), generator=order).tolist()
+            loss = 0.0
+            for size in {training.sizes[i] for i in chosen}:  # a batch has maps of one size
+                of_size = [i for i in chosen if training.sizes[i] == size]
+                x = torch.cat([training.tokens[i] for i in of_size]).to(device, torch.float32)
+                y = torch.cat([targets[i] for i in of_size])
+                loss = loss + (layer(x, map_size=size) - y).square().mean() * (len(of_size) / batch_size)
+            optimizer.zero_grad()
+            (loss / max(_power(targets, chosen), 1e-12)).backward()
+            torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        keep_if_better()
+        _solve_out(layer, training, targets, device)
+        keep_if_better()
+        layer.load_state_dict(state)
+    finally:
+        layer.to(dtype)
+        for parameter, wants in wanted:
+            parameter.requires_grad_(wants)
+            parameter.grad = None
+    return before, best
+
+
+def _copy(layer):
+    return {key: value.clone() for key, value in layer.state_dict().items()}
+
+
+def _power(targets, chosen):
+    return sum(targets[i].square().mean().item() for i in chosen) / len(chosen)
+
+
+@torch.no_grad()
+def _solve_out(layer, maps, targets, device, ridge: float = 1e-4):
+    """to_out by least squares: the best linear map from what the scan gives to the attention's output."""
+    out = layer.to_out[0]
+    found = []
+    hook = out.register_forward_pre_hook(lambda module, args: found.append(args[0].detach()))
+    gram = cross = 0.0
+    try:
+        for tokens, size, target in zip(maps.tokens, maps.sizes, targets, strict=True):
+            layer(tokens.to(device, torch.float32), map_size=size)
+            z = found.pop().flatten(0, 1).double()
+            z = z if out.bias is None else F.pad(z, (0, 1), value=1.0)
+            gram = gram + z.T @ z
+            cross = cross + z.T @ target.flatten(0, 1).double()
+    finally:
+        hook.remove()
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-12))
+    solution = torch.linalg.solve(gram, cross).float()
+    out.weight.copy_(solution[: out.in_features].T)
+    if out.bias is not None:
+        out.bias.copy_(solution[-1])

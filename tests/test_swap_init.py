@@ -1,0 +1,171 @@
+"""The start of swapped layers: closed form, feature maps, layer-wise fit."""
+
+import pytest
+import torch
+from torch import nn
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers.models.attention_processor import Attention  # noqa: E402
+
+from gspn.models.swap import GSPNAttention, swap  # noqa: E402
+from gspn.models.swap_init import FeatureMaps, collect, fit, initialize, relative_error  # noqa: E402
+
+C, HEADS = 32, 4
+
+
+def make_attention(seed=0, bias=False):
+    torch.manual_seed(seed)
+    return Attention(C, heads=HEADS, dim_head=C // HEADS, bias=bias).eval().requires_grad_(False)
+
+
+def make_unet(seed=0):
+    torch.manual_seed(seed)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(C, 2 * C),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).eval()
+
+
+def runner(unet, batch=2, sizes=((8, 8),)):
+    generator = torch.Generator().manual_seed(1)
+    calls = []
+
+    def run():
+        height, width = sizes[len(calls) % len(sizes)]
+        calls.append((height, width))
+        with torch.no_grad():
+            unet(
+                torch.randn(batch, 4, height, width, generator=generator),
+                torch.randint(0, 1000, (batch,), generator=generator),
+                torch.randn(batch, 5, 16, generator=generator),
+            )
+
+    return run
+
+
+@pytest.mark.parametrize("segment", [None, 3, 4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [(6, 6), (4, 9)])
+def test_qkv_averages_as_attention_does_with_equal_scores(segment, bias, size):
+    attention = make_attention(bias=bias)
+    layer = GSPNAttention(C, form="qkv", segment=segment, qkv_bias=bias, backend="reference")
+    initialize(layer, attention, None, size)
+    # Of a constant map attention gives W_out W_v x everywhere; the scan gives it on the average over the places, as more
+    # lines lead to some places than to others.
+    x = torch.randn(2, 1, C).expand(2, size[0] * size[1], C)
+    expected = attention(x).mean(1)
+    torch.testing.assert_close(layer(x, map_size=size).mean(1), expected, rtol=1e-4, atol=1e-5)
+    assert expected.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("segment", [None, 4])
+def test_pure_finds_a_constant_gate_in_what_the_norm_adds(segment):
+    attention, norm = make_attention(), nn.LayerNorm(C)
+    with torch.no_grad():
+        norm.weight.fill_(0.02)
+        norm.bias.copy_(torch.randn(C))
+    layer = GSPNAttention(C, form="pure", segment=segment, backend="reference")
+    initialize(layer, attention, norm, (6, 6))
+    x = norm(torch.randn(3, 36, C)).detach()
+    expected = attention(x).mean(1)
+    torch.testing.assert_close(layer(x, map_size=(6, 6)).mean(1), expected, rtol=0.05, atol=0.01)
+    # without a constant direction nothing is made up
+    layer = GSPNAttention(C, form="pure", segment=segment, backend="reference")
+    initialize(layer, attention, None, (6, 6))
+    bias = attention.to_out[0].bias.expand(3, 36, C)
+    torch.testing.assert_close(layer(x, map_size=(6, 6)), bias)
+
+
+def test_initialised_layers_learn_from_every_parameter():
+    attention = make_attention()
+    for form in ("pure", "qkv"):
+        layer = GSPNAttention(C, form=form, backend="reference")
+        norm = nn.LayerNorm(C)
+        with torch.no_grad():
+            norm.bias.normal_()
+        initialize(layer, attention, norm, (5, 5))
+        optimizer = torch.optim.AdamW(layer.parameters(), 1e-3)
+        before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        for _ in range(2):  # behind a projection of zeros, gradients come with the second step
+            optimizer.zero_grad()
+            layer(norm(torch.randn(2, 25, C)), map_size=(5, 5)).square().mean().backward()
+            optimizer.step()
+        still = [name for name, p in layer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+        assert not still, (form, still)
+        assert all(not torch.equal(before[name], p) for name, p in layer.named_parameters())
+
+
+def test_collected_maps_are_what_attention_saw():
+    unet = make_unet()
+    with swap(unet, init="random", backend="reference") as swapped:
+        seen = {name: [] for name in swapped.layers}
+        for name, attention in swapped.attentions.items():
+            attention.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name: seen[name].append((args or (kwargs["hidden_states"],))[0].clone()),
+                with_kwargs=True,
+            )
+        maps = collect(swapped, runner(unet, sizes=((8, 8), (6, 10))), 4)
+        assert swapped.active == "gspn"
+        for name, of_layer in maps.items():
+            assert len(of_layer) == 4
+            assert of_layer.sizes == ([(4, 4), (3, 5)] if "mid" in name else [(8, 8), (6, 10)]), name
+            assert all(torch.equal(a, b) for a, b in zip(of_layer.tokens, seen[name], strict=True))
+        with pytest.raises(ValueError, match="did not run the UNet"):
+            collect(swapped, lambda: None, 1)
+        assert not any(a._forward_pre_hooks for n, a in swapped.attentions.items() if len(a._forward_pre_hooks) > 1)
+
+
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+def test_fit_comes_nearer_to_the_attention(form):
+    unet = make_unet()
+    swapped = swap(unet, form=form, init="pretrained", backend="reference")
+    run = runner(unet, sizes=((8, 8), (6, 10)))
+    told = []
+    errors = fit(swapped, run, maps=16, steps=20, batch_size=4, progress=lambda *line: told.append(line))
+    assert list(errors) == list(swapped.layers) == [line[0] for line in told]
+    for name, (before, after) in errors.items():
+        assert after < 0.9 * before, name
+    fresh = collect(swapped, runner(unet, sizes=((8, 8),)), 4)
+    for name, layer in swapped.layers.items():
+        assert relative_error(layer, swapped.attentions[name], fresh[name]) < 1.1 * max(errors[name])
+        assert all(p.grad is None for p in layer.parameters())
+
+
+def test_fit_keeps_the_dtype_and_never_makes_a_layer_worse():
+    unet = make_unet().bfloat16()
+    swapped = swap(unet, form="qkv", backend="reference")
+
+    def run():
+        with torch.no_grad():
+            unet(*(torch.randn(2, 4, 8, 8).bfloat16(), 5, torch.randn(2, 5, 16).bfloat16()))
+
+    errors = fit(swapped, run, maps=4, steps=2, lr=1e6)  # a rate that ruins what it touches
+    assert all(after <= before for before, after in errors.values())
+    assert all(
+        p.dtype == torch.bfloat16 and p.isfinite().all() for p in swapped.layers[next(iter(errors))].parameters()
+    )
+
+
+def test_relative_error_is_1_for_zero_and_0_for_the_same():
+    attention = make_attention()
+    maps = FeatureMaps([torch.randn(2, 9, C)], [(3, 3)])
+
+    class Zero(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(factor))
+
+        def forward(self, x, map_size):
+            return self.factor * attention(x)
+
+    assert relative_error(Zero(0.0), attention, maps) == pytest.approx(1)
+    assert relative_error(Zero(1.0), attention, maps) == pytest.approx(0, abs=1e-6)
+    assert relative_error(Zero(-0.5), attention, maps) == pytest.approx(1.5)
+    with pytest.raises(ValueError, match="at least two"):
+        FeatureMaps([torch.randn(1, 9, C)], [(3, 3)]).split(0.1)
