@@ -217,3 +217,28 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert (y.amax((1, 2)) == y.amin((1, 2))).all()
     assert abs(y.mean().item() - 1) < 0.05
     assert torch.equal(drop.eval()(x), x)
+
+
+@pytest.mark.parametrize("segment", [None, 3])
+def test_average_divides_each_direction_by_its_lines(segment):
+    torch.manual_seed(0)
+    options = dict(segment=segment, skip=False, backend="reference")
+    x = torch.randn(2, 6, 4, 7)
+    for directions, lines in ((("right", "left"), 7), (("down", "up"), 4)):
+        plain = gspn.GSPN2d(6, directions=directions, **options)
+        averaged = gspn.GSPN2d(6, directions=directions, average=True, **options)
+        averaged.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(averaged(x) * min(lines, segment or lines), plain(x))
+    layer = gspn.GSPN2d(6, average=True, **options)
+    merged = layer.context(x, 1, 2).merged
+    assert merged.shape == (2, 4, 7) and (merged > 0).any()
+    with pytest.raises(ValueError, match="does not average"):
+        gspn.GSPN2d(6, average=True, alignment="released")
+
+
+def test_with_average_a_constant_map_gives_no_more_at_larger_sizes():
+    torch.manual_seed(0)
+    layer = gspn.GSPN2d(6, average=True, skip=False, backend="reference")
+    pixel = torch.randn(1, 6, 1, 1)
+    small, large = (layer(pixel.expand(1, 6, n, n)).mean((2, 3)) for n in (8, 64))
+    torch.testing.assert_close(large, small, rtol=0.15, atol=0)

@@ -53,6 +53,14 @@ def _released_weights(logits: Tensor) -> Tensor:
     return sigmoids / total.clamp(min=1e-7).unsqueeze(-3)
 
 
+def per_line(output_proj: Tensor, directions: Sequence[str], size: tuple[int, int], segment: int | None) -> Tensor:
+    """`output_proj` (D,...) divided by the lines that each direction's scan runs through, of a (H,W) map, before it
+    resets: as output and hidden state are multiplied, that averages the state."""
+    lines = [size[1] if direction in ("right", "left") else size[0] for direction in directions]
+    lines = [n if segment is None else min(segment, n) for n in lines]
+    return torch.stack([projection / n for projection, n in zip(output_proj.unbind(0), lines, strict=True)])
+
+
 class GSPN2d(nn.Module):
     """The GSPN unit: context from the whole feature map at linear cost, in the place of self-attention.
 
@@ -72,6 +80,8 @@ class GSPN2d(nn.Module):
         segment: lines between resets of the state; None is global, at any size.
         skip: adds the skip gate.
         merger: "learned", one scalar a direction, or "mean". Both start at 1/D for D directions.
+        average: h[d] is divided by the lines that its scan runs through before it resets, H, W or the segment. A global
+            scan's output then does not grow with the map: for layers that are to work at larger sizes than trained at.
         directions: some of ``gspn.DIRECTIONS``.
         alignment: "aligned", or "released" for the form in which the paper's authors trained their published weights
             (:func:`gspn.load_released`): each direction's input is turned so that its scan runs to the right, but the
@@ -106,6 +116,7 @@ class GSPN2d(nn.Module):
         segment: int | None = None,
         skip: bool = True,
         merger: str = "learned",
+        average: bool = False,
         directions: Sequence[str] = DIRECTIONS,
         alignment: str = "aligned",
         backend: str | None = None,
@@ -124,12 +135,14 @@ class GSPN2d(nn.Module):
             raise ValueError(f'merger has to be "learned" or "mean", got {merger!r}')
         if alignment not in ("aligned", "released"):
             raise ValueError(f'alignment has to be "aligned" or "released", got {alignment!r}')
+        if average and alignment == "released":
+            raise ValueError('average=True is for alignment="aligned": the released form does not average')
         check_backend(backend)
         check_segment(segment)
         count = len(check_directions(directions))
         self.channels, self.proxy_dim, self.groups, self.scan_dim = channels, proxy_dim, groups, scan_dim
         self.segment, self.directions, self.backend = segment, tuple(directions), backend
-        self.alignment = alignment
+        self.alignment, self.average = alignment, average
         self.proxy_proj = Pointwise(channels, proxy_dim)
         self.weight_proj = nn.Parameter(torch.empty(count, 3, groups, proxy_dim))
         self.input_proj = nn.Parameter(torch.empty(count, scanned, proxy_dim))
@@ -157,15 +170,18 @@ class GSPN2d(nn.Module):
             return projection / len(self.directions)
         return projection * self.merger.view(-1, 1, 1)
 
-    def _merged_projections(self) -> tuple[Tensor, Tensor | None]:
-        """Output and skip projections with the merger's scalars in them, the skips of all directions summed."""
-        return self._scaled(self.output_proj), None if self.skip_proj is None else self._scaled(self.skip_proj).sum(0)
+    def _merged_projections(self, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Output and skip projections with the merger's scalars in them, the skips of all directions summed; with
+        `average`, for a map of that (H,W)."""
+        output = self._scaled(self.output_proj)
+        output = per_line(output, self.directions, size, self.segment) if self.average else output
+        return output, None if self.skip_proj is None else self._scaled(self.skip_proj).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
         if self.alignment == "released":
             return self.expand(self._released(self.reduce(x), self.proxy_proj(x)))
-        output_proj, skip_proj = self._merged_projections()
+        output_proj, skip_proj = self._merged_projections(x.shape[-2:])
         y = propagate(
             self.reduce(x),
             self.proxy_proj(x),
@@ -224,7 +240,7 @@ class GSPN2d(nn.Module):
             gate = torch.zeros(logits.shape[0], len(self.directions), *scanned.shape[1:], device=x.device)
             gate.requires_grad_()
             (arriving,) = torch.autograd.grad(self._scan(gate, logits)[..., row, column].sum(), gate)
-        out_gate = project(self._scaled(self.output_proj))[..., row, column, None, None]
+        out_gate = project(self._merged_projections((height, width))[0])[..., row, column, None, None]
         parts = out_gate * arriving * project(self.input_proj)
         if self.skip_proj is not None:
             parts[..., row, column] += project(self._scaled(self.skip_proj))[..., row, column]

@@ -122,6 +122,8 @@ class Swap:
         for name, module in coming.items():
             block = self._block(name)
             module.train(block.attn1.training)
+            if module.get_processor() is not (processor := block.attn1.get_processor()):
+                module.set_processor(processor)
             block.attn1 = module
         self.active = which
         while self._hooks:
@@ -334,8 +336,8 @@ def _check_free(unet):
         # On the UNet itself sits the hook that moves it as a whole, and with it the layers.
         if name and hasattr(module, "_hf_hook"):
             raise ValueError(
-                "parts of this UNet are moved between devices by accelerate (sequential offload or a device map): swap, "
-                "or restore, before that is enabled or after remove_all_hooks() of the pipeline"
+                "parts of this UNet are moved between devices by accelerate (sequential offload or a device map): "
+                "swap, or restore, before that is enabled or after remove_all_hooks() of the pipeline"
             )
 
 

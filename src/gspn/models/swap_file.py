@@ -80,7 +80,7 @@ def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[d
                 raise ValueError(f"{path} has format {config['format']}, this version of gspn reads {_FORMAT}")
             _check_belongs(path, config, unet, channels)
             states = {name: {} for name in channels}
-            for key in file.keys():  # noqa: SIM118: not a dict
+            for key in file.keys():
                 name = next((name for name in channels if key.startswith(f"{name}.")), None)
                 if name is None:
                     raise ValueError(f"{path} has the tensor {key}, which is of none of its layers")

@@ -34,9 +34,10 @@ def initialize(layer: nn.Module, attention: nn.Module, norm: nn.LayerNorm | None
     w = {name: getattr(attention, f"to_{name}").weight.float() for name in "qkv"}
     out, v_bias = attention.to_out[0], attention.to_v.bias
     scale, shift = _statistics(norm, w["v"])
-    # Each line that a direction has gone through adds 1 to the sum of weights; averaged over the map.
-    lines = sum(_mean_lines(n, layer.segment) for n in size) * 2
-    gate = (len(layer.merger if layer.form == "qkv" else layer.gspn.merger) / lines) ** 0.5
+    # A direction that has gone through n of its N lines gives n / N times the average; in the mean over the map that is
+    # a little more than a half. The merger takes the mean over the directions.
+    shares = [_mean_lines(n, layer.segment) / (n if layer.segment is None else min(n, layer.segment)) for n in size]
+    gate = (len(shares) / sum(shares)) ** 0.5
     if layer.form == "pure":
         _initialize_pure(layer.gspn, w, scale, shift, gate, attention.heads)
         layer.to_out[0].weight.copy_(out.weight.float() @ w["v"])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from gspn.layers import GSPN2d
+from gspn.layers import GSPN2d, per_line
 from gspn.ops import DIRECTIONS, check_backend, check_segment, propagate
 
 FORMS = ("pure", "qkv")
@@ -13,15 +13,17 @@ _PROXY_SHARE = {"pure": 8, "qkv": 32}  # C is so many times the width of a proxy
 class GSPNAttention(nn.Module):
     """GSPN where a UNet's self-attention was: all places of the feature map see each other at linear cost.
 
-    Form "pure":  y = to_out(GSPN2d(x)),  S = C // 8.
+    Form "pure":  y = to_out(GSPN2d(x)),  S = C // 8, average=True.
 
     Form "qkv":   y = to_out(sum over directions d of merger[d] * (output_gate[d] * h[d] + skip_gate[d] * v)),
-        h[d] = line scan of input_gate[d] * v, with weights normalised from the logits,  v = x + to_v x,
+        h[d] = line scan of input_gate[d] * v, with weights normalised from the logits, over the number of lines that it
+        runs through before it resets,  v = x + to_v x,
         input_gate = input_proj input_proxy(x + to_k x) + input_bias,
         output_gate = output_proj output_proxy(x + to_q x) + output_bias,
         logits and skip_gate = weight_proj and skip_proj of weight_proxy(x), + weight_bias and skip_bias,  S = C // 32.
 
-    Each of the three proxies has a projection of its own. The biases are not in the paper: with them a gate can be
+    Over the lines: so that the output of a global scan does not grow with the map, as attention's does not. Each of the
+    three proxies has a projection of its own. The biases are not in the paper: with them a gate can be
     constant, which initialisation from an attention's weights needs; gate_bias=False leaves them out.
 
     Args:
@@ -64,10 +66,11 @@ class GSPNAttention(nn.Module):
         self.channels, self.form, self.proxy_dim, self.backend = channels, form, proxy_dim, backend
         self.segment, self.gate_bias = check_segment(segment), gate_bias and form == "qkv"
         if form == "pure":
-            self.gspn = GSPN2d(channels, proxy_dim=proxy_dim, segment=segment, backend=backend)
+            self.gspn = GSPN2d(channels, proxy_dim=proxy_dim, segment=segment, average=True, backend=backend)
         else:
             self._build_qkv(len(DIRECTIONS), qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels, bias=out_bias), nn.Dropout(dropout)])
+        self._processor = (None,)  # in a tuple, as one that is a module must not be part of this one
 
     def _build_qkv(self, count, bias):
         c, s = self.channels, self.proxy_dim
@@ -109,16 +112,16 @@ class GSPNAttention(nn.Module):
         concerns cross-attention and is not looked at."""
         self._check(hidden_states, encoder_hidden_states, attention_mask, map_size)
         kind = hidden_states.device.type
-        if torch.is_autocast_enabled(kind) and hidden_states.dtype != torch.float64:
+        if kind != "meta" and torch.is_autocast_enabled(kind) and hidden_states.dtype != torch.float64:
             hidden_states = hidden_states.to(torch.get_autocast_dtype(kind))  # as attention's q, k and v are there
         as_map = lambda tokens: tokens.unflatten(1, map_size).permute(0, 3, 1, 2)  # noqa: E731
-        y = self.gspn(as_map(hidden_states)) if self.form == "pure" else self._scan_qkv(hidden_states, as_map)
+        y = self.gspn(as_map(hidden_states)) if self.form == "pure" else self._scan_qkv(hidden_states, as_map, map_size)
         y = y.permute(0, 2, 3, 1).flatten(1, 2)
         for module in self.to_out:
             y = module(y)
         return y
 
-    def _scan_qkv(self, x, as_map):
+    def _scan_qkv(self, x, as_map, size):
         proxies = [self.weight_proxy(x), self.input_proxy(x + self.to_k(x)), self.output_proxy(x + self.to_q(x))]
         if self.gate_bias:
             proxies.append(torch.ones_like(x[..., :1]))
@@ -136,11 +139,20 @@ class GSPNAttention(nn.Module):
             as_map(torch.cat(proxies, -1)),
             widened("weight", 0),
             widened("input", 1),
-            widened("output", 2) * merger,
+            per_line(widened("output", 2) * merger, DIRECTIONS, size, self.segment),
             (widened("skip", 0) * merger).sum(0),
             segment=self.segment,
             backend=self.backend,
         )
+
+    def get_processor(self):
+        """The processor that the attention replaced will have when it is back: diffusers counts and numbers a UNet's
+        attentions by their processors, for IP-Adapter and others. The layer itself has no use for it."""
+        return self._processor[0]
+
+    def set_processor(self, processor) -> None:
+        """See get_processor."""
+        self._processor = (processor,)
 
     def _check(self, tokens, encoder_hidden_states, attention_mask, map_size):
         if tokens.ndim != 3 or tokens.shape[2] != self.channels:
