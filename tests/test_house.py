@@ -98,7 +98,8 @@ def test_public_names():
         "propagate",
         "register_timm",
     }
-    for name in (*gspn.__all__, "create_generator", "GSPNPipeline", "GSPNTransformer2DModel"):  # these need diffusers
+    of_diffusers = ("create_generator", "GSPNPipeline", "GSPNTransformer2DModel", "GSPNAttention", "HighResPipeline")
+    for name in (*gspn.__all__, *of_diffusers, "load_swap", "restore", "swap"):
         value = getattr(gspn, name)
         assert name in dir(gspn) and (not callable(value) or value.__doc__)
 

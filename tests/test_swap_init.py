@@ -56,8 +56,8 @@ def test_qkv_averages_as_attention_does_with_equal_scores(segment, bias, size):
     attention = make_attention(bias=bias)
     layer = GSPNAttention(C, form="qkv", segment=segment, qkv_bias=bias, backend="reference")
     initialize(layer, attention, None, size)
-    # Of a constant map attention gives W_out W_v x everywhere; the scan gives it on the average over the places, as more
-    # lines lead to some places than to others.
+    # Of a constant map attention gives W_out W_v x everywhere; the scan gives it on the average over the places, as
+    # more lines lead to some places than to others.
     x = torch.randn(2, 1, C).expand(2, size[0] * size[1], C)
     expected = attention(x).mean(1)
     torch.testing.assert_close(layer(x, map_size=size).mean(1), expected, rtol=1e-4, atol=1e-5)
@@ -78,17 +78,19 @@ def test_pure_finds_a_constant_gate_in_what_the_norm_adds(segment):
     # without a constant direction nothing is made up
     layer = GSPNAttention(C, form="pure", segment=segment, backend="reference")
     initialize(layer, attention, None, (6, 6))
-    bias = attention.to_out[0].bias.expand(3, 36, C)
-    torch.testing.assert_close(layer(x, map_size=(6, 6)), bias)
+    x = torch.randn(3, 36, C)
+    bias = attention.to_out[0].bias
+    assert (layer(x, map_size=(6, 6)) - bias).abs().mean() < 0.1 * (attention(x) - bias).abs().mean()
 
 
-def test_initialised_layers_learn_from_every_parameter():
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_initialised_layers_learn_in_every_parameter(shift):
     attention = make_attention()
     for form in ("pure", "qkv"):
         layer = GSPNAttention(C, form=form, backend="reference")
         norm = nn.LayerNorm(C)
         with torch.no_grad():
-            norm.bias.normal_()
+            norm.bias.normal_(std=shift)
         initialize(layer, attention, norm, (5, 5))
         optimizer = torch.optim.AdamW(layer.parameters(), 1e-3)
         before = {name: p.detach().clone() for name, p in layer.named_parameters()}

@@ -20,7 +20,9 @@ _HOMES = {
 # These need the extra `diffusion`, so `from gspn import *` leaves them out.
 _OF_DIFFUSERS = {
     "gspn.models.generator": ("GSPNTransformer2DModel", "create_generator"),
+    "gspn.models.highres": ("HighResPipeline",),
     "gspn.models.pipeline": ("GSPNPipeline",),
+    "gspn.models.swap": ("GSPNAttention", "load_swap", "restore", "swap"),
 }
 _MODULES = ("export", "layers", "models", "ops", "train")
 _HOME_OF = {name: home for home, names in (_HOMES | _OF_DIFFUSERS).items() for name in names}

@@ -267,6 +267,8 @@ class GSPNPipeline(DiffusionPipeline):
                 f"the model predicts {expected!r}, but the scheduler ({name}) has prediction_type {told!r}: make it "
                 f"with {name}.from_config(scheduler.config, prediction_type={expected!r})"
             )
+        if told != "epsilon":  # which all of them take
+            self._try_step()
         channels = config.in_channels
         learns = config.get("out_channels") == 2 * channels
         if config.get("out_channels") not in (None, channels, 2 * channels):
@@ -280,6 +282,23 @@ class GSPNPipeline(DiffusionPipeline):
             raise ValueError(f"the VAE has {self.vae.config.latent_channels} latent channels, the model {channels}")
         if self.vae is None and output_type == "pil" and channels not in (1, 3):
             raise ValueError(f"maps of {channels} channels are no picture: give a vae, or another output_type")
+
+    def _try_step(self):
+        """Raises ValueError if the scheduler does not take its own prediction_type, as some notice in a step only."""
+        scheduler, takes_variance = self._scheduler()
+        scheduler, last = copy.deepcopy(scheduler), self.scheduler.config.num_train_timesteps
+        scheduler.set_timesteps(min(4, last))
+        x, t = torch.zeros(1, 2, 2, 2), scheduler.timesteps[0]
+        output = x.repeat(1, 2, 1, 1) if takes_variance else x
+        try:
+            with torch.random.fork_rng(devices=[]):
+                scheduler.step(output, t, scheduler.scale_model_input(x, t))
+        except (NotImplementedError, ValueError) as error:
+            raise ValueError(
+                f"{type(scheduler).__name__} cannot make steps of the prediction_type "
+                f"{scheduler.config.prediction_type!r} that the model has: expected another scheduler, such as DDPM, "
+                f"DDIM, DPM-Solver++ or UniPC ({error})"
+            ) from error
 
     def _check_numbers(self, scale, steps, eta):
         if not isinstance(scale, int | float) or not 0 <= scale < math.inf:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SLIGHT = 0.1  # of the pure form's gates read from where nothing is constant
+
 
 @torch.no_grad()
 def initialize(layer: nn.Module, attention: nn.Module, norm: nn.LayerNorm | None, size: tuple[int, int]) -> None:
@@ -24,7 +26,7 @@ def initialize(layer: nn.Module, attention: nn.Module, norm: nn.LayerNorm | None
     Args:
         layer: a :class:`gspn.GSPNAttention`, in place, in float32. attention: diffusers' Attention, of any dtype.
         norm: the LayerNorm before it, whose scale and shift tell the mean and variance of x; None takes 0 and 1, with
-            which no direction is constant and the pure form starts at zero output.
+            which no direction is constant and the pure form starts near zero output.
         size: H and W of the map at the UNet's own size, over which a global scan is to average; segments do not need
             it.
 
@@ -71,8 +73,14 @@ def _initialize_pure(unit, w, scale, shift, gate, heads):
     unit.proxy_proj.weight.copy_(torch.cat([constant[None], in_input])[..., None, None])
     for name in ("weight_proj", "input_proj", "output_proj", "skip_proj"):
         getattr(unit, name).zero_()
-    unit.input_proj[..., 0] = gate
-    unit.output_proj[..., 0] = gate
+    channels = torch.arange(unit.channels, device=constant.device)
+    for projection in (unit.input_proj, unit.output_proj):
+        projection[..., 0] = gate
+        # As far as nothing is constant a little of another direction, or layers whose norm has no shift would start,
+        # and stay, where both gates are 0 and pass no gradient.
+        if unit.proxy_dim > 1:
+            slight = SLIGHT * gate * (1 - (shift * constant).sum())
+            projection[:, channels, 1 + channels % (unit.proxy_dim - 1)] = slight
 
 
 def _statistics(norm, like) -> tuple[Tensor, Tensor]:

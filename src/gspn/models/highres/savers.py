@@ -1,0 +1,143 @@
+"""Savers of memory for large images, each with its own switch."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+
+try:
+    from diffusers.models.attention import BasicTransformerBlock
+except ImportError as error:
+    raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
+
+TILE = 512  # pixels, the least side of the VAE's tiles: in smaller ones its norms see too little of the image
+CHUNK = 2**14  # tokens in one piece of a feed-forward layer
+
+
+@dataclass(frozen=True)
+class Savers:
+    """Savers of memory.
+
+    Attributes:
+        vae_tiling: the VAE works on overlapping tiles. The only one that changes the image, by little.
+        sequential_guidance: both halves of guidance one after the other, not in one batch.
+        chunked_feed_forward: the feed-forward layers of the UNet work on pieces of 16,384 tokens at most.
+        parked_residuals: what the UNet's first half keeps for its second half waits in the CPU's memory.
+        offload: the pipeline's models are on the GPU only while they work (``enable_model_cpu_offload``).
+    """
+
+    vae_tiling: bool = False
+    sequential_guidance: bool = False
+    chunked_feed_forward: bool = False
+    parked_residuals: bool = False
+    offload: bool = False
+
+    def told(self) -> str:
+        """The names of those that are on, for people."""
+        names = [f.name.replace("_", " ") for f in fields(self) if getattr(self, f.name)]
+        return f" ({', '.join(names)})" if names else ""
+
+
+SAVERS = tuple(field.name for field in fields(Savers))
+
+
+@contextmanager
+def saving(pipe, savers: Savers) -> Iterator[None]:
+    """The pipeline with `savers`, but offload, at work; afterwards as it was. Guidance is the caller's to split."""
+    with ExitStack() as stack:
+        if savers.vae_tiling:
+            stack.enter_context(_tiled(pipe.vae))
+        if savers.chunked_feed_forward:
+            stack.enter_context(_chunked(pipe.unet))
+        if savers.parked_residuals:
+            stack.enter_context(_parked(pipe.unet))
+        yield
+
+
+@contextmanager
+def _tiled(vae):
+    names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
+    before = {name: getattr(vae, name) for name in names if hasattr(vae, name)}
+    vae.enable_tiling()
+    if len(before) == len(names):
+        vae.tile_sample_min_size = tile_of(vae)
+        vae.tile_latent_min_size = tile_of(vae) // vae_factor(vae)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
+
+
+def vae_factor(vae) -> int:
+    """Pixels for a place of the latents, in each dimension."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def tile_of(vae) -> int:
+    """The side of the VAE's tiles in pixels."""
+    size = vae.config.get("sample_size") or TILE
+    return max(TILE, size if isinstance(size, int) else max(size))
+
+
+@contextmanager
+def _chunked(unet):
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    before = [(block._chunk_size, block._chunk_dim) for block in blocks]
+    hooks = [block.register_forward_pre_hook(_set_chunk, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for block, hook, (size, dim) in zip(blocks, hooks, before, strict=True):
+            hook.remove()
+            block.set_chunk_feed_forward(size, dim)
+
+
+def _set_chunk(block, args, kwargs):
+    tokens = (args[0] if args else kwargs["hidden_states"]).shape[1]
+    pieces = -(-tokens // CHUNK)
+    while tokens % pieces:  # diffusers wants pieces of one size
+        pieces += 1
+    block.set_chunk_feed_forward(tokens // pieces if pieces > 1 else None, 1)
+
+
+@contextmanager
+def _parked(unet):
+    hooks = [block.register_forward_hook(_park) for block in unet.down_blocks]
+    hooks += [block.register_forward_pre_hook(_fetch, with_kwargs=True) for block in unet.up_blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _park(block, args, output):
+    sample, kept = output
+    return sample, tuple(_away(residual) for residual in kept)
+
+
+def _fetch(block, args, kwargs):
+    kept = _Parked(kwargs["res_hidden_states_tuple"])
+    kept.device = kwargs["hidden_states"].device
+    return args, kwargs | {"res_hidden_states_tuple": kept}
+
+
+class _Parked(tuple):
+    """Residuals that come back one by one, when the block takes them."""
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        if not isinstance(place, slice):
+            return _back(found, self.device)
+        rest = _Parked(found)
+        rest.device = self.device
+        return rest
+
+
+# An estimate is made with tensors on "meta", of which there are none on the CPU: one without memory stands for them.
+def _away(tensor):
+    return tensor.new_empty(()).expand(tensor.shape) if tensor.is_meta else tensor.to("cpu")
+
+
+def _back(tensor, device):
+    return tensor.contiguous() if tensor.is_meta else tensor.to(device)

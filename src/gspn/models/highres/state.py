@@ -1,0 +1,125 @@
+"""The folder of a high-resolution image in the making: what was asked for, and each stage that is done."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gspn.files import atomic, write_json
+
+RECORD, LATENTS, IMAGE = "highres.json", "latents.safetensors", "image.png"
+FORMAT = 1
+SAMPLE = 16  # values of each weight that tell one set of weights from another
+
+
+class Workdir:
+    """A folder that holds the stages of one image, each written when it is done.
+
+    Args:
+        path: the folder; it is made if it is not there. asked: what decides the image, as JSON has it.
+
+    Attributes: kept: the record that the folder held, or None in a new one.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.kept = None
+        record = self.path / RECORD
+        if record.exists():
+            try:
+                self.kept = json.loads(record.read_text(encoding="utf-8"))
+                found = self.kept["format"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{record} is damaged ({error}): remove it and the stages beside it") from error
+            if found != FORMAT:
+                raise ValueError(f"{record} is of format {found}, this version reads {FORMAT}")
+
+    def begin(self, asked: dict, chosen: dict) -> None:
+        """Records what is asked for and what was chosen for it, or compares with what was.
+
+        Raises ValueError, with what differs, where the folder belongs to another image."""
+        asked = json.loads(json.dumps(asked))
+        if self.kept is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / RECORD, {"format": FORMAT, "asked": asked, "chosen": chosen})
+            return
+        kept = self.kept["asked"]
+        different = sorted(name for name in {*asked, *kept} if asked.get(name) != kept.get(name))
+        if different:
+            shown = "; ".join(f"{name} {_short(kept.get(name))}, now {_short(asked.get(name))}" for name in different)
+            raise ValueError(f"{self.path} holds stages of another image: {shown}. Choose another workdir")
+
+    def folder(self, index: int, size: tuple[int, int]) -> Path:
+        """Where a stage is kept."""
+        return self.path / f"stage-{index}-{size[0]}x{size[1]}"
+
+    def save(self, index: int, size: tuple[int, int], latents: Tensor, image=None) -> None:
+        """Keeps a stage that is done: its latents, and its picture (PIL) to look at."""
+        with atomic(self.folder(index, size)) as temporary:
+            temporary.mkdir()
+            save_file({"latents": latents.cpu().contiguous()}, temporary / LATENTS)
+            if image is not None:
+                image.save(temporary / IMAGE, compress_level=1)
+
+    def load(self, index: int, size: tuple[int, int], shape: tuple[int, ...]) -> Tensor | None:
+        """The latents of a stage, or None if it is not done."""
+        path = self.folder(index, size) / LATENTS
+        if not path.parent.exists():
+            return None
+        try:
+            latents = load_file(path)["latents"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): remove {path.parent}, to make the stage again"
+            ) from error
+        if latents.shape != shape or latents.dtype != torch.float32:
+            raise ValueError(f"{path} holds {tuple(latents.shape)} in {latents.dtype}, expected {shape} in float32")
+        return latents
+
+
+def _short(value):
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def described(value):
+    """Something as JSON has it; tensors and pictures by their digests."""
+    if isinstance(value, dict):
+        return {str(name): described(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous()
+        return f"{tuple(data.shape)} {data.dtype} {_digest(data.reshape(-1).view(torch.uint8).numpy().tobytes())}"
+    if hasattr(value, "tobytes"):  # a picture of PIL, an array
+        return f"{type(value).__name__} {_digest(value.tobytes())}"
+    raise TypeError(
+        f"with a workdir, options have to be numbers, texts, tensors or pictures, got {type(value).__name__}"
+    )
+
+
+def fingerprint(pipe) -> dict:
+    """What tells a pipeline from another: classes, configurations, and some values of every weight of its models."""
+    parts = {}
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            digest = hashlib.sha256()
+            for key, tensor in (*part.named_parameters(), *part.named_buffers()):
+                digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                if tensor.device.type != "meta":  # offloaded weights are elsewhere
+                    sample = tensor.detach().flatten()[:SAMPLE].float().cpu()
+                    digest.update(sample.numpy().tobytes())
+            parts[name] = f"{type(part).__name__} {digest.hexdigest()[:16]}"
+        elif name == "scheduler":
+            parts[name] = f"{type(part).__name__} {_digest(json.dumps(dict(part.config), sort_keys=True, default=str))}"
+    return parts
+
+
+def _digest(data):
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
