@@ -1,5 +1,6 @@
 """What the tests share: which backends run here, and the definition of the operators as a loop over pixels."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -104,3 +105,40 @@ def colours(tmp_path):
     bad = tmp_path / "data" / "red" / "3.png"
     bad.write_bytes(bad.read_bytes()[:100])
     return tmp_path / "data"
+
+
+# -- latents; imported only there, as it needs its extra --
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """The folder of a tiny AutoencoderKL."""
+    from encoding import make_vae
+
+    path = tmp_path_factory.mktemp("models") / "vae"
+    make_vae().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """See encoding.make_pictures."""
+    from encoding import make_pictures
+
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory, pictures, vae):
+    """(what encode gives, its folder), with mirrored images, 5 images a shard."""
+    from encoding import SIZE
+
+    from gspn.train.diffusion.encode import encode
+
+    out = tmp_path_factory.mktemp("latents") / "made"
+    return encode(pictures, vae, out, flip=True, shard_size=5, batch_size=2, **SIZE), out
+
+
+@pytest.fixture
+def copied(latents, tmp_path):
+    return shutil.copytree(latents[1], tmp_path / "copy")

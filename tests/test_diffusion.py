@@ -15,7 +15,9 @@ from gspn.train.diffusion.generators import build_generator, load_pipeline
 from gspn.train.diffusion.objective import Objective, make_scheduler, negative_log_likelihood
 from gspn.train.diffusion.task import Diffusion, resume_generator, train_generator
 from gspn.train.generator_options import GeneratorOptions
+from gspn.train.images import DataError
 from gspn.train.options import OptionError
+from gspn.train.unreadable import Unreadable
 
 TINY = dict(model_args={"hidden_size": 16, "depth": 2}, batch_size=128, epochs=2, sample_steps=2, eval_images=50)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -114,7 +116,7 @@ def test_the_bound_teaches_the_variance_only():
 
 
 def test_classes_are_dropped_and_unreadable_images_do_not_count():
-    task = Diffusion(Objective(make_scheduler()), lambda image: image, 10, None, 0.3)
+    task = Diffusion(Objective(make_scheduler()), lambda image: image, 10, None, 0.3, Unreadable({}))
     batch = {"image": torch.zeros(4000, 1, 2, 2), "label": torch.arange(4000) % 10, "index": torch.arange(4000)}
     batch["label"][:100] = -100
     torch.manual_seed(0)
@@ -217,6 +219,32 @@ def test_what_can_be_trained(tmp_path, changes):
     height, width = changes.get("size", (8, 8))
     image = pipeline([3], guidance, 2, output_type="pt", height=height, width=width).images
     assert image.shape == (1, changes.get("channels", 1), height, width) and image.isfinite().all()
+
+
+def test_unreadable_images_are_left_out_named_and_counted(colours, tmp_path):
+    """One of the training images and, in its own split, one of the held-out ones."""
+    for name in ("red", "green", "blue"):
+        (colours / "train").mkdir(exist_ok=True)
+        (colours / name).rename(colours / "train" / name)
+        (colours / "val" / name).mkdir(parents=True)
+        for i in (7, 8):
+            (colours / "train" / name / f"{i}.png").rename(colours / "val" / name / f"{i}.png")
+    (colours / "val" / "blue" / "8.png").write_bytes(b"no image")
+    arguments = ["train-diffusion", str(colours), "--size", "8", "--batch-size", "10", "--workers", "0"]
+    arguments += ["--model-arg", "hidden_size=16", "--model-arg", "depth=2", "--sample-every", "0", "--epochs", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0 and "warning: 2 unreadable images left out" in result.stderr, result.output
+    assert "red/3.png" in result.stderr and "blue/8.png" in result.stderr
+    (row,) = Run.open(tmp_path / "run").metrics
+    assert (row["images"], row["unreadable"], row["unreadable_in_training"]) == (5, 1, 1)
+    # the warning outlives a stop, as the checkpoint keeps it
+    warnings = resume_generator(tmp_path / "run")[1]
+    assert len(warnings) == 1 and "red/3.png" in warnings[0] and "blue/8.png" in warnings[0]
+    with pytest.raises(DataError, match=r"unreadable image \(--strict\): .*red/3\.png"):
+        train_generator(colours, tmp_path / "strict", options(size=(8, 8), strict=True, epochs=1, sample_every=0))
+    (colours / "train" / "red" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"unreadable image \(--strict\): .*blue/8\.png"):
+        train_generator(colours, tmp_path / "held", options(size=(8, 8), strict=True, epochs=1, sample_every=0))
 
 
 def test_dit_starts_as_published():

@@ -1,89 +1,51 @@
-"""`gspn fid`: distances against closed forms and torch-fidelity's figures, what is compared and what it is called, what
-is kept in files, what an interruption leaves.
-"""
+"""`gspn fid`: what is compared, what is kept in files, what an interruption leaves."""
 
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from comparing import (
+    NAMES,
+    as_npz,
+    classifier_run,
+    colour_extractor,
+    colour_features,
+    compare,
+    looked_at,
+    paint,
+    paint_both,
+)
 from PIL import Image
-from torch import nn
 from training import same
 from typer.testing import CliRunner
 
 from gspn.cli import app
 from gspn.files import SaveError
-from gspn.models import create_model
-from gspn.train.checkpoint import Run, RunError
-from gspn.train.diffusion import features, fid, image_statistics
+from gspn.train.checkpoint import RunError
+from gspn.train.diffusion import image_statistics
 from gspn.train.diffusion.distances import frechet_distance, kernel_distance, precision_recall
-from gspn.train.diffusion.features import Extractor, load_extractor
-from gspn.train.diffusion.fid import evaluate_samples
+from gspn.train.diffusion.features import Extractor
 from gspn.train.diffusion.image_statistics import read_statistics
 from gspn.train.diffusion.imagesets import open_images
 from gspn.train.images import DataError
 from gspn.train.options import OptionError
 
-NAMES = ["blue", "green", "red"]
-
-
-# -- images, compared by their colours --
-
-
-class Colours(nn.Module):
-    """Features: mean and deviation of each colour. Answers: which colour there is most of (blue, green, red)."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.seen, self.stop = [], None
-
-    def forward(self, pixels):
-        if self.stop is not None and len(self.seen) >= self.stop:
-            raise KeyboardInterrupt
-        x = pixels.float() * self.weight
-        self.seen.append(tuple(pixels.shape))
-        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1), x.mean((2, 3)).flip(1)
-
-
-def colour_extractor(**more):
-    return Extractor("colours", Colours(), 3, "as they are", **{"class_names": NAMES} | more)
-
-
-def paint(folder, seed, count=12, size=(10, 8), scale=1):
-    """A folder of class folders with noisy one-coloured pictures; returns them, (N, H, W, 3), in the order of NAMES."""
-    draw, images = np.random.RandomState(seed), []
-    for name in NAMES:
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            colour = np.array([name == "red", name == "green", name == "blue"]) * 100 + 60 + draw.randint(0, 40, 3)
-            pixels = (colour + draw.randint(-20, 20, (*size, 3))).astype(np.uint8)
-            images.append(pixels.repeat(scale, 0).repeat(scale, 1))
-            Image.fromarray(images[-1]).save(folder / name / f"{i:02}.png")
-    return np.stack(images)
-
-
-def colour_features(images):
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1).double().numpy()
-
 
 @pytest.fixture
 def pictures(tmp_path):
-    """(samples, reference): folders, and their images."""
-    drawn, real = paint(tmp_path / "drawn", 1), paint(tmp_path / "real", 2, 20)
-    return types.SimpleNamespace(drawn=tmp_path / "drawn", real=tmp_path / "real", images=(drawn, real), at=tmp_path)
+    return paint_both(tmp_path)
 
 
-def compare(samples, reference, extractor=None, **more):
-    return evaluate_samples(
-        samples, reference, extractor or colour_extractor(), **{"workers": 0, "batch_size": 7} | more
-    )
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return classifier_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+# -- images, compared by their colours --
 
 
 def test_comparing_two_folders(pictures):
@@ -117,11 +79,6 @@ def test_labels_count_only_against_the_classifier_s_own_names(pictures):
     assert compare(pictures.drawn, pictures.real, colour_extractor(class_names=None))["accuracy"] is None
     turned = compare(pictures.real, pictures.real, colour_extractor(class_names=["red", "green", "blue"]))
     assert turned["accuracy"] == pytest.approx(1 / 3)
-
-
-def as_npz(path, images, save=np.savez, **more):
-    save(path, images, **more)
-    return path
 
 
 def test_folders_of_files_and_arrays_are_the_same_images(pictures):
@@ -217,6 +174,24 @@ def test_unreadable_images_are_named_and_left_out_or_refused(pictures):
             compare(pictures.drawn, pictures.real, samples_split="all", strict=True, cache=cache)
 
 
+def test_strict_refuses_statistics_that_were_made_without_an_image(pictures, monkeypatch):
+    bad = pictures.real / "green" / "03.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    extractor, cache, file = colour_extractor(), pictures.at / "cache", pictures.at / "real.safetensors"
+    arguments = dict(split="all", cache=cache)
+    first = compare(pictures.drawn, pictures.real, extractor, **arguments, save=file)
+    looked_at(extractor)
+    again = compare(pictures.drawn, pictures.real, extractor, **arguments)
+    assert again == first and looked_at(extractor) == first["samples"]["images"]
+    assert sum(str(bad) in note for note in again["notes"]) == 1  # named also where it was not read again
+    message = r"\(--strict\): 1 of 60 of .* were left out of the statistics in .*"
+    with pytest.raises(DataError, match=message + r"the first: .*green/03\.png"):
+        compare(pictures.drawn, pictures.real, extractor, **arguments, strict=True)
+    with pytest.raises(DataError, match=message + r"real\.safetensors"):
+        compare(pictures.drawn, file, extractor, strict=True)
+    assert not looked_at(extractor)
+
+
 def test_too_few_images_are_told(pictures):
     few = as_npz(pictures.at / "few.npz", pictures.images[0][:5])
     result = compare(few, pictures.real)
@@ -229,13 +204,46 @@ def test_too_few_images_are_told(pictures):
         compare(as_npz(few, pictures.images[0][:1]), pictures.real)
 
 
+@pytest.mark.parametrize(("count", "scored"), [(10, False), (19, False), (20, True)])
+def test_a_score_of_too_few_images_is_left_out(pictures, count, scored):
+    """In a part of one image it is 1, whatever the image."""
+    few = as_npz(pictures.at / "few.npz", pictures.images[0][:count], arr_1=np.zeros(count, int))
+    result = compare(few, as_npz(pictures.at / "real.npz", pictures.images[1]))
+    assert (result["score"] is not None) == scored and result["reference_score"]["mean"] > 1
+    notes = [note for note in result["notes"] if "no score" in note]
+    told = f"no score of the samples: it takes two images in each of 10 parts, of {count}"
+    assert notes == ([] if scored else [told])
+
+
+def test_other_classes_are_told(pictures):
+    def told(samples, reference, **more):
+        notes = compare(samples, reference, **{"samples_split": "all"} | more)["notes"]
+        return [
+            note for note in notes if ("classes" in note and "accuracy" not in note) or note.startswith("no samples")
+        ]
+
+    assert told(pictures.drawn, pictures.real) == []
+    (pictures.drawn / "green").rename(pictures.at / "green")
+    (note,) = told(pictures.drawn, pictures.real, save=pictures.at / "real.safetensors")
+    assert "not of the same classes" in note and note.endswith("no samples of 1 class: green")
+    assert told(pictures.drawn, pictures.at / "real.safetensors") == [note]
+    (pictures.at / "green").rename(pictures.drawn / "violet")
+    (note,) = told(pictures.drawn, pictures.real)
+    assert note.endswith("no samples of 1 class: green; no reference images of 1 class: violet")
+    for folder in (pictures.drawn / "violet", pictures.real / "green"):
+        folder.rename(pictures.at / folder.name)
+    assert told(pictures.drawn, pictures.real) == ["no samples of 1 class: green that colours knows"]
+
+
+def test_latents_are_no_images(pictures):
+    (pictures.at / "latents").mkdir()
+    (pictures.at / "latents" / "config.json").write_text('{"kind": "latents"}')
+    for sets in ((pictures.at / "latents", pictures.real), (pictures.drawn, pictures.at / "latents")):
+        with pytest.raises(DataError, match="holds latents that gspn encode made, which only gspn train-diffusion"):
+            compare(*sets)
+
+
 # -- what is kept --
-
-
-def looked_at(extractor):
-    count = sum(shape[0] for shape in extractor.network.seen)
-    extractor.network.seen.clear()
-    return count
 
 
 def test_the_reference_is_looked_at_once(pictures):
@@ -355,134 +363,6 @@ def test_kept_features_are_evenly_spaced(pictures, monkeypatch):
     kept = read_statistics(file)[0].kept
     expected = torch.from_numpy(colour_features(pictures.images[0][[0, 9, 18, 26, 35]])).float()
     assert torch.allclose(kept, expected) and result["kernel_distance"]["subset_size"] == 5
-
-
-# -- networks --
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of `gspn train` with random weights."""
-    torch.manual_seed(3)
-    model = create_model("gspn_micro", num_classes=3, depths=[1], width=8, global_levels=[0], stem_stride=4).eval()
-    how = {"channels": 3, "size": [12, 16], "mean": [0.4] * 3, "std": [0.2] * 3, "crop": 1.0}
-    config = {"task": "classification", "preprocessing": how, "model": model.config, "class_names": NAMES}
-    config |= {"data": {"where": "nowhere"}, "options": {"precision": "fp32"}}
-    made = Run.create(tmp_path_factory.mktemp("runs") / "run", config)
-    made.save_checkpoint("best", {"model": model.state_dict()}, {})
-    return types.SimpleNamespace(path=made.path, model=model)
-
-
-@torch.inference_mode()
-def test_a_classifier_s_features_come_before_its_head(run):
-    extractor = load_extractor(f"classifier:{run.path}")
-    pixels = torch.randint(0, 256, (4, 3, 12, 16), dtype=torch.uint8)
-    got, logits = extractor.network(pixels)
-    x = (pixels / 255 - 0.4) / 0.2
-    assert torch.allclose(logits, run.model(x), atol=1e-5)
-    assert torch.allclose(got, run.model.forward_features(x).mean((2, 3)), atol=1e-5) and got.shape == (4, 8)
-    assert extractor.class_names == NAMES and not extractor.standard
-    larger, _ = extractor.network(pixels.repeat_interleave(3, 2).repeat_interleave(3, 3))
-    assert larger.shape == (4, 8) and "12x16, bicubic" in extractor.rule
-
-
-def test_names_of_features(run, tmp_path):
-    for wrong in ("vgg", "inception:", "classifier:", "timm:", "inceptionv3"):
-        with pytest.raises(OptionError, match="expected `inception` or"):
-            load_extractor(wrong)
-    with pytest.raises(RunError, match="is no run"):
-        load_extractor(f"classifier:{tmp_path}")
-
-
-class FakeInception(nn.Module):
-    """What stands for torch-fidelity's: the same arguments, few features."""
-
-    def __init__(self, name, features_list, feature_extractor_weights_path=None):
-        super().__init__()
-        assert features_list == ["2048", "logits_unbiased"]
-        if feature_extractor_weights_path is None:
-            raise OSError("no network")
-        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
-
-    def forward(self, pixels):
-        assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3
-        return pixels.float().mean((2, 3)), pixels.float().mean((2, 3)) / 100
-
-
-def test_only_inception_s_published_weights_make_a_fid(pictures, monkeypatch):
-    name = "torch_fidelity.feature_extractor_inceptionv3"
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
-    module = types.SimpleNamespace(FeatureExtractorInceptionV3=FakeInception)
-    monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(OptionError, match=r"weights cannot be had: OSError: no network; give them in a file"):
-        load_extractor("inception")
-    file = pictures.at / "weights.pth"
-    with pytest.raises(OptionError, match="cannot be read: FileNotFoundError"):
-        load_extractor(f"inception,{file}")
-    torch.save({}, file)
-    other = compare(pictures.drawn, pictures.real, load_extractor(f"inception,{file}"))
-    assert other["names"]["frechet_distance"] == f"Frechet distance (inception,{file})"
-    monkeypatch.setattr(features, "INCEPTION_SHA256", features.hashlib.sha256(file.read_bytes()).hexdigest())
-    extractor = load_extractor(f"inception,{file}")
-    result = compare(pictures.drawn, pictures.real, extractor)
-    assert list(result["names"].values())[:3] == ["FID", "KID", "precision"]
-    assert result["names"]["score"] == "Inception Score" and result["accuracy"] is None
-    torch.save({"a": FakeInception}, file)  # would run code where unpickled
-    with pytest.raises(OptionError, match="cannot be read"):
-        load_extractor(f"inception,{file}")
-    # statistics as others publish them
-    published = pictures.at / "published.npz"
-    np.savez(published, mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(OptionError, match="taken for Inception's: not colours"):
-        compare(pictures.drawn, published)
-    np.savez(published, mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(DataError, match="expected 2048 features"):
-        compare(pictures.drawn, published, extractor)
-    with pytest.raises(DataError, match="holds mu; expected mu and sigma"):
-        np.savez(published, mu=np.zeros(3))
-        compare(pictures.drawn, published, extractor)
-
-
-def test_published_mean_and_covariance(pictures, monkeypatch):
-    monkeypatch.setattr(fid, "INCEPTION_FEATURES", 6)
-    extractor, x = colour_extractor(standard=True), colour_features(pictures.images[1])
-    published = pictures.at / "published.npz"
-    np.savez(published, mu=x.mean(0), sigma=np.cov(x, rowvar=False))
-    from_file = compare(pictures.drawn, published, extractor)
-    from_images = compare(pictures.drawn, as_npz(pictures.at / "a.npz", pictures.images[1]), extractor)
-    assert from_file["frechet_distance"] == pytest.approx(from_images["frechet_distance"], rel=1e-6)
-    assert from_file["kernel_distance"] is None and from_file["reference"]["images"] is None
-    assert any("no kernel distance" in note for note in from_file["notes"]) and from_file["size"] == [10, 8]
-
-
-def test_what_is_not_installed_is_said(monkeypatch):
-    for name, module in (("inception", "torch_fidelity"), ("timm:resnet18", "timm")):
-        monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(OptionError, match=r"does not import here .*pip install \"gspn\[.*classifier:RUN"):
-            load_extractor(name)
-
-
-@pytest.mark.timm
-def test_a_model_of_timm(pictures):
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    model = timm.create_model("test_efficientnet").eval()
-    file = pictures.at / "weights.pth"
-    torch.save(model.state_dict(), file)
-    extractor = load_extractor(f"timm:test_efficientnet,{file}")
-    size, mean, std = (model.pretrained_cfg[key] for key in ("input_size", "mean", "std"))
-    pixels = torch.randint(0, 256, (2, *size), dtype=torch.uint8)
-    with torch.inference_mode():
-        got, logits = extractor.network(pixels)
-        x = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        assert torch.allclose(logits, model(x), atol=1e-4) and got.ndim == 2
-    result = compare(pictures.drawn, pictures.real, f"timm:test_efficientnet,{file}")
-    assert result["dimension"] == got.shape[1] and result["names"]["score"].startswith("score (timm:test_efficientnet")
-    with pytest.raises(OptionError, match="has no model 'no_such'"):
-        load_extractor("timm:no_such")
-    torch.save({"a": torch.zeros(1)}, file)
-    with pytest.raises(OptionError, match="do not fit EfficientNet"):
-        load_extractor(f"timm:test_efficientnet,{file}")
 
 
 # -- the command, and several processes --

@@ -291,6 +291,28 @@ def test_schedulers_for_something_else(pixels, scheduler, message):
         GSPNPipeline(pixels.transformer, scheduler)([0], num_inference_steps=2)
 
 
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_schedulers_that_do_not_take_the_prediction_are_refused_before_any_work(monkeypatch, prediction):
+    model = tiny_generator(prediction_type=prediction)
+    own, refused = ddpm(prediction_type=prediction), set()
+    for name in (*SCHEDULERS, "KDPM2DiscreteScheduler"):
+        pipeline = quiet(GSPNPipeline(model, getattr(diffusers, name).from_config(own.config)))
+        state = torch.get_rng_state()
+        try:
+            pipeline.check_inputs([0], num_inference_steps=4)
+        except ValueError as error:
+            assert f"{name} cannot make steps of the prediction_type {prediction!r}" in str(error)
+            refused.add(name)
+            with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{name} cannot make steps"):
+                patch.setattr(model, "forward", lambda *_, **__: pytest.fail("work was done"))
+                pipeline([0], num_inference_steps=4)
+        else:
+            assert torch.equal(state, torch.get_rng_state())
+            assert np.isfinite(pipeline([0], num_inference_steps=4, output_type="np").images).all()
+    of_sample = {"EulerAncestralDiscreteScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler"}
+    assert refused == (of_sample if prediction == "sample" else set())
+
+
 def test_models_for_something_else():
     v = quiet(GSPNPipeline(tiny_generator(prediction_type="v_prediction"), DDIMScheduler()))
     with pytest.raises(

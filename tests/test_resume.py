@@ -331,9 +331,9 @@ def test_trained_weights_are_the_start_also_before_the_first_checkpoint(digits_r
 def test_two_trainings_in_one_folder(tmp_path, stopped, monkeypatch):
     monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
     with writing(stopped):
-        with pytest.raises(RunError, match=rf"another training \(process {os.getpid()} on .*\) is writing to .*run"):
+        with pytest.raises(RunError, match=rf"another gspn \(process {os.getpid()} on .*\) is writing to .*run"):
             resume_classifier(stopped)
-        with pytest.raises(RunError, match="another training"):
+        with pytest.raises(RunError, match="another gspn"):
             train_classifier("digits", stopped, tiny_options(), overwrite=True)
     resume_classifier(stopped)
 

@@ -26,6 +26,7 @@ from gspn.train.diffusion.generators import load_pipeline
 from gspn.train.diffusion.grid import draw_grid
 from gspn.train.diffusion.sample import sample
 from gspn.train.diffusion.sample_files import Samples
+from gspn.train.diffusion.vae import describe_vae
 from gspn.train.generator_options import SCHEDULERS, SampleOptions
 from gspn.train.images import generator
 from gspn.train.loop import TrainingError
@@ -82,6 +83,28 @@ def test_a_run_with_a_vae_and_a_saved_pipeline_give_the_same(tmp_path):
     for name, source in (("a", run.path), ("b", tmp_path / "saved")):
         sample(source, tmp_path / name, options(count=2))
     assert tree(tmp_path / "a") == tree(tmp_path / "b") and pixels(tmp_path / "a").shape == (2, 16, 16, 3)
+
+
+def test_a_vae_that_was_moved_since_the_training(run, tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    tiny_vae(scaling_factor=0.7).save_pretrained(tmp_path / "other")
+    generator_run(tmp_path / "run", vae=describe_vae(tiny_vae(), tmp_path / "vae"), in_channels=4)
+    command = ["sample", str(tmp_path / "run"), "--steps", "2", "--count", "2", "--out"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "a")]).exit_code == 0
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "b")])
+    assert result.exit_code == 2 and "if it was moved, --vae says where it is now" in result.output
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "b"), "--vae", str(tmp_path / "other")])
+    assert result.exit_code == 2 and "is not the one whose latents these are" in result.output, result.output
+    assert not (tmp_path / "b").exists()
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "b"), "--vae", str(tmp_path / "moved")])
+    assert result.exit_code == 0 and tree(tmp_path / "b") == tree(tmp_path / "a")
+    command = ["export", str(tmp_path / "run"), "--diffusers", "--vae", str(tmp_path / "moved")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    with pytest.raises(OptionError, match="is a saved pipeline, which holds all that it needs"):
+        load_pipeline(tmp_path / "run" / "pipeline", vae=tmp_path / "moved")
+    with pytest.raises(OptionError, match="was trained on pixels and uses none"):
+        load_pipeline(run, vae=tmp_path / "moved")
 
 
 def test_a_run_of_dit(tmp_path):
@@ -435,9 +458,11 @@ def test_the_command(run, tmp_path):
 
 def test_a_generator_is_exported_as_a_pipeline(tmp_path):
     run, model = generator_run(tmp_path / "run")
-    arguments = ["export", str(run.path), "--diffusers", "--checkpoint", "last"]
+    tensors, state = run.load_checkpoint("last")
+    run.save_checkpoint("best", {"model": tensors["model"]}, state)  # zeros; `gspn sample` takes the last one too
+    arguments = ["export", str(run.path), "--diffusers"]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0 and f"wrote {run.path / 'pipeline'}" in result.output
+    assert result.exit_code == 0 and f"wrote {run.path / 'pipeline'}, checkpoint last" in result.output
     loaded = GSPNPipeline.from_pretrained(run.path / "pipeline")
     assert same(loaded.transformer.state_dict(), model.state_dict()) and loaded.id2label[2] == "three/3"
     assert loaded.image_size == (8, 8)

@@ -136,8 +136,8 @@ def test_unreadable_images_count_for_nothing(tmp_path):
     marked = task.prepare(dict(batch, label=torch.cat([batch["label"][:100], torch.full((156,), UNREADABLE)])))
     assert task.count(marked) == task.count(some) == 100
     torch.testing.assert_close(task.loss(model, marked), task.loss(model, some))
-    task.note_unreadable()
-    assert len(task.problems) == 156
+    task.unreadable.look()
+    assert len(task.unreadable.problems) == 156
     outcome = classify(model, [batch], task.preprocessing, accelerator)
     assert outcome.metrics(task.class_names)["images"] == 256
 

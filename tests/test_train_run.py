@@ -47,29 +47,51 @@ def test_overwrite_with_a_bad_option_keeps_the_earlier_run(digits_run):
 @pytest.fixture
 def full_run(tmp_path):
     """A run with one of everything, each file of its own content."""
-    run = Run.create(tmp_path / "run", {"task": "old"})
+    run = Run.create(tmp_path / "run", {"task": "classification", "options": {"tensorboard": False}})
     for name in ("last", "best"):
         run.save_checkpoint(name, {"model": {"w": torch.ones(3)}}, {"epoch": 1, "name": name})
     run.append_metrics({"epoch": 1})
     for name in ("curves", "predictions", "context", "context-old"):
         (run.path / f"{name}.png").write_text(name)
-    (run.path / "mine.txt").write_text("not the run's")
+    for name in FOREIGN:
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).write_text("not the run's")
     return run
+
+
+# What lies in the run's folder and no classifier's training writes.
+FOREIGN = ("mine.txt", "samples/epoch-0001.png", "samples/samples.json", "tensorboard/events.out.tfevents.1.mine")
 
 
 def test_overwritten_run_waits_until_the_new_one_has_a_checkpoint(full_run):
     before = tree(full_run.path)
     run = Run.create(full_run.path, {"task": "new"}, overwrite=True)
-    assert {name for name in tree(run.path) if ".earlier" not in name} == {"config.json", "mine.txt"}
-    assert tree(run.path / ".earlier") == {name: data for name, data in before.items() if name != "mine.txt"}
+    assert {name for name in tree(run.path) if ".earlier" not in name} == {"config.json", *FOREIGN}
+    assert tree(run.path / ".earlier") == {name: data for name, data in before.items() if name not in FOREIGN}
     assert Run.open(run.path / ".earlier").load_checkpoint("best")[1]["name"] == "best"
     with pytest.raises(RunError, match=r"no checkpoint 'best'.*; the run that it was to replace is .*\.earlier"):
         run.load_checkpoint("best")
     run.save_checkpoint("last", {"model": {}}, {"epoch": 1})
     assert (run.path / ".earlier").exists()
     run.save_checkpoint("best", {"model": {}}, {"epoch": 1})
-    assert {name.split("/")[0] for name in tree(run.path)} == {"config.json", "mine.txt", "checkpoints"}
+    assert {name for name in tree(run.path) if not name.startswith("checkpoints")} == {"config.json", *FOREIGN}
     assert not run.restore_earlier()
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_overwriting_a_generator_s_run_takes_its_pictures_and_no_others(tmp_path, tensorboard):
+    """Also what TensorBoard was shown: that of older versions by the options, and all that has our suffix."""
+    run = Run.create(tmp_path, {"task": "diffusion", "options": {"tensorboard": tensorboard}})
+    own = {"samples/epoch-0001.png", "samples/epoch-0010.png", "curves.png", "tensorboard/events.out.tfevents.2.gspn"}
+    other = {"samples/samples.json", "samples/images/000000-a.png", "predictions.png", "context-cat.png"}
+    (own if tensorboard else other).add("tensorboard/events.out.tfevents.1.host")
+    for name in own | other:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = tree(tmp_path)
+    run = Run.create(tmp_path, {"task": "classification"}, overwrite=True)
+    assert set(tree(tmp_path)) == {"config.json", ".earlier/config.json", *other, *(f".earlier/{each}" for each in own)}
+    assert run.restore_earlier() and tree(tmp_path) == before and not (tmp_path / ".earlier").exists()
 
 
 def test_overwritten_run_comes_back_when_the_new_one_fails(full_run):
@@ -134,15 +156,15 @@ def test_kill_at_any_step_of_overwriting_loses_nothing(full_run, monkeypatch):
 
 
 def test_overwriting_that_the_system_refuses_is_an_error_that_tells_and_undoes(full_run, monkeypatch):
-    before, rename = tree(full_run.path), os.rename
+    before, replace = tree(full_run.path), os.replace
 
     def refuse(source, target):
         if str(source).endswith("metrics.jsonl"):
             raise PermissionError(13, "Permission denied", str(source))
-        rename(source, target)
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", refuse)
+        patch.setattr(os, "replace", refuse)
         with pytest.raises(SaveError, match=r"cannot set the earlier run aside in .*Permission denied.* Nothing of it"):
             Run.create(full_run.path, {"task": "new"}, overwrite=True)
     assert tree(full_run.path) == before

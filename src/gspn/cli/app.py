@@ -48,6 +48,10 @@ ResumedRun = Annotated[
     Path | None,
     typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly, from its last checkpoint."),
 ]
+MovedVae = Annotated[
+    str | None,
+    typer.Option("--vae", metavar="PATH|NAME", help="Where the VAE of a run of latents is now, if it was moved."),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
 ]
@@ -101,12 +105,12 @@ def options(
 
 
 def takes_options(options):
-    """Gives a command the flags of a set of options. It gets those that were used as `given`, texts and numbers by
-    name."""
+    """Gives a command the flags of a set of options, but for those of which it has an argument of the same name. It
+    gets those that were used as `given`, texts and numbers by name."""
 
     def decorate(command):
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
-        flags = option_flags(options)
+        flags = [flag for flag in option_flags(options) if flag.name not in {p.name for p in own}]
 
         @functools.wraps(command)
         def with_flags(**arguments):
@@ -121,6 +125,16 @@ def takes_options(options):
 
 def training_of(kind, data, run, config, given):
     """(DATA, run folder, options of that kind) from the arguments, the configuration file and the flags given."""
+    data, run, options = arguments_of(kind, data, run, config, given)
+    if data is None:
+        raise OptionError("Missing argument 'DATA'")
+    otherwise = kind.__dataclass_fields__["model"].metadata["otherwise"]
+    model = options.model or ("finetuned" if getattr(options, "init_from", None) else otherwise)
+    return data, run or Path("runs") / f"{Path(data).name or 'data'}-{model.replace('/', '-')}", options
+
+
+def arguments_of(kind, data, run, config, given):
+    """The same, but None for DATA or a run folder that nothing tells."""
     from_file = read_file(config) if config else {}
     data = data or from_file.pop("data", None)
     run = run or from_file.pop("out", None)
@@ -129,13 +143,7 @@ def training_of(kind, data, run, config, given):
             raise OptionError(f"{config}: {name} takes text, got {value!r}")
     from_file = {name: value for name, value in from_file.items() if name not in ("data", "out")}
     kind.read(from_file, f"{config}: ")  # so that a message about the file names it
-    options = kind.read(from_file | given)
-    if data is None:
-        raise OptionError("Missing argument 'DATA'")
-    otherwise = kind.__dataclass_fields__["model"].metadata["otherwise"]
-    model = options.model or ("finetuned" if getattr(options, "init_from", None) else otherwise)
-    name = f"{Path(data).name or 'data'}-{model.replace('/', '-')}"
-    return data, Path(run) if run else Path("runs") / name, options
+    return data, Path(run) if run else None, kind.read(from_file | given)
 
 
 def parsed(name, parse, text):

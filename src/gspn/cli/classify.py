@@ -19,6 +19,7 @@ from gspn.cli.app import (
     Data,
     ImageColumn,
     LabelColumn,
+    MovedVae,
     NewRun,
     Overwrite,
     ResumedRun,
@@ -229,7 +230,10 @@ def export_run(
         Path | None,
         typer.Option("--out", help="The file to write. Default: RUN/model.onnx, RUN/model.pt2 or RUN/pipeline."),
     ] = None,
-    checkpoint: Checkpoint = "best",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Which checkpoint: best or last. Default: best; of a generator last.")
+    ] = None,
+    vae: MovedVae = None,
     size: Annotated[
         str | None, typer.Option(help="N or HxW: the only input size of the file. Default: any size.")
     ] = None,
@@ -256,12 +260,15 @@ def export_run(
                 raise OptionError(f"--{given[0] if given else 'no-check'} is for --onnx and --aoti")
             from gspn.train.diffusion.generators import export_pipeline
 
-            export_pipeline(run, file or run / "pipeline", checkpoint)
-            out.print(f"wrote {file or run / 'pipeline'}", markup=False, highlight=False)
+            checkpoint = checkpoint or "last"  # as gspn sample
+            export_pipeline(run, file or run / "pipeline", checkpoint, vae)
+            out.print(f"wrote {file or run / 'pipeline'}, checkpoint {checkpoint}", markup=False, highlight=False)
             return
+        if vae is not None:
+            raise OptionError("--vae is for --diffusers")
         if aoti and special:
             raise OptionError(f"--{next(iter(special))} is for --onnx")
-        classifier = load_classifier(run, checkpoint)
+        classifier = load_classifier(run, checkpoint or "best")
         metadata = {"class_names": classifier.class_names, "preprocessing": classifier.preprocessing.to_json()}
         write = gspn.export_onnx if onnx else gspn.export_aoti
         shape = {"size": parsed("size", parse_size, size), "batch": batch}

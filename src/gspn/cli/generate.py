@@ -15,6 +15,7 @@ from gspn.cli.app import (
     Data,
     ImageColumn,
     LabelColumn,
+    MovedVae,
     NewRun,
     Overwrite,
     ResumedRun,
@@ -51,6 +52,8 @@ def train_diffusion(
     What is not given is chosen from the kind of data and told. Example: gspn train-diffusion digits --out runs/digits
     """
     with readable_errors():
+        from accelerate import PartialState
+
         from gspn.train.diffusion.task import resume_generator, train_generator
 
         if resume is not None:
@@ -58,10 +61,12 @@ def train_diffusion(
                 raise OptionError(
                     "--resume goes on in its own folder and options: not with --out, --config, --overwrite"
                 )
-            resume_generator(resume, given, data=data, console=out)
-            return
-        data, run, options = training_of(GeneratorOptions, data, run, config, given)
-        train_generator(data, run, options, overwrite=overwrite, console=out)
+            _, warnings = resume_generator(resume, given, data=data, console=out)
+        else:
+            data, run, options = training_of(GeneratorOptions, data, run, config, given)
+            _, warnings = train_generator(data, run, options, overwrite=overwrite, console=out)
+        if PartialState().is_main_process:
+            warn(warnings)
 
 
 @app.command()
@@ -72,6 +77,7 @@ def sample(
     ],
     folder: Annotated[Path, typer.Option("--out", help="The folder to make, or to go on in.")],
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of the run: last or best.")] = "last",
+    vae: MovedVae = None,
     *,
     given: dict,
 ):
@@ -85,7 +91,7 @@ def sample(
 
         options = SampleOptions.read(given)
         main_process = make_accelerator().is_main_process
-        made = sample(source, folder, options, checkpoint=checkpoint, console=out)
+        made = sample(source, folder, options, checkpoint=checkpoint, vae=vae, console=out)
         if main_process:
             rate = f", {made['made'] / made['seconds']:.2g} images/s" if made["made"] else ""
             out.print(f"{made['images']} samples, {made['made']} of them made now{rate}", highlight=False)

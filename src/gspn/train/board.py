@@ -28,7 +28,7 @@ class Board:
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=".gspn")
 
     def steps(self, last: int, losses: list[float], lr: float) -> None:
         """The losses of consecutive steps, the last of which is `last`, and its learning rate."""

@@ -21,7 +21,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -36,6 +36,13 @@ STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
 LOCK = ".lock"
 PATIENCE = 8  # seconds for the lock: processes that read images outlive a killed training by up to 5
 EARLIER = ".earlier"  # the folder in RUN in which the run that is being overwritten waits
+
+# What a run of each task holds beside checkpoints, metrics.jsonl, options.yaml and config.json: from its first epoch on
+# (WRITTEN), and after its end.
+WRITTEN = {"diffusion": ("samples/epoch-*.png",), "distillation": ("samples/epoch-*.png", "gspn_swap.safetensors")}
+DRAWN = {"classification": ("curves.png", "predictions.png", "context.png", "context-*.png")}
+DRAWN |= {"diffusion": ("curves.png",), "distillation": ("curves.png",)}
+EVENTS = "tensorboard/events.out.tfevents.*"  # board.py's end in .gspn, but for those of older ones
 
 
 class RunError(ValueError):
@@ -66,8 +73,8 @@ def writing(path: Path | str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise RunError(
-            f"another training ({(path / LOCK).read_text().strip()}) is writing to {path}: wait for it, or choose "
-            "another folder"
+            f"another gspn ({(path / LOCK).read_text().strip()}) is writing to {path}: wait for it, or choose another "
+            "folder"
         ) from None
     try:
         (path / LOCK).write_text(f"process {os.getpid()} on {platform.node()}\n")
@@ -110,9 +117,9 @@ class Run:
 
     @classmethod
     def create(cls, path: Path | str, config: dict, overwrite: bool = False, options: str | None = None) -> "Run":
-        """Makes the folder and writes its config.json, and `options`, a text, to options.yaml. With `overwrite`, an
-        earlier run's files, and nothing else, are set aside in path/.earlier; the first checkpoint "best" removes them,
-        `restore_earlier` brings them back.
+        """Makes the folder and writes its config.json, and `options`, a text, to options.yaml. With `overwrite`, the
+        files that a run of the earlier one's task writes, and nothing else, are set aside in path/.earlier; the first
+        checkpoint "best" removes them, `restore_earlier` brings them back.
 
         Errors: RunError as `check_free`; SaveError where the folder cannot be written, which leaves it as it was."""
         cls.check_free(path, overwrite)
@@ -138,10 +145,8 @@ class Run:
                 remove(earlier)  # outlived: a crash came between the first best checkpoint and its removal
             if not (earlier / "config.json").exists():
                 for file in self._files():
-                    earlier.mkdir(exist_ok=True)
-                    os.rename(file, earlier / file.name)
-            for file in self._files():
-                remove(file)
+                    _move(file, earlier / file.relative_to(self.path), self.path)
+            self._remove_files()
 
     def restore_earlier(self) -> bool:
         """After a training that ended before its first checkpoint "best": puts the run that it was to overwrite back,
@@ -153,10 +158,9 @@ class Run:
             return False
         with self._moving("put the earlier run back from"):
             if (earlier.path / "config.json").exists():
-                for file in self._files():
-                    remove(file)
-            for file in reversed(earlier._files()):
-                os.replace(file, self.path / file.name)
+                self._remove_files()
+            for file in reversed(earlier._files(of=self.path)):
+                _move(file, self.path / file.relative_to(earlier.path), earlier.path)
             earlier.path.rmdir()
         return True
 
@@ -169,12 +173,23 @@ class Run:
                 f"cannot {what} {self.path / EARLIER}: {error}. Nothing of it is lost: it is there or in {self.path}"
             ) from error
 
-    def _files(self):
-        """What a run consists of, as far as it is there, the checkpoints first and config.json last."""
-        names = ("checkpoints", "metrics.jsonl", "options.yaml", "samples", "tensorboard", "curves.png")
-        names += ("predictions.png", "context.png")
-        files = [self.path / name for name in names] + sorted(self.path.glob("context-*.png"))
-        return [file for file in [*files, self.path / "config.json"] if file.exists()]
+    def _remove_files(self):
+        """Removes what a training without a best checkpoint wrote; at its end it has not been."""
+        for file in self._files(drawn=False):
+            remove(file)
+            _tidy(file.parent, self.path)
+
+    def _files(self, of=None, drawn=True):
+        """What a run of its task wrote, as far as it is there, the checkpoints first and config.json last. Which task
+        that is its config.json tells, or without one that in the folder `of`."""
+        configs = [folder / "config.json" for folder in (self.path, of or self.path)]
+        config = next((_config_or_none(file) for file in configs if file.exists()), None) or {}
+        task, options = str(config.get("task")), config.get("options")
+        patterns = ["checkpoints", "metrics.jsonl", "options.yaml", *WRITTEN.get(task, ())]
+        patterns += DRAWN.get(task, ()) if drawn else ()
+        logged = isinstance(options, dict) and options.get("tensorboard")
+        patterns += [EVENTS if logged and drawn else f"{EVENTS}.gspn", "config.json"]
+        return [file for pattern in patterns for file in sorted(self.path.glob(pattern))]
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
@@ -297,6 +312,28 @@ def _separate(named):
         separate[name] = tensor.clone() if memory in stored else tensor
         stored.add(memory)
     return separate
+
+
+def _move(file, target, root):
+    """Renames a file of the run in the folder `root`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(file, target)
+    _tidy(file.parent, root)
+
+
+def _tidy(folder, root):
+    """Removes a folder within `root` that nothing is left in."""
+    if folder != root:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _config_or_none(file):
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _earlier_hint(path):

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from rich.console import Console
 
 from gspn.models import create_model
 from gspn.train import pictures
 from gspn.train.checkpoint import Run, RunError
-from gspn.train.data import Data, DataError
+from gspn.train.data import Data
 from gspn.train.evaluate import classify, load_classifier, warnings_of
 from gspn.train.finetune import Source, open_source, start_from
 from gspn.train.images import UNREADABLE, Preprocessing, Split
@@ -24,6 +23,7 @@ from gspn.train.loop import autocast, train
 from gspn.train.options import OptionError, Options
 from gspn.train.recipe import SMALL, Augmentation, Mixing, preset_for
 from gspn.train.session import describe_size, open_with, resume, start
+from gspn.train.unreadable import Unreadable
 
 TASK = "classification"  # in a run's config.json
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,19 +33,15 @@ class Classification:
     """The Task of loop.py: cross-entropy on labelled images."""
 
     def __init__(self, train_split, eval_split, eval_loader, preprocessing, class_names, options, mixing=None):
-        self.splits = {"train": train_split, "evaluation": eval_split}
+        self.unreadable = Unreadable({"train": train_split, "evaluation": eval_split}, options.strict)
         self.loader, self.preprocessing, self.class_names = eval_loader, preprocessing, class_names
-        self.smoothing, self.strict = options.label_smoothing, options.strict
+        self.smoothing = options.label_smoothing
         self.format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.mixing = mixing
-        self.seen = []  # numbers and labels of training images, to be looked at when that keeps no GPU waiting
-        self.problems = {}  # an unreadable image's name and what is wrong with it, by split and index
 
     def prepare(self, batch):
-        index, label = batch["index"], batch["label"]
-        self.seen.append((index, label))
-        if self.strict:
-            self.note_unreadable()
+        label = batch["label"]
+        self.unreadable.saw(batch)
         image = self.preprocessing.normalize(batch["image"]).contiguous(memory_format=self.format)
         if self.mixing is None:
             return {"image": image, "label": label}
@@ -64,34 +60,18 @@ class Classification:
         )
 
     def evaluate(self, model, accelerator):
-        self.note_unreadable()
+        self.unreadable.look()
         outcome = classify(model, self.loader, self.preprocessing, accelerator)
-        self.note("evaluation", outcome.index[outcome.label == UNREADABLE].tolist())
-        for problems in gather_object([self.problems]):  # each process has read its own share of the images
-            self.problems |= problems
+        self.unreadable.note("evaluation", outcome.index[outcome.label == UNREADABLE].tolist())
         return {f"val_{k}" if k == "loss" else k: v for k, v in outcome.metrics(self.class_names).items()} | {
-            "unreadable_in_training": sum(split == "train" for split, _ in self.problems)
+            "unreadable_in_training": self.unreadable.gather()
         }
 
-    def note_unreadable(self):
-        """Looks at the labels of the training images since the last time."""
-        for index, label in self.seen:
-            self.note("train", index[label == UNREADABLE].tolist())
-        self.seen.clear()
-
-    def note(self, split, unreadable):
-        for i in unreadable:
-            if (split, i) not in self.problems:
-                self.problems[split, i] = self.splits[split].problem(i)
-            if self.strict:
-                raise DataError(f"unreadable image (--strict): {self.problems[split, i]}")
-
     def state(self):
-        self.note_unreadable()
-        return {"unreadable": [[*key, problem] for key, problem in self.problems.items()]}
+        return {"unreadable": self.unreadable.state()}
 
     def restore(self, state):
-        self.problems = {(split, i): problem for split, i, problem in state["unreadable"]}
+        self.unreadable.restore(state["unreadable"])
 
     def score(self, metrics):
         return [metrics["top1"], -metrics["val_loss"]]  # of equally good ones, that of the lower loss
@@ -278,7 +258,7 @@ def _train(setup, model, out, run, accelerator, console, checkpoint):
         pictures.predictions(path, split, outcome, preprocessing, class_names, setup.eval_name)
         first = int(outcome.index[outcome.label != UNREADABLE][0])
         pictures.context(run.path / "context.png", classifier, split.image(first))
-    return classifier.run, metrics, warnings_of(metrics, list(task.problems.values()))
+    return classifier.run, metrics, warnings_of(metrics, list(task.unreadable.problems.values()))
 
 
 def settle(

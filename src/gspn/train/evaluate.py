@@ -14,9 +14,11 @@ from gspn.train import pictures
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.data import DataError, location, open_data
 from gspn.train.images import UNREADABLE, Preprocessing
+from gspn.train.latent_folder import refuse_latents
 from gspn.train.loader import batches, make_loader
 from gspn.train.loop import autocast, make_accelerator
 from gspn.train.options import OptionError, check_range
+from gspn.train.unreadable import warning_of
 
 # Those of open_data, which a run keeps for its evaluation.
 OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column", "streaming")
@@ -108,8 +110,7 @@ def warnings_of(metrics, problems):
     """What must not go unsaid after training or evaluation, one text each."""
     warnings = []
     if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
-        warnings.append(f"{len(problems)} unreadable image{'s' * (len(problems) > 1)} left out:{shown}")
+        warnings.append(warning_of(problems))
     if metrics["missing_classes"]:
         missing = ", ".join(metrics["missing_classes"])
         warnings.append(f"no image of these classes in the evaluation; accuracy is over the others: {missing}")
@@ -182,6 +183,7 @@ def evaluate(
     """
     check_range("batch_size", batch_size)
     check_range("workers", workers)
+    refuse_latents(data)
     classifier = load_classifier(path, checkpoint)
     preprocessing, class_names, config = classifier.preprocessing, classifier.class_names, classifier.run.config
     if size is not None:

@@ -1,6 +1,7 @@
 """Labelled images of any kind, and what turns one of them into the model's input. loader.py makes batches of them."""
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+USUAL_CAPTIONS = ("text", "caption")  # what a column of captions is called
 UNREADABLE = -100  # the label of an image that could not be decoded: cross_entropy's ignore_index
 TOGETHER = 8  # shards whose images are shuffled together
 
@@ -33,14 +35,15 @@ class Split:
         names: index -> what to call an image in a message.
         shard: int64 (N,), the number of the file that holds an image, where a file holds many and is best read as a
             whole; else None.
+        captions: for each image a tuple of its captions, one at least; None where the data carry none.
 
     `read` and `names` have to be picklable, for the loader's workers are not everywhere forked. A `read` that has a
     method identity() tells by it, in bytes, what would be different if the images were others.
     """
 
-    def __init__(self, labels, class_names, *, pixels=None, read=None, names=None, shard=None):
+    def __init__(self, labels, class_names, *, pixels=None, read=None, names=None, shard=None, captions=None):
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.class_names, self.pixels, self.read = class_names, pixels, read
+        self.class_names, self.pixels, self.read, self.captions = class_names, pixels, read, captions
         self.names = names or Numbered("image")
         self.shard = None if shard is None else torch.as_tensor(shard, dtype=torch.int64)
 
@@ -77,6 +80,8 @@ class Split:
         """What makes up these images, as far as it can be told without decoding them."""
         yield repr(self.class_names).encode()
         yield self.labels.numpy().tobytes()
+        for captions in self.captions or ():
+            yield json.dumps(captions).encode()
         if self.pixels is not None:
             yield repr(tuple(self.pixels.shape)).encode()
             yield self.pixels.contiguous().numpy().tobytes()
@@ -88,7 +93,16 @@ class Split:
         index = torch.as_tensor(index, dtype=torch.int64)
         pixels, shard = (None if each is None else each[index] for each in (self.pixels, self.shard))
         read, names = Chosen(self.read, index), Chosen(self.names, index)
-        return Split(self.labels[index], self.class_names, pixels=pixels, read=read, names=names, shard=shard)
+        captions = None if self.captions is None else [self.captions[i] for i in index.tolist()]
+        return Split(
+            self.labels[index],
+            self.class_names,
+            pixels=pixels,
+            read=read,
+            names=names,
+            shard=shard,
+            captions=captions,
+        )
 
     def relabelled(self, class_names: list[str]) -> "Split":
         """The same images with labels that number `class_names`. Errors: DataError names the classes that are not

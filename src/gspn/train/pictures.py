@@ -81,6 +81,33 @@ def losses(run):
     save(figure, run.path / "curves.png")
 
 
+def distillation(run):
+    """Draws RUN/curves.png of a distillation: the loss, and the three parts of its validation loss; beside the noise
+    loss the teacher's own."""
+    rows = run.metrics
+    epochs, marker = [row["epoch"] for row in rows], "o" if len(rows) < 3 else None
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    loss, *parts = figure.subplots(1, 4)
+    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker, label="training")
+    loss.plot(epochs, [row["val_loss"] for row in rows], color=ORANGE, marker=marker, label="validation")
+    loss.set(title="Loss")
+    titles = {"noise": "Noise", "output": "Against the teacher's output", "feature": "Against its attentions"}
+    for axes, (name, title) in zip(parts, titles.items(), strict=True):
+        axes.plot(epochs, [row[f"val_{name}"] for row in rows], color=ORANGE, marker=marker, label="student")
+        axes.set(title=f"{title}, validation")
+    parts[0].plot(epochs, [row["val_teacher"] for row in rows], "--", color=GREY, marker=marker, label="teacher")
+    for axes in (loss, parts[0]):
+        axes.legend(frameon=False)
+    for axes in (loss, *parts):
+        axes.set(xlabel="epoch", yscale="log")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, run.path / "curves.png")
+
+
 def predictions(path, split, outcome, preprocessing, class_names, split_name):
     """Draws a grid of a split's images as the model sees them, with predicted class and its probability: up to eight
     wrong ones first, marked red and with the true class, then right ones, evenly spaced.

@@ -19,6 +19,7 @@ from gspn.train.checkpoint import STATE_FORMAT, Run, RunError, writing
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.evaluate import OPEN_OPTIONS
 from gspn.train.images import Preprocessing, Split
+from gspn.train.latent_folder import refuse_latents
 from gspn.train.loop import Position, make_accelerator
 from gspn.train.optim import frozen_modules, make_optimizer
 from gspn.train.options import LoopOptions, OptionError, file_text
@@ -91,7 +92,7 @@ def start(
             "kind": setup.data.kind,
             "split": setup.eval_name,
             "fingerprint": setup.data.fingerprint(),
-            **{name: getattr(options, name) for name in OPEN_OPTIONS},
+            **{name: getattr(options, name) for name in OPEN_OPTIONS if hasattr(options, name)},
             **own.get("data", {}),
         },
         "options": asdict(setup.options),
@@ -113,7 +114,11 @@ def start(
             raise
 
 
-COMMANDS = {"classification": "gspn train", "diffusion": "gspn train-diffusion"}
+COMMANDS = {
+    "classification": "gspn train",
+    "diffusion": "gspn train-diffusion",
+    "distillation": "gspn distill",
+}
 
 
 def resume(
@@ -237,6 +242,7 @@ def new_model(setup, device) -> torch.nn.Module:
 
 def open_with(data, options):
     """data.open_data with what the options say about it."""
+    refuse_latents(data)
     return open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gspn.train.images import SPLIT_NAMES, DataError, Numbered, Split, decode
+from gspn.train.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Numbered, Split, decode
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 BUFFER = 2000  # rows of a stream that wait to be drawn
@@ -33,22 +33,7 @@ def load_tables(
         hint: what to add where it cannot be loaded.
     Errors: DataError.
     """
-    import datasets
-
-    name = str(path or source)
-    if streaming and source == "disk":
-        raise DataError(f"{name} was made by save_to_disk, which is read in place: it needs no streaming")
-    try:
-        if source == "disk":
-            loaded = datasets.load_from_disk(name)
-        elif path is not None and path.is_file():
-            loaded = datasets.load_dataset(source, data_files=name, streaming=streaming)
-        else:
-            loaded = datasets.load_dataset(source, streaming=streaming)
-    except Exception as error:  # `datasets` raises its own, its file systems', the hub's and arrow's exceptions
-        reason = f"Hugging Face datasets cannot load it: {type(error).__name__}: {error}"
-        raise DataError(f"DATA {name}: {reason}{hint}") from error
-    tables = loaded if isinstance(loaded, dict) else {"train": loaded}
+    name, tables = _load(source, path, streaming, hint)
     splits, unlabelled = {}, []
     for split, table in tables.items():
         if split not in SPLIT_NAMES:
@@ -68,35 +53,105 @@ def load_tables(
     return splits
 
 
+def load_captioned(
+    source: str,
+    path: Path | None = None,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    streaming: bool = False,
+    hint: str = "",
+) -> dict[str, Split]:
+    """Splits of what `datasets` loads, with captions instead of labels, which are all 0.
+
+    Args:
+        caption_column: a text, or a list of texts; None is the only column of texts, or that one of them which is
+            called text or caption. Others: as for `load_tables`.
+    Errors: DataError.
+    """
+    name, tables = _load(source, path, streaming, hint)
+    splits = {}
+    for split, table in tables.items():
+        if split in SPLIT_NAMES:
+            splits[SPLIT_NAMES[split]] = _captioned(table, name, image_column, caption_column)
+    if not splits:
+        raise DataError(f"{name} has the splits {', '.join(tables)}; expected train, and validation, valid or test")
+    return splits
+
+
+def _load(source, path, streaming, hint):
+    """(what to call it, {split as named there: table}). Errors: DataError."""
+    import datasets
+
+    name = str(path or source)
+    if streaming and source == "disk":
+        raise DataError(f"{name} was made by save_to_disk, which is read in place: it needs no streaming")
+    try:
+        if source == "disk":
+            loaded = datasets.load_from_disk(name)
+        elif path is not None and path.is_file():
+            loaded = datasets.load_dataset(source, data_files=name, streaming=streaming)
+        else:
+            loaded = datasets.load_dataset(source, streaming=streaming)
+    except Exception as error:  # `datasets` raises its own, its file systems', the hub's and arrow's exceptions
+        reason = f"Hugging Face datasets cannot load it: {type(error).__name__}: {error}"
+        raise DataError(f"DATA {name}: {reason}{hint}") from error
+    return name, loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
 def _table(table, name, image_column, label_column):
     import datasets
 
-    if table.features is None:
-        raise DataError(f"{name} does not tell its columns' types as a stream: leave out --streaming")
-    image_column = _column(table, image_column, datasets.Image, "image", name)
+    image_column = _image_column(table, image_column, name)
     label_column = _column(table, label_column, datasets.ClassLabel, "label", name)
-    feature, counts = table.features[label_column], None
-    if isinstance(table, datasets.IterableDataset):
-        of_shards = [[row[label_column] for row in shard.select_columns(label_column)] for shard in _shards(table)]
-        labels, counts = list(chain.from_iterable(of_shards)), [len(each) for each in of_shards]
-    else:
-        labels = list(table[label_column])
-    if any(label is None for label in labels):
-        raise DataError(f"{name}: {sum(v is None for v in labels)} rows have no value in the column {label_column!r}")
+    feature = table.features[label_column]
+    labels, counts = _values(table, label_column, name)
     if isinstance(feature, datasets.ClassLabel):
         class_names = list(feature.names)
     else:
         class_names = [str(value) for value in sorted(set(labels))]
         number = {value: i for i, value in enumerate(class_names)}
         labels = [number[str(value)] for value in labels]
+    return _split(table, image_column, name, counts, labels, class_names)
+
+
+def _captioned(table, name, image_column, caption_column):
+    image_column = _image_column(table, image_column, name)
+    caption_column = _caption_column(table, caption_column, name)
+    values, counts = _values(table, caption_column, name)
+    captions = [(value,) if isinstance(value, str) else tuple(value) for value in values]
+    empty = sum(not each or not all(isinstance(text, str) for text in each) for each in captions)
+    if empty:
+        raise DataError(f"{name}: {empty} rows have no caption in the column {caption_column!r}")
+    return _split(table, image_column, name, counts, [0] * len(captions), None, captions=captions)
+
+
+def _values(table, column, name):
+    """(all values of a column, of a stream the number of rows of each shard). Errors: DataError where one is None."""
+    import datasets
+
+    counts = None
+    if isinstance(table, datasets.IterableDataset):
+        of_shards = [[row[column] for row in shard.select_columns(column)] for shard in _shards(table)]
+        values, counts = list(chain.from_iterable(of_shards)), [len(each) for each in of_shards]
+    else:
+        values = list(table[column])
+    if any(value is None for value in values):
+        raise DataError(f"{name}: {sum(v is None for v in values)} rows have no value in the column {column!r}")
+    return values, counts
+
+
+def _split(table, image_column, name, counts, labels, class_names, **more):
+    import datasets
+
     try:
         table = table.cast_column(image_column, datasets.Image(decode=False))
     except Exception as error:
         raise DataError(f"{name}: the column {image_column!r} holds no images: {error}") from error
     names = Numbered(f"{name}, row")
     if counts is not None:
-        return Stream(labels, class_names, table.select_columns(image_column), image_column, counts, names)
-    return Split(labels, class_names, read=_Rows(table, image_column), names=names)
+        return Stream(labels, class_names, table.select_columns(image_column), image_column, counts, names, **more)
+    return Split(labels, class_names, read=_Rows(table, image_column), names=names, **more)
 
 
 @dataclass(frozen=True)
@@ -129,8 +184,8 @@ class Stream(Split):
     function of the torch.Generator alone: shards in random order, then rows drawn from a buffer of BUFFER rows.
     """
 
-    def __init__(self, labels, class_names, table, column, counts, names):
-        super().__init__(labels, class_names, names=names)
+    def __init__(self, labels, class_names, table, column, counts, names, captions=None):
+        super().__init__(labels, class_names, names=names, captions=captions)
         self.table, self.column, self.counts = table, column, counts
 
     def image(self, i, cell=None):
@@ -194,11 +249,48 @@ class Stream(Split):
         yield repr((self.table.features, self.counts)).encode()
 
 
+def _image_column(table, wanted, name):
+    import datasets
+
+    if table.features is None:
+        raise DataError(f"{name} does not tell its columns' types as a stream: leave out --streaming")
+    return _column(table, wanted, datasets.Image, "image", name)
+
+
+def _caption_column(table, wanted, name):
+    """The column to use: the one asked for, or the only one of texts that can be meant."""
+    texts = [column for column, kind in table.features.items() if _is_text(kind) and not column.startswith("__")]
+    if wanted is not None:
+        _check_column(table, wanted, name)
+        if wanted not in texts:
+            raise DataError(f"{name}: the column {wanted!r} holds {table.features[wanted]}, expected texts")
+        return wanted
+    usual = [column for column in texts if column in USUAL_CAPTIONS]
+    meant = texts if len(texts) == 1 else usual
+    if len(meant) == 1:
+        return meant[0]
+    raise DataError(
+        f"{name}: expected one column of texts, or one called {' or '.join(USUAL_CAPTIONS)}, found "
+        f"{' and '.join(meant or texts) or 'none'}; say which with --caption-column. Its columns: "
+        f"{', '.join(table.features)}"
+    )
+
+
+def _is_text(kind):
+    """Whether a column of that type holds texts, or lists of texts."""
+    kind = getattr(kind, "feature", kind)
+    return getattr(kind, "dtype", None) in ("string", "large_string")
+
+
+def _check_column(table, wanted, name):
+    if wanted not in table.features:
+        raise DataError(f"{name} has no column {wanted!r}; it has {', '.join(table.features)}")
+
+
 def _column(table, wanted, feature, what, name):
     """The column to use: the one asked for, or the only one of that feature type."""
     if wanted is not None:
-        if wanted not in table.features:
-            raise DataError(f"{name} has no column {wanted!r}; it has {', '.join(table.features)}")
+        _check_column(table, wanted, name)
         return wanted
     columns = [column for column, type_ in table.features.items() if isinstance(type_, feature)]
     if len(columns) == 1:

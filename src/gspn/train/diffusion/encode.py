@@ -25,10 +25,11 @@ import gspn
 from gspn.files import atomic, is_temporary, remove, write_json
 from gspn.train.checkpoint import LOCK, RunError, writing
 from gspn.train.data import Data, DataError, open_data
-from gspn.train.diffusion.latent_files import ABOUT, DTYPES, FORMAT, KIND, DamagedShard, Shards, identity, read_config
+from gspn.train.diffusion.latent_files import ABOUT, DTYPES, FORMAT, DamagedShard, Shards, identity, read_config
 from gspn.train.diffusion.latents import LatentData, open_latents
 from gspn.train.diffusion.vae import describe_vae, latent_shape, open_vae
 from gspn.train.images import SPLIT_NAMES, UNREADABLE, Preprocessing, Split
+from gspn.train.latent_folder import KIND, refuse_latents
 from gspn.train.loader import ImageDataset, batches
 from gspn.train.loop import autocast, make_accelerator
 from gspn.train.options import OptionError
@@ -70,6 +71,7 @@ def encode(
     Errors: DataError, OptionError, SaveError; RunError where something else is in the folder.
     """
     _check(size, dtype, precision, shard_size, batch_size, workers)
+    refuse_latents(data)
     accelerator, out = make_accelerator(), Path(out).expanduser()
     data_set, autoencoder = open_data(data, **open_options), open_vae(vae)
     pictures = _relabelled(data_set)

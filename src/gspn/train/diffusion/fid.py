@@ -13,11 +13,18 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from gspn.files import remove
-from gspn.train.diffusion.distances import NEIGHBOUR, SUBSETS, frechet_distance, kernel_distance, precision_recall
+from gspn.train.diffusion.distances import (
+    NEIGHBOUR,
+    SPLITS,
+    SUBSETS,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from gspn.train.diffusion.features import Extractor, load_extractor
-from gspn.train.diffusion.image_statistics import Statistics, Work, read_statistics, save_statistics
+from gspn.train.diffusion.image_statistics import Statistics, Work, read_statistics, refusal, save_statistics
 from gspn.train.diffusion.imagesets import ARRAYS, NO_CLASS, ImageSet, open_images
-from gspn.train.images import DataError, Split
+from gspn.train.images import DataError, Split, listed
 from gspn.train.loop import make_accelerator
 from gspn.train.options import OptionError, check_range
 
@@ -74,7 +81,7 @@ def evaluate_samples(
     extractor = features if isinstance(features, Extractor) else load_extractor(features)
     main = accelerator.is_main_process
     batch_size += -batch_size % accelerator.num_processes  # they share a batch
-    known = _given(reference, extractor, split, save)
+    known = _given(reference, extractor, split, save, strict)
     theirs = None if known else open_images(reference, split, "train", **open_options)
     ours = open_images(samples, samples_split, **open_options)
     if known and known.size and size not in (None, known.size):
@@ -89,6 +96,7 @@ def evaluate_samples(
         known = main and Known.of(statistics, size)
         if main and save is not None:
             save_statistics(Path(save).expanduser(), statistics, work.key(theirs))
+    notes += _other_classes(ours.classes, theirs.classes if theirs else known.classes, extractor)
     statistics, file = work.statistics(ours, "samples")
     result = None
     if main:
@@ -105,20 +113,22 @@ def evaluate_samples(
 
 @dataclass
 class Known:
-    """What is known of a reference: mean and covariance; statistics and (H, W) of its images, where they are known."""
+    """What is known of a reference: mean and covariance; where they are known, statistics, (H, W) and classes of its
+    images."""
 
     mean: np.ndarray
     covariance: np.ndarray
     statistics: Statistics | None = None
     size: tuple[int, int] | None = None
+    classes: set[str] | None = None
 
     @classmethod
-    def of(cls, statistics: Statistics, size: tuple[int, int]) -> "Known":
+    def of(cls, statistics: Statistics, size: tuple[int, int], classes=None) -> "Known":
         moments = statistics.moments
-        return cls(moments.mean.numpy(), moments.covariance().numpy(), statistics, size)
+        return cls(moments.mean.numpy(), moments.covariance().numpy(), statistics, size, classes)
 
 
-def _given(reference, extractor, split, save) -> Known | None:
+def _given(reference, extractor, split, save, strict) -> Known | None:
     """The reference if it is a file of statistics. Errors: DataError, OptionError if they are of something else."""
     path, known = Path(reference).expanduser(), None
     if path.suffix == ".safetensors":
@@ -127,7 +137,9 @@ def _given(reference, extractor, split, save) -> Known | None:
             raise OptionError(f"{reference} is of features {key['features']}, not of {extractor.name} as it is now")
         if statistics.done < statistics.images:
             raise DataError(f"{reference} is of {statistics.done} of {statistics.images} images: it was interrupted")
-        known = Known.of(statistics, tuple(key["size"]))
+        if strict and (refused := refusal(statistics, key["where"], None, path)):
+            raise DataError(refused)
+        known = Known.of(statistics, tuple(key["size"]), set(key.get("classes") or ()) or None)
     elif path.suffix == ".npz" and path.is_file():
         known = _published(path, extractor)
     if known and (split or save):
@@ -172,6 +184,21 @@ def _numbered(images: ImageSet, extractor: Extractor, what: str, notes: list[str
     return images
 
 
+def _other_classes(ours, theirs, extractor) -> list[str]:
+    """Notes where the samples are not of the classes of the reference, or not of all that the network knows."""
+    if ours is None:
+        return []
+    notes = []
+    if theirs is not None and theirs != ours:
+        pairs = (("samples", theirs - ours), ("reference images", ours - theirs))
+        told = "; ".join(f"no {what} of {listed(sorted(c), 'class', 'classes')}" for what, c in pairs if c)
+        notes.append(f"samples and reference are not of the same classes, which the distances show too: {told}")
+    missing = set(extractor.class_names or ()) - ours
+    if missing and missing != (theirs or set()) - ours:
+        notes.append(f"no samples of {listed(sorted(missing), 'class', 'classes')} that {extractor.name} knows")
+    return notes
+
+
 def _described(statistics, where, part):
     counts = {name: getattr(statistics, name, None) for name in ("images", "unreadable")}
     return {"where": str(where), "split": part or None, **counts}
@@ -212,8 +239,13 @@ def _compare(ours: Statistics, known: Known, extractor: Extractor, notes: list[s
             result["precision"], result["recall"] = precision_recall(ours.kept, theirs.kept)
         else:
             notes.append(f"no precision and recall: they take more than {NEIGHBOUR} images of each set")
-    for prefix, statistics in (("", ours), ("reference_", theirs)):
+    for prefix, what, statistics in (("", "samples", ours), ("reference_", "reference", theirs)):
         scored = statistics is not None and statistics.score is not None
+        if scored and statistics.score.count.min() < 2:  # which scores 1, whatever the image is
+            scored = False
+            notes.append(
+                f"no score of the {what}: it takes two images in each of {SPLITS} parts, of {statistics.moments.count}"
+            )
         value = dict(zip(("mean", "std"), statistics.score.value(), strict=True)) if scored else None
         result[f"{prefix}score"] = value
         result[f"{prefix}accuracy"] = statistics.accuracy() if statistics else None

@@ -34,16 +34,19 @@ def build_generator(config: Mapping) -> torch.nn.Module:
     return model
 
 
-def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
+def load_pipeline(source: str | Path, checkpoint: str = "last", vae: str | Path | None = None) -> GSPNPipeline:
     """The pipeline of a trained generator, on the CPU, with the averaged weights if the run has them.
 
     Args:
         source: a run of `gspn train-diffusion`, or a folder that GSPNPipeline.save_pretrained made.
         checkpoint: "last", "best" or another one of the run.
-    Errors: RunError; OptionError if its VAE cannot be loaded.
+        vae: where the VAE is now, if it was moved since the training; see vae.open_vae.
+    Errors: RunError; OptionError if the VAE cannot be loaded, or is not the one whose latents were trained on.
     """
     path = Path(source).expanduser()
     if (path / "model_index.json").exists():
+        if vae is not None:
+            raise OptionError(f"vae is for a run, but {path} is a saved pipeline, which holds all that it needs")
         return _saved_pipeline(path)
     run = Run.open(path)
     if run.config.get("task") != "diffusion":
@@ -62,10 +65,8 @@ def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
             # diffusers' DiT does not know what it predicts, nor whether the null class was trained.
             transformer.register_to_config(prediction_type=scheduler.config.prediction_type, class_dropout_prob=dropout)
         id2label = dict(enumerate(config["class_names"]))
-        vae = config["vae"] and check_vae(open_vae(config["vae"]["path"]), config["vae"])
-        if vae:
-            vae.register_to_config(**{name: config["vae"][name] for name in ("scaling_factor", "shift_factor")})
-        return GSPNPipeline(transformer.eval(), scheduler, vae or None, id2label, config["space"]["image_size"])
+        autoencoder = _vae_of(path, config["vae"], vae)
+        return GSPNPipeline(transformer.eval(), scheduler, autoencoder, id2label, config["space"]["image_size"])
     except (RunError, OptionError):
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -73,6 +74,23 @@ def load_pipeline(source: str | Path, checkpoint: str = "last") -> GSPNPipeline:
         raise RunError(
             f"the run {path} is damaged or foreign: {type(error).__name__}: {' '.join(reason[:2])}"
         ) from error
+
+
+def _vae_of(run, described, moved):
+    """The VAE of a run that was trained on its latents, in its place or `moved`; None where it was not."""
+    if not described:
+        if moved is not None:
+            raise OptionError(f"vae is for runs of latents, but {run} was trained on pixels and uses none")
+        return None
+    if moved is not None:
+        described = {**described, "path": moved}
+    try:
+        vae = check_vae(open_vae(described["path"]), described)
+    except OptionError as error:
+        hint = "" if moved is not None else " (if it was moved, --vae says where it is now)"
+        raise OptionError(f"{error}{hint}") from error
+    vae.register_to_config(**{name: described[name] for name in ("scaling_factor", "shift_factor")})
+    return vae
 
 
 def _saved_pipeline(path):
@@ -88,14 +106,16 @@ def _saved_pipeline(path):
         raise RunError(f"the pipeline {path} cannot be loaded: {reason}") from error
 
 
-def export_pipeline(source: str | Path, out: str | Path, checkpoint: str = "last") -> GSPNPipeline:
+def export_pipeline(
+    source: str | Path, out: str | Path, checkpoint: str = "last", vae: str | Path | None = None
+) -> GSPNPipeline:
     """Writes the pipeline of a trained generator into the new folder `out`, as GSPNPipeline.from_pretrained reads it.
 
-    Errors: those of load_pipeline; RunError if there is something already, SaveError."""
+    Args: see load_pipeline. Errors: those of load_pipeline; RunError if there is something already, SaveError."""
     out = Path(out).expanduser()
     if out.exists():
         raise RunError(f"{out} is there already; expected a folder to be made")
-    pipeline = load_pipeline(source, checkpoint)
+    pipeline = load_pipeline(source, checkpoint, vae)
     with atomic(out) as temporary:
         pipeline.save_pretrained(temporary)
     return pipeline

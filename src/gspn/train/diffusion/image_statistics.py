@@ -21,12 +21,13 @@ from gspn.files import SaveError, atomic
 from gspn.train.diffusion.distances import Moments, Score
 from gspn.train.diffusion.features import Extractor
 from gspn.train.diffusion.imagesets import NO_CLASS, ImageSet, lazily
-from gspn.train.images import UNREADABLE, DataError, Preprocessing
+from gspn.train.images import UNREADABLE, DataError, Preprocessing, Split
 from gspn.train.loader import batches, make_loader
 
 FORMAT = 1  # of a file of statistics
 KEPT = 10_000  # images whose features are kept for kernel distance, precision and recall
 SAVE_EVERY = 60  # seconds
+NAMED = 20  # unreadable images at most
 
 
 class Statistics:
@@ -34,6 +35,7 @@ class Statistics:
 
     Attributes:
         images: N. done: how many of them were looked at, the first ones. unreadable: how many of these could not be.
+        left_out: int64 (U,), the numbers of these; of files that older versions wrote, none.
         moments: of the features of all images, a Moments.
         kept: float32 (M, d), the features of up to KEPT images, evenly spaced.
         score: of the network's probabilities, a Score; None where it gives none.
@@ -42,6 +44,7 @@ class Statistics:
 
     def __init__(self, images: int, d: int, classes: int | None):
         self.images, self.done, self.unreadable, self.classified, self.right = images, 0, 0, 0, 0
+        self.left_out = torch.empty(0, dtype=torch.int64)
         self.moments, self.score = Moments.empty(d), Score(images, classes) if classes else None
         self.kept = torch.empty(0, d)
         self.wanted = torch.zeros(images, dtype=torch.bool)
@@ -52,6 +55,7 @@ class Statistics:
         self.done += len(index)
         seen = label != UNREADABLE
         self.unreadable += int((~seen).sum())
+        self.left_out = torch.cat([self.left_out, index[~seen]])
         index, label, features = index[seen], label[seen], features[seen]
         if not features.isfinite().all():
             raise DataError(f"the network's features of image {int(index[0])} or one after it are no finite numbers")
@@ -70,7 +74,7 @@ class Statistics:
         """All of it, by name."""
         counts = [self.images, self.done, self.unreadable, self.classified, self.right, self.moments.count]
         tensors = {"counts": torch.tensor(counts), "mean": self.moments.mean, "scatter": self.moments.scatter}
-        tensors["kept"] = self.kept
+        tensors |= {"kept": self.kept, "left_out": self.left_out}
         if self.score is not None:
             tensors |= {f"score.{key}": getattr(self.score, key) for key in ("count", "entropy", "probability")}
         return tensors
@@ -83,6 +87,7 @@ class Statistics:
         self = cls(images, len(tensors["mean"]), tensors["score.probability"].shape[1] if scored else None)
         self.done, self.unreadable, self.classified, self.right = done, unreadable, classified, right
         self.moments, self.kept = Moments(count, tensors["mean"], tensors["scatter"]), tensors["kept"]
+        self.left_out = tensors.get("left_out", self.left_out)
         for key in ("count", "entropy", "probability") if scored else ():
             setattr(self.score, key, tensors[f"score.{key}"])
         return self
@@ -135,6 +140,19 @@ def _digest(tensors, key):
     return digest.hexdigest()
 
 
+def refusal(statistics: Statistics, where: str, split: Split | None, file: Path | str) -> str | None:
+    """What --strict says to statistics from a file; None where every image of theirs was read."""
+    if not statistics.unreadable:
+        return None
+    first = ""
+    if split is not None and len(statistics.left_out):
+        first = f", the first: {split.problem(int(statistics.left_out[0]))}"
+    return (
+        f"unreadable images (--strict): {statistics.unreadable} of {statistics.images} of {where} were left out of the "
+        f"statistics in {file}{first}"
+    )
+
+
 # -- from images to statistics --
 
 
@@ -153,8 +171,9 @@ class Work:
     notes: list[str]
 
     def key(self, images: ImageSet) -> dict:
-        """What statistics of these images depend on."""
+        """What statistics of these images depend on, and what to tell about them."""
         key = {"format": FORMAT, "images": images.identity, "where": images.where, "part": images.part}
+        key["classes"] = sorted(images.classes) if images.classes else None
         return key | {"size": list(self.size), "features": self.extractor.name, "network": self.extractor.digest()}
 
     def file(self, key: dict) -> Path | None:
@@ -169,8 +188,13 @@ class Work:
         main, key = self.accelerator.is_main_process, self.key(images)
         file = self.file(key)
         statistics = self.found(file, len(images.split)) if main and file else None
+        known = statistics.left_out.tolist() if statistics else []
+        refused = self.strict and statistics and refusal(statistics, images.where, images.split, file)
         # one process looks, for the others may not see the same files
-        (start,) = broadcast_object_list([statistics.done if statistics else 0])
+        start, refused = broadcast_object_list([statistics.done if statistics else 0, refused])
+        if refused:
+            raise DataError(refused)
+        self.notes += [f"unreadable: {images.split.problem(i)}" for i in known[:NAMED]]
         if start < len(images.split):
             statistics = self.extract(images, what, start, statistics, file, key)
         if main and statistics.moments.count < 2:
@@ -214,7 +238,7 @@ class Work:
                 if time.monotonic() - saved > SAVE_EVERY or statistics.done == statistics.images:
                     self.keep(file, statistics, key)
                     saved = time.monotonic()
-        self.notes += [f"unreadable: {images.split.problem(i)}" for i in unreadable[:20]]
+        self.notes += [f"unreadable: {images.split.problem(i)}" for i in unreadable[:NAMED]]
         return statistics
 
     def keep(self, file, statistics, key):

@@ -12,6 +12,7 @@ from PIL import Image
 from gspn.train.data import ImageFiles, open_data
 from gspn.train.diffusion.sample_files import ABOUT, Samples
 from gspn.train.images import DataError, Numbered, Split, listed
+from gspn.train.latent_folder import refuse_latents
 from gspn.train.options import OptionError
 
 NO_CLASS = -1  # the label of an image whose class is not known
@@ -27,6 +28,7 @@ class ImageSet:
         where: as asked for. part: "train", "test", "all", or "" where there is only one.
         identity: a digest of what they are.
         notes: things to tell the user.
+        classes: the names of those that have images; None where they are not known.
     """
 
     split: Split
@@ -34,6 +36,7 @@ class ImageSet:
     part: str
     identity: str
     notes: list[str] = field(default_factory=list)
+    classes: set[str] | None = None
 
     def size(self) -> tuple[int, int]:
         """(H, W) of the images. Errors: OptionError where they have several."""
@@ -53,6 +56,7 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
         part: the split of DATA to take. Without it `preferred`, if there is one of that name; else as evaluation does.
     Errors: DataError says what was found and what was expected; RunError if samples are missing from their folder.
     """
+    refuse_latents(where)
     path = Path(where).expanduser()
     found = _without_splits(path)
     if found is not None:
@@ -69,7 +73,10 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
     # Names and sizes of files may stay when images are made anew: some of the pixels count too.
     for image in split.sample():
         identity.update(f"{image.mode} {image.size}".encode() + image.tobytes())
-    return ImageSet(split, str(where), name, identity.hexdigest(), notes)
+    present, classes = split.labels.unique().tolist(), None
+    if split.class_names is not None and NO_CLASS not in present:
+        classes = {split.class_names[i] for i in present}
+    return ImageSet(split, str(where), name, identity.hexdigest(), notes, classes)
 
 
 def _without_splits(path):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gspn.train.data import DataError
 from gspn.train.images import TOGETHER
+from gspn.train.latent_folder import is_latents
 
-KIND = "latents"
 FORMAT = 1  # of config.json and the shards; raised when an older gspn could no longer read them
 ABOUT = "gspn"  # the one entry of a shard's header: safetensors would write several in any order
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,15 +120,6 @@ def identity(config: dict) -> str:
     parts |= {name: list(config[name]) for name in ("size", "image_size", "class_names")}
     parts |= {"vae": config["vae"]["digest"], "data": config["data"]["fingerprint"]}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def is_latents(path: str | Path) -> bool:
-    """Whether it is a folder that `gspn encode` made, or has begun."""
-    try:
-        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("kind") == KIND
 
 
 def read_config(folder: Path) -> dict:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_convert
 
 from gspn.train.data import Data, DataError, hold_out
-from gspn.train.diffusion.latent_files import KIND, Shards, identity, read_config
-from gspn.train.diffusion.latent_files import is_latents as is_latents
+from gspn.train.diffusion.latent_files import Shards, identity, read_config
 from gspn.train.images import Split, generator, listed
+from gspn.train.latent_folder import KIND
 from gspn.train.loader import EpochSampler, Loader
 
 

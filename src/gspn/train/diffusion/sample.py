@@ -34,20 +34,21 @@ def sample(
     options: SampleOptions | None = None,
     *,
     checkpoint: str = "last",
+    vae: str | Path | None = None,
     console: Console | None = None,
 ) -> dict:
     """Samples a generator into the folder `out`, or goes on where this was stopped; more images of the same may be
     asked for later.
 
     Args:
-        source, checkpoint: see load_pipeline. options: SampleOptions. console: rich's; None is silent.
+        source, checkpoint, vae: see load_pipeline. options: SampleOptions. console: rich's; None is silent.
         out: the folder; not to exist, to be empty, or begun with the same generator and options.
     Returns: {"images", "made" (by this call, all processes), "seconds", "folder", "files"}, in every process.
     Errors: OptionError, RunError, SaveError; TrainingError where memory does not suffice or values are not finite.
     """
     options = options or SampleOptions()
     accelerator, out = make_accelerator(), Path(out).expanduser()
-    pipeline = load_pipeline(source, checkpoint)
+    pipeline = load_pipeline(source, checkpoint, vae)
     wanted, note = _plan(pipeline, out, options)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)

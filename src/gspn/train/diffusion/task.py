@@ -22,16 +22,18 @@ from gspn.train.checkpoint import Run
 from gspn.train.data import Data, DataError
 from gspn.train.diffusion.generators import build_generator, named_scheduler
 from gspn.train.diffusion.grid import draw_grid, save_picture
-from gspn.train.diffusion.latents import is_latents, make_latent_loader, open_latents
+from gspn.train.diffusion.latents import make_latent_loader, open_latents
 from gspn.train.diffusion.objective import Objective, make_scheduler
 from gspn.train.diffusion.vae import check_vae, open_vae
 from gspn.train.generator_options import PRESETS, GeneratorOptions
 from gspn.train.images import UNREADABLE, Preprocessing, Split, generator
+from gspn.train.latent_folder import is_latents
 from gspn.train.loader import Loader, batches, make_loader
 from gspn.train.loop import train
 from gspn.train.options import OptionError
 from gspn.train.recipe import Augmentation
 from gspn.train.session import open_with, resume, start
+from gspn.train.unreadable import Unreadable, warning_of
 
 TASK = "diffusion"  # in a run's config.json
 SHOWN_CLASSES, SHOWN_EACH = 10, 4  # in the pictures of samples that are drawn in training
@@ -42,8 +44,8 @@ class Diffusion:
 
     Args:
         normalize: makes of a batch's "image" what the model sees. loader: of the held-out images.
+        unreadable: keeps count of what could not be read.
         draw: called with the model and the number of the epoch; gives a picture of samples or None.
-        problem: says what is wrong with a training image; with it, an unreadable one is a DataError.
     """
 
     def __init__(
@@ -53,19 +55,17 @@ class Diffusion:
         num_classes: int,
         loader: Loader,
         class_dropout: float,
+        unreadable: Unreadable,
         draw: Callable | None = None,
-        problem: Callable[[int], str] | None = None,
     ):
         self.objective, self.normalize, self.num_classes = objective, normalize, num_classes
-        self.loader, self.dropout, self.draw = loader, class_dropout, draw
+        self.loader, self.dropout, self.unreadable, self.draw = loader, class_dropout, unreadable, draw
         self.epochs, self.drawn = 0, {}
-        self.strict, self.problem = problem is not None, problem
 
     def prepare(self, batch):
+        self.unreadable.saw(batch)
         start, label = self.normalize(batch["image"]), batch["label"]
         count, device = len(label), start.device
-        if self.strict and (label == UNREADABLE).any():
-            raise DataError(f"unreadable image (--strict): {self.problem(int(batch['index'][label == UNREADABLE][0]))}")
         # Here and not in the model: DiT of diffusers embeds the class in each block, and would drop it in some of them.
         dropped = torch.rand(count, device=device) < self.dropout
         return {
@@ -94,6 +94,7 @@ class Diffusion:
     @torch.no_grad()
     def evaluate(self, model, accelerator):
         """The losses of held-out images, each with noise and a timestep of its own that are always the same."""
+        self.unreadable.look()
         rows = []
         for batch in batches(self.loader):
             start, index = self.normalize(batch["image"]), batch["index"]
@@ -106,21 +107,33 @@ class Diffusion:
             rows.append(torch.stack([index.double(), known, error.double(), bound.double()], 1))
         rows = accelerator.gather(torch.cat(rows)).cpu().numpy()
         _, first = np.unique(rows[:, 0], return_index=True)  # processes get equal shares, some images twice
-        known, error, bound = rows[first, 1:].sum(0).tolist()
-        error, bound = error / max(known, 1), bound / max(known, 1)
+        rows = rows[first]
+        self.unreadable.note("evaluation", rows[rows[:, 1] == 0, 0].astype(int).tolist())
+        known, error, bound = rows[:, 1:].sum(0).tolist()
+        if not known:
+            raise DataError(f"none of the {len(rows)} images of the evaluation could be read")
+        error, bound = error / known, bound / known
         self.epochs += 1
         picture = self.draw and self.draw(model, self.epochs)
         self.drawn = {"samples": picture} if picture else {}
-        return {"val_loss": error + bound, "val_error": error, "val_bound": bound, "images": int(known)}
+        return {
+            "val_loss": error + bound,
+            "val_error": error,
+            "val_bound": bound,
+            "images": int(known),
+            "unreadable": len(rows) - int(known),
+            "unreadable_in_training": self.unreadable.gather(),
+        }
 
     def pictures(self):
         return self.drawn
 
     def state(self):
-        return {"epochs": self.epochs}
+        return {"epochs": self.epochs, "unreadable": self.unreadable.state()}
 
     def restore(self, state):
         self.epochs = state["epochs"]
+        self.unreadable.restore(state.get("unreadable", []))  # which runs of an earlier gspn do not have
 
     def score(self, metrics):
         return [-metrics["val_loss"]]
@@ -361,14 +374,15 @@ def train_generator(
     *,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Run:
+) -> tuple[Run, list[str]]:
     """Trains a generator on `data` into the run folder `out`; draws loss curves and, in between, samples.
 
     Args:
         data: see data.open_data; or a folder of latents that encode made.
         out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
         options: GeneratorOptions. console: rich's, or None for silence.
-    Returns: the Run, in the main process. Errors: DataError, OptionError, RunError, SaveError, TrainingError.
+    Returns: (the Run, in the main process; list of warnings).
+    Errors: DataError, OptionError, RunError, SaveError, TrainingError.
     """
     options = options or GeneratorOptions()
     return start(TASK, Setup.of, _train, data, out, options, overwrite=overwrite, console=console)
@@ -380,7 +394,7 @@ def resume_generator(
     *,
     data: str | Path | None = None,
     console: Console | None = None,
-) -> Run:
+) -> tuple[Run, list[str]]:
     """Goes on with a training that was stopped, from its last checkpoint, exactly as if it had not been.
 
     Args:
@@ -404,12 +418,13 @@ def _train(setup, model, out, run, accelerator, console, checkpoint):
         len(setup.class_names),
         accelerator.prepare(setup.loader(held_out)),
         options.class_dropout,
+        Unreadable({"train": setup.train_split, "evaluation": held_out}, options.strict),
         draw,
-        setup.train_split.problem if options.strict else None,
     )
     if options.compile:
         model.compile()
     train(task, model, setup.loader(setup.train_split, train=True), options, run, accelerator, console, checkpoint)
     if run:
         pictures.losses(run)
-    return run
+    problems = list(task.unreadable.problems.values())
+    return run, [warning_of(problems)] if problems else []
