@@ -47,10 +47,13 @@ def step_times(runs: dict[str, Path], checkpoint: str, rounds: int) -> dict[str,
         batch = config["options"]["batch_size"]
         start = torch.randn(batch, config["space"]["channels"], *config["space"]["size"])
         labels = torch.zeros(batch, dtype=torch.long)
+        half = config["options"]["precision"] == "bf16"
 
-        def step(model=model, objective=objective, optimizer=optimizer, start=start, labels=labels):
+        def step(model=model, objective=objective, optimizer=optimizer, start=start, labels=labels, half=half):
             noise, timestep = torch.randn_like(start), torch.randint(objective.steps, (len(start),))
-            output = model(objective.noisy(start, noise, timestep), timestep=timestep, class_labels=labels).sample
+            noisy = objective.noisy(start, noise, timestep)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                output = model(noisy, timestep=timestep, class_labels=labels).sample.float()
             error, bound = objective.losses(output, start, noise, timestep)
             (error + bound).mean().backward()
             optimizer.step()
@@ -76,6 +79,7 @@ def compare(runs: dict[str, Path], arguments) -> list[dict]:
                 scheduler="dpm-solver++",
                 seed=arguments.seed,
                 batch_size=20,
+                precision=arguments.precision,
             )
             sample(path, folder, options, checkpoint=arguments.checkpoint, console=console)
             for features in [f"classifier:{arguments.classifier}", *arguments.features]:
@@ -113,7 +117,10 @@ def curves(runs: dict[str, Path], last: int, path: Path) -> dict[str, list[dict]
     for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
         rows = found[name] = [row for row in Run.open(run).metrics if row["epoch"] <= last]
         for axes, key, title in zip(
-            both, ("train_loss", "val_error"), ("Training loss", "Validation, squared error of the noise"), strict=True
+            both,
+            ("train_loss", "val_error"),
+            ("Training loss", "Validation, squared error"),
+            strict=True,
         ):
             marker = "o" if len(rows) < 6 else None
             axes.plot([r["epoch"] for r in rows], [r[key] for r in rows], color=colour, marker=marker, label=name)
@@ -158,6 +165,7 @@ def main():
     parser.add_argument("--guidance", type=float, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="fp32", help="in which samples are made: fp32 or bf16")
     parser.add_argument("--rounds", type=int, default=7, help="for the time of a training step")
     parser.add_argument("--command", action="append", default=[], help="what made the runs")
     parser.add_argument("--commit", required=True, help="of the code that made the runs")
@@ -195,6 +203,7 @@ def main():
         "epochs": epochs,
         "guidance": arguments.guidance,
         "sampling_steps": arguments.steps,
+        "sampling_precision": arguments.precision,
         "training_step": seconds,
         "rows": rows,
     }
@@ -205,8 +214,8 @@ def main():
     text = [
         f"{'; '.join(told)}; {state['step']:,} steps ({state['epoch']} epochs) each, the same data, order, learning "
         f"rate and seed; commit {arguments.commit[:12]}. Samples: averaged weights, guidance {arguments.guidance:g}, "
-        f"{arguments.steps} steps of DPM-Solver++, resized to the trained size before they are compared with the "
-        "training images.",
+        f"{arguments.steps} steps of DPM-Solver++ in {arguments.precision}, resized to the trained size before they "
+        "are compared with the training images.",
         *["```sh\n" + "\n".join(arguments.command) + "\n```"][: bool(arguments.command)],
         table(rows),
         f"A training step on one thread, in turns (ratio to the first): {times}. Minutes of training, on a machine "
