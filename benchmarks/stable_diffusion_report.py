@@ -101,6 +101,7 @@ def _cells(rows: dict, size: str, name: str) -> tuple[str, str]:
 
 
 def _table(head: list[str], lines: list[list]) -> str:
+    assert all(len(line) == len(head) for line in lines)
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
@@ -122,8 +123,9 @@ def write_speed(path: Path) -> None:
     parts.append(
         ("bfloat16" if on_gpu else "float32, batch 1, map sides a 16th of the image's")
         + "; attention is torch's scaled_dot_product_attention. Medians; faster: attention's time over GSPN's, median "
-        "of the rounds. ~ is extrapolated, not measured: t = a + bN + cN^2 (attention), a + bN (GSPN), N pixels, fitted "
-        "to the sizes measured. The paper's and GSPN-2's numbers are published for a whole SDXL pipeline on an A100."
+        "of the rounds. ~ is extrapolated, not measured: t = a + bN + cN^2 (attention), a + bN (GSPN), N pixels, "
+        "fitted to the sizes measured. The paper's and GSPN-2's numbers are published for a whole SDXL pipeline on an "
+        "A100."
     )
     for section, rows in content["sections"].items():
         names = [n for n in COLOURS if any(n in row for row in rows.values())]
@@ -220,15 +222,8 @@ def write_structure(path: Path) -> None:
         parts.append(f"## {name}: swapped layers and their feature maps, H x W, by the image's height x width")
         parts.append(_table(["block", "layers", "C", "parameters: attention", "pure", "qkv", *sizes], _grouped(model)))
     parts.append("## SDXL: a denoising step with guidance, counted")
-    head = [
-        "height x width",
-        "TFLOP, attention",
-        "GSPN pure",
-        "GSPN qkv",
-        "attention / pure",
-        "paper's speed-up",
-        "GSPN-2's",
-    ]
+    head = ["height x width", "TFLOP, attention", "GSPN pure", "GSPN qkv", "attention / pure"]
+    head += ["paper's speed-up", "GSPN-2's", "GiB beside the weights"]
     lines = []
     for size, row in sorted(content[STEP].items(), key=lambda item: pixels(item[0])):
         found = {n: one["operations"] for n, one in row.items()}
