@@ -4,15 +4,20 @@ import re
 from pathlib import Path
 
 import pytest
+from stable_diffusion import tiny_sd
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_there_are_four():
-    assert len(SNIPPETS) == 4
+NAMES = ["layer", "backbone", "operators", "generator", "swap"]
 
 
-@pytest.mark.parametrize("code", SNIPPETS, ids=["layer", "backbone", "operators", "generator"])
-def test_snippet(code):
-    exec(compile(code, "README.md", "exec"), {})
+def test_there_are_five():
+    assert len(SNIPPETS) == len(NAMES)
+
+
+@pytest.mark.parametrize(("code", "name"), list(zip(SNIPPETS, NAMES, strict=True)), ids=NAMES)
+def test_snippet(code, name):
+    given = {"pipe": tiny_sd()} if name == "swap" else {}  # which readers have
+    exec(compile(code, "README.md", "exec"), given)
