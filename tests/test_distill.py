@@ -20,6 +20,7 @@ from gspn.train.diffusion.student import PARTS, Distillation, Student
 from gspn.train.diffusion.text_to_image import TextToImage, open_text_to_image
 from gspn.train.distill_options import DistillOptions
 from gspn.train.images import UNREADABLE, Preprocessing, Split, decode
+from gspn.train.loop import make_accelerator
 from gspn.train.options import OptionError
 from gspn.train.unreadable import Unreadable
 
@@ -173,6 +174,10 @@ def test_unreadable_images_do_not_count():
     task.unreadable.strict = True
     with pytest.raises(DataError, match=r"unreadable image \(--strict\): image 1: "):
         task.prepare(batch)
+    task.unreadable.strict, batch["label"][:] = False, UNREADABLE
+    task.unreadable.splits["evaluation"], task.loader = task.unreadable.splits["train"], [batch]
+    with pytest.raises(DataError, match="none of the 4 images of the evaluation could be read"):
+        task.evaluate(student, make_accelerator())
 
 
 def test_captions_are_drawn_and_dropped(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from gspn.files import atomic
+from gspn.files import SaveError, atomic
 
 SHOWN = 96, 256  # pixels that the longer side of an image is brought to at least, by whole factors, and at most
 COLUMNS, CLASSES = 10, 60  # the most images of a class, and the most classes, to show
@@ -15,7 +15,12 @@ GAP, LETTERS, INK, PAPER = 4, 20, "black", "white"
 
 
 def save_picture(path: Path | str, picture: Image.Image) -> None:
-    """Writes a PNG file, atomically. Errors: SaveError."""
+    """Writes a PNG file, atomically, in a folder that is made if it is not there. Errors: SaveError."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder {folder}: {error.strerror}") from error
     with atomic(path) as temporary:
         picture.save(temporary, format="png")
 

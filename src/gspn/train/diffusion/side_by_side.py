@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gspn.files import SaveError
 from gspn.train.diffusion.grid import draw_grid, save_picture
 from gspn.train.distill_options import DistillOptions
 from gspn.train.images import generator
@@ -38,10 +37,6 @@ class SideBySide:
         title = f"teacher and student after epoch {epoch}, guidance {options.guidance:g}, {options.sample_steps} steps"
         labels = [row for row in range(len(self.captions)) for _ in range(2)]
         picture = draw_grid(pairs, labels, self.captions, title=title)
-        try:
-            self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise SaveError(f"cannot make the folder {self.folder}: {error.strerror}") from error
         save_picture(self.folder / f"epoch-{epoch:04}.png", picture)
         return picture
 

@@ -13,7 +13,6 @@ from diffusers import DDPMScheduler
 from rich.console import Console
 from torch import Tensor
 
-from gspn.files import SaveError
 from gspn.models.dit import dit_names
 from gspn.models.generator import generator_names
 from gspn.models.pipeline import GSPNPipeline
@@ -359,10 +358,6 @@ class Samples:
         title = f"after epoch {epoch}, guidance {guidance:g}, {options.sample_steps} steps"
         picture = draw_grid(images, labels, setup.class_names, title=title)
         if self.folder is not None:
-            try:
-                self.folder.mkdir(exist_ok=True)
-            except OSError as error:
-                raise SaveError(f"cannot make the folder {self.folder}: {error.strerror}") from error
             save_picture(self.folder / f"epoch-{epoch:04}.png", picture)
         return picture
 
