@@ -55,6 +55,27 @@ def check(split, count):
 # -- folders --
 
 
+def test_captions_may_hold_whatever_json_lines_may(tmp_path):
+    write_images(tmp_path, 2)
+    texts = ["one\u2028two\x85three", "a \u2029 b"]
+    lines = [json.dumps({"file_name": f"{i:03}.png", "text": text}, ensure_ascii=False) for i, text in enumerate(texts)]
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join([*lines, ""]).encode())
+    assert open_captions(tmp_path).splits["all"].captions == [(text,) for text in texts]
+
+
+def test_folders_that_links_lead_to_count_once_and_hidden_ones_do_not(tmp_path):
+    for folder, start in (("photos/own", 0), ("elsewhere/deep", 2), ("photos/own/.hidden", 9)):
+        write_images(tmp_path / folder, 2, start)
+        for i in range(start, start + 2):
+            (tmp_path / folder / f"{i:03}.txt").write_text(f"grey {i}")
+    for link, target in {"linked": "elsewhere", "again": "photos/own", "circle": "photos", "above": ""}.items():
+        (tmp_path / "photos" / link).symlink_to(tmp_path / target, target_is_directory=True)
+    (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    split = open_captions(tmp_path / "photos").splits["all"]
+    check(split, 4)
+    assert sorted(split.captions) == [(f"grey {i}",) for i in range(4)]
+
+
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_a_folder_with_a_list(tmp_path, column, ending):

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from gspn.cli import app
 from gspn.models.dit import create_dit
+from gspn.models.generator import config_of
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.diffusion.generators import build_generator, load_pipeline
 from gspn.train.diffusion.objective import Objective, make_scheduler, negative_log_likelihood
@@ -160,6 +161,8 @@ def test_what_a_run_leaves_behind(whole):
             assert min(picture.size) > 100
     model = build_generator(config["model"])
     model.load_state_dict(load_file(whole / "checkpoints/last/ema.safetensors"))
+    # What the name stood for is written out: the run's model does not change with what the name comes to stand for.
+    assert set(config_of(config["model"]["name"])) <= set(config["model"]["arguments"])
 
 
 def test_tensorboard_shows_losses_and_samples(whole):

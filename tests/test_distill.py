@@ -180,6 +180,18 @@ def test_unreadable_images_do_not_count():
         task.evaluate(student, make_accelerator())
 
 
+def test_layers_whose_loss_is_no_number_are_not_kept():
+    saved = []
+    task, student = task_of(tiny_sd(), save=lambda: saved.append(1), dropout=0.0)
+    task.unreadable.splits["evaluation"], task.loader = task.unreadable.splits["train"], [batch_of()]
+    layer = next(iter(student.swap.layers.values()))
+    bias = layer.to_out[0].bias.detach().clone()
+    layer.to_out[0].bias.data.fill_(float("nan"))
+    assert not np.isfinite(task.evaluate(student, make_accelerator())["val_loss"]) and not saved and task.best is None
+    layer.to_out[0].bias.data.copy_(bias)
+    assert task.evaluate(student, make_accelerator())["val_loss"] == task.best and saved
+
+
 def test_captions_are_drawn_and_dropped(monkeypatch):
     task, _ = task_of(tiny_sd(), captions=[("red", "green"), ("blue",)], dropout=0.3)
     seen, conditions = [], TextToImage.conditions
@@ -395,6 +407,17 @@ def test_long_captions_are_told(bases, photos, tmp_path):
     assert teacher.too_long([("red fox",), ("red fox of a house with a smile",)]) == told
 
 
+def test_what_makes_another_teacher(bases, tmp_path):
+    """Noise and weights; not what sampling is set to, nor which diffusers saved it."""
+    path = shutil.copytree(bases / "sd", tmp_path / "sd")
+    config, digests = json.loads((path / "scheduler/scheduler_config.json").read_text()), []
+    changes = ({}, {"_diffusers_version": "0.30.0", "timestep_spacing": "trailing"}, {"trained_betas": [0.1, 0.2]})
+    for change in (*changes, {"beta_end": 0.02}, {"prediction_type": "epsilon"}, {"rescale_betas_zero_snr": True}):
+        (path / "scheduler/scheduler_config.json").write_text(json.dumps(config | change))
+        digests.append(open_text_to_image(path).digest())
+    assert digests[0] == digests[1] and len(set(digests[1:])) == 5
+
+
 def test_another_teacher_is_not_gone_on_with(whole, bases, tmp_path):
     other = lively(tiny_sd(scheduler=ddim(prediction_type="v_prediction")))
     with torch.no_grad():
@@ -410,6 +433,9 @@ def test_the_size_is_the_base_s(bases, photos):
     setup = Setup.of(photos, DistillOptions(base=str(bases / "sd")))
     assert setup.options.size == (16, 16) and setup.options.lr == 1e-4 and setup.options.precision == "bf16"
     assert setup.teacher.unet.dtype == torch.bfloat16 and setup.teacher.vae.dtype == torch.float32
+    pipe = tiny_sd(sample_size=None)
+    with pytest.raises(OptionError, match="does not say what size it was made for: size is needed"):
+        TextToImage(pipe, "here").native_size()
 
 
 def test_the_command(bases, photos, tmp_path):

@@ -1,8 +1,7 @@
-"""High resolution: stages, what a stage computes, savers and memory, going on after a kill, bad input."""
+"""High resolution: stages, what a stage computes, bad input."""
 
 import copy
 import math
-from contextlib import nullcontext
 from itertools import pairwise
 
 import diffusers
@@ -10,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from high_resolution import FEW, PLAIN, latents_of
 from stable_diffusion import ddim, tiny_ip_adapter, tiny_sd, tiny_sdxl
 from torch import nn
 
 import gspn
-from gspn.models.highres import HighResPipeline, Savers, memory, savers
+from gspn.models.highres import HighResPipeline, Savers, memory
 from gspn.models.highres.images import decode, encode, rematched, resize
 from gspn.models.highres.passes import Guidance, cosine_share, dilated
 from gspn.models.highres.plan import SCHEDULERS, native_size, stage_sizes
-
-FEW = dict(native_steps=2, steps=4, strengths=0.6, seed=3)
-PLAIN = dict(blend=None, dilation=None, rematch=False)
 
 
 @pytest.fixture
@@ -48,12 +45,6 @@ def sdxl():
 @pytest.fixture(params=["sd", "sdxl"])
 def pipe(request):
     return request.getfixturevalue(request.param)
-
-
-def latents_of(pipe, **arguments):
-    """The latents after each stage."""
-    arguments = FEW | {"stages": [(16, 16), (24, 32)]} | arguments
-    return HighResPipeline(pipe)("a red fox", output_type="latent", **arguments).stages
 
 
 # -- stages --
@@ -94,7 +85,8 @@ def test_the_first_stage_is_the_pipelines_own_image(pipe):
     assert np.array_equal(np.asarray(first.images[0]), np.asarray(own)) and len(first.stages) == 1 and first.seed == 9
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+# diffusers' image to image with the other two takes steps as if those before the first had been taken (see below).
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in ("LMSDiscreteScheduler", "PNDMScheduler")])
 def test_a_plain_stage_is_image_to_image(sd, name):
     check_image_to_image(sd, StableDiffusionImg2ImgPipeline, name, requires_safety_checker=False)
 
@@ -117,8 +109,7 @@ def test_a_plain_stage_is_image_to_image_with_an_ip_adapter():
 
 
 def check_image_to_image(pipe, kind, name, prediction="epsilon", told=None, options=None, **components):
-    told_of = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    scheduler = getattr(diffusers, name).from_config(ddim().config, prediction_type=prediction, **told_of)
+    scheduler = getattr(diffusers, name).from_config(ddim().config, prediction_type=prediction)
     pipe = type(pipe)(**pipe.components | {"scheduler": scheduler}, **components)
     pipe.set_progress_bar_config(disable=True)
     call = dict(negative_prompt="house", guidance_scale=4.0) | (options or {})
@@ -133,6 +124,36 @@ def check_image_to_image(pipe, kind, name, prediction="epsilon", told=None, opti
     torch.testing.assert_close(second, expected, atol=1e-4, rtol=1e-4)
     assert (second - start).abs().max() > 0.05
     return first, second
+
+
+@pytest.mark.parametrize("blend", [None, 1.0])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_each_step_finds_the_noise_of_its_timestep(sd, name, blend, monkeypatch):
+    """Of a prediction that is right, all steps lead to the image; those of an ODE along one and the same noise."""
+    told_of = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    scheduler = getattr(diffusers, name).from_config(ddim().config, **told_of)
+    pipe = type(sd)(**sd.components | {"scheduler": scheduler}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+
+    def right(self, maps, t, **how):
+        seen.append((float(t), (maps - product(t).sqrt() * start) / (1 - product(t)).sqrt()))
+        return seen[-1][1]
+
+    def product(t):
+        """Between whole timesteps, as Euler and LMS have it: the noise beside the image, linearly."""
+        products = ddim().alphas_cumprod.numpy()
+        noise = np.interp(float(t), range(1000), np.sqrt((1 - products) / products))
+        return torch.tensor(1 / (1 + noise**2))
+
+    start = encode(pipe, resize(decode(pipe, latents_of(pipe)[0]), (24, 32)))
+    monkeypatch.setattr(Guidance, "predict", right)
+    last = latents_of(pipe, steps=20, strengths=0.4, dilation=None, rematch=False, blend=blend)[1]
+    assert len(seen) == 8 + (name == "PNDMScheduler") and seen[0][0] == max(t for t, _ in seen)
+    assert (last - start).std() < 0.05
+    if name not in ("DDPMScheduler", "DDPMParallelScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"):
+        for t, noise in seen[1:]:
+            torch.testing.assert_close(noise, seen[0][1], atol=0.02, rtol=0.02, msg=f"at {t}")
 
 
 def test_blending_the_dilated_pass_and_the_statistics_by_hand(sd):
@@ -235,6 +256,23 @@ def test_a_swapped_pipeline(form):
     assert all(torch.equal(*pair) for pair in zip(plain, latents_of(pipe, **FEW), strict=True))
 
 
+def test_what_the_safety_checker_blackens_is_shown_alone(monkeypatch):
+    pipe = tiny_sd()
+    call = dict(stages=[(16, 16), (24, 24), (24, 32)], **FEW)
+    plain = HighResPipeline(pipe)("owl", **call, output_type="np").stages
+    found = iter([True, False, True])
+    monkeypatch.setattr(pipe, "safety_checker", object())
+
+    def check(image, device, dtype):
+        flagged = [next(found)]
+        return image.zero_() if flagged[0] else image, flagged
+
+    monkeypatch.setattr(pipe, "run_safety_checker", check, raising=False)
+    result = HighResPipeline(pipe)("owl", **call, output_type="np")
+    np.testing.assert_array_equal(result.stages[1], plain[1])
+    assert result.nsfw_content_detected == [True] and not result.stages[0].any() and not result.images.any()
+
+
 def test_options_reach_every_stage(sdxl):
     plain = latents_of(sdxl, **PLAIN)
     for option in (
@@ -285,217 +323,6 @@ def test_a_callers_generator_decides_and_moves_on(sd):
     assert not torch.equal(latents_of(sd, **call, generator=one[0])[0], latents_of(sd, **call | {"seed": 5})[0])
 
 
-# -- savers and memory --
-
-
-@pytest.mark.parametrize("name", ["sequential_guidance", "chunked_feed_forward", "parked_residuals"])
-def test_savers_of_the_unet_change_nothing_but_memory(pipe, name, monkeypatch):
-    monkeypatch.setattr(savers, "CHUNK", 50)  # 12x16 places are 192, 6x8 are 48
-    plain = latents_of(pipe)
-    seen = []
-    handles = [
-        pipe.unet.mid_block.register_forward_pre_hook(lambda module, args: seen.append(len(args[0]))),
-        pipe.unet.down_blocks[0]
-        .attentions[0]
-        .transformer_blocks[0]
-        .ff.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1])),
-    ]
-    try:
-        saved = latents_of(pipe, **{name: True})
-    finally:
-        for handle in handles:
-            handle.remove()
-    torch.testing.assert_close(saved[1], plain[1], atol=2e-5, rtol=1e-4)
-    assert (48 in seen) == (name == "chunked_feed_forward") and (seen[-1] == 1) == (name == "sequential_guidance")
-    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    assert block._chunk_size is None and not any(b._forward_hooks for b in pipe.unet.down_blocks)
-
-
-def test_pieces_of_the_feed_forward_divide_any_map(sd, monkeypatch):
-    monkeypatch.setattr(savers, "CHUNK", 10)
-    unet, text = sd.unet, torch.randn(1, 8, 16)
-    for height, width in ((7, 5), (1, 13), (2, 4)):
-        x = torch.randn(1, 4, height, width)
-        with torch.no_grad():
-            expected = unet(x, 3, text).sample
-            with savers.saving(sd, Savers(chunked_feed_forward=True)):
-                torch.testing.assert_close(unet(x, 3, text).sample, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_tiles_of_the_vae(sd, monkeypatch):
-    monkeypatch.setattr(savers, "TILE", 24)
-    vae, z = sd.vae, torch.randn(1, 4, 32, 40)
-    settings = (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size)
-    whole = decode(sd, z)
-    sizes = []
-    handle = vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[2:])))
-    with savers.saving(sd, Savers(vae_tiling=True)):
-        tiled = decode(sd, z)
-    handle.remove()
-    assert tiled.shape == whole.shape and max(sizes) == (12, 12) and len(sizes) > 4
-    assert 0 < (tiled - whole).abs().mean() < 0.5 * whole.std()
-    assert settings == (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size)
-
-
-def test_the_most_that_is_held_at_once(estimates):
-    model = nn.Sequential(nn.Linear(10, 100), nn.ReLU(inplace=True), nn.Linear(100, 10), nn.Linear(10, 10))
-    x = torch.empty(7, 10, device="meta")
-    assert memory.peak_bytes(model, "forward", x) == 4 * 7 * (100 + 10)
-    assert memory.peak_bytes(model, "forward", x.half(), dtype=torch.float16) == 2 * 7 * (100 + 10)
-    assert all(parameter.device.type == "cpu" for parameter in model.parameters())  # as they were
-
-
-@pytest.mark.parametrize("form", [None, "pure", "qkv"])
-def test_the_estimate_is_linear_and_savers_lower_it(form, estimates, monkeypatch):
-    monkeypatch.setattr(savers, "CHUNK", 2**11)
-    pipe = tiny_sd(layers_per_block=2)
-    guidance = Guidance(pipe, "red fox", None, 7.0, {}, (16, 16))
-
-    def need(side, **on):
-        return memory.unet_bytes(pipe, side, side, Savers(**on), guidance.on_meta)
-
-    with nullcontext() if form is None else gspn.swap(pipe, form=form, init="random"):
-        large = need(256)
-        assert 3.9 < large / need(128) < 4.1  # attention too: fused kernels keep no matrix of all pairs
-        if form is None:
-            chunked = need(256, chunked_feed_forward=True)
-            assert need(256, sequential_guidance=True) < 0.6 * large and chunked < 0.9 * large
-            assert need(256, chunked_feed_forward=True, parked_residuals=True) < 0.98 * chunked
-            assert memory.vae_bytes(pipe, 1024, 1024, True) < 0.8 * memory.vae_bytes(pipe, 1024, 1024, False)
-
-
-def chosen(pipe, monkeypatch, room, by_offload=0, **wanted):
-    """What `choose` does where each saver of the UNet saves 100 bytes of 1000, and tiles 300 of the VAE's 900."""
-    of_unet = ("sequential_guidance", "chunked_feed_forward", "parked_residuals")
-    monkeypatch.setattr(memory, "MIB", 1)
-    monkeypatch.setattr(
-        memory, "unet_bytes", lambda pipe, h, w, on, conditions: 1000 - 100 * sum(getattr(on, n) for n in of_unet)
-    )
-    monkeypatch.setattr(memory, "vae_bytes", lambda pipe, h, w, tiling: 600 if tiling else 900)
-    wanted = dict.fromkeys(savers.SAVERS) | wanted
-    found, need = memory.choose(pipe, (64, 64), wanted, None, torch.device("cuda"), room, by_offload)
-    return [name for name in savers.SAVERS if getattr(found, name)], need
-
-
-def test_savers_come_on_where_they_are_needed_and_no_sooner(sd, monkeypatch):
-    sequential, chunked, parked = "sequential_guidance", "chunked_feed_forward", "parked_residuals"
-    assert chosen(sd, monkeypatch, 1000) == ([], 1000)
-    assert chosen(sd, monkeypatch, 999) == ([sequential], 900)
-    assert chosen(sd, monkeypatch, 899) == (["vae_tiling", sequential, chunked], 800)
-    assert chosen(sd, monkeypatch, 700) == (["vae_tiling", sequential, chunked, parked], 700)
-    assert chosen(sd, monkeypatch, 600, 100) == (["vae_tiling", sequential, chunked, parked, "offload"], 700)
-    assert chosen(sd, monkeypatch, 900, **{sequential: False}) == ([chunked], 900)
-    assert chosen(sd, monkeypatch, 2000, **{parked: True, "vae_tiling": True}) == (["vae_tiling", parked], 900)
-    with pytest.raises(ValueError, match=r"64x64 does not fit: .*the UNet 700 MiB, the VAE 600 MiB .*of 650 MiB"):
-        chosen(sd, monkeypatch, 600, 50)
-    with pytest.raises(ValueError, match=r"of 600 MiB .* choose a smaller size or allow sequential_guidance, offload"):
-        chosen(sd, monkeypatch, 600, 100, **{sequential: False, "offload": False})
-    assert memory.tiles_are_faster(sd.vae, 1024, 1024) and not memory.tiles_are_faster(sd.vae, 256, 256)
-
-
-def test_without_an_estimate_savers_go_by_size(sd, monkeypatch):
-    monkeypatch.setattr(memory, "is_offloaded", lambda pipe: True)
-    assert chosen(sd, monkeypatch, 1) == ([], None)
-    monkeypatch.setattr(memory, "MANY_PIXELS", 1000)
-    names, need = chosen(sd, monkeypatch, 1, chunked_feed_forward=False)
-    assert names == ["vae_tiling", "sequential_guidance", "parked_residuals"] and need is None
-
-
-def test_the_guidance_of_the_first_stage_is_the_pipelines(sd):
-    first, second = HighResPipeline(sd).plan(32, 32, sequential_guidance=True, vae_tiling=True)
-    assert first.savers.told() == " (vae tiling)" and second.savers.told() == " (vae tiling, sequential guidance)"
-    assert not HighResPipeline(sd).plan(32, 32, sequential_guidance=True, guidance_scale=1)[1].savers.told()
-
-
-def test_what_does_not_fit_is_refused_before_any_work(sd):
-    ran = []
-    handle = sd.unet.register_forward_pre_hook(lambda module, args: ran.append(1))
-    try:
-        with pytest.raises(ValueError, match="does not fit"):
-            HighResPipeline(sd)("red fox", 256, 256, memory_mib=1)
-    finally:
-        handle.remove()
-    assert not ran
-
-
-# -- going on --
-
-
-class Killed(Exception):
-    pass
-
-
-def test_a_killed_run_goes_on_to_the_same_bits(pipe, tmp_path):
-    call = dict(prompt="green owl", stages=[(16, 16), (24, 24), (32, 32)], **FEW, output_type="np")
-    whole = HighResPipeline(pipe)(**call)
-
-    def kill(pipe, index, images):
-        if index == 1:
-            raise Killed
-
-    with pytest.raises(Killed):
-        HighResPipeline(pipe)(**call, workdir=tmp_path / "run", callback_on_stage_end=kill)
-    sizes = []
-    handle = pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[2]))
-    try:
-        resumed = HighResPipeline(pipe)(**call | {"seed": None}, workdir=tmp_path / "run")
-        assert set(sizes) == {16} and resumed.seed == 3
-        again = HighResPipeline(pipe)(**call, workdir=tmp_path / "run")
-    finally:
-        handle.remove()
-    assert set(sizes) == {16}
-    for one, two, three in zip(whole.stages, resumed.stages, again.stages, strict=True):
-        np.testing.assert_array_equal(one, two)
-        np.testing.assert_array_equal(one, three)
-    folders = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert folders == ["highres.json", "stage-0-16x16", "stage-1-24x24", "stage-2-32x32"]
-    from PIL import Image
-
-    with Image.open(tmp_path / "run" / "stage-2-32x32" / "image.png") as image:
-        np.testing.assert_array_equal(np.asarray(image), (whole.images[0] * 255).round().astype(np.uint8))
-
-
-def test_a_kill_within_a_stage_loses_that_stage_alone(sd, tmp_path):
-    def kill(pipe, step, t, given):
-        if given["stage"] == 1 and step == 1:
-            raise Killed
-
-    call = dict(prompt="green owl", stages=[(16, 16), (24, 24)], **FEW, output_type="latent", workdir=tmp_path)
-    with pytest.raises(Killed):
-        HighResPipeline(sd)(**call, callback_on_step_end=kill)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["highres.json", "stage-0-16x16"]
-    result = HighResPipeline(sd)(**call)
-    assert torch.equal(result.images, HighResPipeline(sd)(**call | {"workdir": None}).images)
-
-
-def test_a_folder_of_another_image_is_refused(tmp_path):
-    pipe = tiny_sd()
-    high, call = HighResPipeline(pipe), dict(prompt="owl", height=24, width=24, **FEW, workdir=tmp_path)
-    high(**call)
-    for change, message in (
-        (dict(prompt="fox"), 'prompt "owl", now "fox"'),
-        (dict(seed=4), "seed 3, now 4"),
-        (dict(guidance_scale=2.0), "guidance_scale 7.0, now 2.0"),
-        (dict(width=32), "stages"),
-        (dict(sequential_guidance=True), "savers"),
-        (dict(eta=0.5), "options"),
-    ):
-        with pytest.raises(ValueError, match=rf"holds stages of another image: .*{message}"):
-            high(**call | change)
-    with torch.no_grad():
-        pipe.unet.conv_in.bias[0] += 1
-    with pytest.raises(ValueError, match="another image: pipeline"):
-        high(**call)
-    with torch.no_grad():
-        pipe.unet.conv_in.bias[0] -= 1
-    (tmp_path / "stage-0-16x16" / "latents.safetensors").write_bytes(b"none")
-    with pytest.raises(ValueError, match=r"latents.safetensors cannot be read .*remove"):
-        high(**call)
-    (tmp_path / "highres.json").write_text("{")
-    with pytest.raises(ValueError, match=r"highres\.json is damaged"):
-        high(**call)
-
-
 # -- what does not fit together --
 
 
@@ -520,6 +347,11 @@ def test_a_folder_of_another_image_is_refused(tmp_path):
         (dict(memory_mib=0), "memory_mib"),
         (dict(output_type="jpg"), "output_type has to be one of pil, np, pt, latent"),
         (dict(offload=True), "the pipeline is on the CPU"),
+        (dict(prompt_embeds=torch.zeros(1, 8, 16)), "prompt and prompt_embeds both say"),
+        (
+            dict(prompt=None, prompt_embeds=torch.zeros(2, 8, 16)),
+            r"prompt_embeds has to be of one prompt, .* \(2, 8, 16\)",
+        ),
     ],
 )
 def test_bad_values(sd, change, message):
@@ -542,6 +374,10 @@ def test_bad_kinds(sd):
         HighResPipeline(sd.unet)
     with pytest.raises(ValueError, match=r"the UNet takes 9 channels, the VAE's latents have 4"):
         HighResPipeline(tiny_sd(in_channels=9))
+    with pytest.raises(ValueError, match="no sample_size"):
+        HighResPipeline(tiny_sd(sample_size=None))
+    with pytest.raises(TypeError, match="there is no option blend"):
+        high.plan(64, 32, blend=1.0)
 
 
 @pytest.mark.parametrize(

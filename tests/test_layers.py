@@ -229,9 +229,10 @@ def test_average_divides_each_direction_by_its_lines(segment):
         averaged = gspn.GSPN2d(6, directions=directions, average=True, **options)
         averaged.load_state_dict(plain.state_dict())
         torch.testing.assert_close(averaged(x) * min(lines, segment or lines), plain(x))
-    layer = gspn.GSPN2d(6, average=True, **options)
-    merged = layer.context(x, 1, 2).merged
-    assert merged.shape == (2, 4, 7) and (merged > 0).any()
+        merged, whole = (layer.context(x, 1, 2).merged for layer in (averaged, plain))
+        torch.testing.assert_close(merged * min(lines, segment or lines), whole)
+        assert merged.shape == (2, 4, 7) and (merged > 0).any()
+        assert averaged.extra_repr() == f"{plain.extra_repr()}, average"
     with pytest.raises(ValueError, match="does not average"):
         gspn.GSPN2d(6, average=True, alignment="released")
 

@@ -263,6 +263,9 @@ def test_saved_layers_give_the_same_images_elsewhere(tmp_path, form):
         named = swapped.save(tmp_path / "layers.safetensors")
     assert file == tmp_path / "run" / "gspn_swap.safetensors" and named.name == "layers.safetensors"
     assert {p.name for p in tmp_path.rglob("*")} == {"run", file.name, named.name}
+    (tmp_path / "new").touch()
+    assert file.stat().st_mode == (tmp_path / "new").stat().st_mode  # as any file here, not for its owner alone
+    assert file.read_bytes() == named.read_bytes()
     with safe_open(file, "pt") as opened:
         config = json.loads(opened.metadata()["gspn_swap"])
     assert (config["form"], config["segment"], len(config["layers"])) == (form, 3, len(swapped.layers))
@@ -312,6 +315,11 @@ def test_files_that_do_not_fit_are_refused_and_the_unet_stays_as_it_was(tmp_path
     config = json.loads(header["gspn_swap"]) | {"format": 9}
     save_file(whole, bad, metadata={"gspn_swap": json.dumps(config)})
     refused("format 9, this version of gspn reads 1", path=bad)
+    for foreign in ([], {}):
+        save_file(whole, bad, metadata={"gspn_swap": json.dumps(foreign)})
+        refused("holds no swapped layers: it was not written by", path=bad)
+    save_file(whole, bad, metadata={"gspn_swap": json.dumps({"format": 1, "form": "qkv", "layers": {}})})
+    refused("is damaged: its config lacks segment, gate_bias, unet", path=bad)
     gspn.load_swap(unet, file)
     with pytest.raises(ValueError, match="swapped already"):
         gspn.load_swap(unet, file)

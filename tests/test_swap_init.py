@@ -118,6 +118,10 @@ def test_collected_maps_are_what_attention_saw():
             assert len(of_layer) == 4
             assert of_layer.sizes == ([(4, 4), (3, 5)] if "mid" in name else [(8, 8), (6, 10)]), name
             assert all(torch.equal(a, b) for a, b in zip(of_layer.tokens, seen[name], strict=True))
+        shapes = collect(swapped, runner(unet, sizes=((8, 8), (6, 10))), 4, device="meta")
+        for name, of_layer in shapes.items():
+            assert all(t.is_meta for t in of_layer.tokens) and of_layer.sizes == maps[name].sizes
+            assert [t.shape for t in of_layer.tokens] == [t.shape for t in maps[name].tokens]
         with pytest.raises(ValueError, match="did not run the UNet"):
             collect(swapped, lambda: None, 1)
         assert not any(a._forward_pre_hooks for n, a in swapped.attentions.items() if len(a._forward_pre_hooks) > 1)
@@ -147,8 +151,12 @@ def test_fit_keeps_the_dtype_and_never_makes_a_layer_worse():
         with torch.no_grad():
             unet(*(torch.randn(2, 4, 8, 8).bfloat16(), 5, torch.randn(2, 5, 16).bfloat16()))
 
-    errors = fit(swapped, run, maps=4, steps=2, lr=1e6)  # a rate that ruins what it touches
+    with torch.no_grad():
+        errors = fit(swapped, run, maps=4, steps=2, lr=1e6)  # a rate that ruins what it touches
     assert all(after <= before for before, after in errors.values())
+    fresh = collect(swapped, run, 4)
+    for name, (before, _) in errors.items():  # the weights left behind, not only what is told of them
+        assert relative_error(swapped.layers[name], swapped.attentions[name], fresh[name]) < 1.2 * before, name
     assert all(
         p.dtype == torch.bfloat16 and p.isfinite().all() for p in swapped.layers[next(iter(errors))].parameters()
     )

@@ -256,7 +256,8 @@ class GSPN2d(nn.Module):
         extent = "global" if self.segment is None else f"segment={self.segment}"
         scan = f", scan_dim={self.scan_dim}" if self.scan_dim else ""
         form = ", released" if self.alignment == "released" else ""
-        return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}{form}"
+        average = ", average" if self.average else ""
+        return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}{form}{average}"
 
 
 class StridedConv2d(nn.Conv2d):

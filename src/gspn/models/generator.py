@@ -275,6 +275,14 @@ def generator_names() -> tuple[str, ...]:
     return tuple(f"GSPN-{size}/{patch}" for size in SIZES for patch in PATCHES)
 
 
+def config_of(name: str) -> dict:
+    """The arguments of :class:`GSPNTransformer2DModel` that a generator's name stands for."""
+    if name not in generator_names():
+        raise ValueError(f"there is no generator {name!r}; there are {', '.join(generator_names())}")
+    size, patch = name.removeprefix("GSPN-").split("/")
+    return {"patch_size": int(patch)} | SIZES[size]
+
+
 def create_generator(
     name: str, *, num_classes: int = 1000, sample_size: int = 32, in_channels: int = 4, skip: bool = True, **config
 ) -> GSPNTransformer2DModel:
@@ -288,10 +296,7 @@ def create_generator(
     Raises ValueError for another name, and as the model does. Parameters with 1000 classes, 4 channels and skip:
     S/2 20,151,812, B/2 144,016,356, L/2 465,230,660, XL/2 723,513,260.
     """
-    if name not in generator_names():
-        raise ValueError(f"there is no generator {name!r}; there are {', '.join(generator_names())}")
-    size, patch = name.removeprefix("GSPN-").split("/")
-    config = {"patch_size": int(patch)} | SIZES[size] | config
+    config = config_of(name) | config
     return GSPNTransformer2DModel(
         num_classes=num_classes, sample_size=sample_size, in_channels=in_channels, skip=skip, **config
     )

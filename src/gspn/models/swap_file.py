@@ -11,6 +11,7 @@ from gspn.files import atomic
 
 FILE = "gspn_swap.safetensors"  # what a folder holds that is given for the file
 _FORMAT = 1
+_CONFIG = ("form", "segment", "gate_bias", "layers", "unet")
 
 # What of a UNet's config tells base models apart; fine-tunes share it. The second kind has one value for all levels or
 # one for each.
@@ -60,7 +61,11 @@ def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], optio
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(tensors, temporary, metadata={"format": "pt", "gspn_swap": json.dumps(config)})
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        # one entry, as safetensors writes several in any order, and the same layers are to give the same bytes
+        save_file(tensors, temporary, metadata={"gspn_swap": json.dumps(config)})
+        temporary.chmod(mode)  # save_file makes it private
     return path
 
 
@@ -74,10 +79,12 @@ def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[d
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("gspn_swap", "null"))
-            if config is None:
+            if not isinstance(config, dict) or "format" not in config:
                 raise ValueError(f"{path} holds no swapped layers: it was not written by gspn's Swap.save")
             if config["format"] != _FORMAT:
                 raise ValueError(f"{path} has format {config['format']}, this version of gspn reads {_FORMAT}")
+            if missing := [key for key in _CONFIG if key not in config]:
+                raise ValueError(f"{path} is damaged: its config lacks {', '.join(missing)}")
             _check_belongs(path, config, unet, channels)
             states = {name: {} for name in channels}
             for key in file.keys():

@@ -142,12 +142,15 @@ class FeatureMaps:
         )
 
 
-def collect(swap, run: Callable[[], object], count: int = 256, names: Iterable[str] | None = None) -> dict:
+def collect(
+    swap, run: Callable[[], object], count: int = 256, names: Iterable[str] | None = None, device: str = "cpu"
+) -> dict:
     """Feature maps before the self-attentions `names` (all by default) of a :class:`gspn.Swap`, while its UNet runs
-    with attention: by name a :class:`FeatureMaps` of at least `count` maps, on the CPU, in the UNet's dtype.
+    with attention: by name a :class:`FeatureMaps` of at least `count` maps, on `device`, in the UNet's dtype.
 
     Args:
         run: called without arguments until there are enough; each call runs the UNet at least once.
+        device: "meta" keeps the maps' shapes alone.
     """
     maps = {name: FeatureMaps() for name in (swap.attentions if names is None else names)}
     size = {}
@@ -161,7 +164,7 @@ def collect(swap, run: Callable[[], object], count: int = 256, names: Iterable[s
     def taken(name, transformer):
         def hook(attention, args, kwargs):
             x = args[0] if args else kwargs["hidden_states"]
-            maps[name].tokens.append(x.detach().to("cpu", copy=True))
+            maps[name].tokens.append(x.detach().to(device, copy=True))
             maps[name].sizes.append(size[transformer])
 
         return hook
@@ -229,7 +232,7 @@ def fit(
     """
     errors = {}
     waiting = list(swap.layers)
-    each = {name: _bytes_of(m) * maps for name, m in collect(swap, run, 1).items()}
+    each = {name: _bytes_of(m) * maps for name, m in collect(swap, run, 1, device="meta").items()}
     while waiting:
         group, total = [], 0.0
         while waiting and (not group or total + each[waiting[0]] <= memory_mib * 2**20):
@@ -247,6 +250,7 @@ def _bytes_of(maps: FeatureMaps) -> float:
     return sum(t.numel() * t.element_size() for t in maps.tokens) / len(maps)
 
 
+@torch.enable_grad()
 def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
     layer, attention = swap.layers[name], swap.attentions[name]
     device, dtype = next(layer.parameters()).device, next(layer.parameters()).dtype

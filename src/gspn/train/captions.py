@@ -6,6 +6,7 @@ anything that `datasets` loads.
 
 import csv
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def open_captions(
 
 def _open_folder(path, columns):
     """(kind, splits, notes) of a folder, by what lies in it."""
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files = _files_in(path)
     lists = [file for file in files if file.name in LISTS]
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return "datasets", load_captioned("disk", path, **columns), []
@@ -121,6 +122,22 @@ def _open_folder(path, columns):
     there = sorted(file.name for file in path.iterdir())
     what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
     raise DataError(f"{path} holds {what}; expected {CAPTIONED}")
+
+
+def _files_in(root):
+    """All files under a folder, sorted, also in folders elsewhere that links lead to; hidden ones left out."""
+    found, elsewhere, own = [], set(), root.resolve()
+    for where, folders, names in os.walk(root, followlinks=True):
+        here = Path(where)
+        found += [here / name for name in names if not name.startswith(".") and (here / name).is_file()]
+        for name in list(folders):
+            to = (here / name).resolve()
+            # what lies in the folder itself is met without the link, and no link is to lead around in a circle
+            again = to in elsewhere or to.is_relative_to(own) or own.is_relative_to(to)
+            if name.startswith(".") or ((here / name).is_symlink() and again):
+                folders.remove(name)
+            elsewhere.add(to)
+    return sorted(found)
 
 
 def _splits(root, rows: list[tuple[Path, tuple]], split_of: Callable[[Path], str | None]) -> dict[str, Split]:
@@ -223,7 +240,8 @@ def _rows(file, column):
 
 def _json_lines(file):
     try:
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        # not splitlines, which also cuts at characters that a JSON text may hold as they are, such as U+2028
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):

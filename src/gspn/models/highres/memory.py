@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gspn.models.highres.savers import Savers, saving, tile_of, vae_factor
+from gspn.models.highres.savers import SAVERS, Savers, saving, tile_of, vae_factor
 
 MIB = 2**20
 SHARE = 0.9  # of the free memory that a plan may use: kernels take workspaces that no estimate sees
@@ -170,12 +170,12 @@ def choose(
     """The savers for a stage and the bytes that it needs beside the loaded weights, None where that is unknown.
 
     Args:
-        size: (height, width) in pixels. wanted: for each saver True, False, or None: on only where the stage does not
-            fit without it (tiles also where the VAE's attention would take most of the time).
+        size: (height, width) in pixels. wanted: for each saver that is of use True, False, or None: on only where the
+            stage does not fit without it (tiles also where the VAE's attention would take most of the time).
         conditions: see unet_bytes. room: the bytes that it may take. by_offload: what offloading adds to them.
     Raises ValueError, with the numbers, where it does not fit.
     """
-    on = {name: bool(value) for name, value in wanted.items()}
+    on = dict.fromkeys(SAVERS, False) | {name: bool(value) for name, value in wanted.items()}
     undecided = [name for name, value in wanted.items() if value is None]
     if "vae_tiling" in undecided:
         on["vae_tiling"] = tiles_are_faster(pipe.vae, *size)
@@ -203,7 +203,7 @@ def choose(
         room += by_offload
     if max(needs.values()) > room:
         numbers = ", ".join(f"the {part} {need / MIB:,.0f} MiB" for part, need in needs.items())
-        off = [name for name, value in wanted.items() if not on[name] and value is False]
+        off = [name for name, value in wanted.items() if value is False]
         advice = f" or allow {', '.join(off)}" if off else ""
         raise ValueError(
             f"an image of {size[0]}x{size[1]} does not fit: beside the weights {numbers}"

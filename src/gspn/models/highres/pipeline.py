@@ -14,12 +14,12 @@ from torch import Tensor
 from gspn.models.highres.images import decode, encode, rematched, resize
 from gspn.models.highres.memory import MIB, SHARE, choose, free_bytes, is_offloaded, weight_bytes
 from gspn.models.highres.passes import Guidance, allowed_options, cosine_share
-from gspn.models.highres.plan import STEPS, STRENGTHS, Stage, check_pipeline, make_stages
+from gspn.models.highres.plan import STEPS, STRENGTHS, Stage, check_pipeline, last_timesteps, make_stages
 from gspn.models.highres.savers import SAVERS, saving
 from gspn.models.highres.state import Workdir, described, fingerprint
 
 try:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import LMSDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
     from diffusers.utils import BaseOutput, logging
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
@@ -92,14 +92,16 @@ class HighResPipeline:
         chunked_feed_forward: bool | None = None,
         parked_residuals: bool | None = None,
         offload: bool | None = None,
+        **options,
     ) -> list[Stage]:
         """The stages that a call with these arguments would run, with sizes, savers and memory; nothing is made.
 
-        Raises ValueError as the call does."""
+        Raises ValueError and TypeError as the call does."""
         check_pipeline(self.pipe)
+        _check_options(self.pipe, options)
         found = make_stages(self.pipe, height, width, stages, native_steps, steps, strengths, dilation is not None)
         wanted = _wanted(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
-        guidance = Guidance(self.pipe, "", None, _scale(guidance_scale), {}, found[0].size)
+        guidance = Guidance(self.pipe, "", None, _scale(guidance_scale), options, found[0].size)
         return self._fit(found, [wanted] * len(found), guidance, memory_mib)
 
     @torch.no_grad()
@@ -215,14 +217,14 @@ class HighResPipeline:
 
     def _check(self, prompt, negative_prompt, seed, generator, blend, dilation, output_type, options):
         check_pipeline(self.pipe)
-        known = allowed_options(self.pipe)
-        if unknown := sorted(set(options) - set(known)):
-            names = ", ".join(unknown)
-            raise TypeError(f"there is no option {names} that holds in all stages; there are {', '.join(known)}")
+        _check_options(self.pipe, options)
         if not isinstance(prompt, str) and not (prompt is None and options.get("prompt_embeds") is not None):
             raise TypeError(f"prompt has to be one text, as one image is made, got {prompt!r}")
         if negative_prompt is not None and not isinstance(negative_prompt, str):
             raise TypeError(f"negative_prompt has to be one text or None, got {negative_prompt!r}")
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text is not None and options.get(f"{name}_embeds") is not None:
+                raise ValueError(f"{name} and {name}_embeds both say what is wanted: give one of them")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator both say where noise comes from: give one of them")
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
@@ -248,13 +250,13 @@ class HighResPipeline:
         by_offload = 0 if device.type == "cpu" else sum(map(weight_bytes, encoders))
         planned = []
         for i, (stage, wanted) in enumerate(zip(found, by_stage, strict=True)):
-            if i == 0:
-                wanted = wanted | {"sequential_guidance": False}  # its guidance is the pipeline's
-            if not guidance.guided:
-                wanted = wanted | {"sequential_guidance": False}
+            useless = set()
+            if i == 0 or not guidance.guided:  # the guidance of the first stage is the pipeline's
+                useless.add("sequential_guidance")
             if device.type == "cpu":
-                wanted = wanted | {name: wanted[name] or False for name in ("parked_residuals", "offload")}
-            savers, need = choose(pipe, stage.size, wanted, guidance.on_meta, device, room, by_offload)
+                useless |= {name for name in ("parked_residuals", "offload") if not wanted[name]}
+            useful = {name: value for name, value in wanted.items() if name not in useless}
+            savers, need = choose(pipe, stage.size, useful, guidance.on_meta, device, room, by_offload)
             planned.append(replace(stage, savers=savers, memory_mib=None if need is None else need / MIB))
         return planned
 
@@ -262,7 +264,8 @@ class HighResPipeline:
         """An image (1,3,H,W) in [-1, 1] as it is asked for, and what the pipeline's safety checker found."""
         pipe, nsfw = self.pipe, None
         if getattr(pipe, "safety_checker", None) is not None:
-            image, nsfw = pipe.run_safety_checker(image, pipe._execution_device, pipe.unet.dtype)
+            # it blackens in place what it finds, which the next stage would start from
+            image, nsfw = pipe.run_safety_checker(image.clone(), pipe._execution_device, pipe.unet.dtype)
         if getattr(pipe, "watermark", None) is not None:
             image = pipe.watermark.apply_watermark(image)
         denormalize = None if nsfw is None else [not found for found in nsfw]
@@ -315,11 +318,7 @@ class _Run:
         noise = randn_tensor(start.shape, generator=generator, device=device, dtype=start.dtype)
 
         scheduler = copy.deepcopy(pipe.scheduler)
-        scheduler.set_timesteps(stage.steps, device=device)
-        skipped = stage.steps - stage.taken
-        timesteps = scheduler.timesteps[skipped:]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(skipped)
+        timesteps = last_timesteps(scheduler, stage, device)
         extra = pipe.prepare_extra_step_kwargs(generator, options.get("eta", 0.0))
         x = scheduler.add_noise(start, noise, timesteps[:1])
         with self._bar(index), pipe.progress_bar(total=len(timesteps)) as bar:
@@ -328,6 +327,8 @@ class _Run:
                     share = self._share(scheduler, t, self.blend)
                     x = share * scheduler.add_noise(start, noise, t[None]) + (1 - share) * x
                 prediction = self._predict(scheduler, stage, x, t)
+                if isinstance(scheduler, LMSDiscreteScheduler):
+                    extra["order"] = min(4, i + 1)  # it would count the steps that were not taken
                 x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
                 x = self._called(index, i, t, x)
                 bar.update()
@@ -378,6 +379,16 @@ def _wanted(*switches) -> dict[str, bool | None]:
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} has to be True, False or None, got {value!r}")
     return wanted
+
+
+def _check_options(pipe, options):
+    known = allowed_options(pipe)
+    if unknown := sorted(set(options) - set(known)):
+        names = ", ".join(unknown)
+        raise TypeError(f"there is no option {names} that holds in all stages; there are {', '.join(known)}")
+    for name, value in options.items():
+        if name.endswith("prompt_embeds") and value is not None and len(value) != 1:
+            raise ValueError(f"{name} has to be of one prompt, as one image is made, got {tuple(value.shape)}")
 
 
 def _scale(value):

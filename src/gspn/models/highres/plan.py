@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+from torch import Tensor
+
 from gspn.models.highres.savers import Savers
 
 try:
@@ -120,6 +123,8 @@ def check_pipeline(pipe) -> None:
             f"the UNet takes {takes} channels, the VAE's latents have {latent}: UNets for inpainting and the like are "
             "not supported"
         )
+    if pipe.unet.config.sample_size is None:
+        raise ValueError("the UNet's configuration has no sample_size: the size that it was trained on is not known")
     check_scheduler(pipe.scheduler)
 
 
@@ -138,6 +143,19 @@ def check_scheduler(scheduler) -> None:
         )
     if str(scheduler.config.get("variance_type")).startswith("learned"):
         raise ValueError(f"the scheduler {name} wants a learned variance, which the UNet does not predict")
+
+
+def last_timesteps(scheduler, stage: Stage, device: torch.device) -> Tensor:
+    """Sets a scheduler up for the last steps of a stage. Returns the timesteps to take, one after the other."""
+    scheduler.set_timesteps(stage.steps, device=device)
+    skipped = stage.steps - stage.taken
+    if isinstance(scheduler, diffusers.PNDMScheduler):
+        # Its second step is always the first one once more, from where that began, with what it has learned.
+        timesteps = scheduler.timesteps.unique_consecutive()[skipped:]
+        return torch.cat([timesteps[:2], timesteps[1:]])
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    return scheduler.timesteps[skipped:]
 
 
 def make_stages(

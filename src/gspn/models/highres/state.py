@@ -13,6 +13,8 @@ from gspn.files import atomic, write_json
 
 RECORD, LATENTS, IMAGE = "highres.json", "latents.safetensors", "image.png"
 FORMAT = 1
+# What FreeU, IP-Adapter and LoRA set in modules, beside weights.
+SETTINGS = ("s1", "s2", "b1", "b2", "scale", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 SAMPLE = 16  # values of each weight that tell one set of weights from another
 
 
@@ -22,12 +24,14 @@ class Workdir:
     Args:
         path: the folder; it is made if it is not there. asked: what decides the image, as JSON has it.
 
-    Attributes: kept: the record that the folder held, or None in a new one.
+    Attributes: kept: the record that the folder held, or None where it holds no stage.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.kept = None
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"workdir has to be a folder, {self.path} is a file")
         record = self.path / RECORD
         if record.exists():
             try:
@@ -37,6 +41,8 @@ class Workdir:
                 raise ValueError(f"{record} is damaged ({error}): remove it and the stages beside it") from error
             if found != FORMAT:
                 raise ValueError(f"{record} is of format {found}, this version reads {FORMAT}")
+            if not any(self.path.glob("stage-*")):
+                self.kept = None  # nothing was made, as with a call that failed
 
     def begin(self, asked: dict, chosen: dict) -> None:
         """Records what is asked for and what was chosen for it, or compares with what was.
@@ -50,7 +56,7 @@ class Workdir:
         kept = self.kept["asked"]
         different = sorted(name for name in {*asked, *kept} if asked.get(name) != kept.get(name))
         if different:
-            shown = "; ".join(f"{name} {_short(kept.get(name))}, now {_short(asked.get(name))}" for name in different)
+            shown = "; ".join(_change(name, kept.get(name), asked.get(name)) for name in different)
             raise ValueError(f"{self.path} holds stages of another image: {shown}. Choose another workdir")
 
     def folder(self, index: int, size: tuple[int, int]) -> Path:
@@ -81,6 +87,14 @@ class Workdir:
         return latents
 
 
+def _change(name, before, now):
+    """What differs, of objects with the same members in which of them."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        changed = [member for member in sorted({*before, *now}) if before.get(member) != now.get(member)]
+        return ", ".join(_change(f"{name}.{member}", before.get(member), now.get(member)) for member in changed)
+    return f"{name} {_short(before)}, now {_short(now)}"
+
+
 def _short(value):
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -105,11 +119,15 @@ def described(value):
 
 
 def fingerprint(pipe) -> dict:
-    """What tells a pipeline from another: classes, configurations, and some values of every weight of its models."""
+    """What tells a pipeline from another: of its models classes, configurations, settings, and some values of every
+    weight; the scheduler's configuration."""
     parts = {}
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            digest = hashlib.sha256()
+            digest = hashlib.sha256(_config(part).encode())
+            for key, module in part.named_modules():
+                settings = {name: value for name, value in vars(module).items() if name in SETTINGS and value}
+                digest.update(f"{key} {module.extra_repr()} {settings}".encode())
             for key, tensor in (*part.named_parameters(), *part.named_buffers()):
                 digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 if tensor.device.type != "meta":  # offloaded weights are elsewhere
@@ -117,8 +135,14 @@ def fingerprint(pipe) -> dict:
                     digest.update(sample.numpy().tobytes())
             parts[name] = f"{type(part).__name__} {digest.hexdigest()[:16]}"
         elif name == "scheduler":
-            parts[name] = f"{type(part).__name__} {_digest(json.dumps(dict(part.config), sort_keys=True, default=str))}"
+            parts[name] = f"{type(part).__name__} {_digest(_config(part))}"
     return parts
+
+
+def _config(part):
+    config = getattr(part, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    return json.dumps(dict(config), sort_keys=True, default=str)
 
 
 def _digest(data):

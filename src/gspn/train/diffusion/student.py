@@ -9,6 +9,7 @@ The target is that of the noise schedule's prediction type, and each square a me
 2501.12381, section 3.5 on text to image.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -183,7 +184,7 @@ class Distillation:
         means = {f"val_{name}": total / known for name, total in zip((*PARTS, "teacher"), sums, strict=True)}
         loss = sum(self.weights[name] * means[f"val_{name}"] for name in PARTS)
         self.epochs += 1
-        if self.best is None or loss < self.best:
+        if loss < (math.inf if self.best is None else self.best):  # false for NaN, which no one is to load
             self.best = loss
             if self.save is not None:
                 self.save()

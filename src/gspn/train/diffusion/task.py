@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gspn.models.dit import dit_names
-from gspn.models.generator import generator_names
+from gspn.models.generator import config_of, generator_names
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train import pictures
 from gspn.train.checkpoint import Run
@@ -229,7 +229,9 @@ class Setup:
         own = sorted(set(arguments) & set(options.model_args))
         if own:
             raise OptionError(f"model_arg: {', '.join(own)} follows from the data and the other options")
-        return {"name": options.model, "arguments": arguments | dict(options.model_args)}
+        # Written out, so that a run's model stays what it is should a name come to stand for something else.
+        named = config_of(options.model) if options.model in generator_names() else {}
+        return {"name": options.model, "arguments": named | arguments | dict(options.model_args)}
 
     def model(self, device: torch.device) -> torch.nn.Module:
         """A new model, tried on one empty map. Errors: OptionError."""

@@ -22,6 +22,16 @@ from gspn.train.options import OptionError
 
 CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 CONDITIONS = ("text", "pooled", "ids")  # what a UNet is conditioned on; the last two of SDXL only
+# What of a scheduler's config says what noise is; the rest is of sampling, or of the diffusers that wrote it.
+SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
 MULTIPLE = 8  # of which diffusers' pipelines take sizes
 LOOKED_AT = 1000  # captions whose length is looked at
 
@@ -78,8 +88,10 @@ class TextToImage:
     # -- sizes --
 
     def native_size(self) -> tuple[int, int]:
-        """(H, W) in pixels that the UNet was made for."""
+        """(H, W) in pixels that the UNet was made for. Errors: OptionError where its config does not say."""
         size = self.unet.config.sample_size
+        if size is None:
+            raise OptionError(f"the UNet of {self.path} does not say what size it was made for: size is needed")
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
@@ -171,8 +183,8 @@ class TextToImage:
 
     def digest(self) -> str:
         """64 hexadecimal digits of all weights and of the noise schedule; to be called before the UNet is swapped."""
-        schedule = dict(self.objective.scheduler.config)
-        digest = hashlib.sha256(json.dumps(schedule, sort_keys=True, default=str).encode())
+        schedule = {key: self.objective.scheduler.config.get(key) for key in SCHEDULE}
+        digest = hashlib.sha256(json.dumps(schedule, sort_keys=True, default=list).encode())
         for part, model in sorted(self._models().items()):
             for name, tensor in sorted(model.state_dict().items()):
                 digest.update(f"{part} {name} {tuple(tensor.shape)} {tensor.dtype}".encode())
