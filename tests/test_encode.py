@@ -129,6 +129,12 @@ class Killed(BaseException):
     pass
 
 
+def test_shards_can_be_read_by_whom_other_files_can(latents, tmp_path):
+    (tmp_path / "new").touch()
+    shards = sorted(latents[1].glob("*.safetensors"))
+    assert shards and all(shard.stat().st_mode == (tmp_path / "new").stat().st_mode for shard in shards)
+
+
 def test_an_interrupted_encoding_goes_on_to_the_same_files(latents, pictures, vae, tmp_path, monkeypatch):
     count, posterior = [0], encode_module._posterior
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 TEMPORARY = ".new"  # the end of the name of what is being written
 
@@ -90,6 +92,15 @@ def _sync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, for those to read who may read other new files: safetensors makes it private. Not
+    atomic: for inside `atomic`."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def write_json(path: Path | str, value) -> None:

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gspn.files import atomic
+from gspn.files import atomic, save_tensors
 
 FILE = "gspn_swap.safetensors"  # what a folder holds that is given for the file
 _FORMAT = 1
@@ -61,11 +60,8 @@ def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], optio
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        temporary.touch()
-        mode = temporary.stat().st_mode
         # one entry, as safetensors writes several in any order, and the same layers are to give the same bytes
-        save_file(tensors, temporary, metadata={"gspn_swap": json.dumps(config)})
-        temporary.chmod(mode)  # save_file makes it private
+        save_tensors(temporary, tensors, {"gspn_swap": json.dumps(config)})
     return path
 
 

@@ -19,17 +19,26 @@ A run that is overwritten stays in RUN/.earlier, itself a run folder, until the 
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from gspn.files import TEMPORARY, SaveError, atomic, displaced, is_temporary, remove, write_json, write_text
+from gspn.files import (
+    TEMPORARY,
+    SaveError,
+    atomic,
+    displaced,
+    is_temporary,
+    remove,
+    save_tensors,
+    write_json,
+    write_text,
+)
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
@@ -242,8 +251,7 @@ class Run:
             text = json.dumps({"format": STATE_FORMAT, "parts": sorted(tensors), **state}, indent=2) + "\n"
             (folder / "state.json").write_text(text, encoding="utf-8")
             for part, named in tensors.items():
-                save_file(_separate(named), folder / f"{part}.safetensors", metadata={"format": "pt"})
-                shutil.copymode(folder / "state.json", folder / f"{part}.safetensors")  # save_file makes it private
+                save_tensors(folder / f"{part}.safetensors", _separate(named), {"format": "pt"})
         if name == "best":
             remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gspn.files import atomic, write_json
+from gspn.files import atomic, save_tensors, write_json
 
 RECORD, LATENTS, IMAGE = "highres.json", "latents.safetensors", "image.png"
 FORMAT = 1
@@ -67,7 +67,7 @@ class Workdir:
         """Keeps a stage that is done: its latents, and its picture (PIL) to look at."""
         with atomic(self.folder(index, size)) as temporary:
             temporary.mkdir()
-            save_file({"latents": latents.cpu().contiguous()}, temporary / LATENTS)
+            save_tensors(temporary / LATENTS, {"latents": latents.cpu().contiguous()})
             if image is not None:
                 image.save(temporary / IMAGE, compress_level=1)
 

@@ -17,12 +17,11 @@ import diffusers
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, default_convert
 
 import gspn
-from gspn.files import atomic, is_temporary, remove, write_json
+from gspn.files import atomic, is_temporary, remove, save_tensors, write_json
 from gspn.train.checkpoint import LOCK, RunError, writing
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.diffusion.latent_files import ABOUT, DTYPES, FORMAT, DamagedShard, Shards, identity, read_config
@@ -261,7 +260,7 @@ def _encode_shards(shards, split, loader, vae, device, strict, bar):
         about = {**shards.about(number), "unreadable": problems}
         with atomic(shards.path(number)) as temporary:
             tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
-            save_file(tensors, temporary, metadata={ABOUT: json.dumps(about)})
+            save_tensors(temporary, tensors, {ABOUT: json.dumps(about)})
 
 
 def _posterior(vae, image, config) -> dict[str, Tensor]:

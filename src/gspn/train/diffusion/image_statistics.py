@@ -14,10 +14,9 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from gspn.files import SaveError, atomic
+from gspn.files import SaveError, atomic, save_tensors
 from gspn.train.diffusion.distances import Moments, Score
 from gspn.train.diffusion.features import Extractor
 from gspn.train.diffusion.imagesets import NO_CLASS, ImageSet, lazily
@@ -103,8 +102,7 @@ def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / ".lock", timeout=SAVE_EVERY), atomic(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-            temporary.chmod(0o644)  # save_file makes it private
+            save_tensors(temporary, tensors, metadata)
     except SaveError:
         raise
     except OSError as error:  # FileLock's Timeout too
