@@ -18,7 +18,8 @@ SLIGHT = 0.1  # of the pure form's gates read from where nothing is constant
 
 @torch.no_grad()
 def initialize(layer: nn.Module, attention: nn.Module, norm: nn.LayerNorm | None, size: tuple[int, int]) -> None:
-    """Sets the weights of `layer` so that its output is that of `attention` were all its scores equal.
+    """Sets the weights of `layer` so that its output, in the mean over a map, is that of `attention` were all its
+    scores equal; that can still be further from the attention than no output where places have little in common.
 
         qkv:   x + to_v x = W_v x, and likewise K and Q; gates constant; to_out = W_out
         pure:  to_out = W_out W_v; gates read the direction in which what the norm gives is most nearly constant

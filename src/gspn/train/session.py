@@ -153,7 +153,8 @@ def resume(
             if setup.data.fingerprint() != config["data"].get("fingerprint"):
                 again = f"; `gspn train --init-from {path}` starts a new training from its weights"
                 raise RunError(
-                    f"{setup.data.where} is not what {path} was trained on: images, labels or class names have changed"
+                    f"{setup.data.where} is not what {path} was trained on: images, labels, captions or class names "
+                    "have changed"
                     f"{again if task == 'classification' else ''}"
                 )
             setup.check_config(config)
