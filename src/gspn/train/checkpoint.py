@@ -212,7 +212,7 @@ class Run:
                 raise ValueError("metrics.jsonl holds something else than rows with an epoch")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunError(
-                f"{path} is no run: there is no {path / 'config.json'} (gspn train, train-diffusion and distill make runs)"
+                f"{path} is no run: there is no {path / 'config.json'} (gspn train, train-diffusion, distill make them)"
                 f"{_earlier_hint(path)}"
             ) from error
         except (OSError, ValueError) as error:
