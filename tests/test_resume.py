@@ -34,7 +34,7 @@ OPTIONS = dict(
     workers=0,
 )
 STEPS = {  # of writing a checkpoint: where a process kills itself
-    "writes a tensor file": (checkpoint, "save_file"),
+    "writes a tensor file": (checkpoint, "save_tensors"),
     "waits for the disk": (files, "_sync"),
     "renames a folder": (os, "rename"),
     "renames a file": (os, "replace"),
