@@ -242,7 +242,7 @@ def stopped(colours, tmp_path, monkeypatch):
 def test_changed_data_are_refused(stopped, colours):
     extra = colours / "red" / "extra.png"
     extra.write_bytes((colours / "red" / "1.png").read_bytes())
-    with pytest.raises(RunError, match=r"data is not what .*run was trained on: images, labels, captions .*--init-from"):
+    with pytest.raises(RunError, match=r"is not what .*run was trained on: images, labels, captions .*--init-from"):
         resume_classifier(stopped)
     extra.unlink()
     colours.rename(colours.with_name("moved"))
