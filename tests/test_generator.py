@@ -66,11 +66,10 @@ def test_names():
     model = create_generator("GSPN-micro/4", num_classes=3, sample_size=16, in_channels=1, depth=2, hidden_size=32)
     assert model.config.patch_size == 4 and model.config.depth == 2 and model.config.in_channels == 1
     assert model(**inputs(channels=1)).sample.shape == (2, 2, 8, 8)
-    assert all(block.gspn.segment is None and block.gspn.average for block in model.blocks)
+    assert all(block.gspn.segment is None for block in model.blocks)
     with torch.device("meta"):
         published = create_generator("GSPN-S/2")
     assert [block.gspn.segment for block in published.blocks] == [2] * 23 + [None] * 2
-    assert not any(block.gspn.average for block in published.blocks)
     with pytest.raises(ValueError, match="there is no generator 'DiT-XL/2'; there are GSPN-micro/2"):
         create_generator("DiT-XL/2")
 

@@ -86,7 +86,6 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         class_dropout_prob: in training, how often a class is replaced by the null class; 0 has none.
         segment: lines between resets of the scan in all blocks but the last ones. global_blocks: how many of the last
             blocks scan the whole map, at any size. proxy_dim: None is D // 16. skip: the skip gate of the scan.
-            average: hidden states are divided by the lines of their scan (:class:`gspn.GSPN2d`).
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
         prediction_type: what the model is trained to predict: "epsilon", "v_prediction" or "sample". Pipelines refuse a
             scheduler that expects something else.
@@ -123,7 +122,6 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         skip: bool = True,
         drop_path: float = 0.0,
         prediction_type: str = "epsilon",
-        average: bool = False,
     ):
         super().__init__()
         positive = dict(
@@ -162,7 +160,6 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
                 proxy_dim=proxy_dim,
                 segment=None if i > depth - global_blocks else segment,
                 skip=skip,
-                average=average,
             )
             for i in range(depth + 1)
         )
@@ -258,9 +255,8 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
 
 
 SIZES = {
-    # Ours, for small images on a CPU. Nine blocks with short segments do not see far enough to draw a whole; averaged
-    # global scans learn faster than their sums.
-    "micro": dict(hidden_size=160, depth=8, segment=None, average=True),
+    # Ours, for small images on a CPU. Nine blocks with short segments do not see far enough to draw a whole.
+    "micro": dict(hidden_size=160, depth=8, segment=None),
     "S": dict(hidden_size=368, depth=24),
     "B": dict(hidden_size=900, depth=30),
     "L": dict(hidden_size=1200, depth=56),
@@ -290,7 +286,7 @@ def create_generator(
 
     Args:
         name: "GSPN-S/2", "GSPN-B/2", "GSPN-L/2", "GSPN-XL/2" (the published sizes), the same with "/4" for patches of
-            4, and "GSPN-micro/2", "GSPN-micro/4" for small images, which scan globally in all blocks and average.
+            4, and "GSPN-micro/2", "GSPN-micro/4" for small images, which scan globally in all blocks.
         num_classes, sample_size, in_channels, skip, config: arguments of :class:`GSPNTransformer2DModel`.
 
     Raises ValueError for another name, and as the model does. Parameters with 1000 classes, 4 channels and skip:
