@@ -105,6 +105,8 @@ def figure_of(rows: dict[str, list[dict]], curves: dict[str, list[dict]], path: 
             axes.plot([row[start] for row in of_form], "o-", markersize=3, color=COLOURS[start], label=start)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set(title=title, xlabel="layer", yscale="log")
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted("{x:.3g}")
         axes.grid(alpha=0.25, which="both")
         axes.spines[["top", "right"]].set_visible(False)
     first = upper.axes[0]
