@@ -142,3 +142,39 @@ def latents(tmp_path_factory, pictures, vae):
 @pytest.fixture
 def copied(latents, tmp_path):
     return shutil.copytree(latents[1], tmp_path / "copy")
+
+
+# -- high resolution --
+
+
+@pytest.fixture
+def estimates():
+    """For tests that are about estimates of memory."""
+
+
+@pytest.fixture
+def no_estimates(request, monkeypatch):
+    """Everything fits, without the time that it takes to find that out, but in tests that take `estimates`."""
+    from gspn.models.highres import memory
+
+    if "estimates" not in request.fixturenames:
+        monkeypatch.setattr(memory, "peak_bytes", lambda *args, **kwargs: 0)
+
+
+@pytest.fixture(scope="module")
+def sd():
+    from stable_diffusion import tiny_sd
+
+    return tiny_sd()
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    from stable_diffusion import tiny_sdxl
+
+    return tiny_sdxl()
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def pipe(request):
+    return request.getfixturevalue(request.param)

@@ -14,37 +14,12 @@ from stable_diffusion import ddim, tiny_ip_adapter, tiny_sd, tiny_sdxl
 from torch import nn
 
 import gspn
-from gspn.models.highres import HighResPipeline, Savers, memory
+from gspn.models.highres import HighResPipeline, Savers
 from gspn.models.highres.images import decode, encode, rematched, resize
 from gspn.models.highres.passes import Guidance, cosine_share, dilated
 from gspn.models.highres.plan import SCHEDULERS, native_size, stage_sizes
 
-
-@pytest.fixture
-def estimates():
-    """For tests that are about them."""
-
-
-@pytest.fixture(autouse=True)
-def no_estimates(request, monkeypatch):
-    """Everything fits, without the time that it takes to find that out."""
-    if "estimates" not in request.fixturenames:
-        monkeypatch.setattr(memory, "peak_bytes", lambda *args, **kwargs: 0)
-
-
-@pytest.fixture(scope="module")
-def sd():
-    return tiny_sd()
-
-
-@pytest.fixture(scope="module")
-def sdxl():
-    return tiny_sdxl()
-
-
-@pytest.fixture(params=["sd", "sdxl"])
-def pipe(request):
-    return request.getfixturevalue(request.param)
+pytestmark = pytest.mark.usefixtures("no_estimates")
 
 
 # -- stages --

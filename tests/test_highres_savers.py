@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from high_resolution import FEW, latents_of
-from stable_diffusion import tiny_ip_adapter, tiny_sd, tiny_sdxl
+from stable_diffusion import tiny_ip_adapter, tiny_sd
 from torch import nn
 
 import gspn
@@ -14,32 +14,7 @@ from gspn.models.highres import HighResPipeline, Savers, memory, savers
 from gspn.models.highres.images import decode
 from gspn.models.highres.passes import Guidance
 
-
-@pytest.fixture
-def estimates():
-    """For tests that are about them."""
-
-
-@pytest.fixture(autouse=True)
-def no_estimates(request, monkeypatch):
-    """Everything fits, without the time that it takes to find that out."""
-    if "estimates" not in request.fixturenames:
-        monkeypatch.setattr(memory, "peak_bytes", lambda *args, **kwargs: 0)
-
-
-@pytest.fixture(scope="module")
-def sd():
-    return tiny_sd()
-
-
-@pytest.fixture(scope="module")
-def sdxl():
-    return tiny_sdxl()
-
-
-@pytest.fixture(params=["sd", "sdxl"])
-def pipe(request):
-    return request.getfixturevalue(request.param)
+pytestmark = pytest.mark.usefixtures("no_estimates")
 
 
 # -- savers and memory --

@@ -71,14 +71,7 @@ def losses(run):
     for axes in bound:
         axes.plot(epochs, [row["val_bound"] for row in rows], color=ORANGE, marker=marker)
         axes.set(title="Variational bound, validation (bits)")
-    for axes in (loss, error, *bound):
-        axes.set(xlabel="epoch", yscale="log")
-        axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.yaxis.set_minor_formatter("{x:.3g}")
-        axes.grid(alpha=0.25, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    save(figure, run.path / "curves.png")
+    _save_losses(run, figure)
 
 
 def distillation(run):
@@ -98,7 +91,11 @@ def distillation(run):
     parts[0].plot(epochs, [row["val_teacher"] for row in rows], "--", color=GREY, marker=marker, label="teacher")
     for axes in (loss, parts[0]):
         axes.legend(frameon=False)
-    for axes in (loss, *parts):
+    _save_losses(run, figure)
+
+
+def _save_losses(run, figure):
+    for axes in figure.axes:
         axes.set(xlabel="epoch", yscale="log")
         axes.yaxis.set_major_formatter("{x:.3g}")
         axes.yaxis.set_minor_formatter("{x:.3g}")
