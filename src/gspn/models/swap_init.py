@@ -6,7 +6,7 @@ average over the places that it reaches, as attention is where all scores are eq
 closed form and from weights alone; which places count more is what training adds, from Q and K, which are there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -225,7 +225,8 @@ def fit(
 
     Args:
         run: see `collect`. maps: feature maps of each layer, of which an eighth is held out. steps, batch_size, lr: of
-            AdamW, cosine to 0. memory_mib: of the maps kept at a time; the layers are dealt with in groups below it.
+            AdamW, cosine to 0. memory_mib: of the maps and outputs kept in the CPU's memory; the layers are dealt with in
+            groups below it, each by itself if need be.
         seed: of the order of the maps. progress: called after each layer with its name and the errors.
 
     Returns the relative error on the maps held out (see `relative_error`), before and after, by the layer's name. What
@@ -233,11 +234,10 @@ def fit(
     """
     errors = {}
     waiting = list(swap.layers)
-    each = {name: _bytes_of(m) * maps for name, m in collect(swap, run, 1, device="meta").items()}
+    shapes = collect(swap, run, 1, device="meta")
     while waiting:
-        group, total = [], 0.0
-        while waiting and (not group or total + each[waiting[0]] <= memory_mib * 2**20):
-            total += each[waiting[0]]
+        group = []
+        while waiting and (not group or _bytes_of(shapes, [*group, waiting[0]], maps) <= memory_mib * 2**20):
             group.append(waiting.pop(0))
         collected = collect(swap, run, maps, group)
         for name in group:
@@ -247,8 +247,11 @@ def fit(
     return errors
 
 
-def _bytes_of(maps: FeatureMaps) -> float:
-    return sum(t.numel() * t.element_size() for t in maps.tokens) / len(maps)
+def _bytes_of(shapes: dict[str, FeatureMaps], names: Sequence[str], count: int) -> float:
+    """Of `count` feature maps of each layer, and of the attention's output on those of one layer at a time."""
+    maps = {name: sum(t.numel() for t in shapes[name].tokens) / len(shapes[name]) * count for name in names}
+    outputs = max(maps.values()) * torch.float32.itemsize
+    return sum(maps[name] * shapes[name].tokens[0].element_size() for name in names) + outputs
 
 
 @torch.enable_grad()
@@ -270,7 +273,7 @@ def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
                 best, state = error, _copy(layer)
 
         with torch.no_grad():
-            targets = [attention(t.to(device, attention_dtype)).float() for t in training.tokens]
+            targets = [attention(t.to(device, attention_dtype)).float().cpu() for t in training.tokens]
         _solve_out(layer, training, targets, device)
         keep_if_better()
         layer.load_state_dict(state)
@@ -283,7 +286,7 @@ def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
             for size in {training.sizes[i] for i in chosen}:  # a batch has maps of one size
                 of_size = [i for i in chosen if training.sizes[i] == size]
                 x = torch.cat([training.tokens[i] for i in of_size]).to(device, torch.float32)
-                y = torch.cat([targets[i] for i in of_size])
+                y = torch.cat([targets[i] for i in of_size]).to(device)
                 loss = loss + (layer(x, map_size=size) - y).square().mean() * (len(of_size) / batch_size)
             optimizer.zero_grad()
             (loss / max(_power(targets, chosen), 1e-12)).backward()
@@ -323,7 +326,7 @@ def _solve_out(layer, maps, targets, device, ridge: float = 1e-4):
             z = found.pop().flatten(0, 1).double()
             z = z if out.bias is None else F.pad(z, (0, 1), value=1.0)
             gram = gram + z.T @ z
-            cross = cross + z.T @ target.flatten(0, 1).double()
+            cross = cross + z.T @ target.to(device).flatten(0, 1).double()
     finally:
         hook.remove()
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-12))
