@@ -4,9 +4,11 @@ import io
 import json
 import tarfile
 
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from gspn.train.captions import open_captions
 from gspn.train.data import DataError, open_data
@@ -77,13 +79,17 @@ def test_folders_that_links_lead_to_count_once_and_hidden_ones_do_not(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
-@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_a_folder_with_a_list(tmp_path, column, ending):
     write_images(tmp_path / "images", 10)
     write_images(tmp_path / "images", 1, start=99)
     listed = rows(10, column=column, folder="images/")
     if ending == "jsonl":
         write_list(tmp_path, reversed(listed))
+    elif ending == "parquet":
+        parquet.write_table(
+            pa.Table.from_pylist([row | {"seen": b"x"} for row in listed]), tmp_path / "metadata.parquet"
+        )
     else:
         lines = "".join(f'{row["file_name"]},"{row[column]}"\n' for row in listed)
         (tmp_path / "metadata.csv").write_text(f"file_name,{column}\n{lines}")
@@ -185,11 +191,15 @@ def test_faults_of_lists(tmp_path):
         with pytest.raises(DataError, match=message):
             open_captions(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n000.png,a,b\n")
-    with pytest.raises(DataError, match=r"both metadata\.jsonl and metadata\.csv"):
+    with pytest.raises(DataError, match=r"holds metadata\.csv and metadata\.jsonl in one folder"):
         open_captions(tmp_path)
     (tmp_path / "metadata.jsonl").unlink()
     with pytest.raises(DataError, match=r"metadata\.csv, line 2: expected 2 values"):
         open_captions(tmp_path)
+    (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
+    with pytest.raises(DataError, match=r"metadata\.parquet cannot be read as a parquet file"):
+        open_captions(tmp_path)
+    (tmp_path / "metadata.parquet").rename(tmp_path / "metadata.csv")
     write_images(tmp_path / "more", 1)
     write_list(tmp_path / "more", rows(1))
     with pytest.raises(DataError, match="holds a list of captions, and others in its folders"):

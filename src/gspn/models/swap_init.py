@@ -225,7 +225,7 @@ def fit(
 
     Args:
         run: see `collect`. maps: feature maps of each layer, of which an eighth is held out. steps, batch_size, lr: of
-            AdamW, cosine to 0. memory_mib: of the maps and outputs kept in the CPU's memory; the layers are dealt with in
+            AdamW, cosine to 0. memory_mib: of maps and outputs kept in the CPU's memory; the layers are dealt with in
             groups below it, each by itself if need be.
         seed: of the order of the maps. progress: called after each layer with its name and the errors.
 

@@ -20,12 +20,12 @@ from gspn.train.shards import json_caption, read_captioned
 from gspn.train.tables import TABLES, load_captioned
 
 CAPTIONED = (
-    "a folder of images with metadata.jsonl or metadata.csv (each row a file_name and a text) or with a .txt file of "
+    "a folder of images with metadata.jsonl, .csv or .parquet (each row a file_name and a text) or with a .txt file of "
     "the same name beside each image; a tar file or a folder of them (shards: 0001.jpg with 0001.txt or 0001.json); a "
     "folder that datasets' save_to_disk made; a parquet, arrow, csv or json file or a folder of them; or a name on the "
     "Hugging Face hub"
 )
-LISTS = ("metadata.jsonl", "metadata.csv")
+LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def open_captions(
@@ -201,8 +201,10 @@ def _text(file):
 
 def _listed(root, lists, images, column):
     """(splits, notes) of the folder's metadata files, one at its root or one in each of its folders."""
-    if len({file.parent for file in lists}) < len(lists):
-        raise DataError(f"{root} holds both {' and '.join(LISTS)} in one folder: expected one of them")
+    in_folder = Counter(file.parent for file in lists)
+    if len(in_folder) < len(lists):
+        several = [file.name for file in lists if in_folder[file.parent] > 1]
+        raise DataError(f"{root} holds {' and '.join(dict.fromkeys(several))} in one folder: expected one of them")
     if len(lists) > 1 and any(file.parent == root for file in lists):
         raise DataError(f"{root} holds a list of captions, and others in its folders: expected one or the others")
     rows, seen = [], {}
@@ -221,7 +223,8 @@ def _listed(root, lists, images, column):
 
 def _rows(file, column):
     """(what to call the row, path of the image, its captions) of every row of a metadata file."""
-    read, first = _json_lines if file.suffix == ".jsonl" else _table_lines, True
+    read = {".jsonl": _json_lines, ".csv": _table_lines, ".parquet": _parquet_rows}[file.suffix]
+    first = True
     for number, row in read(file):
         where = f"{file}, line {number}"
         name = row.pop("file_name", None)
@@ -233,7 +236,7 @@ def _rows(file, column):
         if first and column is None and len(texts) == 1 and not set(row) & set(USUAL_CAPTIONS):
             column = texts[0]
         first = False
-        yield where, file.parent / name, json_caption(json.dumps(row), column, where)
+        yield where, file.parent / name, json_caption(json.dumps(row, default=str), column, where)
     if first:
         raise DataError(f"{file} holds no rows; expected file_name and text in each")
 
@@ -251,6 +254,16 @@ def _json_lines(file):
         raise DataError(f"{file} cannot be read as a text in UTF-8: {error}") from error
     except ValueError as error:
         raise DataError(f"{file}, line {number}: {error}") from error
+
+
+def _parquet_rows(file):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        yield from enumerate(parquet.read_table(file).to_pylist(), 1)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file} cannot be read as a parquet file: {error}") from error
 
 
 def _table_lines(file):

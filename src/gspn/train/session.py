@@ -164,7 +164,8 @@ def resume(
         if run.has_checkpoint("last"):
             checkpoint = complete(path, *run.load_checkpoint("last"))
             state = checkpoint[1]
-            place = f"step {state['step']} (epoch {state['position']['epoch'] + 1})"
+            done, at = state["position"]["epoch"], f"step {state['step']}"
+            place = f"{at} (epoch {done + 1})" if done < options.epochs else f"its end, {at}: nothing is left to do"
             if state["processes"] != accelerator.num_processes:
                 say(
                     f"note: {accelerator.num_processes} processes instead of {state['processes']}: what is random in "
