@@ -142,8 +142,13 @@ def text_of(rows: dict[str, list[dict]], curves: dict[str, list[dict]], argument
         parts.append("\n".join(lines))
     if curves:
         goal = curves["random"][-1]["loss"] if "random" in curves else max(c[-1]["loss"] for c in curves.values())
-        told = [f"{name}: {steps_to(curve, goal) or 'not reached'}" for name, curve in curves.items()]
-        parts.append(f"Steps of distillation until the validation loss is {goal:.4f}: {', '.join(told)}.")
+        steps = [row["step"] for row in next(iter(curves.values()))]
+        lines = [f"| start | {' | '.join(f'{step:,}' for step in steps)} | steps until {goal:.4f} |"]
+        lines.append(f"|---|{'---|' * (len(steps) + 1)}")
+        for name, curve in curves.items():
+            losses = " | ".join(f"{row['loss']:.4f}" for row in curve)
+            lines.append(f"| {name} | {losses} | {steps_to(curve, goal) or 'not reached'} |")
+        parts += ["## Validation loss by steps of distillation", "\n".join(lines)]
     parts.append(f"![Errors by layer]({arguments.stem.name}.png)")
     return "\n\n".join(parts) + "\n"
 
