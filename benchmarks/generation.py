@@ -76,7 +76,7 @@ def compare(runs: dict[str, Path], arguments) -> list[dict]:
                 guidance=arguments.guidance,
                 steps=arguments.steps,
                 size=size,
-                scheduler="dpm-solver++",
+                scheduler=arguments.scheduler,
                 seed=arguments.seed,
                 batch_size=20,
                 precision=arguments.precision,
@@ -164,6 +164,7 @@ def main():
     parser.add_argument("--counts", type=int, nargs="+", default=[500, 300, 300], help="samples at each size")
     parser.add_argument("--guidance", type=float, default=2)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--scheduler", default="dpm-solver++", help="that makes the samples, as gspn sample takes it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="fp32", help="in which samples are made: fp32 or bf16")
     parser.add_argument("--rounds", type=int, default=7, help="for the time of a training step")
@@ -203,6 +204,7 @@ def main():
         "epochs": epochs,
         "guidance": arguments.guidance,
         "sampling_steps": arguments.steps,
+        "scheduler": arguments.scheduler,
         "sampling_precision": arguments.precision,
         "training_step": seconds,
         "rows": rows,
@@ -214,7 +216,7 @@ def main():
     text = [
         f"{'; '.join(told)}; {state['step']:,} steps ({state['epoch']} epochs) each, the same data, order, learning "
         f"rate and seed; commit {arguments.commit[:12]}. Samples: averaged weights, guidance {arguments.guidance:g}, "
-        f"{arguments.steps} steps of DPM-Solver++ in {arguments.precision}, resized to the trained size before they "
+        f"{arguments.steps} steps of {arguments.scheduler} in {arguments.precision}, resized to the trained size before they "
         "are compared with the training images.",
         *["```sh\n" + "\n".join(arguments.command) + "\n```"][: bool(arguments.command)],
         table(rows),
