@@ -216,8 +216,8 @@ def main():
     text = [
         f"{'; '.join(told)}; {state['step']:,} steps ({state['epoch']} epochs) each, the same data, order, learning "
         f"rate and seed; commit {arguments.commit[:12]}. Samples: averaged weights, guidance {arguments.guidance:g}, "
-        f"{arguments.steps} steps of {arguments.scheduler} in {arguments.precision}, resized to the trained size before they "
-        "are compared with the training images.",
+        f"{arguments.steps} steps of {arguments.scheduler} in {arguments.precision}, resized to the trained size "
+        "before they are compared with the training images.",
         *["```sh\n" + "\n".join(arguments.command) + "\n```"][: bool(arguments.command)],
         table(rows),
         f"A training step on one thread, in turns (ratio to the first): {times}. Minutes of training, on a machine "
