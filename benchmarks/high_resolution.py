@@ -1,12 +1,14 @@
 """Images many times as large as a small text-to-image model was trained for, stage by stage, with attention and with
-GSPN in its place: every stage's picture, its seconds and the memory that was expected.
+GSPN in its place: every stage's picture and its seconds, from the end of the stage before to its file being written,
+the first with the planning.
 
     python -m benchmarks.high_resolution --stem benchmarks/results/high-resolution --teacher TEACHER/pipeline \\
         --student "GSPN=RUN" --sides 512 1024 --work DIR --commit HASH
 
 TEACHER is benchmarks/text_to_image.py's, RUN one of gspn distill; --sides are of the images of each, the teacher's
-first. DIR keeps the stages, so that what was stopped goes on. Beside them is what the model makes at once, without
-stages, at four times its trained side. Writes STEM.json, STEM.md, STEM.png and, of the last model, STEM-largest.jpg.
+first. DIR, one for each setting, keeps the stages, so that what was stopped goes on. Beside them is what the model
+makes at once, without stages, at four times its trained side, with the same scheduler, steps and seed. Writes
+STEM.json, STEM.md, STEM.png and, of the last model, STEM-largest.jpg.
 """
 
 import argparse
@@ -22,7 +24,6 @@ from PIL import Image
 
 import gspn
 from benchmarks import harness
-from benchmarks.text_to_image import draw
 from gspn.files import write_json
 
 CAPTIONS = ("blue heart", "clock face three oclock", "grinning face")
@@ -64,26 +65,26 @@ def make(pipe, caption: str, side: int, workdir: Path, arguments) -> list[dict]:
 def at_once(pipe, caption: str, side: int, file: Path, arguments) -> Path:
     """What the pipeline makes without stages."""
     if not file.exists():
-        options = {"num_inference_steps": 50, "guidance_scale": arguments.guidance}
-        draw(pipe, [caption], arguments.seed, height=side, width=side, **options)[0].save(file)
+        source, scale = torch.Generator().manual_seed(arguments.seed), arguments.guidance
+        pipe(caption, side, side, guidance_scale=scale, generator=source).images[0].save(file)
     return file
 
 
-def picture(columns: list[tuple[str, list[Path]]], lines: list[str], path: Path) -> None:
-    """A column of images for each title, all as large; captions to the left."""
-    figure = Figure(figsize=(2.1 * len(columns) + 0.9, 2.1 * len(lines) + 0.35), layout="constrained")
-    places = figure.subplots(len(lines), len(columns), squeeze=False)
-    for across, (title, files) in enumerate(columns):
-        places[0, across].set_title(title, fontsize=8)
-        for place, file in zip(places[:, across], files, strict=True):
+def picture(lines: dict[str, list[Path]], titles: list[str], path: Path) -> None:
+    """A line of images, all shown as large, under `titles`; what each line is stands to the left."""
+    figure = Figure(figsize=(1.95 * len(titles) + 0.6, 1.95 * len(lines) + 0.3), layout="constrained")
+    places = figure.subplots(len(lines), len(titles), squeeze=False)
+    for place, title in zip(places[0], titles, strict=True):
+        place.set_title(title, fontsize=9)
+    for (name, files), line in zip(lines.items(), places, strict=True):
+        line[0].set_ylabel(name, fontsize=9)
+        for place in line:
             place.set(xticks=[], yticks=[])
             place.spines[:].set_visible(False)
-            if file is not None:
-                with Image.open(file) as image:
-                    shown = image.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)
-                place.imshow(shown, interpolation="antialiased")
-    for line, place in zip(lines, places[:, 0], strict=True):
-        place.set_ylabel(line, fontsize=8)
+        for place, file in zip(line, files, strict=False):
+            with Image.open(file) as image:
+                shown = image.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)
+            place.imshow(shown, interpolation="antialiased")
     figure.savefig(path, dpi=100, facecolor="white")
 
 
@@ -126,30 +127,21 @@ def main():
     pipe = StableDiffusionPipeline.from_pretrained(arguments.teacher)
     pipe.set_progress_bar_config(mininterval=10)
     trained = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    rows, columns = [], []
+    rows, lines, big = [], {}, AT_ONCE * trained
     for (name, run), side in zip(models.items(), arguments.sides, strict=True):
-        with (
-            contextlib.nullcontext() if run is None else gspn.load_swap(pipe, run),
-            torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16),
-        ):
+        half = torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16)
+        with contextlib.nullcontext() if run is None else gspn.load_swap(pipe, run), half:
             for caption in captions:
                 folder = arguments.work / f"{name}-{caption.replace(' ', '-')}-{side}"
                 for row in make(pipe, caption, side, folder, arguments):
                     rows.append({"model": name, "caption": caption, "side": row["size"][0], **row})
                     print(rows[-1], flush=True)
-            big = AT_ONCE * trained
-            files = [
-                at_once(
-                    pipe, caption, big, arguments.work / f"{name}-{caption.replace(' ', '-')}-at-once.png", arguments
-                )
-                for caption in captions
-            ]
-            pipe.set_progress_bar_config(mininterval=10, disable=False)
-        columns.append((f"{name}, {big}x{big}\nat once", files))
-        for side in dict.fromkeys(row["side"] for row in rows if row["model"] == name):
-            mine = [Path(row["file"]) for row in rows if (row["model"], row["side"]) == (name, side)]
-            columns.append((f"{name},\n{side}x{side}", mine))
-    picture(columns, captions, Path(f"{stem}.png"))
+                single = at_once(pipe, caption, big, folder / "at-once.png", arguments)
+                mine = [row for row in rows if (row["model"], row["caption"]) == (name, caption)]
+                lines[f"{caption}\n{name}"] = [single, *(Path(row["file"]) for row in mine)]
+    sides = list(dict.fromkeys(row["side"] for row in rows))
+    by_caption = sorted(lines.items(), key=lambda line: captions.index(line[0].partition("\n")[0]))
+    picture(dict(by_caption), [f"{big}x{big} at once", *(f"{s}x{s}" for s in sides)], Path(f"{stem}.png"))
     with Image.open(rows[-1]["file"]) as image:
         image.save(f"{stem}-largest.jpg", quality=88)
     for row in rows:
@@ -159,9 +151,10 @@ def main():
     harness.write_json(Path(f"{stem}.json"), result | {"notes": arguments.note}, quiet=True)
     largest = rows[-1]
     text = [
-        f"Trained at {trained}x{trained}, made at up to {largest['side']}x{largest['side']}. Guidance "
-        f"{arguments.guidance:g}, the pipeline's defaults otherwise; {arguments.threads} thread"
-        f"{'s' * (arguments.threads > 1)}. Commit {arguments.commit[:12]}.",
+        f"Trained at {trained}x{trained}, made at up to {max(sides)}x{max(sides)}. Guidance {arguments.guidance:g}, "
+        f"{type(pipe.scheduler).__name__}, the defaults otherwise (the images made at once: 50 steps); "
+        f"{arguments.threads} thread{'s' * (arguments.threads > 1)}, {'bf16' if arguments.bf16 else 'fp32'}, one model "
+        f"after the other. Commit {arguments.commit[:12]}.",
         *["```sh\n" + "\n".join(arguments.command) + "\n```"][: bool(arguments.command)],
         f"![Stages of each model]({stem.name}.png)",
         table(rows),

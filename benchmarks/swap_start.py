@@ -5,12 +5,13 @@ weights, as gspn.swap starts from the attention's weights, and after the layer-w
     python -m benchmarks.swap_start ... --curve "random=RUN1" --curve "pretrained=RUN2" --curve "fitted=RUN3"
 
 TEACHER and DATA are benchmarks/text_to_image.py's. The feature maps are those of the teacher on noisy training images,
-timesteps drawn evenly; the last eighth of them, which no fit has seen, is what the errors are of. Runs of gspn distill
-that differ in the start alone give the curves: after how many steps each start reaches a validation loss. Writes
-STEM.json, STEM.md and STEM.png.
+timesteps drawn evenly. The errors are of maps drawn for nothing else, the same ones for all. Runs of gspn distill that
+differ in the start alone give the curves: after how many steps each start reaches a validation loss. Writes STEM.json,
+STEM.md and STEM.png.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,14 +34,14 @@ FORMS = {
 
 
 class Feeder:
-    """Runs a pipeline's UNet on noisy training images, others with every call, the same ones after `rewind`."""
+    """Runs a pipeline's UNet on noisy training images, others with every call, the same ones after `rewind(seed)`."""
 
-    def __init__(self, pipe, pixels: torch.Tensor, captions: list[str], batch: int, seed: int):
-        self.pipe, self.pixels, self.captions, self.batch, self.seed = pipe, pixels, captions, batch, seed
-        self.rewind()
+    def __init__(self, pipe, pixels: torch.Tensor, captions: list[str], batch: int):
+        self.pipe, self.pixels, self.captions, self.batch = pipe, pixels, captions, batch
+        self.rewind(0)
 
-    def rewind(self) -> None:
-        self.draw = torch.Generator().manual_seed(self.seed)
+    def rewind(self, seed: int) -> None:
+        self.draw = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -57,25 +58,15 @@ def measure(feeder: Feeder, form: str, segment: int | None, arguments) -> list[d
     """A row for each layer, with the error of each start."""
     pipe, errors = feeder.pipe, {}
     for start in STARTS:
-        feeder.rewind()
         torch.manual_seed(arguments.seed)
         with gspn.swap(pipe, form=form, segment=segment, init="random" if start == "random" else "pretrained") as swap:
             if start == "fitted":
-                errors[start] = {
-                    name: after
-                    for name, (_, after) in fit(
-                        swap,
-                        feeder,
-                        maps=arguments.maps,
-                        steps=arguments.steps,
-                        progress=lambda *a: print(*a, flush=True),
-                    ).items()
-                }
-                continue
-            maps = collect(swap, feeder, arguments.maps)
+                feeder.rewind(arguments.seed)
+                fit(swap, feeder, maps=arguments.maps, steps=arguments.steps, progress=partial(print, flush=True))
+            feeder.rewind(arguments.seed + 1)  # what no fit has seen, nor chosen by
+            maps = collect(swap, feeder, arguments.batch)
             errors[start] = {
-                name: relative_error(layer, swap.attentions[name], maps[name].split(1 / 8)[1])
-                for name, layer in swap.layers.items()
+                name: relative_error(layer, swap.attentions[name], maps[name]) for name, layer in swap.layers.items()
             }
             about = {name: (layer.channels, maps[name].sizes[0]) for name, layer in swap.layers.items()}
     return [
@@ -85,9 +76,19 @@ def measure(feeder: Feeder, form: str, segment: int | None, arguments) -> list[d
     ]
 
 
-def curve_of(run: Path) -> list[dict]:
-    """Validation losses by step."""
-    return [{"step": row["step"], "loss": row["val_loss"]} for row in Run.open(run).metrics]
+def curves_of(runs: dict[str, Path]) -> dict[str, list[dict]]:
+    """Validation losses by step, of the epochs that all runs have."""
+    found = {name: Run.open(run) for name, run in runs.items()}
+    options = [
+        {k: v for k, v in run.config["options"].items() if k not in ("init", "fit", "out")} for run in found.values()
+    ]
+    if any(others != options[0] for others in options[1:]):
+        raise SystemExit(f"the runs differ in more than their start: {options}")
+    shared = min((len(run.metrics) for run in found.values()), default=0)
+    return {
+        name: [{"step": row["step"], "loss": row["val_loss"]} for row in run.metrics[:shared]]
+        for name, run in found.items()
+    }
 
 
 def steps_to(curve: list[dict], loss: float) -> int | None:
@@ -126,17 +127,19 @@ def text_of(rows: dict[str, list[dict]], curves: dict[str, list[dict]], argument
     """Markdown."""
     parts = [
         "# Where swapped layers start\n\nRelative error of a layer's output against the attention it replaces, on "
-        f"feature maps that no fit has seen ({arguments.maps} maps a layer, an eighth held out; {arguments.steps} "
-        f"steps of fitting). A zero output has 1. {' '.join(arguments.note)}".rstrip()
+        f"{arguments.batch} feature maps that no fit has seen (it had {arguments.maps} of each layer and "
+        f"{arguments.steps} steps). A zero output has 1; `order` says whether zero > random > pretrained > fitted "
+        f"holds, and where it does not, what does. {' '.join(arguments.note)}".rstrip()
     ]
     for title, of_form in rows.items():
-        lines = [f"## {title}\n", "| layer | C | map | zero | random | pretrained | fitted | order holds |"]
+        lines = [f"## {title}\n", "| layer | C | map | zero | random | pretrained | fitted | order |"]
         lines.append("|---|---|---|---|---|---|---|---|")
         for row in of_form:
-            holds = 1 > row["random"] > row["pretrained"] > row["fitted"]
+            order = sorted(("zero", *STARTS), key=lambda start: -row.get(start, 1))
+            order = "holds" if order == ["zero", *STARTS] else " > ".join(order)
             values = " | ".join(f"{row[start]:.3f}" for start in STARTS)
             size = "x".join(map(str, row["size"]))
-            lines.append(f"| {row['layer']} | {row['channels']} | {size} | 1 | {values} | {'yes' if holds else 'no'} |")
+            lines.append(f"| {row['layer']} | {row['channels']} | {size} | 1 | {values} | {order} |")
         means = " | ".join(f"{sum(row[s] for row in of_form) / len(of_form):.3f}" for s in STARTS)
         lines.append(f"| mean | | | 1 | {means} | |")
         parts.append("\n".join(lines))
@@ -148,7 +151,7 @@ def text_of(rows: dict[str, list[dict]], curves: dict[str, list[dict]], argument
         for name, curve in curves.items():
             losses = " | ".join(f"{row['loss']:.4f}" for row in curve)
             lines.append(f"| {name} | {losses} | {steps_to(curve, goal) or 'not reached'} |")
-        parts += ["## Validation loss by steps of distillation", "\n".join(lines)]
+        parts += ["## Validation loss by steps of distillation", "\n".join(lines), *arguments.curve_note]
     parts.append(f"![Errors by layer]({arguments.stem.name}.png)")
     return "\n\n".join(parts) + "\n"
 
@@ -165,17 +168,18 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", action="append", default=[], help="a sentence for the report")
+    parser.add_argument("--curve-note", action="append", default=[], help="a sentence below the curves' table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
+    curves = curves_of({name: Path(run) for name, _, run in (each.partition("=") for each in arguments.curve)})
     pipe = StableDiffusionPipeline.from_pretrained(arguments.teacher)
     pixels, captions = read_data(arguments.data)
-    feeder = Feeder(pipe, pixels, captions, arguments.batch, arguments.seed)
+    feeder = Feeder(pipe, pixels, captions, arguments.batch)
     rows = {}
     for title, (form, segment) in FORMS.items():
         rows[title] = measure(feeder, form, segment, arguments)
         print(title, {s: round(sum(r[s] for r in rows[title]) / len(rows[title]), 3) for s in STARTS}, flush=True)
-    curves = {name: curve_of(Path(run)) for name, _, run in (each.partition("=") for each in arguments.curve)}
     result = {"environment": harness.environment(), "maps": arguments.maps, "steps": arguments.steps}
     harness.write_json(Path(f"{arguments.stem}.json"), result | {"rows": rows, "curves": curves}, quiet=True)
     figure_of(rows, curves, Path(f"{arguments.stem}.png"))

@@ -1,5 +1,5 @@
-"""Teacher, students and students before distillation side by side: images by caption, distances from the training
-images at the trained and at unseen sizes, how far a student's prediction is from the teacher's.
+"""Teacher, students and what gspn.swap alone makes of the teacher side by side: images by caption, distances from the
+training images at the trained and at unseen sizes, how far a student's prediction is from the teacher's.
 
     gspn distill TEACHER/pipeline --data DATA --size 64 --form qkv --segment 4 --out RUN4
     python -m benchmarks.text_to_image_compare --stem benchmarks/results/text-to-image --teacher TEACHER/pipeline \\
@@ -33,11 +33,11 @@ from gspn.train.images import decode, generator
 
 FACTORS = {"1x": (1, 1), "1.5x": (1.5, 1.5), "2x": (2, 2), "2:1": (1, 2)}  # of height and width
 TEACHER, FLOOR = "teacher", "training images through the autoencoder"
-OF_SIZES = 4  # captions shown at every size
+SIZED = SHOWN[5::6]  # captions shown at every size
 
 
 class Models:
-    """One pipeline that becomes the teacher, a student, or that student before distillation."""
+    """One pipeline that becomes the teacher, a student, or the teacher swapped as that student was, untrained."""
 
     def __init__(self, teacher: Path, students: dict[str, Path]):
         self.pipe = StableDiffusionPipeline.from_pretrained(teacher)
@@ -48,7 +48,7 @@ class Models:
             with gspn.load_swap(self.pipe, path) as swap:
                 made = {"form": swap.form, "segment": swap.segment}
                 count = sum(p.numel() for p in self.pipe.unet.parameters())
-            for each in (name, f"{name}, not distilled"):
+            for each in (name, f"{name}, gspn.swap alone"):
                 self.about[each] = {"parameters": count, **made}
 
     @property
@@ -89,6 +89,8 @@ def check_folder(arguments) -> None:
 def sample(models: Models, name: str, captions: list[str], size: tuple[int, int], folder: Path, arguments) -> None:
     """An image for each caption in `folder`; those that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (more := len(list(folder.glob("*.png"))) - len(captions)) > 0:
+        raise SystemExit(f"{folder} holds {more} images more than are asked for: give another --work")
     with models.use(name):
         for first in range(0, len(captions), arguments.batch):
             part = captions[first : first + arguments.batch]
@@ -105,7 +107,7 @@ def sample(models: Models, name: str, captions: list[str], size: tuple[int, int]
 
 @torch.no_grad()
 def rebuild(vae, pixels: torch.Tensor, folder: Path) -> None:
-    """What the autoencoder makes of training images: no generator can be expected to come nearer."""
+    """What the autoencoder makes of training images: how far apart as many real images are, behind the same decoder."""
     folder.mkdir(parents=True, exist_ok=True)
     found = torch.cat([vae.decode(vae.encode(to_model(part)).latent_dist.mean).sample for part in pixels.split(64)])
     for number, image in enumerate(to_images(found)):
@@ -174,7 +176,7 @@ def compare(models: Models, pixels, captions: list[str], chosen: list[int], argu
             for features, extractor in networks.items():
                 found = evaluate_samples(folder, arguments.data, extractor, size=size, cache=arguments.work, workers=0)
                 row = {"model": name, "factor": factor, "size": models.size(factor), "images": count}
-                row |= {"features": arguments.features[features]}
+                row |= {"features": arguments.features[features], "notes": found["notes"]}
                 row |= {"frechet": found["frechet_distance"], "kernel": found["kernel_distance"]["mean"]}
                 row |= found_again(extractor.network, known[features], folder, chosen[:count], size)
                 rows.append(row)
@@ -216,19 +218,20 @@ def picture(blocks: list[list[tuple[str, list[Path]]]], lines: list[str], path: 
 def pictures(models: Models, arguments) -> None:
     """STEM-captions.png: models by captions. STEM-sizes.png: models by a few captions at every size."""
     stem, work, half = arguments.stem, arguments.work, len(SHOWN) // 2
-    for factor in FACTORS:
-        captions = SHOWN if factor == "1x" else SHOWN[:OF_SIZES]
-        for name in models.names:
-            sample(models, name, captions, models.size(factor), work / f"{name}-{factor}-shown", arguments)
+    for name in models.names:
+        sample(models, name, SHOWN, models.size("1x"), work / f"{name}-1x-shown", arguments)
+        for factor in FACTORS:
+            sample(models, name, SIZED, models.size(factor), work / f"{name}-{factor}-sized", arguments)
 
-    def column(title, factor, n):
-        return title, [work / f"{name}-{factor}-shown" / f"{n:05d}.png" for name in models.names]
+    def column(title, kind, n):
+        return title, [work / f"{name}-{kind}" / f"{n:05d}.png" for name in models.names]
 
-    blocks = [[column(SHOWN[n], "1x", n) for n in range(first, first + half)] for first in (0, half)]
+    blocks = [[column(SHOWN[n], "1x-shown", n) for n in range(first, first + half)] for first in (0, half)]
     picture(blocks, models.names, Path(f"{stem}-captions.png"))
+    titles = {factor: "{}x{}".format(*models.size(factor)) for factor in FACTORS}
     blocks = [
-        [column("{1}x{2}, {0}".format(SHOWN[n], *models.size(factor)), factor, n) for n in pair for factor in FACTORS]
-        for pair in zip(range(0, OF_SIZES, 2), range(1, OF_SIZES, 2), strict=True)
+        [column(f"{titles[factor]}, {SIZED[n]}", f"{factor}-sized", n) for n in pair for factor in FACTORS]
+        for pair in zip(range(0, len(SIZED), 2), range(1, len(SIZED), 2), strict=True)
     ]
     picture(blocks, models.names, Path(f"{stem}-sizes.png"))
 
@@ -253,8 +256,9 @@ def report(models: Models, rows, drift, arguments) -> None:
     counts = ", ".join(f"{count} at {factor}" for factor, count in zip(FACTORS, arguments.counts, strict=True))
     text = [
         f"{'; '.join(told)}. Trained at {trained}; all other sizes are unseen. Samples of training captions: {counts}; "
-        f"guidance {arguments.guidance:g}, {arguments.steps} steps of DPM-Solver++, the same noise for all; brought to "
-        f"{trained} before they are compared with the training images. Commit {arguments.commit[:12]}.",
+        f"guidance {arguments.guidance:g}, {arguments.steps} steps of DPM-Solver++ in "
+        f"{'bf16' if arguments.bf16 else 'fp32'}, the same noise for all; their middle square is brought to {trained} "
+        f"before it is compared with the training images. Commit {arguments.commit[:12]}.",
         *["```sh\n" + "\n".join(arguments.command) + "\n```"][: bool(arguments.command)],
         f"![Images by caption]({stem.name}-captions.png)",
     ]
@@ -267,8 +271,9 @@ def report(models: Models, rows, drift, arguments) -> None:
         ):
             text += [title + ":", table(of, key, form)]
     text += [
-        "Relative squared error of the prediction against the teacher's, on noisy training images of that size:",
+        "Relative squared error of the prediction against the teacher's, on noisy training images enlarged to a size:",
         table(drift, "error", ".4f"),
+        *dict.fromkeys(note for row in rows for note in row["notes"]),
         *arguments.note,
         f"![Images at every size]({stem.name}-sizes.png)",
     ]

@@ -191,13 +191,16 @@ def test_faults_of_lists(tmp_path):
         with pytest.raises(DataError, match=message):
             open_captions(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n000.png,a,b\n")
-    with pytest.raises(DataError, match=r"holds metadata\.csv and metadata\.jsonl in one folder"):
+    with pytest.raises(DataError, match=r"holds metadata\.csv and metadata\.jsonl: expected one"):
         open_captions(tmp_path)
     (tmp_path / "metadata.jsonl").unlink()
     with pytest.raises(DataError, match=r"metadata\.csv, line 2: expected 2 values"):
         open_captions(tmp_path)
     (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
     with pytest.raises(DataError, match=r"metadata\.parquet cannot be read as a parquet file"):
+        open_captions(tmp_path)
+    parquet.write_table(pa.table({"file_name": ["000.png"], "text": [b"red"]}), tmp_path / "metadata.parquet")
+    with pytest.raises(DataError, match=r"metadata\.parquet, row 1 has no caption: 'text' is 'None', expected a text"):
         open_captions(tmp_path)
     (tmp_path / "metadata.parquet").rename(tmp_path / "metadata.csv")
     write_images(tmp_path / "more", 1)

@@ -7,6 +7,7 @@ from torch import nn
 diffusers = pytest.importorskip("diffusers")
 from diffusers.models.attention_processor import Attention  # noqa: E402
 
+from gspn.models import swap_init  # noqa: E402
 from gspn.models.swap import GSPNAttention, swap  # noqa: E402
 from gspn.models.swap_init import FeatureMaps, collect, fit, initialize, relative_error  # noqa: E402
 
@@ -141,6 +142,30 @@ def test_fit_comes_nearer_to_the_attention(form):
     for name, layer in swapped.layers.items():
         assert relative_error(layer, swapped.attentions[name], fresh[name]) < 1.1 * max(errors[name])
         assert all(p.grad is None for p in layer.parameters())
+
+
+def test_fit_keeps_no_more_maps_than_memory_allows(monkeypatch):
+    unet = make_unet()
+    swapped = swap(unet, backend="reference")
+    names, groups = list(swapped.layers), []
+
+    def collected(swap, run, count, names=None, device="cpu"):
+        if device != "meta":
+            groups.append(list(names))
+        return collect(swap, run, count, names, device)
+
+    monkeypatch.setattr(swap_init, "collect", collected)
+    maps = collect(swapped, runner(unet), 3)  # a run gives 2, so there are 4
+    each = {name: 4 * sum(t.numel() for t in maps[name].tokens) / 2**20 for name in names}
+    whole = sum(each.values()) + max(each.values())  # the attention's output on one layer's maps beside the maps of all
+    for memory, expected in (
+        (0, [[name] for name in names]),
+        (whole, [names]),
+        (whole - 1e-4, [names[:-1], names[-1:]]),
+    ):
+        groups.clear()
+        fit(swapped, runner(unet), maps=3, steps=1, memory_mib=memory)
+        assert groups == expected, memory
 
 
 def test_fit_keeps_the_dtype_and_never_makes_a_layer_worse():

@@ -21,8 +21,8 @@ def distill(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Images with captions: a folder with metadata.jsonl or a .txt beside each image, tar files "
-            "(webdataset), or what Hugging Face datasets loads.",
+            help="Images with captions: a folder with metadata.jsonl, .csv or .parquet or a .txt beside each image, "
+            "tar files (webdataset), or what Hugging Face datasets loads.",
         ),
     ] = None,
     run: Annotated[Path | None, typer.Option("--out", help="The run folder to make. Default: runs/DATA-BASE.")] = None,

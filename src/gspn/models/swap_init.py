@@ -248,8 +248,12 @@ def fit(
 
 
 def _bytes_of(shapes: dict[str, FeatureMaps], names: Sequence[str], count: int) -> float:
-    """Of `count` feature maps of each layer, and of the attention's output on those of one layer at a time."""
-    maps = {name: sum(t.numel() for t in shapes[name].tokens) / len(shapes[name]) * count for name in names}
+    """Of at least `count` feature maps of each layer, in whole runs, and of the attention's output on those of one
+    layer at a time."""
+    maps = {}
+    for name in names:
+        of_one_run = len(shapes[name])
+        maps[name] = sum(t.numel() for t in shapes[name].tokens) * -(-count // of_one_run)
     outputs = max(maps.values()) * torch.float32.itemsize
     return sum(maps[name] * shapes[name].tokens[0].element_size() for name in names) + outputs
 

@@ -180,7 +180,7 @@ def _beside(root, images, files, column):
     if without:
         raise DataError(
             f"{root}: {len(without)} of {len(images)} images have no caption, such as {without[0]}: expected a .txt "
-            f"file of the same name beside each, or one {' or '.join(LISTS)} for all"
+            f"file of the same name beside each, or one of {', '.join(LISTS)} for all"
         )
     rows = [(image, (_text(image.with_suffix(".txt")),)) for image in images]
     lonely = [file.name for file in files if file.suffix == ".txt" and file.with_suffix("") not in twins]
@@ -203,8 +203,9 @@ def _listed(root, lists, images, column):
     """(splits, notes) of the folder's metadata files, one at its root or one in each of its folders."""
     in_folder = Counter(file.parent for file in lists)
     if len(in_folder) < len(lists):
-        several = [file.name for file in lists if in_folder[file.parent] > 1]
-        raise DataError(f"{root} holds {' and '.join(dict.fromkeys(several))} in one folder: expected one of them")
+        folder = next(folder for folder, count in in_folder.items() if count > 1)
+        names = " and ".join(file.name for file in lists if file.parent == folder)
+        raise DataError(f"{folder} holds {names}: expected one of them")
     if len(lists) > 1 and any(file.parent == root for file in lists):
         raise DataError(f"{root} holds a list of captions, and others in its folders: expected one or the others")
     rows, seen = [], {}
@@ -226,17 +227,17 @@ def _rows(file, column):
     read = {".jsonl": _json_lines, ".csv": _table_lines, ".parquet": _parquet_rows}[file.suffix]
     first = True
     for number, row in read(file):
-        where = f"{file}, line {number}"
-        name = row.pop("file_name", None)
-        if not isinstance(name, str) or not name:
+        where = f"{file}, {'row' if file.suffix == '.parquet' else 'line'} {number}"
+        if not isinstance(row.get("file_name"), str) or not row["file_name"]:
             raise DataError(f"{where} has {', '.join(row) or 'no members'}: expected file_name, the path of an image")
+        name = row.pop("file_name")
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise DataError(f"{where} names {name}: expected a path inside of {file.parent}")
         texts = [key for key, value in row.items() if isinstance(value, str | list)]
         if first and column is None and len(texts) == 1 and not set(row) & set(USUAL_CAPTIONS):
             column = texts[0]
         first = False
-        yield where, file.parent / name, json_caption(json.dumps(row, default=str), column, where)
+        yield where, file.parent / name, json_caption(json.dumps(row, default=lambda _: None), column, where)
     if first:
         raise DataError(f"{file} holds no rows; expected file_name and text in each")
 
@@ -261,8 +262,9 @@ def _parquet_rows(file):
     from pyarrow import parquet
 
     try:
-        yield from enumerate(parquet.read_table(file).to_pylist(), 1)
-    except (OSError, pa.ArrowException) as error:
+        rows = (row for batch in parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist())
+        yield from enumerate(rows, 1)
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read as a parquet file: {error}") from error
 
 
