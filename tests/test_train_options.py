@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from gspn.train.distill_options import DistillOptions
 from gspn.train.evaluate import evaluate
+from gspn.train.generator_options import GeneratorOptions
 from gspn.train.options import OptionError, Options, file_text, flags, read_file
 
 
@@ -38,6 +40,13 @@ def test_every_option_is_a_flag_with_a_help_text():
     for parameter in parameters.values():
         (info,) = parameter.annotation.__metadata__
         assert (info.help and info.help.endswith(".")) or (":" in info.help and info.rich_help_panel)
+
+
+def test_a_help_shows_what_the_presets_fill_in():
+    shown = {one.name: one.annotation.__metadata__[0].show_default for one in flags(GeneratorOptions)}
+    assert shown["ema"] == "0.999 for pixels, 0.9999 for latents" and shown["weight_decay"] == "0.0"
+    shown = {one.name: one.annotation.__metadata__[0].show_default for one in flags(DistillOptions)}
+    assert shown["precision"] == "bf16" and shown["beta1"] == "0.9" and shown["segment"] is False
 
 
 VALUES = {  # something else than the default, of each type

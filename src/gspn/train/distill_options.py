@@ -85,10 +85,12 @@ class SwapOptions(OptionSet):
     gradient_checkpointing: bool = option(False, "Compute activations twice, to keep fewer.")
 
 
+# What is None in the options. The learning rate and bfloat16 are the paper's authors'; float16 overflows in SDXL.
+PRESET = dict(epochs=5, batch_size=16, lr=1e-4, warmup=0.1, weight_decay=0.01, clip=1.0, ema=0.999, precision="bf16")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(CaptionOptions, DistillWatchOptions, TeachingOptions, LoopOptions, SwapOptions):
     """Everything that `gspn distill` can be told; what is None is filled in."""
 
-
-# What is None in the options. The learning rate and bfloat16 are the paper's authors'; float16 overflows in SDXL.
-PRESET = dict(epochs=5, batch_size=16, lr=1e-4, warmup=0.1, weight_decay=0.01, clip=1.0, ema=0.999, precision="bf16")
+    presets: ClassVar = {"all": PRESET}

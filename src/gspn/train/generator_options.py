@@ -16,17 +16,15 @@ class DiffusionOptions(OptionSet):
 
     prediction: str | None = option(
         None,
-        "What the model predicts. Default: epsilon for latents, v_prediction for pixels.",
+        "What the model predicts: epsilon (the noise), v_prediction (velocity) or sample.",
         choices=("epsilon", "v_prediction", "sample"),
         metavar="TYPE",
-        otherwise="epsilon",
     )
     timesteps: int = option(1000, "Steps from an image to noise.", low=25, high=100_000)
     schedule: str | None = option(
         None,
-        "How the noise grows: linear (default for latents), scaled_linear, squaredcos_cap_v2 (cosine; for pixels).",
+        "How the noise grows: linear, scaled_linear, squaredcos_cap_v2 (cosine).",
         choices=("linear", "scaled_linear", "squaredcos_cap_v2"),
-        otherwise="linear",
     )
     learn_sigma: bool = option(True, "Predict the variance too, learned by the variational bound.")
     class_dropout: float = option(
@@ -71,11 +69,6 @@ class GeneratorModelOptions(OptionSet):
     compile: bool = option(False, "Compile the model with torch.compile.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratorOptions(DataOptions, WatchOptions, DiffusionOptions, LoopOptions, GeneratorModelOptions):
-    """Everything that `gspn train-diffusion` can be told; what is None is filled in from the data."""
-
-
 # By the kind of data: what is None in the options. Latents are trained on as the paper's authors do it, but for the
 # batch, which is for one GPU; their learning rate of 1e-4 is for 1024 images. With the noise as target, small images'
 # class is learned late: at high noise, where it decides, that target asks for next to nothing of the image.
@@ -85,6 +78,13 @@ PRESETS = {
     "latents": dict(epochs=80, batch_size=256, lr=1e-4, min_lr=1e-6, warmup=5, weight_decay=0.0, clip=1.0, ema=0.9999)
     | dict(prediction="epsilon", schedule="linear"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorOptions(DataOptions, WatchOptions, DiffusionOptions, LoopOptions, GeneratorModelOptions):
+    """Everything that `gspn train-diffusion` can be told; what is None is filled in from the data."""
+
+    presets: ClassVar = PRESETS
 
 
 # -- sampling --

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self, get_args, get_type_hints
 
 import typer
@@ -131,7 +132,11 @@ _PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse
 
 @dataclass(frozen=True, kw_only=True)
 class OptionSet:
-    """What every set of options can do. OptionError names a value that cannot be."""
+    """What every set of options can do. OptionError names a value that cannot be.
+
+    Attributes: presets: by a kind of data, what fills in options left open; a help shows it."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
 
     def __post_init__(self):
         for one in fields(self):
@@ -351,6 +356,11 @@ def flags(options: type[OptionSet]) -> list[inspect.Parameter]:
             name, kind = f"{name}/--no-{name[2:]}", bool
         default = what["otherwise"] if one.default in (None, MISSING) else one.default
         shown = False if default is None or isinstance(default, dict) else str(default)
+        chosen = {kind: preset[one.name] for kind, preset in options.presets.items() if one.name in preset}
+        if len(set(chosen.values())) == 1 and len(chosen) == len(options.presets):
+            shown = str(next(iter(chosen.values())))
+        elif chosen:
+            shown = ", ".join(f"{value} for {where}" for where, value in chosen.items())
         info = typer.Option(
             name,
             help=what["help"],
