@@ -118,6 +118,7 @@ def figure_of(rows: dict[str, list[dict]], curves: dict[str, list[dict]], path: 
         for name, curve in curves.items():
             axes.plot([r["step"] for r in curve], [r["loss"] for r in curve], color=COLOURS.get(name), label=name)
         axes.set(xlabel="steps of distillation", ylabel="validation loss", yscale="log")
+        axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.grid(alpha=0.25, which="both")
         axes.legend(frameon=False)
     figure.savefig(path, dpi=100, facecolor="white")
