@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import gather_object
@@ -64,16 +65,21 @@ def stopped_and_resumed(path):
 
 
 def main(folder):
+    """What is found, in a process that goes on as it was."""
     torch.set_num_threads(1)
-    for name in ("curves", "predictions", "context", "losses"):  # they take longer than the training
-        setattr(pictures, name, lambda *args: None)
-    found, seed = {"seeds": []}, loop.seed_everything
+    seeds, seed = [], loop.seed_everything
 
     def recording(value):
-        found["seeds"].append(value)
+        seeds.append(value)
         seed(value)
 
-    loop.seed_everything = recording
+    slow = dict.fromkeys(("curves", "predictions", "context", "losses"), lambda *args: None)  # slower than the training
+    with patch.multiple(pictures, **slow), patch.object(loop, "seed_everything", recording):
+        return trained(folder) | {"seeds": seeds}
+
+
+def trained(folder):
+    found = {}
     (_, found["metrics"], _), found["losses"] = losses_of(
         lambda: train_classifier("digits", folder / "copies", Options(**OPTIONS))
     )
