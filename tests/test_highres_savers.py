@@ -10,6 +10,7 @@ from stable_diffusion import tiny_ip_adapter, tiny_sd
 from torch import nn
 
 import gspn
+from gspn import files
 from gspn.models.highres import HighResPipeline, Savers, memory, savers
 from gspn.models.highres.images import decode
 from gspn.models.highres.passes import Guidance
@@ -163,6 +164,18 @@ class Killed(Exception):
     pass
 
 
+def test_two_at_work_in_one_workdir(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    call = dict(prompt="green owl", stages=[(16, 16)], **FEW, output_type="latent", workdir=tmp_path)
+
+    def second(*_):
+        with pytest.raises(ValueError, match=r"another gspn \(process \d+ on .*\) is writing to"):
+            HighResPipeline(pipe)(**call)
+
+    first = HighResPipeline(pipe)(**call, callback_on_stage_end=second)
+    assert torch.equal(HighResPipeline(pipe)(**call).images, first.images)
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(pipe, tmp_path):
     call = dict(prompt="green owl", stages=[(16, 16), (24, 24), (32, 32)], **FEW, output_type="np")
     whole = HighResPipeline(pipe)(**call)
@@ -185,7 +198,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(pipe, tmp_path):
     for one, two, three in zip(whole.stages, resumed.stages, again.stages, strict=True):
         np.testing.assert_array_equal(one, two)
         np.testing.assert_array_equal(one, three)
-    folders = sorted(path.name for path in (tmp_path / "run").iterdir())
+    folders = sorted(path.name for path in (tmp_path / "run").glob("[!.]*"))
     assert folders == ["highres.json", "stage-0-16x16", "stage-1-24x24", "stage-2-32x32"]
     from PIL import Image
 
@@ -201,7 +214,7 @@ def test_a_kill_within_a_stage_loses_that_stage_alone(sd, tmp_path):
     call = dict(prompt="green owl", stages=[(16, 16), (24, 24)], **FEW, output_type="latent", workdir=tmp_path)
     with pytest.raises(Killed):
         HighResPipeline(sd)(**call, callback_on_step_end=kill)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["highres.json", "stage-0-16x16"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["highres.json", "stage-0-16x16"]
     result = HighResPipeline(sd)(**call)
     assert torch.equal(result.images, HighResPipeline(sd)(**call | {"workdir": None}).images)
 
@@ -213,7 +226,7 @@ def test_a_folder_without_a_stage_belongs_to_no_image_yet(sd, tmp_path):
     call = dict(height=16, width=16, **FEW, output_type="latent", workdir=tmp_path)
     with pytest.raises(Killed):
         HighResPipeline(sd)("owl", **call, callback_on_step_end=kill)
-    assert [path.name for path in tmp_path.iterdir()] == ["highres.json"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["highres.json"]
     HighResPipeline(sd)("fox", **call)
     with pytest.raises(ValueError, match='prompt "fox", now "owl"'):
         HighResPipeline(sd)("owl", **call)

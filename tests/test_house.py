@@ -11,7 +11,7 @@ import gspn
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 # each may import those to its left
 LAYERS = ["files", "kernels", "dispatch", "ops", "layers", "models", "export", "train", "cli"]
-BASE = {"torch", "numpy", "safetensors", "gspn"}
+BASE = {"torch", "numpy", "safetensors", "gspn", "filelock"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -13,8 +13,9 @@ import torch
 from training import TINY, same, tiny_options, tree
 
 from gspn import files
+from gspn.files import BusyError, writing
 from gspn.train import checkpoint, loop, pictures
-from gspn.train.checkpoint import Run, RunError, writing
+from gspn.train.checkpoint import Run, RunError
 from gspn.train.classify import resume_classifier, train_classifier
 from gspn.train.evaluate import load_classifier
 from gspn.train.images import mixed_seed
@@ -329,11 +330,11 @@ def test_trained_weights_are_the_start_also_before_the_first_checkpoint(digits_r
 
 
 def test_two_trainings_in_one_folder(tmp_path, stopped, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
     with writing(stopped):
-        with pytest.raises(RunError, match=rf"another gspn \(process {os.getpid()} on .*\) is writing to .*run"):
+        with pytest.raises(BusyError, match=rf"another gspn \(process {os.getpid()} on .*\) is writing to .*run"):
             resume_classifier(stopped)
-        with pytest.raises(RunError, match="another gspn"):
+        with pytest.raises(BusyError, match="another gspn"):
             train_classifier("digits", stopped, tiny_options(), overwrite=True)
     resume_classifier(stopped)
 
@@ -342,7 +343,7 @@ def test_a_killed_training_leaves_no_lock(tmp_path, monkeypatch):
     process = start(tmp_path / "run", step="writes a tensor file", count=0)
     process.join()
     assert process.exitcode == -signal.SIGKILL and (tmp_path / "run" / ".lock").exists()
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0)
+    monkeypatch.setattr(files, "PATIENCE", 0)
     with writing(tmp_path / "run"):
         pass
 

@@ -1,23 +1,31 @@
 """Writing files so that no crash or full disk harms what is there: under a temporary name in the same folder, synced to
-disk, then renamed; a folder of files likewise.
+disk, then renamed; a folder of files likewise. And one process at a time in a folder.
 """
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 TEMPORARY = ".new"  # the end of the name of what is being written
+LOCK = ".lock"  # in a folder that one process at a time writes
+PATIENCE = 8  # seconds for the lock: processes that read images outlive a killed training by up to 5
 
 
 class SaveError(OSError):
     """Something could not be written. What was there before is untouched."""
+
+
+class BusyError(ValueError):
+    """Another process is writing to the folder."""
 
 
 @contextmanager
@@ -44,6 +52,36 @@ def atomic(path: Path | str) -> Iterator[Path]:
     except BaseException:
         remove(temporary, quietly=True)
         raise
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Makes the folder, and lets only one process at a time into this block for it. The lock is the system's: a killed
+    process leaves none, though its file stays.
+
+    Errors: BusyError if another one is still there after PATIENCE seconds; SaveError if the folder cannot be made."""
+    path = Path(path)
+    make_folder(path)
+    lock = FileLock(path / LOCK, timeout=PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = (path / LOCK).read_text().strip()
+        raise BusyError(
+            f"another gspn ({holder}) is writing to {path}: wait for it, or choose another folder"
+        ) from None
+    try:
+        (path / LOCK).write_text(f"process {os.getpid()} on {platform.node()}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 def _replace_folder(new, path):

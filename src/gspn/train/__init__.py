@@ -7,7 +7,7 @@ Needs the extra `train`; importing this package without it raises ImportError wi
 
 from importlib.util import find_spec
 
-_needed = {"accelerate", "datasets", "PIL", "filelock", "matplotlib", "rich", "sklearn", "typer", "yaml"}
+_needed = {"accelerate", "datasets", "PIL", "matplotlib", "rich", "sklearn", "typer", "yaml"}
 _missing = sorted(name for name in _needed if find_spec(name) is None)
 if _missing:
     raise ImportError(

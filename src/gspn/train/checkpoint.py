@@ -12,28 +12,28 @@ Tensors are safetensors and everything else is JSON: nothing is ever unpickled. 
 name in the same folder, synced to disk, then renamed; a checkpoint, which is several files, as a folder likewise.
 Whoever reads a run changes nothing in it, so that a run may be read while it is being written.
 
-Only one process writes a run at a time (`writing`); the lock is the system's, so that a killed process leaves none.
-A run that is overwritten stays in RUN/.earlier, itself a run folder, until the new one has its first best checkpoint.
+Only one process writes a run at a time (`gspn.files.writing`). A run that is overwritten stays in RUN/.earlier, itself
+a run folder, until the new one has its first best checkpoint.
 """
 
 import json
 import os
-import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from gspn.files import (
+    LOCK,
     TEMPORARY,
     SaveError,
     atomic,
     displaced,
     is_temporary,
+    make_folder,
     remove,
     save_tensors,
     write_json,
@@ -42,8 +42,6 @@ from gspn.files import (
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
-LOCK = ".lock"
-PATIENCE = 8  # seconds for the lock: processes that read images outlive a killed training by up to 5
 EARLIER = ".earlier"  # the folder in RUN in which the run that is being overwritten waits
 
 # What a run of each task holds beside checkpoints, metrics.jsonl, options.yaml and config.json: from its first epoch on
@@ -68,35 +66,6 @@ def _find(path):
             continue
         return folder, status.st_ino, status.st_mtime_ns
     return None
-
-
-@contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Makes the folder, and lets only one process at a time into this block for it.
-
-    Errors: RunError if another one is still there after PATIENCE seconds; SaveError if the folder cannot be made."""
-    path = Path(path)
-    _make_folder(path)
-    lock = FileLock(path / LOCK, timeout=PATIENCE)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(
-            f"another gspn ({(path / LOCK).read_text().strip()}) is writing to {path}: wait for it, or choose another "
-            "folder"
-        ) from None
-    try:
-        (path / LOCK).write_text(f"process {os.getpid()} on {platform.node()}\n")
-        yield
-    finally:
-        lock.release()
-
-
-def _make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 class Run:
@@ -133,7 +102,7 @@ class Run:
         Errors: RunError as `check_free`; SaveError where the folder cannot be written, which leaves it as it was."""
         cls.check_free(path, overwrite)
         run = cls(path, json.loads(json.dumps({"format": FORMAT, **config})), [])
-        _make_folder(run.path)
+        make_folder(run.path)
         try:
             run._set_earlier_aside()
             write_json(run.path / "config.json", run.config)

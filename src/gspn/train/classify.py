@@ -202,7 +202,7 @@ def train_classifier(
         out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
         options: Options. console: rich's, or None for silence.
     Returns: (Run, metrics of the best checkpoint, list of warnings).
-    Errors: DataError, OptionError, RunError, SaveError, TrainingError.
+    Errors: BusyError, DataError, OptionError, RunError, SaveError, TrainingError.
     """
     options = options or Options()
     return start(TASK, Setup.begin, _train, data, out, options, overwrite=overwrite, console=console)

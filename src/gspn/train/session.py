@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 import gspn
+from gspn.files import writing
 from gspn.train.board import check_tensorboard
-from gspn.train.checkpoint import STATE_FORMAT, Run, RunError, writing
+from gspn.train.checkpoint import STATE_FORMAT, Run, RunError
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.evaluate import OPEN_OPTIONS
 from gspn.train.images import Preprocessing, Split
@@ -69,7 +70,7 @@ def start(
         run_training: called with (setup, model, out, run or None, accelerator, console, checkpoint or None).
         data: what the user calls the data. out: the run folder. options: those of the task.
         overwrite: an earlier run in `out` may be replaced. console: rich's, or None for silence.
-    Returns: what `run_training` does. Errors: DataError, OptionError, RunError, SaveError, TrainingError.
+    Returns: what `run_training` does. Errors: BusyError, DataError, OptionError, RunError, SaveError, TrainingError.
     """
     accelerator = make_accelerator()
     say = speaker(accelerator, console)

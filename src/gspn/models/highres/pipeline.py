@@ -16,7 +16,7 @@ from gspn.models.highres.memory import MIB, SHARE, choose, free_bytes, is_offloa
 from gspn.models.highres.passes import Guidance, allowed_options, cosine_share
 from gspn.models.highres.plan import STEPS, STRENGTHS, Stage, check_pipeline, last_timesteps, make_stages
 from gspn.models.highres.savers import SAVERS, saving
-from gspn.models.highres.state import Workdir, described, fingerprint
+from gspn.models.highres.state import described, fingerprint, opened
 
 try:
     from diffusers import LMSDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -152,7 +152,8 @@ class HighResPipeline:
                 it (vae_tiling also where it saves most of the VAE's time). Savers that are on in the first stage change
                 the VAE alone, the feed-forward layers and the residuals: its guidance is the pipeline's.
             workdir: a folder that keeps each stage when it is done (latents, picture). A call with the same arguments
-                goes on after the last stage that it holds, to the same image; others are refused.
+                goes on after the last stage that it holds, to the same image; others are refused, as is
+                a second process at the same time.
             output_type: "pil", "np" (1,H,W,3) or "pt" (1,3,H,W) in [0, 1], or "latent" (1,C,h,w).
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ..., "stage": i}) after every step;
                 may return a dict with other latents. callback_on_stage_end: as f(pipeline, i, image).
@@ -165,31 +166,36 @@ class HighResPipeline:
         self._check(prompt, negative_prompt, seed, generator, blend, dilation, output_type, options)
         found = make_stages(pipe, height, width, stages, native_steps, steps, strengths, dilation is not None)
         wanted = _wanted(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
-        folder = None if workdir is None else Workdir(workdir)
-        if generator is not None:
-            seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        if folder is not None and folder.kept is not None and seed is None:
-            seed = folder.kept["asked"]["seed"]
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
+        with opened(workdir) as folder:
+            if generator is not None:
+                seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+            if folder is not None and folder.kept is not None and seed is None:
+                seed = folder.kept["asked"]["seed"]
+            if seed is None:
+                seed = int(torch.randint(2**31, ()))
 
-        guidance = Guidance(pipe, prompt, negative_prompt, _scale(guidance_scale), options, found[0].size)
-        by_stage = [wanted] * len(found)
-        if folder is not None:
-            asked = dict(prompt=prompt, negative_prompt=negative_prompt, seed=seed, guidance_scale=guidance_scale)
-            asked |= dict(blend=blend, dilation=dilation, rematch=rematch, options=described(options))
-            asked |= dict(stages=[[*stage.size, stage.steps, stage.strength, stage.dilation] for stage in found])
-            asked |= dict(pipeline=fingerprint(pipe), savers=wanted)
-            if folder.kept is not None:
-                folder.begin(asked, {})
-                # What was chosen by the memory that was free then is kept: with other savers, other bits.
-                by_stage = [dict(zip(SAVERS, chosen, strict=True)) for chosen in folder.kept["chosen"]["savers"]]
-        found = self._fit(found, by_stage, guidance, memory_mib)
-        if folder is not None and folder.kept is None:
-            folder.begin(asked, {"savers": [[getattr(stage.savers, name) for name in SAVERS] for stage in found]})
+            guidance = Guidance(pipe, prompt, negative_prompt, _scale(guidance_scale), options, found[0].size)
+            by_stage = [wanted] * len(found)
+            if folder is not None:
+                asked = dict(prompt=prompt, negative_prompt=negative_prompt, seed=seed, guidance_scale=guidance_scale)
+                asked |= dict(blend=blend, dilation=dilation, rematch=rematch, options=described(options))
+                asked |= dict(stages=[[*stage.size, stage.steps, stage.strength, stage.dilation] for stage in found])
+                asked |= dict(pipeline=fingerprint(pipe), savers=wanted)
+                if folder.kept is not None:
+                    folder.begin(asked, {})
+                    # What was chosen by the memory that was free then is kept: with other savers, other bits.
+                    by_stage = [dict(zip(SAVERS, chosen, strict=True)) for chosen in folder.kept["chosen"]["savers"]]
+            found = self._fit(found, by_stage, guidance, memory_mib)
+            if folder is not None and folder.kept is None:
+                folder.begin(asked, {"savers": [[getattr(stage.savers, name) for name in SAVERS] for stage in found]})
 
-        run = _Run(pipe, found, guidance, seed, blend, dilation, rematch, callback_on_step_end, prompt, negative_prompt)
-        finished, nsfw = [], None
+            given = (callback_on_step_end, prompt, negative_prompt)
+            run = _Run(pipe, found, guidance, seed, blend, dilation, rematch, *given)
+            return self._made(run, folder, options, output_type, callback_on_stage_end)
+
+    def _made(self, run, folder, options, output_type, callback):
+        """The image, stage by stage; what `folder` (a Workdir or None) holds of them is taken from there."""
+        pipe, found, finished, nsfw = self.pipe, run.stages, [], None
         with _offloading(pipe, any(stage.savers.offload for stage in found)):
             image = None
             for i, stage in enumerate(found):
@@ -210,10 +216,12 @@ class HighResPipeline:
                         picture = shown if output_type == "pil" else self._shown(image, "pil")[0]
                         folder.save(i, stage.size, latents, picture[0])
                 finished.append(shown)
-                if callback_on_stage_end is not None:
-                    callback_on_stage_end(pipe, i, shown)
+                if callback is not None:
+                    callback(pipe, i, shown)
                 pipe.maybe_free_model_hooks()
-        return HighResOutput(images=finished[-1], stages=finished, plan=found, seed=seed, nsfw_content_detected=nsfw)
+        return HighResOutput(
+            images=finished[-1], stages=finished, plan=found, seed=run.seed, nsfw_content_detected=nsfw
+        )
 
     def _check(self, prompt, negative_prompt, seed, generator, blend, dilation, output_type, options):
         check_pipeline(self.pipe)

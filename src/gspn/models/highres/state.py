@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gspn.files import atomic, save_tensors, write_json
+from gspn.files import atomic, save_tensors, write_json, writing
 
 RECORD, LATENTS, IMAGE = "highres.json", "latents.safetensors", "image.png"
 FORMAT = 1
@@ -18,11 +20,21 @@ SETTINGS = ("s1", "s2", "b1", "b2", "scale", "scaling", "_active_adapter", "_dis
 SAMPLE = 16  # values of each weight that tell one set of weights from another
 
 
+@contextmanager
+def opened(path: Path | str | None) -> Iterator["Workdir | None"]:
+    """The Workdir at `path`, which is made if it is not there, for this process alone until the block's end; None for
+    None. Raises BusyError, a ValueError, where another process is at work there."""
+    if path is None:
+        yield None
+        return
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"workdir has to be a folder, {path} is a file")
+    with writing(path):
+        yield Workdir(path)
+
+
 class Workdir:
     """A folder that holds the stages of one image, each written when it is done.
-
-    Args:
-        path: the folder; it is made if it is not there. asked: what decides the image, as JSON has it.
 
     Attributes: kept: the record that the folder held, or None where it holds no stage.
     """
@@ -30,8 +42,6 @@ class Workdir:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.kept = None
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"workdir has to be a folder, {self.path} is a file")
         record = self.path / RECORD
         if record.exists():
             try:
@@ -50,7 +60,6 @@ class Workdir:
         Raises ValueError, with what differs, where the folder belongs to another image."""
         asked = json.loads(json.dumps(asked))
         if self.kept is None:
-            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RECORD, {"format": FORMAT, "asked": asked, "chosen": chosen})
             return
         kept = self.kept["asked"]

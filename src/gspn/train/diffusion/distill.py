@@ -225,8 +225,8 @@ def distill(
         data: images with captions, see captions.open_captions.
         out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
         options: DistillOptions. console: rich's, or None for silence.
-    Returns: (Run, in other processes than the main one None; warnings). Errors: DataError, OptionError, RunError,
-        SaveError, TrainingError.
+    Returns: (Run, in other processes than the main one None; warnings). Errors: BusyError, DataError,
+        OptionError, RunError, SaveError, TrainingError.
     """
     return start(TASK, Setup.of, _train, data, out, options, overwrite=overwrite, console=console)
 

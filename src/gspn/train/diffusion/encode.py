@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_convert
 
 import gspn
-from gspn.files import atomic, is_temporary, remove, save_tensors, write_json
-from gspn.train.checkpoint import LOCK, RunError, writing
+from gspn.files import LOCK, atomic, is_temporary, remove, save_tensors, write_json, writing
+from gspn.train.checkpoint import RunError
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.diffusion.latent_files import ABOUT, DTYPES, FORMAT, DamagedShard, Shards, identity, read_config
 from gspn.train.diffusion.latents import LatentData, open_latents
@@ -67,7 +67,7 @@ def encode(
         workers: processes that decode images. strict: an unreadable image is an error, not left out and named.
         console: rich's, for the progress bar; None is silent.
     Returns: LatentData, in every process, when the latents are complete.
-    Errors: DataError, OptionError, SaveError; RunError where something else is in the folder.
+    Errors: BusyError, DataError, OptionError, SaveError; RunError where something else is in the folder.
     """
     _check(size, dtype, precision, shard_size, batch_size, workers)
     refuse_latents(data)

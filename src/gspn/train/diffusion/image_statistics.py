@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gspn.files import SaveError, atomic, save_tensors
+from gspn.files import LOCK, SaveError, atomic, save_tensors
 from gspn.train.diffusion.distances import Moments, Score
 from gspn.train.diffusion.features import Extractor
 from gspn.train.diffusion.imagesets import NO_CLASS, ImageSet, lazily
@@ -101,7 +101,7 @@ def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
     metadata = {"gspn": json.dumps(key), "digest": _digest(tensors, key)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / ".lock", timeout=SAVE_EVERY), atomic(path) as temporary:
+        with FileLock(path.parent / LOCK, timeout=SAVE_EVERY), atomic(path) as temporary:
             save_tensors(temporary, tensors, metadata)
     except SaveError:
         raise

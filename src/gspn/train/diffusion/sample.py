@@ -17,8 +17,8 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gspn.files import SaveError, remove, write_json
-from gspn.train.checkpoint import RunError, writing
+from gspn.files import SaveError, remove, write_json, writing
+from gspn.train.checkpoint import RunError
 from gspn.train.diffusion.generators import load_pipeline, named_scheduler
 from gspn.train.diffusion.grid import CLASSES, COLUMNS, draw_grid, save_picture
 from gspn.train.diffusion.sample_files import ABOUT, ARRAYS, GRID, IMAGES, Samples
@@ -44,7 +44,8 @@ def sample(
         source, checkpoint, vae: see load_pipeline. options: SampleOptions. console: rich's; None is silent.
         out: the folder; not to exist, to be empty, or begun with the same generator and options.
     Returns: {"images", "made" (by this call, all processes), "seconds", "folder", "files"}, in every process.
-    Errors: OptionError, RunError, SaveError; TrainingError where memory does not suffice or values are not finite.
+    Errors: BusyError, OptionError, RunError, SaveError; TrainingError where memory does not suffice or values are not
+        finite.
     """
     options = options or SampleOptions()
     accelerator, out = make_accelerator(), Path(out).expanduser()

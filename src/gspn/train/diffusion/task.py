@@ -379,7 +379,7 @@ def train_generator(
         out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
         options: GeneratorOptions. console: rich's, or None for silence.
     Returns: (the Run, in the main process; list of warnings).
-    Errors: DataError, OptionError, RunError, SaveError, TrainingError.
+    Errors: BusyError, DataError, OptionError, RunError, SaveError, TrainingError.
     """
     options = options or GeneratorOptions()
     return start(TASK, Setup.of, _train, data, out, options, overwrite=overwrite, console=console)
