@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention  # noqa: E402
 
 from gspn.models import swap_init  # noqa: E402
 from gspn.models.swap import GSPNAttention, swap  # noqa: E402
-from gspn.models.swap_init import FeatureMaps, collect, fit, initialize, relative_error  # noqa: E402
+from gspn.models.swap_init import FeatureMaps, collect, fit, initialize, relative_error, stream_statistics  # noqa: E402
 
 C, HEADS = 32, 4
 
@@ -82,6 +82,29 @@ def test_pure_finds_a_constant_gate_in_what_the_norm_adds(segment):
     x = torch.randn(3, 36, C)
     bias = attention.to_out[0].bias
     assert (layer(x, map_size=(6, 6)) - bias).abs().mean() < 0.1 * (attention(x) - bias).abs().mean()
+
+
+def test_pure_finds_a_constant_gate_in_what_the_transformer_adds():
+    unet = make_unet()
+    transformer = unet.down_blocks[0].attentions[0]
+    block = transformer.transformer_blocks[0]
+    with torch.no_grad():
+        transformer.norm.weight.normal_()
+        transformer.norm.bias.normal_()
+        block.norm1.weight.uniform_(-1.5, 1.5)
+    x = torch.randn(64, C, 16, 16)
+    tokens = transformer.proj_in(transformer.norm(x)).flatten(2).mT.detach()
+    mean, covariance = stream_statistics(transformer)
+    torch.testing.assert_close(mean, tokens.mean((0, 1)), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(covariance, tokens.flatten(0, 1).T.cov(), rtol=0.05, atol=0.03)
+    # the proxy's first place is nearly 1 everywhere, which the norm alone does not give
+    x, gates = block.norm1(tokens).detach(), {}
+    for name, before in {"norm": None, "transformer": (mean, covariance)}.items():
+        layer = GSPNAttention(C, form="pure", backend="reference")
+        initialize(layer, block.attn1, block.norm1, (16, 16), before)
+        gates[name] = x @ layer.gspn.proxy_proj.weight[0, :, 0, 0].detach()
+    assert (gates["transformer"] - 1).square().mean() < 0.1
+    assert (gates["norm"] - 1).square().mean() > 0.3
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])

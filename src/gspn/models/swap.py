@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gspn.models import swap_file
-from gspn.models.swap_init import initialize
+from gspn.models.swap_init import initialize, stream_statistics
 from gspn.models.swap_layer import GSPNAttention, check_form
 
 try:
@@ -195,16 +195,18 @@ def swap(
     if init not in ("pretrained", "random"):
         raise ValueError(f'init has to be "pretrained" or "random", got {init!r}')
     unet, places = _places(target)
-    layers = {}
+    layers, before = {}, {}
     for name, block in places.items():
-        attention = block.attn1
+        attention, around = block.attn1, name.partition(".transformer_blocks.")[0]
         weight = attention.to_q.weight
         options = _options(attention)
         with torch.device(weight.device):
             layer = GSPNAttention(weight.shape[1], form=form, segment=segment, backend=backend, **options)
         if init == "pretrained" and not weight.is_meta:
             norm = block.norm1 if isinstance(block.norm1, nn.LayerNorm) else None
-            initialize(layer, attention, norm, _native_size(unet, name))
+            if form == "pure" and around not in before:
+                before[around] = stream_statistics(unet.get_submodule(around))
+            initialize(layer, attention, norm, _native_size(unet, name), before.get(around))
         layers[name] = layer.to(weight.dtype).train(attention.training)
     return Swap(unet, layers)
 

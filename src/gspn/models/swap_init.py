@@ -14,35 +14,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SLIGHT = 0.1  # of the pure form's gates read from where nothing is constant
+DOUBT = 1e-3  # in a predicted covariance, as a part of the mean variance: gates are to be nearly constant in truth
 
 
 @torch.no_grad()
-def initialize(layer: nn.Module, attention: nn.Module, norm: nn.LayerNorm | None, size: tuple[int, int]) -> None:
+def initialize(
+    layer: nn.Module,
+    attention: nn.Module,
+    norm: nn.LayerNorm | None,
+    size: tuple[int, int],
+    before: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Sets the weights of `layer` so that its output, in the mean over a map, is that of `attention` were all its
     scores equal; that can still be further from the attention than no output where places have little in common.
 
         qkv:   x + to_v x = W_v x, and likewise K and Q; gates constant; to_out = W_out
-        pure:  to_out = W_out W_v; gates read the direction in which what the norm gives is most nearly constant
+        pure:  to_out = W_out W_v; gates read the direction p in which x is most nearly constant, the least squares
+               solution of p . x = 1 for x of mean m and covariance S:  p = S^-1 m / (1 + m . S^-1 m)
 
     Args:
         layer: a :class:`gspn.GSPNAttention`, in place, in float32. attention: diffusers' Attention, of any dtype.
-        norm: the LayerNorm before it, whose scale and shift tell the mean and variance of x; None takes 0 and 1, with
-            which no direction is constant and the pure form starts near zero output.
+        norm: the LayerNorm before it, whose scale and shift tell, with `before`, mean and covariance of x; None is one
+            without scale and shift.
         size: H and W of the map at the UNet's own size, over which a global scan is to average; segments do not need
             it.
+        before: mean (C,) and covariance (C,C) of what comes before the norm, as `stream_statistics` predicts them; None
+            takes 0 and 1, with which only the norm's shift is constant, and without shift the pure form starts near
+            zero output.
 
     The proxies of Q and K are the directions in which both are largest, within each head; the projections from them
     start at zero. Source: ours; arXiv 2501.12381 names the kinship and gives no formula.
     """
     w = {name: getattr(attention, f"to_{name}").weight.float() for name in "qkv"}
     out, v_bias = attention.to_out[0], attention.to_v.bias
-    scale, shift = _statistics(norm, w["v"])
+    scale, shift = _affine(norm, w["v"])
     # A direction that has gone through n of its N lines gives n / N times the average; in the mean over the map that is
     # a little more than a half. The merger takes the mean over the directions.
     shares = [_mean_lines(n, layer.segment) / (n if layer.segment is None else min(n, layer.segment)) for n in size]
     gate = (len(shares) / sum(shares)) ** 0.5
     if layer.form == "pure":
-        _initialize_pure(layer.gspn, w, scale, shift, gate, attention.heads)
+        _initialize_pure(layer.gspn, w, scale, _normalised(before, scale, shift), gate, attention.heads)
         layer.to_out[0].weight.copy_(out.weight.float() @ w["v"])
         if layer.to_out[0].bias is not None:
             passed = 0 if v_bias is None else out.weight.float() @ v_bias.float()
@@ -64,11 +75,11 @@ def initialize(layer: nn.Module, attention: nn.Module, norm: nn.LayerNorm | None
     layer.to_out[0].load_state_dict(out.state_dict())
 
 
-def _initialize_pure(unit, w, scale, shift, gate, heads):
-    # The least squares solution of p . x = 1 for x of that mean and variance: nearly constant where the norm's shift is
-    # large beside its scale, and the smaller the less there is that is constant.
-    spread = shift / scale.square().clamp(min=1e-6)
-    constant = spread / (1 + (shift * spread).sum())
+def _initialize_pure(unit, w, scale, expected, gate, heads):
+    mean, covariance = expected
+    # The smaller the less there is that is constant.
+    spread = torch.linalg.solve(covariance, mean)
+    constant = spread / (1 + mean @ spread)
     others = _shared_directions(w["q"], w["k"], scale, heads, unit.proxy_dim - 1)
     in_input = F.normalize(others @ (w["q"] + w["k"]), dim=1) if len(others) else others
     unit.proxy_proj.weight.copy_(torch.cat([constant[None], in_input])[..., None, None])
@@ -80,17 +91,47 @@ def _initialize_pure(unit, w, scale, shift, gate, heads):
         # As far as nothing is constant a little of another direction, or layers whose norm has no shift would start,
         # and stay, where both gates are 0 and pass no gradient.
         if unit.proxy_dim > 1:
-            slight = SLIGHT * gate * (1 - (shift * constant).sum())
+            slight = SLIGHT * gate * (1 - mean @ constant)
             projection[:, channels, 1 + channels % (unit.proxy_dim - 1)] = slight
 
 
-def _statistics(norm, like) -> tuple[Tensor, Tensor]:
-    """Standard deviation and mean (C,) of what a LayerNorm gives, for inputs alike in all channels."""
+@torch.no_grad()
+def stream_statistics(transformer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and covariance (C,C), in float32, of the tokens with which the blocks of a Transformer2DModel begin,
+    predicted from its weights: a GroupNorm gives channels of mean b and deviation g, its shift and scale, taken as
+    independent; the projection makes W b + c and W diag(g^2) W^T of them. What blocks add to the tokens is not in it.
+    """
+    weight, bias = transformer.proj_in.weight, transformer.proj_in.bias
+    if not weight.is_floating_point():
+        raise ValueError(
+            f'proj_in has weights of {weight.dtype}: swap before they are quantised, or with init="random"'
+        )
+    weight = weight.float().flatten(1)
+    scale, shift = (parameter.float() for parameter in (transformer.norm.weight, transformer.norm.bias))
+    mean = weight @ shift if bias is None else weight @ shift + bias.float()
+    return mean, (weight * scale.square()) @ weight.T
+
+
+def _normalised(before, scale, shift):
+    """Mean and covariance of what a LayerNorm of that scale and shift makes of tokens with those of `before`."""
+    eye = torch.eye(len(scale), device=scale.device)
+    mean, covariance = before or (torch.zeros_like(scale), eye)
+    mean = mean - mean.mean()  # over the channels, as a LayerNorm does
+    covariance = covariance - covariance.mean(0)
+    covariance = covariance - covariance.mean(1, keepdim=True)
+    variance = (mean.square().mean() + covariance.diagonal().mean()).clamp(min=1e-12)
+    covariance = scale[:, None] * covariance * scale / variance
+    doubt = DOUBT * covariance.diagonal().mean().clamp(min=1e-6)
+    return scale * mean / variance.sqrt() + shift, covariance + doubt * eye
+
+
+def _affine(norm, like) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of a LayerNorm."""
     ones = torch.ones(like.shape[1], device=like.device)
     if norm is None or norm.weight is None:
         return ones, torch.zeros_like(ones)
     shift = torch.zeros_like(ones) if norm.bias is None else norm.bias.float()
-    return norm.weight.float().abs(), shift
+    return norm.weight.float(), shift
 
 
 def _mean_lines(length: int, segment: int | None) -> float:
