@@ -53,7 +53,8 @@ def runner(unet, batch=2, sizes=((8, 8),)):
 @pytest.mark.parametrize("segment", [None, 3, 4])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size", [(6, 6), (4, 9)])
-def test_qkv_averages_as_attention_does_with_equal_scores(segment, bias, size):
+def test_qkv_averages_as_attention_does_with_equal_scores(segment, bias, size, monkeypatch):
+    monkeypatch.setattr(swap_init, "SLIGHT", 0.0)
     attention = make_attention(bias=bias)
     layer = GSPNAttention(C, form="qkv", segment=segment, qkv_bias=bias, backend="reference")
     initialize(layer, attention, None, size)
@@ -66,7 +67,8 @@ def test_qkv_averages_as_attention_does_with_equal_scores(segment, bias, size):
 
 
 @pytest.mark.parametrize("segment", [None, 4])
-def test_pure_finds_a_constant_gate_in_what_the_norm_adds(segment):
+def test_pure_finds_a_constant_gate_in_what_the_norm_adds(segment, monkeypatch):
+    monkeypatch.setattr(swap_init, "SLIGHT", 0.0)
     attention, norm = make_attention(), nn.LayerNorm(C)
     with torch.no_grad():
         norm.weight.fill_(0.02)
@@ -82,6 +84,24 @@ def test_pure_finds_a_constant_gate_in_what_the_norm_adds(segment):
     x = torch.randn(3, 36, C)
     bias = attention.to_out[0].bias
     assert (layer(x, map_size=(6, 6)) - bias).abs().mean() < 0.1 * (attention(x) - bias).abs().mean()
+
+
+@pytest.mark.parametrize("segment", [None, 4])
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+def test_what_the_gates_read_of_q_and_k_nearly_cancels(form, segment, monkeypatch):
+    attention, norm = make_attention(), nn.LayerNorm(C)
+    with torch.no_grad():
+        norm.weight.fill_(0.5)
+        norm.bias.copy_(3 * torch.randn(C))
+    x, outputs = norm(torch.randn(4, 144, C)).detach(), {}
+    for slight in (swap_init.SLIGHT, 0.0):
+        monkeypatch.setattr(swap_init, "SLIGHT", slight)
+        layer = GSPNAttention(C, form=form, segment=segment, backend="reference")
+        initialize(layer, attention, norm, (12, 12))
+        outputs[slight] = layer(x, map_size=(12, 12)).detach()
+    plain = outputs.pop(0.0) - attention.to_out[0].bias
+    (slight,) = outputs.values()
+    assert 0 < (slight - attention.to_out[0].bias - plain).norm() < 0.1 * plain.norm()
 
 
 def test_pure_finds_a_constant_gate_in_what_the_transformer_adds():

@@ -204,9 +204,9 @@ def swap(
             layer = GSPNAttention(weight.shape[1], form=form, segment=segment, backend=backend, **options)
         if init == "pretrained" and not weight.is_meta:
             norm = block.norm1 if isinstance(block.norm1, nn.LayerNorm) else None
-            if form == "pure" and around not in before:
+            if around not in before:
                 before[around] = stream_statistics(unet.get_submodule(around))
-            initialize(layer, attention, norm, _native_size(unet, name), before.get(around))
+            initialize(layer, attention, norm, _native_size(unet, name), before[around])
         layers[name] = layer.to(weight.dtype).train(attention.training)
     return Swap(unet, layers)
 

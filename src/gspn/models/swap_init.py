@@ -3,7 +3,8 @@ output on feature maps, layer by layer, before any distillation.
 
 The scan is kin to attention: both are gated sums over places. With constant gates and even propagation weights it is an
 average over the places that it reaches, as attention is where all scores are equal. `initialize` sets just that up, in
-closed form and from weights alone; which places count more is what training adds, from Q and K, which are there.
+closed form and from weights alone; which places count more is what training adds, from Q and K: the gates read a little
+of them, in a way that cancels at first.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SLIGHT = 0.1  # of the pure form's gates read from where nothing is constant
+from gspn.ops import DIRECTIONS
+
+SLIGHT = 0.3  # of a gate follows what its proxy has of Q and K
 DOUBT = 1e-3  # in a predicted covariance, as a part of the mean variance: gates are to be nearly constant in truth
 
 
@@ -42,18 +45,21 @@ def initialize(
             takes 0 and 1, with which only the norm's shift is constant, and without shift the pure form starts near
             zero output.
 
-    The proxies of Q and K are the directions in which both are largest, within each head; the projections from them
-    start at zero. Source: ours; arXiv 2501.12381 names the kinship and gives no formula.
+    The proxies of Q and K are the directions in which both are largest, within each head. Of each gate a part SLIGHT
+    follows one of them, in vertical directions with the other sign: where nothing did, the proxies would learn nothing
+    until the projections from them have grown, and as all directions give about the same average, it cancels in their
+    sum. Source: ours; arXiv 2501.12381 names the kinship and gives no formula.
     """
     w = {name: getattr(attention, f"to_{name}").weight.float() for name in "qkv"}
     out, v_bias = attention.to_out[0], attention.to_v.bias
     scale, shift = _affine(norm, w["v"])
+    mean, covariance = _normalised(before, scale, shift)
     # A direction that has gone through n of its N lines gives n / N times the average; in the mean over the map that is
     # a little more than a half. The merger takes the mean over the directions.
     shares = [_mean_lines(n, layer.segment) / (n if layer.segment is None else min(n, layer.segment)) for n in size]
     gate = (len(shares) / sum(shares)) ** 0.5
     if layer.form == "pure":
-        _initialize_pure(layer.gspn, w, scale, _normalised(before, scale, shift), gate, attention.heads)
+        _initialize_pure(layer.gspn, w, scale, mean, covariance, gate, attention.heads)
         layer.to_out[0].weight.copy_(out.weight.float() @ w["v"])
         if layer.to_out[0].bias is not None:
             passed = 0 if v_bias is None else out.weight.float() @ v_bias.float()
@@ -66,33 +72,47 @@ def initialize(
         if linear.bias is not None:
             linear.bias.copy_(source.bias)
     directions = _shared_directions(w["q"], w["k"], scale, attention.heads, layer.proxy_dim)
-    layer.input_proxy.weight.copy_(directions)
-    layer.output_proxy.weight.copy_(directions)
-    for name in ("weight", "input", "output", "skip"):
+    for name, source in (("input", "k"), ("output", "q")):
+        proxy = directions / _deviation(directions @ w[source], covariance)
+        getattr(layer, f"{name}_proxy").weight.copy_(proxy)
+        if layer.gate_bias:
+            projection, bias = getattr(layer, f"{name}_proj"), getattr(layer, f"{name}_bias")
+            _read_slightly(projection.zero_(), gate)
+            shared = getattr(layer, f"to_{source}").bias
+            middle = w[source] @ mean if shared is None else w[source] @ mean + shared
+            bias.copy_(gate - projection @ (proxy @ middle))
+    for name in ("weight", "skip"):
         if layer.gate_bias:
             getattr(layer, f"{name}_proj").zero_()
-            getattr(layer, f"{name}_bias").fill_(gate if name in ("input", "output") else 0.0)
+            getattr(layer, f"{name}_bias").zero_()
     layer.to_out[0].load_state_dict(out.state_dict())
 
 
-def _initialize_pure(unit, w, scale, expected, gate, heads):
-    mean, covariance = expected
+def _initialize_pure(unit, w, scale, mean, covariance, gate, heads):
     # The smaller the less there is that is constant.
     spread = torch.linalg.solve(covariance, mean)
     constant = spread / (1 + mean @ spread)
     others = _shared_directions(w["q"], w["k"], scale, heads, unit.proxy_dim - 1)
-    in_input = F.normalize(others @ (w["q"] + w["k"]), dim=1) if len(others) else others
+    in_input = others @ (w["q"] + w["k"])
+    in_input -= (in_input @ mean)[:, None] * constant  # what it has of the constant
+    in_input /= _deviation(in_input, covariance)
     unit.proxy_proj.weight.copy_(torch.cat([constant[None], in_input])[..., None, None])
     for name in ("weight_proj", "input_proj", "output_proj", "skip_proj"):
         getattr(unit, name).zero_()
-    channels = torch.arange(unit.channels, device=constant.device)
-    for projection in (unit.input_proj, unit.output_proj):
+    for turn, projection in enumerate((unit.input_proj, unit.output_proj)):
         projection[..., 0] = gate
-        # As far as nothing is constant a little of another direction, or layers whose norm has no shift would start,
-        # and stay, where both gates are 0 and pass no gradient.
-        if unit.proxy_dim > 1:
-            slight = SLIGHT * gate * (1 - mean @ constant)
-            projection[:, channels, 1 + channels % (unit.proxy_dim - 1)] = slight
+        # of another place in either gate: the product of what they read is to have no mean
+        _read_slightly(projection, gate, first=1, turn=turn)
+
+
+def _read_slightly(projection, gate, first=0, turn=0):
+    """Lets the gate of each channel read a little of one of the proxy's places from `first` on, each place in turn. As
+    this is the only reading where nothing is constant, it also keeps both gates from 0, where none passes a gradient.
+    """
+    channels, count = torch.arange(projection.shape[1], device=projection.device), projection.shape[2] - first
+    if count > 0:
+        signs = projection.new_tensor([1.0 if name in ("left", "right") else -1.0 for name in DIRECTIONS])
+        projection[:, channels, first + (channels + turn) % count] = SLIGHT * gate * signs[:, None]
 
 
 @torch.no_grad()
@@ -132,6 +152,11 @@ def _affine(norm, like) -> tuple[Tensor, Tensor]:
         return ones, torch.zeros_like(ones)
     shift = torch.zeros_like(ones) if norm.bias is None else norm.bias.float()
     return norm.weight.float(), shift
+
+
+def _deviation(directions, covariance):
+    """Standard deviations (n,1) along directions (n,C)."""
+    return (directions @ covariance * directions).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
 
 
 def _mean_lines(length: int, segment: int | None) -> float:
