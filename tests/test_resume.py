@@ -339,6 +339,13 @@ def test_two_trainings_in_one_folder(tmp_path, stopped, monkeypatch):
     resume_classifier(stopped)
 
 
+def test_a_folder_whose_lock_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    with pytest.raises(files.SaveError, match=r"cannot write .*run/\.lock"):
+        train_classifier("digits", tmp_path / "run", tiny_options())
+
+
 def test_a_killed_training_leaves_no_lock(tmp_path, monkeypatch):
     process = start(tmp_path / "run", step="writes a tensor file", count=0)
     process.join()

@@ -59,7 +59,8 @@ def writing(path: Path | str) -> Iterator[None]:
     """Makes the folder, and lets only one process at a time into this block for it. The lock is the system's: a killed
     process leaves none, though its file stays.
 
-    Errors: BusyError if another one is still there after PATIENCE seconds; SaveError if the folder cannot be made."""
+    Errors: BusyError if another one is still there after PATIENCE seconds; SaveError if the folder cannot be made
+    or written to."""
     path = Path(path)
     make_folder(path)
     lock = FileLock(path / LOCK, timeout=PATIENCE)
@@ -70,6 +71,8 @@ def writing(path: Path | str) -> Iterator[None]:
         raise BusyError(
             f"another gspn ({holder}) is writing to {path}: wait for it, or choose another folder"
         ) from None
+    except OSError as error:
+        raise SaveError(f"cannot write {path / LOCK}: {error.strerror or error}") from error
     try:
         (path / LOCK).write_text(f"process {os.getpid()} on {platform.node()}\n")
         yield

@@ -127,7 +127,7 @@ def stream_statistics(transformer: nn.Module) -> tuple[Tensor, Tensor]:
             f'proj_in has weights of {weight.dtype}: swap before they are quantised, or with init="random"'
         )
     weight = weight.float().flatten(1)
-    scale, shift = (parameter.float() for parameter in (transformer.norm.weight, transformer.norm.bias))
+    scale, shift = _affine(transformer.norm, weight)
     mean = weight @ shift if bias is None else weight @ shift + bias.float()
     return mean, (weight * scale.square()) @ weight.T
 
@@ -146,7 +146,7 @@ def _normalised(before, scale, shift):
 
 
 def _affine(norm, like) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) of a LayerNorm."""
+    """Scale and shift (C,) of a norm."""
     ones = torch.ones(like.shape[1], device=like.device)
     if norm is None or norm.weight is None:
         return ones, torch.zeros_like(ones)
