@@ -81,6 +81,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
+    """Makes the folder and those it lies in, where they are not there. Errors: SaveError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
