@@ -198,8 +198,9 @@ class GSPN2d(nn.Module):
         )
         return self.expand(y)
 
-    if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's takes and gives Any
+    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] == 0 or x.shape[3] == 0:

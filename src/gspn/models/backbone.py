@@ -171,8 +171,9 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's takes and gives Any
+    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level's map, normalised: (B,num_features,H/r,W/r)."""

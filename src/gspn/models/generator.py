@@ -250,8 +250,16 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         sample = F.pixel_shuffle(self.proj_out(h).permute(0, 3, 1, 2), patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's takes and gives Any
+    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+
+        def __call__(
+            self,
+            hidden_states: Tensor,
+            timestep: Tensor | None = None,
+            class_labels: Tensor | None = None,
+            cross_attention_kwargs: dict | None = None,
+            return_dict: bool = True,
+        ) -> Transformer2DModelOutput | Any: ...
 
     def _check_labels(self, labels):
         # Looking at labels on a GPU would make it wait; there, torch's own assertion tells.

@@ -123,8 +123,17 @@ class GSPNAttention(nn.Module):
             y = module(y)
         return y
 
-    if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's takes and gives Any
+    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+
+        def __call__(
+            self,
+            hidden_states: Tensor,
+            encoder_hidden_states: None = None,
+            attention_mask: None = None,
+            *,
+            map_size: tuple[int, int] | None = None,
+            **cross_attention_kwargs: Any,
+        ) -> Tensor: ...
 
     def _scan_qkv(self, x, as_map, size):
         proxies = [self.weight_proxy(x), self.input_proxy(x + self.to_k(x)), self.output_proxy(x + self.to_q(x))]
