@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from gspn.train.checkpoint import Run
-from gspn.train.evaluate import load_classifier
+from gspn.train.runs import load_classifier
 
 COLUMNS = {"epoch": "", "train_loss": ".3f", "val_loss": ".3f", "top1": ".2%", "top5": ".2%", "seconds": ".0f"}
 

@@ -91,6 +91,7 @@ def test_installation_without_a_compiler(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     site = next((tmp_path / "venv").glob("lib*/python*/site-packages/gspn"))
     assert not list(site.rglob("*.so")) and not list(site.rglob("*.cpp"))
+    assert (site / "__init__.pyi").exists() and (site / "py.typed").exists()
     code = "import gspn; print(gspn.__file__); print(gspn.available_backends()['cpu'])"
     environment["PYTHONPATH"] = os.pathsep.join([str(site.parent), environment["PYTHONPATH"]])
     result = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)

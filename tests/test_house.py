@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import gspn
 
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 # each may import those to its left
 LAYERS = ["files", "kernels", "dispatch", "ops", "layers", "models", "export", "train", "cli"]
-BASE = {"torch", "numpy", "safetensors", "gspn", "filelock"}
+BASE = {"torch", "numpy", "safetensors", "gspn", "filelock", "lazy_loader"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -98,10 +101,16 @@ def test_public_names():
         "propagate",
         "register_timm",
     }
-    of_diffusers = ("create_generator", "GSPNPipeline", "GSPNTransformer2DModel", "GSPNAttention", "HighResPipeline")
-    for name in (*gspn.__all__, *of_diffusers, "load_swap", "restore", "swap"):
+    of_extras = {"create_generator", "GSPNPipeline", "GSPNTransformer2DModel", "GSPNAttention", "HighResPipeline"}
+    of_extras |= {"load_run", "load_swap", "restore", "swap"}
+    modules = {"export", "layers", "models", "ops", "train"}
+    assert set(dir(gspn)) == {*gspn.__all__, *of_extras, *modules}
+    assert all(isinstance(getattr(gspn, name), ModuleType) for name in modules)
+    for name in {*gspn.__all__, *of_extras}:
         value = getattr(gspn, name)
-        assert name in dir(gspn) and (not callable(value) or value.__doc__)
+        assert not callable(value) or value.__doc__
+    with pytest.raises(AttributeError, match="importlib"):
+        gspn.importlib  # noqa: B018
 
 
 def test_no_environment_variables_in_the_product():

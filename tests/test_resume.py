@@ -17,10 +17,10 @@ from gspn.files import BusyError, writing
 from gspn.train import checkpoint, loop, pictures
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.classify import resume_classifier, train_classifier
-from gspn.train.evaluate import load_classifier
 from gspn.train.images import mixed_seed
 from gspn.train.loop import TrainingError
 from gspn.train.options import OptionError, Options
+from gspn.train.runs import load_classifier
 
 PICTURES = ("curves", "predictions", "context")
 OPTIONS = dict(

@@ -208,7 +208,9 @@ def test_the_documentation_runs(tmp_path, monkeypatch):
 
 
 def test_errors_that_say_how(file):
-    with pytest.raises(RuntimeError, match=r"no weights of gspn_tiny to download.*pretrained_cfg_overlay.*activation="):
+    with pytest.raises(
+        RuntimeError, match=r"no pretrained weights of gspn_tiny.*load_run.*pretrained_cfg_overlay.*activation="
+    ):
         timm.create_model("gspn_tiny", pretrained=True)
     options = {"checkpoint_path": str(file), "num_classes": 11} | LITTLE
     with pytest.raises(

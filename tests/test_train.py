@@ -14,8 +14,9 @@ from gspn.train import pictures
 from gspn.train.checkpoint import FORMAT, Run, RunError
 from gspn.train.classify import build_model, settle, train_classifier
 from gspn.train.data import DataError, open_data
-from gspn.train.evaluate import evaluate, load_classifier, predict
+from gspn.train.evaluate import evaluate
 from gspn.train.options import OptionError, Options
+from gspn.train.runs import load_classifier
 
 # -- a run --
 
@@ -93,7 +94,7 @@ def test_predict_agrees_with_evaluation(digits_run):
     run, metrics = digits_run
     classifier = load_classifier(run.path)
     split = open_data("digits").splits["test"]
-    answers = predict(classifier, [split.image(i) for i in range(len(split))], top=3)
+    answers = classifier.rank(torch.stack([classifier.preprocessing(split.image(i)) for i in range(len(split))]), top=3)
     right = sum(answer[0][0] == str(int(label)) for answer, label in zip(answers, split.labels, strict=True))
     assert right / len(split) == pytest.approx(metrics["top1"])
     assert len(answers[0]) == 3 and answers[0][0][1] >= answers[0][1][1]

@@ -9,9 +9,9 @@ import gspn
 from gspn.train import pictures
 from gspn.train.checkpoint import RunError
 from gspn.train.classify import train_classifier
-from gspn.train.evaluate import load_classifier
 from gspn.train.finetune import open_source, start_from
 from gspn.train.options import OptionError
+from gspn.train.runs import load_classifier
 
 
 @pytest.fixture(autouse=True)

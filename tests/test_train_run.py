@@ -14,9 +14,10 @@ from gspn.files import SaveError, atomic, write_json
 from gspn.train import checkpoint
 from gspn.train.checkpoint import FORMAT, Run, RunError
 from gspn.train.classify import train_classifier
-from gspn.train.evaluate import evaluate, load_classifier
+from gspn.train.evaluate import evaluate
 from gspn.train.loop import TrainingError
 from gspn.train.options import OptionError, Options
+from gspn.train.runs import load_classifier
 
 
 def test_run_folder_in_the_way(digits_run, tmp_path):

@@ -1,7 +1,7 @@
 """The layers: GSPN2d, which stands where self-attention would, and the block of the classification backbones."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,9 @@ class GSPN2d(nn.Module):
     torch.Size([2, 96, 7, 12])
     """
 
+    skip_proj: nn.Parameter | None
+    merger: nn.Parameter | None
+
     def __init__(
         self,
         channels: int,
@@ -194,6 +197,10 @@ class GSPN2d(nn.Module):
             backend=self.backend,
         )
         return self.expand(y)
+
+    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] == 0 or x.shape[3] == 0:

@@ -157,8 +157,8 @@ def predict(
     """Classify image files: the most probable classes with their probabilities."""
     with readable_errors():
         from gspn.train.data import DataError
-        from gspn.train.evaluate import load_classifier, predict_pixels
         from gspn.train.images import decode
+        from gspn.train.runs import load_classifier
 
         classifier = load_classifier(run, checkpoint)
         answers, problems = [], []
@@ -169,7 +169,7 @@ def predict(
                 problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
                 answers.append({"image": str(path), "error": str(error)})
                 continue
-            (classes,) = predict_pixels(classifier, pixels[None], top)
+            (classes,) = classifier.rank(pixels[None], top)
             answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
         if problems and (strict or len(problems) == len(images)):
             raise DataError("; ".join(["unreadable image" + "s" * (len(problems) > 1), *problems]))
@@ -202,8 +202,8 @@ def show(
     with readable_errors():
         from gspn.train import pictures
         from gspn.train.data import DataError
-        from gspn.train.evaluate import load_classifier
         from gspn.train.images import decode
+        from gspn.train.runs import load_classifier
 
         classifier = load_classifier(run, checkpoint)
         try:
@@ -249,7 +249,7 @@ def export_run(
     Classes, preprocessing and the model's configuration are kept in the file. Example: gspn export runs/first --onnx
     """
     with readable_errors():
-        from gspn.train.evaluate import load_classifier
+        from gspn.train.runs import load_classifier
 
         if onnx + aoti + diffusers != 1:
             raise OptionError("choose one of --onnx and --aoti, or --diffusers for a generator")
@@ -269,7 +269,7 @@ def export_run(
         if aoti and special:
             raise OptionError(f"--{next(iter(special))} is for --onnx")
         classifier = load_classifier(run, checkpoint or "best")
-        metadata = {"class_names": classifier.class_names, "preprocessing": classifier.preprocessing.to_json()}
+        metadata = {"class_names": classifier.classes, "preprocessing": classifier.preprocessing.to_json()}
         write = gspn.export_onnx if onnx else gspn.export_aoti
         shape = {"size": parsed("size", parse_size, size), "batch": batch}
         options = {**shape, "metadata": metadata, "check": not no_check, **special}

@@ -6,7 +6,7 @@ that timm's users know (forward_features, forward_intermediates, reset_classifie
 """
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -150,18 +150,18 @@ class Backbone(nn.Module):
             ]
             levels.append(Level(blocks, width * 2 ** (i - 1) if i else None, channels))
         self.levels = nn.ModuleList(levels)
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width * 2**i, "reduction": stem_stride * 2**i, "module": f"levels.{i}"}
             for i in range(len(depths))
         ]
         self.num_features = self.head_hidden_size = width * 2 ** (len(depths) - 1)
         self.norm = LayerNorm2d(self.num_features)
         self.apply(init_weights)
-        self.config: dict = {}
+        self.config: dict[str, Any] = {}
         self.reset_classifier(num_classes, global_pool)
 
     @classmethod
-    def from_name(cls, name: str, **kwargs) -> Self:
+    def from_name(cls, name: str, **kwargs: Any) -> Self:
         """As :func:`create_model`, of the class it is called on."""
         arguments = _EVERYWHERE | size_of(name) | kwargs
         model = cls(**arguments)
@@ -170,6 +170,10 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last level's map, normalised: (B,num_features,H/r,W/r)."""
@@ -185,6 +189,40 @@ class Backbone(nn.Module):
         if pre_logits:
             return x
         return self.head(x) if pooled else self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: Literal[False] = False,
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        *,
+        intermediates_only: Literal[True],
+    ) -> list[Tensor]: ...
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]: ...
 
     def forward_intermediates(
         self,
@@ -232,7 +270,8 @@ class Backbone(nn.Module):
         global_pool = self.global_pool if global_pool is None else global_pool
         if global_pool not in ("avg", ""):
             raise ValueError(f'global_pool has to be "avg" or "", got {global_pool!r}')
-        self.num_classes, self.global_pool = num_classes, global_pool
+        self.num_classes: int = num_classes
+        self.global_pool: str = global_pool
         where = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.to(where.device, where.dtype).apply(init_weights).train(self.training)
@@ -248,7 +287,7 @@ class Backbone(nn.Module):
         """Parameters that a trainer should not decay, besides the 1-D ones: none (the mergers and GRN are 1-D)."""
         return set()
 
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that sort parameters by depth, for layer-wise learning rates."""
         if coarse:
             return {"stem": r"^stem", "blocks": r"^levels\.(\d+)"}
@@ -267,20 +306,33 @@ class Backbone(nn.Module):
         return self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
 
-def create_model(name: str, **kwargs) -> Backbone:
-    """A backbone by name.
+def create_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> Backbone:
+    """A backbone by name, with random weights.
 
     Args:
         name: one of :func:`list_models`.
+        pretrained: has to be False, as there are no weights to download yet.
         kwargs: ``num_classes=1000``, ``in_chans=3`` and every other argument of :class:`Backbone`.
 
-    Raises ValueError for an unknown name, TypeError for an unknown argument.
+    Raises ValueError for an unknown name, TypeError for an unknown argument, RuntimeError for ``pretrained=True``.
 
     >>> import gspn
     >>> model = gspn.create_model("gspn_micro", num_classes=10, in_chans=1, stem_stride=1)
     >>> twin = gspn.create_model(**model.config)
     """
+    size_of(name)
+    if pretrained:
+        raise RuntimeError(no_weights(name))
     return Backbone.from_name(name, **kwargs)
+
+
+def no_weights(name: str) -> str:
+    """What to tell who asks for pretrained weights."""
+    return (
+        f"there are no pretrained weights of {name} to download yet. Instead: "
+        f'gspn.load_released("FILE.pth", "{name}") reads a file of the paper\'s authors, gspn.load_run("RUN") what '
+        "gspn train has trained; pretrained=False gives random weights to train"
+    )
 
 
 def list_models() -> list[str]:

@@ -2,6 +2,9 @@
 
 import functools
 import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -183,7 +186,9 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
                 block.ffn.out_proj.weight /= math.sqrt(len(self.blocks))
 
     @classmethod
-    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Self | Any:  # a tuple with return_unused_kwargs=True
         """As in diffusers. Raises ValueError for the config of another model."""
         name = (config or {}).get("_class_name", cls.__name__)
         if name != cls.__name__:
@@ -191,7 +196,9 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Self | Any:  # a tuple with output_loading_info=True
         """As in diffusers. Raises ValueError where the weights are of another model or do not make up this one, which
         diffusers fills up with random ones."""
         told = kwargs.pop("output_loading_info", False)
@@ -209,7 +216,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+    ) -> Transformer2DModelOutput | Any:  # a tuple with return_dict=False
         """The prediction for the noisy maps `hidden_states` (B,in_channels,H,W) at `timestep` (B,) for `class_labels`
         (B,), with the arguments of diffusers' DiTTransformer2DModel. cross_attention_kwargs has to be empty."""
         patch, config = self.config.patch_size, self.config
@@ -242,6 +249,17 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         h = h * (1 + scale[:, None, None]) + shift[:, None, None]
         sample = F.pixel_shuffle(self.proj_out(h).permute(0, 3, 1, 2), patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+
+        def __call__(
+            self,
+            hidden_states: Tensor,
+            timestep: Tensor | None = None,
+            class_labels: Tensor | None = None,
+            cross_attention_kwargs: dict | None = None,
+            return_dict: bool = True,
+        ) -> Transformer2DModelOutput | Any: ...
 
     def _check_labels(self, labels):
         # Looking at labels on a GPU would make it wait; there, torch's own assertion tells.
@@ -280,19 +298,33 @@ def config_of(name: str) -> dict:
 
 
 def create_generator(
-    name: str, *, num_classes: int = 1000, sample_size: int = 32, in_channels: int = 4, skip: bool = True, **config
+    name: str,
+    *,
+    pretrained: bool = False,
+    num_classes: int = 1000,
+    sample_size: int = 32,
+    in_channels: int = 4,
+    skip: bool = True,
+    **config: Any,
 ) -> GSPNTransformer2DModel:
     """A class-conditional generator with random weights.
 
     Args:
         name: "GSPN-S/2", "GSPN-B/2", "GSPN-L/2", "GSPN-XL/2" (the published sizes), the same with "/4" for patches of
             4, and "GSPN-micro/2", "GSPN-micro/4" for small images, which scan globally in all blocks.
+        pretrained: has to be False, as there are no weights to download yet.
         num_classes, sample_size, in_channels, skip, config: arguments of :class:`GSPNTransformer2DModel`.
 
-    Raises ValueError for another name, and as the model does. Parameters with 1000 classes, 4 channels and skip:
-    S/2 20,151,812, B/2 144,016,356, L/2 465,230,660, XL/2 723,513,260.
+    Raises ValueError for another name, RuntimeError for ``pretrained=True``, and as the model does. Parameters with
+    1000 classes, 4 channels and skip: S/2 20,151,812, B/2 144,016,356, L/2 465,230,660, XL/2 723,513,260.
     """
     config = config_of(name) | config
+    if pretrained:
+        raise RuntimeError(
+            f"there are no pretrained weights of {name} to download yet. Instead: gspn.load_run('RUN') gives what "
+            "gspn train-diffusion has trained, GSPNTransformer2DModel.from_pretrained what its save_pretrained wrote; "
+            "pretrained=False gives random weights to train"
+        )
     return GSPNTransformer2DModel(
         num_classes=num_classes, sample_size=sample_size, in_channels=in_channels, skip=skip, **config
     )

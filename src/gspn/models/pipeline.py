@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class GSPNPipeline(DiffusionPipeline):
         sequential_guidance: bool = False,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | Any:  # a tuple with return_dict=False
         """One image for each of `class_labels`.
 
         Args:

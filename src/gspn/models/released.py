@@ -27,6 +27,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -70,7 +71,7 @@ def load_released(
     part: str | None = None,
     num_classes: int | None = None,
     in_chans: int = 3,
-    **kwargs,
+    **kwargs: Any,
 ) -> Backbone:
     """A backbone with weights in the layout that the paper's authors published.
 

@@ -8,6 +8,7 @@ blocks, so they are right for every shape, also when gradient checkpointing runs
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ except ImportError as error:
     raise ImportError(
         f'a swap needs diffusers, which cannot be imported ({error}): pip install "gspn[diffusion]"'
     ) from error
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -168,7 +172,12 @@ class Swap:
 
 
 def swap(
-    target, *, form: str = "pure", segment: int | None = None, init: str = "pretrained", backend: str | None = None
+    target: "nn.Module | DiffusionPipeline",
+    *,
+    form: str = "pure",
+    segment: int | None = None,
+    init: str = "pretrained",
+    backend: str | None = None,
 ) -> Swap:
     """Replaces every self-attention (attn1) of a Stable Diffusion UNet by a GSPN layer, in place.
 
@@ -211,7 +220,7 @@ def swap(
     return Swap(unet, layers)
 
 
-def restore(target) -> None:
+def restore(target: "nn.Module | DiffusionPipeline") -> None:
     """Undoes :func:`gspn.swap` in a pipeline or UNet, bit for bit. Raises ValueError where nothing is swapped."""
     unet = _unet_of(target)
     if "_gspn_swap" not in unet.__dict__:
@@ -219,7 +228,7 @@ def restore(target) -> None:
     unet._gspn_swap.restore()
 
 
-def load_swap(target, path: Path | str, *, backend: str | None = None) -> Swap:
+def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, backend: str | None = None) -> Swap:
     """Swaps the self-attention of `target`, a pipeline or UNet, for layers saved by :meth:`Swap.save`.
 
     Args:

@@ -1,5 +1,7 @@
 """The layer that a swap puts where a UNet's self-attention was."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -105,7 +107,7 @@ class GSPNAttention(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         map_size: tuple[int, int] | None = None,
-        **cross_attention_kwargs,
+        **cross_attention_kwargs: Any,
     ) -> Tensor:
         """The layer's output for `hidden_states` (B,N,C), the feature map's places, and `map_size` (H,W), which in a
         swapped UNet the transformer around the layer gives. What else diffusers hands to all attentions of a block
@@ -120,6 +122,18 @@ class GSPNAttention(nn.Module):
         for module in self.to_out:
             y = module(y)
         return y
+
+    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+
+        def __call__(
+            self,
+            hidden_states: Tensor,
+            encoder_hidden_states: None = None,
+            attention_mask: None = None,
+            *,
+            map_size: tuple[int, int] | None = None,
+            **cross_attention_kwargs: Any,
+        ) -> Tensor: ...
 
     def _scan_qkv(self, x, as_map, size):
         proxies = [self.weight_proxy(x), self.input_proxy(x + self.to_k(x)), self.output_proxy(x + self.to_q(x))]
@@ -145,12 +159,12 @@ class GSPNAttention(nn.Module):
             backend=self.backend,
         )
 
-    def get_processor(self):
+    def get_processor(self) -> Any:
         """The processor that the attention replaced will have when it is back: diffusers counts and numbers a UNet's
         attentions by their processors, for IP-Adapter and others. The layer itself has no use for it."""
         return self._processor[0]
 
-    def set_processor(self, processor) -> None:
+    def set_processor(self, processor: Any) -> None:
         """See get_processor."""
         self._processor = (processor,)
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn.layers import GSPNBlock
-from gspn.models.backbone import Backbone, check_images, size_of
+from gspn.models.backbone import Backbone, check_images, no_weights, size_of
 from gspn.models.released import convert_released, is_released
 
 try:
@@ -134,7 +134,7 @@ def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
     source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not (source.has_weights or source.state_dict):
         raise RuntimeError(
-            f"there are no weights of {name} to download; with a file of the paper's authors: "
+            f"{no_weights(name)}. With timm the authors' file is read by "
             f'timm.create_model("{name}", pretrained=True, pretrained_cfg_overlay={{"file": "FILE.pth"}}, '
             'alignment="released", activation="none")'
         )

@@ -1,6 +1,6 @@
 """Training: what can be told (`options`), what DATA means (`data`), images to batches (`images`, `recipe`, `loader`),
 the loop (`loop`, `optim`, `state`), the classification task (`classify`, `finetune`), what one does with a trained
-classifier (`evaluate`, `pictures`), the run folder (`checkpoint`).
+classifier (`evaluate`, `pictures`), the run folder (`checkpoint`), from there back to Python (`runs`).
 
 Needs the extra `train`; importing this package without it raises ImportError with the command that installs it.
 """

@@ -52,6 +52,13 @@ DRAWN |= {"diffusion": ("curves.png",), "distillation": ("curves.png",)}
 EVENTS = "tensorboard/events.out.tfevents.*"  # board.py's end in .gspn, but for those of older ones
 
 
+TAKEN_BY = {
+    "classification": "gspn eval, predict and show take it, and gspn.load_run in Python",
+    "diffusion": "gspn sample takes it, and gspn.load_run in Python",
+    "distillation": 'its layers go into a pipeline: gspn.load_swap(pipe, "{}")',
+}
+
+
 class RunError(ValueError):
     """A run folder that does not exist, is not one, is damaged, or is in the way."""
 
@@ -182,17 +189,27 @@ class Run:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunError(
                 f"{path} is no run: there is no {path / 'config.json'} (gspn train, train-diffusion, distill make them)"
-                f"{_earlier_hint(path)}"
+                f"{_earlier_hint(path)}; {_found(path)}"
             ) from error
         except (OSError, ValueError) as error:
             raise RunError(f"the run {path} cannot be read: {error}") from error
         if not isinstance(config, dict) or not isinstance(config.get("format"), int):
-            raise RunError(f"{path / 'config.json'} is not the config of a gspn run")
+            keys = _listed(config) if isinstance(config, dict) else type(config).__name__
+            raise RunError(f"{path / 'config.json'} is not the config of a gspn run: expected a format, got {keys}")
         if config["format"] > FORMAT:
             raise RunError(
                 f"{path} was written by a newer gspn (format {config['format']}; this one reads up to {FORMAT}): update"
             )
         return cls(path, config, metrics)
+
+    def check_task(self, *expected: str) -> str:
+        """The run's task, if it is one of those `expected`. Errors: RunError, which says what takes such a run."""
+        task = str(self.config.get("task", ""))
+        if task not in expected:
+            known = f"a run of {task}" if task else "of no task"
+            told = f"; {TAKEN_BY[task].format(self.path)}" if task in TAKEN_BY else ""
+            raise RunError(f"{self.path} is {known}, expected {' or '.join(expected)}{told}")
+        return task
 
     def append_metrics(self, row: dict) -> None:
         """Adds one epoch's dict to metrics.jsonl."""
@@ -249,7 +266,9 @@ class Run:
             found = _find(path)
             if found is None:
                 missing = f"there is no {path / 'state.json'}{_earlier_hint(self.path)}"
-                raise RunError(f"the run {self.path} has no checkpoint {name!r}: {missing}")
+                there = sorted(each.name for each in path.parent.glob("[!.]*") if _find(each))
+                found = f"; there are {', '.join(there)}" if there else ""
+                raise RunError(f"the run {self.path} has no checkpoint {name!r}: {missing}{found}")
             folder = found[0]
             try:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -317,3 +336,27 @@ def _config_or_none(file):
 def _earlier_hint(path):
     earlier = path / EARLIER
     return f"; the run that it was to replace is {earlier}" if (earlier / "config.json").exists() else ""
+
+
+def _found(path):
+    """What is at a path where a run was expected, and what it may be meant for."""
+    if not path.exists():
+        return "nothing is there"
+    if not path.is_dir():
+        return "it is a file"
+    if (path / "model_index.json").exists():
+        return "it is a saved pipeline, which gspn.GSPNPipeline.from_pretrained loads"
+    if (path / "gspn_swap.safetensors").exists():
+        return "it holds swapped layers, which gspn.load_swap puts into a pipeline"
+    for folder in path.absolute().parents[:2]:
+        if "format" in (_config_or_none(folder / "config.json") or ()):
+            return f"it is a part of the run {folder}"
+    runs = [each.parent for each in sorted(path.glob("*/config.json")) if "format" in (_config_or_none(each) or ())]
+    if runs:
+        return f"in it are the runs {_listed(runs)}"
+    return f"it holds {_listed(sorted(each.name for each in path.iterdir())) or 'nothing'}"
+
+
+def _listed(names, most=5):
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)

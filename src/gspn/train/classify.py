@@ -15,13 +15,14 @@ from gspn.models import create_model
 from gspn.train import pictures
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.data import Data
-from gspn.train.evaluate import classify, load_classifier, warnings_of
+from gspn.train.evaluate import classify, warnings_of
 from gspn.train.finetune import Source, open_source, start_from
 from gspn.train.images import UNREADABLE, Preprocessing, Split
 from gspn.train.loader import make_loader
 from gspn.train.loop import autocast, train
 from gspn.train.options import OptionError, Options
 from gspn.train.recipe import SMALL, Augmentation, Mixing, preset_for
+from gspn.train.runs import load_classifier
 from gspn.train.session import describe_size, open_with, resume, start
 from gspn.train.unreadable import Unreadable
 

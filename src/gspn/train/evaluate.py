@@ -1,4 +1,4 @@
-"""What one does with a trained classifier: evaluate it (`gspn eval`) and ask it (`gspn predict`)."""
+"""What one does with a trained classifier: evaluate it (`gspn eval`)."""
 
 import time
 from dataclasses import dataclass, replace
@@ -6,18 +6,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from gspn.files import SaveError, write_json
-from gspn.models import create_model
 from gspn.train import pictures
-from gspn.train.checkpoint import Run, RunError
 from gspn.train.data import DataError, location, open_data
-from gspn.train.images import UNREADABLE, Preprocessing
+from gspn.train.images import UNREADABLE
 from gspn.train.latent_folder import refuse_latents
 from gspn.train.loader import batches, make_loader
 from gspn.train.loop import autocast, make_accelerator
 from gspn.train.options import OptionError, check_range
+from gspn.train.runs import load_classifier
 from gspn.train.unreadable import warning_of
 
 # Those of open_data, which a run keeps for its evaluation.
@@ -117,39 +115,6 @@ def warnings_of(metrics, problems):
     return warnings
 
 
-@dataclass
-class Classifier:
-    """A trained model with all it needs: see `load_classifier`."""
-
-    run: Run
-    model: torch.nn.Module
-    preprocessing: Preprocessing
-    class_names: list[str]
-
-
-def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
-    """The Classifier in a run folder: in evaluation mode, on the CPU, with the averaged weights if the run has them.
-
-    Errors: RunError.
-    """
-    run = Run.open(path)
-    try:
-        if run.config["task"] != "classification":
-            raise RunError(f"{path} is a run of {run.config['task']}, expected classification")
-        preprocessing = Preprocessing(**run.config["preprocessing"])
-        # The backend is of the machine that trained, not of the model: a run made on a GPU is used on a CPU as well.
-        model = create_model(**{**run.config["model"], "backend": None})
-        tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
-        model.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
-        for part, needed in (("data", "where"), ("options", "precision")):
-            run.config[part][needed]  # evaluation needs them: better missed here than there
-        return Classifier(run, model.eval(), preprocessing, run.config["class_names"])
-    except RunError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
-
-
 def evaluate(
     path: str | Path,
     data: str | Path,
@@ -185,7 +150,7 @@ def evaluate(
     check_range("workers", workers)
     refuse_latents(data)
     classifier = load_classifier(path, checkpoint)
-    preprocessing, class_names, config = classifier.preprocessing, classifier.class_names, classifier.run.config
+    preprocessing, class_names, config = classifier.preprocessing, classifier.classes, classifier.run.config
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
     if channels not in (None, preprocessing.channels):
@@ -235,20 +200,3 @@ def mistakes(confusion: torch.Tensor, class_names: list[str], count: int = 20) -
     number, place = wrong.flatten().topk(min(count, wrong.numel()))
     pairs = [(n, *divmod(i, len(class_names))) for n, i in zip(number.tolist(), place.tolist(), strict=True) if n]
     return [(class_names[label], class_names[guess], n) for n, label, guess in pairs]
-
-
-def predict(classifier: Classifier, images: list[Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:
-    """The most probable classes of PIL images: for each a list of (class name, probability), `top` of them."""
-    return predict_pixels(classifier, torch.stack([classifier.preprocessing(image) for image in images]), top)
-
-
-@torch.inference_mode()
-def predict_pixels(classifier: Classifier, pixels: torch.Tensor, top: int = 5) -> list[list[tuple[str, float]]]:
-    """As `predict`, of what the classifier's preprocessing made of images: uint8 (B, C, H, W)."""
-    device = next(classifier.model.parameters()).device
-    logits = classifier.model(classifier.preprocessing.normalize(pixels.to(device))).float()
-    probability, number = logits.softmax(1).topk(min(top, logits.shape[1]))
-    return [
-        [(classifier.class_names[n], p) for n, p in zip(ns, ps, strict=True)]
-        for ns, ps in zip(number.tolist(), probability.tolist(), strict=True)
-    ]

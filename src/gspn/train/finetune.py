@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gspn.models import load_released
-from gspn.train.evaluate import load_classifier
 from gspn.train.options import OptionError
+from gspn.train.runs import load_classifier
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
         for own in ("num_classes", "in_chans", "backend"):
             arguments.pop(own, None)
         weights, data = classifier.model.state_dict(), classifier.run.config["data"]["where"]
-        return Source(f"the run {path}", weights, name, arguments, classifier.class_names, data)
+        return Source(f"the run {path}", weights, name, arguments, classifier.classes, data)
     if path.suffix == ".safetensors":
         try:
             return Source(str(path), load_file(path))

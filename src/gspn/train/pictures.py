@@ -203,7 +203,7 @@ def context(path, classifier, image, place=None, block=None):
     """Draws where the context of one pixel comes from: the input with the pixel marked, the four directions, merged.
 
     Args:
-        path: of the PNG. classifier: evaluate.Classifier. image: PIL.
+        path: of the PNG. classifier: runs.Classifier. image: PIL.
         place: (row, column) in the model's input; None is its middle.
         block: number of the block, from the end if negative; None is the last one whose feature map has at least
             eight rows and columns (or the last of the first level).

@@ -92,7 +92,7 @@ class HighResPipeline:
         chunked_feed_forward: bool | None = None,
         parked_residuals: bool | None = None,
         offload: bool | None = None,
-        **options,
+        **options: Any,
     ) -> list[Stage]:
         """The stages that a call with these arguments would run, with sizes, savers and memory; nothing is made.
 
@@ -132,7 +132,7 @@ class HighResPipeline:
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
         callback_on_stage_end: Callable | None = None,
-        **options,
+        **options: Any,
     ) -> HighResOutput:
         """One image of `prompt`.
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gspn.train.evaluate import load_classifier
 from gspn.train.options import OptionError
+from gspn.train.runs import load_classifier
 
 KINDS = (
     "`inception` or `inception,FILE` (Inception's published weights), `classifier:RUN` (a run of gspn train), "
@@ -117,7 +117,7 @@ class Inception(nn.Module):
 def _classifier(name, path):
     found = load_classifier(path)
     how = found.preprocessing
-    return _pooled(name, found.model, how.channels, how.size, how.mean, how.std, found.class_names)
+    return _pooled(name, found.model, how.channels, how.size, how.mean, how.std, found.classes)
 
 
 def _timm(name, model, file):

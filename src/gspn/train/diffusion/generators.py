@@ -49,8 +49,7 @@ def load_pipeline(source: str | Path, checkpoint: str = "last", vae: str | Path 
             raise OptionError(f"vae is for a run, but {path} is a saved pipeline, which holds all that it needs")
         return _saved_pipeline(path)
     run = Run.open(path)
-    if run.config.get("task") != "diffusion":
-        raise RunError(f"{path} is a run of {run.config.get('task')}, expected diffusion")
+    run.check_task("diffusion")
     tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
     try:
         config = run.config
