@@ -84,18 +84,20 @@ def train(run: Run, task: Task, examples: dict[str, int], batch_size: int = BATC
             curve.append({"step": step + 1, "loss": sum(recent) / len(recent), "cpu_seconds": round(seconds, 2)})
             recent = []
         if step + 1 in look_at:
-            found = task.measure(model, "val", task.settings[0] if "1" not in task.settings else "1", examples["look"])
+            found = task.measure(model, "val", task.usual, examples["look"])
             looks.append({"step": step + 1, "cpu_seconds": round(seconds, 2), **found})
+            print(f"      step {step + 1}: {_number(found)}", flush=True)
     training_wall = time.perf_counter() - wall
-    usual = "1" if "1" in task.settings else task.settings[0]
     result = {
         **run._asdict(),
         "parameters": count(model),
         "batch": batch_size,
         "finite": all(math.isfinite(row["loss"]) for row in curve),
-        "val": task.measure(model, "val", usual, examples["val"]),
+        "val": task.measure(model, "val", task.usual, examples["val"]),
         "test": {
-            setting: task.measure(model, "test", setting, examples["test"] if setting == usual else examples["setting"])
+            setting: task.measure(
+                model, "test", setting, examples["test"] if setting == task.usual else examples["setting"]
+            )
             for setting in task.settings
         },
         "curve": curve,
@@ -149,17 +151,15 @@ def stages(done: dict[Run, dict]) -> Iterator[tuple[str, list[Run]]]:
     yield "classes, bare: first look", rates("classes", "bare", middle)
     yield "classes, bare: learning rates", rates("classes", "bare")
     yield "classes, bare: seeds", seeds("classes", "bare")
-    if "far" in TASKS:
-        yield "far, bare: learning rates", rates("far", "bare")
-        yield "far, bare: seeds", seeds("far", "bare")
+    yield "far, bare: learning rates", rates("far", "bare")
+    yield "far, bare: seeds", seeds("far", "bare")
     yield "filling, bare: seeds", seeds("filling", "bare", ("classes", "bare"))
     yield "classes, conv: seeds", seeds("classes", "conv", ("classes", "bare"))
     for task, form in (("filling", "bare"), ("classes", "conv")):
         yield f"{task}, {form}: learning rates", rates(task, form)
         yield f"{task}, {form}: seeds", seeds(task, form)
     for task in ("far", "filling"):
-        if task in TASKS:
-            yield f"{task}, conv: seeds", seeds(task, "conv", (task, "bare"))
+        yield f"{task}, conv: seeds", seeds(task, "conv", (task, "bare"))
 
 
 def missing(done: dict[Run, dict]) -> Iterator[tuple[str, Run]]:
