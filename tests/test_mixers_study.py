@@ -58,6 +58,18 @@ def test_what_mixes_in_the_bare_form(name):
     assert (far > 0) == (name not in ("none", "dw7", "gated-conv", "gspn-local"))
 
 
+def test_mamba_where_it_can_be_imported():
+    """The study does not run it, because it is too slow; it reads the tokens from all four sides."""
+    pytest.importorskip("mambapy")
+    model = contenders.backbone("mamba", "bare", 12, False, seed=0)
+    x = torch.randn(1, 3, 6, 10)
+    for row, column in ((0, 0), (0, 4), (2, 0), (2, 4)):
+        changed = x.clone()
+        changed[..., 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 1
+        with torch.no_grad():
+            assert ((model(changed) - model(x)).abs().amax(-1) > 0).all()
+
+
 def test_same_seed_same_start_and_same_batches(photos):
     first, second, other = (contenders.backbone("dw7", "bare", 10, True, seed) for seed in (3, 3, 4))
     assert torch.equal(first.head.weight, second.head.weight) and not torch.equal(first.head.weight, other.head.weight)
