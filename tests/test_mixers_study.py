@@ -168,11 +168,25 @@ def test_the_queue_takes_seeds_at_the_best_rate():
     for name in RUNNING:
         for rate, loss in losses.items():
             run = Run("classes", "bare", name, rate, 0)
-            done[run] = _content(run, 0.4, loss if name != "dw7" else -loss, finite=(name, rate) != ("none", 3e-3))
+            if name == "dw7":
+                loss = {1.5e-3: 1.1}.get(rate, loss)
+            if name == "none":
+                loss = {6e-3: 1.1}.get(rate, loss)
+            done[run] = _content(run, 0.4, loss, finite=(name, rate) != ("linear", 3e-3))
+    wanted = [(what, run) for what, run in study.missing(done) if what.startswith("classes, bare")]
+    # the best rate is the largest for none, and for linear, whose middle one diverged; for dw7 it is the least
+    further = [run for what, run in wanted if what.endswith("further out")]
+    assert [(run.contender, run.rate) for run in further] == [
+        ("none", 12e-3),
+        ("dw7", 0.75e-3),
+        ("linear", 12e-3),
+    ]
+    done |= {run: _content(run, 0.4, loss=2.0) for run in further}
     what, run = next(study.missing(done))
     assert what == "classes, bare: seeds" and run == Run("classes", "bare", "none", study.RATES[2], 1)
     following = {run.contender: run.rate for what, run in study.missing(done) if what == "classes, bare: seeds"}
     assert following["gspn-global"] == study.RATES[1] and following["dw7"] == study.RATES[0]
+    assert following["linear"] == study.RATES[2]
 
 
 def test_the_report_of_two_contenders(tmp_path):

@@ -138,6 +138,12 @@ def stages(done: dict[Run, dict]) -> Iterator[tuple[str, list[Run]]]:
     def rates(task, form, only=None):
         return [Run(task, form, name, rate, SEEDS[0]) for rate in only or RATES for name in running]
 
+    def edges(task, form):
+        """One rate further where the best one is the least or the largest of those tried."""
+        further = {RATES[0]: RATES[0] / 2, RATES[-1]: RATES[-1] * 2}
+        best = {name: best_rate(done, task, form, name) for name in running}
+        return [Run(task, form, name, further[rate], SEEDS[0]) for name, rate in best.items() if rate in further]
+
     def seeds(task, form, borrowed=None):
         """At each contender's best rate: the one found for the task, or the one `borrowed` from another."""
         found = []
@@ -150,8 +156,10 @@ def stages(done: dict[Run, dict]) -> Iterator[tuple[str, list[Run]]]:
     middle = (RATES[1],)
     yield "classes, bare: first look", rates("classes", "bare", middle)
     yield "classes, bare: learning rates", rates("classes", "bare")
+    yield "classes, bare: rates further out", edges("classes", "bare")
     yield "classes, bare: seeds", seeds("classes", "bare")
     yield "far, bare: learning rates", rates("far", "bare")
+    yield "far, bare: rates further out", edges("far", "bare")
     yield "far, bare: seeds", seeds("far", "bare")
     yield "filling, bare: seeds", seeds("filling", "bare", ("classes", "bare"))
     yield "classes, conv: seeds", seeds("classes", "conv", ("classes", "bare"))
