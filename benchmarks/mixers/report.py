@@ -178,9 +178,9 @@ def _about(done: dict[Run, dict], steps: int) -> str:
     machines = sorted({f"{c['environment']['cpu']}, torch {c['environment']['torch']}" for c in chosen})
     commits = sorted({c["environment"]["commit"][:8] for c in chosen})
     lines = [
-        f"Runs: {len(chosen)}, each {steps} steps of {chosen[0]['batch'] if chosen else 0} examples on one core; the code "
-        f"is benchmarks/mixers. Machine: {'; '.join(machines)}. Commits: {', '.join(commits)}. The learning rate is "
-        "the one of those tried with the least loss on held-out training photos.",
+        f"Runs: {len(chosen)}, each {steps} steps of {chosen[0]['batch'] if chosen else 0} examples on one core, by "
+        f"benchmarks/mixers. Machine: {'; '.join(machines)}. Commits: {', '.join(commits)}. The learning rate is the "
+        "one of those tried with the least loss on held-out training photos.",
         *(f"- {c.title}: {c.why_not}" for c in CONTENDERS.values() if c.why_not),
     ]
     return "\n\n".join(lines)
