@@ -176,6 +176,24 @@ def read_class_names(folder: Path) -> list[str] | None:
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def labelled(splits: dict[str, Split], where: str) -> tuple[dict[str, Split], list[str]]:
+    """(the splits that have labels, what to tell the user of those that have none: their labels are all -1).
+    Errors: DataError where some of a split's labels are -1 and others are not."""
+    kept, notes = {}, []
+    for name, split in splits.items():
+        without = int((split.labels < 0).sum())
+        if 0 < without < len(split):
+            raise DataError(
+                f"{without} of {len(split)} images in the {name} split of {where} have a label below 0, which stands "
+                "for none: expected a class for every image of a split, or for none of them"
+            )
+        if without:
+            notes.append(f"left out the {name} split, whose {without} images have no labels")
+        else:
+            kept[name] = split
+    return kept, notes
+
+
 # -- randomness that can be repeated --
 
 
