@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gspn.files import shown
 from gspn.train.folders import Found, is_image
 from gspn.train.images import SPLIT_NAMES, DataError, listed
 
@@ -49,7 +50,7 @@ def class_folders(found: Found) -> tuple[dict[str, ClassFolders], list[str]]:
             if is_image(file) and file.is_relative_to(root) and file.parent != root:
                 files[root / file.parts[len(root.parts)]].append(file)
         _refuse_wrong_level(root, files)
-        result[name] = ClassFolders(root, [folder.name for folder in classes])
+        result[name] = ClassFolders(root, [shown(folder.name) for folder in classes])
         for label, (folder, images) in enumerate(files.items()):
             if not images and name == "train":
                 raise DataError(f"the class folder {folder} holds no images")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gspn.files import shown
 from gspn.train.class_folders import class_folders
 from gspn.train.folders import alike, is_image, walk
 from gspn.train.idx import IDX, idx_folder
@@ -249,7 +250,7 @@ class ImageFiles:
         return decode(self.paths[i])
 
     def name(self, i):
-        return str(self.paths[i])
+        return shown(self.paths[i])
 
     def identity(self) -> Iterator[bytes]:
         for path in self.paths:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from gspn.files import shown
+
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 USUAL_CAPTIONS = ("text", "caption")  # what a column of captions is called
 UNREADABLE = -100  # the label of an image that could not be decoded: cross_entropy's ignore_index
@@ -164,7 +166,7 @@ class Chosen:
 
 def listed(things, one, many):
     """'3 files: a, b, c', at most five of them by name."""
-    names = [str(thing) for thing in things[:5]] + (["..."] if len(things) > 5 else [])
+    names = [shown(str(thing)) for thing in things[:5]] + (["..."] if len(things) > 5 else [])
     return f"{len(things)} {one if len(things) == 1 else many}: {', '.join(names)}"
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gspn.files import shown
 from gspn.train.folders import by_split, counts, is_image
 from gspn.train.images import USUAL_CAPTIONS, DataError, Split, decode, labelled, listed, read_class_names
 
@@ -134,7 +135,7 @@ class _Shards:
             return decode(io.BytesIO(file.read(self.size[i])))
 
     def name(self, i):
-        return f"{self.files[self.shard[i]]}, {self.keys[i]}"
+        return shown(f"{self.files[self.shard[i]]}, {self.keys[i]}")
 
     def identity(self) -> Iterator[bytes]:
         for file in self.files:
