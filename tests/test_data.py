@@ -269,15 +269,67 @@ def test_dataset_without_labels_or_with_another_split(table, tmp_path):
         open_data(tmp_path / "strange")
 
 
-def test_name_that_cannot_be_loaded(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+def test_a_name_is_tried_once_at_a_hub_out_of_reach(monkeypatch):
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    tried = []
 
-    def offline(name, **_):
-        raise ConnectionError("no network")
+    def unreachable(url, timeout, **_):
+        tried.append((url, timeout))
+        raise OSError("no network")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"someone/pets: .*ConnectionError: no network.* and there is no such file"):
+    def load(name, **_):
+        assert datasets.config.HF_HUB_OFFLINE  # so that it looks into its cache alone
+        raise ConnectionError(f"Couldn't reach {name}")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"someone/pets: .*OSError: no network.*no copy of .*there is no such file"):
         open_data("someone/pets")
+    assert len(tried) == 1 and "someone/pets" in tried[0][0] and tried[0][1] <= 10
+    assert not datasets.config.HF_HUB_OFFLINE
+    kept = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]})})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: kept)  # from the cache
+    with pytest.raises(DataError, match="expected one column of type Image"):
+        open_data("someone/pets")
+
+
+def test_a_hub_that_answers_is_asked_by_datasets(monkeypatch):
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import HfHubHTTPError
+
+    class NotFound(HfHubHTTPError):
+        def __init__(self):
+            pass
+
+    def answers(url, **_):
+        raise NotFound
+
+    def load(name, **_):
+        assert not datasets.config.HF_HUB_OFFLINE
+        raise datasets.exceptions.DatasetNotFoundError("no such data set")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", answers)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"someone/pets: .*DatasetNotFoundError: no such data set"):
+        open_data("someone/pets")
+
+
+def test_names_that_are_nearly_right(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    tried = []
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, **_: tried.append(url))
+    for name in ("digts", "digit", "Digits"):
+        with pytest.raises(DataError, match=f"there is no {name}: did you mean digits"):
+            open_data(name)
+    assert tried == []
+    write_images(tmp_path / "photos" / "cat", 1)
+    with pytest.raises(DataError, match=r"there is no .*phtos \(did you mean .*photos\?\)"):
+        open_data(tmp_path / "phtos")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"link is a link to .*gone, which is not there"):
+        open_data(tmp_path / "link")
 
 
 # -- preprocessing --

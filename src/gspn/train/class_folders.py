@@ -60,10 +60,11 @@ def class_folders(found: Found) -> tuple[dict[str, ClassFolders], list[str]]:
     unused = [file for file in found.files if file not in used]
     beside = found.names([file for file in unused if is_image(file)])
     others = found.names([file for file in unused if not is_image(file)])
-    notes = [f"ignored {listed(beside, 'image', 'images')} outside of the class folders"] if beside else []
-    if others:
-        notes.append(f"ignored {listed(others, 'file that is', 'files that are')} no image by name")
-    return result, notes
+    told = (
+        (beside, "image outside of the class folders", "images outside of the class folders"),
+        (others, "file that is no image by its name", "files that are no images by their names"),
+    )
+    return result, [f"ignored {listed(names, one, many)}" for names, one, many in told if names]
 
 
 def _splits(found):

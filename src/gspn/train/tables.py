@@ -84,10 +84,14 @@ def _known(tables, name, notes):
     others = [split for split in tables if split not in SPLIT_NAMES]
     if others:
         notes.append(f"left out {listed(others, 'split', 'splits')}, called neither {' nor '.join(SPLIT_NAMES)}")
-    known = [split for split in tables if split in SPLIT_NAMES]
-    if len({SPLIT_NAMES[split] for split in known}) < len(known):
-        raise DataError(f"{name} has two splits for one purpose: {', '.join(known)}; expected one of them")
-    return [(SPLIT_NAMES[split], tables[split]) for split in known]
+    called: dict[str, list[str]] = {}
+    for split in tables:
+        called.setdefault(SPLIT_NAMES.get(split, ""), []).append(split)
+    called.pop("", None)
+    for names in called.values():
+        if len(names) > 1:
+            raise DataError(f"{name} has two splits for one purpose: {', '.join(names)}; expected one of them")
+    return [(split, tables[names[0]]) for split, names in called.items()]
 
 
 def _load(source, path, streaming, found, hint):

@@ -121,7 +121,8 @@ def _open_folder(folder):
         )
     files = [file for file in found.files if is_image(file)]
     others = found.names([file for file in found.files if not is_image(file)])
-    notes = [f"ignored {listed(others, 'file that is', 'files that are')} no image by name"] if others else []
+    what = "file that is no image by its name", "files that are no images by their names"
+    notes = [f"ignored {listed(others, *what)}"] if others else []
     images = ImageFiles(folder, files)
     return Split([NO_CLASS] * len(files), None, read=images, names=images.name), [*notes, *found.notes()]
 
