@@ -269,53 +269,6 @@ def test_dataset_without_labels_or_with_another_split(table, tmp_path):
         open_data(tmp_path / "strange")
 
 
-def test_a_name_is_tried_once_at_a_hub_out_of_reach(monkeypatch):
-    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
-    tried = []
-
-    def unreachable(url, timeout, **_):
-        tried.append((url, timeout))
-        raise OSError("no network")
-
-    def load(name, **_):
-        assert datasets.config.HF_HUB_OFFLINE  # so that it looks into its cache alone
-        raise ConnectionError(f"Couldn't reach {name}")
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match=r"someone/pets: .*OSError: no network.*no copy of .*there is no such file"):
-        open_data("someone/pets")
-    assert len(tried) == 1 and "someone/pets" in tried[0][0] and tried[0][1] <= 10
-    assert not datasets.config.HF_HUB_OFFLINE
-    kept = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]})})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: kept)  # from the cache
-    with pytest.raises(DataError, match="expected one column of type Image"):
-        open_data("someone/pets")
-
-
-def test_a_hub_that_answers_is_asked_by_datasets(monkeypatch):
-    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
-    from huggingface_hub.errors import HfHubHTTPError
-
-    class NotFound(HfHubHTTPError):
-        def __init__(self):
-            pass
-
-    def answers(url, **_):
-        raise NotFound
-
-    def load(name, **_):
-        assert not datasets.config.HF_HUB_OFFLINE
-        raise datasets.exceptions.DatasetNotFoundError("no such data set")
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "get_hf_file_metadata", answers)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match=r"someone/pets: .*DatasetNotFoundError: no such data set"):
-        open_data("someone/pets")
-
-
 def test_names_that_are_nearly_right(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     tried = []

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from gspn.train.folders import Found, by_split
+from gspn.train.hub import out_of_reach
 from gspn.train.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Numbered, Split, decode, labelled, listed
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 CLASSES = re.compile(r"u?int\d+|float\d+|bool|(large_)?string")  # types of columns that can hold classes
 BUFFER = 2000  # rows of a stream that wait to be drawn
-PATIENCE = 5  # seconds in which the hub has to answer
 
 
 def load_tables(
@@ -146,16 +146,8 @@ def _reaching(name):
     """Where the hub is out of reach, `datasets` is told so: it takes what it has kept of `name`, or gives up at once,
     instead of trying again and again. Errors: DataError with what is wrong, if it has kept nothing."""
     import datasets
-    import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError
 
-    problem, url = None, hub.hf_hub_url(name, "README.md", repo_type="dataset")
-    try:
-        hub.get_hf_file_metadata(url, timeout=PATIENCE)
-    except HfHubHTTPError:  # the hub has answered
-        pass
-    except Exception as error:  # those of the library that it uses for HTTP, and of the system
-        problem = f"{type(error).__name__}: {error}"
+    problem = out_of_reach(name, "README.md", "dataset")
     if problem is None:
         yield
         return
@@ -163,7 +155,7 @@ def _reaching(name):
     try:
         yield
     except ConnectionError as error:
-        raise ConnectionError(f"the hub cannot be reached ({problem}), and no copy of {name} is kept here") from error
+        raise ConnectionError(f"{problem}, and no copy of {name} is kept here") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = before
 
