@@ -248,25 +248,28 @@ def test_one_folder_as_two_classes_or_splits(tmp_path):
 WRONG_LEVEL = {
     "a single folder around the splits": (
         ["photos/train/cat/0.png", "photos/train/dog/1.png", "photos/val/cat/2.png"],
-        r"its 1 folder: photos holds no images but parts of a data set, photos for one train, val.*: give .*/photos$",
+        r"holds 1 folder: photos, .* in photos there are parts of a data set: train, val\..*: give .*/photos$",
     ),
     "a single folder around the classes": (
         ["photos/cat/0.png", "photos/dog/1.png"],
-        r"photos for one cat, dog\. .*: give .*/photos; if photos are the classes after all",
+        r"in photos there are folders with images: cat, dog\. .*: give .*/photos; if photos are classes after all",
     ),
     "a folder of data sets with splits": (
         ["pets/train/cat/0.png", "flowers/train/rose/0.png"],
-        r"2 folders: flowers, pets .*flowers for one train.*: give one of them, such as .*/flowers$",
+        r"2 folders: flowers, pets, .* in flowers .*: train\..*: give one of them, such as .*/flowers$",
     ),
     "a folder of data sets with classes": (
         ["pets/cat/0.png", "pets/dog/1.png", "flowers/rose/0.png"],
-        r"2 folders: flowers, pets .*pets for one cat, dog.*: give one of them, such as .*/pets; if flowers, pets are",
+        r"folders: flowers, pets, .* in pets .*: cat, dog\..*: give one of them, such as .*/pets; if flowers, pets are",
     ),
     "a folder around the classes of a split": (
         ["train/photos/cat/0.png", "train/photos/dog/0.png", "val/photos/cat/0.png"],
-        r"train seems to be a folder too high: its 1 folder: photos .*photos for one cat, dog",
+        r"train seems to be a folder too high\. It holds 1 folder: photos, .* in photos .*: cat, dog\.",
     ),
-    "splits below the classes": (["cat/train/0.png", "dog/train/1.png"], "cat for one train"),
+    "splits below the classes": (
+        ["cat/train/0.png", "dog/train/1.png"],
+        r"in cat there are parts of a data set: train\.",
+    ),
     "splits by other names": (
         ["Training/cat/0.png", "test_images/cat/1.png"],
         r"2 folders: Training, test_images, which sounds like parts of a data set.*: expected .* train, val",

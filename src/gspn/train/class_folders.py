@@ -112,12 +112,14 @@ def _refuse_wrong_level(root, files):
     parts = [folder for folder, names in inside.items() if any(map(PART.fullmatch, names))]
     several = [folder for folder, names in inside.items() if len(names) > 1]
     for folder in parts or several:
-        meant = f"give {folder}" if len(files) == 1 else f"give one of them, such as {folder}"
         what = "parts of a data set" if parts else "folders with images"
-        otherwise = "" if parts else f"; if {', '.join(f.name for f in list(files)[:5])} are the classes after all, "
-        otherwise += "" if parts else "put the images (or links to them) into these folders themselves"
+        meant = folder if len(files) == 1 else f"one of them, such as {folder}"
+        names = [each.name for each in files]
+        otherwise = (
+            f"; if {', '.join(names[:5])} are classes after all, put images (or links to them) into them directly"
+        )
         raise DataError(
-            f"{root} seems to be a folder too high: its {listed([f.name for f in files], 'folder', 'folders')} "
-            f"holds no images but {what}, {folder.name} for one {', '.join(inside[folder][:5])}. Expected "
-            f"{root}/CLASS/IMAGE: {meant}{otherwise}"
+            f"{root} seems to be a folder too high. It holds {listed(names, 'folder', 'folders')}, without an image of "
+            f"their own; in {folder.name} there are {what}: {', '.join(inside[folder][:5])}. "
+            f"Expected {root}/CLASS/IMAGE: give {meant}{'' if parts else otherwise}"
         )

@@ -33,7 +33,7 @@ def _left_out(name):
 
 def is_image(path: str | PurePath) -> bool:
     """Whether a file is an image by the end of its name."""
-    return PurePath(path).suffix.lower() in Image.registered_extensions()
+    return os.path.splitext(path)[1].lower() in Image.registered_extensions()
 
 
 @dataclass
