@@ -269,15 +269,20 @@ def test_dataset_without_labels_or_with_another_split(table, tmp_path):
         open_data(tmp_path / "strange")
 
 
-def test_name_that_cannot_be_loaded(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def offline(name, **_):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"someone/pets: .*ConnectionError: no network.* and there is no such file"):
-        open_data("someone/pets")
+def test_names_that_are_nearly_right(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    tried = []
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, **_: tried.append(url))
+    for name in ("digts", "digit", "Digits"):
+        with pytest.raises(DataError, match=f"there is no {name}: did you mean digits"):
+            open_data(name)
+    assert tried == []
+    write_images(tmp_path / "photos" / "cat", 1)
+    with pytest.raises(DataError, match=r"there is no .*phtos \(did you mean .*photos\?\)"):
+        open_data(tmp_path / "phtos")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"link is a link to .*gone, which is not there"):
+        open_data(tmp_path / "link")
 
 
 # -- preprocessing --

@@ -159,10 +159,10 @@ def test_strict_makes_it_an_error(colours, tmp_path):
 
 
 def test_nothing_readable(tmp_path):
-    for i in range(4):
-        (tmp_path / "data" / "a").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "a" / f"{i}.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"none of 3 images looked at can be read; the first: .*png"):
+    for name in ("a/0", "a/1", "a/2", "b/0", "b/1", "b/2"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / f"{name}.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of 4 images looked at can be read; the first: .*png"):
         train_classifier(tmp_path / "data", tmp_path / "run", tiny_options())
     assert not (tmp_path / "run").exists()
 

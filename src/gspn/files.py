@@ -62,6 +62,8 @@ def writing(path: Path | str) -> Iterator[None]:
     Errors: BusyError if another one is still there after PATIENCE seconds; SaveError if the folder cannot be made
     or written to."""
     path = Path(path)
+    if shown(path) != str(path):  # safetensors cannot open it
+        raise SaveError(f"cannot write to {shown(path)}, whose name is not UTF-8: choose another folder")
     make_folder(path)
     lock = FileLock(path / LOCK, timeout=PATIENCE)
     try:
@@ -86,6 +88,11 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def shown(path: Path | str) -> str:
+    r"""A path as a text that can be printed, drawn and stored anywhere: bytes that are not UTF-8 stand as \xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _replace_folder(new, path):

@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
-
 from gspn.train.data import Data, DataError, ImageFiles, hold_out, location
+from gspn.train.folders import alike, is_image, walk
 from gspn.train.images import SPLIT_NAMES, USUAL_CAPTIONS, Split, listed
 from gspn.train.shards import json_caption, read_captioned
 from gspn.train.tables import TABLES, load_captioned
@@ -56,16 +55,18 @@ def open_captions(
     if path.is_dir():
         kind, splits, notes = _open_folder(path, columns)
     elif path.is_file() and path.suffix == ".tar":
-        kind, splits, notes = "shards", read_captioned(path.parent, [path], caption_column), []
+        kind, (splits, notes) = "shards", read_captioned(path.parent, [path], caption_column)
     elif path.is_file():
         if path.suffix not in TABLES:
             raise DataError(f"{name} is a file of an unknown kind; expected {CAPTIONED}")
-        kind, splits, notes = "datasets", load_captioned(TABLES[path.suffix], path, **columns), []
+        kind, (splits, notes) = "datasets", load_captioned(TABLES[path.suffix], path, **columns)
+    elif path.is_symlink():
+        raise DataError(f"{name} is a link to {os.readlink(path)}, which is not there; expected {CAPTIONED}")
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        hint = f"; and there is no such file or folder; expected {CAPTIONED}"
-        kind, splits, notes = "datasets", load_captioned(name, **columns, hint=hint), []
+        hint = f"; and there is no such file or folder{alike(path)}; expected {CAPTIONED}"
+        kind, (splits, notes) = "datasets", load_captioned(name, **columns, hint=hint)
     else:
-        raise DataError(f"there is no {name}; expected {CAPTIONED}")
+        raise DataError(f"there is no {name}{alike(path)}; expected {CAPTIONED}")
     for option, given in (("streaming", streaming), ("image_column", image_column)):
         if given and kind != "datasets":
             raise DataError(f"{option} is for what `datasets` loads, but {name} is of another kind ({kind})")
@@ -87,12 +88,14 @@ def open_captions(
 
 def _open_folder(path, columns):
     """(kind, splits, notes) of a folder, by what lies in it."""
-    files = _files_in(path)
+    found = walk(path)
+    files, left_out = found.files, found.notes()
     lists = [file for file in files if file.name in LISTS]
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return "datasets", load_captioned("disk", path, **columns), []
+        splits, notes = load_captioned("disk", path, **columns)
+        return "datasets", splits, notes
     shards = [file for file in files if file.suffix == ".tar"]
-    images = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
+    images = [file for file in files if is_image(file)]
     # img2dataset writes a table and a .json beside every shard, folder or image, which repeat what is there
     known = {file.with_suffix("") for file in [*shards, *images]} | {file.parent for file in images}
     tables = [
@@ -102,42 +105,28 @@ def _open_folder(path, columns):
         and file not in lists
         and not {file.with_suffix(""), file.with_name(file.stem.removesuffix("_stats"))} & known
     ]
-    found = {
+    kinds = {
         "a list of captions": lists,
         "tar files": shards,
         "tables": tables,
         "images": [] if lists else images,
     }
-    kinds = [kind for kind, there in found.items() if there]
-    if len(kinds) > 1:
-        raise DataError(f"{path} holds {' and '.join(kinds)}, so it is not clear what is meant: give one of them")
+    there = [kind for kind, is_there in kinds.items() if is_there]
+    if len(there) > 1:
+        raise DataError(f"{path} holds {' and '.join(there)}, so it is not clear what is meant: give one of them")
     if lists:
-        return "folder", *_listed(path, lists, images, columns["caption_column"])
-    if shards:
-        return "shards", read_captioned(path, shards, columns["caption_column"]), []
-    if tables:
-        return "datasets", load_captioned(str(path), path, **columns), []
-    if images:
-        return "folder", *_beside(path, images, files, columns["caption_column"])
-    there = sorted(file.name for file in path.iterdir())
-    what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
-    raise DataError(f"{path} holds {what}; expected {CAPTIONED}")
-
-
-def _files_in(root):
-    """All files under a folder, sorted, also in folders elsewhere that links lead to; hidden ones left out."""
-    found, elsewhere, own = [], set(), root.resolve()
-    for where, folders, names in os.walk(root, followlinks=True):
-        here = Path(where)
-        found += [here / name for name in names if not name.startswith(".") and (here / name).is_file()]
-        for name in list(folders):
-            to = (here / name).resolve()
-            # what lies in the folder itself is met without the link, and no link is to lead around in a circle
-            again = to in elsewhere or to.is_relative_to(own) or own.is_relative_to(to)
-            if name.startswith(".") or ((here / name).is_symlink() and again):
-                folders.remove(name)
-            elsewhere.add(to)
-    return sorted(found)
+        kind, (splits, notes) = "folder", _listed(path, lists, images, columns["caption_column"])
+    elif shards:
+        kind, (splits, notes) = "shards", read_captioned(path, shards, columns["caption_column"])
+    elif tables:
+        kind, (splits, notes) = "datasets", load_captioned(str(path), path, found=found, **columns)
+    elif images:
+        kind, (splits, notes) = "folder", _beside(path, images, files, columns["caption_column"])
+    else:
+        there = sorted(file.name for file in path.iterdir())
+        what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
+        raise DataError(f"{path} holds {what}; expected {CAPTIONED}")
+    return kind, splits, [*notes, *left_out]
 
 
 def _splits(root, rows: list[tuple[Path, tuple]], split_of: Callable[[Path], str | None]) -> dict[str, Split]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from gspn.models import create_model
 from gspn.train import pictures
 from gspn.train.checkpoint import Run, RunError
-from gspn.train.data import Data
+from gspn.train.data import Data, DataError
 from gspn.train.evaluate import classify, warnings_of
 from gspn.train.finetune import Source, open_source, start_from
 from gspn.train.images import UNREADABLE, Preprocessing, Split
@@ -128,6 +128,7 @@ class Setup:
         """Settles the options for these data. Errors: DataError, OptionError."""
         converts = options.channels is not None
         train_split, eval_split, eval_name = data_set.for_training()
+        refuse_one_class(data_set, train_split)
         class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
         train_split, eval_split = train_split.relabelled(class_names), eval_split.relabelled(class_names)
         preprocessing, options, notes = settle(options, data_set.kind, train_split, source)
@@ -185,6 +186,18 @@ class Setup:
             f"{options.epochs} epoch{'s' * (options.epochs > 1)}, batch size {options.batch_size}, "
             f"learning rate {options.lr:g}, EMA {options.ema:g}, {options.precision}, preset {options.preset}, "
             f"augmentation {options.augment}{' and flip' * bool(options.flip)}, seed {options.seed}"
+        )
+
+
+def refuse_one_class(data: Data, split: Split) -> None:
+    """Raises DataError for training images that are all of one class."""
+    present = split.labels.unique().tolist()
+    if len(present) < 2:
+        name = split.class_names[present[0]] if split.class_names else present[0]
+        expected = f"expected several class folders, {data.where}/CLASS/IMAGE" if data.kind == "folder" else ""
+        raise DataError(
+            f"all {len(split)} training images of {data.where} are of one class, {name!r}, which leaves nothing to "
+            f"learn: {expected or 'expected two classes at least'}"
         )
 
 

@@ -3,7 +3,9 @@
 `open_data` turns DATA into named splits of labelled images; loader.py turns those into batches.
 """
 
+import difflib
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from gspn.files import shown
+from gspn.train.class_folders import class_folders
+from gspn.train.folders import alike, is_image, walk
 from gspn.train.idx import IDX, idx_folder
 from gspn.train.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
 from gspn.train.shards import read_shards
@@ -117,16 +121,20 @@ def open_data(
     elif path.is_dir():
         kind, splits, notes = _open_folder(path, columns)
     elif path.is_file() and path.suffix == ".tar":
-        kind, splits, notes = "shards", read_shards(path.parent, [path]), []
+        kind, (splits, notes) = "shards", read_shards(path.parent, [path])
     elif path.is_file():
         if path.suffix not in TABLES:
             raise DataError(f"{data} is a file of an unknown kind; expected {KINDS}")
-        kind, splits, notes = "datasets", load_tables(TABLES[path.suffix], path, **columns), []
+        kind, (splits, notes) = "datasets", load_tables(TABLES[path.suffix], path, **columns)
+    elif path.is_symlink():
+        raise DataError(f"{data} is a link to {os.readlink(path)}, which is not there; expected {KINDS}")
+    elif difflib.get_close_matches(data.lower(), ["digits"], cutoff=0.8):
+        raise DataError(f"there is no {data}: did you mean digits? A name on the hub is OWNER/NAME; expected {KINDS}")
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", data):
-        hint = f"; and there is no such file or folder; expected {KINDS}"
-        kind, splits, notes = "datasets", load_tables(data, **columns, hint=hint), []
+        hint = f"; and there is no such file or folder{alike(path)}; expected {KINDS}"
+        kind, (splits, notes) = "datasets", load_tables(data, **columns, hint=hint)
     else:
-        raise DataError(f"there is no {data}; expected {KINDS}")
+        raise DataError(f"there is no {data}{alike(path)}; expected {KINDS}")
     if streaming and kind != "datasets":
         raise DataError(f"streaming is for what `datasets` loads, but {data} is of another kind ({kind})")
     for name, split in splits.items():
@@ -188,75 +196,47 @@ def digits() -> dict[str, Split]:
 
 def _open_folder(path, columns):
     """(kind, splits, notes) of a folder, by what lies in it."""
-    idx = [f for f in sorted(path.iterdir()) if IDX.fullmatch(f.name)]
-    shards = sorted(path.rglob("*.tar"))
+    found = walk(path)
+    idx = [f for f in found.files if f.parent == path and IDX.fullmatch(f.name)]
+    shards = [f for f in found.files if f.suffix == ".tar"]
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-    tables = [] if saved else sorted(f for f in path.rglob("*") if f.suffix in TABLES)
-    classes = [] if saved else [d for d in _subfolders(path) if any(_is_image(f) for f in d.rglob("*"))]
-    found = {
+    tables = [] if saved else [f for f in found.files if f.suffix in TABLES]
+    images = [] if saved else [f for f in found.files if is_image(f)]
+    classes = any(f.parent != path for f in images)
+    kinds = {
         "idx files": idx,
         "a data set saved to disk": saved,
         "class folders": classes,
         "tar files": [] if classes else shards,
         "tables": [] if classes else tables,
     }
-    kinds = [kind for kind, there in found.items() if there]
-    if len(kinds) > 1:
-        raise DataError(f"{path} holds {' and '.join(kinds)}, so it is not clear what is meant: give one of them")
+    there = [kind for kind, is_there in kinds.items() if is_there]
+    if len(there) > 1:
+        raise DataError(f"{path} holds {' and '.join(there)}, so it is not clear what is meant: give one of them")
     if idx:
-        return "idx", idx_folder(path, idx), []
+        return "idx", idx_folder(path, idx), found.notes()
     if classes:
-        return "folder", *_class_folder(path)
-    if shards:
-        return "shards", read_shards(path, shards), []
-    if saved or tables:
-        return "datasets", load_tables("disk" if saved else str(path), path, **columns), []
-    there = sorted(f.name for f in path.iterdir())
-    what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
-    raise DataError(f"{path} holds {what}; expected {KINDS}")
-
-
-def _subfolders(path):
-    return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
-
-
-def _is_image(file):
-    return file.suffix.lower() in Image.registered_extensions() and not file.name.startswith(".")
-
-
-def _class_folder(path):
-    """(splits, notes) of root/class/image or root/split/class/image."""
-    folders = {d.name: d for d in _subfolders(path)}
-    if "train" not in folders and not set(folders) <= set(SPLIT_NAMES):
-        splits, ignored = {"train": path}, []
+        folders, notes = class_folders(found)
+        kind, splits = "folder", {name: _of_files(each) for name, each in folders.items()}
+    elif shards:
+        kind, (splits, notes) = "shards", read_shards(path, shards)
+    elif saved or tables:
+        kind, (splits, notes) = "datasets", load_tables("disk" if saved else str(path), path, found=found, **columns)
     else:
-        strange = [name for name in folders if name not in SPLIT_NAMES]
-        if strange:
-            raise DataError(
-                f"{path} has a train folder beside {listed(strange, 'folder', 'folders')}: expected either class "
-                f"folders only, or only {', '.join(SPLIT_NAMES)}"
-            )
-        if len({SPLIT_NAMES[name] for name in folders}) < len(folders):
-            raise DataError(f"{path} has two folders for one split: {', '.join(folders)}")
-        splits, ignored = {SPLIT_NAMES[name]: folder for name, folder in folders.items()}, []
-    result = {}
-    for name, root in splits.items():
-        class_names = [d.name for d in _subfolders(root)]
-        if not class_names:
-            raise DataError(f"{root} has no class folders: expected {root}/CLASS/IMAGE")
-        files, labels = [], []
-        for label, class_name in enumerate(class_names):
-            inside = sorted(f for f in (root / class_name).rglob("*") if f.is_file() and not f.name.startswith("."))
-            images = [f for f in inside if _is_image(f)]
-            if not images and name == "train":
-                raise DataError(f"the class folder {root / class_name} holds no images")
-            ignored += [f for f in inside if not _is_image(f)]
-            files += images
-            labels += [label] * len(images)
-        images = ImageFiles(root, files)
-        result[name] = Split(labels, class_names, read=images, names=images.name)
-    notes = [f"ignored {listed(ignored, 'file that is', 'files that are')} no image by name"] if ignored else []
-    return result, notes
+        raise DataError(f"{path} holds {_nothing_of_use(path, images, found)}; expected {KINDS}")
+    return kind, splits, [*notes, *found.notes()]
+
+
+def _of_files(folders):
+    images = ImageFiles(folders.root, folders.files)
+    return Split(folders.labels, folders.class_names, read=images, names=images.name)
+
+
+def _nothing_of_use(path, images, found):
+    if images:
+        return f"{listed(found.names(images), 'image', 'images')}, but no class folders, whose parent is to be given"
+    there = sorted(f.name for f in path.iterdir())
+    return f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
 
 
 @dataclass(frozen=True)
@@ -270,8 +250,8 @@ class ImageFiles:
         return decode(self.paths[i])
 
     def name(self, i):
-        return str(self.paths[i])
+        return shown(self.paths[i])
 
     def identity(self) -> Iterator[bytes]:
         for path in self.paths:
-            yield f"{path.relative_to(self.root)} {path.stat().st_size}\n".encode()
+            yield os.fsencode(f"{path.relative_to(self.root)} {path.stat().st_size}\n")

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from gspn.files import shown
+
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 USUAL_CAPTIONS = ("text", "caption")  # what a column of captions is called
 UNREADABLE = -100  # the label of an image that could not be decoded: cross_entropy's ignore_index
@@ -164,7 +166,7 @@ class Chosen:
 
 def listed(things, one, many):
     """'3 files: a, b, c', at most five of them by name."""
-    names = [str(thing) for thing in things[:5]] + (["..."] if len(things) > 5 else [])
+    names = [shown(str(thing)) for thing in things[:5]] + (["..."] if len(things) > 5 else [])
     return f"{len(things)} {one if len(things) == 1 else many}: {', '.join(names)}"
 
 
@@ -174,6 +176,24 @@ def read_class_names(folder: Path) -> list[str] | None:
     if not file.exists():
         return None
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def labelled(splits: dict[str, Split], where: str) -> tuple[dict[str, Split], list[str]]:
+    """(the splits that have labels, what to tell the user of those that have none: their labels are all -1).
+    Errors: DataError where some of a split's labels are -1 and others are not."""
+    kept, notes = {}, []
+    for name, split in splits.items():
+        without = int((split.labels < 0).sum())
+        if 0 < without < len(split):
+            raise DataError(
+                f"{without} of {len(split)} images in the {name} split of {where} have a label below 0, which stands "
+                "for none: expected a class for every image of a split, or for none of them"
+            )
+        if without:
+            notes.append(f"left out the {name} split, whose {without} images have no labels")
+        else:
+            kept[name] = split
+    return kept, notes
 
 
 # -- randomness that can be repeated --

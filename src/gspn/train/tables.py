@@ -1,17 +1,23 @@
 """What Hugging Face `datasets` loads: tables on the disk, rows as they come (streaming), names on the hub."""
 
 import io
+import os
 import random
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
-from gspn.train.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Numbered, Split, decode
+from gspn.train.folders import Found, by_split
+from gspn.train.hub import out_of_reach
+from gspn.train.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Numbered, Split, decode, labelled, listed
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+CLASSES = re.compile(r"u?int\d+|float\d+|bool|(large_)?string")  # types of columns that can hold classes
 BUFFER = 2000  # rows of a stream that wait to be drawn
 
 
@@ -22,35 +28,29 @@ def load_tables(
     image_column: str | None = None,
     label_column: str | None = None,
     streaming: bool = False,
+    found: Found | None = None,
     hint: str = "",
-) -> dict[str, Split]:
-    """Splits of what `datasets` loads.
+) -> tuple[dict[str, Split], list[str]]:
+    """Splits of what `datasets` loads, and what to tell the user.
 
     Args:
         source: "disk" (saved at path), a table format (a file at path), a folder (at path), or a name on the hub.
-        image_column, label_column: where the columns' types do not tell.
+        image_column, label_column: where the columns' types do not tell. A label of -1 stands for none; a split of
+            which all are -1 is left out.
         streaming: rows as they come. All labels are read first, for which the streams run through once.
+        found: what there is in the folder at path.
         hint: what to add where it cannot be loaded.
     Errors: DataError.
     """
-    name, tables = _load(source, path, streaming, hint)
-    splits, unlabelled = {}, []
-    for split, table in tables.items():
-        if split not in SPLIT_NAMES:
-            continue
-        read = _table(table, name, image_column, label_column)
-        if len(read) and bool((read.labels < 0).all()):
-            unlabelled.append(split)
-        elif bool((read.labels < 0).any()):
-            raise DataError(f"the {split} split of {name} has labels below 0")
-        else:
-            splits[SPLIT_NAMES[split]] = read
+    name, tables, notes = _load(source, path, streaming, found, hint)
+    read = {split: _table(table, name, image_column, label_column) for split, table in _known(tables, name, notes)}
+    splits, unlabelled = labelled(read, name)
     if not splits:
         raise DataError(
             f"{name} has the splits {', '.join(tables)}{' (without labels)' if unlabelled else ''}; expected train and "
             f"validation, valid or test"
         )
-    return splits
+    return splits, [*notes, *unlabelled]
 
 
 def load_captioned(
@@ -60,30 +60,45 @@ def load_captioned(
     image_column: str | None = None,
     caption_column: str | None = None,
     streaming: bool = False,
+    found: Found | None = None,
     hint: str = "",
-) -> dict[str, Split]:
-    """Splits of what `datasets` loads, with captions instead of labels, which are all 0.
+) -> tuple[dict[str, Split], list[str]]:
+    """Splits of what `datasets` loads, with captions instead of labels, which are all 0; what to tell the user.
 
     Args:
         caption_column: a text, or a list of texts; None is the only column of texts, or that one of them which is
             called text or caption. Others: as for `load_tables`.
     Errors: DataError.
     """
-    name, tables = _load(source, path, streaming, hint)
-    splits = {}
-    for split, table in tables.items():
-        if split in SPLIT_NAMES:
-            splits[SPLIT_NAMES[split]] = _captioned(table, name, image_column, caption_column)
+    name, tables, notes = _load(source, path, streaming, found, hint)
+    splits = {
+        split: _captioned(table, name, image_column, caption_column) for split, table in _known(tables, name, notes)
+    }
     if not splits:
         raise DataError(f"{name} has the splits {', '.join(tables)}; expected train, and validation, valid or test")
-    return splits
+    return splits, notes
 
 
-def _load(source, path, streaming, hint):
-    """(what to call it, {split as named there: table}). Errors: DataError."""
+def _known(tables, name, notes):
+    """[(split, table)] of the splits that are called as splits are; a note on others."""
+    others = [split for split in tables if split not in SPLIT_NAMES]
+    if others:
+        notes.append(f"left out {listed(others, 'split', 'splits')}, called neither {' nor '.join(SPLIT_NAMES)}")
+    called: dict[str, list[str]] = {}
+    for split in tables:
+        called.setdefault(SPLIT_NAMES.get(split, ""), []).append(split)
+    called.pop("", None)
+    for names in called.values():
+        if len(names) > 1:
+            raise DataError(f"{name} has two splits for one purpose: {', '.join(names)}; expected one of them")
+    return [(split, tables[names[0]]) for split, names in called.items()]
+
+
+def _load(source, path, streaming, found, hint):
+    """(what to call it, {split as named there: table}, notes). Errors: DataError."""
     import datasets
 
-    name = str(path or source)
+    name, notes = str(path or source), []
     if streaming and source == "disk":
         raise DataError(f"{name} was made by save_to_disk, which is read in place: it needs no streaming")
     try:
@@ -91,12 +106,58 @@ def _load(source, path, streaming, hint):
             loaded = datasets.load_from_disk(name)
         elif path is not None and path.is_file():
             loaded = datasets.load_dataset(source, data_files=name, streaming=streaming)
+        elif path is not None:
+            source, files = _in_folder(source, found, notes)
+            loaded = datasets.load_dataset(source, data_files=files, streaming=streaming)
         else:
-            loaded = datasets.load_dataset(source, streaming=streaming)
+            with _reaching(source):
+                loaded = datasets.load_dataset(source, streaming=streaming)
+    except DataError:
+        raise
     except Exception as error:  # `datasets` raises its own, its file systems', the hub's and arrow's exceptions
         reason = f"Hugging Face datasets cannot load it: {type(error).__name__}: {error}"
         raise DataError(f"DATA {name}: {reason}{hint}") from error
-    return name, loaded if isinstance(loaded, dict) else {"train": loaded}
+    return name, loaded if isinstance(loaded, dict) else {"train": loaded}, notes
+
+
+def _in_folder(source, found, notes):
+    """(what to load, its files if they have to be told) of a folder of tables. `datasets` looks into it by itself, but
+    does not follow links to folders. Notes tell of tables that it does not take."""
+    import datasets
+
+    tables = [file for file in found.files if file.suffix in TABLES]
+    own = os.path.realpath(found.root)
+    if all(Path(os.path.realpath(file.parent)).is_relative_to(own) for file in tables):
+        taken = datasets.load_dataset_builder(source).config.data_files or {}
+        taken = {os.path.realpath(file) for files in taken.values() for file in files}
+        left = [file for file in tables if os.path.realpath(file) not in taken]
+        if left:
+            notes.append(f"datasets leaves out {listed(found.names(left), 'table', 'tables')}")
+        return source, None
+    formats = sorted({TABLES[file.suffix] for file in tables})
+    if len(formats) > 1:
+        raise DataError(f"{found.root} holds {' and '.join(formats)} files: expected one format")
+    of_split = by_split(found.root, tables, "table", "tables")
+    return formats[0], {split: [str(file) for file in files] for split, files in of_split.items()}
+
+
+@contextmanager
+def _reaching(name):
+    """Where the hub is out of reach, `datasets` is told so: it takes what it has kept of `name`, or gives up at once,
+    instead of trying again and again. Errors: DataError with what is wrong, if it has kept nothing."""
+    import datasets
+
+    problem = out_of_reach(name, "README.md", "dataset")
+    if problem is None:
+        yield
+        return
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    except ConnectionError as error:
+        raise ConnectionError(f"{problem}, and no copy of {name} is kept here") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _table(table, name, image_column, label_column):
@@ -105,13 +166,16 @@ def _table(table, name, image_column, label_column):
     image_column = _image_column(table, image_column, name)
     label_column = _column(table, label_column, datasets.ClassLabel, "label", name)
     feature = table.features[label_column]
+    plain = isinstance(feature, datasets.Value) and CLASSES.fullmatch(feature.dtype)
+    if not plain and not isinstance(feature, datasets.ClassLabel):
+        raise DataError(f"{name}: the column {label_column!r} holds {feature}, expected a class: a number or a text")
     labels, counts = _values(table, label_column, name)
     if isinstance(feature, datasets.ClassLabel):
         class_names = list(feature.names)
     else:
-        class_names = [str(value) for value in sorted(set(labels))]
-        number = {value: i for i, value in enumerate(class_names)}
-        labels = [number[str(value)] for value in labels]
+        classes = sorted(set(labels) - {-1})
+        number = {value: i for i, value in enumerate(classes)} | {-1: -1}
+        labels, class_names = [number[value] for value in labels], [str(value) for value in classes]
     return _split(table, image_column, name, counts, labels, class_names)
 
 
@@ -136,8 +200,9 @@ def _values(table, column, name):
         values, counts = list(chain.from_iterable(of_shards)), [len(each) for each in of_shards]
     else:
         values = list(table[column])
-    if any(value is None for value in values):
-        raise DataError(f"{name}: {sum(v is None for v in values)} rows have no value in the column {column!r}")
+    missing = sum(value is None or value != value for value in values)  # NaN is not equal to itself
+    if missing:
+        raise DataError(f"{name}: {missing} rows have no value in the column {column!r}")
     return values, counts
 
 

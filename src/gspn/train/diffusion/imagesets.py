@@ -11,6 +11,7 @@ from PIL import Image
 
 from gspn.train.data import ImageFiles, open_data
 from gspn.train.diffusion.sample_files import ABOUT, Samples
+from gspn.train.folders import is_image, scan, walk
 from gspn.train.images import DataError, Numbered, Split, listed
 from gspn.train.latent_folder import refuse_latents
 from gspn.train.options import OptionError
@@ -107,23 +108,23 @@ class _From:
 
 
 def _loose_files(folder):
-    return [file for file in sorted(folder.iterdir()) if _is_image(file)]
-
-
-def _is_image(file):
-    return file.is_file() and file.suffix.lower() in Image.registered_extensions() and not file.name.startswith(".")
+    return [file for file in scan(folder).files if is_image(file)]
 
 
 def _open_folder(folder):
-    files = _loose_files(folder)
-    inside = [sub.name for sub in sorted(folder.iterdir()) if sub.is_dir() and any(map(_is_image, sub.rglob("*")))]
+    found = walk(folder)
+    inside = sorted({file.parts[len(folder.parts)] for file in found.files if is_image(file) and file.parent != folder})
     if inside:
         raise DataError(
             f"{folder} holds images and folders with images ({', '.join(inside[:5])}), so it is not clear what is "
             "meant: give one of them"
         )
+    files = [file for file in found.files if is_image(file)]
+    others = found.names([file for file in found.files if not is_image(file)])
+    what = "file that is no image by its name", "files that are no images by their names"
+    notes = [f"ignored {listed(others, *what)}"] if others else []
     images = ImageFiles(folder, files)
-    return Split([NO_CLASS] * len(files), None, read=images, names=images.name), []
+    return Split([NO_CLASS] * len(files), None, read=images, names=images.name), [*notes, *found.notes()]
 
 
 # -- npz files --

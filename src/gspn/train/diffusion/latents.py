@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, default_convert
 
 from gspn.train.data import Data, DataError, hold_out
 from gspn.train.diffusion.latent_files import Shards, identity, read_config
+from gspn.train.folders import counts
 from gspn.train.images import Split, generator, listed
 from gspn.train.latent_folder import KIND
 from gspn.train.loader import EpochSampler, Loader
@@ -124,7 +125,7 @@ def open_latents(folder: str | Path, *, val_fraction: float = 0.1) -> LatentData
             "the `gspn encode` that began it goes on with these"
         )
     known = {each.path(number) for each in shards.values() for number in range(len(each))}
-    strange = sorted(file.name for file in set(folder.glob("*.safetensors")) - known)
+    strange = sorted(file.name for file in set(folder.glob("*.safetensors")) - known if counts(file.name))
     if strange:
         raise DataError(f"{folder} holds {listed(strange, 'shard', 'shards')} that its config.json does not know")
     splits, unreadable = {}, []

@@ -18,6 +18,7 @@ from torch import Tensor
 from gspn.train.data import location
 from gspn.train.diffusion.generators import named_scheduler
 from gspn.train.diffusion.objective import Objective
+from gspn.train.hub import out_of_reach
 from gspn.train.options import OptionError
 
 CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
@@ -235,8 +236,10 @@ def open_text_to_image(
     """
     path = Path(where).expanduser()
     name = str(path) if path.exists() else str(where)
+    problem = None if path.exists() else out_of_reach(name, "model_index.json")
+    offline = problem is not None  # then what is kept of it is taken
     try:
-        found = DiffusionPipeline.load_config(name).get("_class_name")
+        found = DiffusionPipeline.load_config(name, local_files_only=offline).get("_class_name")
         if found not in CLASSES:
             raise OptionError(f"{where} holds a {found}, expected a {' or '.join(CLASSES)}")
         more = (
@@ -244,11 +247,16 @@ def open_text_to_image(
         )
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         pipe = CLASSES[found].from_pretrained(
-            name, use_safetensors=True, variant=variant, dtype={"default": dtype, "vae": torch.float32}, **more
+            name,
+            use_safetensors=True,
+            variant=variant,
+            dtype={"default": dtype, "vae": torch.float32},
+            local_files_only=offline,
+            **more,
         )
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         if isinstance(error, OptionError):
             raise
-        reason = " ".join(str(error).strip().splitlines()[:2])
+        reason = "; ".join(filter(None, [problem, " ".join(str(error).strip().splitlines()[:2])]))
         raise OptionError(f"the pipeline {where} cannot be loaded: {reason}") from error
     return TextToImage(pipe, where, cache=cache)

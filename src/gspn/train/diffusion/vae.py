@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
 from gspn.train.data import location
+from gspn.train.hub import out_of_reach
 from gspn.train.options import OptionError
 
 
@@ -22,17 +23,19 @@ def open_vae(where: str | Path) -> AutoencoderKL:
     path = Path(where).expanduser()
     within = "vae" if not (path / "config.json").exists() and (path / "vae" / "config.json").exists() else None
     name = str(path) if path.exists() else str(where)
+    problem = None if path.exists() else out_of_reach(name, "config.json")
+    offline = problem is not None  # then what is kept of it is taken
     try:
-        config = AutoencoderKL.load_config(name, subfolder=within)
+        config = AutoencoderKL.load_config(name, subfolder=within, local_files_only=offline)
         if config.get("_class_name") != "AutoencoderKL":
             raise OptionError(f"{where} is of the class {config.get('_class_name')}, expected an AutoencoderKL")
         vae, found = AutoencoderKL.from_pretrained(
-            name, subfolder=within, use_safetensors=True, output_loading_info=True
+            name, subfolder=within, use_safetensors=True, output_loading_info=True, local_files_only=offline
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, OptionError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = "; ".join(filter(None, [problem, str(error).strip().splitlines()[0]]))
         raise OptionError(f"the VAE {where} cannot be loaded: {reason}") from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
