@@ -131,8 +131,19 @@ def _implementation(name: str, device_type: str | None) -> Callable:
     return run
 
 
+def refuse_onnx_export() -> None:
+    """An error inside torch.onnx.export, which would end in one that names neither the cause nor the way."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "gspn: torch.onnx.export does not know gspn's operators; gspn.export_onnx(model, path) writes a file of "
+            "standard ONNX operators"
+        )
+
+
 def _fake(name: str) -> Callable:
     def run(*args):
+        if torch.compiler.is_exporting():  # not when a finished program is converted, with a table of the caller's own
+            refuse_onnx_export()
         outputs = [args[0].new_empty(0) if t is None else torch.empty_like(t) for t in _templates(name, args)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 

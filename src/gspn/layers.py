@@ -377,8 +377,8 @@ class GSPNBlock(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """For ``Module.apply``: Linear weights from a truncated normal of 0.02, biases 0; the rest as torch starts it."""
+    """For ``Module.apply``: Linear weights from a normal of 0.02, biases 0; the rest as torch starts it."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -234,8 +234,9 @@ class Backbone(nn.Module):
             raise ValueError(f'global_pool has to be "avg" or "", got {global_pool!r}')
         self.num_classes, self.global_pool = num_classes, global_pool
         where = next(self.parameters())
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(where.device, where.dtype).apply(init_weights).train(self.training)
+        like = {"device": where.device, "dtype": where.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        self.head.apply(init_weights).train(self.training)
         if self.config:
             self.config |= {"num_classes": num_classes, "global_pool": self.global_pool}
 
