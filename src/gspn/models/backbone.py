@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +43,7 @@ class Level(nn.Module):
         return x
 
 
+@torch.fx.wrap  # for torch.fx.symbolic_trace, which cannot follow it
 def check_images(x: Tensor, in_chans: int, alignment: str) -> Tensor:
     if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"the model expects images (B,{in_chans},H,W) with H, W >= 1, got {tuple(x.shape)}")
