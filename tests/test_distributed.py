@@ -68,3 +68,7 @@ def test_two_processes_are_as_one(folders):
         pictures = [(folder / name / "samples/epoch-0001.png").read_bytes() for folder in folders]
         assert pictures[0] == pictures[1]
     assert two["refusal"] == "batch_size is of all 2 processes together: expected a multiple, got 31"
+
+
+def test_ddp_on_the_reference_where_no_line_reaches_another():
+    assert float(by_torchrun(Path(__file__).with_name("two_gradients.py"))) == 0

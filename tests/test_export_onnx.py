@@ -230,3 +230,22 @@ def test_importing_the_module_imports_nothing_of_the_extra():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"onnx", "onnxscript", "onnx_ir", "onnxruntime"} & set(modules) and "gspn" in modules
     assert OLDEST_OPSET <= DEFAULT_OPSET
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_torch_s_own_exporter_names_ours(dynamo, tmp_path):
+    with pytest.raises(Exception, match=r"gspn\.export_onnx"):
+        torch.onnx.export(gspn.GSPN2d(4).eval(), (torch.randn(2, 4, 3, 5),), tmp_path / "layer.onnx", dynamo=dynamo)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_s_own_exporter_takes_a_translation_of_a_program():
+    from onnxscript import opset18
+
+    def translation(x, *others):
+        return opset18.Identity(x)
+
+    table = {torch.ops.gspn.propagate.default: translation}
+    program = gspn.export.export_program(gspn.GSPN2d(4))
+    assert torch.onnx.export(program, custom_translation_table=table, verbose=False) is not None

@@ -85,6 +85,23 @@ def test_any_size_and_floating_dtype(dtype, size, backend):
     assert y.shape == x.shape and y.dtype == dtype and x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{}, {"segment": 1}, {"alignment": "released"}, {"scan_dim": 2}, {"average": True}])
+@pytest.mark.parametrize("shape", [(2, 4, 1, 1), (0, 4, 1, 1), (0, 4, 3, 3)])
+def test_every_parameter_has_a_gradient_at_every_size(shape, options, backend):
+    layer = gspn.GSPN2d(4, proxy_dim=2, backend=backend, **options)
+    layer(torch.randn(shape)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    assert (layer.weight_proj.grad == 0).all()
+
+
+def test_context_inside_inference_mode():
+    layer, x = gspn.GSPN2d(4), torch.randn(1, 4, 3, 5)
+    with torch.inference_mode():
+        inside = layer.context(x + 0, 1, 2)
+    for got, want in zip(inside, layer.context(x, 1, 2), strict=True):
+        assert torch.equal(got, want) and not want.requires_grad
+
+
 def test_memory_format_is_kept(backend):
     layer = gspn.GSPN2d(8, backend=backend)
     x = torch.randn(2, 8, 6, 5)

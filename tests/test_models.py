@@ -201,3 +201,14 @@ def test_there_are_no_pretrained_weights():
         assert sum(p.numel() for p in make(name, pretrained=False).parameters()) > 1e6
     with pytest.raises(ValueError, match="unknown model"):
         gspn.create_model("gspn_huge", pretrained=True)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
+def test_every_parameter_has_a_gradient_at_the_smallest_sizes(size, backend):
+    """One line, or lines of one place, whose only weight is 1: zeros, and not None, which weight decay passes over."""
+    model = gspn.create_model(
+        "gspn_micro", num_classes=2, in_chans=1, width=4, depths=(1, 1), global_levels=(0,), backend=backend
+    )
+    model(torch.randn(2, 1, *size)).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert (model.levels[1].blocks[0].gspn.weight_proj.grad == 0).all()

@@ -267,6 +267,37 @@ def test_empty_batch(backend):
     assert y.shape == (0, 3, 4, 5) and problem[2].grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
+@pytest.mark.parametrize(("size", "segment"), [((1, 1), None), ((2, 1), 1), ((1, 4), 1), ((3, 4), 1), ((3, 4), 2)])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_every_input_has_a_gradient(batch, size, segment, direction, backend):
+    """Zeros where no line reaches another, so that trainers treat the parameters alike on every backend."""
+    x, proxy, weight, entry, exit_, skip = random_problem(batch, 4, *size, 3, groups=2, directions=1)
+    weights, logits = (torch.randn(batch, *shape, 3, *size, dtype=torch.float64) for shape in ((2,), (1, 2)))
+    gate, options = torch.randn(batch, 1, 4, *size, dtype=torch.float64), {"segment": segment, "backend": backend}
+    several = {"directions": [direction], **options}
+    calls = [  # with the place of what gives the weights
+        (1, [x, weights], lambda *t: gspn.line_scan(*t, direction=direction, **options)),
+        (2, [x, gate, logits], lambda *t: gspn.gated_scan(*t, **several)),
+        (2, [x, proxy, weight, entry, exit_, skip], lambda *t: gspn.propagate(*t, **several)),
+    ]
+    for place, tensors, call in calls:
+        tensors = [t.clone().requires_grad_() for t in tensors]
+        grads = torch.autograd.grad(call(*tensors).square().sum(), tensors, allow_unused=True)
+        assert all(g is not None and g.isfinite().all() for g in grads)
+        assert [g.shape for g in grads] == [t.shape for t in tensors]
+        reaches = batch > 0 and segment != 1 and size != (1, 1)
+        assert (grads[place] != 0).any() == reaches and (grads[0] != 0).any() == (batch > 0)
+    fixed = gspn.line_scan(x, weights.requires_grad_(), direction=direction, **options)
+    assert fixed.requires_grad  # by the weights alone
+
+
+def test_weights_that_no_line_reads_change_nothing_on_the_reference():
+    x, weights = torch.tensor([-0.0, 1.0]).view(1, 2, 1, 1), torch.full((1, 2, 3, 1, 1), float("nan"))
+    h = gspn.line_scan(x, weights, direction="right", backend="reference")
+    assert torch.equal(h, x) and h[0, 0].signbit().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_at_most_twice_that_of_the_reference(dtype, backend):
     if backend == "reference":

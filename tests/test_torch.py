@@ -8,6 +8,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import gspn
+from gspn.layers import DropPath
 
 EVERY = [0, 1, 2, 3]
 
@@ -183,6 +184,118 @@ def test_forward_mode_is_an_error_where_it_would_be_silently_zero():
     step = 1e-2
     difference = (call(x + step) - call(x - step)) / (2 * step)
     torch.testing.assert_close(tangent, difference, rtol=1e-2, atol=1e-3)
+
+
+def small_model(**options):
+    return gspn.create_model(
+        "gspn_micro", num_classes=2, in_chans=1, width=4, depths=(1, 1), global_levels=(0,), **options
+    )
+
+
+def test_torch_func_gradients_of_native_kernels_name_the_reference():
+    layer, x = gspn.GSPN2d(4), torch.randn(2, 4, 3, 5)
+    loss = lambda t: layer(t).square().sum()  # noqa: E731
+    by_parameter = lambda p: torch.func.functional_call(layer, p, (x,)).sum()  # noqa: E731
+    parameters = {n: p.detach() for n, p in layer.named_parameters()}
+    calls = {
+        "grad": lambda: torch.func.grad(loss)(x),
+        "grad by parameters": lambda: torch.func.grad(by_parameter)(parameters)["merger"],
+        "vjp": lambda: torch.func.vjp(layer, x)[1](x)[0],
+        "jacrev": lambda: torch.func.jacrev(layer)(x[:1]),
+        "hessian": lambda: torch.func.hessian(loss)(x[:1, :, :1, :2]),
+        "vmap of grad": lambda: torch.vmap(torch.func.grad(lambda t: loss(t[None])))(x),
+        "grad of vmap": lambda: torch.func.grad(lambda t: torch.vmap(layer)(t[:, None]).sum())(x),
+        "compiled": lambda: torch.compile(torch.func.grad(loss), backend="aot_eager")(x),
+    }
+    for name, call in calls.items():
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match='backend="reference"'):
+            pytest.fail(f"{name} has no error: {call()}")
+    weights = torch.rand(2, 4, 3, 3, 5)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.func.grad(lambda w: gspn.line_scan(x, w, direction="up").sum())(weights)
+    # what takes no gradient with respect to the scan may pass
+    by_scale = torch.func.grad(lambda scale: (scale * layer(x).detach()).sum())(torch.tensor(1.0))
+    torch.testing.assert_close(by_scale, layer(x).detach().sum())
+    wanted = torch.autograd.grad(loss(x.requires_grad_()), x)[0]
+    layer.backend = "reference"
+    torch.testing.assert_close(calls["grad"](), wanted)
+
+
+@pytest.mark.parametrize("alignment", ["aligned", "released"])
+def test_symbolic_trace(alignment, backend):
+    """A graph of fx computes what the module does, at other sizes too, and still checks its input."""
+    layer = gspn.GSPN2d(4, scan_dim=2, alignment=alignment, average=alignment == "aligned", backend=backend)
+    model = small_model(alignment=alignment, backend=backend, drop_path_rate=0.3).train()
+    for module, sizes in ((layer, [(2, 4, 3, 3), (1, 4, 6, 6)]), (model, [(2, 1, 16, 16), (1, 1, 24, 24)])):
+        traced = torch.fx.symbolic_trace(module)
+        for size in sizes:
+            x = torch.randn(size)
+            results = []
+            for each in (traced, module):
+                torch.manual_seed(0)  # drop path
+                results.append(each(x))
+            assert torch.equal(*results)
+        with pytest.raises(ValueError, match="got \\(1, 7, 4, 4\\)"):
+            traced(torch.randn(1, 7, 4, 4))
+
+
+def test_a_backbone_of_fake_tensors(backend):
+    """Made and run under the mode, and run by fake tensors without it."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        y = small_model(backend=backend)(torch.randn(2, 1, 16, 16))
+    assert isinstance(y, FakeTensor) and y.shape == (2, 2)
+    mode, real = FakeTensorMode(), small_model(backend=backend)
+    state = {name: mode.from_tensor(tensor) for name, tensor in real.state_dict().items()}
+    y = torch.func.functional_call(real.eval(), state, (mode.from_tensor(torch.randn(2, 1, 16, 16)),))
+    assert isinstance(y, FakeTensor) and y.shape == (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # sizes that are looked at
+def test_torch_script():
+    model, x = small_model().eval(), torch.randn(2, 1, 16, 16)
+    with pytest.raises(RuntimeError, match=r"torch\.export"):
+        torch.jit.script(model)
+    traced = torch.jit.trace(model, (x,))
+    other = torch.randn(1, 1, 24, 18)
+    torch.testing.assert_close(traced(other), model(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_and_device_change_nothing(dtype, backend):
+    layer, x = gspn.GSPN2d(4, backend=backend), torch.randn(2, 4, 3, 5)
+    model, images = small_model(backend=backend).eval(), torch.randn(2, 1, 16, 16)
+
+    def results():
+        problem = [t.float() for t in (x, x)] + [torch.ones(4, 3, 4, 4).float(), *[torch.ones(4, 4, 4).float()] * 2]
+        arguments = (x, *problem, None, [0, 1, 2, 3], None, 256, backend)
+        gradients = torch.ops.gspn.propagate_backward(*arguments)  # the last is empty: there is no skip
+        return [layer(x), model(images), *layer.context(x, 1, 2), *gradients]
+
+    wanted = results()
+    try:
+        torch.set_default_dtype(dtype)
+        changed = results()
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("meta")
+        on_meta = [layer(x), model(images), *layer.context(x, 1, 2)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for got, want in zip(changed + on_meta, wanted + wanted[:4], strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_drop_path_keeps_its_rate_under_a_coarse_default_dtype():
+    drop = DropPath(1 / 1000)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        kept = drop(torch.ones(200_000, dtype=torch.float32)) != 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert 100 < (~kept).sum() < 300  # in bfloat16 781 are 0
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.fx.traceback
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -108,10 +109,10 @@ def _templates(name: str, args: tuple) -> list[Tensor | None]:
     return [args[0]] if name == "propagate" else list(args[1:7])
 
 
-def _like(template: Tensor | None, result: Tensor | None, device: torch.device) -> Tensor:
+def _like(template: Tensor | None, result: Tensor | None, x: Tensor) -> Tensor:
     """The result in the memory format that the fake rule promised; an empty tensor for an optional input not given."""
     if template is None or result is None:
-        return torch.empty(0, device=device)
+        return x.new_empty(0)
     # A fresh result is dense; with the template's strides it has the promised ones. This saves allocating to compare.
     if result.dtype == template.dtype and result.stride() == template.stride():
         return result
@@ -125,14 +126,28 @@ def _implementation(name: str, device_type: str | None) -> Callable:
         x = args[0]
         results = getattr(_select(backend, device_type or x.device.type), name)(*args)
         if isinstance(results, Tensor):
-            return _like(_templates(name, args)[0], results, x.device)
-        return tuple(_like(t, r, x.device) for t, r in zip(_templates(name, args), results, strict=True))
+            return _like(_templates(name, args)[0], results, x)
+        return tuple(_like(t, r, x) for t, r in zip(_templates(name, args), results, strict=True))
 
     return run
 
 
+def refuse_onnx_export() -> None:
+    """An error inside torch.onnx.export, whose own names neither the cause nor the way.
+
+    A program of torch.export passes, which is run node by node: with it the caller may bring a translation.
+    """
+    if torch.onnx.is_in_onnx_export() and not torch.fx.traceback.has_preserved_node_meta():
+        raise RuntimeError(
+            "gspn: torch.onnx.export does not know gspn's operators. gspn.export_onnx(model, path) writes a file of "
+            "standard ONNX operators; to translate them yourself, export a program of torch.export with a "
+            "custom_translation_table"
+        )
+
+
 def _fake(name: str) -> Callable:
     def run(*args):
+        refuse_onnx_export()
         outputs = [args[0].new_empty(0) if t is None else torch.empty_like(t) for t in _templates(name, args)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 

@@ -4,10 +4,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn.ops import DIRECTIONS, check_backend, check_directions, check_segment, gated_scan, line_scan, propagate
+
+# torch.fx.symbolic_trace cannot follow code that looks at sizes and layouts. What is wrapped here and below is one node
+# of its graphs.
+for _name in ("propagate", "line_scan", "per_line"):
+    torch.fx.wrap(_name)
 
 
 class Context(NamedTuple):
@@ -24,6 +30,15 @@ class Context(NamedTuple):
     merged: Tensor
 
 
+@torch.fx.wrap
+def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    # vmap cannot be asked for the memory format. Compiled, a convolution's output that is kept for the gradients is
+    # laid out anew, with the sizes of that day as constants: each other size would compile again.
+    if x.ndim == 4 and (torch.compiler.is_compiling() or (x.shape[1] > 1 and x.stride(1) == 1)):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight)
+
+
 class Pointwise(nn.Conv2d):
     """A 1x1 convolution without bias; on channels_last maps a matrix product, whose backward takes half the time."""
 
@@ -31,11 +46,7 @@ class Pointwise(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # vmap cannot be asked for the memory format. Compiled, a convolution's output that is kept for the gradients is
-        # laid out anew, with the sizes of that day as constants: each other size would compile again.
-        if x.ndim == 4 and (torch.compiler.is_compiling() or (x.shape[1] > 1 and x.stride(1) == 1)):
-            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
-        return super().forward(x)
+        return _pointwise(x, self.weight)
 
 
 # How the released form reads the map for each direction before it scans to the right, and the way back.
@@ -43,6 +54,7 @@ _READ = {"right": lambda t: t, "down": lambda t: t.mT, "left": lambda t: t.flip(
 _BACK = {"right": lambda t: t, "down": lambda t: t.mT, "left": lambda t: t.flip(-1), "up": lambda t: t.flip(-1).mT}
 
 
+@torch.fx.wrap
 def _released_weights(logits: Tensor) -> Tensor:
     """Propagation weights (...,3,H,W) for a scan to the right as the released models normalise them: sigmoids divided
     by their sum over the neighbours that exist, and the sum, not the logits, clamped from below: at 1e-7, so that
@@ -51,6 +63,23 @@ def _released_weights(logits: Tensor) -> Tensor:
     previous, same, following = sigmoids.unbind(-3)
     total = same + F.pad(previous[..., 1:, :], (0, 0, 1, 0)) + F.pad(following[..., :-1, :], (0, 0, 0, 1))
     return sigmoids / total.clamp(min=1e-7).unsqueeze(-3)
+
+
+@torch.fx.wrap
+def _in_layout_of(template: Tensor, x: Tensor) -> Tensor:
+    """x, channels_last where the template is that and nothing else, contiguous otherwise."""
+    last = template.is_contiguous(memory_format=torch.channels_last) and not template.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@torch.fx.wrap
+def _check_map(x: Tensor, channels: int, alignment: str) -> None:
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"GSPN2d expects (B,{channels},H,W) with H, W >= 1, got {tuple(x.shape)}")
+    if alignment == "released" and x.shape[2] != x.shape[3]:
+        raise ValueError(
+            f'alignment="released" takes square feature maps, got {x.shape[2]}x{x.shape[3]}; "aligned" takes any'
+        )
 
 
 def per_line(output_proj: Tensor, directions: Sequence[str], size: tuple[int, int], segment: int | None) -> Tensor:
@@ -181,7 +210,7 @@ class GSPN2d(nn.Module):
         return output, None if self.skip_proj is None else self._scaled(self.skip_proj).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check(x)
+        _check_map(x, self.channels, self.alignment)
         if self.alignment == "released":
             return self.expand(self._released(self.reduce(x), self.proxy_proj(x)))
         output_proj, skip_proj = self._merged_projections(x.shape[-2:])
@@ -202,14 +231,6 @@ class GSPN2d(nn.Module):
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
-    def _check(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] == 0 or x.shape[3] == 0:
-            raise ValueError(f"GSPN2d expects (B,{self.channels},H,W) with H, W >= 1, got {tuple(x.shape)}")
-        if self.alignment == "released" and x.shape[2] != x.shape[3]:
-            raise ValueError(
-                f'alignment="released" takes square feature maps, got {x.shape[2]}x{x.shape[3]}; "aligned" takes any'
-            )
-
     def _released(self, x: Tensor, proxy: Tensor) -> Tensor:
         """The output in the released form, for x (B,K,H,H) and proxy (B,S,H,H)."""
 
@@ -221,8 +242,7 @@ class GSPN2d(nn.Module):
         y = project(self._scaled(self.output_proj)) * h
         if self.skip_proj is not None:
             y = y + project(self._scaled(self.skip_proj)) * read
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return y.sum(1).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return _in_layout_of(x, y.sum(1))
 
     def _scan(self, gated: Tensor, logits: Tensor) -> Tensor:
         """h (B,D,K,H,W) of the gated inputs (B,D,K,H,W) and logits (B,D,G,3,H,W)."""
@@ -232,10 +252,13 @@ class GSPN2d(nn.Module):
         weights = _released_weights(logits).flatten(1, 2)
         return line_scan(gated.flatten(1, 2), weights, direction="right", **options).unflatten(1, gated.shape[1:3])
 
+    @torch.inference_mode(
+        False
+    )  # which cannot differentiate, as the scan is here; it turns gradients on, so it is first
     @torch.no_grad()
     def context(self, x: Tensor, row: int, column: int) -> Context:
-        """Where the output at (row, column) comes from, for input x (B,C,H,W). Not inside torch.inference_mode."""
-        self._check(x)
+        """Where the output at (row, column) comes from, for input x (B,C,H,W)."""
+        _check_map(x, self.channels, self.alignment)
         height, width = x.shape[-2:]
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"the place ({row}, {column}) is not on the {height}x{width} feature map")
@@ -244,7 +267,7 @@ class GSPN2d(nn.Module):
         logits = project(self.weight_proj).transpose(2, 3)
         # A scan is linear in its gated input, so the gradient of the state at the place is the weight of each pixel.
         with torch.enable_grad():
-            gate = torch.zeros(logits.shape[0], len(self.directions), *scanned.shape[1:], device=x.device)
+            gate = logits.new_zeros(logits.shape[0], len(self.directions), *scanned.shape[1:])
             gate.requires_grad_()
             (arriving,) = torch.autograd.grad(self._scan(gate, logits)[..., row, column].sum(), gate)
         out_gate = project(self._merged_projections((height, width))[0])[..., row, column, None, None]
@@ -258,6 +281,10 @@ class GSPN2d(nn.Module):
                 for maps in (arriving, parts)
             )
         return Context(arriving.mean(2), parts.sum(1).abs().mean(1))
+
+    def __prepare_scriptable__(self):
+        """torch.jit.script asks this of every module inside the one that it compiles."""
+        raise RuntimeError("gspn: torch.jit.script cannot compile GSPN2d; use torch.export.export or torch.jit.trace")
 
     def extra_repr(self) -> str:
         extent = "global" if self.segment is None else f"segment={self.segment}"
@@ -292,6 +319,15 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+@torch.fx.wrap
+def _global_response(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    # linalg.vector_norm takes one and a half to five times as long; the floor keeps the root's gradient finite
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum((1, 2), keepdim=True)
+    norm = squares.clamp(min=1e-30).sqrt()
+    relative = norm / (norm.mean(-1, keepdim=True) + eps)
+    return torch.addcmul(beta.to(x.dtype), x, (gamma * relative + 1).to(x.dtype))
+
+
 class GlobalResponseNorm(nn.Module):
     """Global response normalisation over (B,H,W,C): gamma * (x * n) + beta + x, n = |x| / (mean over channels of |x|).
 
@@ -305,11 +341,14 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # linalg.vector_norm takes one and a half to five times as long; the floor keeps the root's gradient finite
-        squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum((1, 2), keepdim=True)
-        norm = squares.clamp(min=1e-30).sqrt()
-        relative = norm / (norm.mean(-1, keepdim=True) + self.eps)
-        return torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * relative + 1).to(x.dtype))
+        return _global_response(x, self.gamma, self.beta, self.eps)
+
+
+@torch.fx.wrap
+def _drop_path(x: Tensor, rate: float) -> Tensor:
+    # float32 whatever the default: numbers in bfloat16 are so coarse that the rate would be another
+    kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float32, device=x.device) >= rate
+    return x * (kept.to(x.dtype) / (1 - rate))
 
 
 class DropPath(nn.Module):
@@ -324,8 +363,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return x * (kept.to(x.dtype) / (1 - self.rate))
+        return _drop_path(x, self.rate)
 
     def extra_repr(self) -> str:
         return f"{self.rate}"
@@ -384,8 +422,8 @@ class GSPNBlock(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """For ``Module.apply``: Linear weights from a truncated normal of 0.02, biases 0; the rest as torch starts it."""
+    """For ``Module.apply``: Linear weights from a normal of 0.02, biases 0; the rest as torch starts it."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gspn.dispatch import BACKENDS, NATIVE_BACKENDS, available_backends
+from gspn.dispatch import BACKENDS, NATIVE_BACKENDS, available_backends, refuse_onnx_export
 from gspn.kernels import reference
 
 __all__ = ["DIRECTIONS", "available_backends", "gated_scan", "line_scan", "normalize_weights", "propagate"]
@@ -103,7 +103,7 @@ def line_scan(
     number, segment = _number(direction), check_segment(segment)
     if _check_backend(backend, x) == "reference":
         return _in_format_of(x, reference.line_scan(x, weights, number, segment))
-    _check_not_forward_mode(x, weights)
+    _check_native(x, weights)
     return torch.ops.gspn.line_scan(x, weights, number, segment, backend or "")
 
 
@@ -150,7 +150,7 @@ def gated_scan(
     segment = check_segment(segment)
     if _check_backend(backend, x) == "reference":
         return _in_format_of(input_gate, reference.gated_scan(x, input_gate, logits, numbers, segment))
-    _check_not_forward_mode(x, input_gate, logits)
+    _check_native(x, input_gate, logits)
     return torch.ops.gspn.gated_scan(x, input_gate, logits, numbers, segment, backend or "")
 
 
@@ -227,7 +227,7 @@ def propagate(
     tensors = (x, proxy, weight_proj, input_proj, output_proj, skip_proj)
     if _check_backend(backend, x) == "reference":
         return _in_format_of(x, reference.propagate(*tensors, numbers, segment))
-    _check_not_forward_mode(*tensors)
+    _check_native(*tensors)
     return torch.ops.gspn.propagate(*tensors, numbers, segment, workspace_mib, backend or "")
 
 
@@ -277,12 +277,28 @@ def _in_format_of(template: Tensor, result: Tensor) -> Tensor:
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
-def _check_not_forward_mode(*tensors: Tensor | None) -> None:
-    """torch would return zero tangents without a word where an operator has no rule for forward-mode derivatives."""
-    if forward_ad._current_level >= 0:
+def _check_native(*tensors: Tensor | None) -> None:
+    """Errors, before torch's own, for what only the reference can do: ours say so."""
+    if forward_ad._current_level >= 0:  # torch would return zero tangents without a word
         for t in tensors:
             if t is not None and forward_ad.unpack_dual(t).tangent is not None:
                 raise RuntimeError('gspn: the native kernels have no forward-mode derivatives; backend="reference" has')
+    if torch._C._are_functorch_transforms_active() and any(map(_tracked_by_functorch, tensors)):
+        raise RuntimeError(
+            "gspn: the native kernels cannot be differentiated by torch.func (grad, vjp, jacrev, hessian); "
+            'backend="reference" can, and torch.autograd works on every backend'
+        )
+    if torch.jit.is_tracing():  # torch.onnx.export(dynamo=False) traces with real tensors
+        refuse_onnx_export()
+
+
+def _tracked_by_functorch(t: Tensor | None) -> bool:
+    """Whether a transform of torch.func takes a gradient with respect to t, at any level of transforms."""
+    while t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_gradtrackingtensor(t) and t.requires_grad:
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
 
 
 def _check_devices(x: Tensor, **others: Tensor) -> None:

@@ -125,10 +125,10 @@ def compare(
 ) -> float:
     """The largest difference of what `run` gives from what the float32 or float64 model gives, over random inputs of
     these shapes, as a part of the model's largest output. Errors: ExportError above the tolerance."""
-    like = next(model.parameters(), torch.zeros(()))
-    draw, worst = torch.Generator().manual_seed(0), 0.0
+    like = next(model.parameters(), torch.zeros((), device="cpu"))
+    draw, worst = torch.Generator("cpu").manual_seed(0), 0.0
     for shape in shapes:
-        x = torch.randn(shape, generator=draw, dtype=like.dtype)
+        x = torch.randn(shape, generator=draw, dtype=like.dtype, device="cpu")
         try:
             with torch.no_grad():
                 wanted = pytree.tree_leaves(model(x.to(like.device)))

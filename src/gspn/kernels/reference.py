@@ -36,6 +36,10 @@ def line_scan(x: Tensor, weights: Tensor, direction: int, segment: int | None) -
     """h (B,C,H,W) of gated input x (B,C,H,W) and weights (B,G,3,H,W)."""
     with _no_autocast(x):
         inputs, weights = _group_lines(_state(x), weights.shape[1], direction), _weight_lines(weights, direction)
+        if segment == 1 or len(inputs) == 1:
+            # No line reaches another. The gradient of the weights is 0, and exists, as on the native backends: minus an
+            # empty sum, which changes no bit of the inputs, whatever stands in the weights.
+            inputs = inputs - weights[:0].sum()
         previous, same, following = (w.unbind(0) for w in weights.unbind(-2))
         states: list[Tensor] = []
         for t, line in enumerate(inputs.unbind(0)):
@@ -214,20 +218,19 @@ def _weight_lines(weights: Tensor, direction: int) -> Tensor:
     return torch.stack((previous, same, following), -2).unsqueeze(3)
 
 
-def _existing(logits: Tensor, direction: int) -> Tensor:
-    """(3,H,W) or a shape that broadcasts to it: 1 where the previous, same and next place in the line exist."""
+def _missing(logits: Tensor, direction: int) -> Tensor:
+    """(3,H,W) or a shape that broadcasts to it: whether the previous, same and next place in the line do not exist."""
     lines_are_columns = direction % 2 == 0
-    places = logits.shape[-2 if lines_are_columns else -1]
-    exists = torch.ones(3, places, dtype=torch.bool, device=logits.device)
-    exists[0, 0] = False
-    exists[2, -1] = False
-    return exists.unsqueeze(-1 if lines_are_columns else -2)
+    # made from the logits, without an index that is set, so that fake logits are enough
+    none = logits.new_zeros(logits.shape[-2 if lines_are_columns else -1], dtype=torch.bool)
+    ends = F.pad(none[1:], (1, 0), value=True), none, F.pad(none[1:], (0, 1), value=True)
+    return torch.stack(ends).unsqueeze(-1 if lines_are_columns else -2)
 
 
 def _weights_and_sigmoids(logits: Tensor, direction: int) -> tuple[Tensor, Tensor]:
     """Normalised weights and the sigmoids that they come from: w_k = s_k / (sum over the neighbours that exist)."""
     sigmoids = torch.sigmoid(_state(logits).clamp(min=LOGIT_FLOOR))
-    masked = sigmoids.where(_existing(logits, direction), 0)
+    masked = sigmoids.masked_fill(_missing(logits, direction), 0)
     return masked / masked.sum(2, keepdim=True), sigmoids
 
 

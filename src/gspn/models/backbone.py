@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +43,7 @@ class Level(nn.Module):
         return x
 
 
+@torch.fx.wrap  # for torch.fx.symbolic_trace, which cannot follow it
 def check_images(x: Tensor, in_chans: int, alignment: str) -> Tensor:
     if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"the model expects images (B,{in_chans},H,W) with H, W >= 1, got {tuple(x.shape)}")
@@ -273,8 +275,9 @@ class Backbone(nn.Module):
         self.num_classes: int = num_classes
         self.global_pool: str = global_pool
         where = next(self.parameters())
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(where.device, where.dtype).apply(init_weights).train(self.training)
+        like = {"device": where.device, "dtype": where.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        self.head.apply(init_weights).train(self.training)
         if self.config:
             self.config |= {"num_classes": num_classes, "global_pool": self.global_pool}
 

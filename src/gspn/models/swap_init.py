@@ -65,7 +65,7 @@ def initialize(
             passed = 0 if v_bias is None else out.weight.float() @ v_bias.float()
             layer.to_out[0].bias.copy_(out.bias.float() + passed)
         return
-    eye = torch.eye(layer.channels, device=out.weight.device)
+    eye = torch.eye(layer.channels, dtype=torch.float32, device=out.weight.device)
     for name, weight in w.items():
         linear, source = getattr(layer, f"to_{name}"), getattr(attention, f"to_{name}")
         linear.weight.copy_(weight - eye)
@@ -134,7 +134,7 @@ def stream_statistics(transformer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _normalised(before, scale, shift):
     """Mean and covariance of what a LayerNorm of that scale and shift makes of tokens with those of `before`."""
-    eye = torch.eye(len(scale), device=scale.device)
+    eye = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
     mean, covariance = before or (torch.zeros_like(scale), eye)
     mean = mean - mean.mean()  # over the channels, as a LayerNorm does
     covariance = covariance - covariance.mean(0)
@@ -147,7 +147,7 @@ def _normalised(before, scale, shift):
 
 def _affine(norm, like) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) of a norm."""
-    ones = torch.ones(like.shape[1], device=like.device)
+    ones = torch.ones(like.shape[1], dtype=torch.float32, device=like.device)
     if norm is None or norm.weight is None:
         return ones, torch.zeros_like(ones)
     shift = torch.zeros_like(ones) if norm.bias is None else norm.bias.float()
