@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gspn.digests import Content
 from gspn.train.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Split, decode, listed, read_class_names
 
 
@@ -136,9 +137,9 @@ class _Shards:
     def name(self, i):
         return f"{self.files[self.shard[i]]}, {self.keys[i]}"
 
-    def identity(self) -> Iterator[bytes]:
-        for file in self.files:
-            yield f"{file.relative_to(self.root)} {file.stat().st_size}\n".encode()
+    def identity(self) -> Iterator:
+        for file, images in zip(self.files, np.bincount(self.shard, minlength=len(self.files)).tolist(), strict=True):
+            yield Content(file, file.relative_to(self.root), images)
         yield self.offset.tobytes()
 
 
