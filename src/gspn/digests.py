@@ -92,14 +92,14 @@ def settings(model) -> dict:
     the defaults, so that an option that a newer library adds makes no other model of it. Where the model came from, and
     the kernels that it runs on, do not count."""
     config = getattr(model, "config", None) or getattr(model, "default_cfg", None) or {}
-    if "architecture" in config:  # timm, where networks that pad otherwise have weights of the same names and shapes
-        config, defaults = {"architecture": config["architecture"]}, {}
-    elif "name" in config:  # ours
-        config, defaults = {name: value for name, value in config.items() if name != "backend"}, {}
-    elif hasattr(config, "to_dict"):  # transformers
+    if hasattr(config, "to_dict"):  # transformers
         about = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
         config, defaults = config.to_dict(), type(config)().to_dict()
         config = {name: value for name, value in config.items() if name not in about}
+    elif "architecture" in config:  # timm, where networks that pad otherwise have weights of the same names and shapes
+        config, defaults = {"architecture": config["architecture"]}, {}
+    elif "name" in config:  # ours
+        config, defaults = {name: value for name, value in config.items() if name != "backend"}, {}
     else:  # diffusers
         parameters = inspect.signature(type(model).__init__).parameters
         defaults = {name: one.default for name, one in parameters.items() if name in config}
