@@ -207,7 +207,7 @@ def test_fingerprint_of_files_follows_what_they_are_not_where(tmp_path):
 
     one = open_data(write(tmp_path / "one")).fingerprint()
     two = write(tmp_path / "two")
-    assert len(one) == 64 and open_data(two).fingerprint() == one
+    assert open_data(two).fingerprint() == one
     assert open_data(two, val_fraction=0.4).fingerprint() != one
     (two / "a" / "0.png").rename(two / "b" / "9.png")
     assert open_data(two).fingerprint() != one
@@ -229,9 +229,10 @@ def test_fingerprint_of_pixels_shards_and_tables(tmp_path, streamed):
     write_shards(shards, label=lambda i: str((i + 1) % 4))
     assert open_data(shards).fingerprint() != before
     seen = {open_data(streamed, streaming=streaming).fingerprint() for streaming in (False, True)}
+    assert len(seen) == 1  # the same images
     (streamed / "train-2.parquet").unlink()
     seen |= {open_data(streamed, streaming=streaming).fingerprint() for streaming in (False, True)}
-    assert len(seen) == 4
+    assert len(seen) == 2
 
 
 # -- workers --

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import gspn
 from gspn.cli import app
+from gspn.digests import is_earlier
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.data import DataError
 from gspn.train.diffusion.distill import Setup, distill, resume_distillation
@@ -416,6 +418,33 @@ def test_what_makes_another_teacher(bases, tmp_path):
         (path / "scheduler/scheduler_config.json").write_text(json.dumps(config | change))
         digests.append(open_text_to_image(path).digest())
     assert digests[0] == digests[1] and len(set(digests[1:])) == 5
+
+
+def test_settings_and_words_make_another_teacher():
+    """Which weights do not tell."""
+    pipe = tiny_sd()
+    before = TextToImage(pipe, "here").digest()
+    assert TextToImage(tiny_sd(), "elsewhere").digest() == before
+    found = [before]
+    for part, change in (("vae", {"scaling_factor": 0.25}), ("unet", {"norm_eps": 1e-3}), ("unet", {"act_fn": "gelu"})):
+        other = tiny_sd()
+        getattr(other, part).register_to_config(**change)
+        found.append(TextToImage(other, "here").digest())
+    other = tiny_sd()
+    other.text_encoder.config.hidden_act = "gelu_new"
+    found.append(TextToImage(other, "here").digest())
+    other = tiny_sd()
+    other.tokenizer.model_max_length -= 1
+    found.append(TextToImage(other, "here").digest())
+    assert len(set(found)) == 6 and not any(map(is_earlier, found))
+
+
+def test_a_run_that_an_older_version_began_knows_its_teacher(bases):
+    teacher = open_text_to_image(bases / "sd")
+    setup = SimpleNamespace(teacher=teacher, digest="2:0")
+    Setup.check_config(setup, {"base": {"digest": teacher.digest(like="")}})
+    with pytest.raises(RunError, match="is not the pipeline that the run learns from"):
+        Setup.check_config(setup, {"base": {"digest": "0" * 64}})
 
 
 def test_another_teacher_is_not_gone_on_with(whole, bases, tmp_path):

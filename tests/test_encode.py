@@ -1,5 +1,6 @@
 """`gspn encode`: what is encoded, that nothing is lost or done twice, folders and VAEs that cannot be used."""
 
+import io
 import json
 import os
 import shutil
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training import tree
+from training import other_byte, tree
 from typer.testing import CliRunner
 
 pytest.importorskip("diffusers")
@@ -28,8 +31,9 @@ from gspn.train.classify import train_classifier
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.diffusion import encode as encode_module
 from gspn.train.diffusion.encode import encode
+from gspn.train.diffusion.latent_files import identity
 from gspn.train.diffusion.latents import open_latents
-from gspn.train.diffusion.vae import open_vae
+from gspn.train.diffusion.vae import describe_vae, open_vae
 from gspn.train.evaluate import evaluate
 from gspn.train.images import Split
 from gspn.train.latent_folder import is_latents
@@ -258,6 +262,43 @@ def test_a_folder_begun_otherwise_is_refused(copied, pictures, vae, tmp_path):
     shutil.copytree(vae, tmp_path / "pipeline" / "vae")
     encode(tmp_path / "moved", tmp_path / "pipeline", copied, **again)
     assert tree(copied) == before
+
+
+def test_an_image_of_the_same_size_and_time_is_other_data(copied, pictures, vae, tmp_path):
+    again, moved = dict(flip=True, shard_size=5, **SIZE), shutil.copytree(pictures, tmp_path / "moved")
+    encode(moved, vae, copied, **again)
+    other_byte(moved / "train" / "dog" / "3.png")
+    with pytest.raises(RunError, match=r"begun otherwise: with the data .*, not .*moved"):
+        encode(moved, vae, copied, **again)
+
+
+def test_latents_are_known_by_what_is_in_them(copied, latents):
+    assert open_latents(copied).fingerprint() == latents[0].fingerprint()
+    other_byte(copied / "train-00001.safetensors")
+    assert open_latents(copied).fingerprint() != latents[0].fingerprint()
+
+
+def test_latents_that_an_older_version_began_are_gone_on_with(copied, pictures, vae, tmp_path):
+    """Its digests, in config.json and in each shard, are of the earlier scheme, and stay so."""
+    again, other = dict(flip=True, shard_size=5, batch_size=2, **SIZE), tmp_path / "other"
+    config = json.loads((copied / "config.json").read_text())
+    config["data"]["fingerprint"] = open_data(pictures).fingerprint(like="")
+    config["vae"]["digest"] = describe_vae(open_vae(vae), vae, like="")["digest"]
+    (copied / "config.json").write_text(json.dumps(config))
+    for file in copied.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            about = json.loads(opened.metadata()["gspn"]) | {"latents": identity(config)}
+        save_file(load_file(file), file, {"gspn": json.dumps(about)})
+    assert len(identity(config)) == len(config["vae"]["digest"]) == len(config["data"]["fingerprint"]) == 64
+    whole = tree(copied)
+    shard = copied / "train-00001.safetensors"
+    shard.unlink()
+    told = Console(file=io.StringIO(), width=200)
+    encode(pictures, vae, copied, **again, console=told)
+    assert tree(copied) == whole and "noted names and sizes" in told.file.getvalue()
+    make_vae(seed=1).save_pretrained(other)
+    with pytest.raises(RunError, match="begun otherwise: with the VAE"):
+        encode(pictures, other, copied, **again)
 
 
 def test_folders_in_the_way(pictures, vae, tmp_path):

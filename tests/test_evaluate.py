@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import TINY
+from training import TINY, other_byte, tiny_options
 from typer.testing import CliRunner
 
 from gspn.cli import app
@@ -103,6 +103,20 @@ def test_other_sizes_and_what_is_written(run, tmp_path):
             assert min(picture.size) > 400 and np.asarray(picture.convert("L")).std() > 10
     text = CliRunner().invoke(app, ["eval", str(run.path), "digits", "--sizes", "12"]).output
     assert "359 (test) at 12x12" in text and "calibration error" in text and "without" in text
+
+
+def test_data_that_changed_since_may_hold_out_others(colours, tmp_path, monkeypatch):
+    for name in ("curves", "predictions", "context"):
+        monkeypatch.setattr(pictures, name, lambda *args: None)
+    run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(batch_size=16))
+
+    def changed(**more):
+        metrics, warnings = evaluate(run.path, colours, workers=0, **more)
+        return metrics["split"], any("has changed since" in warning for warning in warnings)
+
+    assert changed() == ("val", False)
+    other_byte(colours / "blue" / "5.png")
+    assert changed() == ("val", True) and changed(split="all") == ("all", False)
 
 
 def test_faults(run, tmp_path):

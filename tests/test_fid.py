@@ -20,17 +20,17 @@ from comparing import (
     paint_both,
 )
 from PIL import Image
-from training import same
+from training import other_byte, same
 from typer.testing import CliRunner
 
 from gspn.cli import app
-from gspn.files import SaveError
+from gspn.files import SaveError, save_tensors
 from gspn.train.checkpoint import RunError
 from gspn.train.diffusion import image_statistics
 from gspn.train.diffusion.distances import frechet_distance, kernel_distance, precision_recall
 from gspn.train.diffusion.features import Extractor
 from gspn.train.diffusion.image_statistics import read_statistics
-from gspn.train.diffusion.imagesets import open_images
+from gspn.train.diffusion.imagesets import ImageSet, open_images
 from gspn.train.images import DataError
 from gspn.train.options import OptionError
 
@@ -282,6 +282,58 @@ def test_anything_else_is_computed_anew(pictures):
         file.write_bytes(file.read_bytes().ljust(size, b"\0"))
     go()
     assert looked_at(extractor) == both
+    file = pictures.real / "green" / "07.png"  # one of 60 alone, changed where it is not seen, of the same time
+    other_byte(file)
+    go()
+    assert looked_at(extractor) == both
+    go()
+    assert looked_at(extractor) == whole
+
+
+def test_every_image_of_any_kind_of_set_counts(pictures):
+    flat, npz, folder = (pictures.at / name for name in ("flat", "some.npz", "samples"))
+    flat.mkdir()
+    (folder / "images").mkdir(parents=True)
+    about = {"format": 1, "settings": {"seed": 0}, "count": 36, "classes": [0], "class_names": ["blue"]}
+    (folder / "samples.json").write_text(json.dumps(about))
+    for i, pixels in enumerate(pictures.images[0]):
+        for path in (flat / f"{i:03}.png", folder / "images" / f"{i:06}-blue.png"):
+            Image.fromarray(pixels).save(path)
+    as_npz(npz, pictures.images[0])
+    for where, file in ((flat, flat / "017.png"), (folder, folder / "images" / "000017-blue.png"), (npz, npz)):
+        before = open_images(where).identity()
+        place = 5000 if file == npz else -1  # as one writes to a mapped array: without a new checksum
+        other_byte(file, place)
+        assert open_images(where).identity() != before
+        other_byte(file, place)
+        assert open_images(where).identity() == before
+
+
+def test_images_are_read_for_a_digest_only_where_something_is_kept(pictures, monkeypatch):
+    read = []
+    monkeypatch.setattr(ImageSet, "identity", lambda self, console=None: read.append(self.where) or "2:0")
+    compare(pictures.drawn, pictures.real)
+    assert read == []
+    compare(pictures.drawn, pictures.real, save=pictures.at / "real.safetensors")
+    assert read == [str(pictures.real)]
+
+
+def test_statistics_that_an_older_version_saved(pictures):
+    """Their digests, of the file and of the network, are of the earlier scheme."""
+    extractor, file = colour_extractor(), pictures.at / "real.safetensors"
+    first = compare(pictures.drawn, pictures.real, extractor, save=file)
+    statistics, key = read_statistics(file)
+    key["network"] = extractor.digest(like="")
+    tensors = {name: tensor.contiguous() for name, tensor in statistics.tensors().items()}
+    metadata = {"gspn": json.dumps(key), "digest": image_statistics._digest(tensors, key, like="")}
+    assert {len(metadata["digest"]), len(key["network"])} == {64}
+    save_tensors(file, tensors, metadata)
+    again = compare(pictures.drawn, file, extractor)
+    assert again["frechet_distance"] == first["frechet_distance"]
+    with torch.no_grad():
+        extractor.network.weight.fill_(2)
+    with pytest.raises(OptionError, match="is of features colours"):
+        compare(pictures.drawn, file, extractor)
 
 
 def test_damaged_statistics_are_computed_again(pictures):

@@ -1,5 +1,9 @@
 """High resolution: savers of memory and what they save, going on after a kill."""
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,7 +15,7 @@ from torch import nn
 
 import gspn
 from gspn import files
-from gspn.models.highres import HighResPipeline, Savers, memory, savers
+from gspn.models.highres import HighResPipeline, Savers, memory, pipeline, savers
 from gspn.models.highres.images import decode
 from gspn.models.highres.passes import Guidance
 
@@ -247,6 +251,62 @@ def test_settings_of_the_models_that_are_no_weights_count(tmp_path):
         high(**call)
     pipe.vae.register_to_config(scaling_factor=0.5)
     high(**call)
+
+
+def test_every_weight_and_word_counts(tmp_path):
+    pipe = tiny_sd()
+    high, call = HighResPipeline(pipe), dict(prompt="owl", height=16, width=16, **FEW, workdir=tmp_path)
+    high(**call)
+    weight = pipe.unet.conv_in.weight.data.view(-1)
+    last = weight[-1].item()
+    weight[-1] += 1
+    with pytest.raises(ValueError, match=r"another image: pipeline\.unet "):
+        high(**call)
+    weight[-1] = last
+    pipe.tokenizer.model_max_length -= 1
+    with pytest.raises(ValueError, match=r"another image: pipeline\.tokenizer "):
+        high(**call)
+    pipe.tokenizer.model_max_length += 1
+    high(**call)
+
+
+def test_a_pipeline_is_the_same_in_every_process(tmp_path):
+    """What diffusers notes of a config it keeps in the order of a set, which differs from process to process."""
+    tiny_sd().save_pretrained(tmp_path)
+    code = (
+        "import sys; from diffusers import StableDiffusionPipeline; from gspn.models.highres.state import fingerprint;"
+        "print(sorted(fingerprint(StableDiffusionPipeline.from_pretrained(sys.argv[1])).items()))"
+    )
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    for name in ("mid_block_add_attention", "use_quant_conv", "force_upcast", "out_channels"):
+        del config[name]  # as published configs, which are older
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in "12"
+    }
+    assert len(told) == 1 and b"AutoencoderKL 2:" in told.pop()
+
+
+def test_a_folder_that_an_older_version_began_goes_on(tmp_path, monkeypatch):
+    """Its digests of the pipeline differed from process to process: they are not compared, which is told."""
+    pipe = tiny_sd()
+    high, call = HighResPipeline(pipe), dict(prompt="owl", height=16, width=16, **FEW, workdir=tmp_path)
+    made = high(**call, output_type="np")
+    record = json.loads((tmp_path / "highres.json").read_text())
+    record["asked"]["pipeline"] = {"unet": "UNet2DConditionModel 0123456789abcdef"}
+    (tmp_path / "highres.json").write_text(json.dumps(record))
+    told = []
+    monkeypatch.setattr(pipeline.logger, "warning", lambda text, *values: told.append(text % values))
+    np.testing.assert_array_equal(high(**call, output_type="np").images, made.images)
+    assert len(told) == 1 and "is not checked" in told[0]
+    with pytest.raises(ValueError, match='prompt "owl", now "fox"'):
+        high(**call | {"prompt": "fox"})
 
 
 def test_a_folder_of_another_image_is_refused(tmp_path):

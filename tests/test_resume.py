@@ -1,5 +1,6 @@
 """A training that was stopped at any moment goes on as if it had not been: the same parameters to the last bit."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -10,13 +11,15 @@ from functools import partial
 
 import pytest
 import torch
-from training import TINY, same, tiny_options, tree
+from rich.console import Console
+from training import TINY, other_byte, same, tiny_options, tree
 
 from gspn import files
 from gspn.files import BusyError, writing
 from gspn.train import checkpoint, loop, pictures
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.classify import resume_classifier, train_classifier
+from gspn.train.data import open_data
 from gspn.train.images import mixed_seed
 from gspn.train.loop import TrainingError
 from gspn.train.options import OptionError, Options
@@ -249,6 +252,30 @@ def test_changed_data_are_refused(stopped, colours):
     colours.rename(colours.with_name("moved"))
     run, _, _ = resume_classifier(stopped, data=colours.with_name("moved"))
     assert len(run.metrics) == 2
+
+
+def test_an_image_of_the_same_size_and_time_is_other_data(stopped, colours):
+    other_byte(colours / "green" / "7.png")
+    with pytest.raises(RunError, match="is not what"):
+        resume_classifier(stopped)
+    other_byte(colours / "green" / "7.png")
+    assert len(resume_classifier(stopped)[0].metrics) == 2
+
+
+def test_a_run_that_an_older_version_began_goes_on(stopped, colours, capsys):
+    """Its fingerprint is of names and sizes, and is compared as such, which is told."""
+    config = json.loads((stopped / "config.json").read_text())
+    config["data"]["fingerprint"] = open_data(colours).fingerprint(like="")
+    assert len(config["data"]["fingerprint"]) == 64
+    (stopped / "config.json").write_text(json.dumps(config))
+    file = colours / "green" / "7.png"
+    content = file.read_bytes()
+    file.write_bytes(content + b"longer")
+    with pytest.raises(RunError, match="is not what"):
+        resume_classifier(stopped)
+    file.write_bytes(content)
+    run, _, _ = resume_classifier(stopped, console=Console(width=200))
+    assert len(run.metrics) == 2 and "noted names and sizes" in capsys.readouterr().out
 
 
 def test_options_of_the_result_cannot_change(stopped):

@@ -17,6 +17,7 @@ from training import same, tree
 from typer.testing import CliRunner
 
 from gspn.cli import app
+from gspn.digests import is_earlier
 from gspn.files import SaveError
 from gspn.models.dit import create_dit
 from gspn.models.pipeline import GSPNPipeline
@@ -287,6 +288,19 @@ def test_a_stopped_folder_comes_out_as_if_it_had_not_been(run, done, tmp_path, m
     said = sample(run, tmp_path / "a", options(npz=True))
     assert said["made"] == 7 - after
     assert {p: b for p, b in tree(tmp_path / "a").items() if not p.endswith(".new")} == tree(done[0])
+
+
+def test_samples_that_an_older_version_began_can_grow(run, done, tmp_path):
+    folder = shutil.copytree(done[0], tmp_path / "a")
+    about = json.loads((folder / "samples.json").read_text())
+    assert not is_earlier(about["settings"]["weights"])
+    about["settings"]["weights"] = module._digest(load_pipeline(run), like="")
+    (folder / "samples.json").write_text(json.dumps(about))
+    assert sample(run, folder, options(count=9, batch_size=2))["made"] == 2
+    about["settings"]["weights"] = "0" * 64
+    (folder / "samples.json").write_text(json.dumps(about))
+    with pytest.raises(RunError, match="were made with other weights"):
+        sample(run, folder, options(count=9, batch_size=2))
 
 
 def test_a_finished_folder_is_left_as_it_is_and_can_grow(run, done, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """What the tests of training share: a tiny model, a task that trains in no time, what a folder holds."""
 
+import os
+
 import torch
 from torch import nn
 
@@ -49,3 +51,12 @@ def tree(folder):
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether two sets of tensors by name are equal to the last bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def other_byte(file, at=-1):
+    """Changes one byte of a file, whose name, size and time stay."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size and file.stat().st_mtime_ns == before.st_mtime_ns

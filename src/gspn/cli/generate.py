@@ -195,7 +195,10 @@ def fid(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
     cache: Annotated[
-        Path | None, typer.Option(help="The folder for statistics. Default: ~/.cache/gspn/fid.", metavar="FOLDER")
+        Path | None,
+        typer.Option(
+            help="The folder for statistics, by a digest of the images. Default: ~/.cache/gspn/fid.", metavar="FOLDER"
+        ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics, and use none.")] = False,
     save: Annotated[

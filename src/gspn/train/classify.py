@@ -159,7 +159,7 @@ class Setup:
             self.source = open_source(
                 self.options.init_from, self.options.model, self.options.model_args, self.preprocessing.channels
             )
-            if self.source.digest() != self.begun_from:
+            if self.source.digest(like=self.begun_from) != self.begun_from:
                 raise RunError(f"{self.source.where} holds other weights than those that the run started from")
         return start_from(self.source, model, self.class_names, self.data.where)
 

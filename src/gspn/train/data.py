@@ -4,7 +4,6 @@
 """
 
 import difflib
-import hashlib
 import os
 import re
 from collections import Counter
@@ -14,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 
+from gspn.digests import Content, digest, is_earlier
 from gspn.files import shown
 from gspn.train.class_folders import class_folders
 from gspn.train.folders import alike, is_image, walk
 from gspn.train.idx import IDX, idx_folder
 from gspn.train.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
+from gspn.train.progress import counting
 from gspn.train.shards import read_shards
 from gspn.train.tables import TABLES, load_tables
 
@@ -60,18 +62,38 @@ class Data:
         name = "val" if "val" in self.splits else "test"
         return self.splits["train"], self.splits[name], name
 
-    def fingerprint(self) -> str:
-        """A digest of what the images are: 64 hexadecimal digits, the same wherever the data lie. Pixels in memory
-        count as they are, files by name, size and class, tables by their labels, columns and number of bytes."""
-        digest = hashlib.sha256(self.kind.encode())
+    def fingerprint(self, like: str | None = None, console: Console | None = None) -> str:
+        """A digest of the images, labels, captions and class names, the same wherever the data lie. Every file is read,
+        in parallel; `uncompared` says what is not.
+
+        Args:
+            like: the fingerprint that this one is to be compared with; its scheme is used (see gspn.digests).
+            console: rich's, for a progress bar; None is silent.
+        """
+        whole = ["all"] if "all" in self.splits else self.splits
+        with counting("reading the data", sum(len(self.splits[name]) for name in whole), console) as advance:
+            return digest(self.identity(), like, advance)
+
+    def identity(self) -> Iterator:
+        """The parts of the fingerprint. Of splits that were made by holding out, the whole and their sizes count."""
+        yield self.kind
         for name in sorted(self.splits):
             if "all" in self.splits and name != "all":
-                digest.update(f"{name}{len(self.splits[name])}".encode())
+                yield f"{name}{len(self.splits[name])}"
                 continue
-            digest.update(name.encode())
-            for part in self.splits[name].identity():
-                digest.update(part)
-        return digest.hexdigest()
+            yield name
+            yield from self.splits[name].identity()
+
+    def uncompared(self, told: str | None) -> str | None:
+        """A note on what may have changed though the fingerprint is still the one that was `told`; None if nothing."""
+        if any(split.remote for split in self.splits.values()):
+            return "of a stream from the hub only the labels or captions and the number of images were compared"
+        if is_earlier(told) and any(split.pixels is None for split in self.splits.values()):
+            return (
+                "an older gspn noted names and sizes of the data's files, not their contents: images that were "
+                "replaced by others of the same size go unnoticed"
+            )
+        return None
 
     def for_evaluation(self, split: str | None = None, trained_on: str | None = None) -> tuple[Split, str]:
         """(split, its name): the one asked for; else test, else val. Where val is a part held out here, it is meant
@@ -252,6 +274,6 @@ class ImageFiles:
     def name(self, i):
         return shown(self.paths[i])
 
-    def identity(self) -> Iterator[bytes]:
+    def identity(self) -> Iterator[Content]:
         for path in self.paths:
-            yield os.fsencode(f"{path.relative_to(self.root)} {path.stat().st_size}\n")
+            yield Content(path, path.relative_to(self.root))

@@ -163,6 +163,8 @@ def evaluate(
     data_set = open_data(data, **open_options)
     chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
     chosen = chosen.relabelled(class_names)
+    held_out, told = own and name == "val" and "all" in data_set.splits, trained_on.get("fingerprint")
+    changed = held_out and told is not None and data_set.fingerprint(like=told) != told
     converts = channels is not None or own or trained_on.get("converts", False)
     if not converts and chosen.channels() != preprocessing.channels:
         raise DataError(
@@ -191,7 +193,13 @@ def evaluate(
             raise SaveError(f"cannot make the folder {out}: {error.strerror}") from error
         write_json(out / f"evaluation-{at}.json", metrics)
         pictures.confusion(out / f"confusion-{at}.png", confusion, class_names, metrics)
-    return metrics, warnings_of(metrics, problems)
+    warnings = warnings_of(metrics, problems)
+    if changed:
+        warnings.append(
+            f"{data} has changed since the run was trained: other images may be held out of it now, so that some of "
+            "these may have been trained on"
+        )
+    return metrics, warnings
 
 
 def mistakes(confusion: torch.Tensor, class_names: list[str], count: int = 20) -> list[tuple[str, str, int]]:

@@ -1,6 +1,5 @@
 """Starting from trained weights (`--init-from`): from a run, a file of weights, or a published checkpoint."""
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gspn.digests import digest, tensors_of
 from gspn.models import load_released
 from gspn.train.options import OptionError
 from gspn.train.runs import load_classifier
@@ -34,13 +34,11 @@ class Source:
     class_names: list[str] | None = None
     data: str | None = None
 
-    def digest(self) -> str:
-        """What tells other weights apart: 64 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.weights.items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+    def digest(self, like: str | None = None) -> str:
+        """A digest of the weights, of which model they are, and its classes; in the scheme of `like`, which it is to be
+        compared with."""
+        about = {"model": self.name, "arguments": dict(self.model_args or {}), "class_names": self.class_names}
+        return digest([*tensors_of(self.weights), about], like)
 
 
 def open_source(path: str | Path, model: str | None, model_args: Mapping, channels: int | None = None) -> Source:

@@ -39,9 +39,13 @@ class Split:
             whole; else None.
         captions: for each image a tuple of its captions, one at least; None where the data carry none.
 
+        remote: whether the images are elsewhere and come as they are needed, so that no digest can count them.
+
     `read` and `names` have to be picklable, for the loader's workers are not everywhere forked. A `read` that has a
-    method identity() tells by it, in bytes, what would be different if the images were others.
+    method identity() gives by it the parts of a digest (see gspn.digests) that differ if the images are others.
     """
+
+    remote = False
 
     def __init__(self, labels, class_names, *, pixels=None, read=None, names=None, shard=None, captions=None):
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -78,8 +82,8 @@ class Split:
             return f"{self.names(i)}: {str(error) or type(error).__name__}"
         return f"{self.names(i)}: could not be turned into the model's input"
 
-    def identity(self) -> Iterator[bytes]:
-        """What makes up these images, as far as it can be told without decoding them."""
+    def identity(self) -> Iterator:
+        """The parts of a digest of these images: class names, labels, captions, pixels or undecoded contents."""
         yield repr(self.class_names).encode()
         yield self.labels.numpy().tobytes()
         for captions in self.captions or ():

@@ -92,7 +92,7 @@ def start(
             "where": setup.data.where,
             "kind": setup.data.kind,
             "split": setup.eval_name,
-            "fingerprint": setup.data.fingerprint(),
+            "fingerprint": setup.data.fingerprint(console=console if accelerator.is_main_process else None),
             **{name: getattr(options, name) for name in OPEN_OPTIONS if hasattr(options, name)},
             **own.get("data", {}),
         },
@@ -151,7 +151,8 @@ def resume(
         with readable(path):
             config = run.config
             setup = setup_of(data or config["data"]["where"], options)
-            if setup.data.fingerprint() != config["data"].get("fingerprint"):
+            told = config["data"].get("fingerprint")
+            if setup.data.fingerprint(told, console if accelerator.is_main_process else None) != told:
                 again = f"; `gspn train --init-from {path}` starts a new training from its weights"
                 raise RunError(
                     f"{setup.data.where} is not what {path} was trained on: images, labels, captions or class names "
@@ -176,6 +177,8 @@ def resume(
             place = "the start, as there is no checkpoint yet"
             if note := setup.first_weights(model):
                 say(f"note: {note}")
+        if note := setup.data.uncompared(told):
+            say(f"note: {note}")
         if other_versions:
             say(f"note: other versions than before, so not the same to the last bit: {other_versions}")
         say(f"{setup.describe(model)}\ngoing on from {place}")

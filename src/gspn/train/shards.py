@@ -13,7 +13,6 @@ at a time (Split.keys), so that what is read at a time lies close together.
 
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gspn.digests import Content
 from gspn.files import shown
 from gspn.train.folders import by_split, counts, is_image
 from gspn.train.images import USUAL_CAPTIONS, DataError, Split, decode, labelled, listed, read_class_names
@@ -137,9 +137,9 @@ class _Shards:
     def name(self, i):
         return shown(f"{self.files[self.shard[i]]}, {self.keys[i]}")
 
-    def identity(self) -> Iterator[bytes]:
-        for file in self.files:
-            yield os.fsencode(f"{file.relative_to(self.root)} {file.stat().st_size}\n")
+    def identity(self) -> Iterator:
+        for file, images in zip(self.files, np.bincount(self.shard, minlength=len(self.files)).tolist(), strict=True):
+            yield Content(file, file.relative_to(self.root), images)
         yield self.offset.tobytes()
 
 

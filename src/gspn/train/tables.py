@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from gspn.digests import Content, Earlier
 from gspn.train.folders import Found, by_split
 from gspn.train.hub import out_of_reach
 from gspn.train.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Numbered, Split, decode, labelled, listed
@@ -19,6 +20,7 @@ from gspn.train.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Numbered, 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 CLASSES = re.compile(r"u?int\d+|float\d+|bool|(large_)?string")  # types of columns that can hold classes
 BUFFER = 2000  # rows of a stream that wait to be drawn
+BATCH = 64  # rows of a table that are read at a time
 
 
 def load_tables(
@@ -215,6 +217,7 @@ def _split(table, image_column, name, counts, labels, class_names, **more):
         raise DataError(f"{name}: the column {image_column!r} holds no images: {error}") from error
     names = Numbered(f"{name}, row")
     if counts is not None:
+        more["remote"] = not Path(name).exists()
         return Stream(labels, class_names, table.select_columns(image_column), image_column, counts, names, **more)
     return Split(labels, class_names, read=_Rows(table, image_column), names=names, **more)
 
@@ -229,12 +232,20 @@ class _Rows:
     def __call__(self, i):
         return _decoded(self.table[i][self.column])
 
-    def identity(self) -> Iterator[bytes]:
-        yield f"{self.table.features} {self.table.num_rows} {self.table.data.nbytes}".encode()
+    def identity(self) -> Iterator:
+        yield Earlier(f"{self.table.features} {self.table.num_rows} {self.table.data.nbytes}")
+        for rows in self.table.select_columns(self.column).with_format("arrow").iter(BATCH):
+            yield from map(_content, rows[self.column].to_pylist())
 
 
 def _decoded(cell):
     return decode(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+
+
+def _content(cell):
+    """A cell's undecoded image as the part of a digest; where the cell or its file lies does not count."""
+    found = (cell or {}).get("bytes")
+    return Content(found if found is not None else (cell or {}).get("path") or b"")
 
 
 def _shards(table):
@@ -249,8 +260,9 @@ class Stream(Split):
     function of the torch.Generator alone: shards in random order, then rows drawn from a buffer of BUFFER rows.
     """
 
-    def __init__(self, labels, class_names, table, column, counts, names, captions=None):
+    def __init__(self, labels, class_names, table, column, counts, names, captions=None, remote=False):
         super().__init__(labels, class_names, names=names, captions=captions)
+        self.remote = remote
         self.table, self.column, self.counts = table, column, counts
 
     def image(self, i, cell=None):
@@ -309,9 +321,13 @@ class Stream(Split):
     def subset(self, index):
         raise DataError("nothing can be held out of a stream: expected a validation or test split beside train")
 
-    def identity(self) -> Iterator[bytes]:
+    def identity(self) -> Iterator:
         yield from super().identity()
-        yield repr((self.table.features, self.counts)).encode()
+        yield Earlier(repr((self.table.features, self.counts)))
+        if self.remote:
+            yield self.counts
+        else:
+            yield from (_content(cell) for _, cell in self._rows())
 
 
 def _image_column(table, wanted, name):

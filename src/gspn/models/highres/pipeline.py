@@ -178,9 +178,17 @@ class HighResPipeline:
             by_stage = [wanted] * len(found)
             if folder is not None:
                 asked = dict(prompt=prompt, negative_prompt=negative_prompt, seed=seed, guidance_scale=guidance_scale)
-                asked |= dict(blend=blend, dilation=dilation, rematch=rematch, options=described(options))
+                asked |= dict(blend=blend, dilation=dilation, rematch=rematch)
+                asked |= dict(options=described(options, folder.earlier))
                 asked |= dict(stages=[[*stage.size, stage.steps, stage.strength, stage.dilation] for stage in found])
-                asked |= dict(pipeline=fingerprint(pipe), savers=wanted)
+                known = folder.kept["asked"]["pipeline"] if folder.earlier else fingerprint(pipe)
+                asked |= dict(pipeline=known, savers=wanted)
+                if folder.earlier:
+                    logger.warning(
+                        "%s was begun by an older gspn, whose digests of the pipeline differ from process to process: "
+                        "that this is the same pipeline is not checked",
+                        folder.path,
+                    )
                 if folder.kept is not None:
                     folder.begin(asked, {})
                     # What was chosen by the memory that was free then is kept: with other savers, other bits.

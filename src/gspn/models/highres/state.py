@@ -1,6 +1,5 @@
 """The folder of a high-resolution image in the making: what was asked for, and each stage that is done."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gspn.digests import SCHEME, digest, settings
 from gspn.files import atomic, save_tensors, write_json, writing
 
 RECORD, LATENTS, IMAGE = "highres.json", "latents.safetensors", "image.png"
 FORMAT = 1
 # What FreeU, IP-Adapter and LoRA set in modules, beside weights.
 SETTINGS = ("s1", "s2", "b1", "b2", "scale", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
-SAMPLE = 16  # values of each weight that tell one set of weights from another
 
 
 @contextmanager
@@ -36,7 +35,8 @@ def opened(path: Path | str | None) -> Iterator["Workdir | None"]:
 class Workdir:
     """A folder that holds the stages of one image, each written when it is done.
 
-    Attributes: kept: the record that the folder held, or None where it holds no stage.
+    Attributes: kept: the record that the folder held, or None where it holds no stage. earlier: whether the digests in
+    it are of the earlier scheme (see gspn.digests).
     """
 
     def __init__(self, path: Path | str):
@@ -53,6 +53,11 @@ class Workdir:
                 raise ValueError(f"{record} is of format {found}, this version reads {FORMAT}")
             if not any(self.path.glob("stage-*")):
                 self.kept = None  # nothing was made, as with a call that failed
+
+    @property
+    def earlier(self) -> bool:
+        pipeline = (self.kept or {}).get("asked", {}).get("pipeline", {})
+        return any(f" {SCHEME}" not in text for text in pipeline.values())
 
     def begin(self, asked: dict, chosen: dict) -> None:
         """Records what is asked for and what was chosen for it, or compares with what was.
@@ -109,50 +114,47 @@ def _short(value):
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def described(value):
-    """Something as JSON has it; tensors and pictures by their digests."""
+def described(value, earlier: bool = False):
+    """Something as JSON has it; tensors and pictures by their digests. earlier: as a folder of an older gspn has it."""
     if isinstance(value, dict):
-        return {str(name): described(item) for name, item in value.items()}
+        return {str(name): described(item, earlier) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [described(item) for item in value]
+        return [described(item, earlier) for item in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous()
-        return f"{tuple(data.shape)} {data.dtype} {_digest(data.reshape(-1).view(torch.uint8).numpy().tobytes())}"
+        return f"{tuple(value.shape)} {value.dtype} {_digest(value, earlier)}"
     if hasattr(value, "tobytes"):  # a picture of PIL, an array
-        return f"{type(value).__name__} {_digest(value.tobytes())}"
+        about = [value.mode, value.size] if hasattr(value, "mode") else [str(value.dtype), value.shape]
+        return f"{type(value).__name__} {_digest(value.tobytes(), earlier, about)}"
     raise TypeError(
         f"with a workdir, options have to be numbers, texts, tensors or pictures, got {type(value).__name__}"
     )
 
 
+def _digest(data, earlier, about=None):
+    return digest([data], like="")[:16] if earlier else digest([data, about])
+
+
 def fingerprint(pipe) -> dict:
-    """What tells a pipeline from another: of its models classes, configurations, settings, and some values of every
-    weight; the scheduler's configuration."""
+    """What tells a pipeline from another: its models, with classes, settings and weights, but for weights that are
+    offloaded; the scheduler's settings; the tokenizers' words."""
     parts = {}
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            digest = hashlib.sha256(_config(part).encode())
-            for key, module in part.named_modules():
-                settings = {name: value for name, value in vars(module).items() if name in SETTINGS and value}
-                digest.update(f"{key} {module.extra_repr()} {settings}".encode())
-            for key, tensor in (*part.named_parameters(), *part.named_buffers()):
-                digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                if tensor.device.type != "meta":  # offloaded weights are elsewhere
-                    sample = tensor.detach().flatten()[:SAMPLE].float().cpu()
-                    digest.update(sample.numpy().tobytes())
-            parts[name] = f"{type(part).__name__} {digest.hexdigest()[:16]}"
+            parts[name] = f"{type(part).__name__} {digest(_parts(part))}"
         elif name == "scheduler":
-            parts[name] = f"{type(part).__name__} {_digest(_config(part))}"
+            parts[name] = f"{type(part).__name__} {digest([settings(part)])}"
+        elif hasattr(part, "get_vocab"):
+            parts[name] = f"{type(part).__name__} {digest([part.get_vocab(), part.model_max_length])}"
     return parts
 
 
-def _config(part):
-    config = getattr(part, "config", {})
-    config = config.to_dict() if hasattr(config, "to_dict") else config
-    return json.dumps(dict(config), sort_keys=True, default=str)
-
-
-def _digest(data):
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
+def _parts(model):
+    yield settings(model)
+    for name, module in model.named_modules():
+        more = {name: value for name, value in vars(module).items() if name in SETTINGS and value}
+        yield f"{name} {module.extra_repr()} {more}"
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        yield name
+        yield tensor

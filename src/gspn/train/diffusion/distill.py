@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from gspn.digests import is_earlier
 from gspn.models.swap import swap
 from gspn.models.swap_init import fit
 from gspn.train import pictures
@@ -163,8 +164,12 @@ class Setup:
 
     def check_config(self, config):
         """Raises RunError where the teacher is not the one that the run began with."""
-        if self.digest != config["base"]["digest"]:
-            raise RunError(f"{self.teacher.path} is not the pipeline that the run learns from: other weights or noise")
+        told = config["base"]["digest"]
+        own = self.teacher.digest(like=told) if is_earlier(told) else self.digest
+        if own != told:
+            raise RunError(
+                f"{self.teacher.path} is not the pipeline that the run learns from: other weights, settings or noise"
+            )
 
     def describe(self, model) -> str:
         options, (height, width) = self.options, self.options.size

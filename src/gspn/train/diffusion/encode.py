@@ -71,7 +71,7 @@ def encode(
     """
     _check(size, dtype, precision, shard_size, batch_size, workers)
     refuse_latents(data)
-    accelerator, out = make_accelerator(), Path(out).expanduser()
+    out = Path(out).expanduser()
     data_set, autoencoder = open_data(data, **open_options), open_vae(vae)
     pictures = _relabelled(data_set)
     for name in splits or ():
@@ -79,6 +79,8 @@ def encode(
             raise DataError(f"{data_set.where} has no split {name!r}; it has {', '.join(pictures)}")
     wanted = {SPLIT_NAMES.get(name, name) for name in splits or pictures}
     channels, *latent_size = latent_shape(autoencoder, size)
+    accelerator, told = make_accelerator(), _digests_told(out)
+    main = accelerator.is_main_process
     new = {
         "kind": KIND,
         "format": FORMAT,
@@ -89,12 +91,12 @@ def encode(
         "precision": precision,
         "flip": flip,
         "shard_size": shard_size,
-        "vae": describe_vae(autoencoder, vae),
+        "vae": describe_vae(autoencoder, vae, like=told["vae"]),
         "class_names": next(iter(pictures.values())).class_names,
         "data": {
             "where": data_set.where,
             "kind": data_set.kind,
-            "fingerprint": data_set.fingerprint(),
+            "fingerprint": data_set.fingerprint(told["data"], console if main else None),
             **{name: value for name, value in open_options.items() if value is not None},
         },
         "splits": {name: len(split) for name, split in pictures.items() if name in wanted},
@@ -105,9 +107,9 @@ def encode(
     todo, damaged, unreadable = _missing(out, config)
     if strict and unreadable:
         raise DataError(f"unreadable image (--strict): {unreadable[0]}")
-    main = accelerator.is_main_process
     say = console.print if console and main else lambda *args, **more: None
-    for note in [*data_set.notes, *(f"{path} is damaged and encoded anew" for path in damaged)]:
+    uncompared = [] if is_new else filter(None, [data_set.uncompared(told["data"])])
+    for note in [*data_set.notes, *uncompared, *(f"{path} is damaged and encoded anew" for path in damaged)]:
         say(f"note: {note}", markup=False, highlight=False)
     with writing(out) if main else nullcontext():
         if main:
@@ -159,6 +161,15 @@ def _relabelled(data: Data) -> dict[str, Split]:
 
 
 # -- what is there already --
+
+
+def _digests_told(out) -> dict:
+    """The digests of data and VAE that a folder was begun with, None without any: their scheme is kept in it."""
+    try:
+        begun = read_config(out)
+    except DataError:  # of which _continued tells
+        return {"data": None, "vae": None}
+    return {"data": begun["data"]["fingerprint"], "vae": begun["vae"]["digest"]}
 
 
 def _continued(out, config) -> tuple[dict, bool]:

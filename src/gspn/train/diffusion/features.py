@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gspn.digests import digest, settings, tensors_of
 from gspn.train.options import OptionError
 from gspn.train.runs import load_classifier
 
@@ -48,14 +49,12 @@ class Extractor:
         published = {"Frechet distance": "FID", "kernel distance": "KID", "score": "Inception Score"}
         return published.get(what, what) if self.standard else f"{what} ({self.name})"
 
-    def digest(self) -> str:
-        """Of weights, input and classes, 64 hexadecimal digits: what it is called and where it lies do not count."""
+    def digest(self, like: str | None = None) -> str:
+        """A digest of weights, settings, input and classes, in the scheme of `like`: what it is called and where it
+        lies do not count."""
         what = type(self.network).__name__, self.channels, self.rule, self.class_names
-        digest = hashlib.sha256(repr(what).encode())
-        for key, tensor in sorted(self.network.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        weights = tensors_of(self.network.state_dict(), "{name} {dtype} {shape}")
+        return digest([repr(what), *weights, settings(getattr(self.network, "model", self.network))], like)
 
 
 def load_extractor(name: str) -> Extractor:

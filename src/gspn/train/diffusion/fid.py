@@ -92,10 +92,11 @@ def evaluate_samples(
     ours = _numbered(ours, extractor, "the samples", notes)
     if theirs is not None:
         theirs = _numbered(theirs, extractor, "the reference", notes)
+        key = work.key(theirs) if save is not None else None
         statistics, _ = work.statistics(theirs, "reference")
         known = main and Known.of(statistics, size)
         if main and save is not None:
-            save_statistics(Path(save).expanduser(), statistics, work.key(theirs))
+            save_statistics(Path(save).expanduser(), statistics, key)
     notes += _other_classes(ours.classes, theirs.classes if theirs else known.classes, extractor)
     statistics, file = work.statistics(ours, "samples")
     result = None
@@ -133,7 +134,7 @@ def _given(reference, extractor, split, save, strict) -> Known | None:
     path, known = Path(reference).expanduser(), None
     if path.suffix == ".safetensors":
         statistics, key = read_statistics(path)
-        if key["network"] != extractor.digest():
+        if key["network"] != extractor.digest(like=key["network"]):
             raise OptionError(f"{reference} is of features {key['features']}, not of {extractor.name} as it is now")
         if statistics.done < statistics.images:
             raise DataError(f"{reference} is of {statistics.done} of {statistics.images} images: it was interrupted")

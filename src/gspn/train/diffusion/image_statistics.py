@@ -2,7 +2,6 @@
 several processes, kept in a file from which an interrupted call goes on.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gspn.digests import SCHEME, digest, tensors_of
 from gspn.files import LOCK, SaveError, atomic, save_tensors
 from gspn.train.diffusion.distances import Moments, Score
 from gspn.train.diffusion.features import Extractor
@@ -119,7 +119,8 @@ def read_statistics(path: Path) -> tuple[Statistics, dict]:
         if "gspn" not in metadata:
             raise DataError(f"{path} holds no statistics of images; `gspn fid --save` writes such files")
         key = json.loads(metadata["gspn"])
-        if metadata.get("digest") != _digest(tensors, key):
+        told = metadata.get("digest")
+        if told is None or told != _digest(tensors, key, like=told):
             raise DataError(f"{path} is damaged: its content is not what was written")
         if key["format"] > FORMAT:
             raise DataError(f"{path} was written by a newer gspn (format {key['format']}, not up to {FORMAT}): update")
@@ -130,12 +131,8 @@ def read_statistics(path: Path) -> tuple[Statistics, dict]:
         raise DataError(f"{path} is damaged or holds no statistics of images: {error}") from error
 
 
-def _digest(tensors, key):
-    digest = hashlib.sha256(json.dumps(key).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+def _digest(tensors, key, like=None):
+    return digest([json.dumps(key), *tensors_of(tensors, "{name} {dtype} {shape}")], like)
 
 
 def refusal(statistics: Statistics, where: str, split: Split | None, file: Path | str) -> str | None:
@@ -170,21 +167,21 @@ class Work:
 
     def key(self, images: ImageSet) -> dict:
         """What statistics of these images depend on, and what to tell about them."""
-        key = {"format": FORMAT, "images": images.identity, "where": images.where, "part": images.part}
+        console = self.console if self.accelerator.is_main_process else None
+        key = {"format": FORMAT, "images": images.identity(console), "where": images.where, "part": images.part}
         key["classes"] = sorted(images.classes) if images.classes else None
         return key | {"size": list(self.size), "features": self.extractor.name, "network": self.extractor.digest()}
 
-    def file(self, key: dict) -> Path | None:
+    def file(self, key: dict) -> Path:
         """Where they are kept: neither where the images lie nor what the network was called matters."""
-        if self.cache is None:
-            return None
         what = [key[name] for name in ("format", "images", "size", "network")]
-        return self.cache / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.safetensors"
+        return self.cache / f"{digest([what]).removeprefix(SCHEME)[:32]}.safetensors"
 
     def statistics(self, images: ImageSet, what: str) -> tuple[Statistics | None, Path | None]:
         """(those of all the images, in the main process; the file that they are kept in)."""
-        main, key = self.accelerator.is_main_process, self.key(images)
-        file = self.file(key)
+        main = self.accelerator.is_main_process
+        key = self.key(images) if self.cache is not None else None  # which reads all of them
+        file = self.file(key) if key else None
         statistics = self.found(file, len(images.split)) if main and file else None
         known = statistics.left_out.tolist() if statistics else []
         refused = self.strict and statistics and refusal(statistics, images.where, images.split, file)

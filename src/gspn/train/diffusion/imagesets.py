@@ -1,20 +1,22 @@
 """The sets of images that are compared: samples, wherever they came from, and what they are held against."""
 
-import hashlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 
+from gspn.digests import Content, digest
 from gspn.train.data import ImageFiles, open_data
 from gspn.train.diffusion.sample_files import ABOUT, Samples
 from gspn.train.folders import is_image, scan, walk
 from gspn.train.images import DataError, Numbered, Split, listed
 from gspn.train.latent_folder import refuse_latents
 from gspn.train.options import OptionError
+from gspn.train.progress import counting
 
 NO_CLASS = -1  # the label of an image whose class is not known
 ARRAYS = "an npz file as ADM's evaluation takes it: arr_0 uint8 (N, H, W, 3) and, where classes are known, arr_1 (N,)"
@@ -27,7 +29,7 @@ class ImageSet:
     Attributes:
         split: the images; labels are NO_CLASS where the class is not known.
         where: as asked for. part: "train", "test", "all", or "" where there is only one.
-        identity: a digest of what they are.
+        parts: gives the parts of a digest of them (see gspn.digests).
         notes: things to tell the user.
         classes: the names of those that have images; None where they are not known.
     """
@@ -35,9 +37,17 @@ class ImageSet:
     split: Split
     where: str
     part: str
-    identity: str
+    parts: Callable[[], Iterable]
     notes: list[str] = field(default_factory=list)
     classes: set[str] | None = None
+    _identity: str | None = None
+
+    def identity(self, console: Console | None = None) -> str:
+        """A digest of the images, for which each file is read. console: rich's, for a progress bar."""
+        if self._identity is None:
+            with counting(f"reading {self.where}", len(self.split), console) as advance:
+                self._identity = digest(self.parts(), advance=advance)
+        return self._identity
 
     def size(self) -> tuple[int, int]:
         """(H, W) of the images. Errors: OptionError where they have several."""
@@ -63,21 +73,22 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
     if found is not None:
         if part is not None:
             raise OptionError(f"{where} has no splits, got {part!r}")
-        (split, notes), name, identity = found, "", hashlib.sha256()
-        for piece in split.identity():
-            identity.update(piece)
+        (split, notes), name = found, ""
+        parts = split.identity
     else:
         data = open_data(where, **open_options)
         wanted = preferred if part is None and preferred in data.splits else part
         split, name = data.for_evaluation(wanted)
-        identity, notes = hashlib.sha256(f"{data.fingerprint()} {name}".encode()), list(data.notes)
-    # Names and sizes of files may stay when images are made anew: some of the pixels count too.
-    for image in split.sample():
-        identity.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+        notes = list(data.notes)
+
+        def parts():
+            yield from data.identity()
+            yield name
+
     present, classes = split.labels.unique().tolist(), None
     if split.class_names is not None and NO_CLASS not in present:
         classes = {split.class_names[i] for i in present}
-    return ImageSet(split, str(where), name, identity.hexdigest(), notes, classes)
+    return ImageSet(split, str(where), name, parts, notes, classes)
 
 
 def _without_splits(path):
@@ -162,24 +173,22 @@ class _Pixels:
     path: Path
     offset: int | None  # None: compressed, and then `array` holds them
     shape: tuple
-    stamp: str
     array: np.ndarray | None = None
 
     @classmethod
     def open(cls, path, member):
-        stamp = f"{member.filename} {member.file_size} {member.CRC}"
         with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
             shape, fortran, dtype = _array_header(stream)
             if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran or not shape[0]:
                 raise DataError(f"arr_0 of {path} is {dtype} {shape}; expected {ARRAYS}")
             if member.compress_type != zipfile.ZIP_STORED:
                 array = np.frombuffer(stream.read(), np.uint8).reshape(shape)
-                return cls(path, None, shape, stamp, array)
+                return cls(path, None, shape, array)
             header = stream.tell()
         with open(path, "rb") as file:
             file.seek(member.header_offset + 26)  # of the local header: lengths of name and extra field, then these
             name, extra = np.frombuffer(file.read(4), "<u2").tolist()
-        return cls(path, member.header_offset + 30 + name + extra + header, shape, stamp)
+        return cls(path, member.header_offset + 30 + name + extra + header, shape)
 
     def __call__(self, i):
         array = self.array
@@ -188,8 +197,8 @@ class _Pixels:
         pixels = np.array(array[i])
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
-    def identity(self) -> Iterator[bytes]:
-        yield f"{self.stamp} {self.shape}".encode()
+    def identity(self) -> Iterator[Content]:
+        yield Content(self.path, images=self.shape[0])
 
 
 def _array_header(stream):

@@ -8,7 +8,6 @@ std_flip), and int64 (N,) label and index, an image's number in its split. Image
 and named in the shard's header, with what tells a shard from that of other latents.
 """
 
-import hashlib
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gspn.digests import digest
 from gspn.train.data import DataError
 from gspn.train.images import TOGETHER
 from gspn.train.latent_folder import is_latents
@@ -115,11 +115,11 @@ def _bytes(path):
 
 
 def identity(config: dict) -> str:
-    """A digest of all that decides what is in the shards: 64 hexadecimal digits."""
+    """A digest of all that decides what is in the shards, in the scheme of the data's fingerprint in the config."""
     parts = {name: config[name] for name in ("format", "channels", "dtype", "flip", "shard_size", "precision")}
     parts |= {name: list(config[name]) for name in ("size", "image_size", "class_names")}
     parts |= {"vae": config["vae"]["digest"], "data": config["data"]["fingerprint"]}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return digest([json.dumps(parts, sort_keys=True)], like=config["data"]["fingerprint"])
 
 
 def read_config(folder: Path) -> dict:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_convert
 
+from gspn.digests import Content
 from gspn.train.data import Data, DataError, hold_out
 from gspn.train.diffusion.latent_files import Shards, identity, read_config
 from gspn.train.folders import counts
@@ -68,10 +69,12 @@ class LatentSplit(Split):
         names = _Names(self.names.where, self.names.index[index])
         return LatentSplit(self.labels[index], self.class_names, names, self.shard[index], self.row[index], self.shards)
 
-    def identity(self) -> Iterator[bytes]:
+    def identity(self) -> Iterator:
         yield from super().identity()
-        yield identity(self.shards.config).encode()
+        yield identity(self.shards.config)
         yield self.names.index.numpy().tobytes()
+        for number, images in enumerate(self.shard.bincount(minlength=len(self.shards)).tolist()):
+            yield Content(self.shards.path(number), images=images)
 
     def posterior(self, index: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of images, as the VAE gives them, without scale and shift.

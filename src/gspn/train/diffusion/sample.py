@@ -5,7 +5,6 @@ and where they were stopped; another size of a batch may round the last bit of a
 consecutive numbers; of one that was stopped in its middle, only the images that are missing are written.
 """
 
-import hashlib
 import json
 import time
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gspn.digests import digest, settings, tensors_of
 from gspn.files import SaveError, remove, write_json, writing
 from gspn.train.checkpoint import RunError
 from gspn.train.diffusion.generators import load_pipeline, named_scheduler
@@ -100,7 +100,7 @@ def _plan(pipeline, out, options):
         raise OptionError(str(error)) from error
     scheduler = pipeline.scheduler
     settings = {
-        "weights": _digest(pipeline),
+        "weights": _digest(pipeline, like=_weights_told(out)),
         "guidance": options.guidance,
         "steps": options.steps,
         "size": [side * pipeline.vae_scale_factor for side in shape[2:]],
@@ -139,14 +139,16 @@ def _plain(config):
     return {key: value for key, value in sorted(config.items()) if not key.startswith("_") and value is not None}
 
 
-def _digest(pipeline):
-    """What tells other weights apart: 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for part in (pipeline.transformer, pipeline.vae):
-        for name, tensor in sorted(part.state_dict().items()) if part is not None else ():
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _digest(pipeline, like=None):
+    """A digest of transformer and VAE, weights and settings; in the scheme of `like`."""
+    models = [part for part in (pipeline.transformer, pipeline.vae) if part is not None]
+    parts = [part for model in models for part in tensors_of(model.state_dict())]
+    return digest([*parts, *map(settings, models)], like)
+
+
+def _weights_told(folder):
+    """The digest of the weights that samples in the folder were made with, if there are any."""
+    return Samples.open(folder).settings.get("weights") if (folder / ABOUT).exists() else None
 
 
 def _check_folder(wanted):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gspn.digests import Content
 from gspn.files import atomic
 from gspn.train.checkpoint import RunError
 from gspn.train.images import Split, decode
@@ -117,5 +118,7 @@ class _Read:
     def __call__(self, i):
         return decode(self.samples.path(i))
 
-    def identity(self) -> Iterator[bytes]:
-        yield json.dumps(self.samples.about(), sort_keys=True).encode()
+    def identity(self) -> Iterator:
+        yield self.samples.about()
+        for i in range(self.samples.count):
+            yield Content(self.samples.path(i))

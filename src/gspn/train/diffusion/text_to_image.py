@@ -2,7 +2,6 @@
 UNet is conditioned on. SD-1.5, SD-2 and SDXL differ here, and nowhere else.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from safetensors import SafetensorError
 from torch import Tensor
 
+from gspn.digests import digest, settings, tensors_of
 from gspn.train.data import location
 from gspn.train.diffusion.generators import named_scheduler
 from gspn.train.diffusion.objective import Objective
@@ -107,7 +107,7 @@ class TextToImage:
     @torch.no_grad()
     def latents(self, images: Tensor, *, draw: bool = True) -> Tensor:
         """float32 (B,C,h,w): of images (B,3,H,W) in [-1, 1] a sample of the VAE's posterior, or its mean, scaled."""
-        mean, std = self._by_item(self._posterior, images, _digest)
+        mean, std = self._by_item(self._posterior, images, lambda image: digest([image]))
         z = mean + std * torch.randn_like(std) if draw else mean
         return (z - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
@@ -182,15 +182,16 @@ class TextToImage:
 
     # -- what it is --
 
-    def digest(self) -> str:
-        """64 hexadecimal digits of all weights and of the noise schedule; to be called before the UNet is swapped."""
+    def digest(self, like: str | None = None) -> str:
+        """A digest of the models' weights and settings, of the tokenizers' words and of the noise schedule, in the
+        scheme of `like`; to be called before the UNet is swapped."""
         schedule = {key: self.objective.scheduler.config.get(key) for key in SCHEDULE}
-        digest = hashlib.sha256(json.dumps(schedule, sort_keys=True, default=list).encode())
-        for part, model in sorted(self._models().items()):
-            for name, tensor in sorted(model.state_dict().items()):
-                digest.update(f"{part} {name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        parts, models = [json.dumps(schedule, sort_keys=True, default=list)], sorted(self._models().items())
+        for part, model in models:
+            parts += tensors_of(model.state_dict(), part + " {name} {shape} {dtype}")
+        tokenizers = [self.pipe.components.get(name) for name in ("tokenizer", "tokenizer_2")]
+        words = [one and [one.get_vocab(), one.model_max_length] for one in tokenizers]
+        return digest([*parts, [[part, settings(model)] for part, model in models], words], like)
 
     def too_long(self, captions: Sequence[Sequence[str]]) -> str | None:
         """A note, if some of the first captions have more tokens than the text encoder takes."""
@@ -202,10 +203,6 @@ class TextToImage:
             return None
         what = f"{longer} of {len(lengths)} captions looked at have more than the {most} tokens"
         return f"{what} that the text encoder takes: the rest is cut off"
-
-
-def _digest(image):
-    return hashlib.sha256(image.contiguous().cpu().numpy()).digest()
 
 
 @contextmanager

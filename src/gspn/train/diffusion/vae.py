@@ -1,12 +1,12 @@
 """The VAE between images and latents: an AutoencoderKL of diffusers."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
+from gspn.digests import digest, settings, tensors_of
 from gspn.train.data import location
 from gspn.train.hub import out_of_reach
 from gspn.train.options import OptionError
@@ -47,21 +47,22 @@ def open_vae(where: str | Path) -> AutoencoderKL:
     return vae.float()
 
 
-def describe_vae(vae: AutoencoderKL, where: str | Path) -> dict:
-    """What config.json keeps of a VAE: path, class, scaling_factor, shift_factor, digest (of factors and weights)."""
+def describe_vae(vae: AutoencoderKL, where: str | Path, like: str | None = None) -> dict:
+    """What config.json keeps of a VAE: path, class, scaling_factor, shift_factor, and a digest of its settings and
+    weights, in the scheme of `like`."""
     scale = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor}
-    digest = hashlib.sha256(json.dumps(scale).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy())
-    return {"path": location(where), "class": "AutoencoderKL", **scale, "digest": digest.hexdigest()}
+    weights = tensors_of(vae.state_dict(), "{name} {shape}")
+    told = digest([json.dumps(scale), *weights, settings(vae)], like)
+    return {"path": location(where), "class": "AutoencoderKL", **scale, "digest": told}
 
 
 def check_vae(vae: AutoencoderKL, described: dict) -> AutoencoderKL:
     """The VAE, if it is the one that was `described`. Errors: OptionError."""
     told = described.get("digest")
-    if told is not None and describe_vae(vae, described["path"])["digest"] != told:
-        raise OptionError(f"the VAE in {described['path']} is not the one whose latents these are: other weights")
+    if told is not None and describe_vae(vae, described["path"], like=told)["digest"] != told:
+        raise OptionError(
+            f"the VAE in {described['path']} is not the one whose latents these are: other weights or settings"
+        )
     return vae
 
 
