@@ -395,14 +395,13 @@ def test_a_scheduler_for_another_prediction(tmp_path):
 
 
 def test_values_that_are_no_numbers_and_memory_that_does_not_suffice(run, tmp_path, monkeypatch):
-    def broken(self, *arguments, **more):
-        images = call(self, *arguments, **more)
-        images.images[1, 0, 0] = np.nan
-        return images
+    def broken(self, latents, output_type):
+        latents[1, 0, 0] = torch.nan
+        return decode(self, latents, output_type)
 
-    call = GSPNPipeline.__call__
-    monkeypatch.setattr(GSPNPipeline, "__call__", broken)
-    with pytest.raises(TrainingError, match="sample 1 has values that are not finite"):
+    decode = GSPNPipeline._decode
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"cannot make sample 1: .* not finite"):
+        patch.setattr(GSPNPipeline, "_decode", broken)
         sample(run, tmp_path / "a", options())
     assert not list((tmp_path / "a/images").iterdir())
 

@@ -13,7 +13,7 @@ from gspn.models.dit import create_dit, dit_names, untie
 from gspn.models.generator import create_generator, generator_names
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train.checkpoint import Run, RunError
-from gspn.train.diffusion.vae import check_vae, open_vae
+from gspn.train.diffusion.vae import check_vae, open_vae, scale_of
 from gspn.train.generator_options import SCHEDULERS
 from gspn.train.options import OptionError
 
@@ -89,7 +89,7 @@ def _vae_of(run, described, moved):
     except OptionError as error:
         hint = "" if moved is not None else " (if it was moved, --vae says where it is now)"
         raise OptionError(f"{error}{hint}") from error
-    vae.register_to_config(**{name: described[name] for name in ("scaling_factor", "shift_factor")})
+    vae.register_to_config(**scale_of(described))
     return vae
 
 
