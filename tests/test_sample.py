@@ -466,7 +466,7 @@ def test_a_generator_is_exported_as_a_pipeline(tmp_path):
     assert same(loaded.transformer.state_dict(), model.state_dict()) and loaded.id2label[2] == "three/3"
     assert loaded.image_size == (8, 8)
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and "is there already; expected a folder to be made" in result.output
+    assert result.exit_code == 2 and "is there already: choose another name, or --overwrite" in result.output
     for more, message in (("--onnx", "choose one of"), ("--no-check", "--no-check is for --onnx and --aoti")):
         result = CliRunner().invoke(app, [*arguments, more])
         assert result.exit_code == 2 and message in result.output
