@@ -32,13 +32,13 @@ def check_finite(values: Tensor | np.ndarray, hint: str = "") -> None:
 
 def check_schedule(scheduler) -> None:
     """Raises ValueError for a scheduler of diffusers that ends in noise alone while the noise is predicted: there
-    x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) is 0 / 0, and every image NaN."""
+    x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) divides by 0: infinite or NaN, or a mere sign where it is clipped."""
     product = getattr(scheduler, "alphas_cumprod", None)
     if product is None or scheduler.config.get("prediction_type") != "epsilon" or bool((product > 0).all()):
         return
     raise ValueError(
         f"the scheduler ({type(scheduler).__name__}) cannot be used with prediction_type 'epsilon': its last timestep "
-        "is noise alone (alphas_cumprod is 0), so that the noise says nothing about the image, which would be NaN. "
+        "is noise alone (alphas_cumprod is 0), so that the noise says nothing about the image: infinity or NaN. "
         "Make the scheduler with rescale_betas_zero_snr=False, or use a model that predicts 'v_prediction' or 'sample'"
     )
 
