@@ -128,9 +128,9 @@ def test_show(run, digit_files, tmp_path):
     assert code == 0 and (tmp_path / "c.png").exists() and "c.png" in out
     assert gspn_command("show", run, image)[0] == 0 and (run / f"context-{image.stem}.png").exists()
     for bad, message in {"8,8": "not on the 8x8 image", "middle": "takes ROW,COL"}.items():
-        code, _, err = gspn_command("show", run, image, "--place", bad)
+        code, _, err = gspn_command("show", run, image, "--place", bad, "--out", tmp_path / "d.png")
         assert code == 2 and message in err
-    code, _, err = gspn_command("show", run, image, "--block", "9")
+    code, _, err = gspn_command("show", run, image, "--block", "9", "--out", tmp_path / "d.png")
     assert code == 2 and "block has to be" in err
     code, _, err = gspn_command("show", run, tmp_path / "gone.png")
     assert code == 2 and "gone.png cannot be read as an image" in err

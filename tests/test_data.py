@@ -298,7 +298,7 @@ def test_any_image_becomes_the_models_input(tmp_path):
     assert GREY8(palette).shape == (1, 8, 8)
     deep = Image.fromarray(np.full((8, 8), 65535, np.uint16))
     assert with_channels(deep, 1).getpixel((0, 0)) == 255
-    with pytest.raises(ValueError, match="floating point"):
+    with pytest.raises(ValueError, match="floating-point values"):
         with_channels(Image.new("F", (8, 8)), 1)
     colour = Preprocessing(3, (4, 6), (0, 0, 0), (1, 1, 1), crop=0.875)
     assert colour(Image.new("L", (301, 77), 9)).shape == (3, 4, 6)

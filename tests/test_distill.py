@@ -397,8 +397,8 @@ def test_pipelines_that_cannot_be_distilled(bases, tmp_path):
     with pytest.raises(OptionError, match="FlowMatchEulerDiscreteScheduler, has no betas"):
         TextToImage(tiny_sd(scheduler=FlowMatchEulerDiscreteScheduler()), "here")
     pipe = tiny_sd()
-    pipe.vae.register_to_config(latents_mean=[0.0] * 4)
-    with pytest.raises(OptionError, match="normalises each channel"):
+    pipe.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    with pytest.raises(OptionError, match="latents_mean, which StableDiffusionPipeline does not apply"):
         TextToImage(pipe, "here")
 
 

@@ -392,7 +392,7 @@ def test_latents_are_no_images(latents, vae, digits_run, tmp_path):
 
 
 def test_faults_of_the_vae(pictures, vae, tmp_path):
-    make_vae(latents_mean=(0.0,) * 3, latents_std=(1.0,) * 3).save_pretrained(tmp_path / "channels")
+    make_vae(latents_mean=(0.0,) * 3).save_pretrained(tmp_path / "channels")
     lacking = shutil.copytree(vae, tmp_path / "lacking") / "diffusion_pytorch_model.safetensors"
     tensors = load_file(lacking)
     save_file({name: tensor for name, tensor in tensors.items() if name != "quant_conv.bias"}, lacking)
@@ -401,7 +401,7 @@ def test_faults_of_the_vae(pictures, vae, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     for name, message in (
-        ("channels", "normalises each channel"),
+        ("channels", "one of latents_mean and latents_std: expected both or neither"),
         ("lacking", "lacks 1 of its weights, such as quant_conv.bias"),
         ("cut", "cannot be loaded"),
         ("other", "is of the class UNet2DModel, expected an AutoencoderKL"),

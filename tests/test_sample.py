@@ -409,14 +409,13 @@ def test_a_scheduler_for_another_prediction(tmp_path):
 
 
 def test_values_that_are_no_numbers_and_memory_that_does_not_suffice(run, tmp_path, monkeypatch):
-    def broken(self, *arguments, **more):
-        images = call(self, *arguments, **more)
-        images.images[1, 0, 0] = np.nan
-        return images
+    def broken(self, latents, output_type):
+        latents[1, 0, 0] = torch.nan
+        return decode(self, latents, output_type)
 
-    call = GSPNPipeline.__call__
-    monkeypatch.setattr(GSPNPipeline, "__call__", broken)
-    with pytest.raises(TrainingError, match="sample 1 has values that are not finite"):
+    decode = GSPNPipeline._decode
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"cannot make sample 1: .* not finite"):
+        patch.setattr(GSPNPipeline, "_decode", broken)
         sample(run, tmp_path / "a", options())
     assert not list((tmp_path / "a/images").iterdir())
 
@@ -481,7 +480,7 @@ def test_a_generator_is_exported_as_a_pipeline(tmp_path):
     assert same(loaded.transformer.state_dict(), model.state_dict()) and loaded.id2label[2] == "three/3"
     assert loaded.image_size == (8, 8)
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and "is there already; expected a folder to be made" in result.output
+    assert result.exit_code == 2 and "is there already: choose another name, or --overwrite" in result.output
     for more, message in (("--onnx", "choose one of"), ("--no-check", "--no-check is for --onnx and --aoti")):
         result = CliRunner().invoke(app, [*arguments, more])
         assert result.exit_code == 2 and message in result.output

@@ -28,6 +28,10 @@ class BusyError(ValueError):
     """Another process is writing to the folder."""
 
 
+class ExistsError(ValueError):
+    """There is something already where a file is to be written."""
+
+
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Gives a temporary path beside `path`; when the block succeeds it is synced and renamed to `path`, a file or a
@@ -52,6 +56,13 @@ def atomic(path: Path | str) -> Iterator[Path]:
     except BaseException:
         remove(temporary, quietly=True)
         raise
+
+
+def check_absent(*paths: Path | str, overwrite: bool = False) -> None:
+    """Raises ExistsError, unless `overwrite`, if there is something at one of the paths."""
+    for path in paths:
+        if os.path.lexists(path) and not overwrite:
+            raise ExistsError(f"{path} is there already: choose another name, or --overwrite to replace it")
 
 
 @contextmanager
@@ -131,8 +142,12 @@ def remove(path: Path, quietly: bool = False) -> None:
     """Removes a file or a folder, if there is one; `quietly` leaves what cannot be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=quietly)
-    else:
+        return
+    try:
         path.unlink(missing_ok=True)
+    except OSError:  # on a read-only disk also for what is not there
+        if not quietly:
+            raise
 
 
 def _sync(path):

@@ -55,6 +55,7 @@ MovedVae = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
 ]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace what is there under that name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -62,7 +63,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def readable_errors():
     """Turns what a user can put right into one message and an exit code."""
     from gspn.export import ExportError
-    from gspn.files import BusyError, SaveError
+    from gspn.files import BusyError, ExistsError, SaveError
     from gspn.train.checkpoint import RunError
     from gspn.train.data import DataError
     from gspn.train.loop import TrainingError
@@ -71,7 +72,7 @@ def readable_errors():
         yield
     except (TrainingError, SaveError) as error:
         fail(str(error), 1)
-    except (BusyError, DataError, ExportError, OptionError, RunError) as error:
+    except (BusyError, DataError, ExistsError, ExportError, OptionError, RunError) as error:
         fail(str(error), 2)
     except ImportError as error:
         if "pip install" not in str(error):  # a missing extra says how to get it

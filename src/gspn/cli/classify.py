@@ -22,6 +22,7 @@ from gspn.cli.app import (
     MovedVae,
     NewRun,
     Overwrite,
+    Replace,
     ResumedRun,
     RunFolder,
     Strict,
@@ -108,16 +109,21 @@ def evaluate(
     folder: Annotated[
         Path | None, typer.Option("--out", help="A folder for evaluation-HxW.json and confusion-HxW.png.")
     ] = None,
+    overwrite: Replace = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line a size.")] = False,
 ):
     """Evaluate a run on DATA: top-1, top-5, loss, calibration, confusion, images per second."""
     with readable_errors():
-        from gspn.train.evaluate import evaluate
+        from gspn.files import check_absent
+        from gspn.train.evaluate import evaluate, evaluation_files
         from gspn.train.loop import make_accelerator
 
         main_process = make_accelerator().is_main_process
         names = parsed("class-names", parse_names, class_names)
-        for size in [None] if sizes is None else [parsed("sizes", parse_size, each) for each in sizes.split(",")]:
+        wanted = [None] if sizes is None else [parsed("sizes", parse_size, each) for each in sizes.split(",")]
+        for size in wanted if folder and sizes else ():  # before any work; evaluate looks only when a size's turn comes
+            check_absent(*evaluation_files(folder, size), overwrite=overwrite)
+        for size in wanted:
             metrics, warnings = evaluate(
                 run,
                 data,
@@ -129,6 +135,7 @@ def evaluate(
                 workers=workers,
                 strict=strict,
                 out=folder,
+                overwrite=overwrite,
                 class_names=names,
                 image_column=image_column,
                 label_column=label_column,
@@ -191,15 +198,25 @@ def show(
         str | None, typer.Option(metavar="ROW,COL", help="The pixel, in the model's input. Default: its middle.")
     ] = None,
     block: Annotated[
-        int | None, typer.Option(help="Number of the block, from the end if negative. Default: the last on a fine map.")
+        str | None,
+        typer.Option(
+            metavar="NUMBER|NAME",
+            help="Number of the block, from the end if negative, or its name. Default: the last on a fine map.",
+        ),
     ] = None,
     checkpoint: Checkpoint = "best",
     picture: Annotated[
         Path | None, typer.Option("--out", help="The PNG to write. Default: RUN/context-IMAGE.png.")
     ] = None,
+    overwrite: Replace = False,
 ):
     """Draw where the context of one pixel of IMAGE comes from: four directions and merged."""
     with readable_errors():
+        from gspn.files import check_absent
+
+        picture = picture or run / f"context-{image.stem}.png"
+        check_absent(picture, overwrite=overwrite)
+
         from gspn.train import pictures
         from gspn.train.data import DataError
         from gspn.train.images import decode
@@ -210,9 +227,8 @@ def show(
             opened = decode(image)
         except Exception as error:  # Pillow raises anything on damaged files
             raise DataError(f"{image} cannot be read as an image: {error}") from error
-        picture = picture or run / f"context-{image.stem}.png"
         try:
-            pictures.context(picture, classifier, opened, parse_place(place), block)
+            pictures.context(picture, classifier, opened, parse_place(place), parse_block(block))
         except ValueError as error:  # a place or a block that there is not
             raise OptionError(str(error)) from error
         out.print(f"wrote {picture}", markup=False, highlight=False)
@@ -243,12 +259,14 @@ def export_run(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not compare the file's outputs with the model's.")
     ] = False,
+    overwrite: Replace = False,
 ):
     """Export a run for use without gspn (--onnx), compiled ahead of time (--aoti), or as a pipeline (--diffusers).
 
     Classes, preprocessing and the model's configuration are kept in the file. Example: gspn export runs/first --onnx
     """
     with readable_errors():
+        from gspn.files import check_absent
         from gspn.train.runs import load_classifier
 
         if onnx + aoti + diffusers != 1:
@@ -261,20 +279,22 @@ def export_run(
             from gspn.train.diffusion.generators import export_pipeline
 
             checkpoint = checkpoint or "last"  # as gspn sample
-            export_pipeline(run, file or run / "pipeline", checkpoint, vae)
+            export_pipeline(run, file or run / "pipeline", checkpoint, vae, overwrite=overwrite)
             out.print(f"wrote {file or run / 'pipeline'}, checkpoint {checkpoint}", markup=False, highlight=False)
             return
         if vae is not None:
             raise OptionError("--vae is for --diffusers")
         if aoti and special:
             raise OptionError(f"--{next(iter(special))} is for --onnx")
+        file = file or run / ("model.onnx" if onnx else "model.pt2")
+        check_absent(file, overwrite=overwrite)
         classifier = load_classifier(run, checkpoint or "best")
         metadata = {"class_names": classifier.classes, "preprocessing": classifier.preprocessing.to_json()}
         write = gspn.export_onnx if onnx else gspn.export_aoti
         shape = {"size": parsed("size", parse_size, size), "batch": batch}
         options = {**shape, "metadata": metadata, "check": not no_check, **special}
         try:
-            written = write(classifier.model, file or run / ("model.onnx" if onnx else "model.pt2"), **options)
+            written = write(classifier.model, file, **options)
         except ImportError as error:
             fail(str(error), 2)
         sizes = ", ".join("x".join(map(str, shape)) for shape in written.checked)
@@ -290,6 +310,11 @@ def parse_place(text):
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise typer.BadParameter(f"--place takes ROW,COL in pixels of the model's input, got {text!r}")
     return int(parts[0]), int(parts[1])
+
+
+def parse_block(text):
+    """A number as such; else the text, which is a name."""
+    return int(text) if text is not None and text.removeprefix("-").isdecimal() else text
 
 
 def _print_metrics(metrics, title):

@@ -18,6 +18,7 @@ from gspn.cli.app import (
     MovedVae,
     NewRun,
     Overwrite,
+    Replace,
     ResumedRun,
     Strict,
     Workers,
@@ -205,6 +206,7 @@ def fid(
         Path | None, typer.Option(metavar="FILE", help="Save the reference's statistics, for --reference.")
     ] = None,
     file: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the result as JSON.")] = None,
+    overwrite: Replace = False,
     class_names: ClassNames = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
@@ -218,12 +220,14 @@ def fid(
     Example: gspn fid samples --reference digits --features classifier:runs/digits
     """
     with readable_errors():
-        from gspn.files import write_json
+        from gspn.files import check_absent, write_json
         from gspn.train.diffusion.fid import default_cache, evaluate_samples
         from gspn.train.loop import make_accelerator
 
         if no_cache and cache:
             raise OptionError("choose one of --cache and --no-cache")
+        if file is not None:
+            check_absent(file, overwrite=overwrite)
         main_process = make_accelerator().is_main_process
         result = evaluate_samples(
             samples,
@@ -237,6 +241,7 @@ def fid(
             strict=strict,
             cache=None if no_cache else cache or default_cache(),
             save=save,
+            overwrite=overwrite,
             console=None if as_json else out,
             class_names=parsed("class-names", parse_names, class_names),
             image_column=image_column,

@@ -383,12 +383,12 @@ def gspn_base() -> dict:
 
 
 @torch.no_grad()
-def context_maps(model: Backbone, image: Tensor, place: tuple[int, int], block: int = -1) -> dict:
+def context_maps(model: Backbone, image: Tensor, place: tuple[int, int], block: int | str = -1) -> dict:
     """Where one pixel's context comes from in one block of a backbone.
 
     Args:
         image: (in_chans,H,W), preprocessed. place: (row, column) in the image. block: number over all levels, from the
-            end if negative.
+            end if negative, or name.
 
     Returns:
         "image size": (H,W); "block": the block's name; "place": the place on its map; "right", "down", "left", "up",
@@ -398,6 +398,11 @@ def context_maps(model: Backbone, image: Tensor, place: tuple[int, int], block: 
     if not (0 <= place[0] < height and 0 <= place[1] < width):
         raise ValueError(f"the place {tuple(place)} is not on the {height}x{width} image")
     blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, GSPNBlock)]
+    if isinstance(block, str):
+        names = [name for name, _ in blocks]
+        if block not in names:
+            raise ValueError(f"there is no block {block!r}; there are {', '.join(names)}")
+        block = names.index(block)
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(f"block has to be from {-len(blocks)} to {len(blocks) - 1}, got {block}")
     name, chosen = blocks[block]

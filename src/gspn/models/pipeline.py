@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
+from gspn.models.sampling import check_finite, check_scale, check_schedule, unscale_latents
 
 try:
     from diffusers import (
@@ -39,7 +40,8 @@ class GSPNPipeline(DiffusionPipeline):
         transformer: the model. It is in evaluation mode during a call, whatever it was in before.
         scheduler: any of diffusers for DDPM's noise (DDPM, DDIM, DPM-Solver++, Euler, UniPC, ...) whose prediction_type
             is the model's; DiT's is "epsilon". Others are refused, as are those for flow matching.
-        vae: AutoencoderKL; None if the model's maps are the pixels, in [-1, 1].
+        vae: AutoencoderKL, whose scaling_factor, shift_factor, latents_mean and latents_std are applied; None if the
+            model's maps are the pixels, in [-1, 1].
         id2label: the classes' names, {0: "tench, Tinca tinca", ...}; a part between commas stands for its class too.
         image_size: (H, W) in pixels of the images to make where a call says nothing else; None is the square that the
             model's sample_size says.
@@ -147,7 +149,8 @@ class GSPNPipeline(DiffusionPipeline):
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ...}) after every step; may return
                 a dict with other latents.
         Returns: ImagePipelineOutput, or (images,) without `return_dict`.
-        Raises ValueError, before any work, for what does not fit together.
+        Raises ValueError, before any work, for what does not fit together; NotFiniteError, a RuntimeError, where images
+        come out infinite or NaN ("latent" is not looked at).
         """
         labels, shape = self.check_inputs(
             class_labels, guidance_scale, num_inference_steps, height, width, latents, eta, output_type
@@ -210,9 +213,9 @@ class GSPNPipeline(DiffusionPipeline):
         if self.vae is None:
             images = latents
         else:
-            config = self.vae.config
-            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+            latents = unscale_latents(latents, self.vae.config)
             images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        check_finite(images, ": try more steps, less guidance, or the model and the VAE in float32")
         images = (images / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -267,6 +270,7 @@ class GSPNPipeline(DiffusionPipeline):
                 f"the model predicts {expected!r}, but the scheduler ({name}) has prediction_type {told!r}: make it "
                 f"with {name}.from_config(scheduler.config, prediction_type={expected!r})"
             )
+        check_schedule(scheduler)
         if told != "epsilon":  # which all of them take
             self._try_step()
         channels = config.in_channels
@@ -280,6 +284,8 @@ class GSPNPipeline(DiffusionPipeline):
             )
         if self.vae is not None and self.vae.config.latent_channels != channels:
             raise ValueError(f"the VAE has {self.vae.config.latent_channels} latent channels, the model {channels}")
+        if self.vae is not None:
+            check_scale(self.vae.config)
         if self.vae is None and output_type == "pil" and channels not in (1, 3):
             raise ValueError(f"maps of {channels} channels are no picture: give a vae, or another output_type")
 

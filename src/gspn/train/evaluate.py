@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from gspn.files import SaveError, write_json
+from gspn.files import check_absent, make_folder, write_json
 from gspn.train import pictures
 from gspn.train.data import DataError, location, open_data
 from gspn.train.images import UNREADABLE
@@ -127,6 +127,7 @@ def evaluate(
     workers: int = 2,
     strict: bool = False,
     out: str | Path | None = None,
+    overwrite: bool = False,
     **open_options,
 ) -> tuple[dict, list[str]]:
     """Evaluates a run on `data`.
@@ -137,14 +138,14 @@ def evaluate(
         channels: that of the model, which converts images of another number of channels. Without it they are an
             error, but not in the data that the run was trained on, nor if it was trained with `channels`.
         size: (H, W) of the input, another one than in training if it is given.
-        out: a folder for evaluation-HxW.json and confusion-HxW.png.
+        out: a folder for evaluation-HxW.json and confusion-HxW.png. overwrite: these may be replaced.
     What `open_options` leave out is as in training if `data` is what the run was trained on.
     Returns: (metrics, list of warnings); metrics, the same in every process, are those of Outcome and
         "split", "size";
         "reliability": see Outcome.calibration;
         "confused": the 20 most frequent mistakes [class, taken for, images];
         "images_per_second": with reading; "model_images_per_second": without.
-    Errors: DataError, OptionError, RunError, SaveError.
+    Errors: DataError, ExistsError, OptionError, RunError, SaveError.
     """
     check_range("batch_size", batch_size)
     check_range("workers", workers)
@@ -153,6 +154,8 @@ def evaluate(
     preprocessing, class_names, config = classifier.preprocessing, classifier.classes, classifier.run.config
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
+    if out is not None:
+        check_absent(*evaluation_files(out, preprocessing.size), overwrite=overwrite)
     if channels not in (None, preprocessing.channels):
         raise OptionError(f"channels is {channels}, but the model of {path} takes {preprocessing.channels}")
     trained_on = config["data"]
@@ -186,13 +189,10 @@ def evaluate(
     confusion = outcome.confusion(len(class_names))
     metrics |= {"reliability": outcome.calibration()[1], "confused": mistakes(confusion, class_names)}
     if out is not None and accelerator.is_main_process:
-        out, at = Path(out), "x".join(map(str, preprocessing.size))
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SaveError(f"cannot make the folder {out}: {error.strerror}") from error
-        write_json(out / f"evaluation-{at}.json", metrics)
-        pictures.confusion(out / f"confusion-{at}.png", confusion, class_names, metrics)
+        table, picture = evaluation_files(out, preprocessing.size)
+        make_folder(table.parent)
+        write_json(table, metrics)
+        pictures.confusion(picture, confusion, class_names, metrics)
     warnings = warnings_of(metrics, problems)
     if changed:
         warnings.append(
@@ -200,6 +200,12 @@ def evaluate(
             "these may have been trained on"
         )
     return metrics, warnings
+
+
+def evaluation_files(folder: str | Path, size: tuple[int, int]) -> tuple[Path, Path]:
+    """What `evaluate` writes into a folder: the metrics and the picture of an evaluation at (H, W)."""
+    at = "x".join(map(str, size))
+    return Path(folder) / f"evaluation-{at}.json", Path(folder) / f"confusion-{at}.png"
 
 
 def mistakes(confusion: torch.Tensor, class_names: list[str], count: int = 20) -> list[tuple[str, str, int]]:

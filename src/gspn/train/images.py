@@ -3,13 +3,14 @@
 import copy
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from gspn.files import shown
 
@@ -77,7 +78,7 @@ class Split:
     def problem(self, i: int) -> str:
         """What is wrong with the i-th image, in words, beginning with its name."""
         try:
-            self.image(i)
+            with_channels(self.image(i), 3)
         except Exception as error:
             return f"{self.names(i)}: {str(error) or type(error).__name__}"
         return f"{self.names(i)}: could not be turned into the model's input"
@@ -216,24 +217,94 @@ def mixed_seed(*numbers):
 # -- from an image file to pixels --
 
 
+# How each EXIF orientation is turned upright; 1, which needs no turning, and unknown values are not in it.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+WHITE_IS_ZERO, UNSIGNED = 0, 1  # values of PHOTOMETRIC and SAMPLE_FORMAT
+WHITE = 65535  # in a 16-bit image
+
+
 def decode(file) -> Image.Image:
-    """Opens and fully decodes an image file (path or binary file object), turned upright by its EXIF orientation.
-    Errors: whatever Pillow raises on a damaged file, which may be any exception."""
-    with Image.open(file) as image:
-        image.load()
-        return ImageOps.exif_transpose(image)
+    """Opens and fully decodes an image file (path or binary file object), turned upright by its EXIF orientation. Grey
+    of more than 8 bits comes as 16 bits, from 0 (black) to 65535 (white), in a mode that begins with "I;16".
+
+    Metadata that cannot be parsed are ignored, and so are Pillow's warnings. Errors: ValueError for an image of more
+    than twice PIL.Image.MAX_IMAGE_PIXELS, or whose values have no fixed range; whatever Pillow raises on a damaged
+    file, which may be any exception.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata, and about images of more than half the limit
+        try:
+            with Image.open(file) as image:
+                image.load()
+                turn, image = _turn(image), _sixteen_bits(image)
+                return image.copy() if turn is None else image.transpose(turn)
+        except Image.DecompressionBombError as error:
+            found = str(error).split(",")[0]
+            raise ValueError(
+                f"the image is too large: {found}. Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS in Python"
+            ) from error
+
+
+def _turn(image):
+    """What turns an opened image upright; None where nothing does."""
+    # Not ImageOps.exif_transpose: it fails where any other tag cannot be parsed or written again.
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises anything on EXIF that it cannot parse
+        return None
+
+
+def _sixteen_bits(image):
+    """An image from a file, its grey levels of 9 to 16 bits spread over 16. Other images are returned as they are."""
+    if image.format == "PPM" and image.mode == "I":  # Pillow spreads PGM's levels over 16 bits, in an image of 32
+        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    signed = set(tags.get(SAMPLE_FORMAT, ())) - {UNSIGNED}
+    if signed or image.mode in ("I", "F"):
+        raise _no_range(image)
+    if image.mode.startswith("I;16") and tags:
+        most = 2 ** tags.get(BITS, (16,))[0] - 1
+        inverted = tags.get(PHOTOMETRIC, WHITE_IS_ZERO) == WHITE_IS_ZERO  # which Pillow minds in 8 bits only
+        if most != WHITE or inverted:
+            values = np.asarray(image).astype(np.int64)
+            values = ((most - values if inverted else values) * WHITE + most // 2) // most
+            return Image.fromarray(values.astype(np.uint16))
+    return image
+
+
+def _no_range(image):
+    kind = {"F": "floating-point", "I": "32-bit or signed"}.get(image.mode, "signed")
+    return ValueError(
+        f"the image has {kind} values (Pillow's mode {image.mode}), which have no fixed range from black to white; "
+        "expected unsigned values of up to 16 bits: convert the image"
+    )
 
 
 def with_channels(image: Image.Image, channels: int) -> Image.Image:
-    """A PIL image with 1 (grey) or 3 (RGB) channels; transparency is laid on white; 16-bit grey is scaled to 8."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.clip(values / 257 if values.max() > 255 else values, 0, 255).round().astype("uint8"))
-    elif image.mode == "F":
-        raise ValueError("pixels are 32-bit floating point, which have no fixed range; expected 8- or 16-bit pixels")
+    """A PIL image with 1 (grey) or 3 (RGB) channels of 8 bits. Transparency is laid on white; 16-bit grey is divided by
+    257, whatever values the image holds. Errors: ValueError for 32-bit and floating-point values."""
+    if image.mode in ("I", "F"):
+        raise _no_range(image)
+    if image.mode.startswith("I;16"):
+        values, clear = np.asarray(image).astype(np.uint32), image.info.get("transparency")
+        grey = (values + 128) // 257
+        if clear is not None:  # a level, which Pillow minds in 8 bits only
+            grey[values == clear] = 255
+        image = Image.fromarray(grey.astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # Pillow has no way from it to grey
     return image.convert({1: "L", 3: "RGB"}[channels])
 
 

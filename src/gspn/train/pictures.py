@@ -205,9 +205,10 @@ def context(path, classifier, image, place=None, block=None):
     Args:
         path: of the PNG. classifier: runs.Classifier. image: PIL.
         place: (row, column) in the model's input; None is its middle.
-        block: number of the block, from the end if negative; None is the last one whose feature map has at least
-            eight rows and columns (or the last of the first level).
-    Errors: ValueError for a place outside of the input or a block that there is not; SaveError.
+        block: number of the block, from the end if negative, or its name; None is the last one whose feature map has at
+            least eight rows and columns (or the last of the first level).
+    Errors: ValueError for a place outside of the input, a block that there is not, or values that are not finite;
+        SaveError.
     """
     pixels = classifier.preprocessing(image)
     height, width = pixels.shape[1:]
@@ -220,6 +221,8 @@ def context(path, classifier, image, place=None, block=None):
     device = next(classifier.model.parameters()).device
     image = classifier.preprocessing.normalize(pixels[None].to(device))[0]
     maps = context_maps(classifier.model, image, (row, column), block)
+    if wrong := int((~torch.as_tensor(maps["merged"]).isfinite()).sum()):
+        raise ValueError(f"{wrong} values of the context in {maps['block']} are not finite: the weights are damaged")
     figure = Figure(figsize=(9.6, 6.2), layout="constrained")
     figure.suptitle(f"Where the context of pixel ({row}, {column}) comes from, {maps['block']}", fontsize=12)
     panels = ["input", *DIRECTIONS, "merged"]

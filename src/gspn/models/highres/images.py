@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspn.models.highres.memory import working_dtype
+from gspn.models.sampling import check_finite, scale_latents, unscale_latents
 
 try:
     from diffusers import StableDiffusionXLPipeline
@@ -34,26 +35,26 @@ def encode(pipe, image: Tensor) -> Tensor:
     VAE's distribution."""
     with _working(pipe.vae) as dtype:
         latents = retrieve_latents(pipe.vae.encode(image.to(dtype)), sample_mode="argmax").float()
-    mean, deviation = _statistics(pipe, latents)
-    return (latents - mean) / deviation * pipe.vae.config.scaling_factor
+    return scale_latents(latents, _scale(pipe))
 
 
 def decode(pipe, latents: Tensor) -> Tensor:
-    """The image (1,3,H,W) in [-1, 1], float32, on the CPU."""
-    latents = latents.to(pipe._execution_device, torch.float32)
-    mean, deviation = _statistics(pipe, latents)
-    latents = latents / pipe.vae.config.scaling_factor * deviation + mean
+    """The image (1,3,H,W) in [-1, 1], float32, on the CPU. Raises NotFiniteError where it would be NaN."""
+    latents = unscale_latents(latents.to(pipe._execution_device, torch.float32), _scale(pipe))
     with _working(pipe.vae) as dtype:
-        return pipe.vae.decode(latents.to(dtype), return_dict=False)[0].float().cpu()
+        image = pipe.vae.decode(latents.to(dtype), return_dict=False)[0].float().cpu()
+    check_finite(image, f": the VAE overflows in {dtype}, load it in float32" if dtype != torch.float32 else "")
+    return image
 
 
-def _statistics(pipe, latents):
-    """The VAE's latents' mean and deviation by channel, which SDXL's pipelines alone look at."""
+def _scale(pipe) -> dict:
+    """How the pipeline itself scales latents: SDXL's looks at the VAE's mean and deviation by channel, the others at
+    scaling_factor alone."""
     config = pipe.vae.config
-    mean, deviation = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or deviation is None or not isinstance(pipe, StableDiffusionXLPipeline):
-        return 0.0, 1.0
-    return (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, deviation))
+    scale = {name: config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")}
+    if None in scale.values() or not isinstance(pipe, StableDiffusionXLPipeline):
+        return {"scaling_factor": config.scaling_factor}
+    return scale
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from gspn.models.highres.passes import Guidance, allowed_options, cosine_share
 from gspn.models.highres.plan import STEPS, STRENGTHS, Stage, check_pipeline, last_timesteps, make_stages
 from gspn.models.highres.savers import SAVERS, saving
 from gspn.models.highres.state import described, fingerprint, opened
+from gspn.models.sampling import check_finite
 
 try:
     from diffusers import LMSDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -160,7 +161,7 @@ class HighResPipeline:
             options: the pipeline's own that hold in all stages: prompt_2, clip_skip, prompt_embeds, eta,
                 cross_attention_kwargs, guidance_rescale, ip_adapter_image, ...
         Raises ValueError and TypeError, before any work, for what does not fit together or into the memory (with the
-        numbers); RuntimeError where latents are not finite after a stage.
+        numbers); NotFiniteError, a RuntimeError, where latents or an image are not finite after a stage.
         """
         pipe = self.pipe
         self._check(prompt, negative_prompt, seed, generator, blend, dilation, output_type, options)
@@ -414,9 +415,8 @@ def _scale(value):
 
 
 def _check_finite(latents, index, stage, pipe):
-    if not torch.isfinite(latents).all():
-        hint = ": the UNet overflows in float16, load it in bfloat16" if pipe.unet.dtype == torch.float16 else ""
-        raise RuntimeError(f"latents are not finite after stage {index + 1} ({stage.height}x{stage.width}){hint}")
+    hint = ": the UNet overflows in float16, load it in bfloat16" if pipe.unet.dtype == torch.float16 else ""
+    check_finite(latents, f" after stage {index + 1} ({stage.height}x{stage.width}){hint}")
 
 
 @contextmanager

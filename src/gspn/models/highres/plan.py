@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gspn.models.highres.savers import Savers
+from gspn.models.sampling import check_schedule
 
 try:
     import diffusers
@@ -136,6 +137,7 @@ def check_scheduler(scheduler) -> None:
             f"the scheduler {name} cannot run the stages: it is for flow matching, or its steps do not start from the "
             f"sample that they are given; expected one of {', '.join(SCHEDULERS)}"
         )
+    check_schedule(scheduler)
     if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
         raise ValueError(
             "PNDMScheduler cannot run the stages with its Runge-Kutta steps: make it with "

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from gspn.files import remove
+from gspn.files import check_absent, remove
 from gspn.train.diffusion.distances import (
     NEIGHBOUR,
     SPLITS,
@@ -52,6 +52,7 @@ def evaluate_samples(
     strict: bool = False,
     cache: str | Path | None = None,
     save: str | Path | None = None,
+    overwrite: bool = False,
     console: Console | None = None,
     **open_options,
 ) -> dict:
@@ -64,7 +65,8 @@ def evaluate_samples(
         features: see features.load_extractor; or an Extractor of your own.
         size: (H, W) at which they are compared; None: that of the reference images. Images of another size are resized
             to it first, by the rule that the result states.
-        cache: the folder for statistics; None keeps none. save: a file for those of the reference.
+        cache: the folder for statistics; None keeps none. save: a file for those of the reference; what
+            is there is an error, unless it holds the same statistics or `overwrite`.
         open_options: see data.open_data.
     Returns: the same in every process:
         "frechet_distance", "precision", "recall"; "kernel_distance" {"mean", "std", "subsets", "subset_size"};
@@ -73,7 +75,7 @@ def evaluate_samples(
         "names": what to call each of these, with the network, such as "Frechet distance (classifier:runs/a)";
         "features", "dimension"; "size", "resized"; "notes": what the user should know, one text each;
         "samples" and "reference": {"where", "split", "images", "unreadable"}.
-    Errors: DataError, OptionError, RunError, SaveError.
+    Errors: DataError, ExistsError, OptionError, RunError, SaveError.
     """
     check_range("batch_size", batch_size)
     check_range("workers", workers)
@@ -93,6 +95,8 @@ def evaluate_samples(
     if theirs is not None:
         theirs = _numbered(theirs, extractor, "the reference", notes)
         key = work.key(theirs) if save is not None else None
+        if save is not None and not _holds(Path(save).expanduser(), key):
+            check_absent(Path(save).expanduser(), overwrite=overwrite)
         statistics, _ = work.statistics(theirs, "reference")
         known = main and Known.of(statistics, size)
         if main and save is not None:
@@ -110,6 +114,14 @@ def evaluate_samples(
             remove(file, quietly=True)  # samples come and go; the reference stays
     (result,) = broadcast_object_list([result])
     return result
+
+
+def _holds(file: Path, key: dict) -> bool:
+    """Whether the file holds statistics of these images by this network, as one that a stopped call saved."""
+    try:
+        return read_statistics(file)[1] == key
+    except DataError:
+        return False
 
 
 @dataclass

@@ -8,12 +8,12 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from safetensors import SafetensorError
 
-from gspn.files import atomic
+from gspn.files import atomic, check_absent
 from gspn.models.dit import create_dit, dit_names, untie
 from gspn.models.generator import create_generator, generator_names
 from gspn.models.pipeline import GSPNPipeline
 from gspn.train.checkpoint import Run, RunError
-from gspn.train.diffusion.vae import check_vae, open_vae
+from gspn.train.diffusion.vae import check_vae, open_vae, scale_of
 from gspn.train.generator_options import SCHEDULERS
 from gspn.train.options import OptionError
 
@@ -88,7 +88,7 @@ def _vae_of(run, described, moved):
     except OptionError as error:
         hint = "" if moved is not None else " (if it was moved, --vae says where it is now)"
         raise OptionError(f"{error}{hint}") from error
-    vae.register_to_config(**{name: described[name] for name in ("scaling_factor", "shift_factor")})
+    vae.register_to_config(**scale_of(described))
     return vae
 
 
@@ -106,14 +106,21 @@ def _saved_pipeline(path):
 
 
 def export_pipeline(
-    source: str | Path, out: str | Path, checkpoint: str = "last", vae: str | Path | None = None
+    source: str | Path,
+    out: str | Path,
+    checkpoint: str = "last",
+    vae: str | Path | None = None,
+    *,
+    overwrite: bool = False,
 ) -> GSPNPipeline:
     """Writes the pipeline of a trained generator into the new folder `out`, as GSPNPipeline.from_pretrained reads it.
 
-    Args: see load_pipeline. Errors: those of load_pipeline; RunError if there is something already, SaveError."""
+    Args: see load_pipeline. overwrite: a pipeline that is there may be replaced.
+    Errors: those of load_pipeline; ExistsError, or RunError if something else is there; SaveError."""
     out = Path(out).expanduser()
-    if out.exists():
-        raise RunError(f"{out} is there already; expected a folder to be made")
+    check_absent(out, overwrite=overwrite)
+    if out.exists() and not (out / "model_index.json").exists():
+        raise RunError(f"{out} is there and holds no pipeline (no model_index.json): choose another folder")
     pipeline = load_pipeline(source, checkpoint, vae)
     with atomic(out) as temporary:
         pipeline.save_pretrained(temporary)

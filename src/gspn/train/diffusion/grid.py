@@ -1,13 +1,16 @@
 """Pictures of samples: a grid with the name of every class beside its images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from gspn.files import SaveError, atomic
+from gspn.models.sampling import NotFiniteError
+from gspn.train.loop import TrainingError
 
 SHOWN = 96, 256  # pixels that the longer side of an image is brought to at least, by whole factors, and at most
 COLUMNS, CLASSES = 10, 60  # the most images of a class, and the most classes, to show
@@ -23,6 +26,18 @@ def save_picture(path: Path | str, picture: Image.Image) -> None:
         raise SaveError(f"cannot make the folder {folder}: {error.strerror}") from error
     with atomic(path) as temporary:
         picture.save(temporary, format="png")
+
+
+@contextmanager
+def drawing_samples(epoch: int) -> Iterator[None]:
+    """Turns values of samples that are not finite into a TrainingError, which says how to go on without samples."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise TrainingError(
+            f"the samples after epoch {epoch} cannot be drawn: {error}. With --sample-every 0, which --resume takes "
+            "too, none are drawn"
+        ) from error
 
 
 def draw_grid(

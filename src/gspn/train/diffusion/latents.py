@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_convert
 
 from gspn.digests import Content
+from gspn.models.sampling import scale_latents
 from gspn.train.data import Data, DataError, hold_out
 from gspn.train.diffusion.latent_files import Shards, identity, read_config
 from gspn.train.folders import counts
@@ -28,7 +29,7 @@ class LatentData(Data):
     Attributes:
         channels, size: C and (h, w) of the latents. image_size: (H, W) of the images.
         flip: whether the mirrored images are there too.
-        vae: {"path", "class", "scaling_factor", "shift_factor", "digest"}.
+        vae: see vae.describe_vae.
         config: all of config.json.
         unreadable: what was wrong with the images that were left out, one text each.
     """
@@ -48,15 +49,14 @@ class LatentSplit(Split):
     Attributes, beside those of Split:
         shape: (C, h, w). flip: whether the mirrored images are there too.
         row: int64 (N,), the place of an image in its shard.
-        scaling_factor, shift_factor: of the VAE.
+        vae: how the VAE's latents are scaled, see models.sampling.scale_latents.
     """
 
     def __init__(self, labels, class_names, names, shard, row, shards):
         super().__init__(labels, class_names, names=names, shard=shard)
         self.row, self.shards = torch.as_tensor(row, dtype=torch.int64), shards
         self.shape, self.flip = (shards.config["channels"], *shards.config["size"]), shards.config["flip"]
-        vae = shards.config["vae"]
-        self.scaling_factor, self.shift_factor = vae["scaling_factor"], vae["shift_factor"]
+        self.vae = shards.config["vae"]
 
     def image(self, i):
         raise DataError(f"{self.names(i)} is a latent, not an image")
@@ -187,7 +187,7 @@ class LatentDataset(Dataset):
     """A LatentSplit as the loader reads it: by lists of (epoch, index), in batches.
 
     A batch is {"image": float32 (B, C, h, w), "label": int64 (B,), "index": int64 (B,)}. The image is
-    (z - shift) * scale, where z is a sample of the posterior if `draw`, and else its mean.
+    scale_latents(z), where z is a sample of the posterior if `draw`, and else its mean.
     """
 
     def __init__(self, split: LatentSplit, draw: bool, flip: bool, seed: int):
@@ -205,8 +205,7 @@ class LatentDataset(Dataset):
         z, std = self.split.posterior(index, mirrored)
         if self.draw:
             z += std * torch.stack([torch.randn(self.split.shape, generator=source) for source in sources])
-        image = (z - (self.split.shift_factor or 0.0)) * self.split.scaling_factor
-        return {"image": image, "label": self.split.labels[index], "index": index}
+        return {"image": scale_latents(z, self.split.vae), "label": self.split.labels[index], "index": index}
 
 
 def make_latent_loader(

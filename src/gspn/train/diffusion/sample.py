@@ -10,7 +10,6 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gspn.digests import digest, settings, tensors_of
 from gspn.files import SaveError, remove, write_json, writing
+from gspn.models.sampling import NotFiniteError
 from gspn.train.checkpoint import RunError
 from gspn.train.diffusion.generators import load_pipeline, named_scheduler
 from gspn.train.diffusion.grid import CLASSES, COLUMNS, draw_grid, save_picture
@@ -237,7 +237,7 @@ def _images(pipeline, wanted, options, numbers, step):
     """float32 (B,H,W,C) in [0, 1]. Errors: TrainingError."""
     height, width = wanted.settings["size"]
     try:
-        pixels = pipeline(
+        return pipeline(
             [wanted.label(i) for i in numbers],
             options.guidance,
             options.steps,
@@ -247,6 +247,10 @@ def _images(pipeline, wanted, options, numbers, step):
             output_type="np",
             callback_on_step_end=step,
         ).images
+    except NotFiniteError as error:
+        wrong = [str(numbers[i]) for i in error.images]
+        shown = ", ".join(wrong[:5]) + ", ..." * (len(wrong) > 5)
+        raise TrainingError(f"cannot make sample{'s' * (len(wrong) > 1)} {shown}: {error}") from error
     except (RuntimeError, MemoryError) as error:
         texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
         if isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts):
@@ -255,10 +259,6 @@ def _images(pipeline, wanted, options, numbers, step):
                 f"what is done stays ({str(error).splitlines()[0]})"
             ) from error
         raise
-    if not np.isfinite(pixels).all():
-        wrong = [i for i, image in zip(numbers, pixels, strict=True) if not np.isfinite(image).all()]
-        raise TrainingError(f"sample {wrong[0]} has values that are not finite; try --precision fp32 or more steps")
-    return pixels
 
 
 def _finish(wanted, options):

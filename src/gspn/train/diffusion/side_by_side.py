@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gspn.train.diffusion.grid import draw_grid, save_picture
+from gspn.models.sampling import check_finite
+from gspn.train.diffusion.grid import draw_grid, drawing_samples, save_picture
 from gspn.train.distill_options import DistillOptions
 from gspn.train.images import generator
 
@@ -26,14 +27,15 @@ class SideBySide:
         self.student, self.options, self.folder, self.taught = student, options, folder, None
 
     def __call__(self, epoch: int) -> Image.Image | None:
-        """A picture; None in an epoch without one. Errors: SaveError."""
+        """A picture; None in an epoch without one. Errors: SaveError; TrainingError for values that are not finite."""
         options = self.options
         if epoch % options.sample_every and epoch < options.epochs:
             return None
-        if self.taught is None:  # the teacher stays what it is
-            with self.student.swap.use("attention"):
-                self.taught = self._images()
-        pairs = [image for pair in zip(self.taught, self._images(), strict=True) for image in pair]
+        with drawing_samples(epoch):
+            if self.taught is None:  # the teacher stays what it is
+                with self.student.swap.use("attention"):
+                    self.taught = self._images()
+            pairs = [image for pair in zip(self.taught, self._images(), strict=True) for image in pair]
         title = f"teacher and student after epoch {epoch}, guidance {options.guidance:g}, {options.sample_steps} steps"
         labels = [row for row in range(len(self.captions)) for _ in range(2)]
         picture = draw_grid(pairs, labels, self.captions, title=title)
@@ -41,16 +43,18 @@ class SideBySide:
         return picture
 
     def _images(self):
-        """An image of each caption, one after the other, as they may be large."""
-        options = self.options
-        return [
-            self.student.teacher.pipe(
+        """An image of each caption, one after the other, as they may be large. Raises NotFiniteError."""
+        options, pipe, images = self.options, self.student.teacher.pipe, []
+        for row, caption in enumerate(self.captions):
+            pixels = pipe(
                 caption,
                 height=options.size[0],
                 width=options.size[1],
                 num_inference_steps=options.sample_steps,
                 guidance_scale=options.guidance,
                 generator=generator(options.seed, row),
-            ).images[0]
-            for row, caption in enumerate(self.captions)
-        ]
+                output_type="np",  # diffusers would turn NaN into black
+            ).images
+            check_finite(pixels)
+            images += pipe.numpy_to_pil(pixels)
+        return images

@@ -188,7 +188,8 @@ class Distillation:
             self.best = loss
             if self.save is not None:
                 self.save()
-        picture = self.draw and self.draw(self.epochs)
+        drawn = self.draw and math.isfinite(loss)  # the loop ends a training that has diverged
+        picture = self.draw(self.epochs) if drawn else None
         self.drawn = {"samples": picture} if picture else {}
         return {
             "val_loss": loss,

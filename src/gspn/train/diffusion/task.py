@@ -2,6 +2,7 @@
 `gspn train-diffusion` runs.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from gspn.train import pictures
 from gspn.train.checkpoint import Run
 from gspn.train.data import Data, DataError
 from gspn.train.diffusion.generators import build_generator, named_scheduler
-from gspn.train.diffusion.grid import draw_grid, save_picture
+from gspn.train.diffusion.grid import draw_grid, drawing_samples, save_picture
 from gspn.train.diffusion.latents import make_latent_loader, open_latents
 from gspn.train.diffusion.objective import Objective, make_scheduler
-from gspn.train.diffusion.vae import check_vae, open_vae
+from gspn.train.diffusion.vae import check_vae, open_vae, scale_of
 from gspn.train.generator_options import PRESETS, GeneratorOptions
 from gspn.train.images import UNREADABLE, Preprocessing, Split, generator
 from gspn.train.latent_folder import is_latents
@@ -113,7 +114,8 @@ class Diffusion:
             raise DataError(f"none of the {len(rows)} images of the evaluation could be read")
         error, bound = error / known, bound / known
         self.epochs += 1
-        picture = self.draw and self.draw(model, self.epochs)
+        drawn = self.draw and math.isfinite(error + bound)  # the loop ends a training that has diverged
+        picture = self.draw(model, self.epochs) if drawn else None
         self.drawn = {"samples": picture} if picture else {}
         return {
             "val_loss": error + bound,
@@ -259,7 +261,8 @@ class Setup:
         """What the run keeps of the VAE whose latents these are."""
         if self.preprocessing is not None:
             return None
-        return {name: self.data.vae[name] for name in ("path", "scaling_factor", "shift_factor", "digest")}
+        described = self.data.vae
+        return {"path": described["path"], **scale_of(described), "digest": described["digest"]}
 
     def config(self, model) -> dict:
         """What config.json keeps of a generator."""
@@ -331,7 +334,7 @@ class Samples:
         self.vae = None if setup.preprocessing is not None else _vae_of(setup.vae())
 
     def __call__(self, model, epoch):
-        """A picture; None in an epoch without one. Errors: SaveError."""
+        """A picture; None in an epoch without one. Errors: SaveError; TrainingError for values that are not finite."""
         setup, options = self.setup, self.setup.options
         if epoch % options.sample_every and epoch < options.epochs:
             return None
@@ -345,15 +348,16 @@ class Samples:
         pipeline = GSPNPipeline(model, scheduler, self.vae)
         pipeline.set_progress_bar_config(disable=True)
         images = []
-        for label in classes:
-            images += pipeline(
-                [label] * SHOWN_EACH,
-                guidance_scale=options.guidance if options.class_dropout else 1.0,
-                num_inference_steps=options.sample_steps,
-                height=options.size[0],
-                width=options.size[1],
-                generator=[generator(options.seed, label, i) for i in range(SHOWN_EACH)],
-            ).images
+        with drawing_samples(epoch):
+            for label in classes:
+                images += pipeline(
+                    [label] * SHOWN_EACH,
+                    guidance_scale=options.guidance if options.class_dropout else 1.0,
+                    num_inference_steps=options.sample_steps,
+                    height=options.size[0],
+                    width=options.size[1],
+                    generator=[generator(options.seed, label, i) for i in range(SHOWN_EACH)],
+                ).images
         if self.vae is not None:
             self.vae.to("cpu")
         guidance = options.guidance if options.class_dropout else 1.0

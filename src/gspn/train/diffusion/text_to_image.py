@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gspn.digests import digest, settings, tensors_of
+from gspn.models.sampling import check_scale, check_schedule, scale_latents
 from gspn.train.data import location
 from gspn.train.diffusion.generators import named_scheduler
 from gspn.train.diffusion.objective import Objective
@@ -68,17 +69,22 @@ class TextToImage:
             raise OptionError(
                 f"the UNet of {where} is conditioned on guidance: expected one without time_cond_proj_dim"
             )
-        if self.vae.config.latents_mean is not None or self.vae.config.latents_std is not None:
-            raise OptionError(f"the VAE of {where} normalises each channel: expected one scaling_factor for all")
+        if self.vae.config.latents_mean is not None and not self.is_xl:
+            raise OptionError(
+                f"the VAE of {where} has latents_mean, which {type(pipe).__name__} does not apply: expected a "
+                "StableDiffusionXLPipeline, or a VAE with one scaling_factor for all channels"
+            )
         if "beta_schedule" not in pipe.scheduler.config:
             raise OptionError(
                 f"the scheduler of {where}, {type(pipe.scheduler).__name__}, has no betas: expected one of diffusion, "
                 "not of flow matching or EDM"
             )
         try:
+            check_scale(self.vae.config)
+            check_schedule(pipe.scheduler)
             self.objective = Objective(named_scheduler("ddpm", pipe.scheduler))
         except ValueError as error:
-            raise OptionError(f"the scheduler of {where}: {error}") from error
+            raise OptionError(f"{where} cannot be trained on: {error}") from error
         pipe.set_progress_bar_config(disable=True)
         for part in self._models().values():
             part.requires_grad_(False).eval()
@@ -109,7 +115,7 @@ class TextToImage:
         """float32 (B,C,h,w): of images (B,3,H,W) in [-1, 1] a sample of the VAE's posterior, or its mean, scaled."""
         mean, std = self._by_item(self._posterior, images, lambda image: digest([image]))
         z = mean + std * torch.randn_like(std) if draw else mean
-        return (z - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return scale_latents(z, self.vae.config)
 
     def _posterior(self, images):
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist

@@ -1,12 +1,14 @@
 """The VAE between images and latents: an AutoencoderKL of diffusers."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
 from gspn.digests import digest, settings, tensors_of
+from gspn.models.sampling import check_scale
 from gspn.train.data import location
 from gspn.train.hub import out_of_reach
 from gspn.train.options import OptionError
@@ -40,17 +42,24 @@ def open_vae(where: str | Path) -> AutoencoderKL:
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise OptionError(f"the VAE {where} lacks {len(missing)} of its weights, such as {missing[0]}")
-    if vae.config.latents_mean is not None or vae.config.latents_std is not None:
-        raise OptionError(
-            f"the VAE {where} normalises each channel (latents_mean, latents_std): expected one scaling_factor for all"
-        )
+    try:
+        check_scale(vae.config)
+    except ValueError as error:
+        raise OptionError(f"{where}: {error}") from error
     return vae.float()
 
 
+def scale_of(config: Mapping) -> dict:
+    """What of a VAE's config, or of what describe_vae keeps of it, decides how latents are scaled: scaling_factor,
+    shift_factor and, where there are any, latents_mean and latents_std."""
+    scale = {name: config[name] for name in ("scaling_factor", "shift_factor")}
+    return scale | {name: list(config[name]) for name in ("latents_mean", "latents_std") if config.get(name)}
+
+
 def describe_vae(vae: AutoencoderKL, where: str | Path, like: str | None = None) -> dict:
-    """What config.json keeps of a VAE: path, class, scaling_factor, shift_factor, and a digest of its settings and
-    weights, in the scheme of `like`."""
-    scale = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor}
+    """What config.json keeps of a VAE: path, class, what scale_of gives, and a digest of its settings and weights, in
+    the scheme of `like`."""
+    scale = scale_of(vae.config)
     weights = tensors_of(vae.state_dict(), "{name} {shape}")
     told = digest([json.dumps(scale), *weights, settings(vae)], like)
     return {"path": location(where), "class": "AutoencoderKL", **scale, "digest": told}

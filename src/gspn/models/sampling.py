@@ -1,0 +1,87 @@
+"""What all pipelines here share: which noise schedules can be sampled, how latents are scaled, and a check that values
+are finite before they become images."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class NotFiniteError(RuntimeError):
+    """Values that were to become images are infinite or NaN.
+
+    Attributes: images: the numbers of the images that have such values.
+    """
+
+    def __init__(self, message: str, images: list[int]):
+        super().__init__(message)
+        self.images = images
+
+
+def check_finite(values: Tensor | np.ndarray, hint: str = "") -> None:
+    """Raises NotFiniteError, which counts them, if some of the values (B,...) of B images are not finite."""
+    wrong = (~torch.as_tensor(values).isfinite()).flatten(1).sum(1).tolist()
+    if images := [i for i, count in enumerate(wrong) if count]:
+        total = values.shape[0] * math.prod(values.shape[1:])
+        raise NotFiniteError(
+            f"{sum(wrong)} of {total} values, in {len(images)} of {len(wrong)} images, are not finite{hint}", images
+        )
+
+
+def check_schedule(scheduler) -> None:
+    """Raises ValueError for a scheduler of diffusers that ends in noise alone while the noise is predicted: there
+    x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) divides by 0: infinite or NaN, or a mere sign where it is clipped."""
+    product = getattr(scheduler, "alphas_cumprod", None)
+    if product is None or scheduler.config.get("prediction_type") != "epsilon" or bool((product > 0).all()):
+        return
+    raise ValueError(
+        f"the scheduler ({type(scheduler).__name__}) cannot be used with prediction_type 'epsilon': its last timestep "
+        "is noise alone (alphas_cumprod is 0), so that the noise says nothing about the image: infinity or NaN. "
+        "Make the scheduler with rescale_betas_zero_snr=False, or use a model that predicts 'v_prediction' or 'sample'"
+    )
+
+
+# -- latents --
+
+
+def scale_latents(z: Tensor, vae: Mapping) -> Tensor:
+    """What a model is trained on, of the latents z (B,C,h,w) that a VAE gives: (z - mean) * scaling_factor / std.
+
+    Args:
+        vae: a VAE's config as diffusers has it. mean is latents_mean by channel, else shift_factor, else 0; std is
+            latents_std by channel, else 1.
+    """
+    mean, std = _statistics(z, vae)
+    scaled = (z - mean) * vae["scaling_factor"]
+    return scaled if std is None else scaled / std
+
+
+def unscale_latents(x: Tensor, vae: Mapping) -> Tensor:
+    """What the VAE decodes, of what a model gives: x * std / scaling_factor + mean, the inverse of scale_latents."""
+    mean, std = _statistics(x, vae)
+    return (x if std is None else x * std) / vae["scaling_factor"] + mean
+
+
+def _statistics(like, vae):
+    mean, std = (vae.get(name) for name in ("latents_mean", "latents_std"))
+    if std is None:
+        return vae.get("shift_factor") or 0.0, None
+    return (torch.tensor(values).view(1, -1, 1, 1).to(like) for values in (mean, std))
+
+
+def check_scale(vae: Mapping) -> None:
+    """Raises ValueError for a VAE's config that does not say clearly how latents are scaled."""
+    mean, std, channels = vae.get("latents_mean"), vae.get("latents_std"), vae["latent_channels"]
+    if mean is None and std is None:
+        return
+    if mean is None or std is None:
+        raise ValueError("the VAE has one of latents_mean and latents_std: expected both or neither")
+    if vae.get("shift_factor"):
+        raise ValueError("the VAE has both shift_factor and latents_mean: expected one of them")
+    if len(mean) != channels or len(std) != channels or not all(0 < each < math.inf for each in std):
+        raise ValueError(
+            f"the VAE has {channels} latent channels: expected as many numbers in latents_mean and, above 0, in "
+            f"latents_std, got {list(mean)} and {list(std)}"
+        )
