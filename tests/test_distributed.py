@@ -60,7 +60,7 @@ def test_two_processes_are_as_one(folders):
     assert shapes[0] == shapes[1]
     for name in ("generator", "sharded generator"):
         (alone,), (shared,) = (Run.open(folder / name).metrics for folder in folders)
-        assert shared["images"] == 51 and shared["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-6)
+        assert shared["images"] == 51 and shared["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-5)
         pictures = [(folder / name / "samples/epoch-0001.png").read_bytes() for folder in folders]
         assert pictures[0] == pictures[1]
     assert two["refusal"] == "batch_size is of all 2 processes together: expected a multiple, got 31"
