@@ -29,15 +29,14 @@ quickstart: .venv/.installed
 	$(BIN)/gspn train digits --model gspn_micro --out runs/quickstart --overwrite
 	$(BIN)/gspn eval runs/quickstart digits
 
-test: .venv/.installed .timm/.installed
-	$(MAIN) -m "not slow and not timm and not triton"
-	$(WITH_TIMM) -m "timm and not slow"
-	$(WITH_TRITON) -m "triton and not slow" $(TRITON_TESTS)
-
-test-all: .venv/.installed .timm/.installed
-	$(MAIN) -m "not timm and not triton"
-	$(WITH_TIMM) -m timm
-	$(WITH_TRITON) -m triton $(TRITON_TESTS)
+# A part that fails, or that finds no tests (pytest ends with 5), does not keep the others from running.
+test: SPEED := not slow and
+test test-all: .venv/.installed .timm/.installed
+	@trap 'exit 130' INT; failed=; \
+	$(MAIN) -m "$(SPEED) not timm and not triton" || failed="$$failed main"; \
+	$(WITH_TIMM) -m "$(SPEED) timm" || failed="$$failed timm"; \
+	$(WITH_TRITON) -m "$(SPEED) triton" $(TRITON_TESTS) || failed="$$failed triton"; \
+	test -z "$$failed" || { echo "tests failed in these parts:$$failed" >&2; exit 1; }
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -26,9 +26,9 @@ class Colours(nn.Module):
     def forward(self, pixels):
         if self.stop is not None and len(self.seen) >= self.stop:
             raise KeyboardInterrupt
-        x = pixels.float() * self.weight
+        x = pixels.double() * self.weight  # rounded to float32 once, so that the order of the sums does not show
         self.seen.append(tuple(pixels.shape))
-        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1), x.mean((2, 3)).flip(1)
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1).float(), x.mean((2, 3)).flip(1).float()
 
 
 def colour_extractor(**more):
@@ -49,8 +49,8 @@ def paint(folder, seed, count=12, size=(10, 8), scale=1):
 
 
 def colour_features(images):
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1).double().numpy()
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).double()
+    return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1).float().double().numpy()
 
 
 def paint_both(at):

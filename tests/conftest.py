@@ -12,7 +12,7 @@ import gspn
 
 # timm imports torchvision, whose published Linux build is for CUDA: beside a CPU torch its operators do not load, and
 # it can be imported only where the schemas exist that it has fake rules for. This is for the Makefile's copy alone.
-if Path(__file__).parent.parent / ".timm" in (Path(p).resolve() for p in sys.path):
+if (Path(__file__).parent.parent / ".timm").resolve() in (Path(p).resolve() for p in sys.path):
     try:
         import torchvision  # noqa: F401
     except RuntimeError:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from gspn.train.diffusion import distances
 from gspn.train.diffusion.distances import Moments, Score, frechet_distance, kernel_distance, precision_recall
 
 
@@ -11,11 +12,15 @@ def rotation(d, seed=0):
     return np.linalg.qr(np.random.RandomState(seed).randn(d, d))[0]
 
 
-def test_frechet_distance_of_commuting_covariances():
+@pytest.mark.parametrize("rounding", [0, 4e-15, -4e-15])
+def test_frechet_distance_of_commuting_covariances(rounding):
+    """One is singular, and what is rounding in it must not show: an eigenvalue of 4e-15 has the root 6e-8."""
     turn, a, b = rotation(6), np.arange(1.0, 7), np.array([4.0, 0, 9, 1, 0.5, 2])
     mean = np.arange(6.0)
     expected = 6 * 0.25 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    value = frechet_distance(mean, turn @ np.diag(a) @ turn.T, mean + 0.5, turn @ np.diag(b) @ turn.T)
+    singular = turn @ np.diag(b) @ turn.T + rounding * np.eye(6)
+    value = frechet_distance(mean, turn @ np.diag(a) @ turn.T, mean + 0.5, singular)
+    # the roots that are left are of 0.5 and more: their rounding is some eps of 9, 6 times
     assert value == pytest.approx(expected, rel=1e-12)
 
 
@@ -27,7 +32,7 @@ def test_frechet_distance_of_others():
     # of uu^T and vv^T, which are singular: |u|^2 + |v|^2 - 2 |u.v|
     u, v = np.random.RandomState(1).randn(2, 50)
     value = frechet_distance(np.zeros(50), np.outer(u, u), np.zeros(50), np.outer(v, v))
-    assert value == pytest.approx(u @ u + v @ v - 2 * abs(u @ v), rel=1e-6)
+    assert value == pytest.approx(u @ u + v @ v - 2 * abs(u @ v), rel=1e-12)
 
 
 def test_frechet_distance_of_the_same_is_zero():
@@ -69,7 +74,7 @@ def test_moments_do_not_depend_on_batches_and_bear_a_large_mean():
     for rows in (x[:1], x[1:1], x[1:60], x[60:]):
         moments.add(rows)
     assert np.allclose(moments.covariance().numpy(), np.cov(x.numpy(), rowvar=False), rtol=1e-8)
-    assert torch.allclose(moments.mean, x.mean(0), rtol=1e-14)
+    assert torch.allclose(moments.mean, x.mean(0), rtol=1e-13, atol=0)
     with pytest.raises(ValueError, match="takes two images, got 1"):
         one = Moments.empty(2)
         one.add(torch.zeros(1, 2))
@@ -95,6 +100,13 @@ def test_precision_and_recall_of_what_covers_one_mode_of_two():
     assert precision_recall(reference - 1000, reference) == (0, 0)
     with pytest.raises(ValueError, match="more than 3 images in each set, got 3 and 200"):
         precision_recall(reference[:3], reference)
+
+
+def test_copies_are_near_whatever_rounding_makes_of_their_distance(monkeypatch):
+    reference = torch.randn(60, 37, dtype=torch.float64).repeat(4, 1) + 1e4  # each has three copies: radii of 0
+    monkeypatch.setattr(distances, "ROWS", 5)  # a row by itself is multiplied, and rounded, in another way
+    assert precision_recall(reference[:6], reference)[0] == 1
+    assert precision_recall(reference[:6] + 1e-2, reference)[0] == 0
 
 
 def test_the_score_of_sure_answers_is_the_number_of_classes():

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,7 @@ from gspn.train.checkpoint import Run
 
 def by_torchrun(*arguments):
     """What two processes print."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command + [str(a) for a in arguments], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
@@ -64,7 +60,7 @@ def test_two_processes_are_as_one(folders):
     assert shapes[0] == shapes[1]
     for name in ("generator", "sharded generator"):
         (alone,), (shared,) = (Run.open(folder / name).metrics for folder in folders)
-        assert shared["images"] == 51 and shared["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-6)
+        assert shared["images"] == 51 and shared["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-5)
         pictures = [(folder / name / "samples/epoch-0001.png").read_bytes() for folder in folders]
         assert pictures[0] == pictures[1]
     assert two["refusal"] == "batch_size is of all 2 processes together: expected a multiple, got 31"

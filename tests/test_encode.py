@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -168,7 +167,7 @@ def test_an_interrupted_encoding_goes_on_to_the_same_files(latents, pictures, va
 
 
 def test_processes_share_the_shards(latents, pictures, vae, tmp_path, monkeypatch):
-    barrier, worked, posterior = threading.Barrier(3, timeout=60), Counter(), encode_module._posterior
+    barrier, worked, posterior = threading.Barrier(3, timeout=600), Counter(), encode_module._posterior
 
     def recorded(vae, image, config):
         worked[threading.current_thread().name] += len(image)
@@ -203,10 +202,7 @@ def test_processes_share_the_shards(latents, pictures, vae, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_two_processes_of_torchrun(latents, pictures, vae, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "gspn", "encode", pictures, "--vae", vae, "--out", tmp_path / "x", "--size", "16x8", "--flip"]
     result = subprocess.run(
         [str(part) for part in [*command, "--shard-size", 5, "--batch-size", 2, "--workers", 1]],

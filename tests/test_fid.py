@@ -448,7 +448,7 @@ def test_two_processes_are_as_one(pictures, run):
     arguments += ["--workers", "0", "--samples-split", "all", "--batch-size", "8"]
     one = CliRunner().invoke(app, ["fid", *arguments, "--json", "--no-cache"])
     file = pictures.at / "two.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "gspn", "fid", *arguments, "--cache", str(pictures.at / "cache"), "--out", str(file)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     one, two = json.loads(one.stdout.splitlines()[0]), json.loads(file.read_text())

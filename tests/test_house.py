@@ -1,11 +1,15 @@
 """The rules of the house that can be read off the sources: layers, optional packages, public names."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 import pytest
 
@@ -128,3 +132,20 @@ def test_no_environment_variables_in_the_product():
         assert not re.search(r"\benviron\b|getenv", path.read_text()), path
     for path in [*SOURCE.rglob("*.cpp"), *SOURCE.rglob("*.h")]:
         assert "getenv" not in path.read_text(), path
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["test", "test-all"])
+def test_make_test_runs_every_part_and_fails_if_one_does(target, tmp_path):
+    shutil.copy(SOURCE.parent.parent / "Makefile", tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\npart="$PYTHONPATH$TRITON_INTERPRET"\necho "$part" >> ran\n[ "$part" != "$FAILS" ]\n')
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET", "MAKEFLAGS")}
+    for fails in ("none", "", ".timm", "1"):  # the first part sets neither variable
+        command = ["make", "-o", ".venv/.installed", "-o", ".timm/.installed", target]
+        result = subprocess.run(command, cwd=tmp_path, env=environment | {"FAILS": fails}, capture_output=True)
+        assert (tmp_path / "ran").read_text().splitlines() == ["", ".timm", "1"]
+        assert (result.returncode == 0) == (fails == "none"), result.stderr
+        (tmp_path / "ran").unlink()

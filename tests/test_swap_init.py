@@ -247,3 +247,17 @@ def test_relative_error_is_1_for_zero_and_0_for_the_same():
     assert relative_error(Zero(-0.5), attention, maps) == pytest.approx(1.5)
     with pytest.raises(ValueError, match="at least two"):
         FeatureMaps([torch.randn(1, 9, C)], [(3, 3)]).split(0.1)
+
+
+def test_the_shared_directions_do_not_depend_on_the_signs_of_eigenvectors(monkeypatch):
+    """The gates read the directions with one sign, so a layer would else start in another way with another LAPACK."""
+    q, k, scale = torch.randn(12, 12), torch.randn(12, 12), torch.ones(12)
+    directions = swap_init._shared_directions(q, k, scale, 3, 5)
+    eigh = torch.linalg.eigh
+
+    def other_signs(matrix):
+        values, vectors = eigh(matrix)
+        return torch.return_types.linalg_eigh((values, vectors * torch.tensor([1.0, -1, -1, 1])))
+
+    monkeypatch.setattr(torch.linalg, "eigh", other_signs)
+    torch.testing.assert_close(swap_init._shared_directions(q, k, scale, 3, 5), directions)

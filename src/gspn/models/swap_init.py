@@ -176,6 +176,8 @@ def _shared_directions(q: Tensor, k: Tensor, scale: Tensor, heads: int, count: i
         of_q, of_k = ((m[rows] * scale) @ (m[rows] * scale).T for m in (q, k))
         both = of_q / of_q.trace().clamp(min=1e-12) + of_k / of_k.trace().clamp(min=1e-12)
         vectors = torch.linalg.eigh(both).eigenvectors.T
+        # either sign solves it, and which one comes depends on the library: the largest component is positive
+        vectors = vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
         power = (vectors @ of_q * vectors).sum(1) * (vectors @ of_k * vectors).sum(1)
         found += [(power[i].item(), rows, vectors[i]) for i in range(width)]
     found.sort(key=lambda entry: entry[0], reverse=True)

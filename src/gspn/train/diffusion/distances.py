@@ -16,8 +16,8 @@ ROWS = 2048  # of a matrix of distances at a time
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), of two means (d,) and covariances (d, d).
 
-    The trace of the root is the sum of the singular values of sigma1^(1/2) sigma2^(1/2), which are real and exact also
-    where a covariance is singular. Errors: ValueError for other shapes, or values that are no numbers.
+    The trace of the root is the sum of the singular values of sigma1^(1/2) sigma2^(1/2), which are real also where a
+    covariance is singular. Errors: ValueError for other shapes, or values that are no numbers.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(each, dtype=np.float64) for each in (mu1, sigma1, mu2, sigma2))
     d = mu1.size
@@ -32,8 +32,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
 
 def _root(sigma):
-    """The symmetric root of a covariance; eigenvalues that rounding left below 0 count as 0."""
+    """The symmetric root of a covariance (d, d). Eigenvalues below d * eps * the largest are rounding: they count as 0.
+
+    The root would make 1e-8 of an eigenvalue of 0 that rounding left at 1e-16: half of the digits would be lost, and
+    which ones would depend on the BLAS.
+    """
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
+    values[values < len(values) * np.finfo(np.float64).eps * values[-1]] = 0
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
@@ -73,9 +78,18 @@ def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def _share_near(items, others):
-    """Which part of `items` is near `others`."""
+    """Which part of `items` (N, d) is near `others` (M, d); distances that differ by rounding alone are equal.
+
+    cdist computes |x|^2 + |y|^2 - 2 x.y, whose rounding is d * eps * the largest |x|^2. Without that allowance it would
+    depend on the BLAS whether a copy, or one of several equal items, is near.
+    """
+    centre = others.mean(0)  # distances stay the same, and the norms, thus the rounding, get as small as can be
+    items, others = items - centre, others - centre
+    largest = max(each.square().sum(1).max() for each in (items, others))
+    rounding = items.shape[1] * torch.finfo(items.dtype).eps * largest
     radius = torch.cat([torch.cdist(rows, others).kthvalue(NEIGHBOUR + 1).values for rows in others.split(ROWS)])
-    near = [(torch.cdist(rows, others) <= radius).any(1) for rows in items.split(ROWS)]
+    limit = radius.square() + rounding
+    near = [(torch.cdist(rows, others).square() <= limit).any(1) for rows in items.split(ROWS)]
     return torch.cat(near).double().mean().item()
 
 
