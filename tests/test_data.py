@@ -305,14 +305,15 @@ def test_any_image_becomes_the_models_input(tmp_path):
     assert Preprocessing(**colour.to_json()) == colour
 
 
-def test_exif_orientation_is_obeyed(tmp_path):
-    from gspn.train.images import decode
+def test_exif_orientation_is_obeyed_once(tmp_path):
+    from gspn.train.images import decode, upright
 
     image = Image.new("RGB", (20, 10))
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert decode(tmp_path / "turned.jpg").size == (10, 20)
+    turned = decode(tmp_path / "turned.jpg")
+    assert turned.size == upright(turned).size == (10, 20)
 
 
 def test_centre_crop_keeps_the_middle():

@@ -11,8 +11,6 @@ from types import ModuleType
 
 import pytest
 
-import pytest
-
 import gspn
 
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"

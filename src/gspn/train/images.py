@@ -245,13 +245,27 @@ def decode(file) -> Image.Image:
         try:
             with Image.open(file) as image:
                 image.load()
-                turn, image = _turn(image), _sixteen_bits(image)
-                return image.copy() if turn is None else image.transpose(turn)
+                turn = _turn(image)
+                return _turned(_sixteen_bits(image), turn).copy()
         except Image.DecompressionBombError as error:
             found = str(error).split(",")[0]
             raise ValueError(
                 f"the image is too large: {found}. Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS in Python"
             ) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A PIL image turned upright by its EXIF orientation; the same image where it has none that can be read."""
+    return _turned(image, _turn(image))
+
+
+def _turned(image, turn):
+    if turn is None:
+        return image
+    image = image.transpose(turn)
+    # Without the metadata that hold an orientation, or the image would be turned again when it is next looked at.
+    image.info = {name: value for name, value in image.info.items() if name in ("transparency", "icc_profile")}
+    return image
 
 
 def _turn(image):

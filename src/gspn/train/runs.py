@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from gspn.models import Backbone, create_model
 from gspn.train.checkpoint import Run, RunError
-from gspn.train.images import Preprocessing, decode
+from gspn.train.images import Preprocessing, decode, upright
 from gspn.train.options import OptionError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Classifier:
         Raises TypeError for anything else, and what Pillow raises for a file that it cannot read.
         """
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
+            image = upright(image)
         elif isinstance(image, str | os.PathLike):
             image = decode(image)
         else:
