@@ -2,12 +2,12 @@
 cost is linear in the number of pixels.
 
 Public names are loaded when they are first used; importing gspn imports nothing optional and sets nothing. It makes the
-operators known to torch, which programs need that were exported with them.
+operators known to torch, before or after torch is imported, which programs need that were exported with them.
 """
 
 import importlib
 
-import gspn.dispatch  # noqa: F401
+from gspn.registration import register as _register
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,8 @@ _MODULES = ("export", "layers", "models", "ops", "train")
 _HOME_OF = {name: home for home, names in (_HOMES | _OF_DIFFUSERS).items() for name in names}
 
 __all__ = [*(name for names in _HOMES.values() for name in names), "__version__"]
+
+_register()
 
 
 def __getattr__(name: str):

@@ -39,10 +39,18 @@ from gspn.files import (
     write_json,
     write_text,
 )
+from gspn.names import guess
+from gspn.train.places import EARLIER, RunError, no_run
+
+__all__ = ["EARLIER", "Run", "RunError"]
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
-EARLIER = ".earlier"  # the folder in RUN in which the run that is being overwritten waits
+COMMANDS = {
+    "classification": "gspn train",
+    "diffusion": "gspn train-diffusion",
+    "distillation": "gspn distill",
+}  # which make runs, and go on with them, by the task in config.json
 
 # What a run of each task holds beside checkpoints, metrics.jsonl, options.yaml and config.json: from its first epoch on
 # (WRITTEN), and after its end.
@@ -50,10 +58,6 @@ WRITTEN = {"diffusion": ("samples/epoch-*.png",), "distillation": ("samples/epoc
 DRAWN = {"classification": ("curves.png", "predictions.png", "context.png", "context-*.png")}
 DRAWN |= {"diffusion": ("curves.png",), "distillation": ("curves.png",)}
 EVENTS = "tensorboard/events.out.tfevents.*"  # board.py's end in .gspn, but for those of older ones
-
-
-class RunError(ValueError):
-    """A run folder that does not exist, is not one, is damaged, or is in the way."""
 
 
 def _find(path):
@@ -83,13 +87,15 @@ class Run:
     @staticmethod
     def check_free(path: Path | str, overwrite: bool = False) -> None:
         """Raises RunError unless `path` may become a run folder: it does not exist, or is empty, or is a run and
-        `overwrite` is true."""
+        `overwrite` is true. The error names the command that goes on with a run that was stopped."""
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; expected a folder that is new or empty")
         if path.exists() and any(file.name != LOCK and not is_temporary(file) for file in path.iterdir()):
             if not overwrite:
-                raise RunError(f"{path} is not empty: choose another folder, or --overwrite to replace the run there")
+                begun = _going_on(path)
+                choice = f"{begun}; or choose another folder" if begun else "choose another folder"
+                raise RunError(f"{path} is not empty: {choice}, or --overwrite to replace the run there")
             if not any((folder / "config.json").exists() for folder in (path, path / EARLIER)):
                 raise RunError(f"{path} is not empty and holds no run (no config.json), so it is not overwritten")
 
@@ -180,10 +186,7 @@ class Run:
             if not all(isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in metrics):
                 raise ValueError("metrics.jsonl holds something else than rows with an epoch")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise RunError(
-                f"{path} is no run: there is no {path / 'config.json'} (gspn train, train-diffusion, distill make them)"
-                f"{_earlier_hint(path)}"
-            ) from error
+            raise no_run(path) from error
         except (OSError, ValueError) as error:
             raise RunError(f"the run {path} cannot be read: {error}") from error
         if not isinstance(config, dict) or not isinstance(config.get("format"), int):
@@ -248,8 +251,12 @@ class Run:
         while True:  # once, unless a training replaces the checkpoint while it is being read
             found = _find(path)
             if found is None:
-                missing = f"there is no {path / 'state.json'}{_earlier_hint(self.path)}"
-                raise RunError(f"the run {self.path} has no checkpoint {name!r}: {missing}")
+                folders = (self.path / "checkpoints").glob("*/state.json")
+                there = sorted(file.parent.name for file in folders if not file.parent.name.startswith("."))
+                missing = f": there is no {path / 'state.json'}{_earlier_hint(self.path)}"
+                if there:
+                    missing = f"{guess(name, there)}; it has {', '.join(there)}"
+                raise RunError(f"the run {self.path} has no checkpoint {name!r}{missing}")
             folder = found[0]
             try:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -312,6 +319,24 @@ def _config_or_none(file):
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None
+
+
+def _going_on(path):
+    """How to go on with the run in the folder, if it was stopped before its end and can be resumed; else None."""
+    config, found = _config_or_none(path / "config.json"), _find(path / "checkpoints" / "last")
+    if not config or config.get("format") != FORMAT or config.get("task") not in COMMANDS:
+        return None
+    at = "before its first checkpoint"
+    if found:
+        state = _config_or_none(found[0] / "state.json") or {}
+        try:
+            done, epochs, step = state["position"]["epoch"], config["options"]["epochs"], state["position"]["step"]
+        except (KeyError, TypeError):
+            return None
+        if state.get("format") != STATE_FORMAT or done >= epochs:
+            return None
+        at = f"after step {step}, in epoch {done + 1} of {epochs}"
+    return f"`{COMMANDS[config['task']]} --resume {path}` goes on with the run there, which was stopped {at}"
 
 
 def _earlier_hint(path):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from gspn.train.idx import IDX, idx_folder
 from gspn.train.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
+from gspn.train.places import location
 from gspn.train.shards import read_shards
 from gspn.train.tables import TABLES, load_tables
 
@@ -147,12 +148,6 @@ def open_data(
             splits["val"] = everything.subset(held_out)
             notes = [*notes, f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
     return Data(kind, location(data), splits, notes)
-
-
-def location(data: str | Path) -> str:
-    """What to know DATA again by: the absolute path, or the name if it is none."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if path.exists() else str(data)
 
 
 def hold_out(labels: Sequence[int], fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from gspn.train.images import UNREADABLE, Preprocessing
 from gspn.train.latent_folder import refuse_latents
 from gspn.train.loader import batches, make_loader
 from gspn.train.loop import autocast, make_accelerator
-from gspn.train.options import OptionError, check_range
+from gspn.train.options import OptionError, check_range, far_from
 from gspn.train.unreadable import warning_of
 
 # Those of open_data, which a run keeps for its evaluation.
@@ -175,7 +175,7 @@ def evaluate(
         out: a folder for evaluation-HxW.json and confusion-HxW.png.
     What `open_options` leave out is as in training if `data` is what the run was trained on.
     Returns: (metrics, list of warnings); metrics, the same in every process, are those of Outcome and
-        "split", "size";
+        "split", "size", "trained_size";
         "reliability": see Outcome.calibration;
         "confused": the 20 most frequent mistakes [class, taken for, images];
         "images_per_second": with reading; "model_images_per_second": without.
@@ -186,6 +186,7 @@ def evaluate(
     refuse_latents(data)
     classifier = load_classifier(path, checkpoint)
     preprocessing, class_names, config = classifier.preprocessing, classifier.class_names, classifier.run.config
+    trained_size = preprocessing.size
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
     if channels not in (None, preprocessing.channels):
@@ -214,7 +215,8 @@ def evaluate(
     if problems and strict:
         raise DataError(f"unreadable image (--strict): {problems[0]}")
     seconds = {"images_per_second": outcome.waiting + outcome.working, "model_images_per_second": outcome.working}
-    metrics = {"split": name, "size": list(preprocessing.size), **outcome.metrics(class_names)}
+    sizes = {"size": list(preprocessing.size), "trained_size": list(trained_size)}
+    metrics = {"split": name, **sizes, **outcome.metrics(class_names)}
     metrics |= {rate: round(len(chosen) / duration, 1) for rate, duration in seconds.items()}
     confusion = outcome.confusion(len(class_names))
     metrics |= {"reliability": outcome.calibration()[1], "confused": mistakes(confusion, class_names)}
@@ -226,7 +228,8 @@ def evaluate(
             raise SaveError(f"cannot make the folder {out}: {error.strerror}") from error
         write_json(out / f"evaluation-{at}.json", metrics)
         pictures.confusion(out / f"confusion-{at}.png", confusion, class_names, metrics)
-    return metrics, warnings_of(metrics, problems)
+    far = far_from(preprocessing.size, trained_size, f"the model of {path} was trained at")
+    return metrics, [*filter(None, [far]), *warnings_of(metrics, problems)]
 
 
 def mistakes(confusion: torch.Tensor, class_names: list[str], count: int = 20) -> list[tuple[str, str, int]]:

@@ -16,7 +16,7 @@ from rich.console import Console
 import gspn
 from gspn.files import writing
 from gspn.train.board import check_tensorboard
-from gspn.train.checkpoint import STATE_FORMAT, Run, RunError
+from gspn.train.checkpoint import COMMANDS, STATE_FORMAT, Run, RunError
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.evaluate import OPEN_OPTIONS
 from gspn.train.images import Preprocessing, Split
@@ -24,6 +24,7 @@ from gspn.train.latent_folder import refuse_latents
 from gspn.train.loop import Position, make_accelerator
 from gspn.train.optim import frozen_modules, make_optimizer
 from gspn.train.options import LoopOptions, OptionError, file_text
+from gspn.train.places import location
 
 
 class Setup(Protocol):
@@ -74,6 +75,7 @@ def start(
     """
     accelerator = make_accelerator()
     say = speaker(accelerator, console)
+    options = options.located()  # so that the run's options.yaml means the same in whichever folder it is used
     Run.check_free(out, overwrite)
     if options.tensorboard:
         check_tensorboard()
@@ -104,7 +106,7 @@ def start(
     with writing(out) if accelerator.is_main_process else nullcontext():
         run = None
         if accelerator.is_main_process:
-            run = Run.create(out, config, overwrite, options=file_text(setup.options, {"data": str(data)}))
+            run = Run.create(out, config, overwrite, options=file_text(setup.options, {"data": location(data)}))
         try:
             return run_training(setup, model, out, run, accelerator, console, None)
         except BaseException:
@@ -113,13 +115,6 @@ def start(
             elif run and run.has_checkpoint("last"):
                 say(f"`{COMMANDS[task]} --resume {out}` goes on from its last checkpoint")
             raise
-
-
-COMMANDS = {
-    "classification": "gspn train",
-    "diffusion": "gspn train-diffusion",
-    "distillation": "gspn distill",
-}
 
 
 def resume(

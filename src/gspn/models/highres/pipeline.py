@@ -238,8 +238,8 @@ class HighResPipeline:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
             raise ValueError(f"seed has to be a whole number from 0 on, got {seed!r}")
         for name, value in (("blend", blend), ("dilation", dilation)):
-            if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
-                raise ValueError(f"{name} has to be a number of at least 0, or None to leave it out, got {value!r}")
+            if value is not None and not _is_finite(value):
+                raise ValueError(f"{name} has to be a finite number of at least 0, or None for none, got {value!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type has to be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
@@ -400,9 +400,13 @@ def _check_options(pipe, options):
 
 
 def _scale(value):
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ValueError(f"guidance_scale has to be a number of at least 0, got {value!r}")
+    if not _is_finite(value):
+        raise ValueError(f"guidance_scale has to be a finite number of at least 0, got {value!r}")
     return value
+
+
+def _is_finite(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _check_finite(latents, index, stage, pipe):
