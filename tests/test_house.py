@@ -10,7 +10,20 @@ import gspn
 
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 # each may import those to its left
-LAYERS = ["files", "kernels", "dispatch", "ops", "layers", "models", "export", "train", "cli"]
+LAYERS = [
+    "names",
+    "progress",
+    "files",
+    "kernels",
+    "dispatch",
+    "registration",
+    "ops",
+    "layers",
+    "models",
+    "export",
+    "train",
+    "cli",
+]
 BASE = {"torch", "numpy", "safetensors", "gspn", "filelock"}
 
 
@@ -71,7 +84,19 @@ def test_importing_gspn_imports_nothing_optional_and_sets_nothing():
 
 
 def test_the_core_needs_base_dependencies_only():
-    for layer in ("files.py", "kernels", "dispatch.py", "ops.py", "layers.py", "models", "export", "__init__.py"):
+    for layer in (
+        "names.py",
+        "progress.py",
+        "files.py",
+        "registration.py",
+        "kernels",
+        "dispatch.py",
+        "ops.py",
+        "layers.py",
+        "models",
+        "export",
+        "__init__.py",
+    ):
         paths = (SOURCE / layer).rglob("*.py") if (SOURCE / layer).is_dir() else [SOURCE / layer]
         for path in paths:
             if path.parent.name == "triton" or path.name == "onnx_scan.py":  # imported by those who need them

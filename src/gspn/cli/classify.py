@@ -29,6 +29,7 @@ from gspn.cli.app import (
     app,
     check_data,
     check_resumed,
+    err,
     fail,
     out,
     parsed,
@@ -37,6 +38,7 @@ from gspn.cli.app import (
     training_of,
     warn,
 )
+from gspn.progress import Progress
 from gspn.train.options import OptionError, Options, far_from, parse_names, parse_size
 from gspn.train.places import check_run
 
@@ -132,6 +134,7 @@ def evaluate(
                 workers=workers,
                 strict=strict,
                 out=folder,
+                console=err,
                 class_names=names,
                 image_column=image_column,
                 label_column=label_column,
@@ -173,17 +176,19 @@ def predict(
 
         classifier = load_classifier(run, checkpoint)
         answers, problems = [], dict(missing)
-        for path in images:
-            if path not in missing:
-                try:
-                    pixels = classifier.preprocessing(decode(path))
-                except Exception as error:  # Pillow raises anything on damaged files
-                    problems[path] = getattr(error, "strerror", None) or str(error)
-            if path in problems:
-                answers.append({"image": str(path), "error": problems[path]})
-                continue
-            (classes,) = predict_pixels(classifier, pixels[None], top)
-            answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
+        with Progress("predicting", len(images), console=err) as bar:
+            for number, path in enumerate(images):
+                bar.update(number)
+                if path not in missing:
+                    try:
+                        pixels = classifier.preprocessing(decode(path))
+                    except Exception as error:  # Pillow raises anything on damaged files
+                        problems[path] = getattr(error, "strerror", None) or str(error)
+                if path in problems:
+                    answers.append({"image": str(path), "error": problems[path]})
+                    continue
+                (classes,) = predict_pixels(classifier, pixels[None], top)
+                answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
         _refuse(problems, images, strict)
         if as_json:
             print(json.dumps(answers))

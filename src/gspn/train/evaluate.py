@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
 
 from gspn.files import SaveError, write_json
 from gspn.models import create_model
+from gspn.progress import Progress
 from gspn.train import pictures
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.data import DataError, location, open_data
@@ -89,9 +91,9 @@ class Outcome:
 
 
 @torch.inference_mode()
-def classify(model, loader, preprocessing, accelerator):
+def classify(model, loader, preprocessing, accelerator, bar=None):
     """Runs a classifier over a prepared loader's batches; with several processes each of them gets the whole Outcome,
-    in which no image counts twice."""
+    in which no image counts twice. `bar`: a Progress that counts images."""
     rows, waiting, start = [], 0.0, time.perf_counter()
     before = start
     for batch in batches(loader):
@@ -101,9 +103,16 @@ def classify(model, loader, preprocessing, accelerator):
         loss = F.cross_entropy(logits, batch["label"], ignore_index=UNREADABLE, reduction="none")
         row = accelerator.gather_for_metrics((batch["index"], batch["label"], top, probability, loss))
         rows.append([column.cpu() for column in row])
+        if bar is not None:
+            bar.update(bar.done + len(rows[-1][0]))
         before = time.perf_counter()
     working = before - start - waiting
     return Outcome(*(torch.cat(column) for column in zip(*rows, strict=True)), waiting, working)
+
+
+def progress(images: int, accelerator, console: Console | None) -> Progress:
+    """What `classify` tells its progress to; only the main process prints."""
+    return Progress("evaluating", images, console=console if accelerator.is_main_process else None)
 
 
 def warnings_of(metrics, problems):
@@ -162,6 +171,7 @@ def evaluate(
     workers: int = 2,
     strict: bool = False,
     out: str | Path | None = None,
+    console: Console | None = None,
     **open_options,
 ) -> tuple[dict, list[str]]:
     """Evaluates a run on `data`.
@@ -172,7 +182,7 @@ def evaluate(
         channels: that of the model, which converts images of another number of channels. Without it they are an
             error, but not in the data that the run was trained on, nor if it was trained with `channels`.
         size: (H, W) of the input, another one than in training if it is given.
-        out: a folder for evaluation-HxW.json and confusion-HxW.png.
+        out: a folder for evaluation-HxW.json and confusion-HxW.png. console: rich's, for the progress; None is silent.
     What `open_options` leave out is as in training if `data` is what the run was trained on.
     Returns: (metrics, list of warnings); metrics, the same in every process, are those of Outcome and
         "split", "size", "trained_size";
@@ -191,12 +201,14 @@ def evaluate(
         preprocessing = replace(preprocessing, size=size)
     if channels not in (None, preprocessing.channels):
         raise OptionError(f"channels is {channels}, but the model of {path} takes {preprocessing.channels}")
-    trained_on = config["data"]
+    trained_on, accelerator = config["data"], make_accelerator()
+    console = console if accelerator.is_main_process else None
     own = location(data) == trained_on["where"]
     if own:
         given = {name: value for name, value in open_options.items() if value is not None}
         open_options = {name: trained_on[name] for name in OPEN_OPTIONS if name in trained_on} | given
-    data_set = open_data(data, **open_options)
+    with Progress(f"opening {data}", console=console):
+        data_set = open_data(data, **open_options)
     chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
     chosen = chosen.relabelled(class_names)
     converts = channels is not None or own or trained_on.get("converts", False)
@@ -205,12 +217,12 @@ def evaluate(
             f"the model takes {preprocessing.channels} channels but the images have {chosen.channels()}; "
             f"--channels {preprocessing.channels} converts them"
         )
-    accelerator = make_accelerator()
     batch_size += -batch_size % accelerator.num_processes  # they share a batch
     model = classifier.model.to(accelerator.device)
     loader = accelerator.prepare(make_loader(chosen, preprocessing, batch_size, workers=workers))
-    with autocast(accelerator.device, config["options"]["precision"]):
-        outcome = classify(model, loader, preprocessing, accelerator)
+    bar = progress(len(chosen), accelerator, console)
+    with bar, autocast(accelerator.device, config["options"]["precision"]):
+        outcome = classify(model, loader, preprocessing, accelerator, bar)
     problems = [chosen.problem(i) for i in outcome.index[outcome.label == UNREADABLE].tolist()]
     if problems and strict:
         raise DataError(f"unreadable image (--strict): {problems[0]}")

@@ -19,12 +19,11 @@ from typing import Protocol
 import accelerate
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from gspn.progress import Progress
 from gspn.train.board import Board
 from gspn.train.checkpoint import RunError
 from gspn.train.images import mixed_seed
@@ -91,7 +90,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
         task: a Task. model: any module. loader: loader.make_loader's. options: options.LoopOptions, settled.
         run: checkpoint.Run, in the main process: gets the checkpoint "last" at times and after every epoch, "best" if
             it was that, "epoch-0010" if wanted, and a row of metrics.
-        accelerator: make_accelerator's. console: rich's, for the progress bar; None is silent.
+        accelerator: make_accelerator's. console: rich's, for the progress; None is silent.
         checkpoint: of Run.load_checkpoint, to go on from there exactly.
     Errors: TrainingError if the loss stops being a number or memory does not suffice; SaveError if the disk is full;
         DataError if a process that reads images dies; RunError if the checkpoint is of another training.
@@ -118,7 +117,8 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
         saver.has_saved(at)
 
     console = console if accelerator.is_main_process else None
-    with closing(board), explained(), progress_bar(console, options.epochs * steps, at) as bar:
+    bar = Progress("training", options.epochs * steps, "steps", done=at.step, console=console)
+    with closing(board), explained(), bar:
         for epoch in range(at.epoch, options.epochs):
             loader.begin(epoch, at.batch)
             model.train()
@@ -147,12 +147,12 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
                     save_now = look(losses, at, lr, saver, board, accelerator)
                     if save_now and not last_one:
                         saver.save(["last"], at, plain)
-                    rate = at.images / clock.seconds()
-                    bar.update(0, completed=at.step, epoch=f"{epoch + 1}/{options.epochs}", rate=f"{rate:.0f}")
-                    bar.update(0, loss=f"{at.loss / at.batch:.3f}")
+                    told = f"epoch {epoch + 1}/{options.epochs}, loss {at.loss / at.batch:.3f}"
+                    bar.update(at.step, f"{told}, {at.images / clock.seconds():.3g} images/s")
                 clock.asks_for_a_batch()
 
             rate = at.images / clock.seconds()
+            bar.update(details=f"evaluating epoch {epoch + 1}/{options.epochs}")
             with ema.applied() if ema is not None else nullcontext(), autocast(accelerator.device, options.precision):
                 metrics = task.evaluate(plain.eval(), accelerator)
                 reshard(plain)
@@ -171,8 +171,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
             at = Position(epoch=epoch + 1, step=at.step, best=max(score, at.best))
             board.epoch(row, task.pictures())  # before "last", so that no kill leaves the epoch out
             saver.save([*names, "last"], at, plain, row)
-            if accelerator.is_main_process:
-                bar.console.print(task.line(row), highlight=False)
+            bar.say(task.line(row))
 
 
 def backward(task, model, batch, options, accelerator):
@@ -343,18 +342,3 @@ def make_accelerator() -> accelerate.Accelerator:
 def autocast(device: torch.device, precision: str):
     """The context in which a model runs with `precision`."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def progress_bar(console, total, at):
-    """A bar with epoch, loss, images/s and time left; silent without a console."""
-    bar = Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s "),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=console or Console(quiet=True),
-        transient=True,
-    )
-    bar.add_task("train", total=total, completed=at.step, epoch="-", loss="-", rate="-")
-    return bar

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import gspn
 from gspn.files import writing
+from gspn.progress import Progress
 from gspn.train.board import check_tensorboard
 from gspn.train.checkpoint import COMMANDS, STATE_FORMAT, Run, RunError
 from gspn.train.data import Data, DataError, open_data
@@ -79,10 +80,14 @@ def start(
     Run.check_free(out, overwrite)
     if options.tensorboard:
         check_tensorboard()
-    setup = setup_of(data, options)
+    quiet = None if not accelerator.is_main_process else console
+    with Progress(f"opening {data}", console=quiet):
+        setup = setup_of(data, options)
+        fingerprint = setup.data.fingerprint()
     check_processes(setup, accelerator)
     model = new_model(setup, accelerator.device)
-    started = setup.first_weights(model)
+    with Progress("preparing the weights", console=quiet):
+        started = setup.first_weights(model)
     for note in [*setup.notes, *filter(None, [started])]:
         say(f"note: {note}")
     say(setup.describe(model))
@@ -94,7 +99,7 @@ def start(
             "where": setup.data.where,
             "kind": setup.data.kind,
             "split": setup.eval_name,
-            "fingerprint": setup.data.fingerprint(),
+            "fingerprint": fingerprint,
             **{name: getattr(options, name) for name in OPEN_OPTIONS if hasattr(options, name)},
             **own.get("data", {}),
         },
@@ -145,8 +150,11 @@ def resume(
         run, checkpoint = Run.open(path), None
         with readable(path):
             config = run.config
-            setup = setup_of(data or config["data"]["where"], options)
-            if setup.data.fingerprint() != config["data"].get("fingerprint"):
+            where = data or config["data"]["where"]
+            with Progress(f"opening {where}", console=console if accelerator.is_main_process else None):
+                setup = setup_of(where, options)
+                fingerprint = setup.data.fingerprint()
+            if fingerprint != config["data"].get("fingerprint"):
                 again = f"; `gspn train --init-from {path}` starts a new training from its weights"
                 raise RunError(
                     f"{setup.data.where} is not what {path} was trained on: images, labels, captions or class names "

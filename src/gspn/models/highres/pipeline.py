@@ -1,6 +1,7 @@
 """Images far larger than a Stable Diffusion model was trained for: made at its own size, refined stage by stage."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from gspn.models.highres.passes import Guidance, allowed_options, cosine_share
 from gspn.models.highres.plan import STEPS, STRENGTHS, Stage, check_pipeline, last_timesteps, make_stages
 from gspn.models.highres.savers import SAVERS, saving
 from gspn.models.highres.state import described, fingerprint, opened
+from gspn.progress import Progress
 
 try:
     from diffusers import LMSDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -199,7 +201,7 @@ class HighResPipeline:
         with _offloading(pipe, any(stage.savers.offload for stage in found)):
             image = None
             for i, stage in enumerate(found):
-                with saving(pipe, stage.savers):
+                with run.progress(i), saving(pipe, stage.savers):
                     shape = (1, pipe.unet.config.in_channels, *(side // pipe.vae_scale_factor for side in stage.size))
                     latents = folder.load(i, stage.size, shape) if folder is not None else None
                     known = latents is not None
@@ -294,6 +296,18 @@ class _Run:
     callback: Callable | None
     prompt: str | None
     negative_prompt: str | None
+    lines: Progress | None = None  # where the pipeline's bar would not be seen: see `progress`
+
+    @contextmanager
+    def progress(self, index: int) -> Iterator[None]:
+        """In the block, a stage: where stderr is no terminal, lines tell how far it is, not the pipeline's bar."""
+        config = getattr(self.pipe, "_progress_bar_config", None) or {}
+        if config.get("disable") or "file" in config or sys.stderr.isatty():
+            yield
+            return
+        with Progress(self._told(index), self.stages[index].taken, "steps", say=_to_stderr) as self.lines:
+            yield
+        self.lines = None
 
     def native(self, options: dict) -> Tensor:
         """The first stage: latents (1,C,h,w), float32."""
@@ -302,6 +316,7 @@ class _Run:
         def called(pipe, step, t, tensors):
             return {"latents": self._called(0, step, t, tensors["latents"])}
 
+        watched = self.callback is not None or self.lines is not None
         with self._bar(0):
             result = self.pipe(
                 prompt=self.prompt,
@@ -312,7 +327,7 @@ class _Run:
                 guidance_scale=self.guidance.scale,
                 generator=torch.Generator().manual_seed(self.seed),
                 output_type="latent",
-                callback_on_step_end=None if self.callback is None else called,
+                callback_on_step_end=called if watched else None,
                 **options,
             )
         return result.images.float()
@@ -357,6 +372,8 @@ class _Run:
         return cosine_share(t, scheduler.config.num_train_timesteps, power)
 
     def _called(self, index, step, t, latents):
+        if self.lines is not None:
+            self.lines.update(min(step + 1, self.lines.total))  # PNDM takes one more
         if self.callback is None:
             return latents
         told = self.callback(self.pipe, step, t, {"latents": latents, "stage": index}) or {}
@@ -365,10 +382,9 @@ class _Run:
     @contextmanager
     def _bar(self, index) -> Iterator[None]:
         """The pipeline's progress bar tells the stage."""
-        pipe, stage = self.pipe, self.stages[index]
-        before = getattr(pipe, "_progress_bar_config", None)
-        told = f"stage {index + 1}/{len(self.stages)}, {stage.height}x{stage.width}{stage.savers.told()}"
-        pipe.set_progress_bar_config(**{"desc": told, **(before or {})})
+        pipe, before = self.pipe, getattr(self.pipe, "_progress_bar_config", None)
+        hidden = {} if self.lines is None else {"disable": True}
+        pipe.set_progress_bar_config(**{"desc": self._told(index), **(before or {}), **hidden})
         try:
             yield
         finally:
@@ -376,6 +392,14 @@ class _Run:
                 del pipe._progress_bar_config
             else:
                 pipe.set_progress_bar_config(**before)
+
+    def _told(self, index):
+        stage = self.stages[index]
+        return f"stage {index + 1}/{len(self.stages)}, {stage.height}x{stage.width}{stage.savers.told()}"
+
+
+def _to_stderr(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 # -- what is asked for --

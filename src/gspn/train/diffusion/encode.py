@@ -16,12 +16,12 @@ from pathlib import Path
 import diffusers
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, default_convert
 
 import gspn
 from gspn.files import LOCK, atomic, is_temporary, remove, save_tensors, write_json, writing
+from gspn.progress import Progress
 from gspn.train.checkpoint import RunError
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.diffusion.latent_files import ABOUT, DTYPES, FORMAT, DamagedShard, Shards, identity, read_config
@@ -65,14 +65,17 @@ def encode(
             another machine, the last bits may differ.
         splits: those wanted; None for all of the data's. More can be added later.
         workers: processes that decode images. strict: an unreadable image is an error, not left out and named.
-        console: rich's, for the progress bar; None is silent.
+        console: rich's, for notes and the progress; None is silent.
     Returns: LatentData, in every process, when the latents are complete.
     Errors: BusyError, DataError, OptionError, SaveError; RunError where something else is in the folder.
     """
     _check(size, dtype, precision, shard_size, batch_size, workers)
     refuse_latents(data)
     accelerator, out = make_accelerator(), Path(out).expanduser()
-    data_set, autoencoder = open_data(data, **open_options), open_vae(vae)
+    main = accelerator.is_main_process
+    with Progress(f"opening {data}", console=console if main else None):
+        data_set, autoencoder = open_data(data, **open_options), open_vae(vae)
+        fingerprint = data_set.fingerprint()
     pictures = _relabelled(data_set)
     for name in splits or ():
         if SPLIT_NAMES.get(name, name) not in pictures:
@@ -94,7 +97,7 @@ def encode(
         "data": {
             "where": data_set.where,
             "kind": data_set.kind,
-            "fingerprint": data_set.fingerprint(),
+            "fingerprint": fingerprint,
             **{name: value for name, value in open_options.items() if value is not None},
         },
         "splits": {name: len(split) for name, split in pictures.items() if name in wanted},
@@ -105,7 +108,6 @@ def encode(
     todo, damaged, unreadable = _missing(out, config)
     if strict and unreadable:
         raise DataError(f"unreadable image (--strict): {unreadable[0]}")
-    main = accelerator.is_main_process
     say = console.print if console and main else lambda *args, **more: None
     for note in [*data_set.notes, *(f"{path} is damaged and encoded anew" for path in damaged)]:
         say(f"note: {note}", markup=False, highlight=False)
@@ -281,47 +283,29 @@ def _check_finite(tensors, split, dtype):
             raise DataError(f"the VAE's {name} of {first} is not finite in {dtype}: expected another VAE or --dtype")
 
 
-class _Bar:
-    """The progress bar, over the shards `todo` of all processes; without a console it is silent."""
+class _Bar(Progress):
+    """The progress over the shards `todo` of all processes; without a console it is silent."""
 
     def __init__(self, console, out, config, todo):
         every = {name: Shards(out, config, name) for name in config["splits"]}
         self.left = {every[name].path(number): len(every[name].images(number)) for name, number in todo}
-        self.total, self.own, self.start, self.looked = sum(self.left.values()), 0, time.monotonic(), 0.0
-        self.progress = Progress(
-            TextColumn("encoding"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images  {task.fields[rate]} images/s "),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=console or Console(quiet=True),
-            transient=True,
-        )
-        self.task = self.progress.add_task("encode", total=self.total, rate="-")
-
-    def __enter__(self):
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error):
-        self.progress.stop()
+        self.own, self.looked = 0, 0.0
+        super().__init__("encoding", sum(self.left.values()), console=console)
 
     def advance(self, images):
         """Takes note of images that this process has encoded."""
         self.own += images
         if time.monotonic() > self.looked + 1:
-            self._look()
+            self._count()
 
-    def _look(self):
+    def _count(self):
         self.looked = time.monotonic()
         self.left = {path: images for path, images in self.left.items() if not path.exists()}
-        done = max(self.total - sum(self.left.values()), self.own)
-        self.progress.update(self.task, completed=done, rate=f"{done / (self.looked - self.start):.0f}")
+        self.update(max(self.total - sum(self.left.values()), self.own))
 
     def wait_for_the_others(self):
         """Until all shards are there. No collective operation, which would give up after some minutes."""
-        self._look()
+        self._count()
         while self.left:
             time.sleep(0.2)
-            self._look()
+            self._count()

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gspn.files import SaveError, remove, write_json, writing
+from gspn.progress import Progress
 from gspn.train.checkpoint import RunError
 from gspn.train.diffusion.generators import load_pipeline, named_scheduler
 from gspn.train.diffusion.grid import CLASSES, COLUMNS, draw_grid, save_picture
@@ -218,24 +218,14 @@ def _batches(wanted, size):
 def _make(pipeline, wanted, options, batches, accelerator, console):
     """Makes the batches of this process: every so manieth."""
     own = batches[accelerator.process_index :: accelerator.num_processes]
-    bar = Progress(
-        TextColumn("sampling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images "),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=console or Console(quiet=True),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("samples", total=sum(len(missing) for _, missing in batches))
-        done = 0.0
+    total, done = sum(len(missing) for _, missing in batches), 0
+    with Progress("sampling", total, console=console) as bar:
         for numbers, missing in own:
             share = len(missing) * accelerator.num_processes  # the others are about as far
 
             def step(pipeline, i, t, tensors, done=done, share=share):
-                bar.update(task, completed=int(done + share * (i + 1) / len(pipeline.scheduler.timesteps)))
+                images = done + share * (i + 1) / len(pipeline.scheduler.timesteps)
+                bar.update(min(round(images, 1), total), f"step {i + 1}/{len(pipeline.scheduler.timesteps)}")
 
             pixels = _images(pipeline, wanted, options, numbers, step)
             images = pipeline.numpy_to_pil(pixels)
