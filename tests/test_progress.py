@@ -5,9 +5,22 @@ import time
 from itertools import pairwise
 
 import pytest
+from comparing import compare, paint_both
+from diffusion import generator_run
+from encoding import SIZE
+from high_resolution import FEW, PLAIN
+from PIL import Image
 from rich.console import Console
+from training import tiny_options
+from typer.testing import CliRunner
 
+from gspn.cli import app
+from gspn.models.highres import HighResPipeline
 from gspn.progress import EVERY, FIRST, Progress
+from gspn.train.classify import train_classifier
+from gspn.train.diffusion.encode import encode
+from gspn.train.diffusion.sample import sample
+from gspn.train.generator_options import SampleOptions
 
 
 class Clock:
@@ -65,6 +78,10 @@ def test_what_was_done_before_does_not_count_for_the_rate(clock):
     assert header == "painting: 91 of 100 walls, 6 s so far, about 60 s in all"
 
 
+def test_what_follows_the_last_step_is_no_part_of_an_estimate(clock):
+    assert [line for _, line in lines_of(clock, 1, 4.0, 3)] == ["painting: 1 of 1 walls, 5 s so far"]
+
+
 def test_short_work_says_nothing_and_work_of_unknown_length_its_time(clock):
     assert lines_of(clock, 10, 0.4, 10) == []
     assert [line for _, line in lines_of(clock, None, 10.0, 8)] == ["painting: 30 s so far", "painting: 60 s so far"]
@@ -108,3 +125,57 @@ def test_a_terminal_gets_a_bar_and_no_lines(clock):
         work.say("own")
     shown = console.file.getvalue()
     assert "2/4" in shown and "loss 0.5" in shown and "own" in shown and "in all" not in shown
+
+
+# -- who tells of it --
+
+
+@pytest.fixture
+def talkative(monkeypatch):
+    """A line for every step."""
+    monkeypatch.setattr("gspn.progress.FIRST", 0.0)
+    monkeypatch.setattr("gspn.progress.EVERY", 0.0)
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), soft_wrap=True)
+
+
+def test_training_and_evaluation_tell(talkative, console, tmp_path):
+    train_classifier("digits", tmp_path / "run", tiny_options(batch_size=719), console=console)
+    said = console.file.getvalue()
+    assert "training: 1 of 2 steps, epoch 1/1, loss 2." in said and "evaluating: 359 of 359 images" in said
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "run"), "digits", "--json", "--batch-size", "300"])
+    assert "evaluating: 300 of 359 images" in result.stderr and "evaluating" not in result.stdout
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    result = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), *[str(tmp_path / "a.png")] * 2])
+    assert "predicting: 1 of 2 images" in result.stderr and "predicting" not in result.stdout
+
+
+def test_encoding_tells(talkative, console, pictures, vae, tmp_path):
+    encode(pictures, vae, tmp_path / "out", shard_size=5, batch_size=2, console=console, **SIZE)
+    assert "encoding: 2 of " in console.file.getvalue() or "encoding: 4 of " in console.file.getvalue()
+
+
+def test_sampling_and_comparing_tell(talkative, console, tmp_path):
+    run = generator_run(tmp_path / "run")[0].path
+    sample(run, tmp_path / "out", SampleOptions(count=3, steps=2, batch_size=1), console=console)
+    assert "sampling: 0.5 of 3 images, step 1/2" in console.file.getvalue()
+    painted = paint_both(tmp_path)
+    compare(painted.drawn, painted.real, split="all", samples_split="all", console=console)
+    assert "reference: " in console.file.getvalue() and "samples: " in console.file.getvalue()
+
+
+def test_high_resolution_tells(talkative, sd, capsys):
+    sd.set_progress_bar_config(disable=False)
+    try:
+        HighResPipeline(sd)("red fox", stages=[(16, 16), (24, 32)], **FEW | PLAIN)
+    finally:
+        sd.set_progress_bar_config(disable=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("stage 1/2, 16x16: 2 of 2 steps") for line in lines)
+    assert any(line.startswith("stage 2/2, 24x32: 1 of 3 steps") for line in lines)
+    assert not any("it/s" in line for line in lines)  # the pipeline's own bar
+    HighResPipeline(sd)("red fox", stages=[(16, 16)], **FEW | PLAIN)  # with disable=True
+    assert capsys.readouterr().err == ""

@@ -99,7 +99,7 @@ class Progress:
         if self.total is None:
             return f"{self.what}: {passed}"
         parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}", *filter(None, [self.details])]
-        if self.done <= self.before:
+        if not self.before < self.done < self.total:
             return ", ".join([*parts, passed])
         left = max((self.total - self.done) / self._rate() - (now - self._updated), 0.0)
         if first:

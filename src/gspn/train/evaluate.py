@@ -17,7 +17,7 @@ from gspn.train.checkpoint import Run, RunError
 from gspn.train.data import DataError, location, open_data
 from gspn.train.images import UNREADABLE, Preprocessing
 from gspn.train.latent_folder import refuse_latents
-from gspn.train.loader import batches, make_loader
+from gspn.train.loader import batches, make_loader, workers_note
 from gspn.train.loop import autocast, make_accelerator
 from gspn.train.options import OptionError, check_range, far_from
 from gspn.train.unreadable import warning_of
@@ -241,7 +241,7 @@ def evaluate(
         write_json(out / f"evaluation-{at}.json", metrics)
         pictures.confusion(out / f"confusion-{at}.png", confusion, class_names, metrics)
     far = far_from(preprocessing.size, trained_size, f"the model of {path} was trained at")
-    return metrics, [*filter(None, [far]), *warnings_of(metrics, problems)]
+    return metrics, [*filter(None, [far, workers_note(workers, chosen)]), *warnings_of(metrics, problems)]
 
 
 def mistakes(confusion: torch.Tensor, class_names: list[str], count: int = 20) -> list[tuple[str, str, int]]:

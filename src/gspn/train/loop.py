@@ -13,6 +13,7 @@ import random
 import time
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from gspn.progress import Progress
 from gspn.train.board import Board
 from gspn.train.checkpoint import RunError
 from gspn.train.images import mixed_seed
-from gspn.train.loader import batches
+from gspn.train.loader import batches, untold_workers
 from gspn.train.optim import Ema, frozen_modules, learning_rate, make_optimizer
 from gspn.train.state import gather, restore
 
@@ -255,7 +256,12 @@ def _local(parameter):
 
 def distribute(model, fsdp, accelerator):
     """The model over the processes: a copy in each (DDP), or a part of every block in each (FSDP)."""
-    if not fsdp or accelerator.num_processes == 1:
+    if accelerator.num_processes == 1:
+        return accelerator.prepare(model)
+    if not fsdp:
+        for parameter in model.parameters():
+            if parameter.requires_grad and 1 in parameter.shape:
+                parameter.register_hook(partial(with_strides, parameter.stride()))
         return accelerator.prepare(model)
     model.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -263,6 +269,14 @@ def distribute(model, fsdp, accelerator):
     for module in chain.from_iterable(reversed(lists)):  # inner ones first
         fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def with_strides(strides, gradient):
+    """The gradient with the strides of its parameter, where they differ in sides of length 1 only. They mean nothing
+    there, but DDP compares them, takes the gradient for one of another layout, and warns of it."""
+    pairs = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    same = all(own == wanted for side, own, wanted in pairs if side > 1)
+    return gradient.as_strided(gradient.shape, strides) if same else gradient
 
 
 def reshard(model):
@@ -336,7 +350,18 @@ def make_accelerator() -> accelerate.Accelerator:
     """accelerate's Accelerator; a loader's batch is split over the processes."""
     # accelerate has to be told that processes which torchrun started on a machine without a GPU belong together
     cpu = torch.distributed.is_torchelastic_launched() and not torch.accelerator.is_available()
-    return accelerate.Accelerator(cpu=cpu, dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
+    return _Accelerator(cpu=cpu, dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
+
+
+class _Accelerator(accelerate.Accelerator):
+    """accelerate makes a DataLoader of its own of a Loader, which would warn again of too many workers."""
+
+    def prepare_data_loader(self, data_loader, *args, **kwargs):
+        with untold_workers():
+            prepared = super().prepare_data_loader(data_loader, *args, **kwargs)
+        for loader in (prepared, getattr(prepared, "base_dataloader", prepared)):
+            loader.check_worker_number_rationality = lambda: None
+        return prepared
 
 
 def autocast(device: torch.device, precision: str):

@@ -22,6 +22,7 @@ from gspn.train.data import Data, DataError, open_data
 from gspn.train.evaluate import OPEN_OPTIONS
 from gspn.train.images import Preprocessing, Split
 from gspn.train.latent_folder import refuse_latents
+from gspn.train.loader import workers_note
 from gspn.train.loop import Position, make_accelerator
 from gspn.train.optim import frozen_modules, make_optimizer
 from gspn.train.options import LoopOptions, OptionError, file_text
@@ -88,7 +89,8 @@ def start(
     model = new_model(setup, accelerator.device)
     with Progress("preparing the weights", console=quiet):
         started = setup.first_weights(model)
-    for note in [*setup.notes, *filter(None, [started])]:
+    crowded = workers_note(getattr(setup.options, "workers", 0), setup.train_split)
+    for note in [*setup.notes, *filter(None, [crowded, started])]:
         say(f"note: {note}")
     say(setup.describe(model))
     own = setup.config(model)
@@ -179,6 +181,8 @@ def resume(
             place = "the start, as there is no checkpoint yet"
             if note := setup.first_weights(model):
                 say(f"note: {note}")
+        if crowded := workers_note(getattr(options, "workers", 0), setup.train_split):
+            say(f"note: {crowded}")
         if other_versions:
             say(f"note: other versions than before, so not the same to the last bit: {other_versions}")
         say(f"{setup.describe(model)}\ngoing on from {place}")

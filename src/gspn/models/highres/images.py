@@ -10,8 +10,7 @@ from torch import Tensor
 from gspn.models.highres.memory import working_dtype
 
 try:
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+    from gspn.models.stable_diffusion import StableDiffusionXLPipeline, retrieve_latents
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 

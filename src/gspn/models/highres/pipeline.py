@@ -21,9 +21,11 @@ from gspn.models.highres.state import described, fingerprint, opened
 from gspn.progress import Progress
 
 try:
-    from diffusers import LMSDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import LMSDiscreteScheduler
     from diffusers.utils import BaseOutput, logging
     from diffusers.utils.torch_utils import randn_tensor
+
+    from gspn.models.stable_diffusion import StableDiffusionPipeline, StableDiffusionXLPipeline
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 

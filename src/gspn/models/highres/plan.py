@@ -12,7 +12,8 @@ from gspn.models.highres.savers import Savers
 
 try:
     import diffusers
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    from gspn.models.stable_diffusion import StableDiffusionPipeline, StableDiffusionXLPipeline
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 

@@ -17,7 +17,7 @@ import diffusers
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, default_convert
+from torch.utils.data import default_convert
 
 import gspn
 from gspn.files import LOCK, atomic, is_temporary, remove, save_tensors, write_json, writing
@@ -29,7 +29,7 @@ from gspn.train.diffusion.latents import LatentData, open_latents
 from gspn.train.diffusion.vae import describe_vae, latent_shape, open_vae
 from gspn.train.images import SPLIT_NAMES, UNREADABLE, Preprocessing, Split
 from gspn.train.latent_folder import KIND, refuse_latents
-from gspn.train.loader import ImageDataset, batches
+from gspn.train.loader import ImageDataset, Loader, batches, workers_note
 from gspn.train.loop import autocast, make_accelerator
 from gspn.train.options import OptionError
 
@@ -109,7 +109,9 @@ def encode(
     if strict and unreadable:
         raise DataError(f"unreadable image (--strict): {unreadable[0]}")
     say = console.print if console and main else lambda *args, **more: None
-    for note in [*data_set.notes, *(f"{path} is damaged and encoded anew" for path in damaged)]:
+    crowded = workers_note(workers, next(iter(pictures.values())))
+    anew = (f"{path} is damaged and encoded anew" for path in damaged)
+    for note in [*data_set.notes, *filter(None, [crowded]), *anew]:
         say(f"note: {note}", markup=False, highlight=False)
     with writing(out) if main else nullcontext():
         if main:
@@ -213,14 +215,14 @@ def _missing(out, config) -> tuple[list[tuple[str, int]], list[Path], list[str]]
 # -- from images to shards --
 
 
-def _loader(split, config, numbers, vae, batch_size, workers) -> DataLoader:
+def _loader(split, config, numbers, vae, batch_size, workers) -> Loader:
     """Batches of the images of some shards, none of which goes across two shards."""
     channels = vae.config.in_channels
     preprocessing = Preprocessing(channels, config["image_size"], (0.5,) * channels, (0.5,) * channels)
     one_by_one = copy.copy(split)  # ImageDataset would resize all that are in memory at once
     if split.pixels is not None:
         one_by_one.pixels, one_by_one.read = None, split.image
-    return DataLoader(
+    return Loader(
         ImageDataset(one_by_one, preprocessing),
         batch_sampler=_batches(split, numbers, config["shard_size"], batch_size),
         collate_fn=default_convert,

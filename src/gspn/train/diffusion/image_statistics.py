@@ -21,7 +21,7 @@ from gspn.train.diffusion.distances import Moments, Score
 from gspn.train.diffusion.features import Extractor
 from gspn.train.diffusion.imagesets import NO_CLASS, ImageSet, lazily
 from gspn.train.images import UNREADABLE, DataError, Preprocessing, Split
-from gspn.train.loader import batches, make_loader
+from gspn.train.loader import batches, make_loader, workers_note
 
 FORMAT = 1  # of a file of statistics
 KEPT = 10_000  # images whose features are kept for kernel distance, precision and recall
@@ -215,6 +215,8 @@ class Work:
         size, workers = self.batch_size, self.workers
         how = Preprocessing(self.extractor.channels, self.size, (0.0,) * 3, (1.0,) * 3)
         loader = self.accelerator.prepare(make_loader(lazily(images.split, start), how, size, workers=workers))
+        if (crowded := workers_note(workers, images.split)) and crowded not in self.notes:
+            self.notes.append(crowded)
         network, saved, unreadable = self.extractor.network.to(self.accelerator.device), time.monotonic(), []
         main = self.accelerator.is_main_process
         bar = Progress(what, len(images.split), done=start, console=self.console if main else None)
