@@ -87,6 +87,11 @@ def test_predict_of_any_kind_of_file(run, tmp_path):
     assert code == 0 and err == "" and out.count("tiff: ") == 7
 
 
+def test_a_mistyped_checkpoint(run):
+    code, _, err = gspn_command("eval", run, "digits", "--checkpoint", "bets")
+    assert code == 2 and "has no checkpoint 'bets', did you mean 'best'? It has best, last" in " ".join(err.split())
+
+
 def test_eval_options_that_cannot_be(run):
     for option, value, message in [
         ("--batch-size", 0, "batch_size must be from 1 to 1000000, got 0"),

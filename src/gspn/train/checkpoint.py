@@ -255,7 +255,8 @@ class Run:
                 there = sorted(file.parent.name for file in folders if not file.parent.name.startswith("."))
                 missing = f": there is no {path / 'state.json'}{_earlier_hint(self.path)}"
                 if there:
-                    missing = f"{guess(name, there)}; it has {', '.join(there)}"
+                    meant = guess(name, there)
+                    missing = f"{meant + ' It' if meant else '; it'} has {', '.join(there)}"
                 raise RunError(f"the run {self.path} has no checkpoint {name!r}{missing}")
             folder = found[0]
             try:

@@ -346,7 +346,9 @@ def check(one, value) -> None:
     if value is None:
         return
     if choices and value not in choices:
-        raise OptionError(f"{one.name} must be {' or '.join(map(str, choices))}, got {value!r}{guess(value, choices)}")
+        names = [str(choice) for choice in choices]
+        expected = " or ".join(names) if len(names) < 4 else f"one of {', '.join(names)}"
+        raise OptionError(f"{one.name} must be {expected}, got {value!r}{guess(value, choices)}")
     if low is not None and not (low <= value <= high and math.isfinite(value)):
         limits = f"from {low} to {high}" if math.isfinite(high) else f"from {low} on and finite"
         raise OptionError(f"{one.name} must be {limits}, got {value}")
