@@ -130,7 +130,7 @@ def test_the_layer():
 
 
 def test_the_models():
-    with pytest.raises(ValueError, match="unknown model 'gspn_huge', expected one of gspn_base"):
+    with pytest.raises(ValueError, match="there is no model 'gspn_huge', did you mean 'gspn_base'"):
         gspn.create_model("gspn_huge")
     with pytest.raises(TypeError, match="depth"):
         gspn.create_model("gspn_micro", depth=3)

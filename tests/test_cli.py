@@ -15,6 +15,7 @@ from gspn.cli import app
 from gspn.train import pictures
 from gspn.train.checkpoint import Run
 from gspn.train.data import open_data
+from gspn.train.options import read_file
 
 TINY = [
     argument
@@ -86,6 +87,11 @@ def test_predict_of_any_kind_of_file(run, tmp_path):
     assert code == 0 and err == "" and out.count("tiff: ") == 7
 
 
+def test_a_mistyped_checkpoint(run):
+    code, _, err = gspn_command("eval", run, "digits", "--checkpoint", "bets")
+    assert code == 2 and "has no checkpoint 'bets', did you mean 'best'? It has best, last" in " ".join(err.split())
+
+
 def test_eval_options_that_cannot_be(run):
     for option, value, message in [
         ("--batch-size", 0, "batch_size must be from 1 to 1000000, got 0"),
@@ -115,11 +121,61 @@ def test_predict_names_what_it_cannot_read(run, digit_files, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     good = next(digit_files.rglob("*.png"))
     code, out, err = gspn_command("predict", run, good, tmp_path / "bad.png", tmp_path / "gone.png")
-    assert code == 0 and "bad.png: unreadable" in out
-    assert "2 of 3 images unreadable" in err and "gone.png: No such file or directory" in err
-    code, _, err = gspn_command("predict", run, good, tmp_path / "bad.png", "--strict")
-    assert code == 2 and "bad.png" in err
-    assert gspn_command("predict", run, tmp_path / "bad.png")[0] == 2
+    assert code == 1 and "bad.png: unreadable" in out and f"{good}: " in out and "%" in out
+    assert "2 of 3 images could not be read" in err and "gone.png: there is no such file" in err
+    assert "bad.png: cannot identify image file" in err
+    code, out, err = gspn_command("predict", run, tmp_path / "gone.png", good, "--json")
+    gone, read = json.loads(out)
+    assert code == 1 and gone == {"image": str(tmp_path / "gone.png"), "error": "there is no such file"}
+    assert len(read["classes"]) == 5 and "gone.png: there is no such file" in err
+    for more in (["--strict", good], []):
+        code, out, err = gspn_command("predict", run, tmp_path / "bad.png", *more)
+        assert code == 2 and "bad.png" in err and out == ""
+
+
+MISSING = {
+    "predict {run} gone.png": "gone.png",
+    "predict gone x.png": "gone/config.json",
+    "eval gone digits": "gone/config.json",
+    "eval {run} ./gone": "./gone",
+    "show {run} gone.png": "gone.png",
+    "export gone --onnx": "gone/config.json",
+    "train ./gone": "./gone",
+    "train --resume gone": "gone/config.json",
+    "train digits --resume gone": "gone/config.json",
+    "train digits --init-from gone": "gone",
+    "train --config gone.yaml": "gone.yaml",
+    "train-diffusion ./gone": "./gone",
+    "train-diffusion --resume gone": "gone/config.json",
+    "sample gone --out s": "gone/config.json",
+    "sample {run} --out s --vae ./gone": "./gone",
+    "encode ./gone --vae v --size 8 --out l": "./gone",
+    "encode digits --vae ./gone --size 8 --out l": "./gone",
+    "fid gone.npz --reference digits": "gone.npz",
+    "fid digits --reference gone.safetensors": "gone.safetensors",
+    "fid digits --reference digits --features classifier:gone": "gone/config.json",
+    "fid digits --reference digits --features inception,gone.pth": "gone.pth",
+    "distill ./gone --data x": "./gone",
+    "distill x --data ./gone": "./gone",
+    "distill --resume gone": "gone/config.json",
+}
+
+
+def test_what_is_missing_is_told_before_torch_is_imported(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = """
+import json, sys
+from typer.testing import CliRunner
+from gspn.cli import app
+results = [CliRunner().invoke(app, line.split()) for line in json.loads(sys.argv[1])]
+print(json.dumps(["torch" in sys.modules, [[result.exit_code, result.stdout, result.stderr] for result in results]]))
+"""
+    lines = [line.format(run=run) for line in MISSING]
+    result = subprocess.run([sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, check=True)
+    imported, answers = json.loads(result.stdout)
+    for line, missing, (code, out, err) in zip(lines, MISSING.values(), answers, strict=True):
+        assert code == 2 and missing in err and out == "", (line, err)
+    assert not imported and not list(tmp_path.iterdir())
 
 
 def test_show(run, digit_files, tmp_path):
@@ -139,8 +195,8 @@ def test_show(run, digit_files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "/no/such/folder"], "there is no /no/such/folder; expected `digits`; a folder"),
-        (["train", "digits", "--model", "gspn_huge"], "unknown model 'gspn_huge'"),
+        (["train", "/no/such/folder"], "there is no /no/such/folder; expected `digits`"),
+        (["train", "digits", "--model", "gspn_huge"], "there is no model 'gspn_huge', did you mean 'gspn_base'"),
         (["train", "digits", "--model-arg", "width"], "takes KEY=VALUE, got 'width'"),
         (["train", "digits", "--size", "big"], "takes N or HxW in pixels, got 'big'"),
         (["train", "digits", "--class-names", "a,a"], "takes distinct names"),
@@ -182,7 +238,7 @@ def test_flags_override_the_file_and_the_file_is_checked(run, tmp_path):
     assert code == 2 and "mine.toml: data takes text, got 5" in " ".join(err.split())
     (tmp_path / "mine.toml").write_text(f'data = "digits"\nout = "{tmp_path}/run"\nepochs = 7\nlearningrate = 1\n')
     code, _, err = gspn_command("train", "--config", tmp_path / "mine.toml")
-    assert code == 2 and "mine.toml: there is no option 'learningrate'; the nearest is" in " ".join(err.split())
+    assert code == 2 and "mine.toml: there is no option 'learningrate'; there are" in " ".join(err.split())
     (tmp_path / "mine.toml").write_text(f'data = "digits"\nout = "{tmp_path}/run"\nepochs = 7\nbatch-size = 512\n')
     code, _, err = gspn_command("train", "--config", tmp_path / "mine.toml", "--epochs", 1, *TINY)
     assert code == 0, err
@@ -203,10 +259,57 @@ def test_resume(run, tmp_path):
     assert code == 2 and "is no run" in " ".join(err.split())
 
 
+@pytest.mark.parametrize("kept", ["last", "nothing"])
+def test_a_stopped_run_in_the_way_is_gone_on_with(run, tmp_path, kept):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    state = copy / "checkpoints" / "last" / "state.json"
+    if kept == "nothing":
+        shutil.rmtree(copy / "checkpoints")
+    else:
+        content = json.loads(state.read_text())
+        content["position"] |= {"epoch": 1, "batch": 3}
+        state.write_text(json.dumps(content))
+    code, _, err = gspn_command("train", "digits", "--out", copy)
+    told = " ".join(err.split())
+    assert code == 2 and told.index(f"gspn train --resume {copy}") < told.index("--overwrite")
+    assert ("in epoch 2 of 2" if kept == "last" else "before its first checkpoint") in told
+    config = json.loads((copy / "config.json").read_text())
+    for changes in ({"task": "foreign"}, {"format": 99}):  # what --resume would refuse
+        (copy / "config.json").write_text(json.dumps(config | changes))
+        assert "--resume" not in gspn_command("train", "digits", "--out", copy)[2]
+
+
+def test_eval_says_that_a_size_is_far_and_what_it_wrote(run, tmp_path):
+    code, out, err = gspn_command("eval", run, "digits", "--sizes", "8,9,12", "--out", tmp_path / "e")
+    assert code == 0 and err.count("far from") == 1 and "12x12 is far from 8x8" in err and "1.50 times" in err
+    written = sorted(file.name for file in (tmp_path / "e").iterdir())
+    assert len(written) == 6 and all(name in out for name in written) and "HxW" not in out
+    code, out, _ = gspn_command("eval", run, "digits", "--sizes", "6", "--json")
+    assert json.loads(out)["size"] == [6, 6] and json.loads(out)["trained_size"] == [8, 8]
+
+
+def test_a_runs_options_mean_the_same_in_another_folder(run, digit_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(digit_files.parent)
+    shutil.copytree(run, "start", dirs_exist_ok=True)
+    few = ["--epochs", 1, "--batch-size", 16, "--workers", 0]
+    code, _, err = gspn_command("train", digit_files.name, "--init-from", "start", "--out", tmp_path / "one", *few)
+    assert code == 0, err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    options = read_file(tmp_path / "one" / "options.yaml")
+    assert options["data"] == str(digit_files) and options["init_from"] == str(digit_files.parent / "start")
+    code, _, err = gspn_command("train", "--config", tmp_path / "one" / "options.yaml", "--out", "two")
+    assert code == 0, err
+    one, other = (Run.open(path).load_checkpoint("last")[0]["model"] for path in (tmp_path / "one", "two"))
+    assert same(one, other)
+
+
 def test_run_in_the_way_and_overwrite(run, digit_files, tmp_path):
     before = (run / "config.json").read_text()
     code, _, err = gspn_command("train", "digits", "--out", run)
     assert code == 2 and "is not empty" in err and (run / "config.json").read_text() == before
+    assert "--resume" not in err  # there is nothing left to do
     copy = tmp_path / "m[red]r"
     shutil.copytree(run, copy)
     train = [

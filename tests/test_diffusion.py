@@ -257,7 +257,7 @@ def test_dit_starts_as_published():
     assert all(each is first for each in others)
     output = model(torch.randn(2, 1, 8, 8), timestep=torch.tensor([3, 9]), class_labels=torch.tensor([0, 10])).sample
     assert output.shape == (2, 2, 8, 8) and not output.any()
-    with pytest.raises(ValueError, match=r"there is no DiT 'DiT-Q/2'; there are DiT-micro/2"):
+    with pytest.raises(ValueError, match=r"there is no DiT 'DiT-Q/2', did you mean 'DiT-S/2'"):
         create_dit("DiT-Q/2")
 
 
@@ -267,7 +267,7 @@ def test_dit_starts_as_published():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model": "GSPN-Q/2"}, "there is no generator 'GSPN-Q/2'; there are GSPN-micro/2"),
+        ({"model": "GSPN-Q/2"}, "there is no generator 'GSPN-Q/2', did you mean 'GSPN-S/2'"),
         ({"size": (9, 9)}, "sample_size 9 is not divisible by the patch of 2"),
         ({"size": (8, 9)}, "multiples of the patch of 2, got 8x9"),
         (

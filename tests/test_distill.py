@@ -366,7 +366,7 @@ def test_sdxl_in_bfloat16_after_a_fit(bases, photos, tmp_path):
         ({"size": (16, 20)}, "size must be divisible by 8, got 16x20"),
         ({"fsdp": True}, "fsdp: only the swapped layers are trained"),
         ({"noise_weight": 0.0, "output_weight": 0.0, "feature_weight": 0.0}, "nothing would be learned"),
-        ({"freeze": ("layers.nothing",)}, "the model has no part 'layers.nothing'"),
+        ({"freeze": ("layers.nothing",)}, "there is no part of the model 'layers.nothing'"),
     ],
 )
 def test_bad_options(bases, photos, tmp_path, changes, message):

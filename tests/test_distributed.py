@@ -19,6 +19,7 @@ def by_torchrun(*arguments):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command + [str(a) for a in arguments], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
+    assert "Grad strides do not match" not in result.stderr
     return result.stdout
 
 

@@ -316,7 +316,7 @@ def test_a_callers_generator_decides_and_moves_on(sd):
         (dict(native_steps=2.5), "native_steps"),
         (dict(strengths=[0.4, 1.5]), "strengths have to be above 0 and at most 1, got 1.5"),
         (dict(guidance_scale=-1), "guidance_scale"),
-        (dict(blend=-1), "blend has to be a number of at least 0"),
+        (dict(blend=-1), "blend has to be a finite number of at least 0"),
         (dict(seed=-1), "seed has to be a whole number"),
         (dict(seed=1, generator=torch.Generator()), "give one of them"),
         (dict(memory_mib=0), "memory_mib"),

@@ -15,7 +15,21 @@ import gspn
 
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 # each may import those to its left
-LAYERS = ["digests", "files", "kernels", "dispatch", "ops", "layers", "models", "export", "train", "cli"]
+LAYERS = [
+    "names",
+    "progress",
+    "digests",
+    "files",
+    "kernels",
+    "dispatch",
+    "registration",
+    "ops",
+    "layers",
+    "models",
+    "export",
+    "train",
+    "cli",
+]
 BASE = {"torch", "numpy", "safetensors", "gspn", "filelock", "lazy_loader"}
 
 
@@ -77,8 +91,11 @@ def test_importing_gspn_imports_nothing_optional_and_sets_nothing():
 
 def test_the_core_needs_base_dependencies_only():
     for layer in (
+        "names.py",
+        "progress.py",
         "digests.py",
         "files.py",
+        "registration.py",
         "kernels",
         "dispatch.py",
         "ops.py",

@@ -250,7 +250,7 @@ def test_classes_that_are_none(pixels, labels, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(guidance_scale=-1), "guidance_scale has to be a number of at least 0, got -1"),
+        (dict(guidance_scale=-1), "guidance_scale has to be a finite number of at least 0, got -1"),
         (dict(guidance_scale=float("nan")), "guidance_scale .* got nan"),
         (dict(num_inference_steps=0), "from 1 to 1000, got 0"),
         (dict(num_inference_steps=1001), "from 1 to 1000, got 1001"),

@@ -281,7 +281,7 @@ def test_another_size_is_named():
         state = ReleasedModel(depths=depths, width=width, proxy=proxy, global_levels=global_levels).state_dict()
     with pytest.raises(ValueError, match="these are the weights of gspn_small, not of gspn_tiny"):
         gspn.load_released(state, "gspn_tiny")
-    with pytest.raises(ValueError, match="unknown model 'gspn_huge', expected one of"):
+    with pytest.raises(ValueError, match="there is no model 'gspn_huge', did you mean 'gspn_base'"):
         gspn.load_released(state, "gspn_huge")
 
 

@@ -379,7 +379,7 @@ def test_a_full_disk_is_told_and_leaves_what_is_done(run, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (dict(classes="one,seven"), "classes: there is no class 'seven'; there are 'one', 'two'"),
+        (dict(classes="one,seven"), "classes: there is no class 'seven'; there are one, two"),
         (dict(classes="5"), "classes: class labels have to be from 0 to 4, got 5"),
         (dict(classes="one,0"), "names a class twice: 'one,0'"),
         (dict(per_class=2), "count 7 and per_class 2 exclude each other"),
@@ -487,10 +487,18 @@ def test_a_generator_is_exported_as_a_pipeline(tmp_path):
 
 
 def test_a_number_of_steps_that_begins_too_late_is_told(run, tmp_path):
-    note = module._plan(load_pipeline(run), tmp_path, options(steps=600))[1]
-    assert "DDPMScheduler begins at step 599 of 1000" in note
-    assert module._plan(load_pipeline(run), tmp_path, options(steps=600, scheduler="dpm-solver++"))[1] is None
-    assert module._plan(load_pipeline(run), tmp_path, options(steps=250))[1] is None
+    (note,) = module._plan(load_pipeline(run), tmp_path, options(steps=600))[1]
+    assert "DDPMScheduler begins at timestep 599 of 1000" in note and "with 500 it begins at 998" in note
+    (note,) = module._plan(load_pipeline(run), tmp_path, options(steps=2))[1]  # which divides 1000
+    assert "begins at timestep 500 of 1000" in note and "with 10 it begins at 900" in note
+    assert module._plan(load_pipeline(run), tmp_path, options(steps=600, scheduler="dpm-solver++"))[1] == []
+    assert module._plan(load_pipeline(run), tmp_path, options(steps=250))[1] == []
+
+
+def test_a_size_far_from_the_trained_one_is_told(run, tmp_path):
+    height, width = load_pipeline(run).image_size
+    (note,) = module._plan(load_pipeline(run), tmp_path, options(size=(2 * height, width), steps=10))[1]
+    assert f"{2 * height}x{width} is far from {height}x{width}" in note and "2.00 times the height" in note
 
 
 @pytest.mark.slow

@@ -251,8 +251,8 @@ def test_one_image_a_class_cannot_be_trained_on_but_evaluated(colours, tmp_path)
 
 def test_models_that_cannot_be(tmp_path):
     for model, args, message in [
-        ("gspn_huge", {}, "unknown model 'gspn_huge', expected one of"),
-        ("gspn_micro", {"colour": 1}, "unexpected keyword argument 'colour'"),
+        ("gspn_huge", {}, "there is no model 'gspn_huge', did you mean 'gspn_base'"),
+        ("gspn_micro", {"colour": 1}, "there is no argument 'colour'"),
         ("gspn_micro", {"stem_stride": 3}, "stem_stride has to be 1, 2 or 4"),
         ("gspn_micro", {"num_classes": 7}, "tell 7 classes, but the data have 10"),
         ("gspn_micro", {"backend": "gpu"}, "cannot be made: unknown backend 'gpu'"),

@@ -91,7 +91,7 @@ def test_what_does_not_fit(digits_run, colours, tmp_path):
         train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(tmp_path / "a.pth"), model="gspn_tiny"))
     with pytest.raises(RunError, match="is no run"):
         train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(tmp_path)))
-    with pytest.raises(OptionError, match=r"freeze: the model has no part 'level'; it has, among others, stem"):
+    with pytest.raises(OptionError, match=r"freeze: there is no part of the model 'level', did you mean 'levels'"):
         train_classifier("digits", tmp_path / "run", from_run(run, freeze=("level",)))
     everything = ("stem", "levels", "norm", "head")
     with pytest.raises(OptionError, match="nothing is left to train"):

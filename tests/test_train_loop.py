@@ -207,7 +207,7 @@ def test_frozen_parts_stay(tmp_path):
     assert same(model.norm.state_dict(), before.norm.state_dict())  # its running statistics too
     assert not torch.equal(model.head.weight, before.head.weight)
     assert not any(key.startswith("norm") for key in run.load_checkpoint("last")[0]["optimizer"])
-    with pytest.raises(OptionError, match=r"the model has no part 'levels\.0'; it has, among others, norm, head"):
+    with pytest.raises(OptionError, match=r"there is no part of the model 'levels\.0'; there are norm, head"):
         frozen_modules(model, ("levels.0",))
 
 

@@ -5,17 +5,20 @@ from collections.abc import Mapping
 
 import pytest
 
+import gspn
+from gspn.models.dit import create_dit
 from gspn.train.distill_options import DistillOptions
 from gspn.train.evaluate import evaluate
-from gspn.train.generator_options import GeneratorOptions
-from gspn.train.options import OptionError, Options, file_text, flags, read_file
+from gspn.train.generator_options import GeneratorOptions, SampleOptions
+from gspn.train.options import OptionError, Options, file_text, flags, parse_model_args, read_file
+from gspn.train.recipe import preset_for
 
 
 def test_options_that_cannot_be():
     for bad, message in {
         "epochs=0": "epochs must be from 1",
         "lr=-1": "lr must be from 0",
-        "lr=float('inf')": "lr must be from 0",
+        "lr=float('inf')": "lr must be from 0 on and finite, got inf",
         "clip=float('nan')": "clip must be from 0",
         "precision='fp8'": "precision must be fp32 or bf16, got 'fp8'",
         "channels=2": "channels must be 1 or 3, got 2",
@@ -23,6 +26,50 @@ def test_options_that_cannot_be():
     }.items():
         with pytest.raises(OptionError, match=message):
             eval(f"Options({bad})")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("depths=[1,2]", [1, 2]), ("merger=mean", "mean"), ("global_pool=", ""), ("skip=false", False), ("a=true", True)],
+)
+def test_a_model_argument_is_json_or_a_word(text, value):
+    assert list(parse_model_args([text]).values()) == [value]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("depths=[1,2", r"JSON for depths.*Expecting ',' delimiter: line 1 column 5"),
+        ("skip=True", "JSON for skip, such as true"),
+        ("segment=None", "JSON for segment, such as null"),
+        ("depths=1,2", "JSON for depths.*Extra data"),
+        ("merger='mean'", "JSON for merger"),
+    ],
+)
+def test_malformed_json_is_no_text(text, message):
+    with pytest.raises(OptionError, match=message):
+        Options.read({"model_args": [text]})
+
+
+@pytest.mark.parametrize(
+    ("what", "meant"),
+    [
+        (lambda: gspn.create_model("gspn_tinny"), "gspn_tiny"),
+        (lambda: gspn.create_model("gspn_micro", dept=[1]), "depths"),
+        (lambda: gspn.create_generator("gspn-s/2"), "GSPN-S/2"),
+        (lambda: gspn.create_generator("GSPN-S/2", hiden_size=8), "hidden_size"),
+        (lambda: create_dit("DiT-M/2"), "DiT-B/2|DiT-S/2|DiT-L/2"),
+        (lambda: create_dit("DiT-S/2", num_layer=1), "num_layers"),
+        (lambda: preset_for("folder", (64, 64), 10, "gspn_micro", "fotos"), "photos"),
+        (lambda: SampleOptions(scheduler="dpm-solver"), r"dpm-solver\+\+"),
+        (lambda: Options(augment="corp"), "crop"),
+        (lambda: GeneratorOptions.read({"sample_stpes": 3}), "sample_steps"),
+        (lambda: DistillOptions.read({"caption_columns": "a"}), "caption_column"),
+    ],
+)
+def test_a_mistyped_name_gets_the_nearest_one(what, meant):
+    with pytest.raises((ValueError, TypeError), match=f"did you mean '({meant})'"):
+        what()
 
 
 def test_evaluation_options_that_cannot_be(digits_run):
@@ -87,8 +134,8 @@ def test_files_say_the_same_in_yaml_and_toml(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "epoch: 3", r"there is no option 'epoch'; the nearest is 'epochs'"),
-        ("a.yaml", "batchsize: 3", r"no option 'batchsize'; the nearest is 'batch_size'"),
+        ("a.yaml", "epoch: 3", r"there is no option 'epoch', did you mean 'epochs'"),
+        ("a.yaml", "batchsize: 3", r"no option 'batchsize', did you mean 'batch_size'"),
         ("a.yaml", "epochs: many", r"epochs takes a whole number, got 'many'"),
         ("a.yaml", "epochs: 2.5", r"epochs takes a whole number, got 2\.5"),
         ("a.yaml", "epochs: true", r"epochs takes a whole number, got True"),

@@ -1,13 +1,14 @@
 """gspn: the Generalized Spatial Propagation Network, a two-dimensional replacement for self-attention on images whose
 cost is linear in the number of pixels.
 
-Public names, listed in ``__init__.pyi``, are loaded when they are first used; importing gspn imports nothing optional
-and sets nothing. It makes the operators known to torch, which programs need that were exported with them.
+Public names, listed in ``__init__.pyi``, are loaded when they are first used; importing gspn imports nothing optional.
+It makes the operators known to torch, before or after torch is imported, which programs need that were exported with
+them.
 """
 
 import lazy_loader
 
-import gspn.dispatch  # noqa: F401
+from gspn.registration import register as _register
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,8 @@ __all__ = [
     "propagate",
     "register_timm",
 ]
+
+_register()
 
 
 def __dir__() -> list[str]:

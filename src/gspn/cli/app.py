@@ -16,6 +16,7 @@ from rich.console import Console
 import gspn
 from gspn.train.options import OptionError, read_file
 from gspn.train.options import flags as option_flags
+from gspn.train.places import RunError, check_file, check_named, check_run
 
 app = typer.Typer(
     help="Train and use image classifiers and generators built on GSPN, a linear-cost replacement for self-attention.",
@@ -62,22 +63,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @contextmanager
 def readable_errors():
     """Turns what a user can put right into one message and an exit code."""
-    from gspn.export import ExportError
-    from gspn.files import BusyError, ExistsError, SaveError
-    from gspn.train.checkpoint import RunError
-    from gspn.train.data import DataError
-    from gspn.train.loop import TrainingError
-
     try:
         yield
-    except (TrainingError, SaveError) as error:
-        fail(str(error), 1)
-    except (BusyError, DataError, ExistsError, ExportError, OptionError, RunError) as error:
+    except (OptionError, RunError) as error:
         fail(str(error), 2)
     except ImportError as error:
         if "pip install" not in str(error):  # a missing extra says how to get it
             raise
         fail(str(error), 2)
+    except (OSError, RuntimeError, ValueError) as error:
+        from gspn.export import ExportError  # here, as they import torch
+        from gspn.files import BusyError, ExistsError, SaveError
+        from gspn.train.data import DataError
+        from gspn.train.loop import TrainingError
+
+        if not isinstance(error, BusyError | DataError | ExistsError | ExportError | SaveError | TrainingError):
+            raise
+        fail(str(error), 1 if isinstance(error, SaveError | TrainingError) else 2)
 
 
 def fail(message, code):
@@ -124,11 +126,29 @@ def takes_options(options):
     return decorate
 
 
+def check_data(data):
+    """Raises OptionError for DATA that is neither there nor may be a name on the hub."""
+    if data is not None:
+        check_named(data, "DATA", DATA_HELP)
+
+
+def check_resumed(run, data, **not_given):
+    """Raises OptionError or RunError for what --resume cannot go on with: a folder that is no run, DATA that is not
+    there, and flags that are not for it."""
+    if any(not_given.values()):
+        raise OptionError("--resume goes on in its own folder and options: not with --out, --config, --overwrite")
+    check_run(run)
+    check_data(data)
+
+
 def training_of(kind, data, run, config, given):
     """(DATA, run folder, options of that kind) from the arguments, the configuration file and the flags given."""
     data, run, options = arguments_of(kind, data, run, config, given)
     if data is None:
         raise OptionError("Missing argument 'DATA'")
+    check_data(data)
+    if getattr(options, "init_from", None):
+        check_file(options.init_from, "init_from", "a run folder, a .safetensors or a .pth file")
     otherwise = kind.__dataclass_fields__["model"].metadata["otherwise"]
     model = options.model or ("finetuned" if getattr(options, "init_from", None) else otherwise)
     return data, run or Path("runs") / f"{Path(data).name or 'data'}-{model.replace('/', '-')}", options

@@ -28,6 +28,9 @@ from gspn.cli.app import (
     Strict,
     Workers,
     app,
+    check_data,
+    check_resumed,
+    err,
     fail,
     out,
     parsed,
@@ -36,7 +39,9 @@ from gspn.cli.app import (
     training_of,
     warn,
 )
-from gspn.train.options import OptionError, Options, parse_names, parse_size
+from gspn.progress import Progress
+from gspn.train.options import OptionError, Options, far_from, parse_names, parse_size
+from gspn.train.places import check_run
 
 
 @app.command()
@@ -56,10 +61,7 @@ def train(
     """
     with readable_errors():
         if resume is not None:
-            if run or config or overwrite:
-                raise OptionError(
-                    "--resume goes on in its own folder and options: not with --out, --config, --overwrite"
-                )
+            check_resumed(resume, data, out=run, config=config, overwrite=overwrite)
             from gspn.train.classify import resume_classifier
 
             run, result = resume, resume_classifier(resume, given, data=data, console=out)
@@ -114,6 +116,8 @@ def evaluate(
 ):
     """Evaluate a run on DATA: top-1, top-5, loss, calibration, confusion, images per second."""
     with readable_errors():
+        check_run(run)
+        check_data(data)
         from gspn.files import check_absent
         from gspn.train.evaluate import evaluate, evaluation_files
         from gspn.train.loop import make_accelerator
@@ -123,6 +127,7 @@ def evaluate(
         wanted = [None] if sizes is None else [parsed("sizes", parse_size, each) for each in sizes.split(",")]
         for size in wanted if folder and sizes else ():  # before any work; evaluate looks only when a size's turn comes
             check_absent(*evaluation_files(folder, size), overwrite=overwrite)
+        written = []
         for size in wanted:
             metrics, warnings = evaluate(
                 run,
@@ -136,6 +141,7 @@ def evaluate(
                 strict=strict,
                 out=folder,
                 overwrite=overwrite,
+                console=err,
                 class_names=names,
                 image_column=image_column,
                 label_column=label_column,
@@ -143,13 +149,14 @@ def evaluate(
             )
             if not main_process:
                 continue
+            written += [name.format(*metrics["size"]) for name in ("evaluation-{}x{}.json", "confusion-{}x{}.png")]
             if as_json:
                 print(json.dumps(metrics), flush=True)
             else:
                 _print_metrics(metrics, f"{run} on {data}")
             warn(warnings)
         if folder and main_process and not as_json:
-            out.print(f"in {folder}: evaluation-HxW.json, confusion-HxW.png", markup=False, highlight=False)
+            out.print(f"in {folder}: {', '.join(written)}", markup=False, highlight=False)
 
 
 @app.command()
@@ -161,25 +168,35 @@ def predict(
     strict: Strict = False,
     as_json: AsJson = False,
 ):
-    """Classify image files: the most probable classes with their probabilities."""
+    """Classify image files: the most probable classes with their probabilities.
+
+    A file that is missing or unreadable is named on stderr, with the reason; the others are classified, and the exit
+    code is 1 then. In --json it has "error", the reason, in the place of "classes".
+    """
     with readable_errors():
-        from gspn.train.data import DataError
+        check_run(run)
+        missing = {path: "there is no such file" for path in images if not path.exists()}
+        _refuse(missing, images, strict)
+        warn(f"{path}: {reason}" for path, reason in missing.items())  # now, as what follows takes time
         from gspn.train.images import decode
         from gspn.train.runs import load_classifier
 
         classifier = load_classifier(run, checkpoint)
-        answers, problems = [], []
-        for path in images:
-            try:
-                pixels = classifier.preprocessing(decode(path))
-            except Exception as error:  # Pillow raises anything on damaged files
-                problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
-                answers.append({"image": str(path), "error": str(error)})
-                continue
-            (classes,) = classifier.rank(pixels[None], top)
-            answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
-        if problems and (strict or len(problems) == len(images)):
-            raise DataError("; ".join(["unreadable image" + "s" * (len(problems) > 1), *problems]))
+        answers, problems = [], dict(missing)
+        with Progress("predicting", len(images), console=err) as bar:
+            for number, path in enumerate(images):
+                bar.update(number)
+                if path not in missing:
+                    try:
+                        pixels = classifier.preprocessing(decode(path))
+                    except Exception as error:  # Pillow raises anything on damaged files
+                        problems[path] = getattr(error, "strerror", None) or str(error)
+                if path in problems:
+                    answers.append({"image": str(path), "error": problems[path]})
+                    continue
+                (classes,) = classifier.rank(pixels[None], top)
+                answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
+        _refuse(problems, images, strict)
         if as_json:
             print(json.dumps(answers))
         else:
@@ -187,7 +204,19 @@ def predict(
                 classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in answer.get("classes", []))
                 out.print(f"{answer['image']}: {classes or 'unreadable'}", markup=False, highlight=False)
         if problems:
-            warn([f"{len(problems)} of {len(images)} images unreadable:\n  " + "\n  ".join(problems)])
+            fail(_told(problems, images, known=missing), 1)
+
+
+def _told(problems, images, known=()):
+    """What `predict` says of images that it cannot read, reasons by path; but for those that are `known`."""
+    named = "".join(f"\n  {path}: {reason}" for path, reason in problems.items() if path not in known)
+    return f"{len(problems)} of {len(set(images))} images could not be read{':' * bool(named)}{named}"
+
+
+def _refuse(problems, images, strict):
+    """Raises OptionError where nothing can be classified, or, strictly, not everything."""
+    if problems and (strict or len(problems) == len(set(images))):
+        raise OptionError(_told(problems, images))
 
 
 @app.command()
@@ -212,11 +241,13 @@ def show(
 ):
     """Draw where the context of one pixel of IMAGE comes from: four directions and merged."""
     with readable_errors():
+        check_run(run)
+        if not image.exists():
+            raise OptionError(f"{image} cannot be read as an image: there is no such file")
+        picture = picture or run / f"context-{image.stem}.png"
         from gspn.files import check_absent
 
-        picture = picture or run / f"context-{image.stem}.png"
         check_absent(picture, overwrite=overwrite)
-
         from gspn.train import pictures
         from gspn.train.data import DataError
         from gspn.train.images import decode
@@ -266,11 +297,9 @@ def export_run(
     Classes, preprocessing and the model's configuration are kept in the file. Example: gspn export runs/first --onnx
     """
     with readable_errors():
-        from gspn.files import check_absent
-        from gspn.train.runs import load_classifier
-
         if onnx + aoti + diffusers != 1:
             raise OptionError("choose one of --onnx and --aoti, or --diffusers for a generator")
+        check_run(run)
         special = {name: value for name, value in (("opset", opset), ("precision", precision)) if value is not None}
         if diffusers:
             given = [*special, *(name for name, value in (("size", size), ("batch", batch)) if value is not None)]
@@ -286,12 +315,17 @@ def export_run(
             raise OptionError("--vae is for --diffusers")
         if aoti and special:
             raise OptionError(f"--{next(iter(special))} is for --onnx")
+        from gspn.files import check_absent
+        from gspn.train.runs import load_classifier
+
         file = file or run / ("model.onnx" if onnx else "model.pt2")
         check_absent(file, overwrite=overwrite)
         classifier = load_classifier(run, checkpoint or "best")
         metadata = {"class_names": classifier.classes, "preprocessing": classifier.preprocessing.to_json()}
         write = gspn.export_onnx if onnx else gspn.export_aoti
         shape = {"size": parsed("size", parse_size, size), "batch": batch}
+        if shape["size"] and (far := far_from(shape["size"], classifier.preprocessing.size, "the run was trained at")):
+            warn([far])
         options = {**shape, "metadata": metadata, "check": not no_check, **special}
         try:
             written = write(classifier.model, file, **options)

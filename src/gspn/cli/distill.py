@@ -5,9 +5,21 @@ from typing import Annotated
 
 import typer
 
-from gspn.cli.app import ConfigFile, Overwrite, ResumedRun, app, arguments_of, out, readable_errors, takes_options, warn
+from gspn.cli.app import (
+    ConfigFile,
+    Overwrite,
+    ResumedRun,
+    app,
+    arguments_of,
+    check_resumed,
+    out,
+    readable_errors,
+    takes_options,
+    warn,
+)
 from gspn.train.distill_options import DistillOptions
 from gspn.train.options import OptionError
+from gspn.train.places import check_named
 
 
 @app.command()
@@ -41,10 +53,7 @@ def distill(
         if base is not None:
             given = given | {"base": base}
         if resume is not None:
-            if run or config or overwrite:
-                raise OptionError(
-                    "--resume goes on in its own folder and options: not with --out, --config, --overwrite"
-                )
+            check_resumed(resume, data, out=run, config=config, overwrite=overwrite)
             from gspn.train.diffusion.distill import resume_distillation
 
             _report(*resume_distillation(resume, given, data=data, console=out))
@@ -53,6 +62,8 @@ def distill(
         for name, value in {"argument 'BASE'": options.base, "option '--data'": data}.items():
             if value is None:
                 raise OptionError(f"Missing {name}")
+        check_named(options.base, "BASE", "the folder of a pipeline, or a name on the hub")
+        check_named(data, "data", "images with captions: a folder, files, or a name on the hub")
         run = run or Path("runs") / f"{Path(data).name or 'data'}-{Path(options.base).name or 'base'}"
         from gspn.train.diffusion.distill import distill
 

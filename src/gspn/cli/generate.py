@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gspn.cli.app import (
+    DATA_HELP,
     AsJson,
     ClassNames,
     ConfigFile,
@@ -23,6 +24,9 @@ from gspn.cli.app import (
     Strict,
     Workers,
     app,
+    check_data,
+    check_resumed,
+    err,
     out,
     parsed,
     readable_errors,
@@ -32,6 +36,7 @@ from gspn.cli.app import (
 )
 from gspn.train.generator_options import GeneratorOptions, SampleOptions
 from gspn.train.options import OptionError, parse_names, parse_size
+from gspn.train.places import check_file, check_named, check_run
 
 
 @app.command("train-diffusion")
@@ -53,18 +58,17 @@ def train_diffusion(
     What is not given is chosen from the kind of data and told. Example: gspn train-diffusion digits --out runs/digits
     """
     with readable_errors():
+        if resume is not None:
+            check_resumed(resume, data, out=run, config=config, overwrite=overwrite)
+        else:
+            data, run, options = training_of(GeneratorOptions, data, run, config, given)
         from accelerate import PartialState
 
         from gspn.train.diffusion.task import resume_generator, train_generator
 
         if resume is not None:
-            if run or config or overwrite:
-                raise OptionError(
-                    "--resume goes on in its own folder and options: not with --out, --config, --overwrite"
-                )
             _, warnings = resume_generator(resume, given, data=data, console=out)
         else:
-            data, run, options = training_of(GeneratorOptions, data, run, config, given)
             _, warnings = train_generator(data, run, options, overwrite=overwrite, console=out)
         if PartialState().is_main_process:
             warn(warnings)
@@ -87,10 +91,13 @@ def sample(
     Over several processes with torchrun. Example: gspn sample runs/digits --out samples --classes 3,7 --guidance 2
     """
     with readable_errors():
+        if not (source.expanduser() / "model_index.json").exists():  # a saved pipeline has one
+            check_run(source.expanduser())
+        _check_vae(vae)
+        options = SampleOptions.read(given)
         from gspn.train.diffusion.sample import sample
         from gspn.train.loop import make_accelerator
 
-        options = SampleOptions.read(given)
         main_process = make_accelerator().is_main_process
         made = sample(source, folder, options, checkpoint=checkpoint, vae=vae, console=out)
         if main_process:
@@ -128,6 +135,8 @@ def encode_images(
     Example: gspn encode photos --vae models/vae --size 256 --out latents/photos
     """
     with readable_errors():
+        check_data(data)
+        _check_vae(vae)
         from gspn.train.diffusion.encode import encode
         from gspn.train.loop import make_accelerator
 
@@ -145,7 +154,7 @@ def encode_images(
             splits=split or None,
             workers=workers,
             strict=strict,
-            console=None if as_json else out,
+            console=err if as_json else out,
             val_fraction=val_fraction,
             class_names=parsed("class-names", parse_names, class_names),
             image_column=image_column,
@@ -220,14 +229,23 @@ def fid(
     Example: gspn fid samples --reference digits --features classifier:runs/digits
     """
     with readable_errors():
+        if no_cache and cache:
+            raise OptionError("choose one of --cache and --no-cache")
+        for images, what in ((samples, "SAMPLES"), (reference, "reference")):
+            a_file = Path(images).suffix in (".npz", ".safetensors")
+            (check_file if a_file else check_named)(images, what, f"samples, images, an npz file, or DATA: {DATA_HELP}")
+        kind, _, rest = features.partition(":")
+        if kind == "classifier" and rest:
+            check_run(rest)
+        elif "," in features:
+            check_file(features.partition(",")[2], "features", "a file of weights after the comma")
         from gspn.files import check_absent, write_json
+
+        if file is not None:
+            check_absent(file, overwrite=overwrite)
         from gspn.train.diffusion.fid import default_cache, evaluate_samples
         from gspn.train.loop import make_accelerator
 
-        if no_cache and cache:
-            raise OptionError("choose one of --cache and --no-cache")
-        if file is not None:
-            check_absent(file, overwrite=overwrite)
         main_process = make_accelerator().is_main_process
         result = evaluate_samples(
             samples,
@@ -242,7 +260,7 @@ def fid(
             cache=None if no_cache else cache or default_cache(),
             save=save,
             overwrite=overwrite,
-            console=None if as_json else out,
+            console=err if as_json else out,
             class_names=parsed("class-names", parse_names, class_names),
             image_column=image_column,
             label_column=label_column,
@@ -256,6 +274,11 @@ def fid(
         else:
             _print_comparison(result)
         warn(result["notes"])
+
+
+def _check_vae(vae):
+    if vae is not None:
+        check_named(vae, "vae", "the folder of an AutoencoderKL, or a name on the hub")
 
 
 def _print_comparison(result):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspn.layers import GSPNBlock, LayerNorm2d, StridedConv2d, init_weights
+from gspn.names import check_arguments, unknown
 from gspn.ops import DIRECTIONS
 
 _SIZES: dict[str, Callable[[], dict]] = {}
@@ -166,6 +167,7 @@ class Backbone(nn.Module):
     def from_name(cls, name: str, **kwargs: Any) -> Self:
         """As :func:`create_model`, of the class it is called on."""
         arguments = _EVERYWHERE | size_of(name) | kwargs
+        check_arguments(Backbone.__init__, kwargs)
         model = cls(**arguments)
         model.config = {"name": name} | {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
         return model
@@ -357,7 +359,7 @@ def register_model(function: Callable[[], dict]) -> Callable[[], dict]:
 def size_of(name: str) -> dict:
     """The arguments of :class:`Backbone` that make the size ``name``. Raises ValueError for an unknown one."""
     if name not in _SIZES:
-        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(list_models())}")
+        raise ValueError(unknown("model", name, list_models()))
     return _SIZES[name]()
 
 

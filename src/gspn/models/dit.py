@@ -5,6 +5,7 @@ import copy
 from torch import nn
 
 from gspn.models.generator import PATCHES
+from gspn.names import check_arguments, unknown
 
 try:
     from diffusers import DiTTransformer2DModel
@@ -42,7 +43,8 @@ def create_dit(
     Raises ValueError for another name.
     """
     if name not in dit_names():
-        raise ValueError(f"there is no DiT {name!r}; there are {', '.join(dit_names())}")
+        raise ValueError(unknown("DiT", name, dit_names()))
+    check_arguments(DiTTransformer2DModel.__init__, config)
     size, patch = name.removeprefix("DiT-").split("/")
     width, depth, heads = SIZES[size]
     config = {

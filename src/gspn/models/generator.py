@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn.layers import DropPath, GSPN2d, LayerNorm2d, Pointwise
+from gspn.names import check_arguments, unknown
 
 try:
     from diffusers import ConfigMixin, ModelMixin
@@ -292,7 +293,7 @@ def generator_names() -> tuple[str, ...]:
 def config_of(name: str) -> dict:
     """The arguments of :class:`GSPNTransformer2DModel` that a generator's name stands for."""
     if name not in generator_names():
-        raise ValueError(f"there is no generator {name!r}; there are {', '.join(generator_names())}")
+        raise ValueError(unknown("generator", name, generator_names()))
     size, patch = name.removeprefix("GSPN-").split("/")
     return {"patch_size": int(patch)} | SIZES[size]
 
@@ -318,6 +319,7 @@ def create_generator(
     Raises ValueError for another name, RuntimeError for ``pretrained=True``, and as the model does. Parameters with
     1000 classes, 4 channels and skip: S/2 20,151,812, B/2 144,016,356, L/2 465,230,660, XL/2 723,513,260.
     """
+    check_arguments(GSPNTransformer2DModel.__init__, config)
     config = config_of(name) | config
     if pretrained:
         raise RuntimeError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.sampling import check_finite, check_scale, check_schedule, unscale_latents
+from gspn.names import unknown
 
 try:
     from diffusers import (
@@ -104,8 +105,9 @@ class GSPNPipeline(DiffusionPipeline):
                 raise ValueError(f"{label!r} is the name of the classes {sorted(numbers)}: give the number")
             if not numbers:
                 names = list(self.id2label.values())
-                shown = ", ".join(map(repr, names[:20])) + ", ..." * (len(names) > 20)
-                raise ValueError(f"there is no class {label!r}; there are {shown or 'no names, only numbers'}")
+                if not names:
+                    raise ValueError(f"there is no class {label!r}; there are no names, only numbers")
+                raise ValueError(unknown("class", label, names))
             return next(iter(numbers))
         if isinstance(label, bool) or not isinstance(label, Integral):
             raise ValueError(f"a class is a whole number or a name, got {label!r}")
@@ -308,7 +310,7 @@ class GSPNPipeline(DiffusionPipeline):
 
     def _check_numbers(self, scale, steps, eta):
         if not isinstance(scale, int | float) or not 0 <= scale < math.inf:
-            raise ValueError(f"guidance_scale has to be a number of at least 0, got {scale!r}")
+            raise ValueError(f"guidance_scale has to be a finite number of at least 0, got {scale!r}")
         last = self.scheduler.config.num_train_timesteps
         if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= last:
             raise ValueError(f"num_inference_steps has to be a whole number from 1 to {last}, got {steps!r}")

@@ -39,10 +39,18 @@ from gspn.files import (
     write_json,
     write_text,
 )
+from gspn.names import guess
+from gspn.train.places import EARLIER, RunError, config_or_none, no_run
+
+__all__ = ["EARLIER", "Run", "RunError"]
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
-EARLIER = ".earlier"  # the folder in RUN in which the run that is being overwritten waits
+COMMANDS = {
+    "classification": "gspn train",
+    "diffusion": "gspn train-diffusion",
+    "distillation": "gspn distill",
+}  # which make runs, and go on with them, by the task in config.json
 
 # What a run of each task holds beside checkpoints, metrics.jsonl, options.yaml and config.json: from its first epoch on
 # (WRITTEN), and after its end.
@@ -57,10 +65,6 @@ TAKEN_BY = {
     "diffusion": "gspn sample takes it, and gspn.load_run in Python",
     "distillation": 'its layers go into a pipeline: gspn.load_swap(pipe, "{}")',
 }
-
-
-class RunError(ValueError):
-    """A run folder that does not exist, is not one, is damaged, or is in the way."""
 
 
 def _find(path):
@@ -90,13 +94,15 @@ class Run:
     @staticmethod
     def check_free(path: Path | str, overwrite: bool = False) -> None:
         """Raises RunError unless `path` may become a run folder: it does not exist, or is empty, or is a run and
-        `overwrite` is true."""
+        `overwrite` is true. The error names the command that goes on with a run that was stopped."""
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; expected a folder that is new or empty")
         if path.exists() and any(file.name != LOCK and not is_temporary(file) for file in path.iterdir()):
             if not overwrite:
-                raise RunError(f"{path} is not empty: choose another folder, or --overwrite to replace the run there")
+                begun = _going_on(path)
+                choice = f"{begun}; or choose another folder" if begun else "choose another folder"
+                raise RunError(f"{path} is not empty: {choice}, or --overwrite to replace the run there")
             if not any((folder / "config.json").exists() for folder in (path, path / EARLIER)):
                 raise RunError(f"{path} is not empty and holds no run (no config.json), so it is not overwritten")
 
@@ -168,7 +174,7 @@ class Run:
         """What a run of its task wrote, as far as it is there, the checkpoints first and config.json last. Which task
         that is its config.json tells, or without one that in the folder `of`."""
         configs = [folder / "config.json" for folder in (self.path, of or self.path)]
-        config = next((_config_or_none(file) for file in configs if file.exists()), None) or {}
+        config = next((config_or_none(file) for file in configs if file.exists()), None) or {}
         task, options = str(config.get("task")), config.get("options")
         patterns = ["checkpoints", "metrics.jsonl", "options.yaml", *WRITTEN.get(task, ())]
         patterns += DRAWN.get(task, ()) if drawn else ()
@@ -187,14 +193,11 @@ class Run:
             if not all(isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in metrics):
                 raise ValueError("metrics.jsonl holds something else than rows with an epoch")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise RunError(
-                f"{path} is no run: there is no {path / 'config.json'} (gspn train, train-diffusion, distill make them)"
-                f"{_earlier_hint(path)}; {_found(path)}"
-            ) from error
+            raise no_run(path) from error
         except (OSError, ValueError) as error:
             raise RunError(f"the run {path} cannot be read: {error}") from error
         if not isinstance(config, dict) or not isinstance(config.get("format"), int):
-            keys = _listed(config) if isinstance(config, dict) else type(config).__name__
+            keys = ", ".join(list(config)[:5]) if isinstance(config, dict) else type(config).__name__
             raise RunError(f"{path / 'config.json'} is not the config of a gspn run: expected a format, got {keys}")
         if config["format"] > FORMAT:
             raise RunError(
@@ -265,10 +268,13 @@ class Run:
         while True:  # once, unless a training replaces the checkpoint while it is being read
             found = _find(path)
             if found is None:
-                missing = f"there is no {path / 'state.json'}{_earlier_hint(self.path)}"
-                there = sorted(each.name for each in path.parent.glob("[!.]*") if _find(each))
-                found = f"; there are {', '.join(there)}" if there else ""
-                raise RunError(f"the run {self.path} has no checkpoint {name!r}: {missing}{found}")
+                folders = (self.path / "checkpoints").glob("*/state.json")
+                there = sorted(file.parent.name for file in folders if not file.parent.name.startswith("."))
+                missing = f": there is no {path / 'state.json'}{_earlier_hint(self.path)}"
+                if there:
+                    meant = guess(name, there)
+                    missing = f"{meant + ' It' if meant else '; it'} has {', '.join(there)}"
+                raise RunError(f"the run {self.path} has no checkpoint {name!r}{missing}")
             folder = found[0]
             try:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -325,38 +331,24 @@ def _tidy(folder, root):
             folder.rmdir()
 
 
-def _config_or_none(file):
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _going_on(path):
+    """How to go on with the run in the folder, if it was stopped before its end and can be resumed; else None."""
+    config, found = config_or_none(path / "config.json"), _find(path / "checkpoints" / "last")
+    if not config or config.get("format") != FORMAT or config.get("task") not in COMMANDS:
         return None
-    return config if isinstance(config, dict) else None
+    at = "before its first checkpoint"
+    if found:
+        state = config_or_none(found[0] / "state.json") or {}
+        try:
+            done, epochs, step = state["position"]["epoch"], config["options"]["epochs"], state["position"]["step"]
+        except (KeyError, TypeError):
+            return None
+        if state.get("format") != STATE_FORMAT or done >= epochs:
+            return None
+        at = f"after step {step}, in epoch {done + 1} of {epochs}"
+    return f"`{COMMANDS[config['task']]} --resume {path}` goes on with the run there, which was stopped {at}"
 
 
 def _earlier_hint(path):
     earlier = path / EARLIER
     return f"; the run that it was to replace is {earlier}" if (earlier / "config.json").exists() else ""
-
-
-def _found(path):
-    """What is at a path where a run was expected, and what it may be meant for."""
-    if not path.exists():
-        return "nothing is there"
-    if not path.is_dir():
-        return "it is a file"
-    if (path / "model_index.json").exists():
-        return "it is a saved pipeline, which gspn.GSPNPipeline.from_pretrained loads"
-    if (path / "gspn_swap.safetensors").exists():
-        return "it holds swapped layers, which gspn.load_swap puts into a pipeline"
-    for folder in path.absolute().parents[:2]:
-        if "format" in (_config_or_none(folder / "config.json") or ()):
-            return f"it is a part of the run {folder}"
-    runs = [each.parent for each in sorted(path.glob("*/config.json")) if "format" in (_config_or_none(each) or ())]
-    if runs:
-        return f"in it are the runs {_listed(runs)}"
-    return f"it holds {_listed(sorted(each.name for each in path.iterdir())) or 'nothing'}"
-
-
-def _listed(names, most=5):
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)

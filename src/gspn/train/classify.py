@@ -15,7 +15,7 @@ from gspn.models import create_model
 from gspn.train import pictures
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.data import Data, DataError
-from gspn.train.evaluate import classify, warnings_of
+from gspn.train.evaluate import classify, progress, warnings_of
 from gspn.train.finetune import Source, open_source, start_from
 from gspn.train.images import UNREADABLE, Preprocessing, Split
 from gspn.train.loader import make_loader
@@ -263,8 +263,9 @@ def _train(setup, model, out, run, accelerator, console, checkpoint):
 
     accelerator.wait_for_everyone()  # the checkpoint is written
     classifier = load_classifier(out)
-    with autocast(accelerator.device, options.precision):
-        outcome = classify(classifier.model.to(accelerator.device), eval_loader, preprocessing, accelerator)
+    bar = progress(len(setup.eval_split), accelerator, console)
+    with bar, autocast(accelerator.device, options.precision):
+        outcome = classify(classifier.model.to(accelerator.device), eval_loader, preprocessing, accelerator, bar)
     metrics = outcome.metrics(class_names)
     if accelerator.is_main_process:
         pictures.curves(run)

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from gspn.digests import Content, digest, is_earlier
 from gspn.files import shown
+from gspn.progress import Progress
 from gspn.train.class_folders import class_folders
 from gspn.train.folders import alike, is_image, walk
 from gspn.train.idx import IDX, idx_folder
 from gspn.train.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
-from gspn.train.progress import counting
+from gspn.train.places import location
 from gspn.train.shards import read_shards
 from gspn.train.tables import TABLES, load_tables
 
@@ -42,13 +43,14 @@ class Data:
         where: the name or absolute path of DATA.
         splits: at least one. "all" where "train" and "val" were made by holding out a part of one list ("val" is
             missing then if no class has two images).
-        notes: things to tell the user.
+        notes: things to tell the user. left_out: those of them about files that are no part of the data.
     """
 
     kind: str
     where: str
     splits: dict[str, Split]
     notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def for_training(self) -> tuple[Split, Split, str]:
         """(train, evaluation split, its name). Errors: DataError if there are not both."""
@@ -71,8 +73,8 @@ class Data:
             console: rich's, for a progress bar; None is silent.
         """
         whole = ["all"] if "all" in self.splits else self.splits
-        with counting("reading the data", sum(len(self.splits[name]) for name in whole), console) as advance:
-            return digest(self.identity(), like, advance)
+        with Progress("reading the data", sum(len(self.splits[name]) for name in whole), console=console) as bar:
+            return digest(self.identity(), like, bar.advance)
 
     def identity(self) -> Iterator:
         """The parts of the fingerprint. Of splits that were made by holding out, the whole and their sizes count."""
@@ -169,6 +171,7 @@ def open_data(
         twice = sorted(name for name, count in Counter(split.class_names or []).items() if count > 1)
         if twice:
             raise DataError(f"two classes of {data} have the same name: {', '.join(twice)}; expected distinct names")
+    left_out = notes
     if list(splits) == ["train"]:
         everything = splits["train"]
         train, held_out = hold_out(everything.labels, val_fraction)
@@ -176,13 +179,7 @@ def open_data(
         if len(held_out):
             splits["val"] = everything.subset(held_out)
             notes = [*notes, f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
-    return Data(kind, location(data), splits, notes)
-
-
-def location(data: str | Path) -> str:
-    """What to know DATA again by: the absolute path, or the name if it is none."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if path.exists() else str(data)
+    return Data(kind, location(data), splits, notes, left_out)
 
 
 def hold_out(labels: Sequence[int], fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -72,7 +72,11 @@ class SwapOptions(OptionSet):
     panel: ClassVar = "Model"
 
     base: str | None = option(
-        None, "The pipeline to learn from: a folder, or a name on the hub.", metavar="PATH|NAME", same_result=True
+        None,
+        "The pipeline to learn from: a folder, or a name on the hub.",
+        metavar="PATH|NAME",
+        same_result=True,
+        path=True,
     )
     variant: str | None = option(None, "Of BASE's files, such as fp16.", same_result=True)
     form: str = option("pure", "pure, or qkv: with projections Q, K and V.", choices=("pure", "qkv"))

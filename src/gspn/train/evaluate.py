@@ -6,15 +6,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 from gspn.files import check_absent, make_folder, write_json
+from gspn.progress import Progress
 from gspn.train import pictures
 from gspn.train.data import DataError, location, open_data
 from gspn.train.images import UNREADABLE
 from gspn.train.latent_folder import refuse_latents
-from gspn.train.loader import batches, make_loader
+from gspn.train.loader import batches, make_loader, workers_note
 from gspn.train.loop import autocast, make_accelerator
-from gspn.train.options import OptionError, check_range
+from gspn.train.options import OptionError, check_range, far_from
 from gspn.train.runs import load_classifier
 from gspn.train.unreadable import warning_of
 
@@ -87,9 +89,9 @@ class Outcome:
 
 
 @torch.inference_mode()
-def classify(model, loader, preprocessing, accelerator):
+def classify(model, loader, preprocessing, accelerator, bar=None):
     """Runs a classifier over a prepared loader's batches; with several processes each of them gets the whole Outcome,
-    in which no image counts twice."""
+    in which no image counts twice. `bar`: a Progress that counts images."""
     rows, waiting, start = [], 0.0, time.perf_counter()
     before = start
     for batch in batches(loader):
@@ -99,9 +101,16 @@ def classify(model, loader, preprocessing, accelerator):
         loss = F.cross_entropy(logits, batch["label"], ignore_index=UNREADABLE, reduction="none")
         row = accelerator.gather_for_metrics((batch["index"], batch["label"], top, probability, loss))
         rows.append([column.cpu() for column in row])
+        if bar is not None:
+            bar.update(bar.done + len(rows[-1][0]))
         before = time.perf_counter()
     working = before - start - waiting
     return Outcome(*(torch.cat(column) for column in zip(*rows, strict=True)), waiting, working)
+
+
+def progress(images: int, accelerator, console: Console | None) -> Progress:
+    """What `classify` tells its progress to; only the main process prints."""
+    return Progress("evaluating", images, console=console if accelerator.is_main_process else None)
 
 
 def warnings_of(metrics, problems):
@@ -128,6 +137,7 @@ def evaluate(
     strict: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
+    console: Console | None = None,
     **open_options,
 ) -> tuple[dict, list[str]]:
     """Evaluates a run on `data`.
@@ -139,9 +149,10 @@ def evaluate(
             error, but not in the data that the run was trained on, nor if it was trained with `channels`.
         size: (H, W) of the input, another one than in training if it is given.
         out: a folder for evaluation-HxW.json and confusion-HxW.png. overwrite: these may be replaced.
+        console: rich's, for the progress; None is silent.
     What `open_options` leave out is as in training if `data` is what the run was trained on.
     Returns: (metrics, list of warnings); metrics, the same in every process, are those of Outcome and
-        "split", "size";
+        "split", "size", "trained_size";
         "reliability": see Outcome.calibration;
         "confused": the 20 most frequent mistakes [class, taken for, images];
         "images_per_second": with reading; "model_images_per_second": without.
@@ -152,18 +163,21 @@ def evaluate(
     refuse_latents(data)
     classifier = load_classifier(path, checkpoint)
     preprocessing, class_names, config = classifier.preprocessing, classifier.classes, classifier.run.config
+    trained_size = preprocessing.size
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
     if out is not None:
         check_absent(*evaluation_files(out, preprocessing.size), overwrite=overwrite)
     if channels not in (None, preprocessing.channels):
         raise OptionError(f"channels is {channels}, but the model of {path} takes {preprocessing.channels}")
-    trained_on = config["data"]
+    trained_on, accelerator = config["data"], make_accelerator()
+    console = console if accelerator.is_main_process else None
     own = location(data) == trained_on["where"]
     if own:
         given = {name: value for name, value in open_options.items() if value is not None}
         open_options = {name: trained_on[name] for name in OPEN_OPTIONS if name in trained_on} | given
-    data_set = open_data(data, **open_options)
+    with Progress(f"opening {data}", console=console):
+        data_set = open_data(data, **open_options)
     chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
     chosen = chosen.relabelled(class_names)
     held_out, told = own and name == "val" and "all" in data_set.splits, trained_on.get("fingerprint")
@@ -174,17 +188,18 @@ def evaluate(
             f"the model takes {preprocessing.channels} channels but the images have {chosen.channels()}; "
             f"--channels {preprocessing.channels} converts them"
         )
-    accelerator = make_accelerator()
     batch_size += -batch_size % accelerator.num_processes  # they share a batch
     model = classifier.model.to(accelerator.device)
     loader = accelerator.prepare(make_loader(chosen, preprocessing, batch_size, workers=workers))
-    with autocast(accelerator.device, config["options"]["precision"]):
-        outcome = classify(model, loader, preprocessing, accelerator)
+    bar = progress(len(chosen), accelerator, console)
+    with bar, autocast(accelerator.device, config["options"]["precision"]):
+        outcome = classify(model, loader, preprocessing, accelerator, bar)
     problems = [chosen.problem(i) for i in outcome.index[outcome.label == UNREADABLE].tolist()]
     if problems and strict:
         raise DataError(f"unreadable image (--strict): {problems[0]}")
     seconds = {"images_per_second": outcome.waiting + outcome.working, "model_images_per_second": outcome.working}
-    metrics = {"split": name, "size": list(preprocessing.size), **outcome.metrics(class_names)}
+    sizes = {"size": list(preprocessing.size), "trained_size": list(trained_size)}
+    metrics = {"split": name, **sizes, **outcome.metrics(class_names)}
     metrics |= {rate: round(len(chosen) / duration, 1) for rate, duration in seconds.items()}
     confusion = outcome.confusion(len(class_names))
     metrics |= {"reliability": outcome.calibration()[1], "confused": mistakes(confusion, class_names)}
@@ -193,13 +208,14 @@ def evaluate(
         make_folder(table.parent)
         write_json(table, metrics)
         pictures.confusion(picture, confusion, class_names, metrics)
-    warnings = warnings_of(metrics, problems)
+    far = far_from(preprocessing.size, trained_size, f"the model of {path} was trained at")
+    told = [*data_set.left_out, *filter(None, [far, workers_note(workers, chosen)])]
     if changed:
-        warnings.append(
+        told.append(
             f"{data} has changed since the run was trained: other images may be held out of it now, so that some of "
             "these may have been trained on"
         )
-    return metrics, warnings
+    return metrics, [*told, *warnings_of(metrics, problems)]
 
 
 def evaluation_files(folder: str | Path, size: tuple[int, int]) -> tuple[Path, Path]:

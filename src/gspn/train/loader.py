@@ -4,8 +4,11 @@ Everything random is a function of numbers that a later run can repeat: the orde
 augmentation of an image of (seed, epoch, index). Nothing depends on the number of workers or processes.
 """
 
+import os
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -78,7 +81,11 @@ class EpochSampler(Sampler):
 
 
 class Loader(DataLoader):
-    """What `make_loader` gives."""
+    """What `make_loader` gives. It does not warn of too many workers as torch does, each time it is begun:
+    `workers_note` tells that once."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
 
     def begin(self, epoch: int, batches_done: int = 0) -> None:
         """The next iteration goes through `epoch`, without its first batches. Also for a loader that accelerate made
@@ -110,6 +117,22 @@ def make_loader(
         persistent_workers=slow and workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+@contextmanager
+def untold_workers() -> Iterator[None]:
+    """In the block, a DataLoader that is made of a Loader does not warn of too many workers either."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
+
+
+def workers_note(workers: int, split: Split) -> str | None:
+    """What to tell where a split's images are read by more processes than there are processors."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if split.pixels is not None or workers <= processors:
+        return None
+    return f"{workers} workers on {processors} processor{'s' * (processors > 1)}: fewer (--workers) may be faster"
 
 
 def _as_it_is(batch):

@@ -13,22 +13,22 @@ import random
 import time
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
 import accelerate
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from gspn.progress import Progress
 from gspn.train.board import Board
 from gspn.train.checkpoint import RunError
 from gspn.train.images import mixed_seed
-from gspn.train.loader import batches
+from gspn.train.loader import batches, untold_workers
 from gspn.train.optim import Ema, frozen_modules, learning_rate, make_optimizer
 from gspn.train.state import gather, restore
 
@@ -91,7 +91,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
         task: a Task. model: any module. loader: loader.make_loader's. options: options.LoopOptions, settled.
         run: checkpoint.Run, in the main process: gets the checkpoint "last" at times and after every epoch, "best" if
             it was that, "epoch-0010" if wanted, and a row of metrics.
-        accelerator: make_accelerator's. console: rich's, for the progress bar; None is silent.
+        accelerator: make_accelerator's. console: rich's, for the progress; None is silent.
         checkpoint: of Run.load_checkpoint, to go on from there exactly.
     Errors: TrainingError if the loss stops being a number or memory does not suffice; SaveError if the disk is full;
         DataError if a process that reads images dies; RunError if the checkpoint is of another training.
@@ -118,7 +118,8 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
         saver.has_saved(at)
 
     console = console if accelerator.is_main_process else None
-    with closing(board), explained(), progress_bar(console, options.epochs * steps, at) as bar:
+    bar = Progress("training", options.epochs * steps, "steps", done=at.step, console=console)
+    with closing(board), explained(), bar:
         for epoch in range(at.epoch, options.epochs):
             loader.begin(epoch, at.batch)
             model.train()
@@ -147,12 +148,12 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
                     save_now = look(losses, at, lr, saver, board, accelerator)
                     if save_now and not last_one:
                         saver.save(["last"], at, plain)
-                    rate = at.images / clock.seconds()
-                    bar.update(0, completed=at.step, epoch=f"{epoch + 1}/{options.epochs}", rate=f"{rate:.0f}")
-                    bar.update(0, loss=f"{at.loss / at.batch:.3f}")
+                    told = f"epoch {epoch + 1}/{options.epochs}, loss {at.loss / at.batch:.3f}"
+                    bar.update(at.step, f"{told}, {at.images / clock.seconds():.3g} images/s")
                 clock.asks_for_a_batch()
 
             rate = at.images / clock.seconds()
+            bar.update(details=f"evaluating epoch {epoch + 1}/{options.epochs}")
             with ema.applied() if ema is not None else nullcontext(), autocast(accelerator.device, options.precision):
                 metrics = task.evaluate(plain.eval(), accelerator)
                 reshard(plain)
@@ -171,8 +172,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
             at = Position(epoch=epoch + 1, step=at.step, best=max(score, at.best))
             board.epoch(row, task.pictures())  # before "last", so that no kill leaves the epoch out
             saver.save([*names, "last"], at, plain, row)
-            if accelerator.is_main_process:
-                bar.console.print(task.line(row), highlight=False)
+            bar.say(task.line(row))
 
 
 def backward(task, model, batch, options, accelerator):
@@ -256,7 +256,12 @@ def _local(parameter):
 
 def distribute(model, fsdp, accelerator):
     """The model over the processes: a copy in each (DDP), or a part of every block in each (FSDP)."""
-    if not fsdp or accelerator.num_processes == 1:
+    if accelerator.num_processes == 1:
+        return accelerator.prepare(model)
+    if not fsdp:
+        for parameter in model.parameters():
+            if parameter.requires_grad and 1 in parameter.shape:
+                parameter.register_hook(partial(with_strides, parameter.stride()))
         return accelerator.prepare(model)
     model.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -264,6 +269,14 @@ def distribute(model, fsdp, accelerator):
     for module in chain.from_iterable(reversed(lists)):  # inner ones first
         fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def with_strides(strides, gradient):
+    """The gradient with the strides of its parameter, where they differ in sides of length 1 only. They mean nothing
+    there, but DDP compares them, takes the gradient for one of another layout, and warns of it."""
+    pairs = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    same = all(own == wanted for side, own, wanted in pairs if side > 1)
+    return gradient.as_strided(gradient.shape, strides) if same else gradient
 
 
 def reshard(model):
@@ -337,24 +350,20 @@ def make_accelerator() -> accelerate.Accelerator:
     """accelerate's Accelerator; a loader's batch is split over the processes."""
     # accelerate has to be told that processes which torchrun started on a machine without a GPU belong together
     cpu = torch.distributed.is_torchelastic_launched() and not torch.accelerator.is_available()
-    return accelerate.Accelerator(cpu=cpu, dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
+    return _Accelerator(cpu=cpu, dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
+
+
+class _Accelerator(accelerate.Accelerator):
+    """accelerate makes a DataLoader of its own of a Loader, which would warn again of too many workers."""
+
+    def prepare_data_loader(self, data_loader, *args, **kwargs):
+        with untold_workers():
+            prepared = super().prepare_data_loader(data_loader, *args, **kwargs)
+        for loader in (prepared, getattr(prepared, "base_dataloader", prepared)):
+            loader.check_worker_number_rationality = lambda: None
+        return prepared
 
 
 def autocast(device: torch.device, precision: str):
     """The context in which a model runs with `precision`."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def progress_bar(console, total, at):
-    """A bar with epoch, loss, images/s and time left; silent without a console."""
-    bar = Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s "),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=console or Console(quiet=True),
-        transient=True,
-    )
-    bar.add_task("train", total=total, completed=at.step, epoch="-", loss="-", rate="-")
-    return bar

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gspn.names import unknown
 from gspn.train.options import LoopOptions, OptionError
 
 PREVIOUS = 99999  # in a group_matcher, as timm has it: belongs to the layer before
@@ -126,6 +127,6 @@ def frozen_modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     for name in names:
         if name not in modules or not name:
             known = [n for n, m in modules.items() if n and not re.search(r"\.\d+\.", n) and list(m.parameters())]
-            raise OptionError(f"freeze: the model has no part {name!r}; it has, among others, {', '.join(known[:12])}")
+            raise OptionError(f"freeze: {unknown('part of the model', name, known)}")
         modules[name].requires_grad_(False)
     return list(chain.from_iterable(modules[name].modules() for name in names))

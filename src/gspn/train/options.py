@@ -2,7 +2,6 @@
 file and what a run keeps of its options all follow from it. Imports nothing that is slow to import.
 """
 
-import difflib
 import inspect
 import json
 import math
@@ -17,9 +16,10 @@ from typing import Annotated, Any, ClassVar, Self, get_args, get_type_hints
 import typer
 import yaml
 
+from gspn.names import guess, unknown
+from gspn.train.places import OptionError, location
 
-class OptionError(ValueError):
-    """An option of training, or an argument of the model, that cannot be used."""
+FAR = 1.25  # times the size that a model was trained at: beyond, and below 1 / FAR, results are clearly worse
 
 
 def option(
@@ -34,6 +34,7 @@ def option(
     flag: str | None = None,
     metavar: str | None = None,
     same_result: bool = False,
+    path: bool = False,
 ):
     """A field of a set of options.
 
@@ -43,9 +44,10 @@ def option(
         parse: makes the value from what a flag (text) or a file (text, number, list or mapping) holds; ValueError says
             what it takes. flag: its name where that is not the field's. metavar: what its help calls the value.
         same_result: the option does not change what is trained, so a resumed run may be given another value.
+        path: the value may be the path of a file or folder; a run keeps it as an absolute one.
     """
     what = dict(help=help, low=low, high=high, choices=choices, otherwise=otherwise, parse=parse)
-    what |= dict(flag=flag, metavar=metavar, same_result=same_result)
+    what |= dict(flag=flag, metavar=metavar, same_result=same_result, path=path)
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=what)
     return field(default=default, metadata=what)
@@ -86,7 +88,7 @@ def parse_text(value):
 
 
 def parse_model_args(value):
-    """{"stem_stride": 1} from ["stem_stride=1"]; a value is JSON, and text where it is not."""
+    """{"stem_stride": 1} from ["stem_stride=1"]; a value is JSON, or text if it does not begin as JSON does."""
     if isinstance(value, Mapping):
         return dict(value)
     arguments = {}
@@ -96,7 +98,10 @@ def parse_model_args(value):
             raise ValueError("KEY=VALUE")
         try:
             arguments[key] = json.loads(text)
-        except ValueError:
+        except ValueError as error:
+            if re.match(r"[\[\]{}()\"'0-9.+-]", text) or text in ("True", "False", "None"):
+                hint = {"True": "true", "False": "false", "None": "null"}.get(text, "4, true, [1,2] or a word")
+                raise ValueError(f"a value in JSON for {key}, such as {hint} ({error})") from None
             arguments[key] = text
     return arguments
 
@@ -107,6 +112,21 @@ def parse_size(value):
     if len(parts) not in (1, 2) or not all(str(part).isdecimal() and int(part) > 0 for part in parts):
         raise ValueError("N or HxW in pixels")
     return int(parts[0]), int(parts[-1])
+
+
+def far_from(size: tuple[int, int], trained: tuple[int, int], what: str) -> str | None:
+    """A warning where a size (H, W) is more than FAR times another one or less than 1 / FAR of it; `what` says of the
+    other one what it is.
+
+    >>> far_from((12, 8), (8, 8), "it was trained at")
+    '12x8 is far from 8x8, which it was trained at (1.50 times the height, 1.00 times the width): expect worse results'
+    """
+    ratios = [side / other for side, other in zip(size, trained, strict=True)]
+    if all(1 / FAR <= ratio <= FAR for ratio in ratios):
+        return None
+    (height, width), (h, w) = size, trained
+    times = "{:.2f} times the height, {:.2f} times the width".format(*ratios)
+    return f"{height}x{width} is far from {h}x{w}, which {what} ({times}): expect worse results"
 
 
 def parse_names(value):
@@ -148,6 +168,11 @@ class OptionSet:
         values = {one.name: (chosen or {}).get(one.name, one.metadata["otherwise"]) for one in open_ones}
         return replace(self, **values)
 
+    def located(self) -> Self:
+        """The same options with absolute paths, where a path is of something that is there."""
+        named = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["path"]}
+        return replace(self, **{name: location(value) for name, value in named.items() if value is not None})
+
     @classmethod
     def read(cls, values: Mapping[str, Any], source: str = "") -> Self:
         """Options from texts and numbers by name, as flags or a file give them. `source` begins a message.
@@ -157,8 +182,7 @@ class OptionSet:
         types = get_type_hints(cls)
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                raise OptionError(f"{source}there is no option {name!r}; the nearest is {near[0]!r}")
+                raise OptionError(f"{source}{unknown('option', name, known)}")
         try:
             return cls(**{name: _converted(known[name], types[name], value) for name, value in values.items()})
         except OptionError as error:
@@ -302,6 +326,7 @@ class ModelOptions(OptionSet):
         None,
         "Start from trained weights: a run folder, a .safetensors file, a published .pth.",
         metavar="RUN|FILE",
+        path=True,
     )
     channels_last: bool = option(False, "Keep weights and images with their channels side by side in memory.")
     compile: bool = option(False, "Compile the model with torch.compile.")
@@ -321,9 +346,12 @@ def check(one, value) -> None:
     if value is None:
         return
     if choices and value not in choices:
-        raise OptionError(f"{one.name} must be {' or '.join(map(str, choices))}, got {value!r}")
+        names = [str(choice) for choice in choices]
+        expected = " or ".join(names) if len(names) < 4 else f"one of {', '.join(names)}"
+        raise OptionError(f"{one.name} must be {expected}, got {value!r}{guess(value, choices)}")
     if low is not None and not (low <= value <= high and math.isfinite(value)):
-        raise OptionError(f"{one.name} must be from {low} to {high}, got {value}")
+        limits = f"from {low} to {high}" if math.isfinite(high) else f"from {low} on and finite"
+        raise OptionError(f"{one.name} must be {limits}, got {value}")
 
 
 def check_range(name: str, value: float | None) -> None:

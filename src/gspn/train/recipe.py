@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gspn.names import unknown
 from gspn.train.images import UNREADABLE, Preprocessing, generator, mixed_seed
 from gspn.train.options import OptionError
 
@@ -51,7 +52,7 @@ def preset_for(
     Errors: OptionError if there is no preset `wanted`.
     """
     if wanted is not None and wanted not in PRESETS:
-        raise OptionError(f"there is no preset {wanted!r}; there are {', '.join(PRESETS)}")
+        raise OptionError(unknown("preset", wanted, PRESETS))
     large = "photos" if images < MANY else "imagenet"
     name = wanted or (kind if kind in PRESETS else "small" if max(size) <= SMALL else large)
     values, notes = PRESETS[name] | (SLOWER.get(model, {}) if name == "imagenet" else {}), []

@@ -15,15 +15,18 @@ from rich.console import Console
 
 import gspn
 from gspn.files import writing
+from gspn.progress import Progress
 from gspn.train.board import check_tensorboard
-from gspn.train.checkpoint import STATE_FORMAT, Run, RunError
+from gspn.train.checkpoint import COMMANDS, STATE_FORMAT, Run, RunError
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.evaluate import OPEN_OPTIONS
 from gspn.train.images import Preprocessing, Split
 from gspn.train.latent_folder import refuse_latents
+from gspn.train.loader import workers_note
 from gspn.train.loop import Position, make_accelerator
 from gspn.train.optim import frozen_modules, make_optimizer
 from gspn.train.options import LoopOptions, OptionError, file_text
+from gspn.train.places import location
 
 
 class Setup(Protocol):
@@ -74,14 +77,19 @@ def start(
     """
     accelerator = make_accelerator()
     say = speaker(accelerator, console)
+    options = options.located()  # so that the run's options.yaml means the same in whichever folder it is used
     Run.check_free(out, overwrite)
     if options.tensorboard:
         check_tensorboard()
-    setup = setup_of(data, options)
+    quiet = None if not accelerator.is_main_process else console
+    with Progress(f"opening {data}", console=quiet):
+        setup = setup_of(data, options)
     check_processes(setup, accelerator)
     model = new_model(setup, accelerator.device)
-    started = setup.first_weights(model)
-    for note in [*setup.notes, *filter(None, [started])]:
+    with Progress("preparing the weights", console=quiet):
+        started = setup.first_weights(model)
+    crowded = workers_note(getattr(setup.options, "workers", 0), setup.train_split)
+    for note in [*setup.notes, *filter(None, [crowded, started])]:
         say(f"note: {note}")
     say(setup.describe(model))
     own = setup.config(model)
@@ -92,7 +100,7 @@ def start(
             "where": setup.data.where,
             "kind": setup.data.kind,
             "split": setup.eval_name,
-            "fingerprint": setup.data.fingerprint(console=console if accelerator.is_main_process else None),
+            "fingerprint": setup.data.fingerprint(console=quiet),
             **{name: getattr(options, name) for name in OPEN_OPTIONS if hasattr(options, name)},
             **own.get("data", {}),
         },
@@ -104,7 +112,7 @@ def start(
     with writing(out) if accelerator.is_main_process else nullcontext():
         run = None
         if accelerator.is_main_process:
-            run = Run.create(out, config, overwrite, options=file_text(setup.options, {"data": str(data)}))
+            run = Run.create(out, config, overwrite, options=file_text(setup.options, {"data": location(data)}))
         try:
             return run_training(setup, model, out, run, accelerator, console, None)
         except BaseException:
@@ -113,13 +121,6 @@ def start(
             elif run and run.has_checkpoint("last"):
                 say(f"`{COMMANDS[task]} --resume {out}` goes on from its last checkpoint")
             raise
-
-
-COMMANDS = {
-    "classification": "gspn train",
-    "diffusion": "gspn train-diffusion",
-    "distillation": "gspn distill",
-}
 
 
 def resume(
@@ -150,9 +151,12 @@ def resume(
         run, checkpoint = Run.open(path), None
         with readable(path):
             config = run.config
-            setup = setup_of(data or config["data"]["where"], options)
+            where = data or config["data"]["where"]
+            quiet = console if accelerator.is_main_process else None
+            with Progress(f"opening {where}", console=quiet):
+                setup = setup_of(where, options)
             told = config["data"].get("fingerprint")
-            if setup.data.fingerprint(told, console if accelerator.is_main_process else None) != told:
+            if setup.data.fingerprint(told, quiet) != told:
                 again = f"; `gspn train --init-from {path}` starts a new training from its weights"
                 raise RunError(
                     f"{setup.data.where} is not what {path} was trained on: images, labels, captions or class names "
@@ -179,6 +183,8 @@ def resume(
                 say(f"note: {note}")
         if note := setup.data.uncompared(told):
             say(f"note: {note}")
+        if crowded := workers_note(getattr(options, "workers", 0), setup.train_split):
+            say(f"note: {crowded}")
         if other_versions:
             say(f"note: other versions than before, so not the same to the last bit: {other_versions}")
         say(f"{setup.describe(model)}\ngoing on from {place}")

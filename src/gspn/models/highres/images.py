@@ -11,8 +11,7 @@ from gspn.models.highres.memory import working_dtype
 from gspn.models.sampling import check_finite, scale_latents, unscale_latents
 
 try:
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+    from gspn.models.stable_diffusion import StableDiffusionXLPipeline, retrieve_latents
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 

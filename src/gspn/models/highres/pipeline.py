@@ -1,6 +1,7 @@
 """Images far larger than a Stable Diffusion model was trained for: made at its own size, refined stage by stage."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,11 +19,14 @@ from gspn.models.highres.plan import STEPS, STRENGTHS, Stage, check_pipeline, la
 from gspn.models.highres.savers import SAVERS, saving
 from gspn.models.highres.state import described, fingerprint, opened
 from gspn.models.sampling import check_finite
+from gspn.progress import Progress
 
 try:
-    from diffusers import LMSDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import LMSDiscreteScheduler
     from diffusers.utils import BaseOutput, logging
     from diffusers.utils.torch_utils import randn_tensor
+
+    from gspn.models.stable_diffusion import StableDiffusionPipeline, StableDiffusionXLPipeline
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
@@ -208,7 +212,7 @@ class HighResPipeline:
         with _offloading(pipe, any(stage.savers.offload for stage in found)):
             image = None
             for i, stage in enumerate(found):
-                with saving(pipe, stage.savers):
+                with run.progress(i), saving(pipe, stage.savers):
                     shape = (1, pipe.unet.config.in_channels, *(side // pipe.vae_scale_factor for side in stage.size))
                     latents = folder.load(i, stage.size, shape) if folder is not None else None
                     known = latents is not None
@@ -247,8 +251,8 @@ class HighResPipeline:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
             raise ValueError(f"seed has to be a whole number from 0 on, got {seed!r}")
         for name, value in (("blend", blend), ("dilation", dilation)):
-            if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
-                raise ValueError(f"{name} has to be a number of at least 0, or None to leave it out, got {value!r}")
+            if value is not None and not _is_finite(value):
+                raise ValueError(f"{name} has to be a finite number of at least 0, or None for none, got {value!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type has to be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
@@ -303,6 +307,18 @@ class _Run:
     callback: Callable | None
     prompt: str | None
     negative_prompt: str | None
+    lines: Progress | None = None  # where the pipeline's bar would not be seen: see `progress`
+
+    @contextmanager
+    def progress(self, index: int) -> Iterator[None]:
+        """In the block, a stage: where stderr is no terminal, lines tell how far it is, not the pipeline's bar."""
+        config = getattr(self.pipe, "_progress_bar_config", None) or {}
+        if config.get("disable") or "file" in config or sys.stderr.isatty():
+            yield
+            return
+        with Progress(self._told(index), self.stages[index].taken, "steps", say=_to_stderr) as self.lines:
+            yield
+        self.lines = None
 
     def native(self, options: dict) -> Tensor:
         """The first stage: latents (1,C,h,w), float32."""
@@ -311,6 +327,7 @@ class _Run:
         def called(pipe, step, t, tensors):
             return {"latents": self._called(0, step, t, tensors["latents"])}
 
+        watched = self.callback is not None or self.lines is not None
         with self._bar(0):
             result = self.pipe(
                 prompt=self.prompt,
@@ -321,7 +338,7 @@ class _Run:
                 guidance_scale=self.guidance.scale,
                 generator=torch.Generator().manual_seed(self.seed),
                 output_type="latent",
-                callback_on_step_end=None if self.callback is None else called,
+                callback_on_step_end=called if watched else None,
                 **options,
             )
         return result.images.float()
@@ -366,6 +383,8 @@ class _Run:
         return cosine_share(t, scheduler.config.num_train_timesteps, power)
 
     def _called(self, index, step, t, latents):
+        if self.lines is not None:
+            self.lines.update(min(step + 1, self.lines.total))  # PNDM takes one more
         if self.callback is None:
             return latents
         told = self.callback(self.pipe, step, t, {"latents": latents, "stage": index}) or {}
@@ -374,10 +393,9 @@ class _Run:
     @contextmanager
     def _bar(self, index) -> Iterator[None]:
         """The pipeline's progress bar tells the stage."""
-        pipe, stage = self.pipe, self.stages[index]
-        before = getattr(pipe, "_progress_bar_config", None)
-        told = f"stage {index + 1}/{len(self.stages)}, {stage.height}x{stage.width}{stage.savers.told()}"
-        pipe.set_progress_bar_config(**{"desc": told, **(before or {})})
+        pipe, before = self.pipe, getattr(self.pipe, "_progress_bar_config", None)
+        hidden = {} if self.lines is None else {"disable": True}
+        pipe.set_progress_bar_config(**{"desc": self._told(index), **(before or {}), **hidden})
         try:
             yield
         finally:
@@ -385,6 +403,14 @@ class _Run:
                 del pipe._progress_bar_config
             else:
                 pipe.set_progress_bar_config(**before)
+
+    def _told(self, index):
+        stage = self.stages[index]
+        return f"stage {index + 1}/{len(self.stages)}, {stage.height}x{stage.width}{stage.savers.told()}"
+
+
+def _to_stderr(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 # -- what is asked for --
@@ -409,9 +435,13 @@ def _check_options(pipe, options):
 
 
 def _scale(value):
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ValueError(f"guidance_scale has to be a number of at least 0, got {value!r}")
+    if not _is_finite(value):
+        raise ValueError(f"guidance_scale has to be a finite number of at least 0, got {value!r}")
     return value
+
+
+def _is_finite(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _check_finite(latents, index, stage, pipe):

@@ -13,7 +13,8 @@ from gspn.models.sampling import check_schedule
 
 try:
     import diffusers
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    from gspn.models.stable_diffusion import StableDiffusionPipeline, StableDiffusionXLPipeline
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 

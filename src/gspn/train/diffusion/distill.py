@@ -26,7 +26,7 @@ from gspn.train.distill_options import PRESET, DistillOptions
 from gspn.train.images import Preprocessing, Split, mixed_seed
 from gspn.train.loader import Loader, batches, make_loader
 from gspn.train.loop import autocast, seed_everything, train
-from gspn.train.options import OptionError
+from gspn.train.options import OptionError, far_from
 from gspn.train.recipe import Augmentation
 from gspn.train.session import resume, start
 from gspn.train.tables import Stream
@@ -76,10 +76,13 @@ class Setup:
         teacher = open_text_to_image(
             options.base, precision=options.precision, variant=options.variant, cache=options.cache
         )
+        far = None
+        if options.size and teacher.unet.config.sample_size is not None:
+            far = far_from(options.size, teacher.native_size(), f"{teacher.path} was made for")
         options = replace(options, base=teacher.path, size=options.size or teacher.native_size())
         teacher.check_size(options.size)
         preprocessing = Preprocessing(3, options.size, (0.5,) * 3, (0.5,) * 3)
-        notes = [*data.notes, teacher.too_long(train_split.captions)]
+        notes = [*data.notes, far, teacher.too_long(train_split.captions)]
         return cls(
             data,
             train_split,

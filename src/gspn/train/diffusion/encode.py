@@ -16,12 +16,12 @@ from pathlib import Path
 import diffusers
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import DataLoader, default_convert
+from torch.utils.data import default_convert
 
 import gspn
 from gspn.files import LOCK, atomic, is_temporary, remove, save_tensors, write_json, writing
+from gspn.progress import Progress
 from gspn.train.checkpoint import RunError
 from gspn.train.data import Data, DataError, open_data
 from gspn.train.diffusion.latent_files import ABOUT, DTYPES, FORMAT, DamagedShard, Shards, identity, read_config
@@ -29,7 +29,7 @@ from gspn.train.diffusion.latents import LatentData, open_latents
 from gspn.train.diffusion.vae import describe_vae, latent_shape, open_vae
 from gspn.train.images import SPLIT_NAMES, UNREADABLE, Preprocessing, Split
 from gspn.train.latent_folder import KIND, refuse_latents
-from gspn.train.loader import ImageDataset, batches
+from gspn.train.loader import ImageDataset, Loader, batches, workers_note
 from gspn.train.loop import autocast, make_accelerator
 from gspn.train.options import OptionError
 
@@ -65,14 +65,16 @@ def encode(
             another machine, the last bits may differ.
         splits: those wanted; None for all of the data's. More can be added later.
         workers: processes that decode images. strict: an unreadable image is an error, not left out and named.
-        console: rich's, for the progress bar; None is silent.
+        console: rich's, for notes and the progress; None is silent.
     Returns: LatentData, in every process, when the latents are complete.
     Errors: BusyError, DataError, OptionError, SaveError; RunError where something else is in the folder.
     """
     _check(size, dtype, precision, shard_size, batch_size, workers)
     refuse_latents(data)
-    out = Path(out).expanduser()
-    data_set, autoencoder = open_data(data, **open_options), open_vae(vae)
+    accelerator, out = make_accelerator(), Path(out).expanduser()
+    main = accelerator.is_main_process
+    with Progress(f"opening {data}", console=console if main else None):
+        data_set, autoencoder = open_data(data, **open_options), open_vae(vae)
     pictures = _relabelled(data_set)
     for name in splits or ():
         if SPLIT_NAMES.get(name, name) not in pictures:
@@ -108,8 +110,10 @@ def encode(
     if strict and unreadable:
         raise DataError(f"unreadable image (--strict): {unreadable[0]}")
     say = console.print if console and main else lambda *args, **more: None
-    uncompared = [] if is_new else filter(None, [data_set.uncompared(told["data"])])
-    for note in [*data_set.notes, *uncompared, *(f"{path} is damaged and encoded anew" for path in damaged)]:
+    crowded = workers_note(workers, next(iter(pictures.values())))
+    uncompared = None if is_new else data_set.uncompared(told["data"])
+    anew = (f"{path} is damaged and encoded anew" for path in damaged)
+    for note in [*data_set.notes, *filter(None, [crowded, uncompared]), *anew]:
         say(f"note: {note}", markup=False, highlight=False)
     with writing(out) if main else nullcontext():
         if main:
@@ -222,14 +226,14 @@ def _missing(out, config) -> tuple[list[tuple[str, int]], list[Path], list[str]]
 # -- from images to shards --
 
 
-def _loader(split, config, numbers, vae, batch_size, workers) -> DataLoader:
+def _loader(split, config, numbers, vae, batch_size, workers) -> Loader:
     """Batches of the images of some shards, none of which goes across two shards."""
     channels = vae.config.in_channels
     preprocessing = Preprocessing(channels, config["image_size"], (0.5,) * channels, (0.5,) * channels)
     one_by_one = copy.copy(split)  # ImageDataset would resize all that are in memory at once
     if split.pixels is not None:
         one_by_one.pixels, one_by_one.read = None, split.image
-    return DataLoader(
+    return Loader(
         ImageDataset(one_by_one, preprocessing),
         batch_sampler=_batches(split, numbers, config["shard_size"], batch_size),
         collate_fn=default_convert,
@@ -292,47 +296,29 @@ def _check_finite(tensors, split, dtype):
             raise DataError(f"the VAE's {name} of {first} is not finite in {dtype}: expected another VAE or --dtype")
 
 
-class _Bar:
-    """The progress bar, over the shards `todo` of all processes; without a console it is silent."""
+class _Bar(Progress):
+    """The progress over the shards `todo` of all processes; without a console it is silent."""
 
     def __init__(self, console, out, config, todo):
         every = {name: Shards(out, config, name) for name in config["splits"]}
         self.left = {every[name].path(number): len(every[name].images(number)) for name, number in todo}
-        self.total, self.own, self.start, self.looked = sum(self.left.values()), 0, time.monotonic(), 0.0
-        self.progress = Progress(
-            TextColumn("encoding"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images  {task.fields[rate]} images/s "),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=console or Console(quiet=True),
-            transient=True,
-        )
-        self.task = self.progress.add_task("encode", total=self.total, rate="-")
-
-    def __enter__(self):
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error):
-        self.progress.stop()
+        self.own, self.looked = 0, 0.0
+        super().__init__("encoding", sum(self.left.values()), console=console)
 
     def advance(self, images):
         """Takes note of images that this process has encoded."""
         self.own += images
         if time.monotonic() > self.looked + 1:
-            self._look()
+            self._count()
 
-    def _look(self):
+    def _count(self):
         self.looked = time.monotonic()
         self.left = {path: images for path, images in self.left.items() if not path.exists()}
-        done = max(self.total - sum(self.left.values()), self.own)
-        self.progress.update(self.task, completed=done, rate=f"{done / (self.looked - self.start):.0f}")
+        self.update(max(self.total - sum(self.left.values()), self.own))
 
     def wait_for_the_others(self):
         """Until all shards are there. No collective operation, which would give up after some minutes."""
-        self._look()
+        self._count()
         while self.left:
             time.sleep(0.2)
-            self._look()
+            self._count()

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from gspn.files import check_absent, remove
+from gspn.progress import Progress
 from gspn.train.diffusion.distances import (
     NEIGHBOUR,
     SPLITS,
@@ -84,8 +85,9 @@ def evaluate_samples(
     main = accelerator.is_main_process
     batch_size += -batch_size % accelerator.num_processes  # they share a batch
     known = _given(reference, extractor, split, save, strict)
-    theirs = None if known else open_images(reference, split, "train", **open_options)
-    ours = open_images(samples, samples_split, **open_options)
+    with Progress("opening the images", console=console if main else None):
+        theirs = None if known else open_images(reference, split, "train", **open_options)
+        ours = open_images(samples, samples_split, **open_options)
     if known and known.size and size not in (None, known.size):
         raise OptionError("{} is of images of {}x{}, but size is {}x{}".format(reference, *known.size, *size))
     size = size or (known.size if known else theirs.size()) or ours.size()

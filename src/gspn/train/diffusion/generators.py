@@ -12,6 +12,7 @@ from gspn.files import atomic, check_absent
 from gspn.models.dit import create_dit, dit_names, untie
 from gspn.models.generator import create_generator, generator_names
 from gspn.models.pipeline import GSPNPipeline
+from gspn.names import unknown
 from gspn.train.checkpoint import Run, RunError
 from gspn.train.diffusion.vae import check_vae, open_vae, scale_of
 from gspn.train.generator_options import SCHEDULERS
@@ -23,7 +24,7 @@ def build_generator(config: Mapping) -> torch.nn.Module:
     name, arguments = config["name"], config["arguments"]
     names = (*generator_names(), *dit_names())
     if name not in names:
-        raise OptionError(f"there is no generator {name!r}; there are {', '.join(names)}")
+        raise OptionError(unknown("generator", name, names))
     try:
         model = (create_generator if name in generator_names() else create_dit)(name, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:

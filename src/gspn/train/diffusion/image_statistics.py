@@ -11,17 +11,17 @@ import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gspn.digests import SCHEME, digest, tensors_of
 from gspn.files import LOCK, SaveError, atomic, save_tensors
+from gspn.progress import Progress
 from gspn.train.diffusion.distances import Moments, Score
 from gspn.train.diffusion.features import Extractor
 from gspn.train.diffusion.imagesets import NO_CLASS, ImageSet, lazily
 from gspn.train.images import UNREADABLE, DataError, Preprocessing, Split
-from gspn.train.loader import batches, make_loader
+from gspn.train.loader import batches, make_loader, workers_note
 
 FORMAT = 1  # of a file of statistics
 KEPT = 10_000  # images whose features are kept for kernel distance, precision and recall
@@ -212,9 +212,12 @@ class Work:
         size, workers = self.batch_size, self.workers
         how = Preprocessing(self.extractor.channels, self.size, (0.0,) * 3, (1.0,) * 3)
         loader = self.accelerator.prepare(make_loader(lazily(images.split, start), how, size, workers=workers))
+        if (crowded := workers_note(workers, images.split)) and crowded not in self.notes:
+            self.notes.append(crowded)
         network, saved, unreadable = self.extractor.network.to(self.accelerator.device), time.monotonic(), []
         main = self.accelerator.is_main_process
-        with self.bar(what, start, len(images.split)) as bar, torch.inference_mode():
+        bar = Progress(what, len(images.split), done=start, console=self.console if main else None)
+        with bar, torch.inference_mode():
             for batch in batches(loader):
                 features, logits = network(batch["image"])
                 row = [batch["index"] + start, batch["label"], features.float()]
@@ -229,7 +232,7 @@ class Work:
                     classes = rest[0].shape[1] if rest else None
                     statistics = Statistics(len(images.split), features.shape[1], classes)
                 statistics.add(index, label, features, rest[0] if rest else None)
-                bar.update(0, completed=statistics.done)
+                bar.update(statistics.done)
                 if time.monotonic() - saved > SAVE_EVERY or statistics.done == statistics.images:
                     self.keep(file, statistics, key)
                     saved = time.monotonic()
@@ -244,16 +247,3 @@ class Work:
         except SaveError as error:  # what was computed is there all the same
             if str(error) not in self.notes:
                 self.notes.append(str(error))
-
-    def bar(self, what, done, total):
-        """A bar with images and time left; silent without a console."""
-        bar = Progress(
-            TextColumn(what),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            console=(self.console if self.accelerator.is_main_process else None) or Console(quiet=True),
-            transient=True,
-        )
-        bar.add_task(what, total=total, completed=done)
-        return bar

@@ -10,13 +10,13 @@ from PIL import Image
 from rich.console import Console
 
 from gspn.digests import Content, digest
+from gspn.progress import Progress
 from gspn.train.data import ImageFiles, open_data
 from gspn.train.diffusion.sample_files import ABOUT, Samples
 from gspn.train.folders import is_image, scan, walk
 from gspn.train.images import DataError, Numbered, Split, listed
 from gspn.train.latent_folder import refuse_latents
 from gspn.train.options import OptionError
-from gspn.train.progress import counting
 
 NO_CLASS = -1  # the label of an image whose class is not known
 ARRAYS = "an npz file as ADM's evaluation takes it: arr_0 uint8 (N, H, W, 3) and, where classes are known, arr_1 (N,)"
@@ -45,8 +45,8 @@ class ImageSet:
     def identity(self, console: Console | None = None) -> str:
         """A digest of the images, for which each file is read. console: rich's, for a progress bar."""
         if self._identity is None:
-            with counting(f"reading {self.where}", len(self.split), console) as advance:
-                self._identity = digest(self.parts(), advance=advance)
+            with Progress(f"reading {self.where}", len(self.split), console=console) as bar:
+                self._identity = digest(self.parts(), advance=bar.advance)
         return self._identity
 
     def size(self) -> tuple[int, int]:

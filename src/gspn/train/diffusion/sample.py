@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gspn.digests import digest, settings, tensors_of
 from gspn.files import SaveError, remove, write_json, writing
 from gspn.models.sampling import NotFiniteError
+from gspn.progress import Progress
 from gspn.train.checkpoint import RunError
 from gspn.train.diffusion.generators import load_pipeline, named_scheduler
 from gspn.train.diffusion.grid import CLASSES, COLUMNS, draw_grid, save_picture
@@ -25,7 +25,9 @@ from gspn.train.diffusion.sample_files import ABOUT, ARRAYS, GRID, IMAGES, Sampl
 from gspn.train.generator_options import PER_CLASS, SampleOptions
 from gspn.train.images import decode, generator
 from gspn.train.loop import TrainingError, make_accelerator
-from gspn.train.options import OptionError
+from gspn.train.options import OptionError, far_from
+
+EARLY = 0.88  # of all timesteps: the first step has to be of one beyond
 
 
 def sample(
@@ -50,7 +52,7 @@ def sample(
     options = options or SampleOptions()
     accelerator, out = make_accelerator(), Path(out).expanduser()
     pipeline = load_pipeline(source, checkpoint, vae)
-    wanted, note = _plan(pipeline, out, options)
+    wanted, notes = _plan(pipeline, out, options)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)
     if options.precision == "bf16":
@@ -58,7 +60,7 @@ def sample(
     if pipeline.vae is not None:
         pipeline.vae.enable_slicing()  # decodes an image at a time, which bounds the memory
     main = accelerator.is_main_process
-    if note and console and main:
+    for note in notes if console and main else ():
         console.print(f"note: {note}", markup=False, highlight=False)
     _check_folder(wanted)
     accelerator.wait_for_everyone()  # all have found the folder fit
@@ -84,7 +86,7 @@ def sample(
 
 
 def _plan(pipeline, out, options):
-    """The Samples that are wanted, and what to tell about them. The pipeline gets its scheduler."""
+    """The Samples that are wanted, and notes on them. The pipeline gets its scheduler."""
     count = pipeline.num_classes
     names = [pipeline.id2label.get(i, str(i)) for i in range(count)]
     classes = _classes(pipeline, options.classes, names)
@@ -108,16 +110,27 @@ def _plan(pipeline, out, options):
         "seed": options.seed,
         "precision": options.precision,
     }
-    scheduler.set_timesteps(options.steps)
-    first, last = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps
-    note = None
-    if first < 0.88 * last:
-        note = (
-            f"with {options.steps} steps {type(scheduler).__name__} begins at step {first} of {last}, where an image "
-            f"is not all noise yet: a number of steps that divides {last} is better"
-        )
+    native = pipeline.image_size or (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
+    notes = [_late_start(scheduler, options.steps), far_from(settings["size"], native, "the generator was trained at")]
     settings = json.loads(json.dumps(settings))  # as it is read again
-    return Samples(out, settings, number, classes, names), note
+    return Samples(out, settings, number, classes, names), [note for note in notes if note]
+
+
+def _late_start(scheduler, steps):
+    """A note where the first of so many steps is of an image that is not all noise yet; it names a number of steps,
+    the nearest divisor, that begins early enough. Leaves the scheduler set to `steps`."""
+    last, firsts = scheduler.config.num_train_timesteps, {}
+    for count in [*(n for n in range(1, last + 1) if last % n == 0), steps]:
+        scheduler.set_timesteps(count)
+        firsts[count] = int(scheduler.timesteps[0])
+    good = [count for count, first in firsts.items() if first >= EARLY * last]
+    if steps in good or not good:
+        return None
+    better = min(good, key=lambda count: abs(count - steps))
+    return (
+        f"with {steps} steps {type(scheduler).__name__} begins at timestep {firsts[steps]} of {last}, where an image "
+        f"is not all noise yet; with {better} it begins at {firsts[better]}, which is better"
+    )
 
 
 def _classes(pipeline, text, names):
@@ -207,24 +220,14 @@ def _batches(wanted, size):
 def _make(pipeline, wanted, options, batches, accelerator, console):
     """Makes the batches of this process: every so manieth."""
     own = batches[accelerator.process_index :: accelerator.num_processes]
-    bar = Progress(
-        TextColumn("sampling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images "),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=console or Console(quiet=True),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("samples", total=sum(len(missing) for _, missing in batches))
-        done = 0.0
+    total, done = sum(len(missing) for _, missing in batches), 0
+    with Progress("sampling", total, console=console) as bar:
         for numbers, missing in own:
             share = len(missing) * accelerator.num_processes  # the others are about as far
 
             def step(pipeline, i, t, tensors, done=done, share=share):
-                bar.update(task, completed=int(done + share * (i + 1) / len(pipeline.scheduler.timesteps)))
+                images = done + share * (i + 1) / len(pipeline.scheduler.timesteps)
+                bar.update(min(round(images, 1), total), f"step {i + 1}/{len(pipeline.scheduler.timesteps)}")
 
             pixels = _images(pipeline, wanted, options, numbers, step)
             images = pipeline.numpy_to_pil(pixels)

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
 from gspn.digests import digest, settings, tensors_of
 from gspn.models.sampling import check_scale, check_schedule, scale_latents
+from gspn.models.stable_diffusion import StableDiffusionPipeline, StableDiffusionXLPipeline
 from gspn.train.data import location
 from gspn.train.diffusion.generators import named_scheduler
 from gspn.train.diffusion.objective import Objective

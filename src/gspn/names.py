@@ -1,0 +1,43 @@
+"""Names that a user may mistype, and what to say about one that is not known."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+
+SHOWN = 12  # of the known names at most
+
+
+def guess(name: object, known: Iterable[object]) -> str:
+    """A question for the end of a message: which of the `known` names was meant. Empty if none is near.
+
+    >>> guess("gren", ["red", "green"])
+    ", did you mean 'green'?"
+    """
+    by_lower = {str(each).lower(): str(each) for each in known}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return f", did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
+def unknown(what: str, name: object, known: Iterable[object]) -> str:
+    """A message about a name that is not `known`: the nearest one, if one is near, and what there is.
+
+    >>> unknown("colour", "gren", ["red", "green"])
+    "there is no colour 'gren', did you mean 'green'? There are red, green"
+    """
+    names = [str(each) for each in known]
+    meant = guess(name, names)
+    shown = [repr(each) for each in names] if any("," in each or " " in each for each in names) else names
+    if len(names) > SHOWN:
+        if meant:
+            return f"there is no {what} {name!r}{meant}"
+        shown = [*shown[:SHOWN], f"{len(names) - SHOWN} more"]
+    return f"there is no {what} {name!r}{meant + ' There' if meant else '; there'} are {', '.join(shown)}"
+
+
+def check_arguments(function: Callable, given: Iterable[str]) -> None:
+    """Raises TypeError for a keyword that `function` does not take; it names the nearest one that it takes."""
+    parameters = list(inspect.signature(function).parameters.values())
+    known = [one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    for name in given:
+        if name not in known:
+            raise TypeError(unknown("argument", name, [each for each in known if each != "self"]))

@@ -1,0 +1,36 @@
+"""Makes the operators known to torch when `gspn` is imported, or as soon as torch is, if that comes later: the command
+tells of a wrong argument at once, and importing torch takes seconds.
+"""
+
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+
+
+class _WithTorch:
+    """A finder of modules that finds torch as the others do, and has gspn.dispatch imported right after it."""
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
+        if name != "torch":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not _WithTorch)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            importlib.import_module("gspn.dispatch")
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def register() -> None:
+    """Imports gspn.dispatch now, if torch is imported, and else after torch."""
+    if "torch" in sys.modules:
+        importlib.import_module("gspn.dispatch")
+    elif _WithTorch not in sys.meta_path:
+        sys.meta_path.insert(0, _WithTorch)

@@ -1,0 +1,84 @@
+"""Where things are that a user names: runs, data, files. A command tells by it that something is not there before it
+imports what is slow to import, so this module imports nothing of the kind.
+"""
+
+import json
+import re
+from pathlib import Path
+
+EARLIER = ".earlier"  # the folder in a run in which the run that is being overwritten waits
+ON_A_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # what may be a name on the Hugging Face hub
+
+
+class OptionError(ValueError):
+    """An option of training, or an argument of the model, that cannot be used."""
+
+
+class RunError(ValueError):
+    """A run folder that does not exist, is not one, is damaged, or is in the way."""
+
+
+def location(data: str | Path) -> str:
+    """What to know DATA again by: the absolute path, or the name if it is none."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else str(data)
+
+
+def no_run(path: Path) -> RunError:
+    """What to raise for a folder that is no run."""
+    earlier = path / EARLIER
+    hint = f"; the run that it was to replace is {earlier}" if (earlier / "config.json").exists() else ""
+    made = "(gspn train, train-diffusion, distill make them)"
+    return RunError(f"{path} is no run: there is no {path / 'config.json'} {made}{hint}; {_found(path)}")
+
+
+def _found(path):
+    """What is at a path where a run was expected, and what it may be meant for."""
+    if not path.exists():
+        return "nothing is there"
+    if not path.is_dir():
+        return "it is a file"
+    if (path / "model_index.json").exists():
+        return "it is a saved pipeline, which gspn.GSPNPipeline.from_pretrained loads"
+    if (path / "gspn_swap.safetensors").exists():
+        return "it holds swapped layers, which gspn.load_swap puts into a pipeline"
+    for folder in path.absolute().parents[:2]:
+        if "format" in (config_or_none(folder / "config.json") or ()):
+            return f"it is a part of the run {folder}"
+    runs = [each.parent for each in sorted(path.glob("*/config.json")) if "format" in (config_or_none(each) or ())]
+    if runs:
+        return f"in it are the runs {_listed(runs)}"
+    return f"it holds {_listed(sorted(each.name for each in path.iterdir())) or 'nothing'}"
+
+
+def _listed(names, most=5):
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def config_or_none(file: Path) -> dict | None:
+    """What a JSON file holds; None where it is missing or holds no object."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def check_run(path: str | Path) -> None:
+    """Raises RunError unless there is a config.json in the folder."""
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise no_run(path)
+
+
+def check_file(path: str | Path, what: str, expected: str) -> None:
+    """Raises OptionError unless there is something at `path`; `what` is the option that named it."""
+    if not Path(path).expanduser().exists():
+        raise OptionError(f"{what}: there is no {path}; expected {expected}")
+
+
+def check_named(where: str | Path, what: str, expected: str) -> None:
+    """Raises OptionError for what is neither there nor may be a name on the hub."""
+    if not ON_A_HUB.fullmatch(str(where)):
+        check_file(where, what, expected)

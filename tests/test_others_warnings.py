@@ -1,0 +1,50 @@
+"""What the libraries below us would say and a user has no use for: it is avoided where it comes from."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gspn.train import loader as module
+from gspn.train.data import open_data
+from gspn.train.images import Preprocessing
+from gspn.train.loader import batches, make_loader, workers_note
+from gspn.train.loop import make_accelerator, with_strides
+
+
+@pytest.fixture
+def one_processor(monkeypatch):
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.setattr(torch._utils, "cpu_count", lambda: 1)
+
+
+def test_too_many_workers_are_told_once_and_by_us(one_processor, colours):
+    split = open_data(colours).splits["all"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loader = make_accelerator().prepare(
+            make_loader(split, Preprocessing(3, (8, 8), (0.0,) * 3, (1.0,) * 3), 9, workers=2)
+        )
+        assert loader.num_workers == 2 and sum(len(batch["index"]) for batch in batches(loader)) == len(split)
+    assert not [each for each in caught if "worker" in str(each.message)]
+    with pytest.warns(UserWarning, match="This DataLoader will create 2 worker"):  # which is not silenced elsewhere
+        DataLoader(split.labels, num_workers=2)
+    assert workers_note(2, split) == "2 workers on 1 processor: fewer (--workers) may be faster"
+    assert workers_note(1, split) is None and workers_note(2, open_data("digits").splits["train"]) is None
+
+
+def test_the_strides_of_sides_of_length_1_become_the_parameters():
+    gradient = torch.arange(12.0).view(3, 1, 2, 2).as_strided((3, 1, 2, 2), (4, 1, 2, 1))
+    other = with_strides((4, 4, 2, 1), gradient)
+    assert other.stride() == (4, 4, 2, 1) and torch.equal(other, gradient) and other.data_ptr() == gradient.data_ptr()
+    turned = torch.arange(12.0).view(3, 1, 2, 2).transpose(2, 3)
+    assert with_strides((4, 4, 2, 1), turned) is turned  # its values lie elsewhere: that warning is right
+
+
+def test_no_advice_to_install_torchvision():
+    code = "import gspn.train.diffusion.text_to_image, gspn.models.stable_diffusion as s; assert not s.LOGGER.filters"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torchvision" not in result.stderr
