@@ -7,14 +7,14 @@ anything that `datasets` loads.
 import csv
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from gspn.train.data import Data, DataError, ImageFiles, hold_out, location
+from gspn.train.data import Data, DataError, ImageFiles, hold_out
 from gspn.train.folders import alike, is_image, walk
 from gspn.train.images import SPLIT_NAMES, USUAL_CAPTIONS, Split, listed
+from gspn.train.places import ON_A_HUB, location
 from gspn.train.shards import json_caption, read_captioned
 from gspn.train.tables import TABLES, load_captioned
 
@@ -62,7 +62,7 @@ def open_captions(
         kind, (splits, notes) = "datasets", load_captioned(TABLES[path.suffix], path, **columns)
     elif path.is_symlink():
         raise DataError(f"{name} is a link to {os.readlink(path)}, which is not there; expected {CAPTIONED}")
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+    elif ON_A_HUB.fullmatch(name):
         hint = f"; and there is no such file or folder{alike(path)}; expected {CAPTIONED}"
         kind, (splits, notes) = "datasets", load_captioned(name, **columns, hint=hint)
     else:

@@ -5,7 +5,6 @@
 
 import difflib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from gspn.train.class_folders import class_folders
 from gspn.train.folders import alike, is_image, walk
 from gspn.train.idx import IDX, idx_folder
 from gspn.train.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
-from gspn.train.places import location
+from gspn.train.places import ON_A_HUB, location
 from gspn.train.shards import read_shards
 from gspn.train.tables import TABLES, load_tables
 
@@ -154,7 +153,7 @@ def open_data(
         raise DataError(f"{data} is a link to {os.readlink(path)}, which is not there; expected {KINDS}")
     elif difflib.get_close_matches(data.lower(), ["digits"], cutoff=0.8):
         raise DataError(f"there is no {data}: did you mean digits? A name on the hub is OWNER/NAME; expected {KINDS}")
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", data):
+    elif ON_A_HUB.fullmatch(data):
         hint = f"; and there is no such file or folder{alike(path)}; expected {KINDS}"
         kind, (splits, notes) = "datasets", load_tables(data, **columns, hint=hint)
     else:
