@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 MAIN := $(PYTEST) -n 2
 WITH_TIMM := PYTHONPATH=.timm $(PYTEST)
 WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST)
-TRITON_TESTS := $(wildcard tests/test_triton*.py)
+TRITON_TESTS := $(wildcard tests/kernels/test_triton*.py)
 
 .PHONY: quickstart test test-all lint clean
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from gspn.data.images import decode, with_channels
+from gspn.data.labelled import hold_out
 from gspn.files import write_text
-from gspn.train.data import hold_out
-from gspn.train.images import decode, with_channels
 
 
 def emoji(pictures: Path, names: Path) -> list[tuple[dict, Path]]:

@@ -19,12 +19,12 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import harness
-from gspn.train.checkpoint import Run
-from gspn.train.diffusion.fid import evaluate_samples
-from gspn.train.diffusion.generators import build_generator, load_pipeline
-from gspn.train.diffusion.objective import Objective
-from gspn.train.diffusion.sample import sample
-from gspn.train.generator_options import SampleOptions
+from gspn.metrics.fid import evaluate_samples
+from gspn.sampling.generators import build_generator, load_pipeline
+from gspn.sampling.options import SampleOptions
+from gspn.sampling.sample import sample
+from gspn.tasks.objective import Objective
+from gspn.train.run import Run
 
 COLOURS = ("#2f6db3", "#e07b22", "#5f6368")
 COLUMNS = {

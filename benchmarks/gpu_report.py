@@ -38,12 +38,12 @@ class Step(NamedTuple):
 
 
 def correctness() -> list[Step]:
-    smoke = [sys.executable, "tests/triton_smoke.py"]
+    smoke = [sys.executable, "tests/tools/triton_smoke.py"]
     places = os.pathsep.join([os.environ.get("PATH", ""), *SANITIZERS])
     sanitizer = shutil.which("compute-sanitizer", path=places)
     # each tool sees the edges of a tensor only if each has an allocation of its own
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "tests/test_triton_gpu.py"]
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "tests/kernels/test_triton_gpu.py"]
     if importlib.util.find_spec("xdist"):
         pytest += ["-n", "8"]  # most of the time goes into compiling, on one core each
     steps = [Step("tests", pytest, 270, proof=r"\b[1-9]\d* passed")]

@@ -22,10 +22,10 @@ from PIL import Image
 
 import gspn
 from benchmarks import harness
-from gspn.train.data import open_data
-from gspn.train.images import Preprocessing
-from gspn.train.loader import make_loader
-from gspn.train.recipe import Augmentation, timm_problem
+from gspn.data.augment import Augmentation, timm_problem
+from gspn.data.images import Preprocessing
+from gspn.data.labelled import open_data
+from gspn.data.loader import make_loader
 
 SIZE, BATCH, TRAIN_BATCH, ROUNDS = 224, 32, 4, 3
 PREPROCESSING = Preprocessing(3, (SIZE, SIZE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop=0.875)

@@ -10,8 +10,8 @@ import json
 import shutil
 from pathlib import Path
 
-from gspn.train.checkpoint import Run
-from gspn.train.runs import load_classifier
+from gspn.runs import load_classifier
+from gspn.train.run import Run
 
 COLUMNS = {"epoch": "", "train_loss": ".3f", "val_loss": ".3f", "top1": ".2%", "top5": ".2%", "seconds": ".0f"}
 

@@ -27,7 +27,7 @@ import gspn
 from benchmarks import gpu_harness, harness, stable_diffusion_models, stable_diffusion_report
 from benchmarks.stable_diffusion_models import CONTENDERS, PUBLISHED, SIZES, THREE
 from benchmarks.stable_diffusion_report import STEP, pixels
-from gspn.models.highres.savers import Savers, saving
+from gspn.stable_diffusion.highres.savers import Savers, saving
 
 LIMIT = 1e-3  # relative error of a layer's float32 output against the reference backend's
 SAVED = 4096 * 4096  # pixels above which memory is saved

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import gspn
-from gspn.models.highres.memory import peak_bytes
+from gspn.stable_diffusion.highres.memory import peak_bytes
 
 SD = dict(
     in_channels=4,

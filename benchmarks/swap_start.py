@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 import gspn
 from benchmarks import harness
 from benchmarks.text_to_image import read_data, to_model
-from gspn.models.swap_init import collect, fit, relative_error
-from gspn.train.checkpoint import Run
+from gspn.stable_diffusion.init import collect, fit, relative_error
+from gspn.train.run import Run
 
 STARTS = ("random", "pretrained", "fitted")
 COLOURS = {"random": "#5f6368", "pretrained": "#e07b22", "fitted": "#2f6db3"}

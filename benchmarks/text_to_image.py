@@ -33,9 +33,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, BertTokenizerFast
 
+from gspn.data.images import decode, generator, with_channels
 from gspn.files import atomic
-from gspn.train.diffusion.grid import draw_grid, save_picture
-from gspn.train.images import decode, generator, with_channels
+from gspn.sampling.grid import draw_grid, save_picture
 
 SIDE, TOKENS = 64, 24
 SHOWN = (

@@ -27,9 +27,9 @@ from PIL import Image
 import gspn
 from benchmarks import harness
 from benchmarks.text_to_image import SHOWN, draw, read_data, to_images, to_model
-from gspn.train.diffusion.features import load_extractor
-from gspn.train.diffusion.fid import evaluate_samples
-from gspn.train.images import decode, generator
+from gspn.data.images import decode, generator
+from gspn.metrics.features import load_extractor
+from gspn.metrics.fid import evaluate_samples
 
 FACTORS = {"1x": (1, 1), "1.5x": (1.5, 1.5), "2x": (2, 2), "2:1": (1, 2)}  # of height and width
 TEACHER, FLOOR = "teacher", "training images through the autoencoder"

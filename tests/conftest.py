@@ -82,9 +82,9 @@ def random_problem(batch, channels, height, width, features, groups=None, direct
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """(Run, metrics) of a tiny model trained on the digits."""
-    from training import tiny_options
+    from helpers.training import tiny_options
 
-    from gspn.train.classify import train_classifier
+    from gspn.tasks.classify import train_classifier
 
     path = tmp_path_factory.mktemp("runs") / "digits"
     run, metrics, warnings = train_classifier("digits", path, tiny_options(epochs=3, warmup=1.0, lr=2e-2, ema=0.8))
@@ -113,7 +113,7 @@ def colours(tmp_path):
 @pytest.fixture(scope="session")
 def vae(tmp_path_factory):
     """The folder of a tiny AutoencoderKL."""
-    from encoding import make_vae
+    from helpers.encoding import make_vae
 
     path = tmp_path_factory.mktemp("models") / "vae"
     make_vae().save_pretrained(path)
@@ -123,7 +123,7 @@ def vae(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """See encoding.make_pictures."""
-    from encoding import make_pictures
+    from helpers.encoding import make_pictures
 
     return make_pictures(tmp_path_factory.mktemp("pictures"))
 
@@ -131,9 +131,9 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory, pictures, vae):
     """(what encode gives, its folder), with mirrored images, 5 images a shard."""
-    from encoding import SIZE
+    from helpers.encoding import SIZE
 
-    from gspn.train.diffusion.encode import encode
+    from gspn.sampling.encode import encode
 
     out = tmp_path_factory.mktemp("latents") / "made"
     return encode(pictures, vae, out, flip=True, shard_size=5, batch_size=2, **SIZE), out
@@ -155,7 +155,7 @@ def estimates():
 @pytest.fixture
 def no_estimates(request, monkeypatch):
     """Everything fits, without the time that it takes to find that out, but in tests that take `estimates`."""
-    from gspn.models.highres import memory
+    from gspn.stable_diffusion.highres import memory
 
     if "estimates" not in request.fixturenames:
         monkeypatch.setattr(memory, "peak_bytes", lambda *args, **kwargs: 0)
@@ -163,14 +163,14 @@ def no_estimates(request, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sd():
-    from stable_diffusion import tiny_sd
+    from helpers.stable_diffusion import tiny_sd
 
     return tiny_sd()
 
 
 @pytest.fixture(scope="module")
 def sdxl():
-    from stable_diffusion import tiny_sdxl
+    from helpers.stable_diffusion import tiny_sdxl
 
     return tiny_sdxl()
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.training import other_byte
 from torch import nn
-from training import other_byte
 
 from gspn import digests
+from gspn.data.captions import open_captions
+from gspn.data.labelled import open_data
+from gspn.data.tables import Stream, load_tables
 from gspn.digests import Content, Earlier, digest, is_earlier, settings, tensors_of
-from gspn.train.captions import open_captions
-from gspn.train.data import open_data
-from gspn.train.tables import Stream, load_tables
 
 # -- one function --
 
@@ -282,7 +282,7 @@ def test_fingerprints_of_tables_as_they_were(table):
 
 
 def test_digests_of_weights_as_they_were():
-    from gspn.train.finetune import Source
+    from gspn.tasks.finetune import Source
 
     weights = {"body.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.tensor([1, 2])}
     source = Source("x", weights | {"alpha": torch.tensor(0.5)}, "m", {"a": 1}, ["p", "q"], "d")
@@ -292,7 +292,7 @@ def test_digests_of_weights_as_they_were():
 
 
 def test_starting_weights_are_known_by_shapes_and_classes_too():
-    from gspn.train.finetune import Source
+    from gspn.tasks.finetune import Source
 
     def told(weights, **more):
         return Source("x", weights, **{"name": "m", "model_args": {"a": 1}, "class_names": ["p", "q"]} | more).digest()
@@ -313,12 +313,13 @@ def test_digests_of_what_generates_and_compares_as_they_were():
     diffusers = pytest.importorskip("diffusers")
     from PIL import Image
 
-    from gspn.models.highres.state import described
-    from gspn.train.diffusion import image_statistics, sample
-    from gspn.train.diffusion.features import Extractor
-    from gspn.train.diffusion.latent_files import identity
-    from gspn.train.diffusion.vae import check_vae, describe_vae
-    from gspn.train.options import OptionError
+    from gspn.data.latent_files import identity
+    from gspn.metrics import image_statistics
+    from gspn.metrics.features import Extractor
+    from gspn.options import OptionError
+    from gspn.sampling import sample
+    from gspn.sampling.vae import check_vae, describe_vae
+    from gspn.stable_diffusion.highres.state import described
 
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2, scaling_factor=0.5)
     with torch.no_grad():
@@ -365,7 +366,7 @@ def test_digests_of_what_generates_and_compares_as_they_were():
 
 
 def test_networks_of_the_same_weights_are_told_apart_by_their_settings():
-    from gspn.train.diffusion.features import Extractor
+    from gspn.metrics.features import Extractor
 
     one, other = Net(), Net()
     one.default_cfg, other.default_cfg = {"architecture": "efficientnet_b0"}, {"architecture": "tf_efficientnet_b0"}

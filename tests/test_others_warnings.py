@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gspn.train import loader as module
-from gspn.train.data import open_data
-from gspn.train.images import Preprocessing
-from gspn.train.loader import batches, make_loader, workers_note
+from gspn.data import loader as module
+from gspn.data.images import Preprocessing
+from gspn.data.labelled import open_data
+from gspn.data.loader import batches, make_loader, workers_note
 from gspn.train.loop import make_accelerator, with_strides
 
 
@@ -45,6 +45,6 @@ def test_the_strides_of_sides_of_length_1_become_the_parameters():
 
 
 def test_no_advice_to_install_torchvision():
-    code = "import gspn.train.diffusion.text_to_image, gspn.models.stable_diffusion as s; assert not s.LOGGER.filters"
+    code = "import gspn.tasks.text_to_image, gspn.stable_diffusion.pipelines as s; assert not s.LOGGER.filters"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torchvision" not in result.stderr

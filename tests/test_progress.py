@@ -5,22 +5,22 @@ import time
 from itertools import pairwise
 
 import pytest
-from comparing import compare, paint_both
-from diffusion import generator_run
-from encoding import SIZE
-from high_resolution import FEW, PLAIN
+from helpers.comparing import compare, paint_both
+from helpers.diffusion import generator_run
+from helpers.encoding import SIZE
+from helpers.high_resolution import FEW, PLAIN
+from helpers.training import tiny_options
 from PIL import Image
 from rich.console import Console
-from training import tiny_options
 from typer.testing import CliRunner
 
 from gspn.cli import app
-from gspn.models.highres import HighResPipeline
 from gspn.progress import EVERY, FIRST, Progress
-from gspn.train.classify import train_classifier
-from gspn.train.diffusion.encode import encode
-from gspn.train.diffusion.sample import sample
-from gspn.train.generator_options import SampleOptions
+from gspn.sampling.encode import encode
+from gspn.sampling.options import SampleOptions
+from gspn.sampling.sample import sample
+from gspn.stable_diffusion.highres import HighResPipeline
+from gspn.tasks.classify import train_classifier
 
 
 class Clock:

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.stable_diffusion import tiny_sd
 from PIL import Image
-from stable_diffusion import tiny_sd
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -6,16 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusion import ddpm, generator_run, tiny_vae
+from helpers.diffusion import ddpm, generator_run, tiny_vae
 from PIL import Image
 from typer.testing import CliRunner
 
 import gspn
 from gspn.cli import app
+from gspn.data.labelled import open_data
 from gspn.files import write_json
-from gspn.train.checkpoint import FORMAT, Run, RunError
-from gspn.train.data import open_data
-from gspn.train.options import OptionError
+from gspn.options import OptionError
+from gspn.train.run import FORMAT, Run, RunError
 
 # -- a classifier --
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 import pytest
 
 import gspn
+from gspn.data.augment import preset_for
+from gspn.metrics.classification import evaluate
 from gspn.models.dit import create_dit
-from gspn.train.distill_options import DistillOptions
-from gspn.train.evaluate import evaluate
-from gspn.train.generator_options import GeneratorOptions, SampleOptions
-from gspn.train.options import OptionError, Options, file_text, flags, parse_model_args, read_file
-from gspn.train.recipe import preset_for
+from gspn.options import OptionError, Options, file_text, flags, parse_model_args, read_file
+from gspn.sampling.options import SampleOptions
+from gspn.tasks.diffusion_options import GeneratorOptions
+from gspn.tasks.distill_options import DistillOptions
 
 
 def test_options_that_cannot_be():

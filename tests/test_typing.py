@@ -34,7 +34,7 @@ REVEALED = {
     'gspn.create_model("gspn_tiny").forward_intermediates(x)[0]': "torch._tensor.Tensor",
     'gspn.load_released("tiny.pth", "gspn_tiny")': "gspn.models.backbone.Backbone",
     'gspn.create_generator("GSPN-S/2")': "gspn.models.generator.GSPNTransformer2DModel",
-    "gspn.swap(unet)": "gspn.models.swap.Swap",
+    "gspn.swap(unet)": "gspn.stable_diffusion.swap.Swap",
     'gspn.load_run("a", task="classification").classes': "list[str]",
     'gspn.load_run("a", task="diffusion")': "gspn.models.pipeline.GSPNPipeline",
     "gspn.export_onnx": "def (",

@@ -34,7 +34,7 @@ class Photos:
     @classmethod
     def open(cls, folder: Path) -> "Photos":
         """From a folder of tables with splits train and test, as `gspn train` opens it."""
-        from gspn.train.data import open_data
+        from gspn.data.labelled import open_data
 
         splits = open_data(folder).splits
         missing = {"train", "test"} - set(splits)

@@ -10,14 +10,14 @@ from .layers import GSPN2d
 from .models import create_model, list_models, load_released, register_timm
 from .models.generator import GSPNTransformer2DModel as GSPNTransformer2DModel
 from .models.generator import create_generator as create_generator
-from .models.highres import HighResPipeline as HighResPipeline
 from .models.pipeline import GSPNPipeline as GSPNPipeline
-from .models.swap import GSPNAttention as GSPNAttention
-from .models.swap import load_swap as load_swap
-from .models.swap import restore as restore
-from .models.swap import swap as swap
 from .ops import DIRECTIONS, available_backends, gated_scan, line_scan, normalize_weights, propagate
-from .train.runs import load_run as load_run
+from .runs import load_run as load_run
+from .stable_diffusion.highres import HighResPipeline as HighResPipeline
+from .stable_diffusion.swap import GSPNAttention as GSPNAttention
+from .stable_diffusion.swap import load_swap as load_swap
+from .stable_diffusion.swap import restore as restore
+from .stable_diffusion.swap import swap as swap
 
 __version__: str
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from encoding import make_vae
+from helpers.encoding import make_vae
+from helpers.stable_diffusion import WORDS, ddim, tiny_sd
 from PIL import Image
-from stable_diffusion import WORDS, ddim, tiny_sd
 from typer.testing import CliRunner
 
 from gspn.cli import app
-from gspn.train.checkpoint import Run
+from gspn.train.run import Run
 
 NETWORK = ["--model-arg", "depths=[1]", "--model-arg", "width=8", "--model-arg", "global_levels=[0]"]
 GENERATOR = ["--model-arg", "hidden_size=16", "--model-arg", "depth=2"]

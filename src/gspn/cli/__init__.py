@@ -1,8 +1,10 @@
 """The `gspn` command. What its parts share is in app.py; classifiers are classify.py's, generators generate.py's and
 Stable Diffusion is distill.py's."""
 
+from gspn.extras import need
+
 try:
-    import gspn.train  # noqa: F401  # says which packages of the extra are missing
+    need("train")
 except ImportError as error:
     raise SystemExit(f"gspn: {error}") from None
 

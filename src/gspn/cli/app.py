@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 
 import gspn
-from gspn.train.options import OptionError, read_file
-from gspn.train.options import flags as option_flags
-from gspn.train.places import RunError, check_file, check_named, check_run
+from gspn.extras import hint
+from gspn.options import OptionError, read_file
+from gspn.options import flags as option_flags
+from gspn.places import RunError, check_file, check_named, check_run
 
 app = typer.Typer(
     help="Train and use image classifiers and generators built on GSPN, a linear-cost replacement for self-attention.",
@@ -68,13 +69,13 @@ def readable_errors():
     except (OptionError, RunError) as error:
         fail(str(error), 2)
     except ImportError as error:
-        if "pip install" not in str(error):  # a missing extra says how to get it
+        if (said := hint(error)) is None:
             raise
-        fail(str(error), 2)
+        fail(said, 2)
     except (OSError, RuntimeError, ValueError) as error:
+        from gspn.data.labelled import DataError
         from gspn.export import ExportError  # here, as they import torch
         from gspn.files import BusyError, ExistsError, SaveError
-        from gspn.train.data import DataError
         from gspn.train.loop import TrainingError
 
         if not isinstance(error, BusyError | DataError | ExistsError | ExportError | SaveError | TrainingError):

@@ -39,9 +39,9 @@ from gspn.cli.app import (
     training_of,
     warn,
 )
+from gspn.options import OptionError, Options, far_from, parse_names, parse_size
+from gspn.places import check_run
 from gspn.progress import Progress
-from gspn.train.options import OptionError, Options, far_from, parse_names, parse_size
-from gspn.train.places import check_run
 
 
 @app.command()
@@ -62,12 +62,12 @@ def train(
     with readable_errors():
         if resume is not None:
             check_resumed(resume, data, out=run, config=config, overwrite=overwrite)
-            from gspn.train.classify import resume_classifier
+            from gspn.tasks.classify import resume_classifier
 
             run, result = resume, resume_classifier(resume, given, data=data, console=out)
         else:
             data, run, options = training_of(Options, data, run, config, given)
-            from gspn.train.classify import train_classifier
+            from gspn.tasks.classify import train_classifier
 
             result = train_classifier(data, run, options, overwrite=overwrite, console=out)
         report(run, *result)
@@ -119,7 +119,7 @@ def evaluate(
         check_run(run)
         check_data(data)
         from gspn.files import check_absent
-        from gspn.train.evaluate import evaluate, evaluation_files
+        from gspn.metrics.classification import evaluate, evaluation_files
         from gspn.train.loop import make_accelerator
 
         main_process = make_accelerator().is_main_process
@@ -178,8 +178,8 @@ def predict(
         missing = {path: "there is no such file" for path in images if not path.exists()}
         _refuse(missing, images, strict)
         warn(f"{path}: {reason}" for path, reason in missing.items())  # now, as what follows takes time
-        from gspn.train.images import decode
-        from gspn.train.runs import load_classifier
+        from gspn.data.images import decode
+        from gspn.runs import load_classifier
 
         classifier = load_classifier(run, checkpoint)
         answers, problems = [], dict(missing)
@@ -248,10 +248,10 @@ def show(
         from gspn.files import check_absent
 
         check_absent(picture, overwrite=overwrite)
-        from gspn.train import pictures
-        from gspn.train.data import DataError
-        from gspn.train.images import decode
-        from gspn.train.runs import load_classifier
+        from gspn import plots as pictures
+        from gspn.data.images import decode
+        from gspn.data.labelled import DataError
+        from gspn.runs import load_classifier
 
         classifier = load_classifier(run, checkpoint)
         try:
@@ -305,7 +305,7 @@ def export_run(
             given = [*special, *(name for name, value in (("size", size), ("batch", batch)) if value is not None)]
             if given or no_check:
                 raise OptionError(f"--{given[0] if given else 'no-check'} is for --onnx and --aoti")
-            from gspn.train.diffusion.generators import export_pipeline
+            from gspn.sampling.generators import export_pipeline
 
             checkpoint = checkpoint or "last"  # as gspn sample
             export_pipeline(run, file or run / "pipeline", checkpoint, vae, overwrite=overwrite)
@@ -316,7 +316,7 @@ def export_run(
         if aoti and special:
             raise OptionError(f"--{next(iter(special))} is for --onnx")
         from gspn.files import check_absent
-        from gspn.train.runs import load_classifier
+        from gspn.runs import load_classifier
 
         file = file or run / ("model.onnx" if onnx else "model.pt2")
         check_absent(file, overwrite=overwrite)

@@ -17,9 +17,9 @@ from gspn.cli.app import (
     takes_options,
     warn,
 )
-from gspn.train.distill_options import DistillOptions
-from gspn.train.options import OptionError
-from gspn.train.places import check_named
+from gspn.options import OptionError
+from gspn.places import check_named
+from gspn.tasks.distill_options import DistillOptions
 
 
 @app.command()
@@ -54,7 +54,7 @@ def distill(
             given = given | {"base": base}
         if resume is not None:
             check_resumed(resume, data, out=run, config=config, overwrite=overwrite)
-            from gspn.train.diffusion.distill import resume_distillation
+            from gspn.tasks.distill import resume_distillation
 
             _report(*resume_distillation(resume, given, data=data, console=out))
             return
@@ -65,7 +65,7 @@ def distill(
         check_named(options.base, "BASE", "the folder of a pipeline, or a name on the hub")
         check_named(data, "data", "images with captions: a folder, files, or a name on the hub")
         run = run or Path("runs") / f"{Path(data).name or 'data'}-{Path(options.base).name or 'base'}"
-        from gspn.train.diffusion.distill import distill
+        from gspn.tasks.distill import distill
 
         _report(*distill(data, run, options, overwrite=overwrite, console=out))
 

@@ -34,9 +34,10 @@ from gspn.cli.app import (
     training_of,
     warn,
 )
-from gspn.train.generator_options import GeneratorOptions, SampleOptions
-from gspn.train.options import OptionError, parse_names, parse_size
-from gspn.train.places import check_file, check_named, check_run
+from gspn.options import OptionError, parse_names, parse_size
+from gspn.places import check_file, check_named, check_run
+from gspn.sampling.options import SampleOptions
+from gspn.tasks.diffusion_options import GeneratorOptions
 
 
 @app.command("train-diffusion")
@@ -64,7 +65,7 @@ def train_diffusion(
             data, run, options = training_of(GeneratorOptions, data, run, config, given)
         from accelerate import PartialState
 
-        from gspn.train.diffusion.task import resume_generator, train_generator
+        from gspn.tasks.diffusion import resume_generator, train_generator
 
         if resume is not None:
             _, warnings = resume_generator(resume, given, data=data, console=out)
@@ -95,7 +96,7 @@ def sample(
             check_run(source.expanduser())
         _check_vae(vae)
         options = SampleOptions.read(given)
-        from gspn.train.diffusion.sample import sample
+        from gspn.sampling.sample import sample
         from gspn.train.loop import make_accelerator
 
         main_process = make_accelerator().is_main_process
@@ -137,7 +138,7 @@ def encode_images(
     with readable_errors():
         check_data(data)
         _check_vae(vae)
-        from gspn.train.diffusion.encode import encode
+        from gspn.sampling.encode import encode
         from gspn.train.loop import make_accelerator
 
         main_process = make_accelerator().is_main_process
@@ -243,7 +244,7 @@ def fid(
 
         if file is not None:
             check_absent(file, overwrite=overwrite)
-        from gspn.train.diffusion.fid import default_cache, evaluate_samples
+        from gspn.metrics.fid import default_cache, evaluate_samples
         from gspn.train.loop import make_accelerator
 
         main_process = make_accelerator().is_main_process

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gspn.train.options import OptionError
+from gspn.options import OptionError
 
 
 def check_tensorboard() -> None:

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from gspn.data.images import mixed_seed
+from gspn.data.loader import batches, untold_workers
 from gspn.progress import Progress
 from gspn.train.board import Board
-from gspn.train.checkpoint import RunError
-from gspn.train.images import mixed_seed
-from gspn.train.loader import batches, untold_workers
 from gspn.train.optim import Ema, frozen_modules, learning_rate, make_optimizer
+from gspn.train.run import RunError
 from gspn.train.state import gather, restore
 
 LOOK_EVERY = 16  # steps after which losses are read from a GPU: reading them keeps it waiting

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gspn.names import unknown
-from gspn.train.options import LoopOptions, OptionError
+from gspn.options import LoopOptions, OptionError
 
 PREVIOUS = 99999  # in a group_matcher, as timm has it: belongs to the layer before
 

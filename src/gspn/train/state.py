@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from gspn.train.checkpoint import RunError
 from gspn.train.optim import Ema
+from gspn.train.run import RunError
 
 Tensors = dict[str, dict[str, Tensor]]
 

@@ -1,0 +1,275 @@
+"""What DATA means: `digits`, a folder of class folders, a folder of idx files, shards, anything that `datasets` loads.
+
+`open_data` turns DATA into named splits of labelled images; loader.py turns those into batches.
+"""
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from gspn.data.class_folders import class_folders
+from gspn.data.folders import alike, is_image, walk
+from gspn.data.idx import IDX, idx_folder
+from gspn.data.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
+from gspn.data.shards import read_shards
+from gspn.data.tables import TABLES, load_tables
+from gspn.digests import Content, digest, is_earlier
+from gspn.files import shown
+from gspn.places import ON_A_HUB, location
+from gspn.progress import Progress
+
+KINDS = (
+    "`digits`; a folder of class folders with images (or of train/ and val/ or test/ with such folders); a "
+    "folder of idx files (train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz], t10k-...); a folder that "
+    "datasets' save_to_disk made; a parquet, arrow, csv or json file or a folder of them; a tar file or a folder of "
+    "them (shards, as webdataset writes them); or a name on the Hugging Face hub"
+)
+
+
+@dataclass
+class Data:
+    """Splits by name ("train", "val", "test") and where they came from.
+
+    Attributes:
+        kind: "digits", "idx", "folder", "shards" or "datasets".
+        where: the name or absolute path of DATA.
+        splits: at least one. "all" where "train" and "val" were made by holding out a part of one list ("val" is
+            missing then if no class has two images).
+        notes: things to tell the user. left_out: those of them about files that are no part of the data.
+    """
+
+    kind: str
+    where: str
+    splits: dict[str, Split]
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def for_training(self) -> tuple[Split, Split, str]:
+        """(train, evaluation split, its name). Errors: DataError if there are not both."""
+        if "train" not in self.splits:
+            raise DataError(f"{self.where} has no train split, only {', '.join(self.splits)}")
+        if not {"val", "test"} & set(self.splits):
+            raise DataError(
+                f"{self.where} has no evaluation split, and none can be held out of {len(self.splits['train'])} images "
+                "with one image a class: expected two images of some class at least, or a val or test split"
+            )
+        name = "val" if "val" in self.splits else "test"
+        return self.splits["train"], self.splits[name], name
+
+    def fingerprint(self, like: str | None = None, console: Console | None = None) -> str:
+        """A digest of the images, labels, captions and class names, the same wherever the data lie. Every file is read,
+        in parallel; `uncompared` says what is not.
+
+        Args:
+            like: the fingerprint that this one is to be compared with; its scheme is used (see gspn.digests).
+            console: rich's, for a progress bar; None is silent.
+        """
+        whole = ["all"] if "all" in self.splits else self.splits
+        with Progress("reading the data", sum(len(self.splits[name]) for name in whole), console=console) as bar:
+            return digest(self.identity(), like, bar.advance)
+
+    def identity(self) -> Iterator:
+        """The parts of the fingerprint. Of splits that were made by holding out, the whole and their sizes count."""
+        yield self.kind
+        for name in sorted(self.splits):
+            if "all" in self.splits and name != "all":
+                yield f"{name}{len(self.splits[name])}"
+                continue
+            yield name
+            yield from self.splits[name].identity()
+
+    def uncompared(self, told: str | None) -> str | None:
+        """A note on what may have changed though the fingerprint is still the one that was `told`; None if nothing."""
+        if any(split.remote for split in self.splits.values()):
+            return "of a stream from the hub only the labels or captions and the number of images were compared"
+        if is_earlier(told) and any(split.pixels is None for split in self.splits.values()):
+            return (
+                "an older gspn noted names and sizes of the data's files, not their contents: images that were "
+                "replaced by others of the same size go unnoticed"
+            )
+        return None
+
+    def for_evaluation(self, split: str | None = None, trained_on: str | None = None) -> tuple[Split, str]:
+        """(split, its name): the one asked for; else test, else val. Where val is a part held out here, it is meant
+        only for a run `trained_on` these data; any other run is evaluated on all of them."""
+        if split is not None:
+            split = SPLIT_NAMES.get(split, split)
+            if split not in self.splits:
+                raise DataError(f"{self.where} has no split {split!r}; it has {', '.join(self.splits)}")
+            return self.splits[split], split
+        preferred = ["test", "val", "train"]
+        if "all" in self.splits and trained_on != self.where:
+            preferred = ["test", "all"]
+        name = next(name for name in preferred if name in self.splits)
+        return self.splits[name], name
+
+
+def open_data(
+    data: str | Path,
+    *,
+    val_fraction: float = 0.1,
+    class_names: Sequence[str] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+) -> Data:
+    """Finds out what `data` is and opens it.
+
+    Args:
+        data: "digits", a path, or a name on the Hugging Face hub (see KINDS).
+        val_fraction: the part of the training images to hold out where there is no other evaluation split; the
+            choice is by class and always the same.
+        class_names: names for data that carry none, such as idx files.
+        image_column, label_column: for `datasets`, where the columns' types do not tell.
+        streaming: `datasets` is to give rows as they come, without a copy of the table in its cache.
+    Returns: Data.
+    Errors: DataError says what was found and what was expected.
+    """
+    data = str(data)
+    path = Path(data).expanduser()
+    columns = dict(image_column=image_column, label_column=label_column, streaming=streaming)
+    if not 0 < val_fraction < 1:
+        raise DataError(f"the part to hold out must lie between 0 and 1, got {val_fraction}")
+    if data == "digits":
+        if path.exists():
+            raise DataError("`digits` is the embedded data set, but ./digits exists too: for that, write ./digits")
+        kind, splits, notes = "digits", digits(), []
+    elif path.is_dir():
+        kind, splits, notes = _open_folder(path, columns)
+    elif path.is_file() and path.suffix == ".tar":
+        kind, (splits, notes) = "shards", read_shards(path.parent, [path])
+    elif path.is_file():
+        if path.suffix not in TABLES:
+            raise DataError(f"{data} is a file of an unknown kind; expected {KINDS}")
+        kind, (splits, notes) = "datasets", load_tables(TABLES[path.suffix], path, **columns)
+    elif path.is_symlink():
+        raise DataError(f"{data} is a link to {os.readlink(path)}, which is not there; expected {KINDS}")
+    elif difflib.get_close_matches(data.lower(), ["digits"], cutoff=0.8):
+        raise DataError(f"there is no {data}: did you mean digits? A name on the hub is OWNER/NAME; expected {KINDS}")
+    elif ON_A_HUB.fullmatch(data):
+        hint = f"; and there is no such file or folder{alike(path)}; expected {KINDS}"
+        kind, (splits, notes) = "datasets", load_tables(data, **columns, hint=hint)
+    else:
+        raise DataError(f"there is no {data}{alike(path)}; expected {KINDS}")
+    if streaming and kind != "datasets":
+        raise DataError(f"streaming is for what `datasets` loads, but {data} is of another kind ({kind})")
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise DataError(f"the {name} split of {data} is empty")
+        if class_names is not None:
+            if split.class_names is not None and len(split.class_names) != len(class_names):
+                raise DataError(f"{len(class_names)} class names were given for {len(split.class_names)} classes")
+            split.class_names = list(class_names)
+        twice = sorted(name for name, count in Counter(split.class_names or []).items() if count > 1)
+        if twice:
+            raise DataError(f"two classes of {data} have the same name: {', '.join(twice)}; expected distinct names")
+    left_out = notes
+    if list(splits) == ["train"]:
+        everything = splits["train"]
+        train, held_out = hold_out(everything.labels, val_fraction)
+        splits = {"train": everything.subset(train), "all": everything}
+        if len(held_out):
+            splits["val"] = everything.subset(held_out)
+            notes = [*notes, f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
+    return Data(kind, location(data), splits, notes, left_out)
+
+
+def hold_out(labels: Sequence[int], fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(rest, held out): two increasing index arrays. Of each class `fraction` is held out, rounded, at least one
+    image where it has two. The same labels always give the same answer."""
+    shuffled = np.random.RandomState(0).permutation(len(labels))  # the one numpy stream that is frozen for ever
+    labels, held = np.asarray(labels)[shuffled], []
+    for label in np.unique(labels):
+        of_class = shuffled[labels == label]
+        count = min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)
+        held.append(of_class[:count])
+    held = np.sort(np.concatenate(held))
+    return np.setdiff1d(shuffled, held), held
+
+
+# -- the embedded digits --
+
+
+def digits() -> dict[str, Split]:
+    """scikit-learn's 1,797 8x8 digits (UCI, test part): values 0 to 16, here scaled to 0 to 255."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
+    names = [str(i) for i in range(10)]
+    everything = Split(bunch.target, names, pixels=pixels, names=Numbered("digit"))
+    train, test = hold_out(everything.labels, 0.2)
+    return {"train": everything.subset(train), "test": everything.subset(test)}
+
+
+# -- folders --
+
+
+def _open_folder(path, columns):
+    """(kind, splits, notes) of a folder, by what lies in it."""
+    found = walk(path)
+    idx = [f for f in found.files if f.parent == path and IDX.fullmatch(f.name)]
+    shards = [f for f in found.files if f.suffix == ".tar"]
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    tables = [] if saved else [f for f in found.files if f.suffix in TABLES]
+    images = [] if saved else [f for f in found.files if is_image(f)]
+    classes = any(f.parent != path for f in images)
+    kinds = {
+        "idx files": idx,
+        "a data set saved to disk": saved,
+        "class folders": classes,
+        "tar files": [] if classes else shards,
+        "tables": [] if classes else tables,
+    }
+    there = [kind for kind, is_there in kinds.items() if is_there]
+    if len(there) > 1:
+        raise DataError(f"{path} holds {' and '.join(there)}, so it is not clear what is meant: give one of them")
+    if idx:
+        return "idx", idx_folder(path, idx), found.notes()
+    if classes:
+        folders, notes = class_folders(found)
+        kind, splits = "folder", {name: _of_files(each) for name, each in folders.items()}
+    elif shards:
+        kind, (splits, notes) = "shards", read_shards(path, shards)
+    elif saved or tables:
+        kind, (splits, notes) = "datasets", load_tables("disk" if saved else str(path), path, found=found, **columns)
+    else:
+        raise DataError(f"{path} holds {_nothing_of_use(path, images, found)}; expected {KINDS}")
+    return kind, splits, [*notes, *found.notes()]
+
+
+def _of_files(folders):
+    images = ImageFiles(folders.root, folders.files)
+    return Split(folders.labels, folders.class_names, read=images, names=images.name)
+
+
+def _nothing_of_use(path, images, found):
+    if images:
+        return f"{listed(found.names(images), 'image', 'images')}, but no class folders, whose parent is to be given"
+    there = sorted(f.name for f in path.iterdir())
+    return f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """What a Split needs of a list of image files."""
+
+    root: Path
+    paths: list
+
+    def __call__(self, i):
+        return decode(self.paths[i])
+
+    def name(self, i):
+        return shown(self.paths[i])
+
+    def identity(self) -> Iterator[Content]:
+        for path in self.paths:
+            yield Content(path, path.relative_to(self.root))

@@ -1,0 +1,25 @@
+"""Telling a folder of latents, which `gspn encode` makes, from images; also where diffusers is not installed."""
+
+import json
+from pathlib import Path
+
+from gspn.data.labelled import DataError
+
+KIND = "latents"  # in its config.json
+
+
+def is_latents(path: str | Path) -> bool:
+    """Whether it is a folder that `gspn encode` made, or has begun."""
+    try:
+        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("kind") == KIND
+
+
+def refuse_latents(where: str | Path) -> None:
+    """Raises DataError for a folder of latents, where images are expected."""
+    if is_latents(where):
+        raise DataError(
+            f"{where} holds latents that gspn encode made, which only gspn train-diffusion takes; expected the images"
+        )

@@ -1,0 +1,252 @@
+"""Shards: tar files in which an image and its class, or its caption, stand together, as webdataset writes them.
+
+    00041.jpg 00041.cls 00042.jpg 00042.cls ...      the class is a number, or a name
+    00041.jpg 00041.txt 00042.jpg 00042.json ...     the caption is a text, or a member of a JSON object
+
+What belongs to a sample follows from the names, as for webdataset: the key is all before the first dot of the last part
+of the path, what follows that dot is the extension, in any case, and the members of a sample follow each other.
+
+Reading the headers once tells where in which file each image lies, so that shards are read like any other images: in an
+order that belongs to (seed, epoch), by any number of workers and processes. Images are shuffled over a few whole shards
+at a time (Split.keys), so that what is read at a time lies close together.
+"""
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from gspn.data.folders import by_split, counts, is_image
+from gspn.data.images import USUAL_CAPTIONS, DataError, Split, decode, labelled, listed, read_class_names
+from gspn.digests import Content
+from gspn.files import shown
+
+SPECIAL = re.compile(r"__[^/]*__($|/)")  # members that are about the tar file: webdataset leaves them out
+
+
+def read_shards(root: Path, files: Sequence[Path]) -> tuple[dict[str, Split], list[str]]:
+    """Splits of tar files, and what to tell the user. Which split a file belongs to is in its name, or in that of its
+    folder under `root` (folders.by_split). classes.txt in `root` names the classes line by line. A split whose classes
+    are all -1 has none, and is left out.
+
+    Errors: DataError for a file that is no tar file, for images without a class, for names of some files only.
+    """
+    read, notes = _read(root, files, ("cls",), "class")
+    texts = {name: shards.texts for name, shards in read.items()}
+    numbered = all(re.fullmatch(r"-1|\d+", text) for each in texts.values() for text in each)
+    class_names = read_class_names(root) if numbered else sorted(set().union(*texts.values()))
+    number = None if numbered else {name: i for i, name in enumerate(class_names)}
+    splits = {}
+    for name, shards in read.items():
+        labels = [int(text) if numbered else number[text] for text in shards.texts]
+        if numbered and class_names and max(labels) >= len(class_names):
+            raise DataError(f"{root / 'classes.txt'} names {len(class_names)} classes, but a class is {max(labels)}")
+        splits[name] = Split(labels, class_names, read=shards, names=shards.name, shard=shards.shard)
+    kept, unlabelled = labelled(splits, str(root))
+    if not kept:
+        raise DataError(f"{root} holds no images with a class: all are -1, which stands for none")
+    return kept, [*notes, *unlabelled]
+
+
+def read_captioned(root: Path, files: Sequence[Path], column: str | None = None) -> tuple[dict[str, Split], list[str]]:
+    """Splits of tar files with captions instead of classes, and what to tell the user; all labels are 0.
+
+    Args:
+        column: the member of the JSON objects that holds the caption, a text or a list of texts. None: the caption is
+            in .txt files, and where there is none in the JSON's only member that is called text or caption.
+        Others: as for `read_shards`.
+    Errors: DataError, also for images without a caption.
+    """
+    splits = {}
+    read, notes = _read(root, files, ("json",) if column else ("txt", "json"), "caption")
+    for name, shards in read.items():
+        captions = [
+            (text,) if kind == "txt" else json_caption(text, column, f"{shards.name(i)}.json")
+            for i, (kind, text) in enumerate(zip(shards.kinds, shards.texts, strict=True))
+        ]
+        labels, shards = [0] * len(captions), replace(shards, kinds=[], texts=[])  # JSON may be long
+        splits[name] = Split(labels, None, read=shards, names=shards.name, shard=shards.shard, captions=captions)
+    return splits, notes
+
+
+def json_caption(text: str, column: str | None, where: str) -> tuple[str, ...]:
+    """The captions in a JSON object: what its member `column` holds, a text or a list of texts; None is its only member
+    that is called text or caption. Errors: DataError, which calls the object `where`."""
+    try:
+        members = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where} is no JSON: {error}") from error
+    if not isinstance(members, dict):
+        raise DataError(f"{where} holds {str(members)[:40]!r}, expected a JSON object")
+    names = [column] if column else [name for name in USUAL_CAPTIONS if name in members]
+    if len(names) != 1 or names[0] not in members:
+        wanted = repr(column) if column else f"one of {' and '.join(USUAL_CAPTIONS)}, or --caption-column"
+        raise DataError(f"{where} has the members {', '.join(members) or 'none'}: expected {wanted}")
+    value = members[names[0]]
+    captions = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
+    if not captions or not all(isinstance(each, str) for each in captions):
+        raise DataError(f"{where} has no caption: {names[0]!r} is {str(value)[:40]!r}, expected a text, or texts")
+    return captions
+
+
+def _read(root, files, wanted, what):
+    """({split: _Shards} of tar files, what to tell the user)."""
+    unused = _Unused()
+    of_split = by_split(root, files, "tar file", "tar files")
+    return {name: _Shards.read(root, of_one, wanted, what, unused) for name, of_one in of_split.items()}, unused.notes()
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """Where the images of some tar files lie: for each the number of the file, where it begins and how long it is."""
+
+    root: Path
+    files: list[Path]
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    keys: list[str]
+    kinds: list[str]  # the extension of what stands for the class or the caption
+    texts: list[str]  # what it holds
+
+    @classmethod
+    def read(cls, root, files, wanted, what, unused):
+        """wanted: extensions, the first of which counts where an image has several. what: they hold."""
+        rows = []
+        for number, file in enumerate(files):
+            own = _Unused()
+            found = [(number, *row) for row in _members(file, wanted, what, own)]
+            if not found:
+                example = f"expected members such as 0001.jpg and 0001.{wanted[0]}"
+                raise DataError("; ".join([f"{file} holds no images with a {what}: {example}", *own.notes()]))
+            rows += found
+            unused.add(own)
+        shard, keys, kinds, texts, offset, size = zip(*rows, strict=True)
+        return cls(root, list(files), *map(np.array, (shard, offset, size)), list(keys), list(kinds), list(texts))
+
+    def __call__(self, i):
+        with open(self.files[self.shard[i]], "rb") as file:
+            file.seek(self.offset[i])
+            return decode(io.BytesIO(file.read(self.size[i])))
+
+    def name(self, i):
+        return shown(f"{self.files[self.shard[i]]}, {self.keys[i]}")
+
+    def identity(self) -> Iterator:
+        for file, images in zip(self.files, np.bincount(self.shard, minlength=len(self.files)).tolist(), strict=True):
+            yield Content(file, file.relative_to(self.root), images)
+        yield self.offset.tobytes()
+
+
+@dataclass
+class _Unused:
+    """The members of tar files that nothing is made of: hidden ones and those of systems, samples without an image by
+    their keys, and all others by their extensions, how many and the first of them."""
+
+    left_out: list[str] = field(default_factory=list)
+    no_image: list[str] = field(default_factory=list)
+    others: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def other(self, kind, name, count=1):
+        before, first = self.others.get(kind, (0, name))
+        self.others[kind] = before + count, first
+
+    def add(self, more):
+        self.left_out += more.left_out
+        self.no_image += more.no_image
+        for kind, (count, first) in more.others.items():
+            self.other(kind, first, count)
+
+    def notes(self):
+        told = [f"{count} {kind} (such as {first})" for kind, (count, first) in self.others.items()]
+        rows = (
+            (self.left_out, "left out", "hidden or system member", "hidden or system members"),
+            (self.no_image, "left out", "sample without an image", "samples without an image"),
+        )
+        notes = [f"{verb} {listed(names, one, many)}" for names, verb, one, many in rows if names]
+        return [*notes, f"ignored members of tar files: {', '.join(told)}"] if told else notes
+
+
+def _members(path, wanted, what, unused):
+    """(key, extension of the text, text, offset, size) of every image in a tar file."""
+    rows, seen, sample = [], set(), None
+    try:
+        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+            for member in tar:
+                if member.isdir():
+                    continue
+                if not counts(member.name) or SPECIAL.match(member.name):
+                    unused.left_out.append(member.name)
+                    continue
+                key, extension = _key(member.name)
+                if not member.isfile() or extension is None:
+                    unused.other("links or the like" if extension is not None else "without a dot", member.name)
+                    continue
+                if sample is None or sample.key != key:
+                    rows += sample.row(wanted, what, unused) if sample else []
+                    sample = _Sample(path, key)
+                    if key in seen:
+                        raise DataError(
+                            f"{path}: {member.name} does not follow the other members of {key}: expected the members "
+                            "of a sample one after the other, and none twice"
+                        )
+                    seen.add(key)
+                sample.take(member, extension, wanted, file, unused)
+            rows += sample.row(wanted, what, unused) if sample else []
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path} cannot be read as an uncompressed tar file: {error}") from error
+    return rows
+
+
+def _key(name):
+    """(key, extension in lower case or None) of a member, as webdataset has them."""
+    folder, slash, last = name.rpartition("/")
+    base, dot, extension = last.partition(".")
+    return folder + slash + base, extension.lower() if dot else None
+
+
+class _Sample:
+    """The members of one sample."""
+
+    def __init__(self, path, key):
+        self.path, self.key, self.names, self.image, self.texts = path, key, {}, None, {}
+
+    def take(self, member, extension, wanted, file, unused):
+        """Takes a member; what it is of no use for is noted as unused. Errors: DataError."""
+        name = member.name
+        if extension in self.names:
+            both = f"{name} twice" if self.names[extension] == name else f"{self.names[extension]} and {name}"
+            raise DataError(f"{self.path} holds {both}, in one sample: expected one of them")
+        self.names[extension] = name
+        if extension in wanted:
+            file.seek(member.offset_data)
+            try:
+                self.texts[extension] = file.read(member.size).decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{self.path}: {name} is no text in UTF-8: {error}") from error
+        elif is_image(f"image.{extension}") and "." not in extension:
+            if self.image is not None:
+                raise DataError(f"{self.path} holds {self.image[0]} and {name}, two images in one sample: expected one")
+            self.image = name, member.offset_data, member.size
+        else:
+            unused.other(f".{extension}", name)
+
+    def row(self, wanted, what, unused):
+        """[(key, extension of the text, text, offset, size)] of the sample, none if it has no image. Errors: DataError
+        for an image without a text, or with an empty one where that is a class."""
+        if self.image is None:
+            if self.texts:
+                unused.no_image.append(self.key)
+            return []
+        kind = next((extension for extension in wanted if extension in self.texts), None)
+        if kind is None:
+            beside = " or ".join(f"{self.key}.{extension}" for extension in wanted)
+            raise DataError(f"{self.path}: the image {self.key} has no {what}: expected {beside} beside it")
+        if not self.texts[kind] and kind == "cls":
+            raise DataError(f"{self.path}: {self.names[kind]} is empty: expected the class, a number or a name")
+        return [(self.key, kind, self.texts[kind], *self.image[1:])]

@@ -1,0 +1,232 @@
+"""What one does with a trained classifier: evaluate it (`gspn eval`)."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from gspn import plots as pictures
+from gspn.data.images import UNREADABLE
+from gspn.data.labelled import DataError, location, open_data
+from gspn.data.latent_folder import refuse_latents
+from gspn.data.loader import batches, make_loader, workers_note
+from gspn.data.unreadable import warning_of
+from gspn.files import check_absent, make_folder, write_json
+from gspn.options import OptionError, check_range, far_from
+from gspn.progress import Progress
+from gspn.runs import load_classifier
+from gspn.train.loop import autocast, make_accelerator
+
+# Those of open_data, which a run keeps for its evaluation.
+OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column", "streaming")
+
+
+@dataclass
+class Outcome:
+    """A classifier's answers on a split, one row an image: index and label (N,), UNREADABLE where there was none;
+    top (N, K) classes by falling probability, their probability (N, K), loss (N,). And the seconds that this process
+    waited for images and worked on them."""
+
+    index: torch.Tensor
+    label: torch.Tensor
+    top: torch.Tensor
+    probability: torch.Tensor
+    loss: torch.Tensor
+    waiting: float
+    working: float
+
+    @property
+    def seen(self):
+        """Which images there were, bool (N,). Errors: DataError if there was none."""
+        seen = self.label != UNREADABLE
+        if not seen.any():
+            raise DataError(f"none of the {len(seen)} images could be read")
+        return seen
+
+    def metrics(self, class_names):
+        """loss, top1, top5 (None where there are no more than five classes), ece, images, unreadable, and the names of
+        the classes of which there was no image."""
+        seen = self.seen
+        hits = self.top[seen] == self.label[seen, None]
+        present = set(self.label[seen].tolist())
+        return {
+            "loss": self.loss[seen].mean().item(),
+            "top1": hits[:, 0].float().mean().item(),
+            "top5": hits.any(1).float().mean().item() if len(class_names) > 5 else None,
+            "ece": self.calibration()[0],
+            "images": int(seen.sum()),
+            "unreadable": int((~seen).sum()),
+            "missing_classes": [name for i, name in enumerate(class_names) if i not in present],
+        }
+
+    def calibration(self, bins: int = 15) -> tuple[float, list[dict]]:
+        """Do answers given with a probability of 80% turn out right 80% of the time?
+
+        Returns: (expected calibration error: the mean over the images of how far the accuracy of their bin is from its
+        mean probability, and every bin of equal width that has images: from, to, images, probability, accuracy).
+        """
+        seen = self.seen
+        probability, right = self.probability[seen, 0].double(), (self.top[seen, 0] == self.label[seen]).double()
+        number = (probability * bins).long().clamp(max=bins - 1)
+        rows = []
+        for i in number.unique().tolist():
+            inside = number == i
+            row = {"from": i / bins, "to": (i + 1) / bins, "images": int(inside.sum())}
+            rows.append(
+                row | {"probability": probability[inside].mean().item(), "accuracy": right[inside].mean().item()}
+            )
+        error = sum(row["images"] * abs(row["accuracy"] - row["probability"]) for row in rows) / len(right)
+        return error, rows
+
+    def confusion(self, classes: int) -> torch.Tensor:
+        """How often an image of class i was taken for class j, int64 (classes, classes)."""
+        seen = self.seen
+        pairs = self.label[seen] * classes + self.top[seen, 0]
+        return pairs.bincount(minlength=classes * classes).view(classes, classes)
+
+
+@torch.inference_mode()
+def classify(model, loader, preprocessing, accelerator, bar=None):
+    """Runs a classifier over a prepared loader's batches; with several processes each of them gets the whole Outcome,
+    in which no image counts twice. `bar`: a Progress that counts images."""
+    rows, waiting, start = [], 0.0, time.perf_counter()
+    before = start
+    for batch in batches(loader):
+        waiting += time.perf_counter() - before
+        logits = model(preprocessing.normalize(batch["image"])).float()
+        probability, top = logits.softmax(1).topk(min(5, logits.shape[1]))
+        loss = F.cross_entropy(logits, batch["label"], ignore_index=UNREADABLE, reduction="none")
+        row = accelerator.gather_for_metrics((batch["index"], batch["label"], top, probability, loss))
+        rows.append([column.cpu() for column in row])
+        if bar is not None:
+            bar.update(bar.done + len(rows[-1][0]))
+        before = time.perf_counter()
+    working = before - start - waiting
+    return Outcome(*(torch.cat(column) for column in zip(*rows, strict=True)), waiting, working)
+
+
+def progress(images: int, accelerator, console: Console | None) -> Progress:
+    """What `classify` tells its progress to; only the main process prints."""
+    return Progress("evaluating", images, console=console if accelerator.is_main_process else None)
+
+
+def warnings_of(metrics, problems):
+    """What must not go unsaid after training or evaluation, one text each."""
+    warnings = []
+    if problems:
+        warnings.append(warning_of(problems))
+    if metrics["missing_classes"]:
+        missing = ", ".join(metrics["missing_classes"])
+        warnings.append(f"no image of these classes in the evaluation; accuracy is over the others: {missing}")
+    return warnings
+
+
+def evaluate(
+    path: str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    checkpoint: str = "best",
+    batch_size: int = 256,
+    channels: int | None = None,
+    size: tuple[int, int] | None = None,
+    workers: int = 2,
+    strict: bool = False,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **open_options,
+) -> tuple[dict, list[str]]:
+    """Evaluates a run on `data`.
+
+    Args:
+        path: the run folder. data, open_options: see data.open_data.
+        split: "train", "val", "test", "all"; None: see data.Data.for_evaluation.
+        channels: that of the model, which converts images of another number of channels. Without it they are an
+            error, but not in the data that the run was trained on, nor if it was trained with `channels`.
+        size: (H, W) of the input, another one than in training if it is given.
+        out: a folder for evaluation-HxW.json and confusion-HxW.png. overwrite: these may be replaced.
+        console: rich's, for the progress; None is silent.
+    What `open_options` leave out is as in training if `data` is what the run was trained on.
+    Returns: (metrics, list of warnings); metrics, the same in every process, are those of Outcome and
+        "split", "size", "trained_size";
+        "reliability": see Outcome.calibration;
+        "confused": the 20 most frequent mistakes [class, taken for, images];
+        "images_per_second": with reading; "model_images_per_second": without.
+    Errors: DataError, ExistsError, OptionError, RunError, SaveError.
+    """
+    check_range("batch_size", batch_size)
+    check_range("workers", workers)
+    refuse_latents(data)
+    classifier = load_classifier(path, checkpoint)
+    preprocessing, class_names, config = classifier.preprocessing, classifier.classes, classifier.run.config
+    trained_size = preprocessing.size
+    if size is not None:
+        preprocessing = replace(preprocessing, size=size)
+    if out is not None:
+        check_absent(*evaluation_files(out, preprocessing.size), overwrite=overwrite)
+    if channels not in (None, preprocessing.channels):
+        raise OptionError(f"channels is {channels}, but the model of {path} takes {preprocessing.channels}")
+    trained_on, accelerator = config["data"], make_accelerator()
+    console = console if accelerator.is_main_process else None
+    own = location(data) == trained_on["where"]
+    if own:
+        given = {name: value for name, value in open_options.items() if value is not None}
+        open_options = {name: trained_on[name] for name in OPEN_OPTIONS if name in trained_on} | given
+    with Progress(f"opening {data}", console=console):
+        data_set = open_data(data, **open_options)
+    chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
+    chosen = chosen.relabelled(class_names)
+    held_out, told = own and name == "val" and "all" in data_set.splits, trained_on.get("fingerprint")
+    changed = held_out and told is not None and data_set.fingerprint(like=told) != told
+    converts = channels is not None or own or trained_on.get("converts", False)
+    if not converts and chosen.channels() != preprocessing.channels:
+        raise DataError(
+            f"the model takes {preprocessing.channels} channels but the images have {chosen.channels()}; "
+            f"--channels {preprocessing.channels} converts them"
+        )
+    batch_size += -batch_size % accelerator.num_processes  # they share a batch
+    model = classifier.model.to(accelerator.device)
+    loader = accelerator.prepare(make_loader(chosen, preprocessing, batch_size, workers=workers))
+    bar = progress(len(chosen), accelerator, console)
+    with bar, autocast(accelerator.device, config["options"]["precision"]):
+        outcome = classify(model, loader, preprocessing, accelerator, bar)
+    problems = [chosen.problem(i) for i in outcome.index[outcome.label == UNREADABLE].tolist()]
+    if problems and strict:
+        raise DataError(f"unreadable image (--strict): {problems[0]}")
+    seconds = {"images_per_second": outcome.waiting + outcome.working, "model_images_per_second": outcome.working}
+    sizes = {"size": list(preprocessing.size), "trained_size": list(trained_size)}
+    metrics = {"split": name, **sizes, **outcome.metrics(class_names)}
+    metrics |= {rate: round(len(chosen) / duration, 1) for rate, duration in seconds.items()}
+    confusion = outcome.confusion(len(class_names))
+    metrics |= {"reliability": outcome.calibration()[1], "confused": mistakes(confusion, class_names)}
+    if out is not None and accelerator.is_main_process:
+        table, picture = evaluation_files(out, preprocessing.size)
+        make_folder(table.parent)
+        write_json(table, metrics)
+        pictures.confusion(picture, confusion, class_names, metrics)
+    far = far_from(preprocessing.size, trained_size, f"the model of {path} was trained at")
+    told = [*data_set.left_out, *filter(None, [far, workers_note(workers, chosen)])]
+    if changed:
+        told.append(
+            f"{data} has changed since the run was trained: other images may be held out of it now, so that some of "
+            "these may have been trained on"
+        )
+    return metrics, [*told, *warnings_of(metrics, problems)]
+
+
+def evaluation_files(folder: str | Path, size: tuple[int, int]) -> tuple[Path, Path]:
+    """What `evaluate` writes into a folder: the metrics and the picture of an evaluation at (H, W)."""
+    at = "x".join(map(str, size))
+    return Path(folder) / f"evaluation-{at}.json", Path(folder) / f"confusion-{at}.png"
+
+
+def mistakes(confusion: torch.Tensor, class_names: list[str], count: int = 20) -> list[tuple[str, str, int]]:
+    """The most frequent ones in a confusion matrix (see Outcome): (class, taken for, images)."""
+    wrong = confusion.clone().fill_diagonal_(0)
+    number, place = wrong.flatten().topk(min(count, wrong.numel()))
+    pairs = [(n, *divmod(i, len(class_names))) for n, i in zip(number.tolist(), place.tolist(), strict=True) if n]
+    return [(class_names[label], class_names[guess], n) for n, label, guess in pairs]

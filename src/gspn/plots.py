@@ -1,0 +1,263 @@
+"""Pictures: learning curves, predictions on test images, where one pixel's context comes from, confusion."""
+
+import numpy as np
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from gspn.data.images import UNREADABLE
+from gspn.files import atomic
+from gspn.models import context_maps
+from gspn.ops import DIRECTIONS
+
+BLUE, ORANGE, RED, GREY = "#2f6db3", "#e07b22", "#c62828", "#5f6368"
+COLUMNS, ROWS, WRONG = 8, 5, 8  # the grid of predictions, and how many wrong ones it shows at most
+
+
+def save(figure, path):
+    """Writes a figure as PNG, atomically. Errors: SaveError."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, facecolor="white")
+
+
+def curves(run):
+    """Draws RUN/curves.png from the run's metrics: losses, and accuracy with the best epoch marked."""
+    rows = run.metrics
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    marker = "o" if len(rows) < 3 else None
+    smoothing = run.config["options"]["label_smoothing"]
+    smoothed = f" (label smoothing {smoothing:g})" if smoothing else ""
+    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker, label=f"training{smoothed}")
+    loss.plot(epochs, [row["val_loss"] for row in rows], color=ORANGE, marker=marker, label="validation")
+    loss.set(title="Loss", xlabel="epoch", yscale="log")
+    loss.legend(frameon=False)
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_locator(NullLocator())
+
+    top1 = [row["top1"] for row in rows]
+    best = max(range(len(rows)), key=lambda i: (top1[i], -rows[i]["val_loss"]))  # as the loop chooses
+    accuracy.plot(epochs, top1, color=ORANGE, marker=marker, label="top-1")
+    if all(row["top5"] is not None for row in rows):
+        accuracy.plot(epochs, [row["top5"] for row in rows], color=GREY, linestyle="--", marker=marker, label="top-5")
+    accuracy.plot([epochs[best]], [top1[best]], "o", color=RED, label=f"best: {top1[best]:.2%}, epoch {epochs[best]}")
+    accuracy.set(title="Validation accuracy", xlabel="epoch")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy.legend(frameon=False, loc="lower right")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, run.path / "curves.png")
+
+
+def losses(run):
+    """Draws RUN/curves.png of a generator: the loss, and the two parts of its validation loss."""
+    rows = run.metrics
+    epochs, marker = [row["epoch"] for row in rows], "o" if len(rows) < 3 else None
+    learned = any(row["val_bound"] for row in rows)  # else there is no variance, and nothing bounds it
+    figure = Figure(figsize=(12 if learned else 8, 3.6), layout="constrained")
+    loss, error, *bound = figure.subplots(1, 2 + learned)
+    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker, label="training")
+    loss.plot(epochs, [row["val_loss"] for row in rows], color=ORANGE, marker=marker, label="validation")
+    loss.set(title="Loss")
+    loss.legend(frameon=False)
+    error.plot(epochs, [row["val_error"] for row in rows], color=ORANGE, marker=marker)
+    error.set(title="Squared error, validation")
+    for axes in bound:
+        axes.plot(epochs, [row["val_bound"] for row in rows], color=ORANGE, marker=marker)
+        axes.set(title="Variational bound, validation (bits)")
+    _save_losses(run, figure)
+
+
+def distillation(run):
+    """Draws RUN/curves.png of a distillation: the loss, and the three parts of its validation loss; beside the noise
+    loss the teacher's own."""
+    rows = run.metrics
+    epochs, marker = [row["epoch"] for row in rows], "o" if len(rows) < 3 else None
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    loss, *parts = figure.subplots(1, 4)
+    loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker, label="training")
+    loss.plot(epochs, [row["val_loss"] for row in rows], color=ORANGE, marker=marker, label="validation")
+    loss.set(title="Loss")
+    titles = {"noise": "Noise", "output": "Against the teacher's output", "feature": "Against its attentions"}
+    for axes, (name, title) in zip(parts, titles.items(), strict=True):
+        axes.plot(epochs, [row[f"val_{name}"] for row in rows], color=ORANGE, marker=marker, label="student")
+        axes.set(title=f"{title}, validation")
+    parts[0].plot(epochs, [row["val_teacher"] for row in rows], "--", color=GREY, marker=marker, label="teacher")
+    for axes in (loss, parts[0]):
+        axes.legend(frameon=False)
+    _save_losses(run, figure)
+
+
+def _save_losses(run, figure):
+    for axes in figure.axes:
+        axes.set(xlabel="epoch", yscale="log")
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.yaxis.set_minor_formatter("{x:.3g}")
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    save(figure, run.path / "curves.png")
+
+
+def predictions(path, split, outcome, preprocessing, class_names, split_name):
+    """Draws a grid of a split's images as the model sees them, with predicted class and its probability: up to eight
+    wrong ones first, marked red and with the true class, then right ones, evenly spaced.
+
+    Args:
+        path: of the PNG. split: data.Split. outcome: evaluate.Outcome on it. preprocessing: images.Preprocessing.
+    """
+    readable = outcome.label != UNREADABLE
+    right = outcome.top[:, 0] == outcome.label
+    wrong_rows, right_rows = torch.where(readable & ~right)[0], torch.where(readable & right)[0]
+    shown = _spaced(wrong_rows, WRONG)
+    shown += _spaced(right_rows, COLUMNS * ROWS - len(shown))
+    rows = -(-len(shown) // COLUMNS)
+    tall = preprocessing.size[0] / preprocessing.size[1]  # an image is 1 wide and this tall, with 0.32 for its text
+    figure = Figure(figsize=(COLUMNS * 1.3, rows * (tall + 0.32) * 1.3 + 0.6), layout="constrained")
+    total, correct = int(readable.sum()), int((readable & right).sum())
+    axes = figure.subplots()
+    axes.set_title(
+        f"{correct:,} of {total:,} {split_name} images right ({correct / total:.2%}); {len(wrong_rows):,} wrong, red",
+        fontsize=12,
+    )
+    axes.axis("off")
+    for cell, row in enumerate(shown):
+        left, top = cell % COLUMNS, cell // COLUMNS * (tall + 0.32) + 0.32
+        extent = (left + 0.04, left + 0.96, top + tall * 0.92, top)
+        pixels = preprocessing(split.image(int(outcome.index[row])))
+        axes.imshow(_shown(pixels), cmap="gray", vmin=0, vmax=255, extent=extent)
+        label, guess = class_names[int(outcome.label[row])], class_names[int(outcome.top[row, 0])]
+        title, colour = f"{_short(guess, 10)} ({float(outcome.probability[row, 0]):.0%})", "black"
+        if not right[row]:
+            title, colour = f"{title}\nis {_short(label)}", RED
+            frame = dict(edgecolor=RED, linewidth=3, fill=False)
+            axes.add_patch(Rectangle((extent[0], top), 0.92, tall * 0.92, **frame))
+        axes.text(left + 0.5, top - 0.03, title, fontsize=8, color=colour, ha="center", va="bottom")
+    axes.set(xlim=(0, COLUMNS), ylim=(rows * (tall + 0.32), 0))
+    save(figure, path)
+
+
+def confusion(path, matrix, class_names, metrics):
+    """Draws which class was taken for which, in parts of the images of a class, and beside it how often answers of a
+    given probability are right.
+
+    Args:
+        path: of the PNG. matrix: evaluate.Outcome.confusion's, int64 (K, K). metrics: evaluate.evaluate's.
+    """
+    K = len(class_names)
+    names = [_short(name, 18) for name in class_names] if K <= 40 else []
+    side, margin = min(max(0.42 * K, 4.2), 12), 0.08 * max(map(len, names), default=0)  # inches
+    figure = Figure(figsize=(side + margin + 5.6, side + margin + 0.9), layout="constrained")
+    axes, reliability = figure.subplots(1, 2, width_ratios=(side + margin + 1.2, 4.2))
+    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    image = axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # a root scale: rare mistakes show
+    figure.colorbar(image, ax=axes, shrink=0.7, format=PercentFormatter(1))
+    height, width = metrics["size"]
+    title = f"{metrics['images']:,} {metrics['split']} images at {height}x{width}: top-1 {metrics['top1']:.2%}"
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set(xlabel="taken for", ylabel="class")
+    if names:
+        axes.set_xticks(range(K), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(K), names, fontsize=8)
+    if K <= 20:
+        for i, j in matrix.nonzero().tolist():
+            colour = "white" if share[i, j] > 0.4 else "black"
+            axes.text(j, i, f"{share[i, j]:.0%}", ha="center", va="center", fontsize=7, color=colour)
+
+    rows = metrics["reliability"]
+    left, width = [row["from"] for row in rows], [row["to"] - row["from"] for row in rows]
+    reliability.bar(left, [row["accuracy"] for row in rows], width, align="edge", color=BLUE, edgecolor="white")
+    centre = [(row["from"] + row["to"]) / 2 for row in rows]
+    share = [row["images"] / metrics["images"] for row in rows]
+    reliability.plot(centre, share, "o-", color=ORANGE, markersize=4, label="part of the images")
+    reliability.plot([0, 1], [0, 1], "--", color="black", linewidth=1, label="as often right as probable")
+    reliability.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="probability of the answer", ylabel="part right")
+    reliability.set_title(f"calibration error {metrics['ece']:.2%}", fontsize=11)
+    reliability.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    for axis in (reliability.xaxis, reliability.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, 0))
+    reliability.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def _spaced(rows, count):
+    at = np.unique(np.linspace(0, len(rows) - 1, count).astype(int)) if len(rows) and count else []
+    return [int(rows[i]) for i in at]
+
+
+def _shown(pixels):
+    return (pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy()
+
+
+def _short(name, length=14):
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def context(path, classifier, image, place=None, block=None):
+    """Draws where the context of one pixel comes from: the input with the pixel marked, the four directions, merged.
+
+    Args:
+        path: of the PNG. classifier: runs.Classifier. image: PIL.
+        place: (row, column) in the model's input; None is its middle.
+        block: number of the block, from the end if negative, or its name; None is the last one whose feature map has at
+            least eight rows and columns (or the last of the first level).
+    Errors: ValueError for a place outside of the input, a block that there is not, or values that are not finite;
+        SaveError.
+    """
+    pixels = classifier.preprocessing(image)
+    height, width = pixels.shape[1:]
+    row, column = place or (height // 2, width // 2)
+    if block is None:
+        model, block = classifier.model, -1
+        for depth, level in zip(model.depths, model.feature_info, strict=True):
+            if block == -1 or min(height, width) / level["reduction"] >= 8:
+                block += depth
+    device = next(classifier.model.parameters()).device
+    image = classifier.preprocessing.normalize(pixels[None].to(device))[0]
+    maps = context_maps(classifier.model, image, (row, column), block)
+    if wrong := int((~torch.as_tensor(maps["merged"]).isfinite()).sum()):
+        raise ValueError(f"{wrong} values of the context in {maps['block']} are not finite: the weights are damaged")
+    figure = Figure(figsize=(9.6, 6.2), layout="constrained")
+    figure.suptitle(f"Where the context of pixel ({row}, {column}) comes from, {maps['block']}", fontsize=12)
+    panels = ["input", *DIRECTIONS, "merged"]
+    arrows = {"right": "→", "down": "↓", "left": "←", "up": "↑"}
+    for axes, name in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        if name == "input":
+            axes.imshow(_shown(pixels), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+            axes.set_title(f"input, {height}x{width}", fontsize=10)
+        else:
+            values = torch.as_tensor(maps[name]).float().cpu().numpy()
+            share = values / max(values.sum(), 1e-30)
+            others = share.copy()
+            others[maps["place"]] = 0  # the place's own share outshines the rest: in the title, and beyond the colours
+            most = others.max() or 1.0
+            shown = axes.imshow(share, cmap="magma", norm=PowerNorm(0.5, 0, most), extent=(0, width, height, 0))
+            decimals = 0 if most > 0.1 else 1 if most > 0.01 else 2
+            ticks = MaxNLocator(5)
+            bar = figure.colorbar(shown, ax=axes, shrink=0.8, ticks=ticks, format=PercentFormatter(1, decimals))
+            bar.ax.tick_params(labelsize=7)
+            what = "all four merged" if name == "merged" else f"{arrows[name]} scan going {name}"
+            axes.set_title(f"{what}; itself {share[maps['place']]:.0%}", fontsize=10)
+        _mark(axes, row, column, height, width)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.supxlabel(
+        f"the share of the context that comes from each place of the {'x'.join(map(str, share.shape))} feature map; "
+        "colours on a square-root scale",
+        fontsize=9,
+        color=GREY,
+    )
+    save(figure, path)
+
+
+def _mark(axes, row, column, height, width):
+    side = max(1.0, max(height, width) / 32)
+    centre = (column + 0.5 - side / 2, row + 0.5 - side / 2)
+    axes.add_patch(Rectangle(centre, side, side, fill=False, edgecolor="black", linewidth=3.2))
+    axes.add_patch(Rectangle(centre, side, side, fill=False, edgecolor="#35e0ff", linewidth=1.6))

@@ -1,0 +1,198 @@
+"""From a run folder back to Python: `gspn.load_run`, and the classifier that it and the commands load."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gspn.data.images import Preprocessing, decode, upright
+from gspn.models import Backbone, create_model
+from gspn.options import OptionError
+from gspn.train.run import Run, RunError
+
+if TYPE_CHECKING:
+    from gspn.models.pipeline import GSPNPipeline
+
+TASKS = ("classification", "diffusion")  # what `load_run` can load
+
+
+@dataclass
+class Classifier:
+    """A trained classifier with all that it needs.
+
+    Attributes:
+        model: the backbone, in evaluation mode.
+        classes: their names, in the order of the logits.
+        preprocessing: how an image becomes the model's input: size, channels, crop, mean and deviation.
+        run: the run folder: its path, config and metrics.
+    """
+
+    run: Run
+    model: Backbone
+    preprocessing: Preprocessing
+    classes: list[str]
+
+    def preprocess(self, image: Image.Image | str | os.PathLike) -> Tensor:
+        """The model's input for an image: float (C,H,W), with the model's dtype and on its device.
+        ``model(preprocess(image)[None])`` are the logits (1, number of classes).
+
+        Args:
+            image: a PIL image of any size and mode, or a file. Both are turned upright as their EXIF data say.
+
+        Raises TypeError for anything else, and what Pillow raises for a file that it cannot read.
+        """
+        if isinstance(image, Image.Image):
+            image = upright(image)
+        elif isinstance(image, str | os.PathLike):
+            image = decode(image)
+        else:
+            raise TypeError(f"expected a PIL image or a path, got {type(image).__name__}")
+        return self._normalized(self.preprocessing(image)[None])[0]
+
+    def predict(self, image: Image.Image | str | os.PathLike, top: int | None = None) -> dict[str, float]:
+        """{class: probability}, the most probable class first.
+
+        Args:
+            image: as for `preprocess`, which says what is raised. top: how many classes; None for all.
+        """
+        if top is not None and top < 1:
+            raise ValueError(f"top has to be at least 1, got {top}")
+        (ranked,) = self._ranked(self.preprocess(image)[None], top)
+        if len(ranked) > len(answer := dict(ranked)):
+            raise ValueError(f"two classes of {self.run.path} have the same name; model(...) gives all logits")
+        return answer
+
+    def rank(self, pixels: Tensor, top: int | None = None) -> list[list[tuple[str, float]]]:
+        """[(class, probability), ...] for each image of a batch, the most probable class first.
+
+        Args:
+            pixels: uint8 (B,C,H,W), what `preprocessing` makes of images. top: as for `predict`.
+        """
+        return self._ranked(self._normalized(pixels), top)
+
+    def _normalized(self, pixels):
+        where = next(self.model.parameters())
+        return self.preprocessing.normalize(pixels.to(where.device)).to(where.dtype)
+
+    @torch.inference_mode()
+    def _ranked(self, inputs, top):
+        probability = self.model(inputs).float().softmax(1)
+        probability, number = probability.topk(min(top or len(self.classes), len(self.classes)))
+        return [
+            [(self.classes[n], p) for n, p in zip(ns, ps, strict=True)]
+            for ns, ps in zip(number.tolist(), probability.tolist(), strict=True)
+        ]
+
+
+def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
+    """The Classifier in a run folder: in evaluation mode, on the CPU, with the averaged weights if the run has them.
+
+    Errors: RunError.
+    """
+    run = Run.open(path)
+    try:
+        run.check_task("classification")
+        preprocessing = Preprocessing(**run.config["preprocessing"])
+        # The backend is of the machine that trained, not of the model: a run made on a GPU is used on a CPU as well.
+        model = create_model(**{**run.config["model"], "backend": None})
+        tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
+        model.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
+        for part, needed in (("data", "where"), ("options", "precision")):
+            run.config[part][needed]  # evaluation needs them: better missed here than there
+        return Classifier(run, model.eval(), preprocessing, run.config["class_names"])
+    except RunError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
+
+
+@overload
+def load_run(
+    path: str | os.PathLike,
+    checkpoint: str | None = None,
+    *,
+    task: Literal["classification"],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Classifier: ...
+
+
+@overload
+def load_run(
+    path: str | os.PathLike,
+    checkpoint: str | None = None,
+    *,
+    task: Literal["diffusion"],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    vae: str | os.PathLike | None = None,
+) -> "GSPNPipeline": ...
+
+
+@overload
+def load_run(
+    path: str | os.PathLike,
+    checkpoint: str | None = None,
+    *,
+    task: None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    vae: str | os.PathLike | None = None,
+) -> "Classifier | GSPNPipeline": ...
+
+
+def load_run(
+    path: str | os.PathLike,
+    checkpoint: str | None = None,
+    *,
+    task: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    vae: str | os.PathLike | None = None,
+) -> "Classifier | GSPNPipeline":
+    """What a run trained, ready for use, with the averaged weights if the run has them.
+
+    Args:
+        path: the run folder of `gspn train` or `gspn train-diffusion`.
+        checkpoint: "best", "last", "epoch-0010", ... None takes "best" of a classifier and "last" of a generator, as
+            the commands do.
+        task: "classification" or "diffusion" refuses a run of the other kind, and tells type checkers what is returned.
+        device, dtype: of the model; None keeps float32.
+        vae: of a generator of latents, where the VAE is now, if it was moved since the training.
+
+    Returns:
+        For a classifier a :class:`Classifier`, with ``model``, ``classes``, ``preprocess(image)`` and
+        ``predict(image)``. For a generator a :class:`gspn.GSPNPipeline`, with its VAE if it has one; ``id2label`` holds
+        the names of the classes.
+
+    Raises RunError, a ValueError, for a folder that is no run, is damaged, or is of `gspn distill`
+    (:func:`gspn.load_swap` takes that); OptionError, a ValueError too, for a VAE that does not fit; ImportError where
+    the extra ``train``, or ``diffusion`` for a generator, is not installed.
+
+    >>> import gspn
+    >>> run = gspn.load_run("runs/first")  # doctest: +SKIP
+    >>> run.predict("picture.png", top=2)  # doctest: +SKIP
+    {'7': 0.98, '1': 0.01}
+    """
+    if task is not None and task not in TASKS:
+        raise OptionError(f"task has to be {' or '.join(TASKS)}, got {task!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise OptionError(f"dtype has to be a floating one, got {dtype}")
+    path = Path(path).expanduser()
+    found = Run.open(path).check_task(*TASKS if task is None else (task,))
+    if found == "diffusion":
+        from gspn.sampling.generators import load_pipeline
+
+        pipeline = load_pipeline(path, checkpoint or "last", vae).to(device)
+        if dtype is not None:
+            pipeline.transformer.to(dtype)  # the VAE stays in float32, as in `gspn sample`
+        return pipeline
+    if vae is not None:
+        raise OptionError(f"vae is for generators of latents, but {path} holds a classifier")
+    classifier = load_classifier(path, checkpoint or "best")
+    classifier.model.to(device=device, dtype=dtype)
+    return classifier

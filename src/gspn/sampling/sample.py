@@ -1,0 +1,289 @@
+"""Samples of a trained generator, by one process or several: what `gspn sample` runs.
+
+All that is random in sample i comes of (seed, i), so that it is the same whatever the batch, the number of processes
+and where they were stopped; another size of a batch may round the last bit of a sum elsewhere. A batch is a run of
+consecutive numbers; of one that was stopped in its middle, only the images that are missing are written.
+"""
+
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from gspn.data.images import decode, generator
+from gspn.digests import digest, settings, tensors_of
+from gspn.files import SaveError, remove, write_json, writing
+from gspn.models.sampling import NotFiniteError
+from gspn.options import OptionError, far_from
+from gspn.progress import Progress
+from gspn.sampling.generators import load_pipeline, named_scheduler
+from gspn.sampling.grid import CLASSES, COLUMNS, draw_grid, save_picture
+from gspn.sampling.options import PER_CLASS, SampleOptions
+from gspn.sampling.sample_folder import ABOUT, ARRAYS, GRID, IMAGES, Samples
+from gspn.train.loop import TrainingError, make_accelerator
+from gspn.train.run import RunError
+
+EARLY = 0.88  # of all timesteps: the first step has to be of one beyond
+
+
+def sample(
+    source: str | Path,
+    out: str | Path,
+    options: SampleOptions | None = None,
+    *,
+    checkpoint: str = "last",
+    vae: str | Path | None = None,
+    console: Console | None = None,
+) -> dict:
+    """Samples a generator into the folder `out`, or goes on where this was stopped; more images of the same may be
+    asked for later.
+
+    Args:
+        source, checkpoint, vae: see load_pipeline. options: SampleOptions. console: rich's; None is silent.
+        out: the folder; not to exist, to be empty, or begun with the same generator and options.
+    Returns: {"images", "made" (by this call, all processes), "seconds", "folder", "files"}, in every process.
+    Errors: BusyError, OptionError, RunError, SaveError; TrainingError where memory does not suffice or values are not
+        finite.
+    """
+    options = options or SampleOptions()
+    accelerator, out = make_accelerator(), Path(out).expanduser()
+    pipeline = load_pipeline(source, checkpoint, vae)
+    wanted, notes = _plan(pipeline, out, options)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(accelerator.device)
+    if options.precision == "bf16":
+        pipeline.transformer.to(torch.bfloat16)
+    if pipeline.vae is not None:
+        pipeline.vae.enable_slicing()  # decodes an image at a time, which bounds the memory
+    main = accelerator.is_main_process
+    for note in notes if console and main else ():
+        console.print(f"note: {note}", markup=False, highlight=False)
+    _check_folder(wanted)
+    accelerator.wait_for_everyone()  # all have found the folder fit
+    start = time.perf_counter()
+    with writing(out) if main else nullcontext():
+        batches = None
+        if main:
+            _begin(wanted)
+            batches = _batches(wanted, options.batch_size)
+        [batches] = broadcast_object_list([batches])
+        made = sum(len(missing) for _, missing in batches)
+        _make(pipeline, wanted, options, batches, accelerator, console if main else None)
+        accelerator.wait_for_everyone()
+        seconds = time.perf_counter() - start
+        files = [IMAGES]
+        if main:
+            files += _finish(wanted, options)
+        [files] = broadcast_object_list([files])
+    return {"images": wanted.count, "made": made, "seconds": seconds, "folder": str(out), "files": files}
+
+
+# -- what to make --
+
+
+def _plan(pipeline, out, options):
+    """The Samples that are wanted, and notes on them. The pipeline gets its scheduler."""
+    count = pipeline.num_classes
+    names = [pipeline.id2label.get(i, str(i)) for i in range(count)]
+    classes = _classes(pipeline, options.classes, names)
+    if options.count and options.per_class:
+        raise OptionError(f"count {options.count} and per_class {options.per_class} exclude each other: give one")
+    number = options.count or (options.per_class or PER_CLASS) * len(classes)
+    if options.scheduler:
+        pipeline.scheduler = named_scheduler(options.scheduler, pipeline.scheduler)
+    size = options.size or (None, None)
+    try:
+        _, shape = pipeline.check_inputs(classes, options.guidance, options.steps, *size)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    scheduler = pipeline.scheduler
+    settings = {
+        "weights": _digest(pipeline, like=_weights_told(out)),
+        "guidance": options.guidance,
+        "steps": options.steps,
+        "size": [side * pipeline.vae_scale_factor for side in shape[2:]],
+        "scheduler": {"class": type(scheduler).__name__, **_plain(scheduler.config)},
+        "seed": options.seed,
+        "precision": options.precision,
+    }
+    native = pipeline.image_size or (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
+    notes = [_late_start(scheduler, options.steps), far_from(settings["size"], native, "the generator was trained at")]
+    settings = json.loads(json.dumps(settings))  # as it is read again
+    return Samples(out, settings, number, classes, names), [note for note in notes if note]
+
+
+def _late_start(scheduler, steps):
+    """A note where the first of so many steps is of an image that is not all noise yet; it names a number of steps,
+    the nearest divisor, that begins early enough. Leaves the scheduler set to `steps`."""
+    last, firsts = scheduler.config.num_train_timesteps, {}
+    for count in [*(n for n in range(1, last + 1) if last % n == 0), steps]:
+        scheduler.set_timesteps(count)
+        firsts[count] = int(scheduler.timesteps[0])
+    good = [count for count, first in firsts.items() if first >= EARLY * last]
+    if steps in good or not good:
+        return None
+    better = min(good, key=lambda count: abs(count - steps))
+    return (
+        f"with {steps} steps {type(scheduler).__name__} begins at timestep {firsts[steps]} of {last}, where an image "
+        f"is not all noise yet; with {better} it begins at {firsts[better]}, which is better"
+    )
+
+
+def _classes(pipeline, text, names):
+    if text.strip() == "all" and "all" not in names:
+        return list(range(pipeline.num_classes))
+    classes = []
+    for part in (part.strip() for part in text.split(",")):
+        try:
+            classes += pipeline.get_label_ids(int(part) if part.isdecimal() and part not in names else part)
+        except ValueError as error:
+            raise OptionError(f"classes: {error}") from error
+    if len(set(classes)) < len(classes):
+        raise OptionError(f"classes names a class twice: {text!r}")
+    return classes
+
+
+def _plain(config):
+    """What of a scheduler's config decides about samples, as JSON gives it back."""
+    return {key: value for key, value in sorted(config.items()) if not key.startswith("_") and value is not None}
+
+
+def _digest(pipeline, like=None):
+    """A digest of transformer and VAE, weights and settings; in the scheme of `like`."""
+    models = [part for part in (pipeline.transformer, pipeline.vae) if part is not None]
+    parts = [part for model in models for part in tensors_of(model.state_dict())]
+    return digest([*parts, *map(settings, models)], like)
+
+
+def _weights_told(folder):
+    """The digest of the weights that samples in the folder were made with, if there are any."""
+    return Samples.open(folder).settings.get("weights") if (folder / ABOUT).exists() else None
+
+
+def _check_folder(wanted):
+    """Raises RunError unless the samples may go into their folder."""
+    folder = wanted.folder
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; expected a folder that is new, empty, or holds such samples")
+    if not (folder / ABOUT).exists():
+        if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+            raise RunError(f"{folder} is not empty and holds no samples (no {ABOUT}): choose another folder")
+        return
+    before = Samples.open(folder)
+    pairs = [(name, getattr(before, name), getattr(wanted, name)) for name in ("classes", "class_names")]
+    for name, value in wanted.settings.items():
+        was = before.settings.get(name)
+        if isinstance(value, dict) and isinstance(was, dict):  # the scheduler's config: what differs in it
+            pairs += [(f"{name} {key}", was.get(key), value.get(key)) for key in ("class", *sorted({*was, *value}))]
+        else:
+            pairs.append((name, was, value))
+    for name, was, value in pairs:
+        if was != value:
+            what = "other weights" if name == "weights" else f"{name} {_short(was)}, not {_short(value)}"
+            raise RunError(f"the samples in {folder} were made with {what}: choose another folder")
+    if before.count > wanted.count:
+        raise RunError(f"{folder} is of {before.count} samples, more than {wanted.count}: choose another folder")
+
+
+def _short(value):
+    text = str(value)
+    return text if len(text) < 200 else text[:200] + " ..."
+
+
+def _begin(wanted):
+    if (wanted.folder / ABOUT).exists() and Samples.open(wanted.folder).count < wanted.count:
+        for name in (GRID, ARRAYS):  # of fewer samples
+            remove(wanted.folder / name)
+    write_json(wanted.folder / ABOUT, wanted.about())  # first: by it, what was stopped here is recognised
+    try:
+        (wanted.folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder {wanted.folder / IMAGES}: {error.strerror}") from error
+
+
+def _batches(wanted, size):
+    """[(numbers of a batch, those of them to be written), ...]. Batches begin at multiples of their size, so that an
+    image is made in the same company when its batch was stopped."""
+    batches = {}
+    for i in wanted.missing():
+        batches.setdefault(i // size * size, []).append(i)
+    return [(list(range(at, min(at + size, wanted.count))), missing) for at, missing in batches.items()]
+
+
+# -- making it --
+
+
+def _make(pipeline, wanted, options, batches, accelerator, console):
+    """Makes the batches of this process: every so manieth."""
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    total, done = sum(len(missing) for _, missing in batches), 0
+    with Progress("sampling", total, console=console) as bar:
+        for numbers, missing in own:
+            share = len(missing) * accelerator.num_processes  # the others are about as far
+
+            def step(pipeline, i, t, tensors, done=done, share=share):
+                images = done + share * (i + 1) / len(pipeline.scheduler.timesteps)
+                bar.update(min(round(images, 1), total), f"step {i + 1}/{len(pipeline.scheduler.timesteps)}")
+
+            pixels = _images(pipeline, wanted, options, numbers, step)
+            images = pipeline.numpy_to_pil(pixels)
+            for i in missing:
+                save_picture(wanted.path(i), images[numbers.index(i)])
+            done += share
+
+
+def _images(pipeline, wanted, options, numbers, step):
+    """float32 (B,H,W,C) in [0, 1]. Errors: TrainingError."""
+    height, width = wanted.settings["size"]
+    try:
+        return pipeline(
+            [wanted.label(i) for i in numbers],
+            options.guidance,
+            options.steps,
+            height,
+            width,
+            generator=[generator(options.seed, i) for i in numbers],
+            output_type="np",
+            callback_on_step_end=step,
+        ).images
+    except NotFiniteError as error:
+        wrong = [str(numbers[i]) for i in error.images]
+        shown = ", ".join(wrong[:5]) + ", ..." * (len(wrong) > 5)
+        raise TrainingError(f"cannot make sample{'s' * (len(wrong) > 1)} {shown}: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
+        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts):
+            raise TrainingError(
+                f"memory does not suffice for {len(numbers)} images of {height}x{width} at a time: lower --batch-size; "
+                f"what is done stays ({str(error).splitlines()[0]})"
+            ) from error
+        raise
+
+
+def _finish(wanted, options):
+    """Draws and writes what is of all samples. Returns the names of the files."""
+    files = []
+    if options.grid:
+        save_picture(wanted.folder / GRID, _grid(wanted))
+        files.append(GRID)
+    if options.npz:
+        files.append(wanted.write_arrays().name)
+    return files
+
+
+def _grid(wanted):
+    classes = set(sorted(wanted.classes)[:CLASSES])
+    shown = range(min(wanted.count, COLUMNS * len(wanted.classes)))  # they take turns
+    shown = [i for i in shown if wanted.label(i) in classes]
+    images, labels = [decode(wanted.path(i)) for i in shown], [wanted.label(i) for i in shown]
+    settings = wanted.settings
+    height, width = settings["size"]
+    title = (
+        f"{height}x{width}, guidance {settings['guidance']:g}, {settings['steps']} steps of "
+        f"{settings['scheduler']['class'].removesuffix('Scheduler')}, seed {settings['seed']}"
+    )
+    return draw_grid(images, labels, wanted.class_names, title=title)

@@ -1,0 +1,69 @@
+"""Between images and latents: a pipeline's VAE, enlarging, and the statistics of latents."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gspn.models.sampling import check_finite, scale_latents, unscale_latents
+from gspn.stable_diffusion.highres.memory import working_dtype
+
+try:
+    from gspn.stable_diffusion.pipelines import StableDiffusionXLPipeline, retrieve_latents
+except ImportError as error:
+    raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (B,C,H,W) in [-1, 1] enlarged to `size`, bicubic."""
+    return F.interpolate(image, size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def rematched(latents: Tensor, reference: Tensor) -> Tensor:
+    """Latents (B,C,h,w) with the mean and deviation that each channel has in `reference`."""
+    mean, deviation = latents.mean((2, 3), keepdim=True), latents.std((2, 3), keepdim=True, correction=0)
+    wanted = reference.std((2, 3), keepdim=True, correction=0)
+    scale = wanted / deviation.clamp(min=torch.finfo(latents.dtype).tiny)
+    return (latents - mean) * scale + reference.mean((2, 3), keepdim=True)
+
+
+def encode(pipe, image: Tensor) -> Tensor:
+    """The latents (1,C,h,w), float32, of an image (1,3,H,W) in [-1, 1], scaled as the UNet wants them; the mode of the
+    VAE's distribution."""
+    with _working(pipe.vae) as dtype:
+        latents = retrieve_latents(pipe.vae.encode(image.to(dtype)), sample_mode="argmax").float()
+    return scale_latents(latents, _scale(pipe))
+
+
+def decode(pipe, latents: Tensor) -> Tensor:
+    """The image (1,3,H,W) in [-1, 1], float32, on the CPU. Raises NotFiniteError where it would be NaN."""
+    latents = unscale_latents(latents.to(pipe._execution_device, torch.float32), _scale(pipe))
+    with _working(pipe.vae) as dtype:
+        image = pipe.vae.decode(latents.to(dtype), return_dict=False)[0].float().cpu()
+    check_finite(image, f": the VAE overflows in {dtype}, load it in float32" if dtype != torch.float32 else "")
+    return image
+
+
+def _scale(pipe) -> dict:
+    """How the pipeline itself scales latents: SDXL's looks at the VAE's mean and deviation by channel, the others at
+    scaling_factor alone."""
+    config = pipe.vae.config
+    scale = {name: config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")}
+    if None in scale.values() or not isinstance(pipe, StableDiffusionXLPipeline):
+        return {"scaling_factor": config.scaling_factor}
+    return scale
+
+
+@contextmanager
+def _working(vae) -> Iterator[torch.dtype]:
+    """The VAE in the dtype in which it can work, which is given."""
+    before, dtype = vae.dtype, working_dtype(vae)
+    if dtype != before:
+        vae.to(dtype)
+    try:
+        yield dtype
+    finally:
+        if dtype != before:
+            vae.to(before)

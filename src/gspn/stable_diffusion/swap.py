@@ -1,0 +1,362 @@
+"""GSPN in the place of a Stable Diffusion UNet's self-attention: `swap`, `restore`, and the file of swapped layers.
+
+A swap replaces each ``attn1`` of a diffusers UNet2DConditionModel and nothing else. The height and width of the feature
+map travel with the call: the transformer around the layers knows them, its hook adds them to the arguments for its
+blocks, so they are right for every shape, also when gradient checkpointing runs a block again.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from gspn.stable_diffusion import file as swap_file
+from gspn.stable_diffusion.init import initialize, stream_statistics
+from gspn.stable_diffusion.layer import GSPNAttention, check_form
+
+try:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.utils.torch_utils import is_compiled_module
+except ImportError as error:
+    raise ImportError(
+        f'a swap needs diffusers, which cannot be imported ({error}): pip install "gspn[diffusion]"'
+    ) from error
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+# -- what a swap changes in a UNet --
+
+
+def _give_size(transformer, args, kwargs):
+    """Hook before a Transformer2DModel: its blocks get the H and W of its map among the arguments for attentions."""
+    shape = (args[0] if args else kwargs["hidden_states"]).shape
+    size = {"map_size": (shape[-2], shape[-1])}
+    place = 5  # of cross_attention_kwargs, should someone give it by position
+    if len(args) > place:
+        return (*args[:place], {**(args[place] or {}), **size}, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "cross_attention_kwargs": {**(kwargs.get("cross_attention_kwargs") or {}), **size}}
+
+
+def _drop_size(attention, args, kwargs):
+    """Hook before a cross-attention, which would warn of the argument."""
+    kwargs.pop("map_size", None)
+    return args, kwargs
+
+
+def _refuse_saving(*args, **kwargs):
+    raise ValueError(
+        "this UNet's self-attention is swapped for GSPN; diffusers would load the saved files with random attention. "
+        "Save the swapped layers by Swap.save, and the UNet after gspn.restore"
+    )
+
+
+class Swap:
+    """A UNet whose self-attention is swapped for GSPN, as :func:`gspn.swap` and :func:`gspn.load_swap` return it. As a
+    context manager it restores the UNet at the end.
+
+    Attributes:
+        unet: the UNet. form, segment: of the layers.
+        layers: the GSPN layers by the name of the attn1 that each replaces, in the order of the UNet.
+        attentions: the attentions replaced, by the same names. They are kept, but are no part of the UNet meanwhile: in
+            its parameters and its state dict are those of the layers.
+        active: "gspn", "attention", or None once restored.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, layers: dict[str, GSPNAttention]):
+        first = next(iter(layers.values()))
+        self.unet, self.layers, self.form, self.segment = unet, layers, first.form, first.segment
+        self.attentions = {name: unet.get_submodule(name) for name in layers}
+        self.active = "attention"
+        self._hooks = []
+        # The dtype that the UNet had when a layer or an attention was last part of it.
+        self._dtypes = {("gspn", name): _anchor(self._block(name)).dtype for name in layers}
+        self.use("gspn")
+        unet._gspn_swap = self
+
+    def _block(self, name) -> BasicTransformerBlock:
+        return self.unet.get_submodule(name.rpartition(".")[0])
+
+    def use(self, which: str) -> contextlib.ExitStack:
+        """Lets the UNet run the "gspn" layers or the "attention" they replaced. In a `with` statement, until its end.
+        What is put in follows the UNet to another device or dtype and into train or eval mode."""
+        if which not in ("gspn", "attention"):
+            raise ValueError(f'which has to be "gspn" or "attention", got {which!r}')
+        if self.active is None:
+            raise ValueError("this swap was restored; gspn.swap makes another")
+        before = self.active
+        if which != before:
+            self._check_in_place()
+            self._put_in(which)
+        stack = contextlib.ExitStack()
+        stack.callback(self._back_to, before)
+        return stack
+
+    def _back_to(self, which):
+        if self.active is not None:
+            self.use(which)
+
+    def _check_in_place(self):
+        present = self.layers if self.active == "gspn" else self.attentions
+        for name, module in present.items():
+            found = getattr(self._block(name), "attn1", None)
+            if found is not module:
+                raise ValueError(f"{name} was replaced by a {type(found).__name__} since the swap; put it back first")
+        _check_free(self.unet)
+        for name, module in present.items():
+            _check_linears(name, module)
+
+    def _put_in(self, which):
+        coming = self.layers if which == "gspn" else self.attentions
+        for name, module in coming.items():  # before anything is put in: a device may be full
+            anchor = _anchor(self._block(name))
+            # Only a change of the UNet's dtype: the layers may have another on purpose, as float32 in training.
+            changed = anchor.dtype != self._dtypes[which, name] and anchor.dtype in _DTYPES
+            module.to(device=anchor.device, dtype=anchor.dtype if changed else None)
+            self._dtypes[self.active, name] = anchor.dtype
+        for name, module in coming.items():
+            block = self._block(name)
+            module.train(block.attn1.training)
+            if module.get_processor() is not (processor := block.attn1.get_processor()):
+                module.set_processor(processor)
+            block.attn1 = module
+        self.active = which
+        while self._hooks:
+            self._hooks.pop().remove()
+        self.unet.__dict__.pop("save_pretrained", None)
+        if which == "gspn":
+            for module in self.unet.modules():
+                if isinstance(module, Transformer2DModel):
+                    self._hooks.append(module.register_forward_pre_hook(_give_size, with_kwargs=True))
+                elif isinstance(module, BasicTransformerBlock):
+                    for attention in (module.attn1, module.attn2):
+                        if isinstance(attention, Attention):
+                            self._hooks.append(attention.register_forward_pre_hook(_drop_size, with_kwargs=True))
+            self.unet.save_pretrained = _refuse_saving
+
+    def restore(self) -> None:
+        """Puts the attentions back for good; the UNet is what it was before the swap, bit for bit."""
+        self.use("attention")
+        self.active = None
+        del self.unet._gspn_swap
+
+    def __enter__(self) -> "Swap":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.active is not None:
+            self.restore()
+
+    def save(self, path: Path | str) -> Path:
+        """Saves the layers alone, with what they need to be put into such a UNet again: one safetensors file, whose
+        header holds the config, replaced at once. A `path` that does not end in .safetensors is a folder, and the file
+        in it ``gspn_swap.safetensors``. Returns the file's path."""
+        for name, layer in self.layers.items():
+            _check_linears(name, layer)
+        gate_bias = next(iter(self.layers.values())).gate_bias
+        options = {"form": self.form, "segment": self.segment, "gate_bias": gate_bias}
+        return swap_file.write(path, self.unet, self.layers, options)
+
+    def __repr__(self) -> str:
+        extent = "global" if self.segment is None else f"segment={self.segment}"
+        return f"Swap({len(self.layers)} layers, form={self.form}, {extent}, active={self.active})"
+
+
+def swap(
+    target: "nn.Module | DiffusionPipeline",
+    *,
+    form: str = "pure",
+    segment: int | None = None,
+    init: str = "pretrained",
+    backend: str | None = None,
+) -> Swap:
+    """Replaces every self-attention (attn1) of a Stable Diffusion UNet by a GSPN layer, in place.
+
+    Args:
+        target: a pipeline of diffusers with a UNet (SD-1.5, SD-2, SDXL and their fine-tunes), or its
+            UNet2DConditionModel.
+        form: "pure" (the unit alone) or "qkv" (with Q, K, V); see :class:`gspn.GSPNAttention`.
+        segment: lines between resets of the scan; None is global, at any size. The paper's authors train with 4.
+        init: "pretrained" starts from the weights of the attention replaced, "random" takes nothing but its shapes.
+        backend: "reference", "cpu", "triton", or None to pick by device.
+
+    Returns:
+        A :class:`Swap`; as a context manager it restores the UNet at the end, as :func:`gspn.restore` does.
+
+    The new layers have dtype and device of the attention replaced. Cross-attention stays as it is, and with it
+    IP-Adapter. Swap before you compile, offload sequentially or in groups, fuse projections, quantise, cast layer-wise
+    or load LoRA adapters for attn1: a UNet with one of these is refused, also when it is to be restored, except that a
+    compiled one can be restored. LoRA adapters loaded after the swap act on the layers' projections of the same names:
+    to_q, to_k, to_v and to_out in form "qkv", to_out in form "pure", where diffusers warns of the others.
+
+    Raises ValueError or TypeError where a swap is not possible, and leaves the target as it was.
+    """
+    check_form(form)
+    if init not in ("pretrained", "random"):
+        raise ValueError(f'init has to be "pretrained" or "random", got {init!r}')
+    unet, places = _places(target)
+    layers, before = {}, {}
+    for name, block in places.items():
+        attention, around = block.attn1, name.partition(".transformer_blocks.")[0]
+        weight = attention.to_q.weight
+        options = _options(attention)
+        with torch.device(weight.device):
+            layer = GSPNAttention(weight.shape[1], form=form, segment=segment, backend=backend, **options)
+        if init == "pretrained" and not weight.is_meta:
+            norm = block.norm1 if isinstance(block.norm1, nn.LayerNorm) else None
+            if around not in before:
+                before[around] = stream_statistics(unet.get_submodule(around))
+            initialize(layer, attention, norm, _native_size(unet, name), before[around])
+        layers[name] = layer.to(weight.dtype).train(attention.training)
+    return Swap(unet, layers)
+
+
+def restore(target: "nn.Module | DiffusionPipeline") -> None:
+    """Undoes :func:`gspn.swap` in a pipeline or UNet, bit for bit. Raises ValueError where nothing is swapped."""
+    unet = _unet_of(target)
+    if "_gspn_swap" not in unet.__dict__:
+        raise ValueError("there is nothing to restore: this UNet is not swapped")
+    unet._gspn_swap.restore()
+
+
+def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, backend: str | None = None) -> Swap:
+    """Swaps the self-attention of `target`, a pipeline or UNet, for layers saved by :meth:`Swap.save`.
+
+    Args:
+        target, backend: as in :func:`gspn.swap`. path: the file, or the folder with ``gspn_swap.safetensors``.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged, is something else or belongs to another base
+    model; the target is left as it was.
+    """
+    unet, places = _places(target)
+    channels = {name: block.attn1.to_q.weight.shape[1] for name, block in places.items()}
+    config, states = swap_file.read(path, unet, channels)
+    form = {key: config[key] for key in ("form", "segment", "gate_bias")}
+    layers = {}
+    for name, block in places.items():
+        weight = block.attn1.to_q.weight
+        with torch.device("meta"):
+            layer = GSPNAttention(channels[name], backend=backend, **form, **_options(block.attn1))
+        state = {key: value.to(weight.device, weight.dtype) for key, value in states[name].items()}
+        try:
+            layer.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not hold the layer {name} of its config: {error}") from error
+        layers[name] = layer.train(block.attn1.training)
+    return Swap(unet, layers)
+
+
+def _native_size(unet, name) -> tuple[int, int]:
+    """H and W of the map at the attention `name` where the UNet gets its own sample size (64 if it has none)."""
+    size = unet.config.sample_size or 64
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    deepest = len(unet.config.down_block_types) - 1
+    part, _, rest = name.partition(".")
+    level = int(rest.split(".")[0]) if part != "mid_block" else deepest
+    level = deepest - level if part == "up_blocks" else level
+    return tuple(max(1, -(-n // 2**level)) for n in size)
+
+
+# -- what can be swapped --
+
+
+def _unet_of(target) -> UNet2DConditionModel:
+    unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
+    unet = unet._orig_mod if isinstance(unet, nn.Module) and is_compiled_module(unet) else unet
+    if isinstance(unet, UNet2DConditionModel):
+        return unet
+    other = unet if unet is not None else getattr(target, "transformer", None)
+    found = type(target if other is None else other).__name__
+    if "Transformer" in found:
+        raise TypeError(
+            f"{found} is a diffusion transformer (as DiT, PixArt, SD3 and FLUX), whose attention a swap does not "
+            "replace: expected a UNet2DConditionModel or a pipeline with one (SD-1.5, SD-2, SDXL)"
+        )
+    raise TypeError(f"expected a UNet2DConditionModel or a pipeline with one, got a {found}")
+
+
+def _places(target) -> tuple[UNet2DConditionModel, dict[str, BasicTransformerBlock]]:
+    """The UNet and, by the names of their attn1, its blocks that have self-attention there; an error where it cannot be
+    swapped."""
+    unet = _unet_of(target)
+    if "_gspn_swap" in unet.__dict__:
+        raise ValueError(f"this UNet is swapped already: {unet._gspn_swap}; gspn.restore undoes that")
+    whole = target if isinstance(target, nn.Module) else target.unet
+    if is_compiled_module(whole) or any(getattr(m, "_compiled_call_impl", None) for m in unet.modules()):
+        raise ValueError("this UNet is compiled already: swap first, then compile")
+    places, others = {}, []
+    for name, module in unet.named_modules():
+        if not hasattr(module, "attn1"):
+            continue
+        if not isinstance(module, BasicTransformerBlock) or not isinstance(module.attn1, Attention):
+            others.append(f"{name}.attn1 ({type(module.attn1).__name__} in a {type(module).__name__})")
+        elif not module.only_cross_attention:
+            places[f"{name}.attn1"] = module
+    if others:
+        raise ValueError(f"a swap does not know the self-attention {', '.join(others[:3])}")
+    if not places:
+        raise ValueError("this UNet has no self-attention (attn1) that could be swapped")
+    _check_free(unet)
+    for name, block in places.items():
+        _check_linears(name, block.attn1)
+        shapes = {tuple(linear.weight.shape) for linear in _linears(block.attn1)}
+        if len(shapes) != 1 or len(set(next(iter(shapes)))) != 1:
+            raise ValueError(f"the projections of {name} have to be square and alike, got {sorted(shapes)}")
+    return unet, places
+
+
+def _linears(module) -> Iterator[nn.Module]:
+    for name in ("to_q", "to_k", "to_v"):
+        if hasattr(module, name):
+            yield getattr(module, name)
+    yield module.to_out[0]
+
+
+def _check_linears(name, module):
+    """An error where something else stands for an attention's or a layer's Linear, or it has another kind of weight."""
+    for linear in _linears(module):
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"{name} has a {type(linear).__name__} of {type(linear).__module__} where a plain Linear is expected: "
+                "unload LoRA adapters (before a swap fuse them to keep what they do); no quantisation"
+            )
+        if linear.weight.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name} has weights of {linear.weight.dtype}, expected float32, bfloat16, float16 or float64: swap, "
+                "save and restore without quantisation and layer-wise casting"
+            )
+
+
+def _check_free(unet):
+    """An error where something holds on to the modules that come and go by a swap."""
+    if any(isinstance(getattr(module, "processor", None), FusedAttnProcessor2_0) for module in unet.modules()):
+        raise ValueError("the projections of this UNet's attentions are fused: call unfuse_qkv_projections() first")
+    for name, module in unet.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and registry.get_hook("group_offloading") is not None:
+            raise ValueError("this UNet is offloaded in groups: swap, or restore, before that is enabled")
+        # On the UNet itself sits the hook that moves it as a whole, and with it the layers.
+        if name and hasattr(module, "_hf_hook"):
+            raise ValueError(
+                "parts of this UNet are moved between devices by accelerate (sequential offload or a device map): "
+                "swap, or restore, before that is enabled or after remove_all_hooks() of the pipeline"
+            )
+
+
+def _options(attention) -> dict:
+    out, dropout = attention.to_out
+    return {"qkv_bias": attention.to_q.bias is not None, "out_bias": out.bias is not None, "dropout": dropout.p}
+
+
+def _anchor(block) -> nn.Parameter:
+    """A parameter of the block that a swap leaves in place and that shows the UNet's device and dtype."""
+    return next(p for name, p in block.named_parameters() if not name.startswith("attn1."))

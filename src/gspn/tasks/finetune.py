@@ -1,0 +1,111 @@
+"""Starting from trained weights (`--init-from`): from a run, a file of weights, or a published checkpoint."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gspn.digests import digest, tensors_of
+from gspn.models import load_released
+from gspn.options import OptionError
+from gspn.runs import load_classifier
+
+
+@dataclass(frozen=True)
+class Source:
+    """Trained weights.
+
+    Attributes:
+        where: what to call them. weights: tensors by name.
+        name, model_args: of the model they are of, where that is known, but for classes and channels.
+        class_names: those that the head tells apart; None where that is not known.
+        data: where the data were that it was trained on.
+    """
+
+    where: str
+    weights: Mapping[str, Tensor]
+    name: str | None = None
+    model_args: Mapping | None = None
+    class_names: list[str] | None = None
+    data: str | None = None
+
+    def digest(self, like: str | None = None) -> str:
+        """A digest of the weights, of which model they are, and its classes; in the scheme of `like`, which it is to be
+        compared with."""
+        about = {"model": self.name, "arguments": dict(self.model_args or {}), "class_names": self.class_names}
+        return digest([*tensors_of(self.weights), about], like)
+
+
+def open_source(path: str | Path, model: str | None, model_args: Mapping, channels: int | None = None) -> Source:
+    """The weights in a run folder (its best checkpoint, averaged where it has averages), in a .safetensors file with
+    the names of our models, or in a published checkpoint (.pth), whose `model` has to be said and whose stem can be
+    made one for `channels` other than 3.
+
+    Errors: RunError, OptionError."""
+    path = Path(path)
+    if path.is_dir():
+        classifier = load_classifier(path)
+        arguments = dict(classifier.run.config["model"])
+        name = arguments.pop("name")
+        if model not in (None, name):
+            raise OptionError(f"init_from: the run {path} is of a {name}, so --model cannot be {model}")
+        for own in ("num_classes", "in_chans", "backend"):
+            arguments.pop(own, None)
+        weights, data = classifier.model.state_dict(), classifier.run.config["data"]["where"]
+        return Source(f"the run {path}", weights, name, arguments, classifier.classes, data)
+    if path.suffix == ".safetensors":
+        try:
+            return Source(str(path), load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise OptionError(f"init_from: {path} cannot be read: {error}") from error
+    if not path.is_file():
+        raise OptionError(f"init_from: there is no {path}; expected a run folder, a .safetensors or a .pth file")
+    if model is None:
+        raise OptionError(f"init_from: {path} does not say of which model it is; say it with --model")
+    arguments = {
+        name: value for name, value in model_args.items() if name not in ("num_classes", "in_chans", "activation")
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "fine-tune before use" is what happens next
+            published = load_released(path, model, in_chans=channels or 3, **{"alignment": "aligned", **arguments})
+    except (OSError, ValueError, TypeError) as error:
+        raise OptionError(f"init_from: {error}") from error
+    arguments |= {name: published.config[name] for name in ("alignment", "activation")}
+    return Source(str(path), published.state_dict(), model, arguments)
+
+
+@torch.no_grad()
+def start_from(source: Source, model: nn.Module, class_names: list[str], data: str) -> str:
+    """Copies the weights into a model. Its head stays new unless the source tells the same classes, by name and order.
+    Names that are bare numbers, as data without names have them, are the same classes in the same `data` only.
+
+    Returns: a note on what became of the head. Errors: OptionError names what does not fit."""
+    own = model.state_dict()
+    (head,) = (name for name, module in model.named_modules() if module is model.get_classifier())
+    named = not all(name.isdecimal() for name in class_names)
+    keep_head = source.class_names == class_names and (named or source.data == data)
+    body = {name for name in own if keep_head or not name.startswith(f"{head}.")}
+    problems = [f"{name} is missing there" for name in sorted(body - set(source.weights))]
+    problems += [f"{name} is not of {type(model).__name__}" for name in source.weights if name not in own]
+    for name in (n for n in own if n in body and n in source.weights):  # in the model's order, the same in every run
+        theirs, mine = tuple(source.weights[name].shape), tuple(own[name].shape)
+        if theirs != mine and name.startswith("stem.0") and theirs[1:2] != mine[1:2] and theirs[2:] == mine[2:]:
+            raise OptionError(
+                f"init_from: the model of {source.where} takes {theirs[1]} channels, these images have {mine[1]}; "
+                f"--channels {theirs[1]} converts them"
+            )
+        if theirs != mine:
+            problems.append(f"{name} has the shape {theirs} there and {mine} here")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise OptionError(f"init_from: the weights of {source.where} do not fit the model: {shown}")
+    for name in body:
+        own[name].copy_(source.weights[name])
+    became = "its head too" if keep_head else f"with a new head for {len(class_names)} classes"
+    return f"weights of {source.where}, {became}"

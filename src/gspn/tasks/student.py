@@ -1,0 +1,240 @@
+"""What is distilled, and by which loss: the swapped layers of a UNet, and the task for the loop.
+
+Teacher and student are one pipeline: the UNet runs with attention, then with the swapped layers, which alone are
+trained.
+
+    loss = |student - target|^2 + 0.5 |student - teacher|^2 + 0.5 mean over layers |layer - attention|^2
+
+The target is that of the noise schedule's prediction type, and each square a mean over an item's values. Source: arXiv
+2501.12381, section 3.5 on text to image.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gspn.data.images import UNREADABLE, Preprocessing, generator
+from gspn.data.labelled import DataError
+from gspn.data.loader import Loader, batches
+from gspn.data.unreadable import Unreadable
+from gspn.stable_diffusion.swap import Swap
+from gspn.tasks.text_to_image import CONDITIONS, TextToImage
+
+PARTS = ("noise", "output", "feature")  # of the loss
+
+
+class Student(nn.Module):
+    """The swapped layers of a UNet: what is trained, averaged and kept. Called, it runs the whole UNet with them.
+
+    Args:
+        teacher: the pipeline. swapped: the Swap of its UNet.
+
+    Its layers stay in evaluation mode, and so do the attentions that take turns with them: their only difference in
+    training is the dropout that a UNet may have.
+
+    State dict: ``layers.{name}.*`` by the names of the attentions replaced, with / for each dot.
+    """
+
+    def __init__(self, teacher: TextToImage, swapped: Swap):
+        super().__init__()
+        self.teacher, self.swap, self._seen = teacher, swapped, None
+        self.layers = nn.ModuleDict({name.replace(".", "/"): layer for name, layer in swapped.layers.items()})
+        for modules in (swapped.layers, swapped.attentions):
+            for name, module in modules.items():
+                module.register_forward_hook(partial(self._see, name))
+
+    def train(self, mode: bool = True) -> "Student":
+        return super().train(False)
+
+    def forward(self, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The prediction (B,C,h,w) with the swapped layers, and the output of each, in the order of the UNet."""
+        self.swap.use("gspn")
+        return self._run(noisy, timestep, conditions)
+
+    @torch.no_grad()
+    def teach(self, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The same with the attentions that they replaced."""
+        with self.swap.use("attention"):
+            return self._run(noisy, timestep, conditions)
+
+    def _run(self, *inputs):
+        self._seen = {}
+        try:
+            prediction = self.teacher.predict(*inputs)
+            return prediction, [self._seen[name] for name in self.swap.layers]
+        finally:
+            self._seen = None
+
+    def _see(self, name, module, args, output):
+        if self._seen is not None:  # None where gradient checkpointing runs a layer again
+            self._seen[name] = output
+
+
+class Distillation:
+    """The Task of loop.py: a batch's images become latents, their captions what the UNet is conditioned on.
+
+    Args:
+        student: Student. captions: of the training images, a tuple of one or more each, and of the held-out ones.
+        preprocessing: of the images. loader: of the held-out images.
+        weights: of the parts of the loss, by PARTS. dropout: how often a caption is left out.
+        parts: into how many parts a batch is cut, to need less memory.
+        draw: called with the number of the epoch; gives a picture of samples or None.
+        save: called when the validation loss is the best so far.
+        unreadable: keeps count of what could not be read.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        captions: Sequence[tuple],
+        held_out: Sequence[tuple],
+        preprocessing: Preprocessing,
+        loader: Loader,
+        *,
+        weights: Mapping[str, float],
+        dropout: float = 0.1,
+        parts: int = 1,
+        draw: Callable | None = None,
+        save: Callable | None = None,
+        unreadable: Unreadable,
+    ):
+        self.student, self.teacher, self.objective = student, student.teacher, student.teacher.objective
+        self.captions, self.held_out, self.preprocessing, self.loader = captions, held_out, preprocessing, loader
+        self.weights, self.dropout, self.parts = weights, dropout, parts
+        self.draw, self.save, self.unreadable = draw, save, unreadable
+        self.epochs, self.best, self.drawn = 0, None, {}
+
+    def prepare(self, batch):
+        self.unreadable.saw(batch)
+        known, index = batch["label"] != UNREADABLE, batch["index"].tolist()
+        which, dropped = torch.rand(2, len(index)).tolist()
+        captions = [
+            None if drop < self.dropout else self.captions[i][int(at * len(self.captions[i]))]
+            for i, at, drop in zip(index, which, dropped, strict=True)
+        ]
+        start = self._latents(batch["image"], draw=True)
+        return {
+            "start": start,
+            "noise": torch.randn_like(start),
+            "timestep": torch.randint(self.objective.steps, (len(index),), device=start.device),
+            "known": known,
+            **self.teacher.conditions(captions, self.preprocessing.size),
+        }
+
+    def _latents(self, images, draw):
+        images = self.preprocessing.normalize(images)
+        return torch.cat([self.teacher.latents(part, draw=draw) for part in images.chunk(self.parts)])
+
+    def count(self, batch):
+        return batch["known"].sum()
+
+    def loss(self, model, batch):
+        losses = self.losses(model, batch)
+        return sum(self.weights[name] * losses[name].sum() for name in PARTS)
+
+    def inputs(self, batch) -> tuple:
+        """x_t, t and conditions of a prepared batch."""
+        noisy = self.objective.noisy(batch["start"], batch["noise"], batch["timestep"])
+        return noisy, batch["timestep"], {name: batch[name] for name in CONDITIONS if name in batch}
+
+    def cut(self, batch) -> Iterator[dict]:
+        """A batch in as many parts as a step's is cut into."""
+        for rows in zip(*(each.chunk(self.parts) for each in batch.values()), strict=True):
+            yield dict(zip(batch, rows, strict=True))
+
+    def losses(self, model, batch) -> dict[str, Tensor]:
+        """The parts of the loss of each item (B,), by PARTS, and "teacher", its noise loss; 0 for those that could not
+        be read."""
+        start, noise, timestep = (batch[name] for name in ("start", "noise", "timestep"))
+        inputs = self.inputs(batch)
+        taught, wanted = self.student.teach(*inputs)
+        output, seen = model(*inputs)
+        with torch.autocast(start.device.type, enabled=False):
+            losses = {
+                "noise": self.objective.losses(output, start, noise, timestep)[0],
+                "output": _squared(output, taught),
+                "feature": torch.stack(list(map(_squared, seen, wanted))).mean(0),
+                "teacher": self.objective.losses(taught, start, noise, timestep)[0],
+            }
+        return {name: loss.where(batch["known"], 0.0) for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def evaluate(self, model, accelerator):
+        """The losses of held-out images with their first captions, each with noise and a timestep of its own that are
+        always the same. Errors: DataError where none of them could be read."""
+        self.unreadable.look()
+        rows = []
+        for batch in batches(self.loader):
+            for part in self.cut(batch):
+                losses = self.losses(model, self._fixed(part))
+                known = (part["label"] != UNREADABLE).double()
+                columns = [losses[name].double() for name in (*PARTS, "teacher")]
+                rows.append(torch.stack([part["index"].double(), known, *columns], 1))
+        rows = accelerator.gather(torch.cat(rows)).cpu().numpy()
+        _, first = np.unique(rows[:, 0], return_index=True)  # processes get equal shares, some images twice
+        rows = rows[first]
+        self.unreadable.note("evaluation", rows[rows[:, 1] == 0, 0].astype(int).tolist())
+        known, *sums = rows[:, 1:].sum(0).tolist()
+        if not known:
+            raise DataError(f"none of the {len(rows)} images of the evaluation could be read")
+        means = {f"val_{name}": total / known for name, total in zip((*PARTS, "teacher"), sums, strict=True)}
+        loss = sum(self.weights[name] * means[f"val_{name}"] for name in PARTS)
+        self.epochs += 1
+        if loss < (math.inf if self.best is None else self.best):  # false for NaN, which no one is to load
+            self.best = loss
+            if self.save is not None:
+                self.save()
+        drawn = self.draw and math.isfinite(loss)  # the loop ends a training that has diverged
+        picture = self.draw(self.epochs) if drawn else None
+        self.drawn = {"samples": picture} if picture else {}
+        return {
+            "val_loss": loss,
+            **means,
+            "images": int(known),
+            "unreadable": len(rows) - int(known),
+            "unreadable_in_training": self.unreadable.gather(),
+        }
+
+    def _fixed(self, batch):
+        """What `prepare` makes of a batch, but always the same of an image."""
+        sources, steps = [generator(0, i) for i in batch["index"].tolist()], self.objective.steps
+        start = self._latents(batch["image"], draw=False)
+        noise = torch.stack([torch.randn(start.shape[1:], generator=source) for source in sources])
+        timestep = torch.stack([torch.randint(steps, (), generator=source) for source in sources])
+        captions = [self.held_out[i][0] for i in batch["index"].tolist()]
+        return {
+            "start": start,
+            "noise": noise.to(start.device),
+            "timestep": timestep.to(start.device),
+            "known": batch["label"] != UNREADABLE,
+            **self.teacher.conditions(captions, self.preprocessing.size),
+        }
+
+    def pictures(self):
+        return self.drawn
+
+    def state(self):
+        return {"epochs": self.epochs, "best": self.best, "unreadable": self.unreadable.state()}
+
+    def restore(self, state):
+        self.epochs, self.best = state["epochs"], state["best"]
+        self.unreadable.restore(state["unreadable"])
+
+    def score(self, metrics):
+        return [-metrics["val_loss"]]
+
+    def line(self, row):
+        return (
+            f"epoch {row['epoch']:3d}  loss {row['train_loss']:.4f}  validation: noise {row['val_noise']:.4f} (teacher "
+            f"{row['val_teacher']:.4f}), output {row['val_output']:.4f}, features {row['val_feature']:.4f}  "
+            f"{row['images_per_second']:.1f} images/s  {row['seconds']:.1f} s"
+        )
+
+
+def _squared(one, other):
+    """The mean squared difference of each item (B,)."""
+    return (one.float() - other.float()).square().flatten(1).mean(1)

@@ -1,0 +1,354 @@
+"""The run folder: what a training run leaves behind, written so that no crash or full disk harms what is there.
+
+    RUN/config.json                    model, preprocessing, class names, options, versions
+    RUN/options.yaml                   the options alone, for `gspn train --config`
+    RUN/metrics.jsonl                  one JSON object per epoch
+    RUN/checkpoints/last, best, ...    model.safetensors, ema.safetensors, optimizer.safetensors, state.json
+    RUN/curves.png, predictions.png, context.png         of a classifier
+    RUN/curves.png, samples/epoch-0001.png, ...          of a generator
+    RUN/tensorboard/                                     if wanted
+
+Tensors are safetensors and everything else is JSON: nothing is ever unpickled. A file is written under a temporary
+name in the same folder, synced to disk, then renamed; a checkpoint, which is several files, as a folder likewise.
+Whoever reads a run changes nothing in it, so that a run may be read while it is being written.
+
+Only one process writes a run at a time (`gspn.files.writing`). A run that is overwritten stays in RUN/.earlier, itself
+a run folder, until the new one has its first best checkpoint.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gspn.files import (
+    LOCK,
+    TEMPORARY,
+    SaveError,
+    atomic,
+    displaced,
+    is_temporary,
+    make_folder,
+    remove,
+    save_tensors,
+    write_json,
+    write_text,
+)
+from gspn.names import guess
+from gspn.places import EARLIER, RunError, config_or_none, no_run
+
+__all__ = ["EARLIER", "Run", "RunError"]
+
+FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
+STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
+COMMANDS = {
+    "classification": "gspn train",
+    "diffusion": "gspn train-diffusion",
+    "distillation": "gspn distill",
+}  # which make runs, and go on with them, by the task in config.json
+
+# What a run of each task holds beside checkpoints, metrics.jsonl, options.yaml and config.json: from its first epoch on
+# (WRITTEN), and after its end.
+WRITTEN = {"diffusion": ("samples/epoch-*.png",), "distillation": ("samples/epoch-*.png", "gspn_swap.safetensors")}
+DRAWN = {"classification": ("curves.png", "predictions.png", "context.png", "context-*.png")}
+DRAWN |= {"diffusion": ("curves.png",), "distillation": ("curves.png",)}
+EVENTS = "tensorboard/events.out.tfevents.*"  # board.py's end in .gspn, but for those of older ones
+
+
+TAKEN_BY = {
+    "classification": "gspn eval, predict and show take it, and gspn.load_run in Python",
+    "diffusion": "gspn sample takes it, and gspn.load_run in Python",
+    "distillation": 'its layers go into a pipeline: gspn.load_swap(pipe, "{}")',
+}
+
+
+def _find(path):
+    """Where a reader finds the checkpoint `path`, and which one it is: (folder, number of the file, time), or None. It
+    is in .old while its writer, or one that crashed there, is between the two renames."""
+    for folder in (path, displaced(path), path):
+        try:
+            status = (folder / "state.json").stat()
+        except FileNotFoundError:
+            continue
+        return folder, status.st_ino, status.st_mtime_ns
+    return None
+
+
+class Run:
+    """A run folder. Make one with `Run.create` or open one with `Run.open`.
+
+    Attributes:
+        path: the folder.
+        config: the content of config.json.
+        metrics: the rows of metrics.jsonl, one dict per epoch.
+    """
+
+    def __init__(self, path: Path | str, config: dict, metrics: list[dict]):
+        self.path, self.config, self.metrics = Path(path), config, metrics
+
+    @staticmethod
+    def check_free(path: Path | str, overwrite: bool = False) -> None:
+        """Raises RunError unless `path` may become a run folder: it does not exist, or is empty, or is a run and
+        `overwrite` is true. The error names the command that goes on with a run that was stopped."""
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file; expected a folder that is new or empty")
+        if path.exists() and any(file.name != LOCK and not is_temporary(file) for file in path.iterdir()):
+            if not overwrite:
+                begun = _going_on(path)
+                choice = f"{begun}; or choose another folder" if begun else "choose another folder"
+                raise RunError(f"{path} is not empty: {choice}, or --overwrite to replace the run there")
+            if not any((folder / "config.json").exists() for folder in (path, path / EARLIER)):
+                raise RunError(f"{path} is not empty and holds no run (no config.json), so it is not overwritten")
+
+    @classmethod
+    def create(cls, path: Path | str, config: dict, overwrite: bool = False, options: str | None = None) -> "Run":
+        """Makes the folder and writes its config.json, and `options`, a text, to options.yaml. With `overwrite`, the
+        files that a run of the earlier one's task writes, and nothing else, are set aside in path/.earlier; the first
+        checkpoint "best" removes them, `restore_earlier` brings them back.
+
+        Errors: RunError as `check_free`; SaveError where the folder cannot be written, which leaves it as it was."""
+        cls.check_free(path, overwrite)
+        run = cls(path, json.loads(json.dumps({"format": FORMAT, **config})), [])
+        make_folder(run.path)
+        try:
+            run._set_earlier_aside()
+            write_json(run.path / "config.json", run.config)
+            if options is not None:
+                write_text(run.path / "options.yaml", options)
+        except BaseException:
+            run.restore_earlier()
+            raise
+        return run
+
+    def _set_earlier_aside(self):
+        """The checkpoints move first and config.json last, so that a crash at any moment leaves what the next call
+        can tell apart: .earlier with a config.json is complete, and then what is beside it is of a training that
+        never got to a best checkpoint."""
+        earlier = self.path / EARLIER
+        with self._moving("set the earlier run aside in"):
+            if self.has_checkpoint("best"):
+                remove(earlier)  # outlived: a crash came between the first best checkpoint and its removal
+            if not (earlier / "config.json").exists():
+                for file in self._files():
+                    _move(file, earlier / file.relative_to(self.path), self.path)
+            self._remove_files()
+
+    def restore_earlier(self) -> bool:
+        """After a training that ended before its first checkpoint "best": puts the run that it was to overwrite back,
+        in the order opposite to setting it aside. True if there was one.
+
+        Errors: SaveError; the earlier run is in path/.earlier then."""
+        earlier = Run(self.path / EARLIER, {}, [])
+        if self.has_checkpoint("best") or not earlier.path.exists():
+            return False
+        with self._moving("put the earlier run back from"):
+            if (earlier.path / "config.json").exists():
+                self._remove_files()
+            for file in reversed(earlier._files(of=self.path)):
+                _move(file, self.path / file.relative_to(earlier.path), earlier.path)
+            earlier.path.rmdir()
+        return True
+
+    @contextmanager
+    def _moving(self, what):
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(
+                f"cannot {what} {self.path / EARLIER}: {error}. Nothing of it is lost: it is there or in {self.path}"
+            ) from error
+
+    def _remove_files(self):
+        """Removes what a training without a best checkpoint wrote; at its end it has not been."""
+        for file in self._files(drawn=False):
+            remove(file)
+            _tidy(file.parent, self.path)
+
+    def _files(self, of=None, drawn=True):
+        """What a run of its task wrote, as far as it is there, the checkpoints first and config.json last. Which task
+        that is its config.json tells, or without one that in the folder `of`."""
+        configs = [folder / "config.json" for folder in (self.path, of or self.path)]
+        config = next((config_or_none(file) for file in configs if file.exists()), None) or {}
+        task, options = str(config.get("task")), config.get("options")
+        patterns = ["checkpoints", "metrics.jsonl", "options.yaml", *WRITTEN.get(task, ())]
+        patterns += DRAWN.get(task, ()) if drawn else ()
+        logged = isinstance(options, dict) and options.get("tensorboard")
+        patterns += [EVENTS if logged and drawn else f"{EVENTS}.gspn", "config.json"]
+        return [file for pattern in patterns for file in sorted(self.path.glob(pattern))]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Run":
+        """Opens an existing run. Errors: RunError if it is none, is damaged, or was written by a newer gspn."""
+        path = Path(path)
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
+            metrics = [json.loads(line) for line in lines]
+            if not all(isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in metrics):
+                raise ValueError("metrics.jsonl holds something else than rows with an epoch")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise no_run(path) from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"the run {path} cannot be read: {error}") from error
+        if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+            keys = ", ".join(list(config)[:5]) if isinstance(config, dict) else type(config).__name__
+            raise RunError(f"{path / 'config.json'} is not the config of a gspn run: expected a format, got {keys}")
+        if config["format"] > FORMAT:
+            raise RunError(
+                f"{path} was written by a newer gspn (format {config['format']}; this one reads up to {FORMAT}): update"
+            )
+        return cls(path, config, metrics)
+
+    def check_task(self, *expected: str) -> str:
+        """The run's task, if it is one of those `expected`. Errors: RunError, which says what takes such a run."""
+        task = str(self.config.get("task", ""))
+        if task not in expected:
+            known = f"a run of {task}" if task else "of no task"
+            told = f"; {TAKEN_BY[task].format(self.path)}" if task in TAKEN_BY else ""
+            raise RunError(f"{self.path} is {known}, expected {' or '.join(expected)}{told}")
+        return task
+
+    def append_metrics(self, row: dict) -> None:
+        """Adds one epoch's dict to metrics.jsonl."""
+        self._write_metrics([*self.metrics, row])
+
+    def rewind(self, epoch: int) -> None:
+        """Takes back the rows of metrics after `epoch`."""
+        if any(row["epoch"] > epoch for row in self.metrics):
+            self._write_metrics([row for row in self.metrics if row["epoch"] <= epoch])
+
+    def _write_metrics(self, rows):
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self.metrics = rows
+
+    def save_checkpoint(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+        """Writes checkpoints/`name`, all of it or nothing.
+
+        Args:
+            name: "last", "best", "epoch-0010".
+            tensors: {"model": {parameter name: tensor}, "ema": ..., "optimizer": ...}, a safetensors file each.
+            state: the rest, a JSON-able dict.
+        Errors: SaveError with the path and the system's reason; the previous checkpoint stays.
+        """
+        with atomic(self._checkpoint(name)) as folder:
+            folder.mkdir(parents=True)
+            text = json.dumps({"format": STATE_FORMAT, "parts": sorted(tensors), **state}, indent=2) + "\n"
+            (folder / "state.json").write_text(text, encoding="utf-8")
+            for part, named in tensors.items():
+                save_tensors(folder / f"{part}.safetensors", _separate(named), {"format": "pt"})
+        if name == "best":
+            remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
+
+    def prune(self, keep: int) -> None:
+        """Removes the oldest of the checkpoints "epoch-...", but for `keep` of them (0 keeps all), and what a killed
+        process had begun to write or to remove. Each is renamed first, so that none is there in part."""
+        folder = self.path / "checkpoints"
+        for number, old in enumerate(sorted(folder.glob("epoch-*"), reverse=True)):
+            if keep and number >= keep:
+                os.rename(old, old.with_name(f".{old.name}{TEMPORARY}"))
+        for left in filter(is_temporary, folder.glob(".*")):
+            remove(left, quietly=True)
+
+    def has_checkpoint(self, name: str) -> bool:
+        """Whether there is a checkpoint of that name."""
+        return _find(self._checkpoint(name)) is not None
+
+    def load_checkpoint(
+        self, name: str, parts: Sequence[str] = ("model", "ema", "optimizer")
+    ) -> tuple[dict[str, dict[str, Tensor]], dict]:
+        """Reads checkpoints/`name` to (tensors, state), as `save_checkpoint` took them; only the `parts` that are
+        there. Errors: RunError if there is no such checkpoint or a file of it is damaged."""
+        path = self._checkpoint(name)
+        while True:  # once, unless a training replaces the checkpoint while it is being read
+            found = _find(path)
+            if found is None:
+                folders = (self.path / "checkpoints").glob("*/state.json")
+                there = sorted(file.parent.name for file in folders if not file.parent.name.startswith("."))
+                missing = f": there is no {path / 'state.json'}{_earlier_hint(self.path)}"
+                if there:
+                    meant = guess(name, there)
+                    missing = f"{meant + ' It' if meant else '; it'} has {', '.join(there)}"
+                raise RunError(f"the run {self.path} has no checkpoint {name!r}{missing}")
+            folder = found[0]
+            try:
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                files = [folder / f"{part}.safetensors" for part in parts]
+                _check_format(state, folder)
+                written = state.get("parts", [file.stem for file in files if file.exists()])
+                tensors = {file.stem: load_file(file) for file in files if file.stem in written}
+            except RunError:
+                raise
+            except (OSError, TypeError, ValueError, SafetensorError) as error:
+                if _find(path) == found:
+                    raise RunError(f"the checkpoint {folder} is damaged: {error}") from error
+            else:
+                if _find(path) == found:
+                    return tensors, state
+
+    def _checkpoint(self, name):
+        return self.path / "checkpoints" / name
+
+
+def _check_format(state, folder):
+    if not isinstance(state, dict) or not isinstance(state.get("format", 1), int):
+        raise RunError(f"{folder / 'state.json'} is not the state of a gspn checkpoint")
+    if state.get("format", 1) > STATE_FORMAT:
+        raise RunError(
+            f"the checkpoint {folder} was written by a newer gspn (format {state['format']}; this one reads up to "
+            f"{STATE_FORMAT}): update"
+        )
+
+
+def _separate(named):
+    """The tensors as safetensors stores them: contiguous, and none of them shares memory with another one. Tied weights
+    are thus stored under each of their names, and load_state_dict finds them all."""
+    separate, stored = {}, set()
+    for name, tensor in named.items():
+        tensor = tensor.detach().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in stored else tensor
+        stored.add(memory)
+    return separate
+
+
+def _move(file, target, root):
+    """Renames a file of the run in the folder `root`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(file, target)
+    _tidy(file.parent, root)
+
+
+def _tidy(folder, root):
+    """Removes a folder within `root` that nothing is left in."""
+    if folder != root:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _going_on(path):
+    """How to go on with the run in the folder, if it was stopped before its end and can be resumed; else None."""
+    config, found = config_or_none(path / "config.json"), _find(path / "checkpoints" / "last")
+    if not config or config.get("format") != FORMAT or config.get("task") not in COMMANDS:
+        return None
+    at = "before its first checkpoint"
+    if found:
+        state = config_or_none(found[0] / "state.json") or {}
+        try:
+            done, epochs, step = state["position"]["epoch"], config["options"]["epochs"], state["position"]["step"]
+        except (KeyError, TypeError):
+            return None
+        if state.get("format") != STATE_FORMAT or done >= epochs:
+            return None
+        at = f"after step {step}, in epoch {done + 1} of {epochs}"
+    return f"`{COMMANDS[config['task']]} --resume {path}` goes on with the run there, which was stopped {at}"
+
+
+def _earlier_hint(path):
+    earlier = path / EARLIER
+    return f"; the run that it was to replace is {earlier}" if (earlier / "config.json").exists() else ""

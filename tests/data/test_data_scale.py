@@ -1,0 +1,295 @@
+"""Data too many for memory: shards and streams; what is read in which order; fingerprints; workers that die."""
+
+import io
+import os
+import signal
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from helpers.training import TINY
+from PIL import Image
+
+from gspn import plots as pictures
+from gspn.data import images, tables
+from gspn.data.augment import Augmentation
+from gspn.data.images import UNREADABLE, Preprocessing, generator
+from gspn.data.labelled import DataError, open_data
+from gspn.data.loader import batches, make_loader
+from gspn.metrics.classification import evaluate
+from gspn.options import Options
+from gspn.tasks.classify import train_classifier
+
+GREY8 = Preprocessing(1, (8, 8), (0.5,), (0.25,))
+
+
+def picture(i, format="PNG"):
+    """An image that says by its brightness which one it is."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8), i).save(file, format)
+    return file.getvalue()
+
+
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def write_shards(folder, split="train", shards=5, images_each=20, start=0, label=lambda i: str(i % 4)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{split}-{shard:04}.tar", "w") as tar:
+            for i in range(images_each):
+                number = start + shard * images_each + i
+                add(tar, f"{number:06}.cls", label(number).encode())
+                add(tar, f"{number:06}.png", picture(number))
+    return folder
+
+
+def read_epoch(split, *, epoch=0, seed=1, workers=0, batch_size=10, batches_done=0, augmentation=None):
+    """(index, brightness, label) of an epoch's images, in the order of training."""
+    loader = make_loader(split, GREY8, batch_size, train=True, augmentation=augmentation, seed=seed, workers=workers)
+    loader.begin(epoch, batches_done)
+    rows = []
+    for batch in loader:
+        rows += zip(
+            batch["index"].tolist(), batch["image"].flatten(1)[:, 0].tolist(), batch["label"].tolist(), strict=True
+        )
+    return rows
+
+
+# -- shards --
+
+
+def test_shards_are_read_as_they_were_written(tmp_path):
+    write_shards(tmp_path, "train")
+    write_shards(tmp_path, "val", shards=2, start=100)
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n")
+    data = open_data(tmp_path)
+    train, val, name = data.for_training()
+    assert (data.kind, name, len(train), len(val), train.class_names) == ("shards", "val", 100, 40, list("abcd"))
+    for i in (0, 19, 20, 99):
+        assert train.image(i).getpixel((0, 0)) == i and int(train.labels[i]) == i % 4
+    assert val.image(39).getpixel((0, 0)) == 139 and "val-0001.tar, 000139" in val.names(39)
+    rows = read_epoch(train)
+    assert sorted(i for i, _, _ in rows) == list(range(100))
+    assert all(brightness == i and label == i % 4 for i, brightness, label in rows)
+
+
+def test_order_of_shards_belongs_to_seed_and_epoch_whoever_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "TOGETHER", 2)
+    split = open_data(write_shards(tmp_path)).splits["all"]
+    rows = read_epoch(split)
+    assert rows == read_epoch(split) == read_epoch(split, workers=2)
+    assert rows != read_epoch(split, epoch=1) != read_epoch(split, seed=2)
+    assert rows[30:] == read_epoch(split, batches_done=3)
+    first = {i // 20 for i, _, _ in rows[:40]}
+    assert len(first) == 2 and {i // 20 for i, _, _ in rows[40:80]}.isdisjoint(first)  # two shards at a time
+
+
+def test_one_tar_file_folders_of_splits_and_class_names(tmp_path):
+    write_shards(tmp_path / "train", "part", label=lambda i: "dog" if i % 2 else "cat")
+    write_shards(tmp_path / "validation", "part", shards=1, label=lambda i: "cat")
+    train, val, _ = open_data(tmp_path).for_training()
+    assert train.class_names == val.class_names == ["cat", "dog"] and val.labels.sum() == 0
+    alone = open_data(tmp_path / "train" / "part-0000.tar")
+    assert len(alone.splits["all"]) == 20 and "held out" in alone.notes[0]
+
+
+def test_shards_that_webdataset_writes(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.ShardWriter(str(tmp_path / "train-%02d.tar"), maxcount=15, verbose=0) as writer:
+        for i in range(40):
+            writer.write(
+                {"__key__": f"some.folder/{i:03}", "jpg": picture(i * 5, "JPEG"), "cls": i % 3, "json": {"a": i}}
+            )
+    split = open_data(tmp_path).splits["all"]
+    assert len(split) == 40 and split.labels.tolist() == [i % 3 for i in range(40)] and len(split.shard.unique()) == 3
+    assert abs(split.image(33).getpixel((0, 0)) - 165) <= 1
+
+
+def test_faults_of_shards(tmp_path):
+    write_shards(tmp_path / "mixed", "train", shards=1)
+    write_shards(tmp_path / "mixed", "part", shards=1)
+    with pytest.raises(DataError, match=r"1 tar file: part-0000\.tar of no split, beside others of train"):
+        open_data(tmp_path / "mixed")
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+        add(tar, "1.png", picture(1))
+    with pytest.raises(DataError, match="cannot be read as an uncompressed tar file"):
+        open_data(tmp_path / "packed.tar")
+    with tarfile.open(tmp_path / "unlabelled.tar", "w") as tar:
+        add(tar, "1.png", picture(1))
+    with pytest.raises(DataError, match=r"the image 1 has no class: expected 1\.cls beside it"):
+        open_data(tmp_path / "unlabelled.tar")
+    with tarfile.open(tmp_path / "nothing.tar", "w") as tar:
+        add(tar, "readme.txt", b"x")
+    with pytest.raises(DataError, match="holds no images with a class"):
+        open_data(tmp_path / "nothing.tar")
+    whole = (write_shards(tmp_path / "cut") / "train-0002.tar").read_bytes()
+    (tmp_path / "cut" / "train-0002.tar").write_bytes(whole[:5000])
+    with pytest.raises(DataError, match=r"train-0002\.tar cannot be read"):
+        open_data(tmp_path / "cut")
+    (tmp_path / "cut" / "train-0002.tar").unlink()
+    (tmp_path / "cut" / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match="names 2 classes, but a class is 3"):
+        open_data(tmp_path / "cut")
+
+
+# -- streams of `datasets` --
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    """A folder of parquet files: 90 training images in three of them, 10 for validation."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tables, "BUFFER", 25)
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["even", "odd"])})
+    (tmp_path / "parquet").mkdir()
+    for name, numbers in (
+        ("train-0", range(30)),
+        ("train-1", range(30, 60)),
+        ("train-2", range(60, 90)),
+        ("test", range(10)),
+    ):
+        rows = {"img": [{"bytes": picture(i), "path": None} for i in numbers], "kind": [i % 2 for i in numbers]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "parquet" / f"{name}.parquet")
+    return tmp_path / "parquet"
+
+
+def test_streams_give_every_image_once_in_an_order_that_repeats(streamed):
+    data = open_data(streamed, streaming=True)
+    train, test, _ = data.for_training()
+    assert isinstance(train, tables.Stream) and train.counts == [30, 30, 30] and train.class_names == ["even", "odd"]
+    rows = read_epoch(train)
+    assert sorted(i for i, _, _ in rows) == list(range(90)) and [i for i, _, _ in rows] != list(range(90))
+    assert all(brightness == i and label == i % 2 for i, brightness, label in rows)
+    assert rows == read_epoch(train) == read_epoch(train, workers=2)
+    assert rows != read_epoch(train, epoch=1) and rows != read_epoch(train, seed=2)
+    assert rows[40:] == read_epoch(train, batches_done=4)
+    flips = Augmentation(shift=1, fill="zero", flip=True)
+    assert read_epoch(train, augmentation=flips) == read_epoch(train, augmentation=flips, workers=2)
+    evaluation = torch.cat([batch["image"][:, 0, 0, 0] for batch in make_loader(test, GREY8, 4)])
+    assert evaluation.tolist() == list(range(10))
+
+
+def test_streams_are_splits(streamed):
+    train = open_data(streamed, streaming=True).splits["train"].relabelled(["odd", "even"])
+    assert [train.image(i).getpixel((0, 0)) for i in (0, 29, 30, 89)] == [0, 29, 30, 89]
+    assert train.labels[:3].tolist() == [1, 0, 1] and train.channels() == 1 and len(train.sample(7)) == 7
+    assert "row 5" in train.problem(5)
+    with pytest.raises(DataError, match="nothing can be held out of a stream"):
+        open_data(streamed / "train-0.parquet", streaming=True)
+    train.counts[1] -= 1
+    with pytest.raises(DataError, match="shard 1 of the stream had 29 rows at first, and now 30: it changed"):
+        list(train.keys(generator(0)))
+
+
+def test_streaming_of_other_kinds_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="streaming is for what `datasets` loads, but digits is of another kind"):
+        open_data("digits", streaming=True)
+    (tmp_path / "train.csv").write_text("image,label\nx.png,1\n")
+    with pytest.raises(DataError, match="does not tell its columns' types as a stream"):
+        open_data(tmp_path / "train.csv", streaming=True)
+
+
+# -- has the data set changed? --
+
+
+def test_fingerprint_of_files_follows_what_they_are_not_where(tmp_path):
+    def write(root):
+        for name, count in (("a", 3), ("b", 4)):
+            (root / name).mkdir(parents=True)
+            for i in range(count):
+                (root / name / f"{i}.png").write_bytes(picture(i))
+        return root
+
+    one = open_data(write(tmp_path / "one")).fingerprint()
+    two = write(tmp_path / "two")
+    assert open_data(two).fingerprint() == one
+    assert open_data(two, val_fraction=0.4).fingerprint() != one
+    (two / "a" / "0.png").rename(two / "b" / "9.png")
+    assert open_data(two).fingerprint() != one
+    (two / "b" / "9.png").rename(two / "a" / "0.png")
+    (two / "a" / "0.png").write_bytes(picture(0) + b"more")
+    assert open_data(two).fingerprint() != one
+
+
+def test_fingerprint_of_pixels_shards_and_tables(tmp_path, streamed):
+    digits = open_data("digits")
+    before = digits.fingerprint()
+    assert (
+        before == open_data("digits").fingerprint() != open_data("digits", class_names=list("abcdefghij")).fingerprint()
+    )
+    digits.splits["train"].pixels[7, 0, 3, 3] ^= 1
+    assert digits.fingerprint() != before
+    shards = write_shards(tmp_path / "shards")
+    before = open_data(shards).fingerprint()
+    write_shards(shards, label=lambda i: str((i + 1) % 4))
+    assert open_data(shards).fingerprint() != before
+    seen = {open_data(streamed, streaming=streaming).fingerprint() for streaming in (False, True)}
+    assert len(seen) == 1  # the same images
+    (streamed / "train-2.parquet").unlink()
+    seen |= {open_data(streamed, streaming=streaming).fingerprint() for streaming in (False, True)}
+    assert len(seen) == 2
+
+
+# -- workers --
+
+
+class Deadly:
+    """Reads images; at the 13th its process is killed, as the system does when memory runs out."""
+
+    def __call__(self, i):
+        if i == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Image.new("L", (8, 8), i)
+
+
+def test_a_worker_that_dies_is_a_clear_error():
+    split = images.Split(np.zeros(40), ["a"], read=Deadly())
+    with pytest.raises(DataError, match=r"process that reads images died.*--workers 0"):
+        list(batches(make_loader(split, GREY8, 4, workers=1)))
+
+    def broken():
+        yield {}
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        list(batches(broken()))
+
+    def unreachable():
+        yield {}
+        raise ConnectionError("the hub is gone")
+
+    with pytest.raises(ConnectionError, match="the hub is gone"):
+        list(batches(unreachable()))
+
+
+def test_unreadable_images_in_shards_and_streams_are_marked(tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for i in range(8):
+            add(tar, f"{i}.png", picture(i)[: 30 if i == 5 else None])
+            add(tar, f"{i}.cls", b"0")
+    split = open_data(tmp_path).splits["all"]
+    (batch,) = make_loader(split, GREY8, 8)
+    assert torch.where(batch["label"] == UNREADABLE)[0].tolist() == [5] and "all.tar, 5" in split.problem(5)
+
+
+# -- in training --
+
+
+def test_training_and_evaluation_on_shards_and_on_a_stream(tmp_path, streamed, monkeypatch):
+    for name in ("curves", "predictions", "context"):
+        monkeypatch.setattr(pictures, name, lambda *args: None)
+    options = dict(model_args=TINY, epochs=1, batch_size=10, workers=1, augment="shift", flip=True)
+    shards = write_shards(tmp_path / "shards")
+    for name, data, count in (("shards", shards, 8), ("stream", streamed, 10)):
+        run, metrics, _ = train_classifier(
+            data, tmp_path / "runs" / name, Options(**options, streaming=name == "stream")
+        )
+        assert metrics["images"] == count and run.metrics[0]["step"] == 9
+        again, _ = evaluate(run.path, data, workers=0)
+        assert again["images"] == count and again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)

@@ -1,0 +1,116 @@
+"""`gspn export`, and the page that says how to use what it writes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import gspn
+from gspn.cli import app
+from gspn.data.images import Preprocessing
+from gspn.train.run import Run
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)  # a file, any module, a package, torch.compile
+
+
+def gspn_command(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run as training leaves it, with weights of which no training is needed here."""
+    path = tmp_path_factory.mktemp("export") / "runs" / "first"
+    path.parent.mkdir()
+    torch.manual_seed(0)
+    model = gspn.create_model(
+        "gspn_micro", num_classes=3, in_chans=3, width=8, depths=(1,), global_levels=(0,), activation=None
+    )
+    torch.nn.init.normal_(model.head.weight)
+    config = {
+        "task": "classification",
+        "model": model.config,
+        "preprocessing": Preprocessing(3, (10, 14), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), crop=0.875).to_json(),
+        "class_names": ["cat", "dog", "ökapi"],
+        "data": {"where": "none"},
+        "options": {"precision": "fp32"},
+    }
+    Run.create(path, config).save_checkpoint("best", {"model": model.state_dict()}, {})
+    return path
+
+
+def test_the_file_is_usable_without_torch_and_gspn(run):
+    code, out, err = gspn_command("export", run, "--onnx")
+    assert code == 0, err
+    assert out.startswith(f"wrote {run / 'model.onnx'}, ") and "of the largest output at 2x3x8x8, " in out
+    folder = run.parent.parent
+    pixels = np.random.default_rng(0).integers(0, 255, (37, 29, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    blocked = "import sys\nsys.modules['torch'] = sys.modules['gspn'] = None\n"
+    told = subprocess.run(
+        [sys.executable, "-c", blocked + SNIPPETS[0]], cwd=folder, capture_output=True, encoding="utf-8", check=True
+    ).stdout
+    answers = json.loads(gspn_command("predict", run, folder / "picture.png", "--json")[1])
+    classes = answers[0]["classes"]
+    assert len({round(c["probability"], 3) for c in classes}) == 3  # or any order would do
+    for line, expected in zip(told.splitlines(), classes, strict=True):
+        name, probability = line.split()
+        assert name == expected["name"] and abs(float(probability) - expected["probability"]) < 2e-4
+
+
+def test_a_fixed_size_in_half_precision_elsewhere(run, tmp_path):
+    file = tmp_path / "half.onnx"
+    code, out, err = gspn_command(
+        "export", run, "--onnx", "--size", "9x6", "--precision", "fp16", "--opset", 18, "--no-check", "--out", file
+    )
+    assert code == 0, err
+    assert out.endswith("not checked\n")
+    (given,) = onnxruntime.InferenceSession(file).get_inputs()
+    assert given.shape == ["batch", 3, 9, 6] and given.type == "tensor(float16)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "choose one of --onnx and --aoti"),
+        (("--onnx", "--aoti"), "choose one of --onnx and --aoti"),
+        (("--aoti", "--opset", 18), "--opset is for --onnx"),
+        (("--onnx", "--opset", 11), "opset has to be from 18 to "),
+        (("--onnx", "--precision", "int4"), "precision has to be fp32 or fp16, got 'int4'"),
+        (("--onnx", "--size", "0x4"), "--size takes"),
+        (("--onnx", "--out", "/none/model.onnx"), "there is no folder /none"),
+        (("--onnx", "--checkpoint", "worst"), "no checkpoint 'worst'"),
+        (("--aoti", "--out", "model.so"), "named .pt2 only"),
+    ],
+)
+def test_bad_options(run, arguments, message):
+    code, _, err = gspn_command("export", run, *arguments)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_no_run_no_extra_no_place(run, tmp_path, monkeypatch):
+    code, _, err = gspn_command("export", tmp_path, "--onnx")
+    assert code == 2 and f"{tmp_path} is no run" in err
+    code, _, err = gspn_command("export", run, "--onnx", "--out", "/proc/model.onnx", "--no-check")
+    assert code == 1 and "cannot write /proc/model.onnx" in err
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    code, _, err = gspn_command("export", run, "--onnx")
+    assert code == 2 and 'pip install "gspn[onnx]"' in err
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS[1::2], ids=["module", "compile"])
+def test_the_page_s_other_snippets(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet.replace("dynamic=True", 'dynamic=True, backend="aot_eager"'), "docs/export.md", "exec"), {})

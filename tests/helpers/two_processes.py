@@ -1,0 +1,108 @@
+"""What test_distributed.py runs, in one process by itself and in two by torchrun: `two_processes.py FOLDER`."""
+
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from accelerate.utils import gather_object
+from helpers.training import TINY
+
+from gspn import plots as pictures
+from gspn.options import OptionError, Options
+from gspn.tasks.classify import resume_classifier, train_classifier
+from gspn.tasks.diffusion import train_generator
+from gspn.tasks.diffusion_options import GeneratorOptions
+from gspn.train import loop
+
+SMALL = dict(TINY, width=8)
+OPTIONS = dict(model_args=SMALL, epochs=1, batch_size=28, lr=5e-3, ema=0.9, seed=3, workers=0)  # 51 steps an epoch
+SHARDED = OPTIONS | dict(epochs=2, batch_size=350, accumulate=2, save_every="3", fsdp=True)  # 4 steps an epoch
+
+# at a learning rate of 0 what is random in training changes nothing, and validation and samples have to be the same
+GENERATOR = dict(model_args={"hidden_size": 16, "depth": 2}, epochs=1, batch_size=350, lr=0.0, eval_images=51)
+
+
+class Stopped(BaseException):
+    """What stands for a kill."""
+
+
+def losses_of(training):
+    """(result, the loss of each step as the loop saw it) of a function that trains."""
+    seen, look = [], loop.look
+
+    def recording(losses, at, *more):
+        before = at.loss
+        result = look(losses, at, *more)
+        seen.append(at.loss - before)
+        return result
+
+    loop.look = recording
+    try:
+        return training(), seen
+    finally:
+        loop.look = look
+
+
+def stopped_and_resumed(path):
+    """Stops before the 8th step, the second after a checkpoint."""
+    count, backward, parameters = [0], loop.backward, []
+
+    def stopping(task, model, *more):
+        count[0] += 1
+        if count[0] == 8:
+            parameters.extend(type(p).__name__ for p in model.parameters())
+            raise Stopped
+        return backward(task, model, *more)
+
+    loop.backward = stopping
+    try:
+        train_classifier("digits", path, Options(**SHARDED))
+    except Stopped:
+        pass
+    loop.backward = backward
+    return resume_classifier(path)[1], sorted(set(parameters))
+
+
+def main(folder):
+    """What is found, in a process that goes on as it was."""
+    torch.set_num_threads(1)
+    seeds, seed = [], loop.seed_everything
+
+    def recording(value):
+        seeds.append(value)
+        seed(value)
+
+    slow = dict.fromkeys(("curves", "predictions", "context", "losses"), lambda *args: None)  # slower than the training
+    with patch.multiple(pictures, **slow), patch.object(loop, "seed_everything", recording):
+        return trained(folder) | {"seeds": seeds}
+
+
+def trained(folder):
+    found = {}
+    (_, found["metrics"], _), found["losses"] = losses_of(
+        lambda: train_classifier("digits", folder / "copies", Options(**OPTIONS))
+    )
+    options = Options(**OPTIONS | dict(batch_size=16))
+    _, found["of damaged"], found["warnings"] = train_classifier(folder / "data", folder / "damaged", options)
+    (found["sharded"], found["parameters"]), found["sharded losses"] = losses_of(
+        lambda: stopped_and_resumed(folder / "sharded")
+    )
+    for name, fsdp in (("generator", False), ("sharded generator", True)):
+        train_generator("digits", folder / name, GeneratorOptions(**GENERATOR, fsdp=fsdp, sample_steps=3))
+    if torch.distributed.is_initialized():  # one process takes it
+        try:
+            train_classifier("digits", folder / "odd", Options(**OPTIONS | dict(batch_size=31)))
+        except OptionError as error:
+            found["refusal"] = str(error)
+    return found
+
+
+if __name__ == "__main__":
+    found = main(Path(sys.argv[1]))
+    found["seeds of all"] = gather_object([found["seeds"]])
+    if loop.make_accelerator().is_main_process:
+        print(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else its threads may abort the process at its end

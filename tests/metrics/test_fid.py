@@ -1,0 +1,457 @@
+"""`gspn fid`: what is compared, what is kept in files, what an interruption leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.comparing import (
+    NAMES,
+    as_npz,
+    classifier_run,
+    colour_extractor,
+    colour_features,
+    compare,
+    looked_at,
+    paint,
+    paint_both,
+)
+from helpers.training import other_byte, same
+from PIL import Image
+from typer.testing import CliRunner
+
+from gspn.cli import app
+from gspn.data.images import DataError
+from gspn.files import SaveError, save_tensors
+from gspn.metrics import image_statistics
+from gspn.metrics.distances import frechet_distance, kernel_distance, precision_recall
+from gspn.metrics.features import Extractor
+from gspn.metrics.image_sets import ImageSet, open_images
+from gspn.metrics.image_statistics import read_statistics
+from gspn.options import OptionError
+from gspn.train.run import RunError
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return paint_both(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return classifier_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+# -- images, compared by their colours --
+
+
+def test_comparing_two_folders(pictures):
+    result = compare(pictures.drawn, pictures.real, split="all", samples_split="all")
+    x, y = map(colour_features, pictures.images)
+    expected = frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+    assert result["frechet_distance"] == pytest.approx(expected, rel=1e-6) and expected > 0.1
+    x, y = map(torch.from_numpy, (x, y))
+    assert result["kernel_distance"]["mean"] == pytest.approx(kernel_distance(x.float(), y.float())[0], rel=1e-6)
+    assert (result["precision"], result["recall"]) == precision_recall(x.float(), y.float())
+    assert result["accuracy"] == result["reference_accuracy"] == 1 and result["score"]["mean"] > 1.5
+    assert result["samples"] == {"where": str(pictures.drawn), "split": "all", "images": 36, "unreadable": 0}
+    assert result["reference"]["images"] == 60 and result["size"] == [10, 8]
+    assert result["names"]["frechet_distance"] == "Frechet distance (colours)"
+    assert "FID" not in json.dumps(result) and "Inception" not in json.dumps(result)
+
+
+def test_the_training_images_are_the_reference_and_evaluation_s_the_samples(pictures):
+    result = compare(pictures.real, pictures.real)
+    assert (result["samples"]["split"], result["reference"]["split"]) == ("all", "train")
+    assert (result["samples"]["images"], result["reference"]["images"]) == (60, 54)
+    with pytest.raises(DataError, match="no split 'test'"):
+        compare(pictures.drawn, pictures.real, split="test")
+
+
+def test_labels_count_only_against_the_classifier_s_own_names(pictures):
+    (pictures.drawn / "green").rename(pictures.drawn / "violet")
+    result = compare(pictures.drawn, pictures.real)
+    assert result["accuracy"] is None and result["reference_accuracy"] == 1
+    assert any("no accuracy on the samples" in note and "violet" in note for note in result["notes"])
+    assert compare(pictures.drawn, pictures.real, colour_extractor(class_names=None))["accuracy"] is None
+    turned = compare(pictures.real, pictures.real, colour_extractor(class_names=["red", "green", "blue"]))
+    assert turned["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_folders_of_files_and_arrays_are_the_same_images(pictures):
+    flat = pictures.at / "flat"
+    flat.mkdir()
+    for i, pixels in enumerate(pictures.images[0]):
+        Image.fromarray(pixels).save(flat / f"{i:03}.png")
+    labels = np.repeat(np.arange(3), 12)
+    stored = as_npz(pictures.at / "stored.npz", pictures.images[0], arr_1=labels)
+    packed = as_npz(pictures.at / "packed.npz", pictures.images[0], np.savez_compressed)
+    results = [compare(each, pictures.real) for each in (flat, stored, packed)]
+    classes = compare(pictures.drawn, pictures.real, samples_split="all")
+    for result in results:
+        assert result["frechet_distance"] == classes["frechet_distance"]
+        assert result["samples"]["split"] is None and result["samples"]["images"] == 36
+    assert [result["accuracy"] for result in results] == [None, 1, None]
+    assert any("by number only" in note for note in results[1]["notes"])
+    with pytest.raises(OptionError, match="has no splits, got 'train'"):
+        compare(flat, pictures.real, samples_split="train")
+    (flat / "more").mkdir()
+    Image.fromarray(pictures.images[0][0]).save(flat / "more" / "a.png")
+    with pytest.raises(DataError, match=r"images and folders with images \(more\)"):
+        compare(flat, pictures.real)
+
+
+def test_arrays_that_cannot_be_used(pictures):
+    at, images = pictures.at, pictures.images[0]
+    good = as_npz(at / "good.npz", images)
+    broken = {
+        "cut.npz": "damaged or no npz file",
+        "float.npz": r"arr_0 of .* is float64 \(36, 10, 8, 3\); expected an npz",
+        "four.npz": r"is uint8 \(36, 10, 8, 4\)",
+        "other.npz": "holds 1 array: images; expected",
+        "labels.npz": r"arr_1 of .* is int64 \(3,\)",
+        "absent.npz": "there is no",
+    }
+    (at / "cut.npz").write_bytes(good.read_bytes()[:-500])
+    np.savez(at / "float.npz", images / 255)
+    np.savez(at / "four.npz", np.concatenate([images, images[..., :1]], 3))
+    np.savez(at / "other.npz", images=images)
+    np.savez(at / "labels.npz", images, np.arange(3))
+    for name, message in broken.items():
+        with pytest.raises(DataError, match=message):
+            compare(at / name, pictures.real)
+
+
+def test_the_folder_of_gspn_sample(pictures):
+    folder = pictures.at / "samples"
+    (folder / "images").mkdir(parents=True)
+    about = {"format": 1, "settings": {"seed": 0}, "count": 6, "classes": [2, 0], "class_names": ["a", "blue", "red"]}
+    about["class_names"] = ["green", "blue", "red"]
+    (folder / "samples.json").write_text(json.dumps(about))
+    Image.new("RGB", (300, 200)).save(folder / "grid.png")  # which is no sample
+    for i in range(6):
+        name, place = ("red", 24) if i % 2 == 0 else ("green", 12)
+        Image.fromarray(pictures.images[0][place + i]).save(folder / "images" / f"{i:06}-{name}.png")
+    result = compare(folder, pictures.real)
+    assert result["samples"]["images"] == 6 and result["accuracy"] == 1
+    (folder / "images" / "000003-green.png").unlink()
+    with pytest.raises(RunError, match="1 of 6 samples are not in"):
+        compare(folder, pictures.real)
+
+
+def test_other_sizes_are_resized_to_the_reference_s(pictures):
+    paint(pictures.at / "large", 1, scale=2)  # the pictures of `drawn`, every pixel four times
+    extractor = colour_extractor()
+    large = compare(pictures.at / "large", pictures.real, extractor, samples_split="all")
+    assert {shape[2:] for shape in extractor.network.seen} == {(10, 8)}
+    small = compare(pictures.drawn, pictures.real, samples_split="all")
+    assert large["accuracy"] == 1 and large["size"] == [10, 8] and "as they are" in large["resized"]
+    assert large["frechet_distance"] == pytest.approx(small["frechet_distance"], rel=0.5)
+    compare(pictures.drawn, pictures.real, extractor, size=(5, 6))
+    assert extractor.network.seen[-1][2:] == (5, 6)
+    Image.new("RGB", (9, 9)).save(pictures.real / "blue" / "00.png")
+    with pytest.raises(OptionError, match=r"2 sizes: 9x9, 10x8: give .*--size HxW"):
+        compare(pictures.drawn, pictures.real, split="all")
+
+
+def test_unreadable_images_are_named_and_left_out_or_refused(pictures):
+    whole = compare(pictures.drawn, pictures.real, samples_split="all")
+    bad = pictures.drawn / "green" / "03.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    result = compare(pictures.drawn, pictures.real, samples_split="all")
+    assert result["samples"]["unreadable"] == 1 and result["accuracy"] == 1
+    assert any(str(bad) in note for note in result["notes"])
+    x, y = map(colour_features, (np.delete(pictures.images[0], 15, 0), pictures.images[1]))
+    reference = open_images(pictures.real, None, "train").split
+    y = colour_features(np.stack([np.asarray(reference.image(i)) for i in range(len(reference))]))
+    expected = frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+    assert result["frechet_distance"] == pytest.approx(expected, rel=1e-6) != whole["frechet_distance"]
+    for cache in (None, pictures.at / "cache"):
+        with pytest.raises(DataError, match=r"--strict.*green/03\.png"):
+            compare(pictures.drawn, pictures.real, samples_split="all", strict=True, cache=cache)
+
+
+def test_strict_refuses_statistics_that_were_made_without_an_image(pictures, monkeypatch):
+    bad = pictures.real / "green" / "03.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    extractor, cache, file = colour_extractor(), pictures.at / "cache", pictures.at / "real.safetensors"
+    arguments = dict(split="all", cache=cache)
+    first = compare(pictures.drawn, pictures.real, extractor, **arguments, save=file)
+    looked_at(extractor)
+    again = compare(pictures.drawn, pictures.real, extractor, **arguments)
+    assert again == first and looked_at(extractor) == first["samples"]["images"]
+    assert sum(str(bad) in note for note in again["notes"]) == 1  # named also where it was not read again
+    message = r"\(--strict\): 1 of 60 of .* were left out of the statistics in .*"
+    with pytest.raises(DataError, match=message + r"the first: .*green/03\.png"):
+        compare(pictures.drawn, pictures.real, extractor, **arguments, strict=True)
+    with pytest.raises(DataError, match=message + r"real\.safetensors"):
+        compare(pictures.drawn, file, extractor, strict=True)
+    assert not looked_at(extractor)
+
+
+def test_too_few_images_are_told(pictures):
+    few = as_npz(pictures.at / "few.npz", pictures.images[0][:5])
+    result = compare(few, pictures.real)
+    (note,) = (note for note in result["notes"] if "too few" in note)
+    assert "samples: 5 images are too few for 6 features" in note and "rank of at most 4" in note
+    assert not any("too few" in note for note in compare(pictures.drawn, pictures.real)["notes"])
+    two = compare(as_npz(few, pictures.images[0][:2]), pictures.real)
+    assert two["precision"] is None and two["frechet_distance"] > 0
+    with pytest.raises(DataError, match="1 of 1 images could be read"):
+        compare(as_npz(few, pictures.images[0][:1]), pictures.real)
+
+
+@pytest.mark.parametrize(("count", "scored"), [(10, False), (19, False), (20, True)])
+def test_a_score_of_too_few_images_is_left_out(pictures, count, scored):
+    """In a part of one image it is 1, whatever the image."""
+    few = as_npz(pictures.at / "few.npz", pictures.images[0][:count], arr_1=np.zeros(count, int))
+    result = compare(few, as_npz(pictures.at / "real.npz", pictures.images[1]))
+    assert (result["score"] is not None) == scored and result["reference_score"]["mean"] > 1
+    notes = [note for note in result["notes"] if "no score" in note]
+    told = f"no score of the samples: it takes two images in each of 10 parts, of {count}"
+    assert notes == ([] if scored else [told])
+
+
+def test_other_classes_are_told(pictures):
+    def told(samples, reference, **more):
+        notes = compare(samples, reference, **{"samples_split": "all"} | more)["notes"]
+        return [
+            note for note in notes if ("classes" in note and "accuracy" not in note) or note.startswith("no samples")
+        ]
+
+    assert told(pictures.drawn, pictures.real) == []
+    (pictures.drawn / "green").rename(pictures.at / "green")
+    (note,) = told(pictures.drawn, pictures.real, save=pictures.at / "real.safetensors")
+    assert "not of the same classes" in note and note.endswith("no samples of 1 class: green")
+    assert told(pictures.drawn, pictures.at / "real.safetensors") == [note]
+    (pictures.at / "green").rename(pictures.drawn / "violet")
+    (note,) = told(pictures.drawn, pictures.real)
+    assert note.endswith("no samples of 1 class: green; no reference images of 1 class: violet")
+    for folder in (pictures.drawn / "violet", pictures.real / "green"):
+        folder.rename(pictures.at / folder.name)
+    assert told(pictures.drawn, pictures.real) == ["no samples of 1 class: green that colours knows"]
+
+
+def test_latents_are_no_images(pictures):
+    (pictures.at / "latents").mkdir()
+    (pictures.at / "latents" / "config.json").write_text('{"kind": "latents"}')
+    for sets in ((pictures.at / "latents", pictures.real), (pictures.drawn, pictures.at / "latents")):
+        with pytest.raises(DataError, match="holds latents that gspn encode made, which only gspn train-diffusion"):
+            compare(*sets)
+
+
+# -- what is kept --
+
+
+def test_the_reference_is_looked_at_once(pictures):
+    extractor, cache = colour_extractor(), pictures.at / "cache"
+    first = compare(pictures.drawn, pictures.real, extractor, cache=cache)
+    samples, reference = first["samples"]["images"], first["reference"]["images"]
+    assert looked_at(extractor) == samples + reference
+    assert len(list(cache.glob("*.safetensors"))) == 1  # samples come and go
+    assert compare(pictures.drawn, pictures.real, extractor, cache=cache) == first
+    assert looked_at(extractor) == samples
+    renamed = Extractor("renamed", extractor.network, 3, extractor.rule, NAMES)
+    (pictures.real.parent / "real").rename(pictures.at / "elsewhere")
+    compare(pictures.drawn, pictures.at / "elsewhere", renamed, cache=cache)
+    assert looked_at(extractor) == samples
+
+
+def test_anything_else_is_computed_anew(pictures):
+    extractor, cache = colour_extractor(), pictures.at / "cache"
+    go = lambda **more: compare(pictures.drawn, pictures.real, extractor, cache=cache, **more)  # noqa: E731
+    whole = go()["samples"]["images"]
+    both = looked_at(extractor)
+    go(size=(6, 6))
+    assert looked_at(extractor) == both
+    go(split="val")
+    assert looked_at(extractor) == whole + 6
+    extractor.class_names = NAMES[::-1]
+    assert go()["reference_accuracy"] == pytest.approx(1 / 3)
+    assert looked_at(extractor) == both
+    with torch.no_grad():
+        extractor.network.weight.fill_(0.5)
+    go()
+    assert looked_at(extractor) == both
+    for file in sorted((pictures.real / "red").iterdir()):  # other pixels in files of the same names and sizes
+        size = file.stat().st_size
+        Image.new("RGB", (8, 10), (200, len(file.name), 30)).save(file)
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+    go()
+    assert looked_at(extractor) == both
+    file = pictures.real / "green" / "07.png"  # one of 60 alone, changed where it is not seen, of the same time
+    other_byte(file)
+    go()
+    assert looked_at(extractor) == both
+    go()
+    assert looked_at(extractor) == whole
+
+
+def test_every_image_of_any_kind_of_set_counts(pictures):
+    flat, npz, folder = (pictures.at / name for name in ("flat", "some.npz", "samples"))
+    flat.mkdir()
+    (folder / "images").mkdir(parents=True)
+    about = {"format": 1, "settings": {"seed": 0}, "count": 36, "classes": [0], "class_names": ["blue"]}
+    (folder / "samples.json").write_text(json.dumps(about))
+    for i, pixels in enumerate(pictures.images[0]):
+        for path in (flat / f"{i:03}.png", folder / "images" / f"{i:06}-blue.png"):
+            Image.fromarray(pixels).save(path)
+    as_npz(npz, pictures.images[0])
+    for where, file in ((flat, flat / "017.png"), (folder, folder / "images" / "000017-blue.png"), (npz, npz)):
+        before = open_images(where).identity()
+        place = 5000 if file == npz else -1  # as one writes to a mapped array: without a new checksum
+        other_byte(file, place)
+        assert open_images(where).identity() != before
+        other_byte(file, place)
+        assert open_images(where).identity() == before
+
+
+def test_images_are_read_for_a_digest_only_where_something_is_kept(pictures, monkeypatch):
+    read = []
+    monkeypatch.setattr(ImageSet, "identity", lambda self, console=None: read.append(self.where) or "2:0")
+    compare(pictures.drawn, pictures.real)
+    assert read == []
+    compare(pictures.drawn, pictures.real, save=pictures.at / "real.safetensors")
+    assert read == [str(pictures.real)]
+
+
+def test_statistics_that_an_older_version_saved(pictures):
+    """Their digests, of the file and of the network, are of the earlier scheme."""
+    extractor, file = colour_extractor(), pictures.at / "real.safetensors"
+    first = compare(pictures.drawn, pictures.real, extractor, save=file)
+    statistics, key = read_statistics(file)
+    key["network"] = extractor.digest(like="")
+    tensors = {name: tensor.contiguous() for name, tensor in statistics.tensors().items()}
+    metadata = {"gspn": json.dumps(key), "digest": image_statistics._digest(tensors, key, like="")}
+    assert {len(metadata["digest"]), len(key["network"])} == {64}
+    save_tensors(file, tensors, metadata)
+    again = compare(pictures.drawn, file, extractor)
+    assert again["frechet_distance"] == first["frechet_distance"]
+    with torch.no_grad():
+        extractor.network.weight.fill_(2)
+    with pytest.raises(OptionError, match="is of features colours"):
+        compare(pictures.drawn, file, extractor)
+
+
+def test_damaged_statistics_are_computed_again(pictures):
+    extractor, cache = colour_extractor(), pictures.at / "cache"
+    first = compare(pictures.drawn, pictures.real, extractor, cache=cache)
+    both = looked_at(extractor)
+    (file,) = cache.glob("*.safetensors")
+    whole, tensors = file.read_bytes(), read_statistics(file)[0].tensors()
+    for damaged in (whole[:-100], whole[:-20] + b"\1" + whole[-19:], b"", b"no file of tensors"):
+        file.write_bytes(damaged)
+        again = compare(pictures.drawn, pictures.real, extractor, cache=cache)
+        assert looked_at(extractor) == both
+        assert any(str(file) in note and "damaged" in note for note in again["notes"])
+        assert again["frechet_distance"] == first["frechet_distance"]
+        assert same(read_statistics(file)[0].tensors(), tensors)
+
+
+@pytest.mark.parametrize("stop", [3, 9, 13])  # batches: in the reference, after it, in the samples
+def test_an_interrupted_call_goes_on_where_it_was(pictures, monkeypatch, stop):
+    monkeypatch.setattr(image_statistics, "SAVE_EVERY", 0)
+    whole = compare(pictures.drawn, pictures.real, samples_split="all")
+    extractor, cache = colour_extractor(), pictures.at / "cache"
+    extractor.network.stop = stop
+    with pytest.raises(KeyboardInterrupt):
+        compare(pictures.drawn, pictures.real, extractor, samples_split="all", cache=cache)
+    extractor.network.stop = None
+    assert compare(pictures.drawn, pictures.real, extractor, samples_split="all", cache=cache) == whole
+    assert looked_at(extractor) == 36 + whole["reference"]["images"]  # each image once
+    assert not [file.name for file in cache.iterdir() if file.name.endswith(".new")]
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_a_note(pictures):
+    blocked = pictures.at / "file"
+    blocked.write_text("")
+    result = compare(pictures.drawn, pictures.real, cache=blocked / "cache")
+    assert any("cannot write" in note for note in result["notes"])
+    assert result["frechet_distance"] == compare(pictures.drawn, pictures.real)["frechet_distance"]
+    with pytest.raises(SaveError, match="cannot write"):
+        compare(pictures.drawn, pictures.real, save=blocked / "statistics.safetensors")
+
+
+def test_saved_statistics_stand_for_the_reference(pictures, monkeypatch):
+    extractor, file = colour_extractor(), pictures.at / "real.safetensors"
+    first = compare(pictures.drawn, pictures.real, extractor, save=file)
+    looked_at(extractor)
+    again = compare(pictures.drawn, file, extractor)
+    assert looked_at(extractor) == first["samples"]["images"]
+    ignored = {"reference", "notes"}
+    assert {k: v for k, v in again.items() if k not in ignored} == {k: v for k, v in first.items() if k not in ignored}
+    assert again["reference"]["images"] == first["reference"]["images"]
+    with pytest.raises(OptionError, match="of images of 10x8, but size is 5x5"):
+        compare(pictures.drawn, file, extractor, size=(5, 5))
+    with pytest.raises(OptionError, match="neither a split can be chosen"):
+        compare(pictures.drawn, file, extractor, split="train")
+    with torch.no_grad():
+        extractor.network.weight.fill_(2)
+    with pytest.raises(OptionError, match="is of features colours, not of colours as it is now"):
+        compare(pictures.drawn, file, extractor)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match="damaged"):
+        compare(pictures.drawn, file)
+    # what an interrupted call left in the cache is not all of the reference
+    monkeypatch.setattr(image_statistics, "SAVE_EVERY", 0)
+    stopped = colour_extractor()
+    stopped.network.stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        compare(pictures.drawn, pictures.real, stopped, cache=pictures.at / "cache")
+    (part,) = (pictures.at / "cache").glob("*.safetensors")
+    assert read_statistics(part)[0].done == 14
+    with pytest.raises(DataError, match="of 14 of 54 images: it was interrupted"):
+        compare(pictures.drawn, part)
+
+
+def test_kept_features_are_evenly_spaced(pictures, monkeypatch):
+    monkeypatch.setattr(image_statistics, "KEPT", 5)
+    images = as_npz(pictures.at / "a.npz", pictures.images[0])
+    file = pictures.at / "a.safetensors"
+    result = compare(images, images, save=file)
+    kept = read_statistics(file)[0].kept
+    expected = torch.from_numpy(colour_features(pictures.images[0][[0, 9, 18, 26, 35]])).float()
+    assert torch.allclose(kept, expected) and result["kernel_distance"]["subset_size"] == 5
+
+
+# -- the command, and several processes --
+
+
+def test_the_command(pictures, run, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: pictures.at)
+    monkeypatch.chdir(run.path.parent)
+    arguments = ["fid", str(pictures.drawn), "--reference", str(pictures.real), "--workers", "0"]
+    arguments += ["--features", "classifier:run", "--split", "all", "--samples-split", "all"]
+    told = CliRunner().invoke(app, [*arguments, "--out", str(pictures.at / "result.json"), "--size", "9x7"])
+    assert told.exit_code == 0, told.output
+    text = " ".join(told.output.split())
+    assert "36 against 60, at 9x7" in text and "accuracy (classifier:run)" in text and "FID" not in text
+    result = json.loads((pictures.at / "result.json").read_text())
+    assert result["size"] == [9, 7] and len(list((pictures.at / ".cache/gspn/fid").glob("*.safetensors"))) == 1
+    printed = CliRunner().invoke(app, [*arguments, "--json", "--no-cache"])
+    assert json.loads(printed.stdout.splitlines()[0])["frechet_distance"] > 0
+    for wrong, message in (
+        (["--cache", "x", "--no-cache"], "choose one of"),
+        (["--size", "a"], "--size takes N or HxW"),
+        (["--features", "vgg"], "unknown features 'vgg'"),
+    ):
+        failed = CliRunner().invoke(app, [*arguments, *wrong])
+        assert failed.exit_code == 2 and message in failed.output
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(pictures, run):
+    arguments = [str(pictures.drawn), "--reference", str(pictures.real), "--features", f"classifier:{run.path}"]
+    arguments += ["--workers", "0", "--samples-split", "all", "--batch-size", "8"]
+    one = CliRunner().invoke(app, ["fid", *arguments, "--json", "--no-cache"])
+    file = pictures.at / "two.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "gspn", "fid", *arguments, "--cache", str(pictures.at / "cache"), "--out", str(file)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    one, two = json.loads(one.stdout.splitlines()[0]), json.loads(file.read_text())
+    assert two["samples"] == one["samples"] and two["reference"] == one["reference"]
+    assert two["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-5)
+    assert two["accuracy"] == one["accuracy"] and two["precision"] == one["precision"]

@@ -1,0 +1,263 @@
+"""The start of swapped layers: closed form, feature maps, layer-wise fit."""
+
+import pytest
+import torch
+from torch import nn
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers.models.attention_processor import Attention  # noqa: E402
+
+from gspn.stable_diffusion import init as swap_init  # noqa: E402
+from gspn.stable_diffusion.init import FeatureMaps, collect, fit, initialize, relative_error, stream_statistics  # noqa: E402
+from gspn.stable_diffusion.swap import GSPNAttention, swap  # noqa: E402
+
+C, HEADS = 32, 4
+
+
+def make_attention(seed=0, bias=False):
+    torch.manual_seed(seed)
+    return Attention(C, heads=HEADS, dim_head=C // HEADS, bias=bias).eval().requires_grad_(False)
+
+
+def make_unet(seed=0):
+    torch.manual_seed(seed)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(C, 2 * C),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).eval()
+
+
+def runner(unet, batch=2, sizes=((8, 8),)):
+    generator = torch.Generator().manual_seed(1)
+    calls = []
+
+    def run():
+        height, width = sizes[len(calls) % len(sizes)]
+        calls.append((height, width))
+        with torch.no_grad():
+            unet(
+                torch.randn(batch, 4, height, width, generator=generator),
+                torch.randint(0, 1000, (batch,), generator=generator),
+                torch.randn(batch, 5, 16, generator=generator),
+            )
+
+    return run
+
+
+@pytest.mark.parametrize("segment", [None, 3, 4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [(6, 6), (4, 9)])
+def test_qkv_averages_as_attention_does_with_equal_scores(segment, bias, size, monkeypatch):
+    monkeypatch.setattr(swap_init, "SLIGHT", 0.0)
+    attention = make_attention(bias=bias)
+    layer = GSPNAttention(C, form="qkv", segment=segment, qkv_bias=bias, backend="reference")
+    initialize(layer, attention, None, size)
+    # Of a constant map attention gives W_out W_v x everywhere; the scan gives it on the average over the places, as
+    # more lines lead to some places than to others.
+    x = torch.randn(2, 1, C).expand(2, size[0] * size[1], C)
+    expected = attention(x).mean(1)
+    torch.testing.assert_close(layer(x, map_size=size).mean(1), expected, rtol=1e-4, atol=1e-5)
+    assert expected.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("segment", [None, 4])
+def test_pure_finds_a_constant_gate_in_what_the_norm_adds(segment, monkeypatch):
+    monkeypatch.setattr(swap_init, "SLIGHT", 0.0)
+    attention, norm = make_attention(), nn.LayerNorm(C)
+    with torch.no_grad():
+        norm.weight.fill_(0.02)
+        norm.bias.copy_(torch.randn(C))
+    layer = GSPNAttention(C, form="pure", segment=segment, backend="reference")
+    initialize(layer, attention, norm, (6, 6))
+    x = norm(torch.randn(3, 36, C)).detach()
+    expected = attention(x).mean(1)
+    torch.testing.assert_close(layer(x, map_size=(6, 6)).mean(1), expected, rtol=0.05, atol=0.01)
+    # without a constant direction nothing is made up
+    layer = GSPNAttention(C, form="pure", segment=segment, backend="reference")
+    initialize(layer, attention, None, (6, 6))
+    x = torch.randn(3, 36, C)
+    bias = attention.to_out[0].bias
+    assert (layer(x, map_size=(6, 6)) - bias).abs().mean() < 0.1 * (attention(x) - bias).abs().mean()
+
+
+@pytest.mark.parametrize("segment", [None, 4])
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+def test_what_the_gates_read_of_q_and_k_nearly_cancels(form, segment, monkeypatch):
+    attention, norm = make_attention(), nn.LayerNorm(C)
+    with torch.no_grad():
+        norm.weight.fill_(0.5)
+        norm.bias.copy_(3 * torch.randn(C))
+    x, outputs = norm(torch.randn(4, 144, C)).detach(), {}
+    for slight in (swap_init.SLIGHT, 0.0):
+        monkeypatch.setattr(swap_init, "SLIGHT", slight)
+        layer = GSPNAttention(C, form=form, segment=segment, backend="reference")
+        initialize(layer, attention, norm, (12, 12))
+        outputs[slight] = layer(x, map_size=(12, 12)).detach()
+    plain = outputs.pop(0.0) - attention.to_out[0].bias
+    (slight,) = outputs.values()
+    assert 0 < (slight - attention.to_out[0].bias - plain).norm() < 0.1 * plain.norm()
+
+
+def test_pure_finds_a_constant_gate_in_what_the_transformer_adds():
+    unet = make_unet()
+    transformer = unet.down_blocks[0].attentions[0]
+    block = transformer.transformer_blocks[0]
+    with torch.no_grad():
+        transformer.norm.weight.normal_()
+        transformer.norm.bias.normal_()
+        block.norm1.weight.uniform_(-1.5, 1.5)
+    x = torch.randn(64, C, 16, 16)
+    tokens = transformer.proj_in(transformer.norm(x)).flatten(2).mT.detach()
+    mean, covariance = stream_statistics(transformer)
+    torch.testing.assert_close(mean, tokens.mean((0, 1)), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(covariance, tokens.flatten(0, 1).T.cov(), rtol=0.05, atol=0.03)
+    # the proxy's first place is nearly 1 everywhere, which the norm alone does not give
+    x, gates = block.norm1(tokens).detach(), {}
+    for name, before in {"norm": None, "transformer": (mean, covariance)}.items():
+        layer = GSPNAttention(C, form="pure", backend="reference")
+        initialize(layer, block.attn1, block.norm1, (16, 16), before)
+        gates[name] = x @ layer.gspn.proxy_proj.weight[0, :, 0, 0].detach()
+    assert (gates["transformer"] - 1).square().mean() < 0.1
+    assert (gates["norm"] - 1).square().mean() > 0.3
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_initialised_layers_learn_in_every_parameter(shift):
+    attention = make_attention()
+    for form in ("pure", "qkv"):
+        layer = GSPNAttention(C, form=form, backend="reference")
+        norm = nn.LayerNorm(C)
+        with torch.no_grad():
+            norm.bias.normal_(std=shift)
+        initialize(layer, attention, norm, (5, 5))
+        optimizer = torch.optim.AdamW(layer.parameters(), 1e-3)
+        before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        for _ in range(2):  # behind a projection of zeros, gradients come with the second step
+            optimizer.zero_grad()
+            layer(norm(torch.randn(2, 25, C)), map_size=(5, 5)).square().mean().backward()
+            optimizer.step()
+        still = [name for name, p in layer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+        assert not still, (form, still)
+        assert all(not torch.equal(before[name], p) for name, p in layer.named_parameters())
+
+
+def test_collected_maps_are_what_attention_saw():
+    unet = make_unet()
+    with swap(unet, init="random", backend="reference") as swapped:
+        seen = {name: [] for name in swapped.layers}
+        for name, attention in swapped.attentions.items():
+            attention.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name: seen[name].append((args or (kwargs["hidden_states"],))[0].clone()),
+                with_kwargs=True,
+            )
+        maps = collect(swapped, runner(unet, sizes=((8, 8), (6, 10))), 4)
+        assert swapped.active == "gspn"
+        for name, of_layer in maps.items():
+            assert len(of_layer) == 4
+            assert of_layer.sizes == ([(4, 4), (3, 5)] if "mid" in name else [(8, 8), (6, 10)]), name
+            assert all(torch.equal(a, b) for a, b in zip(of_layer.tokens, seen[name], strict=True))
+        shapes = collect(swapped, runner(unet, sizes=((8, 8), (6, 10))), 4, device="meta")
+        for name, of_layer in shapes.items():
+            assert all(t.is_meta for t in of_layer.tokens) and of_layer.sizes == maps[name].sizes
+            assert [t.shape for t in of_layer.tokens] == [t.shape for t in maps[name].tokens]
+        with pytest.raises(ValueError, match="did not run the UNet"):
+            collect(swapped, lambda: None, 1)
+        assert not any(a._forward_pre_hooks for n, a in swapped.attentions.items() if len(a._forward_pre_hooks) > 1)
+
+
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+def test_fit_comes_nearer_to_the_attention(form):
+    unet = make_unet()
+    swapped = swap(unet, form=form, init="pretrained", backend="reference")
+    run = runner(unet, sizes=((8, 8), (6, 10)))
+    told = []
+    errors = fit(swapped, run, maps=16, steps=20, batch_size=4, progress=lambda *line: told.append(line))
+    assert list(errors) == list(swapped.layers) == [line[0] for line in told]
+    for name, (before, after) in errors.items():
+        assert after < 0.9 * before, name
+    fresh = collect(swapped, runner(unet, sizes=((8, 8),)), 4)
+    for name, layer in swapped.layers.items():
+        assert relative_error(layer, swapped.attentions[name], fresh[name]) < 1.1 * max(errors[name])
+        assert all(p.grad is None for p in layer.parameters())
+
+
+def test_fit_keeps_no_more_maps_than_memory_allows(monkeypatch):
+    unet = make_unet()
+    swapped = swap(unet, backend="reference")
+    names, groups = list(swapped.layers), []
+
+    def collected(swap, run, count, names=None, device="cpu"):
+        if device != "meta":
+            groups.append(list(names))
+        return collect(swap, run, count, names, device)
+
+    monkeypatch.setattr(swap_init, "collect", collected)
+    maps = collect(swapped, runner(unet), 3)  # a run gives 2, so there are 4
+    each = {name: 4 * sum(t.numel() for t in maps[name].tokens) / 2**20 for name in names}
+    whole = sum(each.values()) + max(each.values())  # the attention's output on one layer's maps beside the maps of all
+    for memory, expected in (
+        (0, [[name] for name in names]),
+        (whole, [names]),
+        (whole - 1e-4, [names[:-1], names[-1:]]),
+    ):
+        groups.clear()
+        fit(swapped, runner(unet), maps=3, steps=1, memory_mib=memory)
+        assert groups == expected, memory
+
+
+def test_fit_keeps_the_dtype_and_never_makes_a_layer_worse():
+    unet = make_unet().bfloat16()
+    swapped = swap(unet, form="qkv", backend="reference")
+
+    def run():
+        with torch.no_grad():
+            unet(*(torch.randn(2, 4, 8, 8).bfloat16(), 5, torch.randn(2, 5, 16).bfloat16()))
+
+    with torch.no_grad():
+        errors = fit(swapped, run, maps=4, steps=2, lr=1e6)  # a rate that ruins what it touches
+    assert all(after <= before for before, after in errors.values())
+    fresh = collect(swapped, run, 4)
+    for name, (before, _) in errors.items():  # the weights left behind, not only what is told of them
+        assert relative_error(swapped.layers[name], swapped.attentions[name], fresh[name]) < 1.2 * before, name
+    assert all(
+        p.dtype == torch.bfloat16 and p.isfinite().all() for p in swapped.layers[next(iter(errors))].parameters()
+    )
+
+
+def test_relative_error_is_1_for_zero_and_0_for_the_same():
+    attention = make_attention()
+    maps = FeatureMaps([torch.randn(2, 9, C)], [(3, 3)])
+
+    class Zero(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(factor))
+
+        def forward(self, x, map_size):
+            return self.factor * attention(x)
+
+    assert relative_error(Zero(0.0), attention, maps) == pytest.approx(1)
+    assert relative_error(Zero(1.0), attention, maps) == pytest.approx(0, abs=1e-6)
+    assert relative_error(Zero(-0.5), attention, maps) == pytest.approx(1.5)
+    with pytest.raises(ValueError, match="at least two"):
+        FeatureMaps([torch.randn(1, 9, C)], [(3, 3)]).split(0.1)
+
+
+def test_the_shared_directions_do_not_depend_on_the_signs_of_eigenvectors(monkeypatch):
+    """The gates read the directions with one sign, so a layer would else start in another way with another LAPACK."""
+    q, k, scale = torch.randn(12, 12), torch.randn(12, 12), torch.ones(12)
+    directions = swap_init._shared_directions(q, k, scale, 3, 5)
+    eigh = torch.linalg.eigh
+
+    def other_signs(matrix):
+        values, vectors = eigh(matrix)
+        return torch.return_types.linalg_eigh((values, vectors * torch.tensor([1.0, -1, -1, 1])))
+
+    monkeypatch.setattr(torch.linalg, "eigh", other_signs)
+    torch.testing.assert_close(swap_init._shared_directions(q, k, scale, 3, 5), directions)

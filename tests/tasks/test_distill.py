@@ -1,0 +1,487 @@
+"""Distillation of Stable Diffusion: what the loss is, what is trained, that a run goes on exactly, what it leaves."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.stable_diffusion import WORDS, ddim, tiny_sd, tiny_sdxl
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import gspn
+from gspn.cli import app
+from gspn.data.images import UNREADABLE, Preprocessing, Split, decode
+from gspn.data.labelled import DataError
+from gspn.data.unreadable import Unreadable
+from gspn.digests import is_earlier
+from gspn.options import OptionError
+from gspn.tasks.distill import Setup, distill, resume_distillation
+from gspn.tasks.distill_options import DistillOptions
+from gspn.tasks.student import PARTS, Distillation, Student
+from gspn.tasks.text_to_image import TextToImage, open_text_to_image
+from gspn.train.loop import make_accelerator
+from gspn.train.run import Run, RunError
+
+SIZE = (16, 16)
+PREPROCESSING = Preprocessing(3, SIZE, (0.5,) * 3, (0.5,) * 3)
+SMALL = dict(epochs=1, batch_size=4, workers=0, sample_every=0, precision="fp32", val_fraction=0.2)
+
+
+def lively(pipe):
+    """The same pipeline with norms that shift, as trained ones do: the pure form starts from that."""
+    torch.manual_seed(1)
+    for module in pipe.unet.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.normal_(module.bias, std=0.3)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders of a tiny SD and a tiny SDXL."""
+    path = tmp_path_factory.mktemp("bases")
+    lively(tiny_sd(scheduler=ddim(prediction_type="v_prediction"))).save_pretrained(path / "sd")
+    lively(tiny_sdxl()).save_pretrained(path / "xl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with ten captioned images."""
+    path = tmp_path_factory.mktemp("photos")
+    rows = []
+    for i in range(10):
+        pixels = np.random.RandomState(i).randint(0, 255, (16, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(path / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": f"{WORDS[i]} {WORDS[3 * i % 10]}"})
+    (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def task_of(pipe, *, captions=None, swapped=None, **more):
+    """(task, student) of a pipeline, its layers lively."""
+    captions = captions or [(f"{word} fox",) for word in WORDS]
+    teacher = TextToImage(pipe, "here", cache=more.pop("cache", False))
+    student = Student(teacher, gspn.swap(pipe, **swapped or dict(init="random")))
+    weights = dict(noise=1.0, output=0.5, feature=0.5) | more.pop("weights", {})
+    unreadable = Unreadable({"train": Split([0] * len(captions), None, read=decode)}, more.pop("strict", False))
+    more |= dict(weights=weights, unreadable=unreadable)
+    return Distillation(student, captions, captions, PREPROCESSING, None, **more), student
+
+
+def batch_of(count=4):
+    torch.manual_seed(3)
+    image = torch.randint(256, (count, 3, *SIZE), dtype=torch.uint8)
+    return {"image": image, "label": torch.zeros(count).long(), "index": torch.arange(count)}
+
+
+# -- the loss --
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_is_what_is_said(prediction):
+    pipe = tiny_sd(scheduler=ddim(prediction_type=prediction))
+    task, student = task_of(pipe, dropout=0.0)
+    batch = task.prepare(batch_of())
+    noisy = pipe.scheduler.add_noise(batch["start"], batch["noise"], batch["timestep"])
+    target = {
+        "epsilon": batch["noise"],
+        "v_prediction": pipe.scheduler.get_velocity(batch["start"], batch["noise"], batch["timestep"]),
+        "sample": batch["start"],
+    }[prediction]
+    text = pipe.encode_prompt([f"{word} fox" for word in WORDS[:4]], "cpu", 1, False)[0]
+    torch.testing.assert_close(batch["text"], text)
+
+    def run(modules):
+        seen, hooks = [], []
+        for module in modules:
+            hooks.append(module.register_forward_hook(lambda module, args, output: seen.append(output)))
+        output = pipe.unet(noisy, batch["timestep"], text).sample
+        for hook in hooks:
+            hook.remove()
+        return output, seen
+
+    output, features = run(student.swap.layers.values())
+    with student.swap.use("attention"):
+        taught, wanted = run(student.swap.attentions.values())
+    assert len(features) == len(wanted) == 7
+    mse = torch.nn.functional.mse_loss
+    expected = dict(noise=mse(output, target), output=mse(output, taught), teacher=mse(taught, target))
+    expected["feature"] = torch.stack([mse(a, b) for a, b in zip(features, wanted, strict=True)]).mean()
+    losses = task.losses(student, batch)
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name].mean(), value, msg=name)
+    loss = task.loss(student, batch) / task.count(batch)
+    torch.testing.assert_close(loss, expected["noise"] + 0.5 * expected["output"] + 0.5 * expected["feature"])
+    assert all(expected[name] > 1e-6 for name in PARTS)
+
+
+def test_the_teacher_is_the_pipeline_itself():
+    """Before a swap, during and after, to the last bit; and the loss against it is 0 for a student that is it."""
+    pipe = tiny_sdxl()
+    teacher = TextToImage(pipe, "here")
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), teacher.conditions(["red fox", None], SIZE)
+    before, weights = teacher.predict(*inputs), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    digest = teacher.digest()
+    task, student = task_of(pipe)
+    student.train()
+    assert torch.equal(student.teach(*inputs)[0], before) and not torch.equal(student(*inputs)[0], before)
+    optimizer = torch.optim.SGD([p for p in pipe.unet.parameters() if p.requires_grad], lr=1.0)
+    task.loss(student, task.prepare(batch_of())).backward()
+    optimizer.step()
+    assert torch.equal(student.teach(*inputs)[0], before)
+    student.forward = student.teach
+    losses = task.losses(student, task.prepare(batch_of()))
+    assert (
+        not losses["output"].any() and not losses["feature"].any() and torch.equal(losses["noise"], losses["teacher"])
+    )
+    gspn.restore(pipe)
+    assert all(torch.equal(v, weights[k]) for k, v in pipe.unet.state_dict().items()) and teacher.digest() == digest
+
+
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+def test_only_the_swapped_layers_learn(form):
+    """All of them, whatever runs twice to keep fewer activations."""
+    gradients = []
+    for checkpointing in (False, True):
+        pipe = tiny_sd()
+        torch.manual_seed(0)
+        task, student = task_of(pipe, swapped=dict(form=form, segment=2, init="random"), dropout=0.0)
+        if checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        task.loss(student, task.prepare(batch_of())).backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+        with_gradient = {name for name, p in pipe.unet.named_parameters() if p.grad is not None}
+        layers = student.swap.layers.items()
+        assert with_gradient == {f"{n}.{m}" for n, layer in layers for m, _ in layer.named_parameters()}
+        assert all(g is not None and g.any() for g in gradients[-1].values())
+        assert not any(p.grad is not None for part in (pipe.vae, pipe.text_encoder) for p in part.parameters())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_unreadable_images_do_not_count():
+    task, student = task_of(tiny_sd())
+    batch = batch_of()
+    batch["label"][1] = UNREADABLE
+    prepared = task.prepare(batch)
+    losses = task.losses(student, prepared)
+    assert task.count(prepared) == 3
+    assert all((loss != 0).tolist() == [True, False, True, True] for loss in losses.values())
+    task.unreadable.strict = True
+    with pytest.raises(DataError, match=r"unreadable image \(--strict\): image 1: "):
+        task.prepare(batch)
+    task.unreadable.strict, batch["label"][:] = False, UNREADABLE
+    task.unreadable.splits["evaluation"], task.loader = task.unreadable.splits["train"], [batch]
+    with pytest.raises(DataError, match="none of the 4 images of the evaluation could be read"):
+        task.evaluate(student, make_accelerator())
+
+
+def test_layers_whose_loss_is_no_number_are_not_kept():
+    saved = []
+    task, student = task_of(tiny_sd(), save=lambda: saved.append(1), dropout=0.0)
+    task.unreadable.splits["evaluation"], task.loader = task.unreadable.splits["train"], [batch_of()]
+    layer = next(iter(student.swap.layers.values()))
+    bias = layer.to_out[0].bias.detach().clone()
+    layer.to_out[0].bias.data.fill_(float("nan"))
+    assert not np.isfinite(task.evaluate(student, make_accelerator())["val_loss"]) and not saved and task.best is None
+    layer.to_out[0].bias.data.copy_(bias)
+    assert task.evaluate(student, make_accelerator())["val_loss"] == task.best and saved
+
+
+def test_captions_are_drawn_and_dropped(monkeypatch):
+    task, _ = task_of(tiny_sd(), captions=[("red", "green"), ("blue",)], dropout=0.3)
+    seen, conditions = [], TextToImage.conditions
+    monkeypatch.setattr(
+        TextToImage, "conditions", lambda self, c, size: seen.extend(c) or conditions(self, c[:1], size)
+    )
+    monkeypatch.setattr(TextToImage, "latents", lambda self, images, draw: torch.zeros(len(images), 4, 8, 8))
+    batch = {"image": torch.zeros(3000, 3, 1, 1), "label": torch.zeros(3000), "index": torch.arange(3000) % 2}
+    task.prepare(batch)
+    first, second = seen[::2], seen[1::2]
+    assert set(first) == {"red", "green", None} and set(second) == {"blue", None}
+    assert 0.26 < seen.count(None) / 3000 < 0.34 and 0.8 < first.count("red") / first.count("green") < 1.25
+
+
+# -- what a UNet is conditioned on --
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl", "xl, empty text"])
+def test_conditions_are_those_of_the_pipeline(kind):
+    """What the pipeline gives its UNet for a caption, and for the unconditional half of guidance."""
+    pipe = tiny_sd() if kind == "sd" else tiny_sdxl()
+    if kind == "xl, empty text":
+        pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    seen, forward = {}, pipe.unet.forward
+
+    def spy(sample, timestep, encoder_hidden_states, added_cond_kwargs=None, **more):
+        seen.update(text=encoder_hidden_states, **(added_cond_kwargs or {}))
+        return forward(sample, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **more)
+
+    pipe.unet.forward = spy
+    pipe(["red fox", "a owl"], height=16, width=32, num_inference_steps=1, output_type="latent")
+    for cache in (False, True):
+        ours = TextToImage(pipe, "here", cache=cache).conditions([None, None, "red fox", "a owl"], (16, 32))
+        torch.testing.assert_close(ours["text"], seen["text"])
+        assert not torch.equal(ours["text"][0], ours["text"][2])
+        if kind != "sd":
+            torch.testing.assert_close(ours["pooled"], seen["text_embeds"])
+            torch.testing.assert_close(ours["ids"], seen["time_ids"])
+
+
+def test_a_cache_depends_on_no_batch():
+    teacher = TextToImage(tiny_sd(), "here")
+    images, captions = torch.rand(5, 3, 16, 16) * 2 - 1, ["red", "red fox", None, "a owl", "red"]
+    latents, text = teacher.latents(images, draw=False), teacher.conditions(captions, SIZE)["text"]
+    teacher.cache = {}
+    again = [teacher.latents(images[[i]], draw=False) for i in range(5)]
+    alone = [teacher.conditions([caption], SIZE)["text"] for caption in captions]
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher.cache.clear()
+        together = teacher.latents(images, draw=False), teacher.conditions(captions, SIZE)["text"]
+    assert torch.equal(torch.cat(again), together[0]) and torch.equal(torch.cat(alone), together[1])
+    torch.testing.assert_close(together[0], latents)
+    torch.testing.assert_close(together[1], text)
+    assert len(teacher.cache) == 5 + 4
+    drawn = teacher.latents(images[:1].repeat(1000, 1, 1, 1))
+    with torch.no_grad():
+        posterior = teacher.vae.encode(images[:1]).latent_dist
+    torch.testing.assert_close(drawn.mean(0), posterior.mean[0] * 0.5, atol=0.1, rtol=0)
+    torch.testing.assert_close(drawn.std(0), posterior.std[0] * 0.5, atol=0.02, rtol=0.1)
+
+
+# -- runs --
+
+
+RUN = dict(
+    SMALL, epochs=2, sample_every=1, sample_captions=2, sample_steps=2, guidance=2.0, flip=True, lr=1e-2, ema=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def whole(bases, photos, tmp_path_factory):
+    """A run that nothing stopped."""
+    path = tmp_path_factory.mktemp("distillation") / "run"
+    distill(photos, path, DistillOptions(base=str(bases / "sd"), **RUN))
+    return path
+
+
+def test_what_a_run_leaves_behind(whole, bases):
+    config, rows = json.loads((whole / "config.json").read_text()), Run.open(whole).metrics
+    assert config["task"] == "distillation" and config["prediction_type"] == "v_prediction"
+    assert config["image_size"] == [16, 16] and len(config["swap"]["layers"]) == 7
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[0]["val_teacher"] == rows[1]["val_teacher"] > 0
+    for row in rows:
+        assert row["val_loss"] == pytest.approx(row["val_noise"] + 0.5 * row["val_output"] + 0.5 * row["val_feature"])
+        assert row["images"] == 2
+    for name in ("samples/epoch-0001.png", "samples/epoch-0002.png", "curves.png"):
+        with Image.open(whole / name) as picture:
+            assert min(picture.size) > 100
+    # the layers of the best epoch, averaged, and nothing else; the pipeline takes them
+    best = load_file(whole / "checkpoints/best/ema.safetensors")
+    saved = load_file(whole / "gspn_swap.safetensors")
+    assert {
+        f"layers.{n.rpartition('.attn1.')[0].replace('.', '/')}/attn1.{n.rpartition('.attn1.')[2]}" for n in saved
+    } == {*best}
+    for name, tensor in saved.items():
+        place, _, rest = name.rpartition(".attn1.")
+        assert torch.equal(best[f"layers.{place.replace('.', '/')}/attn1.{rest}"], tensor)
+    pipe = open_text_to_image(bases / "sd").pipe
+    swapped = gspn.load_swap(pipe, whole)
+    assert all(torch.equal(saved[f"{n}.{m}"], p) for n, y in swapped.layers.items() for m, p in y.named_parameters())
+    assert pipe("red fox", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3])
+def test_a_stopped_run_goes_on_exactly(whole, bases, photos, tmp_path, monkeypatch, stopped_at):
+    prepare, steps = Distillation.prepare, []
+
+    def stops(task, batch):
+        if len(steps) == stopped_at:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return prepare(task, batch)
+
+    monkeypatch.setattr(Distillation, "prepare", stops)
+    base = shutil.copytree(bases / "sd", tmp_path / "sd")
+    with pytest.raises(KeyboardInterrupt):
+        distill(photos, tmp_path / "run", DistillOptions(base=str(base), save_every="1", **RUN))
+    monkeypatch.undo()
+    shutil.rmtree(base)
+    resume_distillation(tmp_path / "run", {"base": str(bases / "sd")})  # it was moved
+    for part in ("model", "ema", "optimizer"):
+        ours, theirs = (load_file(each / f"checkpoints/last/{part}.safetensors") for each in (tmp_path / "run", whole))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), part
+    for name in ("samples/epoch-0001.png", "samples/epoch-0002.png"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
+    ours, theirs = (load_file(each / "gspn_swap.safetensors") for each in (tmp_path / "run", whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    clocks = ("seconds", "data_seconds", "images_per_second")
+    ours, theirs = (Run.open(each).metrics for each in (tmp_path / "run", whole))
+    assert [{k: v for k, v in row.items() if k not in clocks} for row in ours] == [
+        {k: v for k, v in row.items() if k not in clocks} for row in theirs
+    ]
+
+
+def test_what_is_learned_nears_the_teacher(bases, photos, tmp_path):
+    """From random layers; on the very images that it is judged by."""
+    shutil.copytree(photos, tmp_path / "photos/train")
+    shutil.copytree(photos, tmp_path / "photos/val")
+    (tmp_path / "photos/train/7.png").write_bytes(b"damaged")
+    changes = dict(base=str(bases / "sd"), init="random", epochs=6, lr=1e-2, ema=0.0, noise_weight=0.0, cache=True)
+    run, warnings = distill(tmp_path / "photos", tmp_path / "run", DistillOptions(**SMALL | changes))
+    first, last = run.metrics[0], run.metrics[-1]
+    assert last["val_feature"] < 0.8 * first["val_feature"] and last["val_loss"] < first["val_loss"]
+    assert (last["unreadable"], last["unreadable_in_training"], last["images"]) == (0, 1, 10)
+    assert len(warnings) == 1 and "1 unreadable image left out" in warnings[0] and "7.png" in warnings[0]
+
+
+def test_sdxl_in_bfloat16_after_a_fit(bases, photos, tmp_path):
+    options = dict(
+        form="qkv", segment=2, fit=2, fit_maps=8, precision="bf16", gradient_checkpointing=True, accumulate=2
+    )
+    run, _ = distill(photos, tmp_path / "run", DistillOptions(base=str(bases / "xl"), **SMALL | options))
+    fitted = run.config["swap"]["fitted"]
+    assert len(fitted) == 7 and all(after <= before for before, after in fitted.values())
+    assert np.isfinite(run.metrics[0]["val_loss"]) and run.metrics[0]["val_feature"] > 0
+    saved = load_file(tmp_path / "run/gspn_swap.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}  # though the UNet is in bfloat16
+    swapped = gspn.load_swap(open_text_to_image(bases / "xl").pipe, tmp_path / "run")
+    assert (swapped.form, swapped.segment) == ("qkv", 2)
+
+
+# -- what cannot be --
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"base": None}, "the pipeline to learn from is missing"),
+        ({"base": "/nowhere/sd"}, "the pipeline /nowhere/sd cannot be loaded"),
+        ({"size": (16, 20)}, "size must be divisible by 8, got 16x20"),
+        ({"fsdp": True}, "fsdp: only the swapped layers are trained"),
+        ({"noise_weight": 0.0, "output_weight": 0.0, "feature_weight": 0.0}, "nothing would be learned"),
+        ({"freeze": ("layers.nothing",)}, "there is no part of the model 'layers.nothing'"),
+    ],
+)
+def test_bad_options(bases, photos, tmp_path, changes, message):
+    with pytest.raises(OptionError, match=message):
+        distill(photos, tmp_path / "run", DistillOptions(**SMALL | {"base": str(bases / "sd")} | changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_unet_that_wants_more_is_told_before_a_run_is_made(photos, tmp_path):
+    tiny_sd(class_embed_type="timestep").save_pretrained(tmp_path / "sd")
+    with pytest.raises(OptionError, match="fails when tried with 16x16: class_labels should be provided"):
+        distill(photos, tmp_path / "run", DistillOptions(base=str(tmp_path / "sd"), **SMALL))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pipelines_that_cannot_be_distilled(bases, tmp_path):
+    index = json.loads((bases / "sd/model_index.json").read_text())
+    shutil.copytree(bases / "sd", tmp_path / "other")
+    (tmp_path / "other/model_index.json").write_text(json.dumps(index | {"_class_name": "PixArtAlphaPipeline"}))
+    with pytest.raises(OptionError, match="holds a PixArtAlphaPipeline, expected a StableDiffusionPipeline or Stable"):
+        open_text_to_image(tmp_path / "other")
+    with pytest.raises(OptionError, match=r"takes 9 channels and gives 4, its VAE has 4: expected a text-to-image"):
+        TextToImage(tiny_sd(in_channels=9), "here")
+    with pytest.raises(OptionError, match="is conditioned on guidance"):
+        TextToImage(tiny_sd(time_cond_proj_dim=8), "here")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    with pytest.raises(OptionError, match="FlowMatchEulerDiscreteScheduler, has no betas"):
+        TextToImage(tiny_sd(scheduler=FlowMatchEulerDiscreteScheduler()), "here")
+    pipe = tiny_sd()
+    pipe.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    with pytest.raises(OptionError, match="latents_mean, which StableDiffusionPipeline does not apply"):
+        TextToImage(pipe, "here")
+
+
+def test_long_captions_are_told(bases, photos, tmp_path):
+    teacher = TextToImage(tiny_sd(), "here")
+    assert teacher.too_long([("red fox",), ("a owl",)]) is None
+    told = "1 of 2 captions looked at have more than the 8 tokens that the text encoder takes: the rest is cut off"
+    assert teacher.too_long([("red fox",), ("red fox of a house with a smile",)]) == told
+
+
+def test_what_makes_another_teacher(bases, tmp_path):
+    """Noise and weights; not what sampling is set to, nor which diffusers saved it."""
+    path = shutil.copytree(bases / "sd", tmp_path / "sd")
+    config, digests = json.loads((path / "scheduler/scheduler_config.json").read_text()), []
+    changes = ({}, {"_diffusers_version": "0.30.0", "timestep_spacing": "trailing"}, {"trained_betas": [0.1, 0.2]})
+    for change in (*changes, {"beta_end": 0.02}, {"prediction_type": "epsilon"}, {"rescale_betas_zero_snr": True}):
+        (path / "scheduler/scheduler_config.json").write_text(json.dumps(config | change))
+        digests.append(open_text_to_image(path).digest())
+    assert digests[0] == digests[1] and len(set(digests[1:])) == 5
+
+
+def test_settings_and_words_make_another_teacher():
+    """Which weights do not tell."""
+    pipe = tiny_sd()
+    before = TextToImage(pipe, "here").digest()
+    assert TextToImage(tiny_sd(), "elsewhere").digest() == before
+    found = [before]
+    for part, change in (("vae", {"scaling_factor": 0.25}), ("unet", {"norm_eps": 1e-3}), ("unet", {"act_fn": "gelu"})):
+        other = tiny_sd()
+        getattr(other, part).register_to_config(**change)
+        found.append(TextToImage(other, "here").digest())
+    other = tiny_sd()
+    other.text_encoder.config.hidden_act = "gelu_new"
+    found.append(TextToImage(other, "here").digest())
+    other = tiny_sd()
+    other.tokenizer.model_max_length -= 1
+    found.append(TextToImage(other, "here").digest())
+    assert len(set(found)) == 6 and not any(map(is_earlier, found))
+
+
+def test_a_run_that_an_older_version_began_knows_its_teacher(bases):
+    teacher = open_text_to_image(bases / "sd")
+    setup = SimpleNamespace(teacher=teacher, digest="2:0")
+    Setup.check_config(setup, {"base": {"digest": teacher.digest(like="")}})
+    with pytest.raises(RunError, match="is not the pipeline that the run learns from"):
+        Setup.check_config(setup, {"base": {"digest": "0" * 64}})
+
+
+def test_another_teacher_is_not_gone_on_with(whole, bases, tmp_path):
+    other = lively(tiny_sd(scheduler=ddim(prediction_type="v_prediction")))
+    with torch.no_grad():
+        other.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
+    other.save_pretrained(tmp_path / "sd")
+    with pytest.raises(RunError, match="is not the pipeline that the run learns from"):
+        resume_distillation(whole, {"base": str(tmp_path / "sd")})
+    with pytest.raises(OptionError, match="form was pure and cannot be qkv"):
+        resume_distillation(whole, {"form": "qkv"})
+
+
+def test_the_size_is_the_base_s(bases, photos):
+    setup = Setup.of(photos, DistillOptions(base=str(bases / "sd")))
+    assert setup.options.size == (16, 16) and setup.options.lr == 1e-4 and setup.options.precision == "bf16"
+    assert setup.teacher.unet.dtype == torch.bfloat16 and setup.teacher.vae.dtype == torch.float32
+    pipe = tiny_sd(sample_size=None)
+    with pytest.raises(OptionError, match="does not say what size it was made for: size is needed"):
+        TextToImage(pipe, "here").native_size()
+
+
+def test_the_command(bases, photos, tmp_path):
+    run = CliRunner().invoke
+    base, more = str(bases / "sd"), ["--batch-size", "4", "--sample-every", "0", "--workers", "0"]
+    result = run(app, ["distill", base, *more])
+    assert result.exit_code == 2 and "Missing option '--data'" in result.output
+    result = run(app, ["distill", "--data", str(photos), *more])
+    assert result.exit_code == 2 and "Missing argument 'BASE'" in result.output
+    arguments = ["--data", str(photos), "--epochs", "1", "--segment", "2", "--out", str(tmp_path / "run"), *more]
+    result = run(app, ["distill", base, *arguments])
+    assert result.exit_code == 0 and "validation: noise" in result.output, result.output
+    assert "gspn_swap.safetensors (for gspn.load_swap)" in result.output
+    assert gspn.load_swap(tiny_sd(), tmp_path / "run").segment == 2
+    result = run(app, ["distill", base, *arguments])
+    assert result.exit_code == 2 and "is not empty" in result.output
+    result = run(app, ["distill", "--resume", str(tmp_path / "run"), "--out", "x"])
+    assert result.exit_code == 2 and "--resume goes on in its own folder" in result.output
+    result = run(app, ["distill", base, "--data", str(photos), "--form", "x"])
+    assert result.exit_code == 2 and "form must be pure or qkv, got 'x'" in result.output

@@ -1,0 +1,102 @@
+"""Training from trained weights: heads, channels, sizes, what does not fit."""
+
+import pytest
+import torch
+from helpers.training import TINY, same, tiny_options
+from safetensors.torch import save_file
+
+import gspn
+from gspn import plots as pictures
+from gspn.options import OptionError
+from gspn.runs import load_classifier
+from gspn.tasks.classify import train_classifier
+from gspn.tasks.finetune import open_source, start_from
+from gspn.train.run import RunError
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    for name in ("curves", "predictions", "context"):
+        monkeypatch.setattr(pictures, name, lambda *args: None)
+
+
+def from_run(run, **more):
+    """Options of a training that begins with a run's weights and leaves them nearly as they are."""
+    return tiny_options(init_from=str(run.path), model_args={}, lr=1e-12, weight_decay=0.0, ema=0.0, **more)
+
+
+def body(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+
+
+def test_same_data_keep_the_head(digits_run, tmp_path):
+    run, metrics = digits_run
+    again, found, _ = train_classifier("digits", tmp_path / "again", from_run(run))
+    assert found["top1"] == pytest.approx(metrics["top1"])
+    assert {name: again.config["model"][name] for name in TINY} == {name: run.config["model"][name] for name in TINY}
+
+
+def test_other_classes_size_and_frozen_body(digits_run, colours, tmp_path):
+    """Digits to colours: a new head for three classes, larger images, converted to the one channel."""
+    run, _ = digits_run
+    options = from_run(run, channels=1, freeze=("stem", "levels", "norm"), batch_size=16)
+    other, _, _ = train_classifier(colours, tmp_path / "other", options)
+    mine, theirs = load_classifier(other.path).model.state_dict(), load_classifier(run.path).model.state_dict()
+    assert same(body(mine), body(theirs)) and mine["head.weight"].shape == (3, theirs["head.weight"].shape[1])
+    assert other.config["preprocessing"]["size"] == [24, 20]
+
+
+def test_head_goes_by_names(digits_run, tmp_path):
+    run, _ = digits_run
+    source = open_source(run.path, None, {})
+    new = lambda classes: gspn.create_model("gspn_micro", num_classes=classes, in_chans=1, **TINY)  # noqa: E731
+    names = [str(i) for i in range(10)]
+    model = new(10)
+    assert start_from(source, model, names, "digits") == f"weights of the run {run.path}, its head too"
+    assert torch.equal(model.head.weight, source.weights["head.weight"])
+    # numbers that stand for other things elsewhere, and other names
+    for classes, data in ((names, "/fashion"), (["shirt", *names[1:]], "digits"), (names[:7], "digits")):
+        model = new(len(classes))
+        before = model.head.weight.clone()
+        assert start_from(source, model, classes, data).endswith(f"with a new head for {len(classes)} classes")
+        assert torch.equal(model.head.weight, before) and same(body(model.state_dict()), body(source.weights))
+
+
+def test_a_file_of_weights(digits_run, tmp_path):
+    weights = load_classifier(digits_run[0].path).model.state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    model = gspn.create_model("gspn_micro", num_classes=10, in_chans=1, **TINY)
+    note = start_from(open_source(tmp_path / "weights.safetensors", None, {}), model, ["a"] * 10, "x")
+    assert note.endswith("with a new head for 10 classes") and same(body(model.state_dict()), body(weights))
+
+
+def test_what_does_not_fit(digits_run, colours, tmp_path):
+    run, _ = digits_run
+    with pytest.raises(OptionError, match=r"takes 1 channels, these images have 3; --channels 1 converts them"):
+        train_classifier(colours, tmp_path / "run", from_run(run, batch_size=16))
+    with pytest.raises(OptionError, match=r"do not fit the model: .*shape \(16,.* there and \(8,"):
+        train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(run.path), model_args={"width": 8}))
+    with pytest.raises(OptionError, match="is of a gspn_micro, so --model cannot be gspn_tiny"):
+        train_classifier("digits", tmp_path / "run", from_run(run, model="gspn_tiny"))
+    for path, message in {
+        "gone": r"there is no gone; expected a run folder, a \.safetensors or a \.pth",
+        "gone.safetensors": "gone.safetensors cannot be read",
+    }.items():
+        with pytest.raises(OptionError, match=message):
+            train_classifier("digits", tmp_path / "run", tiny_options(init_from=path))
+    (tmp_path / "a.pth").write_bytes(b"nothing")
+    with pytest.raises(OptionError, match=r"a\.pth does not say of which model it is; say it with --model"):
+        train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(tmp_path / "a.pth")))
+    with pytest.raises(OptionError, match=r"^init_from: .*a\.pth"):
+        train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(tmp_path / "a.pth"), model="gspn_tiny"))
+    with pytest.raises(RunError, match="is no run"):
+        train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(tmp_path)))
+    with pytest.raises(OptionError, match=r"freeze: there is no part of the model 'level', did you mean 'levels'"):
+        train_classifier("digits", tmp_path / "run", from_run(run, freeze=("level",)))
+    everything = ("stem", "levels", "norm", "head")
+    with pytest.raises(OptionError, match="nothing is left to train"):
+        train_classifier("digits", tmp_path / "run", from_run(run, freeze=everything))
+    for device in ("foo", "meta", "cuda:99"):
+        with pytest.raises(OptionError, match=f"ema_device '{device}' cannot be used: "):
+            train_classifier("digits", tmp_path / "run", tiny_options(ema_device=device))
+    assert not (tmp_path / "run").exists()

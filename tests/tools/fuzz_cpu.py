@@ -1,0 +1,131 @@
+"""Random shapes, strides, segments, groups and dtypes through the native CPU kernels, against a loop in torch.
+
+    python tests/tools/fuzz_cpu.py --cases 3000 --seed 0
+
+Every case runs forward and backward on a random instruction set and number of threads. A failure prints its seed:
+`--seed <that> --cases 1` repeats it.
+
+Under AddressSanitizer and UBSan, for this script and for the tests of the kernels (leaks are Python's own):
+
+    pip install --no-deps -e . -C cmake.define.GSPN_SANITIZE=address,undefined
+    export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+    export ASAN_OPTIONS=detect_leaks=0
+    python tests/tools/fuzz_cpu.py && python -m pytest tests/kernels/test_cpu_scan.py
+
+and `pip install --no-deps -e .` again afterwards.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+from test_cpu_scan import (
+    DTYPES,
+    TOLERANCE,
+    error,
+    gated_loop,
+    loop,
+    native_gated,
+    native_line,
+    normalize,
+    with_gradients,
+)
+
+from gspn.kernels import cpu
+
+
+def relaid(t: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """The same values in another order of memory, sometimes with gaps that hold NaN."""
+    order = list(range(t.dim()))
+    if rng.random() < 0.6:
+        rng.shuffle(order)
+    back = [order.index(i) for i in range(t.dim())]
+    step = [rng.choice((1, 1, 1, 2)) if rng.random() < 0.3 else 1 for _ in order]
+    shape = [t.shape[i] * s + rng.choice((0, 0, 3)) for i, s in zip(order, step, strict=True)]
+    storage = torch.full(shape, torch.nan, dtype=t.dtype)
+    view = storage[tuple(slice(0, t.shape[i] * s, s) for i, s in zip(order, step, strict=True))].permute(back)
+    return view.copy_(t)
+
+
+def propagate_loop(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment):
+    project = lambda p: torch.einsum("...s,bshw->b...hw", p, proxy)  # noqa: E731
+    y = 0 if skip_proj is None else project(skip_proj) * x
+    for i, d in enumerate(directions):
+        weights = normalize(project(weight_proj[i]).transpose(1, 2), d)
+        y = y + project(output_proj[i]) * loop(project(input_proj[i]) * x, weights, d, segment)
+    return y
+
+
+def run_case(seed: int) -> list[tuple[str, float, float]]:
+    """(name, error, tolerance) of every output."""
+    rng, draw = random.Random(seed), torch.Generator().manual_seed(seed)
+    groups, per_group = rng.choice((1, 1, 2, 3, 7)), rng.choice((1, 1, 2, 5, 17, 33))
+    if rng.random() < 0.3:
+        groups, per_group = groups * per_group, 1
+    batch, channels = rng.choice((1, 1, 2, 3)), groups * per_group
+    height, width = (rng.choice((1, 2, 3, 7, 14, 16, 17, 31, 40)) for _ in range(2))
+    directions = rng.sample(range(4), rng.randint(1, 4))
+    segment = rng.choice((None, None, 1, 2, 5, 16, 100))
+    dtype, op = rng.choice(DTYPES), rng.choice(("gated", "line", "propagate"))
+    options = {"isa": rng.choice(cpu.supported_isas()), "threads": rng.choice((1, 2))}
+    maps = lambda *lead: torch.randn(*lead, height, width, generator=draw, dtype=torch.float64)  # noqa: E731
+    many, slack = len(directions), 1.0
+    if op == "gated":
+        tensors = [maps(batch, channels), maps(batch, many, channels), 2 * maps(batch, many, groups, 3)]
+        tensors = [t.to(dtype) for t in tensors]
+        grad = maps(batch, many, channels).to(dtype)
+        found = native_gated(*(relaid(t, rng) for t in (*tensors, grad)), directions, segment, **options)
+        function = lambda *a: gated_loop(*a, directions, segment)  # noqa: E731
+    elif op == "line":
+        weight_dtype = rng.choice((dtype, torch.float32)) if dtype.itemsize == 2 else dtype
+        tensors = [maps(batch, channels).to(dtype), (0.4 * maps(batch, groups, 3)).to(weight_dtype)]
+        grad = maps(batch, channels).to(dtype)
+        x, weights, d = *(relaid(t, rng) for t in tensors), directions[0]
+        found = native_line(x, weights, relaid(grad, rng), d, segment, **options)
+        function = lambda *a: loop(*a, d, segment)  # noqa: E731
+    else:
+        features = rng.choice((1, 2, 5, 8, 20))
+        sizes = (
+            (many, 3, groups, features),
+            (many, channels, features),
+            (many, channels, features),
+            (channels, features),
+        )
+        projections = [torch.randn(s, generator=draw, dtype=torch.float64) / features**0.5 for s in sizes]
+        tensors = [t.to(dtype) for t in (maps(batch, channels), maps(batch, features), *projections)]
+        grad, skip = maps(batch, channels).to(dtype), rng.random() < 0.7
+        if not skip:
+            tensors.pop()
+        inputs = [relaid(t, rng) for t in tensors[:2]] + tensors[2:] + [None] * (not skip)
+        y = cpu.propagate(*inputs, directions, segment, **options)
+        found = [y, *cpu.propagate_backward(relaid(grad, rng), *inputs, directions, segment, **options)]
+        function = lambda *a: propagate_loop(*a, *[None] * (not skip), directions, segment)  # noqa: E731
+        slack = 5.0  # sums over pixels and features
+    expected = with_gradients(function, [t.double() for t in tensors], grad.double())
+    name = f"seed {seed}: {op} {dtype} {(batch, channels, groups, height, width)} {directions} {segment} {options}"
+    pairs = zip(found, expected, strict=False)
+    return [(f"{name} output {i}", error(f, e), slack * TOLERANCE[dtype]) for i, (f, e) in enumerate(pairs)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--library", type=Path, help="a library other than the installed one")
+    options = parser.parse_args()
+    if options.library:
+        cpu._find = lambda: options.library
+    failures = 0
+    for seed in range(options.seed, options.seed + options.cases):
+        for name, found, allowed in run_case(seed):
+            if not found <= allowed:
+                failures += 1
+                print(f"{name}: error {found:.2g}, allowed {allowed:.2g}", flush=True)
+    print(f"{options.cases} cases, {failures} failures")
+    return failures > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

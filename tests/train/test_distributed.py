@@ -1,0 +1,73 @@
+"""Two processes with gloo on the CPU compute what one does: the same losses, each image evaluated once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.two_processes import main
+
+from gspn.train.run import Run
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+
+def by_torchrun(*arguments):
+    """What two processes print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command + [str(a) for a in arguments], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "Grad strides do not match" not in result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def folders(colours, tmp_path):
+    """Two folders with the same pictures, one of them damaged, for one process and for two."""
+    for name in ("one", "two"):
+        shutil.copytree(colours, tmp_path / name / "data")
+    return tmp_path / "one", tmp_path / "two"
+
+
+def close(one, other):
+    """Whether two dicts of metrics say the same."""
+    numbers = lambda metrics: {name: v for name, v in metrics.items() if isinstance(v, int | float)}  # noqa: E731
+    return numbers(one) == pytest.approx(numbers(other), abs=1e-5) and one.keys() == other.keys()
+
+
+def test_two_processes_are_as_one(folders):
+    one = main(folders[0])
+    two = json.loads(by_torchrun(HELPERS / "two_processes.py", folders[1]))  # only one of them prints
+    assert len(one["losses"]) == len(two["losses"]) == 51
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-5
+    first, second = two["seeds of all"]
+    assert first == one["seeds"] and not set(first) & set(second)  # what is random in the model differs
+    assert two["metrics"]["images"] == 359 and close(one["metrics"], two["metrics"])
+    assert Run.open(folders[1] / "copies").metrics[0]["images"] == 359
+    # pictures of which one is damaged, whichever process read it
+    assert close(one["of damaged"], two["of damaged"])
+    assert "1 unreadable image left out" in two["warnings"][0] and "red/3.png" in two["warnings"][0]
+    # sharded over the two, stopped, resumed: step 7 is done twice
+    assert two["parameters"] == ["DTensor"] and one["parameters"] == ["Parameter"]
+    assert len(one["sharded losses"]) == len(two["sharded losses"]) == 8 + 1
+    assert max(abs(a - b) for a, b in zip(one["sharded losses"], two["sharded losses"], strict=True)) < 1e-5
+    assert close(one["sharded"], two["sharded"])
+    shapes = [
+        {name: tensor.shape for name, tensor in Run.open(folder / "sharded").load_checkpoint("last")[0]["ema"].items()}
+        for folder in folders
+    ]
+    assert shapes[0] == shapes[1]
+    for name in ("generator", "sharded generator"):
+        (alone,), (shared,) = (Run.open(folder / name).metrics for folder in folders)
+        assert shared["images"] == 51 and shared["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-5)
+        pictures = [(folder / name / "samples/epoch-0001.png").read_bytes() for folder in folders]
+        assert pictures[0] == pictures[1]
+    assert two["refusal"] == "batch_size is of all 2 processes together: expected a multiple, got 31"
+
+
+def test_ddp_on_the_reference_where_no_line_reaches_another():
+    assert float(by_torchrun(HELPERS / "two_gradients.py")) == 0
