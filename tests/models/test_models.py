@@ -211,4 +211,4 @@ def test_every_parameter_has_a_gradient_at_the_smallest_sizes(size, backend):
     )
     model(torch.randn(2, 1, *size)).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    assert (model.levels[1].blocks[0].gspn.weight_proj.grad == 0).all()
+    assert model.levels[1].blocks[0].gspn.weight_proj.grad.abs().max() < 1e-6  # a / a is differentiated there

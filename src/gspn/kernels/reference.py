@@ -221,10 +221,11 @@ def _weight_lines(weights: Tensor, direction: int) -> Tensor:
 def _missing(logits: Tensor, direction: int) -> Tensor:
     """(3,H,W) or a shape that broadcasts to it: whether the previous, same and next place in the line do not exist."""
     lines_are_columns = direction % 2 == 0
-    # made from the logits, without an index that is set, so that fake logits are enough
-    none = logits.new_zeros(logits.shape[-2 if lines_are_columns else -1], dtype=torch.bool)
-    ends = F.pad(none[1:], (1, 0), value=True), none, F.pad(none[1:], (0, 1), value=True)
-    return torch.stack(ends).unsqueeze(-1 if lines_are_columns else -2)
+    places = logits.shape[-2 if lines_are_columns else -1]
+    missing = logits.new_zeros(3, places, dtype=torch.bool)  # as fake as the logits are, whatever mode is on
+    missing[0, :1].fill_(True)
+    missing[2, -1:].fill_(True)
+    return missing.unsqueeze(-1 if lines_are_columns else -2)
 
 
 def _weights_and_sigmoids(logits: Tensor, direction: int) -> tuple[Tensor, Tensor]:
