@@ -1,5 +1,5 @@
-"""What test_distributed.py runs by torchrun: two steps of DDP on maps of one pixel, where the scan's weights are read by
-nothing. It prints the largest gradient of the weights' projection."""
+"""What test_distributed.py runs by torchrun: two steps of DDP on maps of one pixel, where nothing reads the weights of
+the scan. It prints the largest gradient of their projection."""
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
