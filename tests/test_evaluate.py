@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,8 +122,8 @@ def test_faults(run, tmp_path):
 def test_two_processes_count_no_image_twice(run, tmp_path):
     # 359 images in batches of 102 (101 cannot be shared) over two processes: accelerate pads the last one
     alone, _ = evaluate(run.path, "digits", batch_size=100)
-    script = Path(sys.executable).with_name("torchrun")
-    command = [script, "--standalone", "--nproc_per_node=2", "-m", "gspn", "eval", run.path, "digits"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "gspn", "eval", run.path, "digits"]
     result = subprocess.run(
         [str(part) for part in [*command, "--batch-size", 101, "--json", "--out", tmp_path]],
         capture_output=True,
