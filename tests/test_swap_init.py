@@ -247,3 +247,20 @@ def test_relative_error_is_1_for_zero_and_0_for_the_same():
     assert relative_error(Zero(-0.5), attention, maps) == pytest.approx(1.5)
     with pytest.raises(ValueError, match="at least two"):
         FeatureMaps([torch.randn(1, 9, C)], [(3, 3)]).split(0.1)
+
+
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+def test_the_default_dtype_changes_nothing(sd, form):
+    def states():
+        with swap(sd, form=form) as swapped:
+            return [{name: p.clone() for name, p in layer.state_dict().items()} for layer in swapped.layers.values()]
+
+    wanted = states()
+    try:
+        torch.set_default_dtype(torch.float64)
+        changed = states()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, want in zip(changed, wanted, strict=True):
+        for name, tensor in want.items():
+            assert torch.equal(got[name], tensor) or name == "weight_proxy.weight", name  # random, and read by nothing
