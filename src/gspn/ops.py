@@ -24,6 +24,7 @@ Common rules
     ``backend=None`` picks the native kernel for x's device and, where it is missing, the reference with one warning.
     A backend that is named never falls back. Gradients of gradients need ``backend="reference"``.
     Forward-mode derivatives and torch.func.grad need ``backend="reference"`` too; vmap does not.
+    Every differentiable input has a gradient on every backend: zeros where it does not reach the output.
     Errors: TypeError for what is not a floating tensor or mixes dtypes, ValueError for shapes, devices, names and
     numbers that do not fit, RuntimeError for a backend that is not there.
 """

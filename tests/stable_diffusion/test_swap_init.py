@@ -261,3 +261,20 @@ def test_the_shared_directions_do_not_depend_on_the_signs_of_eigenvectors(monkey
 
     monkeypatch.setattr(torch.linalg, "eigh", other_signs)
     torch.testing.assert_close(swap_init._shared_directions(q, k, scale, 3, 5), directions)
+
+
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+def test_the_default_dtype_changes_nothing(sd, form):
+    def states():
+        with swap(sd, form=form) as swapped:
+            return [{name: p.clone() for name, p in layer.state_dict().items()} for layer in swapped.layers.values()]
+
+    wanted = states()
+    try:
+        torch.set_default_dtype(torch.float64)
+        changed = states()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, want in zip(changed, wanted, strict=True):
+        for name, tensor in want.items():
+            assert torch.equal(got[name], tensor) or name == "weight_proxy.weight", name  # random, and read by nothing

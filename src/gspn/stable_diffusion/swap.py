@@ -215,7 +215,7 @@ def swap(
             norm = block.norm1 if isinstance(block.norm1, nn.LayerNorm) else None
             if around not in before:
                 before[around] = stream_statistics(unet.get_submodule(around))
-            initialize(layer, attention, norm, _native_size(unet, name), before[around])
+            initialize(layer.float(), attention, norm, _native_size(unet, name), before[around])  # whatever the default
         layers[name] = layer.to(weight.dtype).train(attention.training)
     return Swap(unet, layers)
 
