@@ -96,7 +96,7 @@ def test_a_fixed_size_in_half_precision_elsewhere(run, tmp_path):
     ],
 )
 def test_bad_options(run, arguments, message):
-    code, _, err = gspn_command("export", run, *arguments)
+    code, _, err = gspn_command("export", run, *arguments, "--overwrite")
     assert code == 2 and message in err and "Traceback" not in err
 
 
@@ -106,7 +106,7 @@ def test_no_run_no_extra_no_place(run, tmp_path, monkeypatch):
     code, _, err = gspn_command("export", run, "--onnx", "--out", "/proc/model.onnx", "--no-check")
     assert code == 1 and "cannot write /proc/model.onnx" in err
     monkeypatch.setitem(sys.modules, "onnx", None)
-    code, _, err = gspn_command("export", run, "--onnx")
+    code, _, err = gspn_command("export", run, "--onnx", "--overwrite")
     assert code == 2 and 'pip install "gspn[onnx]"' in err
 
 
