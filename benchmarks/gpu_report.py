@@ -55,7 +55,7 @@ def correctness() -> list[Step]:
 
 
 def speed(out: Path, commit: str, rehearse: bool) -> list[Step]:
-    command = [sys.executable, "-m", "benchmarks.layer_gpu", "--quick", "--out", str(out), "--minutes", "7.5"]
+    command = [sys.executable, "-m", "benchmarks.speed.layer_gpu", "--quick", "--out", str(out), "--minutes", "7.5"]
     command += ["--commit", commit] if commit else []
     return [Step("layer-gpu", [*command, "--rehearse"] if rehearse else command, 570, proof="goals: ")]
 
