@@ -1,12 +1,12 @@
-"""A user's own checkout of the released kernel, built and timed beside ours; nothing of it is part of this repository.
+"""Builds a user's own checkout of the released kernel and times it beside ours. This repository holds no part of it.
 
-The folder holds extension sources (.cpp, .cc, .cu), which torch.utils.cpp_extension builds as they are, and a file
-``adapter.py`` that the user writes, because only the user can look at how that kernel is called:
+The folder holds extension sources (.cpp, .cc, .cu), which torch.utils.cpp_extension builds unchanged, and a file
+``adapter.py``. The user writes that file, because only the user can see how the kernel is called:
 
     def prepare(extension, x, gate, weights):
         '''extension: the built module. x, gate and the three weights (previous, same, next place; normalised):
         contiguous (N,C,P,T), to be scanned along T from its start. Returns a function without arguments that launches
-        the kernel and returns h (N,C,P,T); what it allocates or converts here is not timed.'''
+        the kernel and returns h (N,C,P,T). Allocations and conversions made in prepare are not timed.'''
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ SUFFIXES = (".cpp", ".cc", ".cu")
 
 
 def load(folder: Path) -> tuple[Callable | None, dict]:
-    """(what makes the contender, what was found), the first None where there is nothing to be timed."""
+    """(function that makes the contender, or None if there is none to time; what the file records of it)."""
     sources = sorted(str(p) for p in folder.rglob("*") if p.suffix in SUFFIXES and "build" not in p.parts)
     found: dict = {"folder": folder.name, "sources": [Path(s).name for s in sources]}
     from torch.utils import cpp_extension  # looks for a compiler, and complains, when it is imported

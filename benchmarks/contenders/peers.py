@@ -1,4 +1,4 @@
-"""What the GSPN layer is measured against: modules (B,C,H,W) to (B,C,H,W) of the same width, projections included."""
+"""What the GSPN layer is compared with: modules (B,C,H,W) to (B,C,H,W) of the same width, with their projections."""
 
 import importlib
 import sys
@@ -46,7 +46,7 @@ class LinearAttention(Attention):
 
 
 class Unfused(nn.Module):
-    """The GSPN layer as everyone writes it: 1x1 convolutions make all maps, a native scan reads them, torch merges."""
+    """The GSPN layer in its usual form: 1x1 convolutions make all maps, a native scan reads them, torch merges."""
 
     def __init__(self, layer: gspn.GSPN2d):
         super().__init__()
@@ -71,7 +71,7 @@ class Unfused(nn.Module):
 
 class TunedUnfused:
     """The unfused layer with every buffer allocated once, the directions' skips folded into one, and all maps from one
-    matrix product: what can be had without fusing. channels_last float32, per-channel weights, forward and backward."""
+    matrix product: the best without fusing. channels_last float32, per-channel weights, forward and backward."""
 
     def __init__(self, layer: gspn.GSPN2d, x: Tensor):
         self.layer, self.x = layer, x

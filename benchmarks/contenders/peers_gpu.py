@@ -1,8 +1,8 @@
-"""What the GPU kernels are measured against, beside the modules of peers.py.
+"""What the GPU kernels are compared with, beside the modules of peers.py.
 
 ``LineLaunches`` is a scan written the way arXiv 2501.12381 describes its own: channels first, one launch a line, one
-thread an element, neighbours through global memory, weights normalised and directions stacked beforehand. It is ours,
-for comparison. The others wrap packages that a machine may or may not have; ``missing`` says which and why.
+thread an element, neighbours through global memory, weights normalised and directions stacked beforehand. We wrote
+it for comparison. The other contenders need packages; ``missing`` says which of them a machine lacks.
 """
 
 import importlib
@@ -23,7 +23,7 @@ STATE = 64  # of the Mamba scans: state channels a head
 
 @triton.jit(do_not_specialize=["t"])
 def _line_forward(x, gate, left, middle, right, h, t, rows, places, lines, BLOCK: tl.constexpr):
-    """Line t of every map at once; (rows, lines) in memory, a row being one place of one map."""
+    """Line t of every map at once; (rows, lines) in memory, a row is one place of one map."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     place = row % places
@@ -152,7 +152,7 @@ def _from_the_right(maps: Tensor, direction: int) -> Tensor:
 
 
 class FlaLinearAttention(Attention):
-    """Linear attention by flash-linear-attention's chunked kernel: causal in raster order, which is all it offers."""
+    """Linear attention by flash-linear-attention's chunked kernel, which is always causal: here in raster order."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
@@ -227,7 +227,7 @@ PACKAGED: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
 
 
 def missing() -> dict[str, str]:
-    """Names of PACKAGED that cannot be measured here, each with why."""
+    """Names of PACKAGED that cannot be measured here, each with the reason."""
     found = {}
     for name, (module, _) in PACKAGED.items():
         try:

@@ -1,8 +1,8 @@
-"""The UNets of Stable Diffusion as they were published, and what a swap changes in them: layers, shapes, parameters,
-operations, memory.
+"""The published UNets of Stable Diffusion, and what a swap changes in them: layers, shapes, parameters, operations,
+memory.
 
-None of it needs weights or a GPU: on torch's "meta" device shapes alone pass through a UNet. A size is (height, width)
-in pixels, eight times the latents'.
+No weights and no GPU are needed: on torch's "meta" device only shapes pass through a UNet. A size is (height, width) in
+pixels, eight times that of the latents.
 """
 
 import copy

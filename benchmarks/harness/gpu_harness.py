@@ -1,9 +1,9 @@
-"""What the GPU benchmarks share: a GPU that is timed, the same path rehearsed on the CPU, and results that outlive a
-crash and stop at a deadline.
+"""What the GPU benchmarks share: a timed GPU, a rehearsal of the same path on the CPU, and results that survive a crash
+and stop at a deadline.
 
-Times are CUDA events around one call, each after the L2 cache has been filled with other data by reading it (writing
-would leave dirty lines, whose eviction the next kernel pays for). Contenders take turns within a round. What is bound
-by launches is measured twice: called as a user calls it, and replayed from a CUDA graph.
+Times are CUDA events around one call. Before each call the L2 cache is filled with other data by reading them (writing
+would leave dirty lines, whose eviction would delay the next kernel). Contenders take turns within a round. Calls that
+launches may bound are measured twice: as a user calls them, and replayed from a CUDA graph.
 """
 
 import gc
@@ -26,11 +26,11 @@ Call = Callable[[], object]
 
 
 class DeviceLost(RuntimeError):
-    """The device answers no more in this process; a fresh process can go on."""
+    """This process can no longer use the device; a new process can."""
 
 
 class WrongResult(AssertionError):
-    """A contender does not compute what it should: it is not timed, and the benchmark ends with an error."""
+    """A contender computes something else. It is not timed, and the benchmark ends with an error."""
 
 
 class Gpu:
@@ -49,7 +49,7 @@ class Gpu:
         torch.sum(self._other, 0, out=self._sink)
 
     def round(self, calls: list[tuple[str, Call]]) -> dict[str, float]:
-        """Seconds of one call each, in the order given, every one with a cold cache."""
+        """Seconds of one call of each, in the given order, each with a cold cache."""
         events = {}
         for name, run in calls:
             self.cool()
@@ -95,7 +95,7 @@ class Gpu:
             raise DeviceLost(str(error)) from error
 
     def describe(self) -> dict:
-        """Name, memory and driver, and the clocks of the moment as nvidia-smi tells them."""
+        """Name, memory and driver, and the present clocks as nvidia-smi reports them."""
         properties = torch.cuda.get_device_properties()
         fields = (
             "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
@@ -106,7 +106,7 @@ class Gpu:
             line = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
             told = dict(zip(fields.split(","), (v.strip() for v in line.split(",")), strict=True))
         except (OSError, subprocess.SubprocessError, ValueError, AttributeError) as error:
-            told = {"nvidia-smi": f"did not tell: {error}"}
+            told = {"nvidia-smi": f"failed: {error}"}
         return {
             "name": properties.name,
             "memory_gib": round(properties.total_memory / 2**30, 1),
@@ -124,7 +124,7 @@ class Gpu:
 
 
 class Rehearsal:
-    """Stands in for a GPU: CPU tensors, a wall clock, no graphs. Shows that the path runs; its times mean nothing."""
+    """Replaces the GPU: CPU tensors, a wall clock, no graphs. It shows that the path runs; its times mean nothing."""
 
     device = torch.device("cpu")
     rehearsal = True
@@ -161,7 +161,7 @@ class Rehearsal:
 
 
 def interleaved(machine, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Seconds a call, one sample a round for each contender; the order within a round is drawn anew each time."""
+    """Seconds of a call, one sample in each round for each contender; every round has a new random order."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls.items()), random.Random(0)
     gc.disable()
@@ -176,7 +176,7 @@ def interleaved(machine, calls: dict[str, Call], rounds: int) -> dict[str, list[
 
 
 def attempt(machine, run: Call) -> tuple[object, str | None]:
-    """(result, None), or (None, why not): one contender's failure is a result. A lost device is not (DeviceLost)."""
+    """(result, None), or (None, reason). A contender's failure is a result; a lost device raises DeviceLost."""
     try:
         return run(), None
     except torch.OutOfMemoryError as error:
@@ -199,8 +199,8 @@ def measure(
     """For each contender its times, ratio to ours, extra memory and, where launches may bind it, times from a graph.
 
     Args:
-        seconds: about how long the rounds of the fast contenders may take together; the slow get three rounds.
-        graphs: names that are replayed from a graph however long they take.
+        seconds: about how long all rounds of the fast contenders may take; slow contenders get three rounds.
+        graphs: names that are replayed from a graph even if they take long.
     """
     found: dict[str, dict] = {}
     once: dict[str, float] = {}
@@ -242,7 +242,7 @@ def _rounds(machine, calls: dict[str, Call], ours: str, seconds: float, total: f
 
 
 def wrong_results(sections: dict[str, dict]) -> list[str]:
-    """Every case, and contender, that did not pass its correctness gate."""
+    """Every case and contender that did not pass its correctness gate."""
     found = []
     for section, cases in sections.items():
         for case, row in cases.items():
@@ -254,13 +254,13 @@ def wrong_results(sections: dict[str, dict]) -> list[str]:
 
 
 def best_ms(row: dict) -> float | None:
-    """Median time from the graph where there is one, else as called; None where it was not measured."""
+    """The smaller of the median times as called and from a graph; None if there is neither."""
     times = [r["ms"][1] for r in (row, row.get("graph", {})) if "ms" in r]
     return min(times, default=None)
 
 
 def copy_bandwidth(machine, seconds: float) -> dict:
-    """GB/s of a copy within the device's memory, bytes read plus bytes written; the ceiling that fractions are of."""
+    """GB/s of a copy within the device's memory, bytes read plus bytes written. Fractions are of this ceiling."""
     sizes = [1] if machine.rehearsal else [256, 1024, 4096]
     rates = {}
     for mib in sizes:
@@ -275,12 +275,12 @@ def copy_bandwidth(machine, seconds: float) -> dict:
 
 
 class Results:
-    """A JSON file that grows by a case at a time: cases are not lost when the process dies, nor measured twice.
+    """A JSON file that grows by one case at a time: no case is lost when the process dies, and none is measured twice.
 
     Args:
-        path: the file. With ``resume`` its cases are kept; the one on which a process died is recorded as such.
-        head: what every file says first.
-        minutes: after them no case is begun; those left are listed.
+        path: the file. With ``resume`` its cases are kept; a case on which the process died is recorded as such.
+        head: the first entries of the file.
+        minutes: no case begins later; the cases that are left are listed.
     """
 
     def __init__(self, path: Path, head: dict, minutes: float, resume: bool = False):
@@ -297,7 +297,7 @@ class Results:
                 self.content["sections"].setdefault(died[0], {})[died[1]] = {"why": "not measured: the process died"}
 
     def case(self, section: str, name: str, run: Callable[[], dict]) -> dict | None:
-        """Measures a case unless it is there already or the time is up; None where it is not there afterwards."""
+        """Measures a case unless the file has it or the time is up; None if the file does not have it afterwards."""
         cases = self.content["sections"].setdefault(section, {})
         if name not in cases:
             if time.monotonic() > self.deadline:

@@ -1,9 +1,9 @@
 """What every benchmark shares: interleaved rounds, ratios within a round, peak memory in a process of its own, and a
-JSON file that says on what machine, with what versions and from what commit its figures come.
+JSON file that records machine, versions and commit.
 
-On one thread the clock is the thread's own CPU time, which other processes on the machine do not disturb much; on
-several it is wall time. A speed claim is a ratio: both contenders are measured in every round, one after the other,
-and the median over the rounds of their ratio is what counts.
+On one thread the clock is the thread's own CPU time, which other processes disturb little; on several threads it is
+wall time. A speed claim is a ratio: both contenders are measured in every round, one after the other, and the median
+over the rounds of their ratio counts.
 """
 
 import gc
@@ -28,7 +28,7 @@ LEAST_SECONDS = 0.01  # a sample repeats its call until it has lasted this long
 
 
 def interleaved(contenders: dict[str, Callable[[], None]], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds a call, one sample a round for each contender; the order within a round is drawn anew each time."""
+    """Seconds of a call, one sample in each round for each contender; every round has a new random order."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     calls = {}
     for name, run in contenders.items():
@@ -58,8 +58,7 @@ def interleaved(contenders: dict[str, Callable[[], None]], rounds: int, threads:
 
 
 def summary(samples: dict[str, list[float]], ours: str) -> dict[str, dict]:
-    """For each contender: milliseconds (quartiles) and how many times our time it takes (quartiles of the ratio);
-    without the ratio where ours was not measured."""
+    """For each contender: milliseconds and the ratio to our time, as quartiles; no ratio if ours was not measured."""
     quartiles = lambda values: [round(float(q), 4) for q in np.quantile(values, (0.25, 0.5, 0.75))]  # noqa: E731
     found = {name: {"ms": quartiles([1e3 * s for s in values])} for name, values in samples.items()}
     if ours in samples:
@@ -138,7 +137,7 @@ def environment() -> dict:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; empty where the sources were copied without their history, or git is not there."""
+    """What git prints; empty where the sources have no history or git is not installed."""
     try:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
@@ -153,7 +152,7 @@ def _cpu_name() -> str:
 
 
 def write_json(path: Path, content: dict, quiet: bool = False) -> None:
-    """Whole or not at all: a benchmark that is killed leaves the file of the case before."""
+    """Replaces the file at once: a benchmark that is killed leaves the file of the case before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_text(json.dumps(content, indent=1) + "\n")

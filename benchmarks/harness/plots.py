@@ -1,4 +1,4 @@
-"""Figures and tables of the result files, and of nothing else.
+"""Draws figures and tables from result files.
 
 python -m benchmarks.harness.plots benchmarks/results/speed/layer-cpu.json [...]   writes NAME.png and NAME.md beside it
 """
@@ -30,7 +30,7 @@ def label_of(case: dict) -> str:
 
 
 def ratios(content: dict, title: str, cases: list[dict], key: str, path: Path) -> None:
-    """Bars of how many times our time each contender takes, with quartiles; the line at 1 is ours."""
+    """Bars: time of each contender as a multiple of ours, with quartiles; the line at 1 is ours."""
     names = [n for n in COLOURS if n != "gspn" and any(n in c[key] for c in cases)]
     figure = Figure(figsize=(max(8, 1.75 * len(cases)), 4.2), layout="constrained")
     axes = figure.subplots()
@@ -42,8 +42,8 @@ def ratios(content: dict, title: str, cases: list[dict], key: str, path: Path) -
             [m - q for m, q in zip(middle, low, strict=True)],
             [q - m for m, q in zip(middle, high, strict=True)],
         ]
-        places = [i + (j - (len(names) - 1) / 2) * width for i in at]
-        bars = axes.bar(places, middle, width, yerr=errors, color=COLOURS[name], label=name, error_kw={"lw": 0.7})
+        positions = [i + (j - (len(names) - 1) / 2) * width for i in at]
+        bars = axes.bar(positions, middle, width, yerr=errors, color=COLOURS[name], label=name, error_kw={"lw": 0.7})
         axes.bar_label(bars, [f"{m:.1f}" if m < 10 else f"{m:.0f}" for m in middle], fontsize=6.5, padding=1)
     axes.axhline(1, color=COLOURS["gspn"], lw=1.5, label="gspn (this library)")
     axes.set_yscale("log")
@@ -64,7 +64,7 @@ def ratios(content: dict, title: str, cases: list[dict], key: str, path: Path) -
 
 
 def table(content: dict, path: Path) -> None:
-    """One row a case and thread count: our time, the others as multiples of it, peak extra memory."""
+    """One row for each case and number of threads: our time, the others as multiples of it, peak extra memory."""
     names = [n for n in COLOURS if any(n in row.get("1 thread", {}) for row in content["cases"])]
     others = [n for n in names if n != "gspn"]
     lines = [

@@ -1,4 +1,4 @@
-"""Tables and figures of layer-gpu.json, and of nothing else.
+"""Draws tables and figures from layer-gpu.json.
 
 python -m benchmarks.harness.plots_gpu DIR/layer-gpu.json     writes layer-gpu.md and up to three figures beside it
 """
@@ -20,8 +20,8 @@ def contenders(rows: dict[str, dict]) -> list[str]:
     return list(names)
 
 
-def told(row: dict, key: str | None = None) -> str:
-    """A cell: median time as called, from a graph where there is one, and another figure if asked for."""
+def cell(row: dict, key: str | None = None) -> str:
+    """A cell: median time as called, the time from a graph if there is one, and the figure `key` if given."""
     if "ms" not in row:
         return row.get("why", "").removeprefix("not measured: ")
     text = f"{row['ms'][1]:.3g}"
@@ -36,7 +36,7 @@ def table(rows: dict[str, dict], key: str | None) -> list[str]:
     names = contenders(rows)
     lines = ["| case | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for case, row in rows.items():
-        cells = [told(row[n], key) if n in row else "" for n in names]
+        cells = [cell(row[n], key) if n in row else "" for n in names]
         moved = f", {row['gib']:.3g} GiB" if "gib" in row else ""
         lines.append(
             f"| {case}{moved} | " + " | ".join(cells if "why" not in row else [row["why"], *[""] * (len(names) - 1)])
@@ -106,8 +106,8 @@ def shares(content: dict, path: Path) -> None:
         for j, name in enumerate(names):
             at = [i for i, r in enumerate(rows.values()) if "of copy" in r.get(name, {})]
             values = [list(rows.values())[i][name]["of copy"] for i in at]
-            places = [i + (j - (len(names) - 1) / 2) * 0.8 / len(names) for i in at]
-            axes.bar(places, values, 0.8 / len(names), color=COLOURS[j % len(COLOURS)], label=name)
+            positions = [i + (j - (len(names) - 1) / 2) * 0.8 / len(names) for i in at]
+            axes.bar(positions, values, 0.8 / len(names), color=COLOURS[j % len(COLOURS)], label=name)
         axes.set_xticks(range(len(rows)), [n.split(",")[0].replace(": ", "\n") for n in rows], fontsize=7, rotation=40)
         axes.set_ylabel("share of copy bandwidth")
         axes.legend(fontsize=7, frameon=False)
@@ -145,8 +145,8 @@ def models(content: dict, path: Path) -> None:
         for j, name in enumerate(names):
             at = [i for i, r in enumerate(rows.values()) if "images/s" in r.get(name, {})]
             values = [list(rows.values())[i][name]["images/s"] for i in at]
-            places = [i + (j - (len(names) - 1) / 2) * 0.8 / len(names) for i in at]
-            axes.bar(places, values, 0.8 / len(names), color=COLOURS[j], label=name)
+            positions = [i + (j - (len(names) - 1) / 2) * 0.8 / len(names) for i in at]
+            axes.bar(positions, values, 0.8 / len(names), color=COLOURS[j], label=name)
         axes.set_xticks(range(len(rows)), list(rows), fontsize=6, rotation=40)
         axes.set(yscale="log", ylabel="images/s")
         axes.legend(fontsize=7, frameon=False)
@@ -158,8 +158,8 @@ def _figure(content: dict, width: float, panels: int = 1):
 
     figure = Figure(figsize=(width, 4.6), layout="constrained")
     environment = content["environment"]
-    told = f"{content['device before']['name']}; torch {environment['torch']}; commit {environment['commit'][:8]}"
-    figure.supxlabel(told, fontsize=7, color="#5f6368")
+    caption = f"{content['device before']['name']}; torch {environment['torch']}; commit {environment['commit'][:8]}"
+    figure.supxlabel(caption, fontsize=7, color="#5f6368")
     return figure, figure.subplots(1, panels)
 
 

@@ -1,9 +1,9 @@
-"""Keeps what a training run came to, beside the command that repeats it: STEM.json, STEM.md, STEM-curves.png.
+"""Keeps the results of a training run, with the command that repeats it: STEM.json, STEM.md, STEM-curves.png.
 
     python -m benchmarks.harness.runs RUN benchmarks/results/quality/STEM --command "gspn train ..." --commit HASH \\
         [--note TEXT] [--evaluation FILE]
 
-Figures come from the run folder alone; its best checkpoint is the one of the best epoch on the evaluation split.
+All figures come from the run folder. Its best checkpoint is that of the best epoch on the evaluation split.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
+from benchmarks.harness import harness
 from gspn.runs import load_classifier
 from gspn.train.run import Run
 
@@ -32,8 +33,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("stem", type=Path)
-    parser.add_argument("--command", required=True, help="what made the run")
-    parser.add_argument("--commit", required=True, help="of the code that made it")
+    parser.add_argument("--command", required=True, help="the command that made the run")
+    parser.add_argument("--commit", required=True, help="the commit of the code that made the run")
     parser.add_argument("--note", action="append", default=[], help="a sentence for the Markdown file")
     parser.add_argument(
         "--evaluation", type=Path, action="append", default=[], help="a file that gspn eval --out wrote"
@@ -56,7 +57,7 @@ def main():
         "epochs": rows,
         "evaluations": evaluations,
     }
-    arguments.stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    harness.write_json(arguments.stem.with_suffix(".json"), result, quiet=True)
     shutil.copyfile(arguments.run / "curves.png", f"{arguments.stem}-curves.png")
     split, name = config["data"]["split"], arguments.stem.name
     text = [

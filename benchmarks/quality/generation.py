@@ -1,15 +1,15 @@
-"""Trained generators side by side: samples at the trained and at unseen sizes, their distances from the training
-images, what a classifier takes them for, loss curves, the time of a training step.
+"""Compares trained generators: samples at the trained size and at unseen sizes, their distances from the training
+images, a classifier's guesses, loss curves, and the time of a training step.
 
     python -m benchmarks.quality.generation --stem benchmarks/results/quality/fashion-generation --data DATA \\
         --classifier RUN --run GSPN=runs/fashion-gspn --run DiT=runs/fashion-dit --checkpoint epoch-0003 --work DIR
 
-Runs are of `gspn train-diffusion`, trained alike. DIR keeps samples and statistics, so that what was stopped goes on.
-Writes STEM.json, STEM.md, STEM-curves.png, STEM-sizes.png and a grid for each run at the trained size.
+The runs are made by `gspn train-diffusion` with equal settings. DIR keeps samples and statistics, so that the command
+can be stopped and started again. Writes STEM.json, STEM.md, STEM-curves.png, STEM-sizes.png and a grid of each run at
+the trained size.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -144,10 +144,10 @@ def sizes_picture(runs: dict[str, Path], arguments, classes: int, path: Path) ->
     for (factor, name), line in zip(lines, axes, strict=True):
         height, width = (round(side * factor) for side in trained)
         files = sorted((arguments.work / f"{name}-{arguments.checkpoint}-{height}x{width}" / "images").iterdir())
-        for file, place in zip(files[:classes], line, strict=True):
+        for file, panel in zip(files[:classes], line, strict=True):
             with Image.open(file) as image:
-                place.imshow(image.convert("RGB"), interpolation="nearest")
-            place.axis("off")
+                panel.imshow(image.convert("RGB"), interpolation="nearest")
+            panel.axis("off")
         line[0].set_title(f"{name}, {height}x{width}", loc="left", fontsize=9)
     figure.savefig(path, dpi=100, facecolor="white")
 
@@ -155,21 +155,21 @@ def sizes_picture(runs: dict[str, Path], arguments, classes: int, path: Path) ->
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stem", type=Path, required=True)
-    parser.add_argument("--data", required=True, help="what the runs were trained on")
+    parser.add_argument("--data", required=True, help="the data that the runs were trained on")
     parser.add_argument("--run", action="append", required=True, metavar="NAME=RUN")
     parser.add_argument("--classifier", type=Path, required=True, help="a run of gspn train on these data")
-    parser.add_argument("--features", action="append", default=[], help="further networks, as gspn fid takes them")
+    parser.add_argument("--features", action="append", default=[], help="further networks, named as for gspn fid")
     parser.add_argument("--checkpoint", default="last")
     parser.add_argument("--factors", type=float, nargs="+", default=[1, 1.5, 2])
-    parser.add_argument("--counts", type=int, nargs="+", default=[500, 300, 300], help="samples at each size")
+    parser.add_argument("--counts", type=int, nargs="+", default=[500, 300, 300], help="number of samples at each size")
     parser.add_argument("--guidance", type=float, default=2)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--scheduler", default="dpm-solver++", help="that makes the samples, as gspn sample takes it")
+    parser.add_argument("--scheduler", default="dpm-solver++", help="as for gspn sample")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="fp32", help="in which samples are made: fp32 or bf16")
-    parser.add_argument("--rounds", type=int, default=7, help="for the time of a training step")
-    parser.add_argument("--command", action="append", default=[], help="what made the runs")
-    parser.add_argument("--commit", required=True, help="of the code that made the runs")
+    parser.add_argument("--precision", default="fp32", help="precision of the samples: fp32 or bf16")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that time a training step")
+    parser.add_argument("--command", action="append", default=[], help="a command that made the runs")
+    parser.add_argument("--commit", required=True, help="the commit of the code that made the runs")
     parser.add_argument("--note", action="append", default=[], help="a sentence for the Markdown file")
     parser.add_argument("--work", type=Path, required=True)
     arguments = parser.parse_args()
@@ -178,7 +178,9 @@ def main():
     trained = {name: Run.open(path) for name, path in runs.items()}
     states = {name: run.load_checkpoint(arguments.checkpoint, ())[1] for name, run in trained.items()}
     if len({(state["epoch"], state["step"]) for state in states.values()}) > 1:
-        raise SystemExit(f"the runs were not trained alike: {[(s['epoch'], s['step']) for s in states.values()]}")
+        raise SystemExit(
+            f"expected runs at the same epoch and step, got {[(s['epoch'], s['step']) for s in states.values()]}"
+        )
     state = next(iter(states.values()))
     stem, classes = arguments.stem, len(next(iter(trained.values())).config["class_names"])
     parameters = {
@@ -209,7 +211,7 @@ def main():
         "training_step": seconds,
         "rows": rows,
     }
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    harness.write_json(stem.with_suffix(".json"), result, quiet=True)
     told = [f"{name} {count:,} parameters" for name, count in parameters.items()]
     times = ", ".join(f"{name} {row['ms'][1]:.0f} ms ({row['ratio'][1]:.2f})" for name, row in seconds.items())
     minutes = {name: sum(row["seconds"] for row in rows) / 60 for name, rows in epochs.items()}

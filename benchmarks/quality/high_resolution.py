@@ -1,14 +1,15 @@
-"""Images many times as large as a small text-to-image model was trained for, stage by stage, with attention and with
-GSPN in its place: every stage's picture and its seconds, from the end of the stage before to its file being written,
-the first with the planning.
+"""Images many times larger than a small text-to-image model was trained for, made stage by stage with attention and
+with GSPN: each stage's picture and its seconds, from the end of the stage before until its file is written. The first
+stage includes the planning.
 
     python -m benchmarks.quality.high_resolution --stem benchmarks/results/quality/high-resolution \\
         --teacher TEACHER/pipeline --student "GSPN=RUN" --sides 512 1024 --work DIR --commit HASH
 
-TEACHER is examples/emoji/text_to_image.py's, RUN one of gspn distill; --sides are of the images of each, the teacher's
-first. DIR, one for each setting, keeps the stages, so that what was stopped goes on. Beside them is what the model
-makes at once, without stages, at four times its trained side, with the same scheduler, steps and seed. Writes
-STEM.json, STEM.md, STEM.png and, of the last model, STEM-largest.jpg.
+TEACHER is made by examples/emoji/text_to_image.py, RUN by gspn distill. --sides are those of the largest images, first
+of the teacher, then of each student. DIR keeps the stages, so that the command can be stopped and started again; use
+one DIR for each setting. Beside the stages stands an image that the model makes at once, at four times its trained
+side, with the same scheduler, steps and seed. Writes STEM.json, STEM.md, STEM.png and, of the last model,
+STEM-largest.jpg.
 """
 
 import argparse
@@ -31,7 +32,7 @@ AT_ONCE, CELL = 4, 256  # times the trained side; pixels of an image in the pict
 
 
 def make(pipe, caption: str, side: int, workdir: Path, arguments) -> list[dict]:
-    """A row for each stage, with the file of its image; stages that are there stay."""
+    """A row for each stage, with the file of its image; stages that exist already are kept."""
     known = workdir / "seconds.json"
     seconds = json.loads(known.read_text()) if known.exists() else {}
     began = time.perf_counter()
@@ -63,7 +64,7 @@ def make(pipe, caption: str, side: int, workdir: Path, arguments) -> list[dict]:
 
 
 def at_once(pipe, caption: str, side: int, file: Path, arguments) -> Path:
-    """What the pipeline makes without stages."""
+    """The image that the pipeline makes without stages."""
     if not file.exists():
         source, scale = torch.Generator().manual_seed(arguments.seed), arguments.guidance
         pipe(caption, side, side, guidance_scale=scale, generator=source).images[0].save(file)
@@ -71,20 +72,20 @@ def at_once(pipe, caption: str, side: int, file: Path, arguments) -> Path:
 
 
 def picture(lines: dict[str, list[Path]], titles: list[str], path: Path) -> None:
-    """A line of images, all shown as large, under `titles`; what each line is stands to the left."""
+    """Lines of images at one size, under `titles`; the name of a line stands to its left."""
     figure = Figure(figsize=(1.95 * len(titles) + 0.6, 1.95 * len(lines) + 0.3), layout="constrained")
-    places = figure.subplots(len(lines), len(titles), squeeze=False)
-    for place, title in zip(places[0], titles, strict=True):
-        place.set_title(title, fontsize=9)
-    for (name, files), line in zip(lines.items(), places, strict=True):
+    panels = figure.subplots(len(lines), len(titles), squeeze=False)
+    for panel, title in zip(panels[0], titles, strict=True):
+        panel.set_title(title, fontsize=9)
+    for (name, files), line in zip(lines.items(), panels, strict=True):
         line[0].set_ylabel(name, fontsize=9)
-        for place in line:
-            place.set(xticks=[], yticks=[])
-            place.spines[:].set_visible(False)
-        for place, file in zip(line, files, strict=False):
+        for panel in line:
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+        for panel, file in zip(line, files, strict=False):
             with Image.open(file) as image:
                 shown = image.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)
-            place.imshow(shown, interpolation="antialiased")
+            panel.imshow(shown, interpolation="antialiased")
     figure.savefig(path, dpi=100, facecolor="white")
 
 
@@ -107,14 +108,20 @@ def main():
     parser.add_argument("--stem", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--student", action="append", default=[], metavar="NAME=RUN")
-    parser.add_argument("--sides", type=int, nargs="+", required=True, help="of the teacher's images, then each one's")
+    parser.add_argument(
+        "--sides",
+        type=int,
+        nargs="+",
+        required=True,
+        help="of the largest images: of teacher and students",
+    )
     parser.add_argument("--caption", action="append", default=[], help=f"default: {', '.join(CAPTIONS)}")
     parser.add_argument("--guidance", type=float, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--command", action="append", default=[], help="what made the models")
-    parser.add_argument("--commit", required=True, help="of the code that made the images")
+    parser.add_argument("--command", action="append", default=[], help="a command that made the models")
+    parser.add_argument("--commit", required=True, help="the commit of the code that made the images")
     parser.add_argument("--note", action="append", default=[], help="a sentence for the Markdown file")
     parser.add_argument("--work", type=Path, required=True)
     arguments = parser.parse_args()

@@ -35,7 +35,7 @@ FORMS = {
 
 
 class Feeder:
-    """Runs a pipeline's UNet on noisy training images, others with every call, the same ones after `rewind(seed)`."""
+    """Runs a pipeline's UNet on new noisy training images at each call; `rewind(seed)` starts the sequence again."""
 
     def __init__(self, pipe, pixels: torch.Tensor, captions: list[str], batch: int):
         self.pipe, self.pixels, self.captions, self.batch = pipe, pixels, captions, batch
@@ -64,7 +64,7 @@ def measure(feeder: Feeder, form: str, segment: int | None, arguments) -> list[d
             if start == "fitted":
                 feeder.rewind(arguments.seed)
                 fit(swap, feeder, maps=arguments.maps, steps=arguments.steps, progress=partial(print, flush=True))
-            feeder.rewind(arguments.seed + 1)  # what no fit has seen, nor chosen by
+            feeder.rewind(arguments.seed + 1)  # maps that no fit has seen
             maps = collect(swap, feeder, arguments.batch)
             errors[start] = {
                 name: relative_error(layer, swap.attentions[name], maps[name]) for name, layer in swap.layers.items()
@@ -84,7 +84,7 @@ def curves_of(runs: dict[str, Path]) -> dict[str, list[dict]]:
         {k: v for k, v in run.config["options"].items() if k not in ("init", "fit", "out")} for run in found.values()
     ]
     if any(others != options[0] for others in options[1:]):
-        raise SystemExit(f"the runs differ in more than their start: {options}")
+        raise SystemExit(f"expected runs that differ in --init and --fit alone, got the options {options}")
     shared = min((len(run.metrics) for run in found.values()), default=0)
     return {
         name: [{"step": row["step"], "loss": row["val_loss"]} for row in run.metrics[:shared]]
@@ -93,7 +93,7 @@ def curves_of(runs: dict[str, Path]) -> dict[str, list[dict]]:
 
 
 def steps_to(curve: list[dict], loss: float) -> int | None:
-    """The first step with that loss or less."""
+    """The first step with at most that loss."""
     return next((row["step"] for row in curve if row["loss"] <= loss), None)
 
 
@@ -170,7 +170,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", action="append", default=[], help="a sentence for the report")
-    parser.add_argument("--curve-note", action="append", default=[], help="a sentence below the curves' table")
+    parser.add_argument("--curve-note", action="append", default=[], help="a sentence below the table of the curves")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 

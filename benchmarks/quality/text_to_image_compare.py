@@ -1,5 +1,5 @@
-"""Teacher, students and what gspn.swap alone makes of the teacher side by side: images by caption, distances from the
-training images at the trained and at unseen sizes, how far a student's prediction is from the teacher's.
+"""Compares a teacher, its students and untrained swaps of the teacher: images by caption, distances from the training
+images at the trained size and at unseen sizes, and how far a student's prediction is from the teacher's.
 
     gspn distill TEACHER/pipeline --data DATA --size 64 --form qkv --segment 4 --out RUN4
     python -m benchmarks.quality.text_to_image_compare --stem benchmarks/results/quality/text-to-image \\
@@ -56,7 +56,7 @@ class Models:
         return list(self.about)
 
     def use(self, name: str) -> contextlib.AbstractContextManager:
-        """For a `with` statement: the pipeline is that model meanwhile."""
+        """A context in which the pipeline is that model."""
         if name == TEACHER:
             return contextlib.nullcontext()
         if name in self.students:
@@ -70,7 +70,7 @@ class Models:
 
 
 def check_folder(arguments) -> None:
-    """Refuses samples that other models or settings left in the folder."""
+    """Refuses a folder with samples of other models or settings."""
     files = {"teacher": arguments.teacher / "unet" / "diffusion_pytorch_model.safetensors"}
     for name, path in (each.partition("=")[::2] for each in arguments.student):
         files[name] = Path(path) / "gspn_swap.safetensors" if Path(path).is_dir() else Path(path)
@@ -87,10 +87,10 @@ def check_folder(arguments) -> None:
 
 
 def sample(models: Models, name: str, captions: list[str], size: tuple[int, int], folder: Path, arguments) -> None:
-    """An image for each caption in `folder`; those that are there stay."""
+    """An image for each caption in `folder`; images that exist already are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     if (more := len(list(folder.glob("*.png"))) - len(captions)) > 0:
-        raise SystemExit(f"{folder} holds {more} images more than are asked for: give another --work")
+        raise SystemExit(f"{folder} holds {more} images more than --counts asks for: give another --work")
     with models.use(name):
         for first in range(0, len(captions), arguments.batch):
             part = captions[first : first + arguments.batch]
@@ -107,7 +107,7 @@ def sample(models: Models, name: str, captions: list[str], size: tuple[int, int]
 
 @torch.no_grad()
 def rebuild(vae, pixels: torch.Tensor, folder: Path) -> None:
-    """What the autoencoder makes of training images: how far apart as many real images are, behind the same decoder."""
+    """Training images through the autoencoder: the distance that real images have behind the same decoder."""
     folder.mkdir(parents=True, exist_ok=True)
     found = torch.cat([vae.decode(vae.encode(to_model(part)).latent_dist.mean).sample for part in pixels.split(64)])
     for number, image in enumerate(to_images(found)):
@@ -200,18 +200,18 @@ def picture(blocks: list[list[tuple[str, list[Path]]]], lines: list[str], path: 
         with Image.open(files[0]) as image:
             ratios.append(image.width / image.height)
     figure = Figure(figsize=(0.95 * sum(ratios) + 1.5, 1.05 * len(lines) * len(blocks) + 0.3), layout="constrained")
-    all_places = figure.subplots(len(lines) * len(blocks), columns, squeeze=False, width_ratios=ratios)
+    all_panels = figure.subplots(len(lines) * len(blocks), columns, squeeze=False, width_ratios=ratios)
     for number, block in enumerate(blocks):
-        places = all_places[number * len(lines) : (number + 1) * len(lines)]
+        panels = all_panels[number * len(lines) : (number + 1) * len(lines)]
         for across, (title, files) in enumerate(block):
-            places[0, across].set_title(textwrap.fill(title, 16), fontsize=7.5)
-            for place, file in zip(places[:, across], files, strict=True):
+            panels[0, across].set_title(textwrap.fill(title, 16), fontsize=7.5)
+            for panel, file in zip(panels[:, across], files, strict=True):
                 with Image.open(file) as image:
-                    place.imshow(image.convert("RGB"), interpolation="lanczos")
-                place.set(xticks=[], yticks=[])
-                place.spines[:].set_visible(False)
-        for line, place in zip(lines, places[:, 0], strict=True):
-            place.set_ylabel(line.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=7.5)
+                    panel.imshow(image.convert("RGB"), interpolation="lanczos")
+                panel.set(xticks=[], yticks=[])
+                panel.spines[:].set_visible(False)
+        for line, panel in zip(lines, panels[:, 0], strict=True):
+            panel.set_ylabel(line.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=7.5)
     figure.savefig(path, dpi=90, facecolor="white")
 
 
@@ -287,7 +287,13 @@ def main():
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--student", action="append", default=[], metavar="NAME=RUN")
-    parser.add_argument("--features", action="append", default=[], metavar="NAME=NETWORK", help="as of gspn fid")
+    parser.add_argument(
+        "--features",
+        action="append",
+        default=[],
+        metavar="NAME=NETWORK",
+        help="named as for gspn fid",
+    )
     counts = "samples at " + ", ".join(FACTORS)
     parser.add_argument("--counts", type=int, nargs=len(FACTORS), default=[200, 100, 100, 100], help=counts)
     parser.add_argument("--guidance", type=float, default=3)
@@ -295,10 +301,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--errors", type=int, default=64, help="images for the prediction's error")
+    parser.add_argument("--errors", type=int, default=64, help="number of images for the error of the prediction")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast for the samples")
-    parser.add_argument("--command", action="append", default=[], help="what made the models")
-    parser.add_argument("--commit", required=True, help="of the code that made the students")
+    parser.add_argument("--command", action="append", default=[], help="a command that made the models")
+    parser.add_argument("--commit", required=True, help="the commit of the code that made the students")
     parser.add_argument("--note", action="append", default=[], help="a sentence for the report")
     parser.add_argument("--work", type=Path, required=True)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""What is measured of the scan on a GPU, how many bytes each case has to move, and what was aimed at.
+"""The cases of the scan on a GPU, how many bytes each has to move, and the goals.
 
-The bytes are the fewest that the design can move: every map read or written once a direction, with the normalisation
-fused and the hidden states kept.
+The bytes are the fewest that the design can move: every map is read or written once for each direction, the
+normalisation is fused, and the hidden states are kept.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ REFERENCE = "eager reference"
 
 
 def sharing(channels: int) -> int:
-    """How many channels share weights where they do: SHARING, or the next smaller number that divides them."""
+    """How many channels share weights in the shared cases: SHARING, or the next smaller number that divides them."""
     return next(n for n in range(SHARING, 0, -1) if channels % n == 0)
 
 
@@ -84,13 +84,13 @@ class Case(NamedTuple):
 
     @property
     def resident_gib(self) -> float:
-        """GiB of everything that has to be there at once: about what is moved, and one map of slack."""
+        """GiB of everything that is in memory at once: about the bytes moved, and one map of slack."""
         maps = (8.5 if self.train else 3.25) + (6 if self.train else 3) / self.channels_a_group
         return maps * self.elements * DTYPES[self.dtype].itemsize / 2**30
 
 
 def cases(quick: bool, rehearsal: bool) -> list[Case]:
-    """What is measured, the most important first; quick leaves out float32 and sharing where there is no goal."""
+    """The cases, the most important first; quick omits float32 and sharing at sizes without a goal."""
     if rehearsal:
         square, oblong = (Case(name, shape, "bfloat16", False, False) for name, shape in TOY_SIZES.items())
         return [square, square._replace(train=True), square._replace(shared=True, dtype="float32"), oblong]

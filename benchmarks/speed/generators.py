@@ -4,9 +4,10 @@
     python -m benchmarks.speed.generators --out DIR --names B/2 --sizes 256 512 --rounds 3 --threads 1
 
 A step is one forward pass for one image with guidance, so two maps: latents of 4 channels, an eighth of the image's
-side. Random weights, made for each size so that DiT's positional embedding is computed beforehand; its attention is
-torch's scaled_dot_product_attention. bfloat16 on a GPU, float32 on a CPU. GSPN's output is first compared with its
-reference backend's. DIR gets generators-cpu.json or generators-gpu.json, after every size, and a figure.
+side. The weights are random and made anew for each size, so that DiT's positional embedding is computed beforehand;
+DiT's attention is torch's scaled_dot_product_attention. The dtype is bfloat16 on a GPU and float32 on a CPU. GSPN's
+output is first compared with that of the reference backend. DIR gets generators-cpu.json or generators-gpu.json, which
+is written after every size, and a figure.
 """
 
 import argparse
@@ -123,10 +124,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"))
     parser.add_argument("--names", nargs="+", help="such as B/2; default: XL/2 and L/2 on a GPU, else B/2")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sides of the image in pixels")
-    parser.add_argument("--rounds", type=int, default=3, help="on a CPU")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--seconds", type=float, default=6, help="on a GPU: for the rounds of a size")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sides of the images in pixels")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
+    parser.add_argument("--seconds", type=float, default=6, help="seconds for the rounds of a size on a GPU")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:

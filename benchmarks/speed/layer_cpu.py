@@ -1,9 +1,9 @@
-"""The GSPN layer on a CPU against what else a user could take: time, and peak memory beyond the inputs.
+"""The GSPN layer on a CPU against its alternatives: time, and peak memory beyond the inputs.
 
     python -m benchmarks.speed.layer_cpu --out benchmarks/results/speed/layer-cpu.json [--rounds 15] [--threads 1]
 
 Seven sizes, forward and forward + backward, float32 and bfloat16, one and two threads. Every contender is checked
-against float64 before it is timed. ``--prototype`` names a folder with the measured prototype's libraries built.
+against float64 before it is timed. ``--prototype`` names a folder with the built libraries of the prototype.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def measure(size, dtype_name, train, threads, rounds, prototype):
 
 
 def crossover(rounds):
-    """From which S on do gradients cost less unfused? Both recompute from x and the proxy; one thread, float32."""
+    """At which S do gradients cost less unfused? Both recompute from x and the proxy; one thread, float32."""
     torch.set_num_threads(1)
     rows = []
     for batch, channels, height, width in ((1, 144, 56, 56), (1, 320, 32, 32)):
@@ -200,10 +200,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed/layer-cpu.json"))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--prototype", help="folder with the prototype's bwdlib.py and its built libraries")
+    parser.add_argument("--prototype", help="the folder with the prototype's bwdlib.py and built libraries")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(range(len(SIZES))), help="numbers into the list")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(range(len(SIZES))), help="indices into SIZES")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--crossover", action="store_true", help="only gradients, over S: fused against unfused")
     parser.add_argument("--scaling", action="store_true", help="only the layer, on two threads against one")

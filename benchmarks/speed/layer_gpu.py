@@ -1,11 +1,11 @@
-"""The GSPN layer on a GPU: the scan against its floor, the layer against its rivals, whole models. One command:
+"""The GSPN layer on a GPU: the scan against the copy bandwidth, the layer against others, whole models. One command:
 
     python -m benchmarks.speed.layer_gpu --out DIR [--quick] [--only scan layer ...] [--official FOLDER] [--minutes 9]
 
-Before anything is timed it is checked against the reference; the copy bandwidth, of which fractions are given, is
-measured first. What a machine cannot run is recorded as not measured, with the reason. DIR gets layer-gpu.json (after
-every case, so that nothing is lost; ``--resume`` goes on with what is left), layer-gpu.md and figures.
-``--rehearse`` runs the same path at toy sizes on the CPU under Triton's interpreter: for a machine without a GPU.
+Every contender is checked against the reference before it is timed. The copy bandwidth is measured first; shares are
+of it. A case that the machine cannot run is recorded as not measured, with the reason. DIR gets layer-gpu.json, written
+after every case (``--resume`` measures the cases that are left), layer-gpu.md and figures. ``--rehearse`` runs the same
+path at toy sizes on the CPU under Triton's interpreter, for a machine without a GPU.
 """
 
 import argparse
@@ -22,19 +22,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"))
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: the goals and the crossover")
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--tune", action="store_true", help="also launch plans; with `--only` and no section only they")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no case after so many")
-    parser.add_argument("--resume", action="store_true", help="keep the cases that are in the file already")
-    parser.add_argument("--official", type=Path, help="your own checkout of the released kernel, to be built and timed")
-    parser.add_argument("--commit", default="", help="to be recorded where the sources have no history beside them")
+    parser.add_argument(
+        "--tune", action="store_true", help="also launch plans; only these if `--only` names no section"
+    )
+    parser.add_argument("--minutes", type=float, default=60, help="begin no case after this many minutes")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that the file has already")
+    parser.add_argument("--official", type=Path, help="your checkout of the released kernel, to build and time")
+    parser.add_argument("--commit", default="", help="the commit to record if the sources have no git history")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU; no measurement")
     options, start = parser.parse_args(), time.monotonic()
     if options.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported, which is later
+        os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported, which is later
     import torch
 
     if not options.rehearse and not torch.cuda.is_available():
-        print("No GPU that torch can use is here; --rehearse runs the same path on the CPU.", file=sys.stderr)
+        print("torch finds no GPU; --rehearse runs the same path on the CPU.", file=sys.stderr)
         return 2
     from benchmarks.harness import gpu_harness
     from benchmarks.speed import suite_gpu
@@ -43,7 +45,7 @@ def main() -> int:
     try:
         content = suite_gpu.measure_all(machine, options)
     except gpu_harness.DeviceLost as lost:
-        print(f"The device is lost to this process ({lost}); a fresh one goes on.", flush=True)
+        print(f"This process has lost the device ({lost}); a new process continues.", flush=True)
         left = options.minutes - (time.monotonic() - start) / 60
         again = [*sys.argv[1:], "--resume", "--minutes", str(left)]
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.speed.layer_gpu", *again])
@@ -52,7 +54,7 @@ def main() -> int:
     for wrong in content["wrong"]:
         print(f"WRONG RESULTS: {wrong}")
     if content["left"]:
-        print(f"{len(content['left'])} cases left when the time was up; --resume goes on with them")
+        print(f"{len(content['left'])} cases left when the time was up; --resume measures them")
     verdicts = [goal["verdict"] for goal in content["goals"]]
     told = ", ".join(f"{verdicts.count(v)} {v}" for v in ("reached", "missed", "not measured"))
     print(f"goals: {told}; wrong results: {len(content['wrong'])}; cases left: {len(content['left'])}")

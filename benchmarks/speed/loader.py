@@ -1,17 +1,16 @@
-"""How many images a second the loader reads, alone and in training: folders, shards, tables, streams; augmentations.
+"""How many images a second the loader reads, alone and in training, by kind of data and augmentation.
 
     python -m benchmarks.speed.loader --out benchmarks/results/speed/loader-cpu.json [--images 256] [--workers 0 2] \\
         [--train gspn_tiny]
 
-The images are JPEG files of 500x375 pixels, the mean size of ImageNet's, cut from scikit-learn's two photographs. With
-no workers the clock is the CPU time of this process, which other processes disturb little: images/s of one core. With
-workers it is wall time, which says something on an idle machine only. The published recipe needs timm; without it that
-row is left out. What a training waits for images, `gspn train` says at its end.
+The images are JPEG files of 500x375 pixels, the mean size of ImageNet's, cut from scikit-learn's two photographs.
+Without workers the clock is the CPU time of this process, which other processes disturb little: images/s of one core.
+With workers it is wall time, which means something on an idle machine only. The published recipe needs timm; without
+timm that row is omitted. `gspn train` reports at its end how long a training waited for images.
 """
 
 import argparse
 import io
-import json
 import tarfile
 import tempfile
 import time
@@ -39,7 +38,7 @@ RECIPE = dict(crop=True, crop_area=0.08, flip=True, erase=0.25, rand_augment="m9
 
 
 def write_photos(root: Path, count: int) -> dict[str, Path]:
-    """The same photos, of ten classes, as a folder, four shards and a parquet file: where each of them lies."""
+    """Writes the same photos, of ten classes, as a folder, four shards and a parquet file; gives their paths."""
     import datasets
     from sklearn.datasets import load_sample_images
 
@@ -72,7 +71,7 @@ def write_photos(root: Path, count: int) -> dict[str, Path]:
 
 
 def rate(split, augmentation, workers):
-    """Images a second: the median of some epochs after a first one that starts the workers."""
+    """Images a second: the median of ROUNDS epochs, after a first one that starts the workers."""
     train = augmentation is not None
     loader = make_loader(split, PREPROCESSING, BATCH, train=train, augmentation=augmentation, workers=workers)
     clock, seconds = time.process_time if workers == 0 else time.perf_counter, []
@@ -85,7 +84,7 @@ def rate(split, augmentation, workers):
 
 
 def training(name):
-    """Images a second of one core in which a model is trained: forward and backward, without the loader."""
+    """Images a second that one core trains: forward and backward, without the loader."""
     model = gspn.create_model(name, num_classes=1000).to(memory_format=torch.channels_last)
     x = torch.randn(TRAIN_BATCH, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
 
@@ -125,7 +124,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--workers", type=int, nargs="+", default=[0])
-    parser.add_argument("--train", metavar="MODEL", nargs="+", default=[], help="also how fast these models train")
+    parser.add_argument("--train", metavar="MODEL", nargs="+", default=[], help="models whose training is timed too")
     arguments = parser.parse_args()
 
     augmentations = dict(AUGMENTATIONS)
@@ -133,10 +132,10 @@ def main():
         augmentations["published recipe (RandAugment by timm)"] = Augmentation(**RECIPE)
     result = {"environment": harness.environment(), "images": arguments.images, "size": SIZE, "loader": []}
     with tempfile.TemporaryDirectory() as root:
-        places = write_photos(Path(root), arguments.images)
-        datas = {name: open_data(path) for name, path in places.items()}
+        folders = write_photos(Path(root), arguments.images)
+        datas = {name: open_data(path) for name, path in folders.items()}
         splits = {name: data.splits.get("all") or data.splits["train"] for name, data in datas.items()}
-        splits["parquet, streaming"] = open_data(places["parquet"], streaming=True).splits["train"]
+        splits["parquet, streaming"] = open_data(folders["parquet"], streaming=True).splits["train"]
         cases = [("folder", name) for name in augmentations]
         cases += [(name, "random crop, flip") for name in splits if name != "folder"]
         for workers in arguments.workers:
@@ -146,7 +145,7 @@ def main():
                 result["loader"].append(row)
                 print(row, flush=True)
     result["training"] = {name: training(name) for name in arguments.train}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    harness.write_json(arguments.out, result, quiet=True)
     arguments.out.with_suffix(".md").write_text(table(result))
 
 

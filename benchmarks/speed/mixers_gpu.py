@@ -15,7 +15,7 @@ from benchmarks.contenders.peers import heads_of
 from benchmarks.harness import gpu_harness, harness
 from benchmarks.speed import cases_gpu
 
-SLOWEST_ATTENTION = 2.0  # estimated seconds of a call above which attention is not asked
+SLOWEST_ATTENTION = 2.0  # estimated seconds of a call above which attention is not measured
 
 
 class Case(NamedTuple):
@@ -49,7 +49,7 @@ def cases(quick: bool, rehearsal: bool) -> list[Case]:
 
 
 def contenders(machine, case: Case) -> dict[str, Callable]:
-    """Names to functions that make a module; the packaged ones only where they can be imported."""
+    """Functions that make a module, by name; those from packages only if the package can be imported."""
     channels = case.shape[1]
     groups = channels // cases_gpu.sharing(channels)
     backend = None if machine.rehearsal else "triton"
@@ -92,7 +92,7 @@ def run(machine, case: Case, seconds: float) -> dict:
 
 
 def _attention_seconds(case: Case) -> float:
-    """A rough lower bound: matrix products at a rate that the dtype allows, exponentials at that of the chip."""
+    """A rough lower bound: matrix products at the rate of the dtype, exponentials at the rate of the chip."""
     batch, channels, height, width = case.shape
     pairs = batch * (height * width) ** 2
     rate = 4e14 if case.dtype == "bfloat16" else 2e13

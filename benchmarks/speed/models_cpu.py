@@ -91,7 +91,7 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cases", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes, and measure nothing else")
+    parser.add_argument("--profile", action="store_true", help="only print where the time goes")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:

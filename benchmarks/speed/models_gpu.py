@@ -64,7 +64,7 @@ def _build(machine, case: Case, mixer: str) -> torch.nn.Module:
 def _call(machine, case: Case, mixer: str):
     status = gspn.available_backends()["triton"]
     if mixer == "gspn" and not (machine.rehearsal or status.available):
-        raise RuntimeError(f"the triton backend is not there: {status.reason}")  # the reference would stand in for it
+        raise RuntimeError(f"the triton backend is not available: {status.reason}")  # the reference would replace it
     model = _build(machine, case, mixer).train(case.train)
     shape = (case.batch, case.in_chans, case.side, case.side)
     x = torch.randn(shape, device=machine.device).to(memory_format=torch.channels_last)

@@ -47,8 +47,8 @@ def problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
 def scan_of(
     machine, name: str = "triton"
 ) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
-    """gated_scan and its backward: torch's operators on a GPU, and in a rehearsal, where they would refuse CPU
-    tensors, the functions behind them."""
+    """gated_scan and its backward: torch's operators on a GPU; in a rehearsal the functions behind them, because the
+    operators refuse CPU tensors."""
     if name == "reference":
         return reference.gated_scan, reference.gated_scan_backward
     if machine.rehearsal:
@@ -102,7 +102,7 @@ def gate(case: Case, inputs: Problem, h: Tensor | None, gradients: tuple[Tensor,
 
 
 class poisoned:
-    """Inside, memory that torch.empty returns is filled with NaN, so that what a kernel leaves out is seen."""
+    """Within it torch.empty returns memory filled with NaN, so that elements which a kernel leaves out are seen."""
 
     def __enter__(self):
         self._before = (
@@ -119,8 +119,8 @@ class poisoned:
 
 
 def run(machine, case: Case, seconds: float, copy: float | None, official=None, slow: bool = True) -> dict:
-    """A row of the results: the gate, then the contenders; ``copy`` in GB/s is what the fraction is of, ``official``
-    makes the contender of that name, and ``slow`` says whether the eager reference is one."""
+    """A row of the results: the gate, then the contenders. Shares are of ``copy`` (GB/s); ``official`` makes the
+    contender of that name; ``slow`` adds the eager reference."""
     room = machine.memory_gib()
     if case.resident_gib > 0.92 * room:
         return {"why": f"not measured: needs {case.resident_gib:.0f} GiB, the device has {room:.0f}"}
@@ -133,7 +133,7 @@ def run(machine, case: Case, seconds: float, copy: float | None, official=None, 
         makers["official"] = official
     for name, make in makers.items():
         if name != OURS and 3 * case.resident_gib > room:
-            row[name] = {"why": "not measured: no room for it beside the others"}
+            row[name] = {"why": "not measured: too little memory for it beside the others"}
         elif case.shared and name in (LINES, "official"):
             row[name] = {"why": "not measured: its weights are per channel"}
         else:

@@ -1,4 +1,4 @@
-"""Stable Diffusion's UNets with GSPN in the place of self-attention: structure, and the time of a denoising step.
+"""Stable Diffusion's UNets with GSPN instead of self-attention: structure, and the time of a denoising step.
 
     python -m benchmarks.speed.stable_diffusion structure        SD-1.5, SD-2.1 and SDXL; no GPU, no weights, 2 minutes
     python -m benchmarks.speed.stable_diffusion speed            on a GPU a step of SDXL, 512x512 to 16384x8192 pixels;
@@ -73,10 +73,10 @@ def steps(unets: dict, size: tuple[int, int], apart: bool) -> dict:
         def run():
             with torch.inference_mode(), savers(unet):
                 if apart:
-                    without, told = (unet(**half)[0] for half in halves)
+                    unconditional, conditional = (unet(**half)[0] for half in halves)
                 else:
-                    without, told = unet(**given)[0].chunk(2)
-                return without + 7 * (told - without)
+                    unconditional, conditional = unet(**given)[0].chunk(2)
+                return unconditional + 7 * (conditional - unconditional)
 
         return run
 
@@ -187,7 +187,7 @@ def speed(options) -> None:
     machine = gpu_harness.Rehearsal() if rehearsal else gpu_harness.Gpu() if torch.cuda.is_available() else None
     status = gspn.available_backends()["triton" if machine and not rehearsal else "cpu"]
     if not status.available and not rehearsal:
-        raise SystemExit(f"the native backend is not there, nothing would be measured: {status.reason}")
+        raise SystemExit(f"the native backend is not available, so nothing can be measured: {status.reason}")
     environment = harness.environment()
     environment["commit"] = environment["commit"] or options.commit
     head = {
@@ -200,7 +200,7 @@ def speed(options) -> None:
     if options.resume and path.exists() and not machine:
         before = json.loads(path.read_text())["device"]
         if before != head["device"]:
-            raise SystemExit(f"{path} was measured with {before}, not {head['device']}: begin anew without --resume")
+            raise SystemExit(f"{path} was measured with {before}, not {head['device']}: start again without --resume")
     results = gpu_harness.Results(path, head, options.minutes, options.resume)
     if options.retry:
         for cases in results.content["sections"].values():
@@ -274,7 +274,9 @@ def _size(text: str) -> tuple[int, int]:
     sides = [int(side) for side in text.split("x")]
     size = (sides[0], sides[-1])
     if len(sides) > 2 or min(size) < 64 or any(side % 16 for side in size):
-        raise argparse.ArgumentTypeError(f"a side, or height x width, of multiples of 16 from 64 on; got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a side or height x width, multiples of 16, at least 64, got {text!r}"
+        )
     return size
 
 
@@ -283,14 +285,16 @@ def main():
     parser.add_argument("what", choices=("structure", "speed"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"))
     parser.add_argument("--sizes", type=_size, nargs="+", help="in pixels, such as 1024 or 16384x8192 (height x width)")
-    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="on a GPU; default: all")
-    parser.add_argument("--resume", action="store_true", help="keep the sizes that are in the file already")
-    parser.add_argument("--retry", action="store_true", help="with --resume: but for those where something is missing")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no size after so many")
-    parser.add_argument("--seconds", type=float, default=20, help="about how long the rounds of a size may take")
-    parser.add_argument("--limit", type=float, default=90, help="the longest call that is made, in seconds")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--commit", default="", help="to be recorded where the sources have no history beside them")
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="those on a GPU; default: all")
+    parser.add_argument("--resume", action="store_true", help="keep the sizes that the file has already")
+    parser.add_argument(
+        "--retry", action="store_true", help="with --resume: repeat the sizes where something is missing"
+    )
+    parser.add_argument("--minutes", type=float, default=60, help="begin no size after this many minutes")
+    parser.add_argument("--seconds", type=float, default=20, help="seconds that the rounds of a size may take, roughly")
+    parser.add_argument("--limit", type=float, default=90, help="run no call that is expected to take more seconds")
+    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
+    parser.add_argument("--commit", default="", help="the commit to record if the sources have no git history")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU; no measurement")
     options = parser.parse_args()
     if options.what == "structure":

@@ -1,7 +1,7 @@
 """Tables and a picture of what benchmarks.speed.stable_diffusion found, and how times grow with the image.
 
-What was not measured but follows from the sizes before is marked with ~ everywhere: the least-squares fit, in relative
-errors, of t = a + b N + c N^2 for attention and t = a + b N for GSPN, N pixels, nothing negative.
+Times marked with ~ were not measured but extrapolated from smaller sizes: the least-squares fit, in relative errors, of
+t = a + b N + c N^2 for attention and t = a + b N for GSPN, with N pixels and no negative coefficient.
 """
 
 import json
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 PAPER = {"512x512": 7, "768x768": 9, "1024x1024": 12, "2048x2048": 24, "4096x4096": 28, "8192x8192": 42}
 PAPER |= {"16384x8192": 84}
 PAPER_2 = {"4096x4096": 32, "16384x8192": 93}
-STEP = "SDXL, one step"  # the key of what was counted of it
+STEP = "SDXL, one step"  # the key of its counted operations
 COLOURS = {"attention": "#e07b22", "GSPN pure": "#2f6db3", "GSPN qkv": "#58a55c", "GSPN pure, segment 4": "#8fb8de"}
 TITLES = {
     "step": "one denoising step of SDXL, both halves",
@@ -30,7 +30,7 @@ def pixels(size: tuple[int, int] | str) -> int:
 
 
 def points(rows: dict, name: str) -> list[tuple[int, float]]:
-    """(pixels, median ms) of a contender, where it was measured."""
+    """(pixels, median ms) of a contender at the sizes where it was measured."""
     found = [(pixels(size), row[name]["ms"][1]) for size, row in rows.items() if "ms" in row.get(name, {})]
     return sorted(found)
 
@@ -107,9 +107,11 @@ def _table(head: list[str], lines: list[list]) -> str:
 
 def _where(content: dict) -> str:
     environment = content["environment"]
-    place = environment["gpu"] or f"{environment['cpu']}, {content.get('device', {}).get('threads', 1)} thread(s)"
+    device = environment["gpu"] or f"{environment['cpu']}, {content.get('device', {}).get('threads', 1)} thread(s)"
     changed = ", with uncommitted changes" if environment["uncommitted_changes"] else ""
-    return f"{place}; torch {environment['torch']}; commit {environment['commit'][:12]}{changed}; {environment['date']}"
+    return (
+        f"{device}; torch {environment['torch']}; commit {environment['commit'][:12]}{changed}; {environment['date']}"
+    )
 
 
 def write_speed(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Everything that ``python -m benchmarks.speed.layer_gpu`` measures, in its order, into one file."""
+"""Everything that ``python -m benchmarks.speed.layer_gpu`` measures, in order, into one file."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ OUT = "layer-gpu.json"
 
 
 def measure_all(machine, options) -> dict:
-    """Every section that was asked for, into the file; returns its content."""
+    """Measures the sections that were asked for and writes the file; returns its content."""
     environment = harness.environment()
     environment["commit"] = environment["commit"] or options.commit
     environment["gpu"] = machine.describe()["name"]
@@ -72,7 +72,7 @@ def measure_all(machine, options) -> dict:
 
 
 def gates(machine, quick: bool) -> dict[str, Callable[[], dict]]:
-    """Small problems, every dtype and pass, through the whole gate; a failure here is the first thing to look at."""
+    """The correctness gate on small problems, every dtype and pass; look at a failure here first."""
     shapes = {"odd": (2, 24, 13, 7), "line": (1, 8, 1, 33), "oblong": (1, 16, 20, 70)}
     kinds = [
         (dtype, shared, train) for dtype in cases_gpu.DTYPES for shared in (False, True) for train in (False, True)

@@ -37,8 +37,7 @@ def chosen(case: Case, processors: int) -> Plan:
 
 
 def candidates(start: Plan, places: int, backward: bool) -> list[Plan]:
-    """The plan's neighbours, each of which fits a line (or is cut into tiles) and no more into a thread than that can
-    hold."""
+    """The plan's neighbours. Each fits a line (or is cut into tiles) and gives a thread no more than it can hold."""
     total = start.strips * start.places
     found = [start._replace(stages=n) for n in (1, 2, 3)]
     found += [start._replace(warps=n) for n in (start.warps // 2, 2 * start.warps)]
@@ -60,7 +59,7 @@ def _told(plan: Plan) -> str:
 
 
 def run(machine, case: Case, seconds: float, copy: float | None) -> dict:
-    """Times of every candidate; the winner, and by how much it beats the plan that would be taken."""
+    """Times of every candidate, the fastest, and how many times the speed of the chosen plan it has."""
     if case.resident_gib > 0.6 * machine.memory_gib():
         return {"why": f"not measured: needs {case.resident_gib:.0f} GiB and room for several plans"}
     inputs = scan_gpu.problem(case, machine.device)

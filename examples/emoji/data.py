@@ -1,16 +1,16 @@
-"""Makes a folder of emoji at 64 pixels on white, by category or with captions, out of two npm packages that the caller
-fetched:
+"""Makes a folder of emoji at 64 pixels on white, by category or with captions, from two npm packages that you download
+first:
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0      # 3,391 pictures, 256x256, named by code points (MIT)
     npm pack emoji-datasource-google@16.0.0      # emoji.json: name and category of each (MIT)
     for package in *.tgz; do mkdir "${package%.tgz}" && tar xzf "$package" -C "${package%.tgz}"; done
     python -m examples.emoji.data lobehub-fluent-emoji-3d-1.1.0/package emoji-datasource-google-16.0.0/package OUT
 
-Nothing is fetched here. OUT/train and OUT/test hold a PNG for every emoji that is in both packages: 1,852 in nine
-categories (the tenth of emoji.json, Component, has no picture). A fifth of each category is held out for test, the
-same one every time. Emoji that look alike, such as clock faces, are on both sides.
+The program downloads nothing. OUT/train and OUT/test hold a PNG for every emoji that is in both packages: 1,852 in nine
+categories (the tenth of emoji.json, Component, has no picture). A fifth of each category, always the same, is held out
+for test. Emoji that look alike, such as clock faces, are in both splits.
 
-With --captions OUT holds all of them and metadata.jsonl: file_name, and text, which is the emoji's name in lower case.
+With --captions OUT holds all of them and metadata.jsonl, with file_name and text, the emoji's name in lower case.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from gspn.files import write_text
 
 
 def emoji(pictures: Path, names: Path) -> list[tuple[dict, Path]]:
-    """(row of emoji.json, picture) of every emoji that has both, in the order of emoji.json."""
+    """(row of emoji.json, picture file) of every emoji that has both, in the order of emoji.json."""
     files = {file.stem.lower(): file for file in (pictures / "assets").glob("*.webp")}
     found = []
     for row in json.loads((names / "emoji.json").read_text(encoding="utf-8")):
@@ -45,7 +45,7 @@ def main():
     parser.add_argument("names", type=Path, help="the folder `package` of emoji-datasource-google")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
-    parser.add_argument("--captions", action="store_true", help="one folder with captions in place of categories")
+    parser.add_argument("--captions", action="store_true", help="one folder with captions instead of categories")
     arguments = parser.parse_args()
 
     found = emoji(arguments.pictures, arguments.names)

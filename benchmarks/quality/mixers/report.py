@@ -1,4 +1,4 @@
-"""Tables and pictures of the study's runs that are there, and of nothing else.
+"""Draws tables and pictures of the study's finished runs.
 
 python -m benchmarks.quality.mixers.report [--runs FOLDER] [--out STEM]      writes STEM.md and STEM-TASK-FORM-*.png
 """
@@ -189,11 +189,11 @@ def _about(done: dict[Run, dict], steps: int) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=RESULTS, help="the folder of the runs")
-    parser.add_argument("--out", type=Path, default=RESULTS / "report", help="what the files are called")
+    parser.add_argument("--out", type=Path, default=RESULTS / "report", help="the stem of the files")
     arguments = parser.parse_args()
     done = read(arguments.runs)
     if not done:
-        parser.error(f"there are no runs in {arguments.runs}; benchmarks.quality.mixers.study makes them")
+        parser.error(f"found no runs in {arguments.runs}: make them with benchmarks.quality.mixers.study")
     report(done, arguments.out)
     print(f"wrote {arguments.out}.md from {len(done)} runs")
 

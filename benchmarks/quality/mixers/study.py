@@ -1,11 +1,11 @@
-"""Trains every contender on every task, a few minutes each on one core, and keeps one JSON file a run.
+"""Trains every contender on every task, a few minutes each on one core, and writes one JSON file for each run.
 
-python -m benchmarks.quality.mixers.study --photos FOLDER --minutes 60    does what is missing, the most important first
-python -m benchmarks.quality.mixers.study --photos FOLDER --list          says what is there and what is missing
-python -m benchmarks.quality.mixers.report                                tables and pictures of what is there
+python -m benchmarks.quality.mixers.study --photos FOLDER --minutes 60    makes missing runs, the most important first
+python -m benchmarks.quality.mixers.study --photos FOLDER --list          says what is done and what is missing
+python -m benchmarks.quality.mixers.report                                tables and pictures of the finished runs
 
-FOLDER holds CIFAR-10 as tables with the splits train and test. The runner may be stopped at any time and started again:
-a run is written when it is complete, and repeated if it was not.
+FOLDER holds CIFAR-10 as tables with the splits train and test. The command may be stopped at any time and started
+again: only complete runs are written.
 """
 
 import argparse
@@ -36,7 +36,7 @@ EXAMPLES = {"look": 1_000, "val": 5_000, "test": 10_000, "setting": 2_000}
 
 
 class Run(NamedTuple):
-    """What makes a run another run; its file is called after it."""
+    """The settings of a run; its file is named after them."""
 
     task: str
     form: str
@@ -60,7 +60,7 @@ def rate_at(step: int, run: Run) -> float:
 
 
 def train(run: Run, task: Task, examples: dict[str, int], batch_size: int = BATCH) -> dict:
-    """Trains and measures; gives what is kept. Times are of the thread's own CPU clock."""
+    """Trains and measures; returns the content of the run's file. Times are those of the thread's own CPU clock."""
     model = backbone(run.contender, run.form, task.outputs, task.pooled, run.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -108,11 +108,11 @@ def train(run: Run, task: Task, examples: dict[str, int], batch_size: int = BATC
     return result
 
 
-# -- what there is to do --
+# -- which runs are missing --
 
 
 def read(folder: Path) -> dict[Run, dict]:
-    """The runs that are there."""
+    """The finished runs in a folder."""
     found = {}
     for file in sorted(folder.glob("*.json")):
         content = json.loads(file.read_text())
@@ -131,21 +131,21 @@ def best_rate(done: dict[Run, dict], task: str, form: str, contender: str, steps
 
 
 def stages(done: dict[Run, dict]) -> Iterator[tuple[str, list[Run]]]:
-    """What is wanted, the most important first, as (what for, runs). What a stage asks for may depend on what is done,
-    so it is asked anew after each run."""
+    """The wanted runs, the most important first, as (purpose, runs). A stage may depend on the finished runs, so the
+    stages are computed again after each run."""
     running = [name for name, contender in CONTENDERS.items() if not contender.why_not]
 
     def rates(task, form, only=None):
         return [Run(task, form, name, rate, SEEDS[0]) for rate in only or RATES for name in running]
 
     def edges(task, form):
-        """One rate further where the best one is the least or the largest of those tried."""
+        """One further rate where the best one is the smallest or the largest of those tried."""
         further = {RATES[0]: RATES[0] / 2, RATES[-1]: RATES[-1] * 2}
         best = {name: best_rate(done, task, form, name) for name in running}
         return [Run(task, form, name, further[rate], SEEDS[0]) for name, rate in best.items() if rate in further]
 
     def seeds(task, form, borrowed=None):
-        """At each contender's best rate: the one found for the task, or the one `borrowed` from another."""
+        """Each contender at its best rate: that of this task, or else that of the task in `borrowed`."""
         found = []
         for seed in SEEDS:
             for name in running:
@@ -185,9 +185,9 @@ def keep(run: Run, content: dict, folder: Path) -> None:
 
 
 def work(folder: Path, photos: Photos, minutes: float, examples: dict[str, int]) -> int:
-    """Does what is missing until the time is over; a run that was begun is finished. Gives the number of runs."""
+    """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs."""
     end, made = time.monotonic() + 60 * minutes, 0
-    environment = harness.environment()  # once: the code that runs is the code that was there at the start
+    environment = harness.environment()  # once: later edits do not change the code that runs
     environment["uncommitted_changes"] = bool(harness._git("status", "--porcelain", "src", "benchmarks/quality/mixers"))
     while time.monotonic() < end:
         following = next(missing(read(folder)), None)
@@ -220,7 +220,7 @@ def main():
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
     parser.add_argument("--minutes", type=float, default=60, help="begin no run after so many minutes (default: 60)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
-    parser.add_argument("--list", action="store_true", help="say what is missing, and train nothing")
+    parser.add_argument("--list", action="store_true", help="list what is missing and train nothing")
     arguments = parser.parse_args()
     if arguments.list:
         done = read(arguments.out)
@@ -228,7 +228,7 @@ def main():
             print(f"{what}: {sum(run in done for run in runs)} of {len(runs)}")
         return
     if arguments.photos is None:
-        parser.error("--photos is missing: the folder of CIFAR-10, tables with the splits train and test")
+        parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
     torch.set_num_threads(1)
     work(arguments.out, Photos.open(arguments.photos), arguments.minutes, EXAMPLES)
 
