@@ -63,7 +63,7 @@ def speed(out: Path, commit: str, rehearse: bool) -> list[Step]:
 def run(step: Step, out: Path) -> dict:
     """The verdict on a step: passed, failed, cut at its limit, or not run."""
     if step.command is None:
-        return {"step": step.name, "verdict": "not run", "seconds": 0, "told": step.why}
+        return {"step": step.name, "verdict": "not run", "seconds": 0, "last_line": step.why}
     sources = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     before = os.environ.get("PYTHONPATH")
     environment = os.environ | (step.environment or {}) | {"PYTHONUNBUFFERED": "1"}
@@ -84,12 +84,14 @@ def run(step: Step, out: Path) -> dict:
             verdict = f"cut after {step.limit_s} s"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     seconds = round(time.monotonic() - start, 1)
-    return {"step": step.name, "verdict": verdict, "seconds": seconds, "told": lines[-1] if lines else ""}
+    return {"step": step.name, "verdict": verdict, "seconds": seconds, "last_line": lines[-1] if lines else ""}
 
 
 def summary(rows: list[dict], part: str) -> str:
     lines = [f"# GPU report: {part}", "", "| step | verdict | seconds | its last line |", "|---|---|---|---|"]
-    lines += [f"| {r['step']} | {r['verdict']} | {r['seconds']} | {r['told'].replace('|', '/')[:200]} |" for r in rows]
+    lines += [
+        f"| {r['step']} | {r['verdict']} | {r['seconds']} | {r['last_line'].replace('|', '/')[:200]} |" for r in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -108,7 +110,7 @@ def main() -> int:
     for step in steps:
         rows.append(run(step, out))
         (out / f"report-{options.part}.md").write_text(summary(rows, options.part))  # a killed run keeps what it has
-        print(f"  {rows[-1]['verdict']} after {rows[-1]['seconds']} s: {rows[-1]['told'][:300]}", flush=True)
+        print(f"  {rows[-1]['verdict']} after {rows[-1]['seconds']} s: {rows[-1]['last_line'][:300]}", flush=True)
     print(summary(rows, options.part))
     return 0 if all(r["verdict"] == "passed" for r in rows) else 1
 

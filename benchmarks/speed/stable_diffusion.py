@@ -237,7 +237,7 @@ def speed(options) -> None:
 
             name = f"{size[0]}x{size[1]}"
             row = results.case(section, name, run)
-            print(f"{section} {name}: {stable_diffusion_report.told(row)}", flush=True)
+            print(f"{section} {name}: {stable_diffusion_report.in_words(row)}", flush=True)
     results.content["growth"] = {s: stable_diffusion_report.growth(r) for s, r in results.content["sections"].items()}
     results.write(quiet=False)
     stable_diffusion_report.write_speed(path)

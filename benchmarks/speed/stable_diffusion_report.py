@@ -64,7 +64,7 @@ def growth(rows: dict) -> dict:
     return found
 
 
-def told(row: dict | None) -> str:
+def in_words(row: dict | None) -> str:
     """A size in a few words, for the terminal."""
     if row is None:
         return "left, the time is up"
@@ -147,8 +147,10 @@ def write_speed(path: Path) -> None:
         memory = _memory(rows, names)
         parts += [memory] if memory else []
         found = content["growth"].get(section, {})
-        told_of = [f"{n} {p['all']:.2f} over all sizes, {p['last']:.2f} between the last two" for n, p in found.items()]
-        parts.append(f"Time grows with the number of pixels to the power of: {'; '.join(told_of)}.")
+        exponents = [
+            f"{n} {p['all']:.2f} over all sizes, {p['last']:.2f} between the last two" for n, p in found.items()
+        ]
+        parts.append(f"Time grows with the number of pixels to the power of: {'; '.join(exponents)}.")
         stopped = [
             f"{size}, {n}: {row[n].get('why')}" for size, row in rows.items() for n in names if "why" in row.get(n, {})
         ] + [f"{size}: {row['why']}" for size, row in rows.items() if "why" in row]

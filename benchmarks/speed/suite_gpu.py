@@ -41,7 +41,7 @@ def measure_all(machine, options) -> dict:
             return found if why_not is None else {"why": why_not}
 
         row = results.case(section, name, guarded)
-        print(f"{section}: {name}: {_told(row)}", flush=True)
+        print(f"{section}: {name}: {_in_words(row)}", flush=True)
         return row
 
     rate = lambda: (results.content["sections"].get("copy", {}).get("copy") or {}).get("best GB/s")  # noqa: E731
@@ -85,7 +85,7 @@ def gates(machine, quick: bool) -> dict[str, Callable[[], dict]]:
     return {str(case): lambda case=case: scan_gpu.errors_of(machine, case) for case in cases}
 
 
-def _told(row: dict | None) -> str:
+def _in_words(row: dict | None) -> str:
     """A case in a few words, for the terminal."""
     if row is None:
         return "left: the time is up"

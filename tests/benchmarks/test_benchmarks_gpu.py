@@ -309,8 +309,8 @@ def test_the_report_goes_on_after_a_failure(tmp_path):
     rows = [gpu_report.run(step, tmp_path) for step in steps]
     verdicts = ["failed (3)", "cut after 2 s", "not run", "passed", "failed (it checked nothing)", "passed"]
     assert [r["verdict"] for r in rows] == verdicts
-    assert [r["told"] for r in rows[:3]] == ["so it ends", "begun", "no such tool"]
-    assert rows[3]["told"].startswith(f"seen {ROOT / 'src'}")  # the sources are used where they lie
+    assert [r["last_line"] for r in rows[:3]] == ["so it ends", "begun", "no such tool"]
+    assert rows[3]["last_line"].startswith(f"seen {ROOT / 'src'}")  # the sources are used where they lie
     assert (tmp_path / "hangs.log").read_text() == "begun\n"
     assert "| hangs | cut after 2 s |" in gpu_report.summary(rows, "all")
 
