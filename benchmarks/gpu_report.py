@@ -1,12 +1,12 @@
-"""From a machine with a GPU to a report on this library: are its kernels right there, and how fast are they?
+"""Reports on this library on a machine with a GPU: are its kernels right, and how fast are they?
 
     python -m benchmarks.gpu_report --out DIR                     everything, under 15 minutes
     python -m benchmarks.gpu_report --out DIR --part correctness  the GPU tests, and compute-sanitizer's checks
     python -m benchmarks.gpu_report --out DIR --part speed        the benchmark's quick form
 
-Nothing has to be installed beside torch, triton and pytest: the sources are used where they lie. Each step has a time
-limit of its own and a log in DIR, and none stops the next. DIR/report-PART.md says at the end what became of each;
-the exit status is 0 only if all passed. A step whose tool is not there is "not run", which is no pass.
+It needs torch, triton and pytest; gspn need not be installed, its sources are imported from this folder. Each step has
+its own time limit and its own log in DIR; a failed step does not stop the next. DIR/report-PART.md lists the verdict of
+each step. The exit status is 0 only if all passed. A step whose tool is missing is "not run", which is no pass.
 """
 
 import argparse
@@ -22,26 +22,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")  # where it lies when it is not on the path
+SANITIZERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")  # where it is when it is not on the path
 
 
 class Step(NamedTuple):
-    """A command with its time limit and the log's proof of a pass (a regular expression); a command that is None cannot
-    be run, for the reason ``why``."""
+    """A command, its time limit, and a regular expression that the log of a pass matches. The command is None if it
+    cannot be run; ``why`` is then the reason."""
 
     name: str
     command: list[str] | None
     limit_s: int
     environment: dict[str, str] | None = None
     why: str = ""
-    proof: str = ""  # what a log has to contain beside the status 0: where all tests are skipped, nothing has passed
+    proof: str = ""  # status 0 is not enough: if all tests are skipped, nothing has passed
 
 
 def correctness() -> list[Step]:
     smoke = [sys.executable, "tests/tools/triton_smoke.py"]
-    places = os.pathsep.join([os.environ.get("PATH", ""), *SANITIZERS])
-    sanitizer = shutil.which("compute-sanitizer", path=places)
-    # each tool sees the edges of a tensor only if each has an allocation of its own
+    search_path = os.pathsep.join([os.environ.get("PATH", ""), *SANITIZERS])
+    sanitizer = shutil.which("compute-sanitizer", path=search_path)
+    # a tool sees the edges of a tensor only if every tensor has its own allocation
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "tests/kernels/test_triton_gpu.py"]
     if importlib.util.find_spec("xdist"):
@@ -55,15 +55,15 @@ def correctness() -> list[Step]:
 
 
 def speed(out: Path, commit: str, rehearse: bool) -> list[Step]:
-    command = [sys.executable, "-m", "benchmarks.layer_gpu", "--quick", "--out", str(out), "--minutes", "7.5"]
+    command = [sys.executable, "-m", "benchmarks.speed.layer_gpu", "--quick", "--out", str(out), "--minutes", "7.5"]
     command += ["--commit", commit] if commit else []
     return [Step("layer-gpu", [*command, "--rehearse"] if rehearse else command, 570, proof="goals: ")]
 
 
 def run(step: Step, out: Path) -> dict:
-    """What became of a step: passed, failed, cut at its limit, or not run."""
+    """The verdict on a step: passed, failed, cut at its limit, or not run."""
     if step.command is None:
-        return {"step": step.name, "verdict": "not run", "seconds": 0, "told": step.why}
+        return {"step": step.name, "verdict": "not run", "seconds": 0, "last_line": step.why}
     sources = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     before = os.environ.get("PYTHONPATH")
     environment = os.environ | (step.environment or {}) | {"PYTHONUNBUFFERED": "1"}
@@ -84,12 +84,14 @@ def run(step: Step, out: Path) -> dict:
             verdict = f"cut after {step.limit_s} s"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     seconds = round(time.monotonic() - start, 1)
-    return {"step": step.name, "verdict": verdict, "seconds": seconds, "told": lines[-1] if lines else ""}
+    return {"step": step.name, "verdict": verdict, "seconds": seconds, "last_line": lines[-1] if lines else ""}
 
 
 def summary(rows: list[dict], part: str) -> str:
     lines = [f"# GPU report: {part}", "", "| step | verdict | seconds | its last line |", "|---|---|---|---|"]
-    lines += [f"| {r['step']} | {r['verdict']} | {r['seconds']} | {r['told'].replace('|', '/')[:200]} |" for r in rows]
+    lines += [
+        f"| {r['step']} | {r['verdict']} | {r['seconds']} | {r['last_line'].replace('|', '/')[:200]} |" for r in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -97,7 +99,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=("correctness", "speed", "all"), default="all")
-    parser.add_argument("--commit", default="", help="to be recorded where the sources have no history beside them")
+    parser.add_argument("--commit", default="", help="the commit to record if the sources have no git history")
     parser.add_argument("--rehearse", action="store_true", help="the speed part at toy sizes on the CPU")
     options = parser.parse_args()
     out = options.out.resolve()
@@ -108,7 +110,7 @@ def main() -> int:
     for step in steps:
         rows.append(run(step, out))
         (out / f"report-{options.part}.md").write_text(summary(rows, options.part))  # a killed run keeps what it has
-        print(f"  {rows[-1]['verdict']} after {rows[-1]['seconds']} s: {rows[-1]['told'][:300]}", flush=True)
+        print(f"  {rows[-1]['verdict']} after {rows[-1]['seconds']} s: {rows[-1]['last_line'][:300]}", flush=True)
     print(summary(rows, options.part))
     return 0 if all(r["verdict"] == "passed" for r in rows) else 1
 

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cases_gpu, gpu_harness, gpu_report, harness, layer_gpu, plots_gpu
-from benchmarks.cases_gpu import LINES, OURS, Case
+from benchmarks import gpu_report
+from benchmarks.harness import gpu_harness, harness, plots_gpu
+from benchmarks.speed import cases_gpu, layer_gpu
+from benchmarks.speed.cases_gpu import LINES, OURS, Case
 
 pytest.importorskip("triton")  # Linux has it
 
@@ -26,7 +28,7 @@ def python(*arguments, limit=600):
 
 
 def test_the_rehearsal_measures_every_section(tmp_path):
-    result = python("-m", "benchmarks.layer_gpu", "--rehearse", "--tune", "--out", str(tmp_path))
+    result = python("-m", "benchmarks.speed.layer_gpu", "--rehearse", "--tune", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     content = json.loads((tmp_path / "layer-gpu.json").read_text())
     assert content["rehearsal"] and "not a measurement" in content["what"]
@@ -52,7 +54,7 @@ def test_the_rehearsal_measures_every_section(tmp_path):
 
 GRADIENTS = """
 import torch
-from benchmarks import peers_gpu
+from benchmarks.contenders import peers_gpu
 from gspn.kernels import reference
 for shape, groups in (((2, 4, 3, 3), 4), ((1, 6, 2, 4), 3)):
     batch, channels, height, width = shape
@@ -79,7 +81,7 @@ for shape, groups in (((2, 4, 3, 3), 4), ((1, 6, 2, 4), 3)):
 COMPILES = """
 import triton
 from triton.backends.compiler import GPUTarget
-from benchmarks import peers_gpu
+from benchmarks.contenders import peers_gpu
 for kernel in (peers_gpu._line_forward, peers_gpu._line_backward):
     numbers = dict.fromkeys(("t", "rows", "places", "lines"), "i32") | {"BLOCK": "constexpr"}
     signature = {name: numbers.get(name, "*bf16") for name in kernel.arg_names}
@@ -108,7 +110,7 @@ def test_without_a_gpu_the_command_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_a_lost_device_is_followed_by_a_fresh_process_for_what_is_left(tmp_path, monkeypatch):
-    from benchmarks import suite_gpu
+    from benchmarks.speed import suite_gpu
 
     class Gone(Exception):
         pass
@@ -125,7 +127,7 @@ def test_a_lost_device_is_followed_by_a_fresh_process_for_what_is_left(tmp_path,
         layer_gpu.main()
     path, *arguments, minutes = gone.value.args
     assert path == sys.executable and 4.9 < float(minutes) <= 5
-    assert arguments[1:3] == ["-m", "benchmarks.layer_gpu"] and arguments[-2:] == ["--resume", "--minutes"]
+    assert arguments[1:3] == ["-m", "benchmarks.speed.layer_gpu"] and arguments[-2:] == ["--resume", "--minutes"]
 
 
 def test_bytes_are_those_of_the_design():
@@ -307,8 +309,8 @@ def test_the_report_goes_on_after_a_failure(tmp_path):
     rows = [gpu_report.run(step, tmp_path) for step in steps]
     verdicts = ["failed (3)", "cut after 2 s", "not run", "passed", "failed (it checked nothing)", "passed"]
     assert [r["verdict"] for r in rows] == verdicts
-    assert [r["told"] for r in rows[:3]] == ["so it ends", "begun", "no such tool"]
-    assert rows[3]["told"].startswith(f"seen {ROOT / 'src'}")  # the sources are used where they lie
+    assert [r["last_line"] for r in rows[:3]] == ["so it ends", "begun", "no such tool"]
+    assert rows[3]["last_line"].startswith(f"seen {ROOT / 'src'}")  # the sources are used where they lie
     assert (tmp_path / "hangs.log").read_text() == "begun\n"
     assert "| hangs | cut after 2 s |" in gpu_report.summary(rows, "all")
 
@@ -321,7 +323,7 @@ def test_the_report_fits_its_time():
 
 
 def test_an_official_kernel_that_is_none_is_told(tmp_path):
-    from benchmarks import official_gpu
+    from benchmarks.contenders import official_gpu
 
     assert official_gpu.load(tmp_path)[0] is None and "no .cpp" in official_gpu.load(tmp_path)[1]["why"]
 
@@ -329,7 +331,8 @@ def test_an_official_kernel_that_is_none_is_told(tmp_path):
 def test_an_official_kernel_is_checked_and_called(tmp_path, monkeypatch):
     from torch.utils import cpp_extension
 
-    from benchmarks import official_gpu, scan_gpu
+    from benchmarks.contenders import official_gpu
+    from benchmarks.speed import scan_gpu
 
     (tmp_path / "kernel.cpp").write_text("// built by the test's stand-in")
     monkeypatch.setattr(cpp_extension, "load", lambda name, sources, **_: SimpleNamespace(sources=sources))
@@ -352,7 +355,7 @@ def test_an_official_kernel_is_checked_and_called(tmp_path, monkeypatch):
 
 
 def test_unwritten_memory_is_seen():
-    from benchmarks import scan_gpu
+    from benchmarks.speed import scan_gpu
 
     with scan_gpu.poisoned():
         assert torch.empty(4).isnan().all()

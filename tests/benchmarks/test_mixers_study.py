@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.mixers import contenders, report, study, tasks
-from benchmarks.mixers.contenders import CONTENDERS, FORMS
-from benchmarks.mixers.study import Run
+from benchmarks.quality.mixers import contenders, report, study, tasks
+from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
+from benchmarks.quality.mixers.study import Run
 
 RUNNING = [name for name, contender in CONTENDERS.items() if not contender.why_not]
 FEW = {"look": 4, "val": 8, "test": 8, "setting": 4}

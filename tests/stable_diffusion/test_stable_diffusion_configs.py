@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from benchmarks import stable_diffusion, stable_diffusion_models, stable_diffusion_report
-from benchmarks.stable_diffusion_models import CONTENDERS, PUBLISHED, THREE
+from benchmarks.contenders import stable_diffusion_models
+from benchmarks.contenders.stable_diffusion_models import CONTENDERS, PUBLISHED, THREE
+from benchmarks.speed import stable_diffusion, stable_diffusion_report
 
 # name of a block: swapped layers, channels, and by how much its map is smaller than the latents
 SD = {

@@ -1,0 +1,163 @@
+"""One denoising step of class-conditional generators: GSPN against DiT of the same name, time and memory.
+
+    python -m benchmarks.speed.generators --out DIR      XL/2 and L/2 on a GPU, B/2 on a CPU
+    python -m benchmarks.speed.generators --out DIR --names B/2 --sizes 256 512 --rounds 3 --threads 1
+
+A step is one forward pass for one image with guidance, so two maps: latents of 4 channels, an eighth of the image's
+side. The weights are random and made anew for each size, so that DiT's positional embedding is computed beforehand;
+DiT's attention is torch's scaled_dot_product_attention. The dtype is bfloat16 on a GPU and float32 on a CPU. GSPN's
+output is first compared with that of the reference backend. DIR gets generators-cpu.json or generators-gpu.json, which
+is written after every size, and a figure.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.harness import gpu_harness, harness
+from gspn.layers import GSPN2d
+from gspn.models.dit import create_dit
+from gspn.models.generator import create_generator
+
+SIZES = (256, 512, 1024, 2048)
+LIMIT = 1e-3  # relative error of the float32 output against the reference backend's
+COLOURS = {"GSPN": "#2f6db3", "DiT": "#e07b22"}
+
+
+def build(kind: str, name: str, size: int, device: torch.device) -> torch.nn.Module:
+    torch.manual_seed(0)
+    create = create_generator if kind == "GSPN" else create_dit
+    with device:
+        model = create(f"{kind}-{name}", sample_size=size // 8)
+        for parameter in model.parameters():  # DiT and GSPN start with zeros where they predict
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model.eval().to(torch.bfloat16) if device.type == "cuda" else model.eval()
+
+
+def call_of(model: torch.nn.Module, size: int, device: torch.device):
+    maps = torch.randn(2, 4, size // 8, size // 8, device=device, dtype=model.dtype)
+    steps, labels = torch.tensor([500, 500], device=device), torch.tensor([207, 1000], device=device)
+
+    def run():
+        with torch.inference_mode():
+            return model(maps, timestep=steps, class_labels=labels, return_dict=False)[0]
+
+    return run
+
+
+def gate(name: str, device: torch.device) -> float:
+    """The relative error of GSPN's output against the reference backend's. Raises WrongResult."""
+    model = build("GSPN", name, 64, device).float()
+    run = call_of(model, 64, device)
+    torch.manual_seed(1)
+    found = run()
+    for layer in [m for m in model.modules() if isinstance(m, GSPN2d)]:
+        layer.backend = "reference"
+    wanted = run()
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    if not error <= LIMIT:
+        raise gpu_harness.WrongResult(f"GSPN-{name} differs from the reference backend: relative error {error:.2e}")
+    return error
+
+
+def measure(machine, name: str, size: int, options) -> dict:
+    """{"GSPN-B/2": {...}, "DiT-B/2": {...}}: ms, ratio to GSPN's time, extra memory in MiB."""
+    device = machine.device if machine else torch.device("cpu")
+    calls = {f"{kind}-{name}": call_of(build(kind, name, size, device), size, device) for kind in COLOURS}
+    if machine:
+        found = gpu_harness.measure(machine, calls, f"GSPN-{name}", options.seconds)
+        machine.free()
+        return found
+    torch.set_num_threads(options.threads)
+    found = harness.summary(harness.interleaved(calls, options.rounds, options.threads), f"GSPN-{name}")
+    calls.clear()
+    for kind in COLOURS:
+        asked = json.dumps([kind, name, size, options.threads])
+        memory = harness.in_fresh_process("benchmarks.speed.generators", "--memory-of", asked)
+        found[f"{kind}-{name}"]["extra_mib"] = memory
+    return found
+
+
+def memory_of(kind: str, name: str, size: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    run = call_of(build(kind, name, size, device), size, device)
+    call_of(build(kind, "micro/2", 64, device), 64, device)()  # what is loaded with the first call
+    print(round(harness.peak_extra_mib(run), 1))
+
+
+def draw(content: dict, path: Path) -> None:
+    """Milliseconds and MiB against the image's side, both on logarithmic axes."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, (key, label) in zip(
+        figure.subplots(1, 2),
+        (("ms", "ms a denoising step"), ("extra_mib", "memory beyond the weights, MiB")),
+        strict=True,
+    ):
+        lines = {}
+        for case in content["cases"]:
+            for model, row in case["models"].items():
+                value = row.get(key)
+                value = value[1] if isinstance(value, list) else value
+                if value:
+                    lines.setdefault(model, []).append((case["size"], value))
+        for model, points in lines.items():
+            dashed = "--" if "L/2" in model and "XL" not in model else "-"
+            axes.plot(*zip(*points, strict=True), dashed, marker="o", color=COLOURS[model.split("-")[0]], label=model)
+        sizes = sorted({case["size"] for case in content["cases"]})
+        axes.set(xscale="log", yscale="log", xlabel="side of the image, pixels", ylabel=label)
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    where = content["environment"]["gpu"] or content["environment"]["cpu"].split(" (")[0]
+    figure.suptitle(f"One denoising step with guidance, {where}, {content['dtype']}", fontsize=11)
+    figure.savefig(path, dpi=130, facecolor="white")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"))
+    parser.add_argument("--names", nargs="+", help="such as B/2; default: XL/2 and L/2 on a GPU, else B/2")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sides of the images in pixels")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
+    parser.add_argument("--seconds", type=float, default=6, help="seconds for the rounds of a size on a GPU")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        memory_of(*json.loads(options.memory_of))
+        return
+    machine = gpu_harness.Gpu() if torch.cuda.is_available() else None
+    names = options.names or (["XL/2", "L/2"] if machine else ["B/2"])
+    path = options.out / f"generators-{'gpu' if machine else 'cpu'}.json"
+    content = {
+        "what": "one denoising step with guidance, one image",
+        "environment": harness.environment(),
+        "device": machine.describe() if machine else f"{options.threads} thread(s)",
+        "dtype": "bfloat16" if machine else "float32",
+        "gate": {name: gate(name, machine.device if machine else torch.device("cpu")) for name in names},
+        "cases": [],
+    }
+    for name in names:
+        for size in options.sizes:
+            row = {"name": name, "size": size, "models": measure(machine, name, size, options)}
+            content["cases"].append(row)
+            harness.write_json(path, content, quiet=True)
+            told = [
+                f"{model} {found['ms'][1]:.1f} ms, {found['extra_mib']:.0f} MiB" if "ms" in found else found["why"]
+                for model, found in row["models"].items()
+            ]
+            ratio = row["models"][f"DiT-{name}"].get("ratio", [0, float("nan"), 0])[1]
+            print(f"{size}x{size}: {'; '.join(told)}; DiT takes {ratio:.2f} times as long", flush=True)
+    draw(content, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The GSPN layer on a CPU against its alternatives: time, and peak memory beyond the inputs.
+
+    python -m benchmarks.speed.layer_cpu --out benchmarks/results/speed/layer-cpu.json [--rounds 15] [--threads 1]
+
+Seven sizes, forward and forward + backward, float32 and bfloat16, one and two threads. Every contender is checked
+against float64 before it is timed. ``--prototype`` names a folder with the built libraries of the prototype.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+
+import gspn
+from benchmarks.contenders import peers
+from benchmarks.harness import harness
+from gspn.kernels import cpu, reference
+
+SIZES = [  # B, C, H, W, S
+    (1, 144, 56, 56, 8),
+    (1, 576, 14, 14, 8),
+    (4, 384, 14, 14, 8),
+    (1, 64, 256, 256, 8),
+    (2, 640, 64, 64, 20),
+    (2, 640, 64, 64, 80),
+    (1, 320, 32, 32, 16),
+]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMS_OF_THE_LAYER = ("gspn", "gspn, kernel alone", "unfused", "unfused, tuned", "prototype", "prototype, unfused")
+SLOW_TOKENS = 20_000  # beyond it attention, like the slow forms of the layer always, gets few rounds of its own
+
+
+def problem(size, dtype):
+    batch, channels, height, width, features = size
+    torch.manual_seed(0)
+    layer = gspn.GSPN2d(channels, proxy_dim=features).to(dtype)
+    x = torch.randn(batch, channels, height, width).to(dtype).to(memory_format=torch.channels_last)
+    return layer, x
+
+
+def contenders(size, dtype, train, prototype=None, threads=1, only=None):
+    """Name to a call without arguments that does one forward or one forward + backward and returns the output."""
+    layer, x = problem(size, dtype)
+    eager = copy.deepcopy(layer)
+    eager.backend = "reference"
+    channels = x.shape[1]
+    modules = {
+        "gspn": lambda: layer,
+        "reference": lambda: eager,
+        "unfused": lambda: peers.Unfused(layer),
+        "attention": lambda: peers.Attention(channels).to(dtype),
+        "linear attention": lambda: peers.LinearAttention(channels).to(dtype),
+    }
+    calls = {}
+    for name, make in modules.items():
+        if only in (None, name):
+            calls[name] = harness.train_call(make(), x) if train else harness.eval_call(make(), x)
+    if dtype == torch.float32:
+        if only in (None, "unfused, tuned"):
+            tuned = peers.TunedUnfused(layer, x)
+            grad = torch.ones_like(x)
+            calls["unfused, tuned"] = (lambda: (tuned.forward(), tuned.backward(grad))[0]) if train else tuned.forward
+        if only is None:
+            alone = peers.KernelAlone(layer, x)
+            calls["gspn, kernel alone"] = (lambda: alone.train(torch.ones_like(x))) if train else alone.forward
+        if prototype and only is None:
+            old = peers.Prototype(prototype, layer, x, threads)
+            ones = torch.ones_like(x)
+            calls["prototype"] = (lambda: old.train(ones)) if train else old.forward
+            if not train:
+                calls["prototype, unfused"] = old.unfused_forward
+    return calls
+
+
+def check(size, dtype, calls):
+    """The correctness gate: every form of the layer against the reference in float64."""
+    layer, x = problem(size, dtype)
+    small = x[:1]
+    exact = layer.double()
+    exact.backend = "reference"
+    with torch.no_grad():
+        expected = exact(small.double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for name in FORMS_OF_THE_LAYER:
+        if name in calls:
+            got = calls[name]().detach()[:1].double()
+            error = ((got - expected).abs().max() / expected.abs().max()).item()
+            if not error < tolerance:
+                raise AssertionError(f"{name} at {size} in {dtype} is wrong: relative error {error:.2e}")
+
+
+def measure(size, dtype_name, train, threads, rounds, prototype):
+    dtype = DTYPES[dtype_name]
+    torch.set_num_threads(threads)
+    calls = contenders(size, dtype, train, prototype, threads)
+    if not train:
+        check(size, dtype, calls)
+    tokens = size[2] * size[3]
+    slow = [n for n in calls if n in ("reference", "unfused") or (n == "attention" and tokens > SLOW_TOKENS)]
+    few = {name: calls.pop(name) for name in slow}
+    result = harness.summary(harness.interleaved(calls, rounds, threads), "gspn")
+    if dtype_name == "float32" and threads == 1:
+        for name, call in few.items():
+            count = 1 if tokens > SLOW_TOKENS else 3
+            pair = harness.interleaved({"gspn": calls["gspn"], name: call}, count, threads)
+            result[name] = harness.summary(pair, "gspn")[name] | {"rounds": count}
+    return result
+
+
+def crossover(rounds):
+    """At which S do gradients cost less unfused? Both recompute from x and the proxy; one thread, float32."""
+    torch.set_num_threads(1)
+    rows = []
+    for batch, channels, height, width in ((1, 144, 56, 56), (1, 320, 32, 32)):
+        for features in (20, 40, 80, 160, 320):
+            layer, x = problem((batch, channels, height, width, features), torch.float32)
+            output, skip = (t.detach() for t in layer._merged_projections())
+            weights, entry = layer.weight_proj.detach(), layer.input_proj.detach()
+            with torch.no_grad():
+                arguments = (
+                    torch.ones_like(x),
+                    x,
+                    layer.proxy_proj(x),
+                    weights,
+                    entry,
+                    output,
+                    skip,
+                    [0, 1, 2, 3],
+                    None,
+                )
+            calls = {
+                "gspn": lambda a=arguments: cpu.propagate_backward(*a),
+                "unfused": lambda a=arguments: reference.propagate_backward(
+                    *a, 0, cpu.gated_scan, cpu.gated_scan_backward
+                ),
+            }
+            found = harness.summary(harness.interleaved(calls, rounds, 1), "gspn")
+            rows.append({"size (B,C,H,W,S)": (batch, channels, height, width, features), "1 thread": found})
+            print(rows[-1]["size (B,C,H,W,S)"], f"unfused takes {found['unfused']['ratio'][1]:.2f}x", flush=True)
+    return rows
+
+
+def scaling(rounds):
+    """How much faster is the layer on two threads than on one? Wall time, so on an idle machine only."""
+    rows = []
+    for size in SIZES:
+        for train in (False, True):
+            call = contenders(size, torch.float32, train, only="gspn")["gspn"]
+
+            def on(threads, call=call):
+                torch.set_num_threads(threads)
+                call()
+
+            found = harness.interleaved({"gspn": lambda: on(2), "one thread": lambda: on(1)}, rounds, 2)
+            row = {"size (B,C,H,W,S)": size, "pass": "train" if train else "forward"}
+            rows.append(row | {"2 threads": harness.summary(found, "gspn")})
+            print(
+                size,
+                row["pass"],
+                f"two threads are {rows[-1]['2 threads']['one thread']['ratio'][1]:.2f}x as fast",
+                flush=True,
+            )
+    return rows
+
+
+def memory(size, dtype_name, train):
+    """Peak MiB beyond the inputs and the parameters, each contender in a process of its own, one thread."""
+    names = ["gspn", "reference", "unfused", "unfused, tuned", "linear attention", "attention"]
+    arguments = ["--memory-of", json.dumps([size, dtype_name, train])]
+    return {
+        name: harness.in_fresh_process("benchmarks.speed.layer_cpu", *arguments, name)["mib"]
+        for name in names
+        if not (name == "attention" and size[2] * size[3] > SLOW_TOKENS)
+    }
+
+
+def memory_of(size, dtype_name, train, name):
+    """Peak of one call, buffers that the contender keeps included; libraries are warmed up at a small size first."""
+    torch.set_num_threads(1)
+    dtype = DTYPES[dtype_name]
+    for call in contenders((1, 16, 4, 4, 2), dtype, train).values():
+        call()
+    _, x = problem(size, dtype)  # the inputs, resident before the peak is taken; the contender makes its own copy
+    del x
+    kept = {}
+
+    def run():
+        kept["call"] = contenders(size, dtype, train, only=name)[name]
+        return kept["call"]()
+
+    inputs = 2 if train else 1  # x, and the gradient that comes in
+    batch, channels, height, width, _ = size
+    fixed = inputs * batch * channels * height * width * dtype.itemsize / 2**20
+    print(json.dumps({"mib": round(max(harness.peak_extra_mib(run) - fixed, 0), 1)}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed/layer-cpu.json"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--prototype", help="the folder with the prototype's bwdlib.py and built libraries")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(range(len(SIZES))), help="indices into SIZES")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--crossover", action="store_true", help="only gradients, over S: fused against unfused")
+    parser.add_argument("--scaling", action="store_true", help="only the layer, on two threads against one")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        memory_of(*json.loads(options.memory_of[0]), options.memory_of[1])
+        return
+    if options.crossover or options.scaling:
+        rows = crossover(options.rounds) if options.crossover else scaling(options.rounds)
+        harness.write_json(options.out, {"environment": harness.environment(), "rounds": options.rounds, "cases": rows})
+        return
+    content = {"what": "GSPN layer, all contenders with their projections", "environment": harness.environment()}
+    content |= {"rounds": options.rounds, "cases": []}
+    for size in (SIZES[i] for i in options.sizes):
+        for dtype_name in options.dtypes:
+            for train in (False, True):
+                row = {"size (B,C,H,W,S)": size, "dtype": dtype_name, "pass": "train" if train else "forward"}
+                x_mib = size[0] * size[1] * size[2] * size[3] * DTYPES[dtype_name].itemsize / 2**20
+                row["x_mib"] = round(x_mib, 2)
+                for threads in options.threads:
+                    found = measure(size, dtype_name, train, threads, options.rounds, options.prototype)
+                    row[f"{threads} thread{'s' * (threads > 1)}"] = found
+                    times = ", ".join(f"{n} {v['ratio'][1]:.2f}x" for n, v in found.items() if n != "gspn")
+                    print(
+                        size,
+                        dtype_name,
+                        row["pass"],
+                        f"{threads}t: gspn {found['gspn']['ms'][1]:.2f} ms;",
+                        times,
+                        flush=True,
+                    )
+                if not options.no_memory and dtype_name == "float32":
+                    row["peak extra MiB"] = memory(size, dtype_name, train)
+                    print("   peak extra MiB:", row["peak extra MiB"], flush=True)
+                content["cases"].append(row)
+                harness.write_json(options.out, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What the documents say of benchmarks and results is there: files, commands, and a row for each published figure."""
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS, RESULTS = ROOT / "benchmarks", ROOT / "benchmarks" / "results"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += sorted(BENCHMARKS.rglob("*.md"))
+SOURCES = sorted([*BENCHMARKS.rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+JSON_FILES = sorted(RESULTS.rglob("*.json"))
+LINK = re.compile(r"\]\(([^)\s#]*)(?:#[^)\s]*)?\)")
+COMMAND = re.compile(r"python -m ((?:benchmarks|examples)[\w.]*\w)")
+SOURCE = re.compile(r"(?<![\w/.])(?:benchmarks|examples)/[\w/.-]*\w")
+PROGRAMS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES if "ArgumentParser(" in path.read_text()
+]
+RENAMED = ("stable_diffusion", "generators")  # of benchmarks.speed, which also go by their names of before
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def strings(value) -> list[str]:
+    """Every text in what a JSON file holds."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return (
+        [value] if isinstance(value, str) else [s for v in value for s in strings(v)] if isinstance(value, list) else []
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_every_relative_link_resolves(document):
+    targets = [t for t in LINK.findall(document.read_text(encoding="utf-8")) if t and "://" not in t]
+    assert [t for t in targets if not (document.parent / t).exists()] == []
+
+
+def test_links_are_found_at_all():
+    readme = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "benchmarks/results/speed/models-cpu.md" in readme and "docs/training.md" in readme
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SOURCES, *JSON_FILES], ids=named)
+def test_every_command_and_file_that_is_named_exists(path):
+    text = path.read_text(encoding="utf-8")
+    text = "\n".join(strings(json.loads(text))) if path.suffix == ".json" else text
+    assert [name for name in COMMAND.findall(text) if not importlib.util.find_spec(name)] == []
+    files = [name for name in SOURCE.findall(text) if not name.startswith("benchmarks/results/")]
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_tells_how_it_is_called(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("benchmarks", "examples", "gspn"):
+            raise
+        pytest.skip(f"{error.name} is not installed")
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert not ended.value.code and f"python -m {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_commands_of_before_are_todays(name):
+    pytest.importorskip("diffusers")
+    old, new = (importlib.import_module(f"{room}.{name}") for room in ("benchmarks", "benchmarks.speed"))
+    assert old.main is new.main
+
+
+def test_every_published_figure_and_every_program_is_in_the_table():
+    table = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    files = set(LINK.findall(table))
+    published = {str(path.relative_to(BENCHMARKS)) for path in JSON_FILES if path.parent.name != "mixers"}
+    assert published - files == set() and "results/quality/mixers" in files
+    assert [name for name in PROGRAMS if name not in table] == []
