@@ -19,6 +19,7 @@ def by_torchrun(*arguments):
     """What two processes print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HELPERS.parent), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(command + [str(a) for a in arguments], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert "Grad strides do not match" not in result.stderr
