@@ -101,6 +101,12 @@ def make_folder(path: Path) -> None:
         raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
+def check_format(what: Path | str, found: int, known: int, error: type[Exception]) -> None:
+    """Raises `error` if the format `found` is newer than `known`, the newest one that this gspn reads."""
+    if found > known:
+        raise error(f"{what} was written by a newer gspn (format {found}; this one reads up to {known}): update gspn")
+
+
 def shown(path: Path | str) -> str:
     r"""A path as a text that can be printed, drawn and stored anywhere: bytes that are not UTF-8 stand as \xe9."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -20,6 +20,7 @@ from gspn.data.images import TOGETHER
 from gspn.data.labelled import DataError
 from gspn.data.latent_folder import is_latents
 from gspn.digests import digest
+from gspn.files import check_format
 
 FORMAT = 1  # of config.json and the shards; raised when an older gspn could no longer read them
 ABOUT = "gspn"  # the one entry of a shard's header: safetensors would write several in any order
@@ -129,10 +130,7 @@ def read_config(folder: Path) -> dict:
         found = "is of something else" if path.exists() else "is missing"
         raise DataError(f"{folder} holds no latents: its config.json {found}; expected a folder that gspn encode made")
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("format", 0) > FORMAT:
-        raise DataError(
-            f"{folder} was written by a newer gspn (format {config['format']}; this one reads up to {FORMAT}): update"
-        )
+    check_format(folder, config.get("format", 0), FORMAT, DataError)
     try:
         identity(config)
         wanted = {"splits": dict, "class_names": list, "vae": dict, "data": dict}

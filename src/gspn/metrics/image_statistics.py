@@ -17,7 +17,7 @@ from torch import Tensor
 from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split
 from gspn.data.loader import batches, make_loader, workers_note
 from gspn.digests import SCHEME, digest, tensors_of
-from gspn.files import LOCK, SaveError, atomic, save_tensors
+from gspn.files import LOCK, SaveError, atomic, check_format, make_folder, save_tensors
 from gspn.metrics.distances import Moments, Score
 from gspn.metrics.features import Extractor
 from gspn.metrics.image_sets import NO_CLASS, ImageSet, lazily
@@ -100,7 +100,7 @@ def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in statistics.tensors().items()}
     metadata = {"gspn": json.dumps(key), "digest": _digest(tensors, key)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with FileLock(path.parent / LOCK, timeout=SAVE_EVERY), atomic(path) as temporary:
             save_tensors(temporary, tensors, metadata)
     except SaveError:
@@ -122,8 +122,7 @@ def read_statistics(path: Path) -> tuple[Statistics, dict]:
         told = metadata.get("digest")
         if told is None or told != _digest(tensors, key, like=told):
             raise DataError(f"{path} is damaged: its content is not what was written")
-        if key["format"] > FORMAT:
-            raise DataError(f"{path} was written by a newer gspn (format {key['format']}, not up to {FORMAT}): update")
+        check_format(path, key["format"], FORMAT, DataError)
         return Statistics.of(tensors), key
     except DataError:
         raise

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from gspn.files import SaveError, atomic
+from gspn.files import atomic, make_folder
 from gspn.models.sampling import NotFiniteError
 from gspn.train.loop import TrainingError
 
@@ -19,11 +19,7 @@ GAP, LETTERS, INK, PAPER = 4, 20, "black", "white"
 
 def save_picture(path: Path | str, picture: Image.Image) -> None:
     """Writes a PNG file, atomically, in a folder that is made if it is not there. Errors: SaveError."""
-    folder = Path(path).parent
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot make the folder {folder}: {error.strerror}") from error
+    make_folder(Path(path).parent)
     with atomic(path) as temporary:
         picture.save(temporary, format="png")
 

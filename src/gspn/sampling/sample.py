@@ -16,7 +16,7 @@ from rich.console import Console
 
 from gspn.data.images import decode, generator
 from gspn.digests import digest, settings, tensors_of
-from gspn.files import SaveError, remove, write_json, writing
+from gspn.files import make_folder, remove, write_json, writing
 from gspn.models.sampling import NotFiniteError
 from gspn.options import OptionError, far_from
 from gspn.progress import Progress
@@ -199,10 +199,7 @@ def _begin(wanted):
         for name in (GRID, ARRAYS):  # of fewer samples
             remove(wanted.folder / name)
     write_json(wanted.folder / ABOUT, wanted.about())  # first: by it, what was stopped here is recognised
-    try:
-        (wanted.folder / IMAGES).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot make the folder {wanted.folder / IMAGES}: {error.strerror}") from error
+    make_folder(wanted.folder / IMAGES)
 
 
 def _batches(wanted, size):

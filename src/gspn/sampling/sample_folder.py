@@ -20,7 +20,7 @@ from PIL import Image
 
 from gspn.data.images import Split, decode
 from gspn.digests import Content
-from gspn.files import atomic
+from gspn.files import atomic, check_format
 from gspn.train.run import RunError
 
 ABOUT, IMAGES, GRID, ARRAYS, FORMAT = "samples.json", "images", "grid.png", "samples.npz", 1
@@ -48,8 +48,7 @@ class Samples:
         file = folder / ABOUT
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
-                raise RunError(f"{file} was written by a newer gspn (format {about['format']}): update")
+            check_format(file, about["format"], FORMAT, RunError)
             samples = cls(folder, about["settings"], about["count"], about["classes"], about["class_names"])
             samples.path(samples.count - 1)
             return samples
