@@ -6,17 +6,18 @@ anything that `datasets` loads.
 
 import csv
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from gspn.data.folders import alike, is_image, walk
+from gspn.data.folders import is_image, walk
 from gspn.data.images import SPLIT_NAMES, USUAL_CAPTIONS, Split, listed
-from gspn.data.labelled import Data, DataError, ImageFiles, hold_out
+from gspn.data.labelled import Data, DataError, ImageFiles
 from gspn.data.shards import json_caption, read_captioned
+from gspn.data.sources import check_fraction, check_one_kind, read_source, with_held_out
 from gspn.data.tables import TABLES, load_captioned
-from gspn.places import ON_A_HUB, location
+from gspn.places import location
 
 CAPTIONED = (
     "a folder of images with metadata.jsonl, .csv or .parquet (each row a file_name and a text) or with a .txt file of "
@@ -48,42 +49,27 @@ def open_captions(
         their labels are all 0.
     Errors: DataError says what was found and what was expected.
     """
-    path, name = Path(data).expanduser(), str(data)
+    name = str(data)
     columns = dict(image_column=image_column, caption_column=caption_column, streaming=streaming)
-    if not 0 < val_fraction < 1:
-        raise DataError(f"the part to hold out must lie between 0 and 1, got {val_fraction}")
-    if path.is_dir():
-        kind, splits, notes = _open_folder(path, columns)
-    elif path.is_file() and path.suffix == ".tar":
-        kind, (splits, notes) = "shards", read_captioned(path.parent, [path], caption_column)
-    elif path.is_file():
-        if path.suffix not in TABLES:
-            raise DataError(f"{name} is a file of an unknown kind; expected {CAPTIONED}")
-        kind, (splits, notes) = "datasets", load_captioned(TABLES[path.suffix], path, **columns)
-    elif path.is_symlink():
-        raise DataError(f"{name} is a link to {os.readlink(path)}, which is not there; expected {CAPTIONED}")
-    elif ON_A_HUB.fullmatch(name):
-        hint = f"; and there is no such file or folder{alike(path)}; expected {CAPTIONED}"
-        kind, (splits, notes) = "datasets", load_captioned(name, **columns, hint=hint)
-    else:
-        raise DataError(f"there is no {name}{alike(path)}; expected {CAPTIONED}")
+    check_fraction(val_fraction)
+    kind, splits, notes = read_source(
+        name,
+        CAPTIONED,
+        folder=partial(_open_folder, columns=columns),
+        shards=partial(read_captioned, column=caption_column),
+        tables=partial(load_captioned, **columns),
+    )
     for option, given in (("streaming", streaming), ("image_column", image_column)):
         if given and kind != "datasets":
             raise DataError(f"{option} is for what `datasets` loads, but {name} is of another kind ({kind})")
     for split_name, split in splits.items():
-        if len(split) == 0:
-            raise DataError(f"the {split_name} split of {name} is empty")
         empty = sum(not any(text.strip() for text in captions) for captions in split.captions)
         if empty:
             notes = [*notes, f"{empty} of {len(split)} captions of the {split_name} split are empty"]
-    if list(splits) == ["train"]:
-        everything = splits["train"]
-        rest, held_out = hold_out(everything.labels, val_fraction)
-        if not len(held_out):
-            raise DataError(f"{name} holds one image: expected two at least, one of them to evaluate on")
-        splits = {"train": everything.subset(rest), "val": everything.subset(held_out), "all": everything}
-        notes = [*notes, f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
-    return Data(f"captioned {kind}", location(data), splits, notes)
+    splits, held_out = with_held_out(splits, val_fraction)
+    if "all" in splits and "val" not in splits:
+        raise DataError(f"{name} holds one image: expected two at least, one of them to evaluate on")
+    return Data(f"captioned {kind}", location(data), splits, [*notes, *held_out])
 
 
 def _open_folder(path, columns):
@@ -111,9 +97,7 @@ def _open_folder(path, columns):
         "tables": tables,
         "images": [] if lists else images,
     }
-    there = [kind for kind, is_there in kinds.items() if is_there]
-    if len(there) > 1:
-        raise DataError(f"{path} holds {' and '.join(there)}, so it is not clear what is meant: give one of them")
+    check_one_kind(path, kinds)
     if lists:
         kind, (splits, notes) = "folder", _listed(path, lists, images, columns["caption_column"])
     elif shards:

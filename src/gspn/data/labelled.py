@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,15 @@ import torch
 from rich.console import Console
 
 from gspn.data.class_folders import class_folders
-from gspn.data.folders import alike, is_image, walk
+from gspn.data.folders import is_image, walk
 from gspn.data.idx import IDX, idx_folder
 from gspn.data.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
 from gspn.data.shards import read_shards
+from gspn.data.sources import check_fraction, check_one_kind, hold_out, read_source, with_held_out
 from gspn.data.tables import TABLES, load_tables
 from gspn.digests import Content, digest, is_earlier
 from gspn.files import shown
-from gspn.places import ON_A_HUB, location
+from gspn.places import location
 from gspn.progress import Progress
 
 KINDS = (
@@ -135,34 +137,24 @@ def open_data(
     data = str(data)
     path = Path(data).expanduser()
     columns = dict(image_column=image_column, label_column=label_column, streaming=streaming)
-    if not 0 < val_fraction < 1:
-        raise DataError(f"the part to hold out must lie between 0 and 1, got {val_fraction}")
+    check_fraction(val_fraction)
     if data == "digits":
         if path.exists():
             raise DataError("`digits` is the embedded data set, but ./digits exists too: for that, write ./digits")
         kind, splits, notes = "digits", digits(), []
-    elif path.is_dir():
-        kind, splits, notes = _open_folder(path, columns)
-    elif path.is_file() and path.suffix == ".tar":
-        kind, (splits, notes) = "shards", read_shards(path.parent, [path])
-    elif path.is_file():
-        if path.suffix not in TABLES:
-            raise DataError(f"{data} is a file of an unknown kind; expected {KINDS}")
-        kind, (splits, notes) = "datasets", load_tables(TABLES[path.suffix], path, **columns)
-    elif path.is_symlink():
-        raise DataError(f"{data} is a link to {os.readlink(path)}, which is not there; expected {KINDS}")
-    elif difflib.get_close_matches(data.lower(), ["digits"], cutoff=0.8):
+    elif not os.path.lexists(path) and difflib.get_close_matches(data.lower(), ["digits"], cutoff=0.8):
         raise DataError(f"there is no {data}: did you mean digits? A name on the hub is OWNER/NAME; expected {KINDS}")
-    elif ON_A_HUB.fullmatch(data):
-        hint = f"; and there is no such file or folder{alike(path)}; expected {KINDS}"
-        kind, (splits, notes) = "datasets", load_tables(data, **columns, hint=hint)
     else:
-        raise DataError(f"there is no {data}{alike(path)}; expected {KINDS}")
+        kind, splits, notes = read_source(
+            data,
+            KINDS,
+            folder=partial(_open_folder, columns=columns),
+            shards=read_shards,
+            tables=partial(load_tables, **columns),
+        )
     if streaming and kind != "datasets":
         raise DataError(f"streaming is for what `datasets` loads, but {data} is of another kind ({kind})")
-    for name, split in splits.items():
-        if len(split) == 0:
-            raise DataError(f"the {name} split of {data} is empty")
+    for split in splits.values():
         if class_names is not None:
             if split.class_names is not None and len(split.class_names) != len(class_names):
                 raise DataError(f"{len(class_names)} class names were given for {len(split.class_names)} classes")
@@ -170,28 +162,8 @@ def open_data(
         twice = sorted(name for name, count in Counter(split.class_names or []).items() if count > 1)
         if twice:
             raise DataError(f"two classes of {data} have the same name: {', '.join(twice)}; expected distinct names")
-    left_out = notes
-    if list(splits) == ["train"]:
-        everything = splits["train"]
-        train, held_out = hold_out(everything.labels, val_fraction)
-        splits = {"train": everything.subset(train), "all": everything}
-        if len(held_out):
-            splits["val"] = everything.subset(held_out)
-            notes = [*notes, f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
-    return Data(kind, location(data), splits, notes, left_out)
-
-
-def hold_out(labels: Sequence[int], fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(rest, held out): two increasing index arrays. Of each class `fraction` is held out, rounded, at least one
-    image where it has two. The same labels always give the same answer."""
-    shuffled = np.random.RandomState(0).permutation(len(labels))  # the one numpy stream that is frozen for ever
-    labels, held = np.asarray(labels)[shuffled], []
-    for label in np.unique(labels):
-        of_class = shuffled[labels == label]
-        count = min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)
-        held.append(of_class[:count])
-    held = np.sort(np.concatenate(held))
-    return np.setdiff1d(shuffled, held), held
+    splits, held_out = with_held_out(splits, val_fraction)
+    return Data(kind, location(data), splits, [*notes, *held_out], left_out=notes)
 
 
 # -- the embedded digits --
@@ -228,9 +200,7 @@ def _open_folder(path, columns):
         "tar files": [] if classes else shards,
         "tables": [] if classes else tables,
     }
-    there = [kind for kind, is_there in kinds.items() if is_there]
-    if len(there) > 1:
-        raise DataError(f"{path} holds {' and '.join(there)}, so it is not clear what is meant: give one of them")
+    check_one_kind(path, kinds)
     if idx:
         return "idx", idx_folder(path, idx), found.notes()
     if classes:
