@@ -14,10 +14,11 @@ from torch.utils.data import Dataset, default_convert
 
 from gspn.data.folders import counts
 from gspn.data.images import Split, generator, listed
-from gspn.data.labelled import Data, DataError, hold_out
+from gspn.data.labelled import Data, DataError
 from gspn.data.latent_files import Shards, identity, read_config
 from gspn.data.latent_folder import KIND
-from gspn.data.loader import EpochSampler, Loader
+from gspn.data.loader import PROBLEM, EpochSampler, Loader
+from gspn.data.sources import with_held_out
 from gspn.digests import Content
 from gspn.models.sampling import scale_latents
 
@@ -137,18 +138,12 @@ def open_latents(folder: str | Path, *, val_fraction: float = 0.1) -> LatentData
         unreadable += problems
     notes = [f"{len(unreadable)} images of {config['data']['where']} could not be read and are left out"]
     notes = notes if unreadable else []
-    if list(splits) == ["train"]:
-        everything = splits["train"]
-        train, held_out = hold_out(everything.labels, val_fraction)
-        splits = {"train": everything.subset(train), "all": everything}
-        if len(held_out):
-            splits["val"] = everything.subset(held_out)
-            notes.append(f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it")
+    splits, held_out = with_held_out(splits, val_fraction)
     return LatentData(
         KIND,
         str(folder.resolve()),
         splits,
-        notes,
+        [*notes, *held_out],
         channels=config["channels"],
         size=tuple(config["size"]),
         image_size=tuple(config["image_size"]),
@@ -187,7 +182,8 @@ class LatentDataset(Dataset):
     """A LatentSplit as the loader reads it: by lists of (epoch, index), in batches.
 
     A batch is {"image": float32 (B, C, h, w), "label": int64 (B,), "index": int64 (B,)}. The image is
-    scale_latents(z), where z is a sample of the posterior if `draw`, and else its mean.
+    scale_latents(z), where z is a sample of the posterior if `draw`, and else its mean. Where a shard cannot be read,
+    the batch is {PROBLEM: what is wrong}.
     """
 
     def __init__(self, split: LatentSplit, draw: bool, flip: bool, seed: int):
@@ -202,7 +198,10 @@ class LatentDataset(Dataset):
         mirrored = None
         if self.flip:
             mirrored = torch.stack([torch.rand((), generator=source) < 0.5 for source in sources])
-        z, std = self.split.posterior(index, mirrored)
+        try:
+            z, std = self.split.posterior(index, mirrored)
+        except DataError as error:
+            return {PROBLEM: str(error)}
         if self.draw:
             z += std * torch.stack([torch.randn(self.split.shape, generator=source) for source in sources])
         return {"image": scale_latents(z, self.split.vae), "label": self.split.labels[index], "index": index}

@@ -4,18 +4,23 @@ Everything random is a function of numbers that a later run can repeat: the orde
 augmentation of an image of (seed, epoch, index). Nothing depends on the number of workers or processes.
 """
 
+import multiprocessing
 import os
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gspn.data.augment import Augmentation
 from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split, generator
+
+PROBLEM = "problem"  # a batch's key for a DataError's text: torch would bury a worker's exception in a traceback
+DYING = 1.0  # seconds for a worker to be gone after its connection broke
 
 
 class ImageDataset(Dataset):
@@ -80,9 +85,32 @@ class EpochSampler(Sampler):
         return ((self.epoch, *key) for key in islice(keys, self.start, None))
 
 
+class WorkerContext(BaseContext):
+    """The default context of multiprocessing, which remembers the processes that it started."""
+
+    def __init__(self):
+        self._processes = []
+
+    @property
+    def started(self):
+        return [process for process in self._processes if process.pid is not None]
+
+    def get_context(self, method=None):
+        return multiprocessing.get_context(method)
+
+    def Process(self, *args, **kwargs):
+        process = multiprocessing.Process(*args, **kwargs)
+        self._processes = [each for each in self._processes if each.exitcode is None] + [process]
+        return process
+
+
 class Loader(DataLoader):
-    """What `make_loader` gives. It does not warn of too many workers as torch does, each time it is begun:
-    `workers_note` tells that once."""
+    """A DataLoader that remembers its workers, so that `batches` can tell whether one died. It does not give torch's
+    warning of too many workers at the start of each epoch; `workers_note` says it once."""
+
+    def __init__(self, dataset: Dataset, *, num_workers: int = 0, **more):
+        context = WorkerContext() if num_workers else None
+        super().__init__(dataset, num_workers=num_workers, multiprocessing_context=context, **more)
 
     def check_worker_number_rationality(self) -> None:
         pass
@@ -140,26 +168,34 @@ def _as_it_is(batch):
 
 
 def batches(loader: Iterable[dict]) -> Iterator[dict]:
-    """The batches of a loader, also one that accelerate prepared. Errors: DataError where a worker process died."""
-    try:
+    """The batches of a loader, also of one that accelerate prepared. Errors: DataError where a worker process died, or
+    where a batch says what is wrong with the data (PROBLEM)."""
+    iterator = iter(loader)
+    while True:
         try:
-            yield from loader
-        except (OSError, EOFError) as error:
-            # a worker is dead, too, where the connection breaks on which its batch is fetched
-            if not any(frame.f_code.co_name == "_try_get_data" for frame, _ in traceback.walk_tb(error.__traceback__)):
+            batch = next(iterator, None)
+        except (OSError, EOFError, RuntimeError) as error:  # a dead worker shows as any of these
+            dead = _dead_workers(loader)
+            if not dead:
                 raise
-            raise _died(error) from error
-    except RuntimeError as error:  # by a signal: torch tells of a dead worker at any moment, also in the lines above
-        if str(error).startswith("Caught DamagedShard in DataLoader worker"):
-            raise DataError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise _died(error) from error
+            raise DataError(
+                f"{len(dead)} of the processes that read images died, most likely because memory or shared memory ran "
+                f"out ({type(error).__name__}: {error}). Lower --workers or --batch-size, or read in the main process "
+                "with --workers 0"
+            ) from error
+        if batch is None:
+            return
+        if PROBLEM in batch:
+            raise DataError(batch[PROBLEM])
+        yield batch
 
 
-def _died(error):
-    return DataError(
-        "a process that reads images died, mostly because memory (or shared memory) ran out: "
-        f"{type(error).__name__}: {error}. Fewer --workers or a smaller --batch-size need less; --workers 0 reads "
-        "in this process"
-    )
+def _dead_workers(loader):
+    """The workers of a loader that were killed or failed. A worker whose connection broke may still be dying."""
+    context = getattr(loader, "multiprocessing_context", None)
+    workers = context.started if isinstance(context, WorkerContext) else []
+    try:
+        wait([worker.sentinel for worker in workers], DYING)
+    except RuntimeError:  # torch raises it in the main process at the moment when a worker dies
+        pass
+    return [worker for worker in workers if worker.exitcode not in (None, 0)]
