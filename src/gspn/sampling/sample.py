@@ -19,12 +19,12 @@ from gspn.digests import digest, settings, tensors_of
 from gspn.files import make_folder, remove, write_json, writing
 from gspn.models.sampling import NotFiniteError
 from gspn.options import OptionError, far_from
+from gspn.plots import GRID_CLASSES, GRID_COLUMNS, draw_grid, save_picture
 from gspn.progress import Progress
 from gspn.sampling.generators import load_pipeline, named_scheduler
-from gspn.sampling.grid import CLASSES, COLUMNS, draw_grid, save_picture
 from gspn.sampling.options import PER_CLASS, SampleOptions
 from gspn.sampling.sample_folder import ABOUT, ARRAYS, GRID, IMAGES, Samples
-from gspn.train.loop import TrainingError, make_accelerator
+from gspn.train.loop import TrainingError, is_out_of_memory, make_accelerator
 from gspn.train.run import RunError
 
 EARLY = 0.88  # of all timesteps: the first step has to be of one beyond
@@ -215,7 +215,7 @@ def _batches(wanted, size):
 
 
 def _make(pipeline, wanted, options, batches, accelerator, console):
-    """Makes the batches of this process: every so manieth."""
+    """Makes the batches of this process: of n processes each takes every n-th batch."""
     own = batches[accelerator.process_index :: accelerator.num_processes]
     total, done = sum(len(missing) for _, missing in batches), 0
     with Progress("sampling", total, console=console) as bar:
@@ -252,13 +252,12 @@ def _images(pipeline, wanted, options, numbers, step):
         shown = ", ".join(wrong[:5]) + ", ..." * (len(wrong) > 5)
         raise TrainingError(f"cannot make sample{'s' * (len(wrong) > 1)} {shown}: {error}") from error
     except (RuntimeError, MemoryError) as error:
-        texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
-        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts):
-            raise TrainingError(
-                f"memory does not suffice for {len(numbers)} images of {height}x{width} at a time: lower --batch-size; "
-                f"what is done stays ({str(error).splitlines()[0]})"
-            ) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"memory does not suffice for {len(numbers)} images of {height}x{width} at a time: lower --batch-size; "
+            f"the samples made so far are kept ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _finish(wanted, options):
@@ -273,8 +272,8 @@ def _finish(wanted, options):
 
 
 def _grid(wanted):
-    classes = set(sorted(wanted.classes)[:CLASSES])
-    shown = range(min(wanted.count, COLUMNS * len(wanted.classes)))  # they take turns
+    classes = set(sorted(wanted.classes)[:GRID_CLASSES])
+    shown = range(min(wanted.count, GRID_COLUMNS * len(wanted.classes)))  # they take turns
     shown = [i for i in shown if wanted.label(i) in classes]
     images, labels = [decode(wanted.path(i)) for i in shown], [wanted.label(i) for i in shown]
     settings = wanted.settings
