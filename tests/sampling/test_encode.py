@@ -300,7 +300,7 @@ def test_latents_that_an_older_version_began_are_gone_on_with(copied, pictures, 
     shard.unlink()
     told = Console(file=io.StringIO(), width=200)
     encode(pictures, vae, copied, **again, console=told)
-    assert tree(copied) == whole and "noted names and sizes" in told.file.getvalue()
+    assert tree(copied) == whole and "names and sizes" in told.file.getvalue()
     make_vae(seed=1).save_pretrained(other)
     with pytest.raises(RunError, match="begun otherwise: with the VAE"):
         encode(pictures, other, copied, **again)

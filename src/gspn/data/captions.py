@@ -1,5 +1,5 @@
-"""What DATA means where images have captions: a folder with a list of them, or with a text beside each image; shards;
-anything that `datasets` loads.
+"""What DATA means where images have captions: a folder with a list of captions or a text file beside each image;
+shards; anything that `datasets` loads.
 
 `open_captions` gives the same Data as data.open_data, whose splits have captions; loader.py makes batches of them.
 """
@@ -36,15 +36,15 @@ def open_captions(
     caption_column: str | None = None,
     streaming: bool = False,
 ) -> Data:
-    """Finds out what `data` is and opens it.
+    """Opens `data`, whatever kind it is.
 
     Args:
         data: a path, or a name on the Hugging Face hub (see CAPTIONED).
-        val_fraction: the part of the images to hold out where there is no evaluation split; always the same ones.
-        image_column: for `datasets`, where the columns' types do not tell.
-        caption_column: where the captions are: in a table, a list or JSON. Default: the only column of texts that can
-            be meant, or that one which is called text or caption.
-        streaming: `datasets` is to give rows as they come.
+        val_fraction: the part of the images to hold out where there is no evaluation split, always the same.
+        image_column: for `datasets`, where the types of the columns leave it open.
+        caption_column: of a table, a list or JSON. Default: the only column of texts, or the one called text or
+            caption.
+        streaming: let `datasets` stream the rows.
     Returns: Data of the kind "captioned folder", "captioned shards" or "captioned datasets"; its splits have captions,
         their labels are all 0.
     Errors: DataError says what was found and what was expected.
@@ -114,8 +114,8 @@ def _open_folder(path, columns):
 
 
 def _splits(root, rows: list[tuple[Path, tuple]], split_of: Callable[[Path], str | None]) -> dict[str, Split]:
-    """Splits of (image, captions), by what `split_of` says of an image: a split, or None for all of them.
-    Errors: DataError where it says both."""
+    """Splits of (image, captions), by `split_of` an image: a split's name, or None for all images.
+    Errors: DataError where only some images have one."""
     of_split = {}
     for image, captions in rows:
         of_split.setdefault(split_of(image), []).append((image, captions))
@@ -134,7 +134,7 @@ def _splits(root, rows: list[tuple[Path, tuple]], split_of: Callable[[Path], str
 
 
 def _by_folder(root):
-    """Of an image under `root`, the split that the first folder on the way to it is called after."""
+    """A function of an image under `root`: the split that its first folder is named after, or None."""
     return lambda image: SPLIT_NAMES.get(image.relative_to(root).parts[0])
 
 
@@ -162,7 +162,7 @@ def _beside(root, images, files, column):
 
 
 def _text(file):
-    """What a text file holds, on one line. Errors: DataError."""
+    """The content of a text file, on one line. Errors: DataError."""
     try:
         return " ".join(file.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
@@ -185,7 +185,7 @@ def _listed(root, lists, images, column):
     for file in lists:
         for where, image, captions in _rows(file, column):
             if not image.is_file():
-                raise DataError(f"{where} names {image}, which is not there")
+                raise DataError(f"{where} names {image}, which does not exist")
             if image in seen:
                 raise DataError(f"{where} names {image}, which {seen[image]} names too: expected each image once")
             seen[image] = where
@@ -196,7 +196,7 @@ def _listed(root, lists, images, column):
 
 
 def _rows(file, column):
-    """(what to call the row, path of the image, its captions) of every row of a metadata file."""
+    """(name of the row for messages, path of the image, its captions) of every row of a metadata file."""
     read = {".jsonl": _json_lines, ".csv": _table_lines, ".parquet": _parquet_rows}[file.suffix]
     first = True
     for number, row in read(file):

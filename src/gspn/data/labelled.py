@@ -41,10 +41,10 @@ class Data:
 
     Attributes:
         kind: "digits", "idx", "folder", "shards" or "datasets".
-        where: the name or absolute path of DATA.
-        splits: at least one. "all" where "train" and "val" were made by holding out a part of one list ("val" is
-            missing then if no class has two images).
-        notes: things to tell the user. left_out: those of them about files that are no part of the data.
+        where: DATA's name or absolute path.
+        splits: at least one. Where "val" was held out of the only split, "all" is the whole of it ("val" is then
+            missing if no class has two images).
+        notes: notes for the user. left_out: those about files that are not part of the data.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class Data:
     left_out: list[str] = field(default_factory=list)
 
     def for_training(self) -> tuple[Split, Split, str]:
-        """(train, evaluation split, its name). Errors: DataError if there are not both."""
+        """(train split, evaluation split, its name). Errors: DataError if one of them is missing."""
         if "train" not in self.splits:
             raise DataError(f"{self.where} has no train split, only {', '.join(self.splits)}")
         if not {"val", "test"} & set(self.splits):
@@ -66,11 +66,11 @@ class Data:
         return self.splits["train"], self.splits[name], name
 
     def fingerprint(self, like: str | None = None, console: Console | None = None) -> str:
-        """A digest of the images, labels, captions and class names, the same wherever the data lie. Every file is read,
-        in parallel; `uncompared` says what is not.
+        """A digest of the images, labels, captions and class names, wherever the data lie. Every file is read, in
+        parallel; `uncompared` says what is not compared.
 
         Args:
-            like: the fingerprint that this one is to be compared with; its scheme is used (see gspn.digests).
+            like: the fingerprint to compare with, whose scheme is used (see gspn.digests).
             console: rich's, for a progress bar; None is silent.
         """
         whole = ["all"] if "all" in self.splits else self.splits
@@ -78,7 +78,7 @@ class Data:
             return digest(self.identity(), like, bar.advance)
 
     def identity(self) -> Iterator:
-        """The parts of the fingerprint. Of splits that were made by holding out, the whole and their sizes count."""
+        """The parts of the fingerprint. Of held-out splits, "all" and the sizes count."""
         yield self.kind
         for name in sorted(self.splits):
             if "all" in self.splits and name != "all":
@@ -87,20 +87,21 @@ class Data:
             yield name
             yield from self.splits[name].identity()
 
-    def uncompared(self, told: str | None) -> str | None:
-        """A note on what may have changed though the fingerprint is still the one that was `told`; None if nothing."""
+    def uncompared(self, stored: str | None) -> str | None:
+        """A note on what may have changed although the fingerprint equals the `stored` one; None if nothing can
+        have."""
         if any(split.remote for split in self.splits.values()):
             return "of a stream from the hub only the labels or captions and the number of images were compared"
-        if is_earlier(told) and any(split.pixels is None for split in self.splits.values()):
+        if is_earlier(stored) and any(split.pixels is None for split in self.splits.values()):
             return (
-                "an older gspn noted names and sizes of the data's files, not their contents: images that were "
-                "replaced by others of the same size go unnoticed"
+                "an older gspn stored names and sizes of the data's files, not their contents: an image that was "
+                "replaced by another of the same size goes unnoticed"
             )
         return None
 
     def for_evaluation(self, split: str | None = None, trained_on: str | None = None) -> tuple[Split, str]:
-        """(split, its name): the one asked for; else test, else val. Where val is a part held out here, it is meant
-        only for a run `trained_on` these data; any other run is evaluated on all of them."""
+        """(split, its name): the split asked for; else test, else val. A held-out val is only for a run that was
+        `trained_on` these data; any other run is evaluated on "all"."""
         if split is not None:
             split = SPLIT_NAMES.get(split, split)
             if split not in self.splits:
@@ -122,15 +123,15 @@ def open_data(
     label_column: str | None = None,
     streaming: bool = False,
 ) -> Data:
-    """Finds out what `data` is and opens it.
+    """Opens `data`, whatever kind it is.
 
     Args:
         data: "digits", a path, or a name on the Hugging Face hub (see KINDS).
-        val_fraction: the part of the training images to hold out where there is no other evaluation split; the
-            choice is by class and always the same.
-        class_names: names for data that carry none, such as idx files.
-        image_column, label_column: for `datasets`, where the columns' types do not tell.
-        streaming: `datasets` is to give rows as they come, without a copy of the table in its cache.
+        val_fraction: the part of the training images to hold out where there is no evaluation split, by class and
+            always the same.
+        class_names: for data without names, such as idx files.
+        image_column, label_column: for `datasets`, where the types of the columns leave it open.
+        streaming: let `datasets` stream the rows, without a copy of the table in its cache.
     Returns: Data.
     Errors: DataError says what was found and what was expected.
     """
@@ -229,7 +230,7 @@ def _nothing_of_use(path, images, found):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """What a Split needs of a list of image files."""
+    """A list of image files, as a Split reads it."""
 
     root: Path
     paths: list

@@ -1,7 +1,7 @@
-"""Latents of images instead of images: opening what `gspn encode` made, and the batches that a generator trains on.
+"""Latents instead of images: opening what `gspn encode` made, and the batches that a generator trains on.
 
-Shards are mapped into memory and read where they are needed. What is drawn, the mirroring and the sample of the VAE's
-posterior, is a function of (seed, epoch, index).
+Shards are mapped into memory and read on demand. Mirroring and the sample of the VAE's posterior are functions of
+(seed, epoch, index).
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class LatentData(Data):
 
     Attributes:
         channels, size: C and (h, w) of the latents. image_size: (H, W) of the images.
-        flip: whether the mirrored images are there too.
+        flip: whether the mirrored images are encoded too.
         vae: see vae.describe_vae.
         config: all of config.json.
         unreadable: what was wrong with the images that were left out, one text each.
@@ -49,7 +49,7 @@ class LatentSplit(Split):
 
     Attributes, beside those of Split:
         shape: (C, h, w). flip: whether the mirrored images are there too.
-        row: int64 (N,), the place of an image in its shard.
+        row: int64 (N,), the index of an image in its shard.
         vae: how the VAE's latents are scaled, see models.sampling.scale_latents.
     """
 
@@ -102,7 +102,7 @@ class LatentSplit(Split):
 
 @dataclass(frozen=True)
 class _Names:
-    """What to call the i-th latent in a message."""
+    """The name of the i-th latent in messages."""
 
     where: str
     index: Tensor
@@ -112,10 +112,10 @@ class _Names:
 
 
 def open_latents(folder: str | Path, *, val_fraction: float = 0.1) -> LatentData:
-    """Opens what `gspn encode` made; looks at the header of every shard.
+    """Opens what `gspn encode` made, and checks the header of every shard.
 
     Args:
-        val_fraction: as for data.open_data, where only the split train was encoded.
+        val_fraction: as for labelled.open_data, where only the split train was encoded.
     Returns: LatentData, its kind "latents", with the splits of the data, without the images that could not be read.
     Errors: DataError names the shards that are missing, damaged or of other latents.
     """

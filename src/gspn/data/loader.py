@@ -1,7 +1,7 @@
 """Batches of a split's images for training and evaluation.
 
-Everything random is a function of numbers that a later run can repeat: the order of an epoch of (seed, epoch), the
-augmentation of an image of (seed, epoch, index). Nothing depends on the number of workers or processes.
+Everything random can be repeated: the order of an epoch is a function of (seed, epoch), the augmentation of an image of
+(seed, epoch, index). Neither depends on the number of workers or processes.
 """
 
 import multiprocessing
@@ -24,10 +24,10 @@ DYING = 1.0  # seconds for a worker to be gone after its connection broke
 
 
 class ImageDataset(Dataset):
-    """A split (see data.py) as the loader reads it: by lists of (epoch, *key), see EpochSampler, in batches.
+    """A Split as the loader reads it, in batches, by lists of (epoch, *key); see EpochSampler.
 
-    A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}; the label of an image that
-    could not be decoded is UNREADABLE and its pixels are 0, so that batches keep their size.
+    A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}; An image that
+    could not be decoded has the label UNREADABLE and pixels of 0, so that batches keep their size.
     """
 
     def __init__(self, split, preprocessing, augmentation=None, seed=0):
@@ -57,7 +57,7 @@ class ImageDataset(Dataset):
                     crop = numbers[row, 3:], self.augmentation.crop_area
                 try:
                     image[row] = self.preprocessing(self.split.image(*key[1:]), *crop)
-                except Exception:  # Pillow raises anything on damaged files; Split.problem says later what it was
+                except Exception:  # Pillow raises anything on damaged files; Split.problem says what it was
                     label[row] = UNREADABLE
         if self.augmentation:
             images = [(self.seed, epoch, i) for i in index.tolist()]
@@ -72,7 +72,7 @@ class ImageDataset(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Yields (epoch, *key) for the keys of a split (Split.keys): in order, or shuffled as (seed, epoch) say."""
+    """Yields (epoch, *key) for the keys of a split (Split.keys): in order, or shuffled by (seed, epoch)."""
 
     def __init__(self, split, shuffle, seed=0):
         self.split, self.shuffle, self.seed, self.epoch, self.start = split, shuffle, seed, 0, 0
@@ -116,8 +116,8 @@ class Loader(DataLoader):
         pass
 
     def begin(self, epoch: int, batches_done: int = 0) -> None:
-        """The next iteration goes through `epoch`, without its first batches. Also for a loader that accelerate made
-        of this one: they share the sampler."""
+        """Makes the next iteration go through `epoch`, without its first `batches_done` batches. It also holds for a
+        loader that accelerate made of this one, as they share the sampler."""
         self.sampler.epoch, self.sampler.start = epoch, batches_done * self.batch_size
 
 
@@ -149,14 +149,14 @@ def make_loader(
 
 @contextmanager
 def untold_workers() -> Iterator[None]:
-    """In the block, a DataLoader that is made of a Loader does not warn of too many workers either."""
+    """In the block, a DataLoader that accelerate makes of a Loader does not warn of too many workers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         yield
 
 
 def workers_note(workers: int, split: Split) -> str | None:
-    """What to tell where a split's images are read by more processes than there are processors."""
+    """A note where more processes read a split's images than there are processors; else None."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if split.pixels is not None or workers <= processors:
         return None
@@ -173,16 +173,14 @@ def batches(loader: Iterable[dict]) -> Iterator[dict]:
     iterator = iter(loader)
     while True:
         try:
-            batch = next(iterator, None)
-        except (OSError, EOFError, RuntimeError) as error:  # a dead worker shows as any of these
-            dead = _dead_workers(loader)
-            if not dead:
+            try:
+                batch = next(iterator, None)
+            except (OSError, EOFError) as error:  # the connection to a worker breaks when it dies
+                _refuse_dead_workers(loader, error)
                 raise
-            raise DataError(
-                f"{len(dead)} of the processes that read images died, most likely because memory or shared memory ran "
-                f"out ({type(error).__name__}: {error}). Lower --workers or --batch-size, or read in the main process "
-                "with --workers 0"
-            ) from error
+        except RuntimeError as error:  # from a signal handler of torch: at any moment, also in the lines above
+            _refuse_dead_workers(loader, error)
+            raise
         if batch is None:
             return
         if PROBLEM in batch:
@@ -190,12 +188,17 @@ def batches(loader: Iterable[dict]) -> Iterator[dict]:
         yield batch
 
 
-def _dead_workers(loader):
-    """The workers of a loader that were killed or failed. A worker whose connection broke may still be dying."""
+def _refuse_dead_workers(loader, error):
+    """Raises DataError if workers of the loader were killed or failed."""
     context = getattr(loader, "multiprocessing_context", None)
     workers = context.started if isinstance(context, WorkerContext) else []
-    try:
-        wait([worker.sentinel for worker in workers], DYING)
-    except RuntimeError:  # torch raises it in the main process at the moment when a worker dies
-        pass
-    return [worker for worker in workers if worker.exitcode not in (None, 0)]
+    wait([worker.sentinel for worker in workers], DYING)
+    for worker in workers:
+        if wait([worker.sentinel], 0):  # it is ending: its exit code may come a moment later
+            worker.join(DYING)
+    if dead := sum(worker.exitcode not in (None, 0) for worker in workers):
+        raise DataError(
+            f"{dead} of the processes that read images died, most likely because memory or shared memory ran out "
+            f"({type(error).__name__}: {error}). Lower --workers or --batch-size, or read in the main process with "
+            "--workers 0"
+        ) from error
