@@ -129,7 +129,8 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
     wrong ones first, marked red and with the true class, then right ones, evenly spaced.
 
     Args:
-        path: of the PNG. split: data.Split. outcome: evaluate.Outcome on it. preprocessing: images.Preprocessing.
+        path: of the PNG. split: images.Split. outcome: classification.Outcome on it.
+        preprocessing: images.Preprocessing.
     """
     readable = outcome.label != UNREADABLE
     right = outcome.top[:, 0] == outcome.label
@@ -163,11 +164,11 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
 
 
 def confusion(path, matrix, class_names, metrics):
-    """Draws which class was taken for which, in parts of the images of a class, and beside it how often answers of a
-    given probability are right.
+    """Draws the confusion matrix, in parts of the images of a class, and beside it how often predictions of a given
+    probability are right.
 
     Args:
-        path: of the PNG. matrix: evaluate.Outcome.confusion's, int64 (K, K). metrics: evaluate.evaluate's.
+        path: of the PNG. matrix: of Outcome.confusion, int64 (K, K). metrics: of classification.evaluate.
     """
     K = len(class_names)
     names = [_short(name, 18) for name in class_names] if K <= 40 else []
@@ -223,11 +224,10 @@ def context(path, classifier, image, place=None, block=None):
 
     Args:
         path: of the PNG. classifier: runs.Classifier. image: PIL.
-        place: (row, column) in the model's input; None is its middle.
+        place: the pixel (row, column) in the model's input; None is the middle.
         block: number of the block, from the end if negative, or its name; None is the last one whose feature map has at
             least eight rows and columns (or the last of the first level).
-    Errors: ValueError for a place outside of the input, a block that there is not, or values that are not finite;
-        SaveError.
+    Errors: ValueError for a pixel outside the input, an unknown block, or values that are not finite; SaveError.
     """
     pixels = classifier.preprocessing(image)
     height, width = pixels.shape[1:]
@@ -254,7 +254,7 @@ def context(path, classifier, image, place=None, block=None):
             values = torch.as_tensor(maps[name]).float().cpu().numpy()
             share = values / max(values.sum(), 1e-30)
             others = share.copy()
-            others[maps["place"]] = 0  # the place's own share outshines the rest: in the title, and beyond the colours
+            others[maps["place"]] = 0  # the pixel's own share outshines the rest: it is in the title
             most = others.max() or 1.0
             shown = axes.imshow(share, cmap="magma", norm=PowerNorm(0.5, 0, most), extent=(0, width, height, 0))
             decimals = 0 if most > 0.1 else 1 if most > 0.01 else 2
@@ -267,7 +267,7 @@ def context(path, classifier, image, place=None, block=None):
         axes.set_xticks([])
         axes.set_yticks([])
     figure.supxlabel(
-        f"the share of the context that comes from each place of the {'x'.join(map(str, share.shape))} feature map; "
+        f"the share of the context that comes from each position in the {'x'.join(map(str, share.shape))} feature map; "
         "colours on a square-root scale",
         fontsize=9,
         color=GREY,
@@ -287,7 +287,7 @@ def _mark(axes, row, column, height, width):
 
 @contextmanager
 def drawing_samples(epoch: int) -> Iterator[None]:
-    """Turns values of samples that are not finite into a TrainingError, which says how to go on without samples."""
+    """Turns a NotFiniteError into a TrainingError that says how to continue without samples."""
     try:
         yield
     except NotFiniteError as error:
@@ -306,12 +306,12 @@ def draw_grid(
     columns: int = GRID_COLUMNS,
     classes: int = GRID_CLASSES,
 ) -> Image.Image:
-    """A picture of `images`, all of one size, a row for each class with its name to the left; where there are few
-    images a class, several classes side by side.
+    """A picture of `images` of one size: a row for each class, with its name to the left. Classes with few images stand
+    side by side.
 
     Args:
         labels: the class of each image. title: a line above.
-        columns: the most images to show of a class. classes: the most classes to show, the first ones.
+        columns: the most images of a class. classes: the most classes, the first ones.
     """
     rows = {}
     for image, label in zip(images, labels, strict=True):
@@ -354,7 +354,7 @@ def _enlarged(image):
 
 
 def _name_lines(name):
-    """The name on one line or two, the second one cut short."""
+    """The name on one or two lines, shortened if necessary."""
     name = name.strip() or "?"
     if len(name) <= LETTERS:
         return [name]

@@ -1,7 +1,7 @@
-"""How near samples are to reference images, by the features of a network: Frechet distance (FID, where the features are
-Inception's), kernel distance, precision, recall, score, accuracy (`gspn fid`).
+"""Compares samples with reference images by the features of a network (`gspn fid`): Frechet distance (FID, with
+Inception's features), kernel distance, precision, recall, score, accuracy.
 
-The reference's statistics are kept in a file, by what the images, their size and the network are.
+The statistics of the reference are cached in a file, by images, size and network.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ RESIZED = "to the largest centred box of these proportions, bicubic with antiali
 
 
 def default_cache() -> Path:
-    """The folder for statistics that `gspn fid` takes."""
+    """The default folder of `gspn fid` for cached statistics."""
     return Path.home() / ".cache" / "gspn" / "fid"
 
 
@@ -68,7 +68,7 @@ def evaluate_samples(
             to it first, by the rule that the result states.
         cache: the folder for statistics; None keeps none. save: a file for those of the reference; what
             is there is an error, unless it holds the same statistics or `overwrite`.
-        open_options: see data.open_data.
+        open_options: see labelled.open_data.
     Returns: the same in every process:
         "frechet_distance", "precision", "recall"; "kernel_distance" {"mean", "std", "subsets", "subset_size"};
         "score" and "reference_score" {"mean", "std"}: of the network's probabilities, the Inception Score's formula;

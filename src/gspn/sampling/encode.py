@@ -197,16 +197,16 @@ class _Plan:
 
 
 def _digests_told(out) -> dict:
-    """The digests of data and VAE that a folder was begun with, None without any: their scheme is kept in it."""
+    """The stored digests of data and VAE of a folder, or None: new digests follow their scheme."""
     try:
         begun = read_config(out)
-    except DataError:  # of which _continued tells
+    except DataError:  # _continued reports it
         return {"data": None, "vae": None}
     return {"data": begun["data"]["fingerprint"], "vae": begun["vae"]["digest"]}
 
 
 def _continued(out, config) -> tuple[dict, bool]:
-    """(the config of a folder that was begun, with the splits that are wanted now; whether it has to be written).
+    """(the config of the folder, with the splits that are wanted now; whether it has to be written).
     Errors: RunError for a folder that was begun otherwise or holds something else."""
     if not out.is_dir():
         if out.exists():
@@ -236,7 +236,7 @@ def _continued(out, config) -> tuple[dict, bool]:
 
 
 def _missing(out, config) -> tuple[list[tuple[str, int]], list[Path], list[str]]:
-    """((split, number) of the shards that there are to make; paths of damaged ones; what was wrong with images)."""
+    """((split, number) of the shards to make; paths of damaged ones; what was wrong with images of the others)."""
     todo, damaged, unreadable = [], [], []
     for split in config["splits"]:
         shards = Shards(out, config, split)
@@ -270,10 +270,10 @@ def _run(plan, pictures, vae, accelerator, batch_size, workers, strict, console)
 
 
 def _loader(split, config, numbers, vae, batch_size, workers) -> Loader:
-    """Batches of the images of some shards, none of which goes across two shards."""
+    """Batches of the images of some shards. No batch spans two shards."""
     channels = vae.config.in_channels
     preprocessing = Preprocessing(channels, config["image_size"], (0.5,) * channels, (0.5,) * channels)
-    one_by_one = copy.copy(split)  # ImageDataset would resize all that are in memory at once
+    one_by_one = copy.copy(split)  # ImageDataset would resize all images in memory at once
     if split.pixels is not None:
         one_by_one.pixels, one_by_one.read = None, split.image
     return Loader(
@@ -350,7 +350,7 @@ class _Bar(Progress):
         super().__init__("encoding", sum(self.left.values()), console=console)
 
     def advance(self, images):
-        """Takes note of images that this process has encoded."""
+        """Adds images that this process has encoded."""
         self.own += images
         if time.monotonic() > self.looked + 1:
             self._count()

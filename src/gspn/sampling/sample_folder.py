@@ -1,11 +1,11 @@
 """The folder that `gspn sample` makes, and reading it.
 
-    OUT/samples.json                what they are: classes, guidance, steps, seed, a digest of the weights, ...
+    OUT/samples.json                their settings: classes, guidance, steps, seed, a digest of the weights, ...
     OUT/images/000012-dress.png     number and class
-    OUT/grid.png, OUT/samples.npz   if wanted
+    OUT/grid.png, OUT/samples.npz   optional
 
-Sample i is of the class classes[i % len(classes)]: any number of samples from the first on is balanced, and the first
-ones stay when more are wanted.
+Sample i is of the class classes[i % len(classes)]: the first n samples are balanced for any n, and stay the same when
+more are added.
 """
 
 import json
@@ -31,7 +31,7 @@ class Samples:
     """A folder of samples.
 
     Attributes:
-        folder: its path. settings: what they were made with. count: how many were asked for.
+        folder: its path. settings: of the sampling. count: the number asked for.
         classes: the numbers of the classes that take turns. class_names: of all classes of the generator.
     """
 
@@ -79,7 +79,7 @@ class Samples:
         return self.folder / IMAGES / f"{i:06d}-{name}.png"
 
     def missing(self) -> list[int]:
-        """The samples that are not there yet."""
+        """The indices of the missing samples."""
         there = {path.name for path in (self.folder / IMAGES).glob("*.png")}
         return [i for i in range(self.count) if self.path(i).name not in there]
 
@@ -93,8 +93,8 @@ class Samples:
         return Split([self.label(i) for i in range(self.count)], self.class_names, read=_Read(self), names=self.path)
 
     def write_arrays(self) -> Path:
-        """Writes samples.npz as ADM's evaluation takes it: arr_0 uint8 (N,H,W,3), arr_1 int64 (N,), the classes; one
-        image in memory at a time. Errors: SaveError."""
+        """Writes samples.npz for ADM's evaluation: the images arr_0 uint8 (N,H,W,3), the classes arr_1 int64 (N,). One
+        image is in memory at a time. Errors: SaveError."""
         labels = np.array([self.label(i) for i in range(self.count)])
         with Image.open(self.path(0)) as first:
             width, height = first.size
