@@ -35,7 +35,7 @@ from transformers import BertModel, BertTokenizerFast
 
 from gspn.data.images import decode, generator, with_channels
 from gspn.files import atomic
-from gspn.sampling.grid import draw_grid, save_picture
+from gspn.plots import draw_grid, save_picture
 
 SIDE, TOKENS = 64, 24
 SHOWN = (

@@ -1,12 +1,12 @@
-"""Digests: what tells data, weights and settings from others of their kind. All that gspn keeps are made here.
+"""Digests of data, weights and settings. Every digest that gspn stores is made here.
 
 A digest is SCHEME and 64 hexadecimal digits, the SHA-256 of the digests of its parts in order. Each part is hashed
-whole, with its kind and its shape or length, so that nothing of it can change without a change of the digest, and two
-lists of parts are never taken for one another.
+with its kind and its shape or length, so that any change of a part changes the digest, and different lists of parts
+have different digests.
 
-The earlier scheme, whose digests have no SCHEME before them, ran all parts together, and of files counted the name and
-the size only. Digests of it are found in what older versions wrote. They are compared with digests made in the same
-way: a function that makes a digest takes one to compare with, `like`, and follows its scheme.
+The earlier scheme, whose digests have no prefix SCHEME, concatenated all parts, and of files hashed only name and size.
+Older versions wrote such digests. To compare with one, a function that makes a digest takes it as `like`, and follows
+its scheme.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 
 SCHEME = "2:"
-THREADS = 16  # more than there are cores: what they wait for is a disk, or a network
-BATCH = 512  # parts that are shared out among the threads at a time: those of a table are in memory meanwhile
+THREADS = 16  # more than there are cores: they wait for a disk or a network
+BATCH = 512  # parts that the threads share at a time; the parts of a table are in memory meanwhile
 
 
 @dataclass(frozen=True)
 class Content:
-    """What is in a file, or in bytes that stand for one. It is the same for both.
+    """The content of a file, or of bytes; the digest is the same for both.
 
     Attributes:
         source: the file's path, or anything with a buffer of bytes.
-        name: what it is called within the data, where that counts. images: how many it holds, for the progress.
+        name: its name within the data, where that counts. images: how many it holds, for the progress bar.
     """
 
     source: Any
@@ -45,13 +45,13 @@ class Content:
 
 @dataclass(frozen=True)
 class Earlier:
-    """A text that counts in the earlier scheme only."""
+    """A text that is hashed in the earlier scheme only."""
 
     text: str
 
 
 def is_earlier(told: str | None) -> bool:
-    """Whether a digest that was kept is of the earlier scheme."""
+    """Whether a stored digest is of the earlier scheme."""
     return isinstance(told, str) and not told.startswith(SCHEME)
 
 
@@ -59,9 +59,9 @@ def digest(parts: Iterable, like: str | None = None, advance: Callable[[int], No
     """The digest of some parts, which are read in parallel.
 
     Args:
-        parts: texts, bytes, tensors, arrays, Content; anything else as JSON has it, such as settings, which the earlier
-            scheme did not count. A file that cannot be read counts as that.
-        like: the digest that this one is to be compared with; its scheme is used. None: the present scheme.
+        parts: texts, bytes, tensors, arrays, Content; anything else is hashed as JSON, such as settings, which the
+            earlier scheme left out. A file that cannot be read has a digest of its own.
+        like: the digest to compare with, whose scheme is used. None: the present scheme.
         advance: called with the number of images of the Content that was read since the last call.
     """
     if is_earlier(like):
@@ -88,9 +88,9 @@ def tensors_of(tensors: Mapping[str, Tensor], label: str = "{name}") -> Iterator
 
 
 def settings(model) -> dict:
-    """What decides what a model or a scheduler computes, beside weights: its class, and what its config says other than
-    the defaults, so that an option that a newer library adds makes no other model of it. Where the model came from, and
-    the kernels that it runs on, do not count."""
+    """What a model or a scheduler computes with, beside weights: its class, and the entries of its config that differ
+    from the defaults, so that an option that a newer library adds changes nothing. The model's origin and its kernels
+    do not count."""
     config = getattr(model, "config", None) or getattr(model, "default_cfg", None) or {}
     if hasattr(config, "to_dict"):  # transformers
         about = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -153,7 +153,7 @@ def _hash_content(part):
 
 
 def _bytes_of(tensor):
-    """The values of a tensor; nothing of one whose values are elsewhere (offloaded)."""
+    """The values of a tensor; empty for one whose values are elsewhere (offloaded)."""
     if tensor.device.type == "meta":
         return b""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,5 +1,5 @@
-"""Writing files so that no crash or full disk harms what is there: under a temporary name in the same folder, synced to
-disk, then renamed; a folder of files likewise. And one process at a time in a folder.
+"""Atomic writing: a file or a folder is written under a temporary name beside its target, synced to disk, then renamed,
+so that no crash or full disk harms what was there. A lock lets one process at a time write to a folder.
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-TEMPORARY = ".new"  # the end of the name of what is being written
+TEMPORARY = ".new"  # suffix of what is being written
 LOCK = ".lock"  # in a folder that one process at a time writes
 PATIENCE = 8  # seconds for the lock: processes that read images outlive a killed training by up to 5
 
@@ -29,13 +29,13 @@ class BusyError(ValueError):
 
 
 class ExistsError(ValueError):
-    """There is something already where a file is to be written."""
+    """A file is to be written where there is one already."""
 
 
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; when the block succeeds it is synced and renamed to `path`, a file or a
-    folder. When anything fails the temporary is removed, `path` stays as it was, and SaveError says why."""
+    """Yields a temporary path beside `path`, for a file or a folder. If the block succeeds, it is synced and renamed to
+    `path`. If anything fails, it is removed, `path` stays as it was, and SaveError says why."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
@@ -59,7 +59,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 
 def check_absent(*paths: Path | str, overwrite: bool = False) -> None:
-    """Raises ExistsError, unless `overwrite`, if there is something at one of the paths."""
+    """Raises ExistsError if one of the paths exists, unless `overwrite`."""
     for path in paths:
         if os.path.lexists(path) and not overwrite:
             raise ExistsError(f"{path} is there already: choose another name, or --overwrite to replace it")
@@ -67,11 +67,11 @@ def check_absent(*paths: Path | str, overwrite: bool = False) -> None:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Makes the folder, and lets only one process at a time into this block for it. The lock is the system's: a killed
-    process leaves none, though its file stays.
+    """Makes the folder, and locks it for the block. The operating system holds the lock: when a process is killed, the
+    lock is released, though its file stays.
 
-    Errors: BusyError if another one is still there after PATIENCE seconds; SaveError if the folder cannot be made
-    or written to."""
+    Errors: BusyError if another process still holds the lock after PATIENCE seconds; SaveError if the folder cannot be
+    made or written to."""
     path = Path(path)
     if shown(path) != str(path):  # safetensors cannot open it
         raise SaveError(f"cannot write to {shown(path)}, whose name is not UTF-8: choose another folder")
@@ -94,21 +94,28 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder and those it lies in, where they are not there. Errors: SaveError."""
+    """Makes the folder and its parents if they do not exist. Errors: SaveError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
+def check_format(what: Path | str, found: int, known: int, error: type[Exception]) -> None:
+    """Raises `error` if the format `found` is newer than `known`, the newest one that this gspn reads."""
+    if found > known:
+        raise error(f"{what} was written by a newer gspn (format {found}; this one reads up to {known}): update gspn")
+
+
 def shown(path: Path | str) -> str:
-    r"""A path as a text that can be printed, drawn and stored anywhere: bytes that are not UTF-8 stand as \xe9."""
+    r"""A path as text that can be printed, drawn and stored anywhere: bytes that are not UTF-8 become escapes
+    (\xe9)."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _replace_folder(new, path):
-    """Renames folder `new` to `path`. A crash between the two renames leaves .old: the next writer renames it back
-    before it does anything else, and until then readers take it for `path`."""
+    """Renames folder `new` to `path`. A crash between the two renames leaves .old: readers take it for `path`, until
+    the next writer renames it back."""
     old = displaced(path)
     recover(path)
     remove(old)
@@ -123,23 +130,23 @@ def _replace_folder(new, path):
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether it is what a killed process was writing."""
+    """Whether a killed process left it behind half written."""
     return path.name.startswith(".") and path.name.endswith(TEMPORARY)
 
 
 def displaced(path: Path) -> Path:
-    """Where the folder `path` waits while its successor takes its place."""
+    """Where the folder `path` is kept while it is being replaced."""
     return path.with_name(f".{path.name}.old")
 
 
 def recover(path: Path) -> None:
-    """Renames the folder back to `path` if a crash came before its successor had taken its place."""
+    """Renames the old folder back to `path` if a crash interrupted its replacement."""
     if displaced(path).exists() and not path.exists():
         os.rename(displaced(path), path)
 
 
 def remove(path: Path, quietly: bool = False) -> None:
-    """Removes a file or a folder, if there is one; `quietly` leaves what cannot be removed."""
+    """Removes a file or a folder if it exists; `quietly` ignores what cannot be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=quietly)
         return
@@ -159,8 +166,8 @@ def _sync(path):
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, for those to read who may read other new files: safetensors makes it private. Not
-    atomic: for inside `atomic`."""
+    """Writes a safetensors file with the permissions of other new files (safetensors makes it private). Not atomic: use
+    it inside `atomic`."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
@@ -173,6 +180,6 @@ def write_json(path: Path | str, value) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes a text as UTF-8, atomically."""
+    """Writes text as UTF-8, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,14 +1,14 @@
-"""Names that a user may mistype, and what to say about one that is not known."""
+"""Messages about unknown names, with the nearest known one."""
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
 
-SHOWN = 12  # of the known names at most
+SHOWN = 12  # known names listed at most
 
 
 def guess(name: object, known: Iterable[object]) -> str:
-    """A question for the end of a message: which of the `known` names was meant. Empty if none is near.
+    """The end of a message: a question with the nearest of the `known` names. Empty if none is near.
 
     >>> guess("gren", ["red", "green"])
     ", did you mean 'green'?"
@@ -19,7 +19,7 @@ def guess(name: object, known: Iterable[object]) -> str:
 
 
 def unknown(what: str, name: object, known: Iterable[object]) -> str:
-    """A message about a name that is not `known`: the nearest one, if one is near, and what there is.
+    """A message about a name that is not among the `known` ones: the nearest of them, if one is near, and the list.
 
     >>> unknown("colour", "gren", ["red", "green"])
     "there is no colour 'gren', did you mean 'green'? There are red, green"
@@ -35,7 +35,7 @@ def unknown(what: str, name: object, known: Iterable[object]) -> str:
 
 
 def check_arguments(function: Callable, given: Iterable[str]) -> None:
-    """Raises TypeError for a keyword that `function` does not take; it names the nearest one that it takes."""
+    """Raises TypeError for a keyword that `function` does not take; the message names the nearest parameter."""
     parameters = list(inspect.signature(function).parameters.values())
     known = [one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
     for name in given:

@@ -1,25 +1,44 @@
-"""Pictures: learning curves, predictions on test images, where one pixel's context comes from, confusion."""
+"""Pictures: learning curves, predictions on test images, confusion, where one pixel's context comes from, samples."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from PIL import Image, ImageDraw, ImageFont
 
 from gspn.data.images import UNREADABLE
-from gspn.files import atomic
+from gspn.files import atomic, make_folder
 from gspn.models import context_maps
+from gspn.models.sampling import NotFiniteError
 from gspn.ops import DIRECTIONS
+from gspn.train.loop import TrainingError
 
 BLUE, ORANGE, RED, GREY = "#2f6db3", "#e07b22", "#c62828", "#5f6368"
 COLUMNS, ROWS, WRONG = 8, 5, 8  # the grid of predictions, and how many wrong ones it shows at most
+GRID_COLUMNS, GRID_CLASSES = 10, 60  # of a grid of samples: the most images of a class, and the most classes
+GRID_SIDES = 96, 256  # pixels: smaller images are enlarged to the first by a whole factor, larger ones are shrunk
+GAP, LETTERS, INK, PAPER = 4, 20, "black", "white"
 
 
 def save(figure, path):
     """Writes a figure as PNG, atomically. Errors: SaveError."""
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130, facecolor="white")
+
+
+def save_picture(path: Path | str, picture: Image.Image) -> None:
+    """Writes an image as PNG, atomically, and makes its folder if there is none. Errors: SaveError."""
+    make_folder(Path(path).parent)
+    with atomic(path) as temporary:
+        picture.save(temporary, format="png")
 
 
 def curves(run):
@@ -110,7 +129,8 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
     wrong ones first, marked red and with the true class, then right ones, evenly spaced.
 
     Args:
-        path: of the PNG. split: data.Split. outcome: evaluate.Outcome on it. preprocessing: images.Preprocessing.
+        path: of the PNG. split: images.Split. outcome: classification.Outcome on it.
+        preprocessing: images.Preprocessing.
     """
     readable = outcome.label != UNREADABLE
     right = outcome.top[:, 0] == outcome.label
@@ -144,11 +164,11 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
 
 
 def confusion(path, matrix, class_names, metrics):
-    """Draws which class was taken for which, in parts of the images of a class, and beside it how often answers of a
-    given probability are right.
+    """Draws the confusion matrix, in parts of the images of a class, and beside it how often predictions of a given
+    probability are right.
 
     Args:
-        path: of the PNG. matrix: evaluate.Outcome.confusion's, int64 (K, K). metrics: evaluate.evaluate's.
+        path: of the PNG. matrix: of Outcome.confusion, int64 (K, K). metrics: of classification.evaluate.
     """
     K = len(class_names)
     names = [_short(name, 18) for name in class_names] if K <= 40 else []
@@ -204,11 +224,10 @@ def context(path, classifier, image, place=None, block=None):
 
     Args:
         path: of the PNG. classifier: runs.Classifier. image: PIL.
-        place: (row, column) in the model's input; None is its middle.
+        place: the pixel (row, column) in the model's input; None is the middle.
         block: number of the block, from the end if negative, or its name; None is the last one whose feature map has at
             least eight rows and columns (or the last of the first level).
-    Errors: ValueError for a place outside of the input, a block that there is not, or values that are not finite;
-        SaveError.
+    Errors: ValueError for a pixel outside the input, an unknown block, or values that are not finite; SaveError.
     """
     pixels = classifier.preprocessing(image)
     height, width = pixels.shape[1:]
@@ -235,7 +254,7 @@ def context(path, classifier, image, place=None, block=None):
             values = torch.as_tensor(maps[name]).float().cpu().numpy()
             share = values / max(values.sum(), 1e-30)
             others = share.copy()
-            others[maps["place"]] = 0  # the place's own share outshines the rest: in the title, and beyond the colours
+            others[maps["place"]] = 0  # the pixel's own share outshines the rest: it is in the title
             most = others.max() or 1.0
             shown = axes.imshow(share, cmap="magma", norm=PowerNorm(0.5, 0, most), extent=(0, width, height, 0))
             decimals = 0 if most > 0.1 else 1 if most > 0.01 else 2
@@ -248,7 +267,7 @@ def context(path, classifier, image, place=None, block=None):
         axes.set_xticks([])
         axes.set_yticks([])
     figure.supxlabel(
-        f"the share of the context that comes from each place of the {'x'.join(map(str, share.shape))} feature map; "
+        f"the share of the context that comes from each position in the {'x'.join(map(str, share.shape))} feature map; "
         "colours on a square-root scale",
         fontsize=9,
         color=GREY,
@@ -261,3 +280,84 @@ def _mark(axes, row, column, height, width):
     centre = (column + 0.5 - side / 2, row + 0.5 - side / 2)
     axes.add_patch(Rectangle(centre, side, side, fill=False, edgecolor="black", linewidth=3.2))
     axes.add_patch(Rectangle(centre, side, side, fill=False, edgecolor="#35e0ff", linewidth=1.6))
+
+
+# -- samples --
+
+
+@contextmanager
+def drawing_samples(epoch: int) -> Iterator[None]:
+    """Turns a NotFiniteError into a TrainingError that says how to continue without samples."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise TrainingError(
+            f"the samples after epoch {epoch} cannot be drawn: {error}. With --sample-every 0, which --resume takes "
+            "too, none are drawn"
+        ) from error
+
+
+def draw_grid(
+    images: Sequence[Image.Image],
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    *,
+    title: str = "",
+    columns: int = GRID_COLUMNS,
+    classes: int = GRID_CLASSES,
+) -> Image.Image:
+    """A picture of `images` of one size: a row for each class, with its name to the left. Classes with few images stand
+    side by side.
+
+    Args:
+        labels: the class of each image. title: a line above.
+        columns: the most images of a class. classes: the most classes, the first ones.
+    """
+    rows = {}
+    for image, label in zip(images, labels, strict=True):
+        row = rows.setdefault(label, [])
+        if len(row) < columns:
+            row.append(_enlarged(image))
+    rows = {label: rows[label] for label in sorted(rows)[:classes]}
+    width, height = next(iter(rows.values()))[0].size
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 14 if height >= 40 else 11)
+    names = {label: _name_lines(class_names[label]) for label in rows}
+    line = sum(font.getmetrics())
+    beside = 2 * GAP + math.ceil(max(font.getlength(text) for lines in names.values() for text in lines))
+    across, down = beside + max(map(len, rows.values())) * (width + GAP), max(height, 2 * line) + GAP
+    blocks = min(len(rows), max(1, round(math.sqrt(len(rows) * down / across))))  # about as wide as high
+    per_block = math.ceil(len(rows) / blocks)
+    top = GAP + (line + GAP if title else 0)
+    needed = math.ceil(font.getlength(title)) + 2 * GAP
+    size = max(blocks * across + GAP, needed), top + per_block * down
+    picture = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((GAP, GAP), title, INK, font)
+    for number, (label, row) in enumerate(rows.items()):
+        left, y = GAP + number // per_block * across, top + number % per_block * down
+        text = "\n".join(names[label])
+        draw.text(
+            (left + beside - 2 * GAP, y + (down - GAP) / 2), text, INK, font, anchor="rm", align="right", spacing=2
+        )
+        for column, image in enumerate(row):
+            picture.paste(image, (left + beside + column * (width + GAP), y))
+    return picture
+
+
+def _enlarged(image):
+    longest, (least, most) = max(image.size), GRID_SIDES
+    if longest > most:
+        size = [max(1, round(side * most / longest)) for side in image.size]
+        return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    factor = math.ceil(least / longest)
+    return image.convert("RGB").resize([side * factor for side in image.size], Image.Resampling.NEAREST)
+
+
+def _name_lines(name):
+    """The name on one or two lines, shortened if necessary."""
+    name = name.strip() or "?"
+    if len(name) <= LETTERS:
+        return [name]
+    at = name.rfind(" ", 0, LETTERS + 1)
+    first, second = (name[:at], name[at + 1 :]) if at > 0 else (name[:LETTERS], name[LETTERS:])
+    return [first, second if len(second) <= LETTERS else second[: LETTERS - 1] + "…"]

@@ -1,28 +1,27 @@
-"""How far long work is: a bar on a terminal, elsewhere lines, so that a log or a pipe shows that it goes on."""
+"""Progress of long work: a bar on a terminal, elsewhere lines, so that a log or a pipe shows that it is alive."""
 
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Self
 
-FIRST = 5.0  # seconds after which the first line comes, if something is done by then
-EVERY = 30.0  # at most so many between two lines
-TICK = 0.5  # between two looks at the clock
+FIRST = 5.0  # seconds until the first line, if a step is done by then
+EVERY = 30.0  # seconds between two lines at most
+TICK = 0.5  # seconds between two looks at the clock
 
 
 class Progress:
     """The progress of some work, for a `with` block.
 
     On a terminal it is rich's bar. Elsewhere the first line, after FIRST seconds, says how long the work will take in
-    all, and from then on one comes every EVERY seconds, whether a step was done or not. Work that is done sooner says
-    nothing.
+    all; then a line follows every EVERY seconds, whether a step was done or not. Shorter work prints nothing.
 
     Args:
         what: what is done, such as "encoding".
-        total: how many steps there are; None where that is not known, for which there is no bar.
+        total: the number of steps; None where it is not known, which gives no bar.
         unit: what a step is, such as "images". done: steps that were done before.
         console: rich's; None is silent.
-        say: prints a line, in the place of a console.
+        say: prints a line, instead of a console.
         clock: seconds, for tests.
     """
 
@@ -60,7 +59,7 @@ class Progress:
             self.bar.stop()
 
     def update(self, done: int | None = None, details: str | None = None) -> None:
-        """Takes note of how many steps are done now, and of what else to tell, such as a loss."""
+        """Sets the number of steps done, and what else to show, such as a loss."""
         if done is not None:
             self.done, self._updated = done, self.clock()
         self.details = self.details if details is None else details
@@ -70,16 +69,16 @@ class Progress:
             self.look()
 
     def advance(self, count: int) -> None:
-        """Takes note of `count` more steps."""
+        """Adds `count` steps."""
         self.update(self.done + count)
 
     def say(self, text: str) -> None:
-        """Prints a line of the work's own, above the bar. Silent without a console."""
+        """Prints a line above the bar. Silent without a console."""
         if self.console is not None:
             self.console.print(text, markup=False, highlight=False)
 
     def look(self) -> None:
-        """Prints a line, if it is time to."""
+        """Prints a line if one is due."""
         if self._say is None:
             return
         with self._lock:

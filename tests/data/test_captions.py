@@ -178,7 +178,7 @@ def test_faults_of_lists(tmp_path):
         '{"file_name": "000.png", "text": "a"}\n{"file_name": ': "metadata.jsonl, line 2: ",
         '["000.png", "a"]': "line 1: .* is no JSON object",
         '{"image": "000.png", "text": "a"}': "has image, text: expected file_name",
-        '{"file_name": "9.png", "text": "a"}': "names .*9.png, which is not there",
+        '{"file_name": "9.png", "text": "a"}': "names .*9.png, which does not exist",
         '{"file_name": "../9.png", "text": "a"}': "expected a path inside of",
         '{"file_name": "000.png", "text": "a"}\n{"file_name": "000.png", "text": "b"}': "line 2 names .* line 1 names",
         '{"file_name": "000.png", "text": 3}': "has no caption: 'text' is '3', expected a text",

@@ -12,8 +12,9 @@ from PIL import Image
 from gspn.data.augment import Augmentation
 from gspn.data.idx import read_idx
 from gspn.data.images import TOGETHER, UNREADABLE, Preprocessing, Split, generator, with_channels
-from gspn.data.labelled import DataError, hold_out, open_data
+from gspn.data.labelled import DataError, open_data
 from gspn.data.loader import ImageDataset, make_loader
+from gspn.data.sources import hold_out
 
 GREY8 = Preprocessing(1, (8, 8), (0.5,), (0.25,))
 
@@ -281,7 +282,7 @@ def test_names_that_are_nearly_right(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"there is no .*phtos \(did you mean .*photos\?\)"):
         open_data(tmp_path / "phtos")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"link is a link to .*gone, which is not there"):
+    with pytest.raises(DataError, match=r"link is a link to .*gone, which does not exist"):
         open_data(tmp_path / "link")
 
 

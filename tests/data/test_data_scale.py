@@ -20,6 +20,7 @@ from gspn.data.loader import batches, make_loader
 from gspn.metrics.classification import evaluate
 from gspn.options import Options
 from gspn.tasks.classify import train_classifier
+from gspn.train.loop import make_accelerator
 
 GREY8 = Preprocessing(1, (8, 8), (0.5,), (0.25,))
 
@@ -250,9 +251,14 @@ class Deadly:
 
 def test_a_worker_that_dies_is_a_clear_error():
     split = images.Split(np.zeros(40), ["a"], read=Deadly())
-    with pytest.raises(DataError, match=r"process that reads images died.*--workers 0"):
+    with pytest.raises(DataError, match=r"1 of the processes that read images died.*--workers 0"):
         list(batches(make_loader(split, GREY8, 4, workers=1)))
 
+    with pytest.raises(DataError, match="1 of the processes that read images died"):
+        list(batches(make_accelerator().prepare(make_loader(split, GREY8, 4, workers=1))))
+
+
+def test_other_errors_of_a_loader_pass_through():
     def broken():
         yield {}
         raise RuntimeError("something else")

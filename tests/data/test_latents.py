@@ -16,6 +16,7 @@ from gspn.data.labelled import DataError
 from gspn.data.latent_files import ABOUT
 from gspn.data.latent_folder import is_latents
 from gspn.data.latents import make_latent_loader, open_latents
+from gspn.data.loader import batches
 from gspn.sampling.encode import encode
 
 # -- opening and reading --
@@ -78,6 +79,15 @@ def test_shards_with_another_content(copied, case):
     with pytest.raises(DataError, match=message.get(case, r"the shard .*train-00001.* is damaged: it holds")):
         data = open_latents(copied)
         data.splits["train"].posterior(torch.arange(12))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_damaged_in_training_is_one_line(copied, workers):
+    loader = make_latent_loader(open_latents(copied).splits["train"], 4, workers=workers)
+    rewritten(copied, mean=load_file(copied / "train-00001.safetensors")["mean"] * torch.nan)
+    with pytest.raises(DataError) as error:
+        list(batches(loader))
+    assert "no finite numbers" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_faults_of_the_configuration(copied, tmp_path):

@@ -67,7 +67,7 @@ def test_only_inception_s_published_weights_make_a_fid(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
     module = types.SimpleNamespace(FeatureExtractorInceptionV3=FakeInception)
     monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(OptionError, match=r"weights cannot be had: OSError: no network; give them in a file"):
+    with pytest.raises(OptionError, match=r"weights cannot be loaded: OSError: no network; give them in a file"):
         load_extractor("inception")
     file = pictures.at / "weights.pth"
     with pytest.raises(OptionError, match="cannot be read: FileNotFoundError"):

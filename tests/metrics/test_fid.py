@@ -369,9 +369,9 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_note(pictures):
     blocked = pictures.at / "file"
     blocked.write_text("")
     result = compare(pictures.drawn, pictures.real, cache=blocked / "cache")
-    assert any("cannot write" in note for note in result["notes"])
+    assert any("cannot make the folder" in note for note in result["notes"])
     assert result["frechet_distance"] == compare(pictures.drawn, pictures.real)["frechet_distance"]
-    with pytest.raises(SaveError, match="cannot write"):
+    with pytest.raises(SaveError, match="cannot make the folder"):
         compare(pictures.drawn, pictures.real, save=blocked / "statistics.safetensors")
 
 

@@ -200,6 +200,15 @@ def test_processes_share_the_shards(latents, pictures, vae, tmp_path, monkeypatc
     assert [each.fingerprint() for each in found] == [latents[0].fingerprint()] * 3  # each has waited for all
 
 
+def test_waiting_for_a_process_that_died_ends(latents, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode_module, "PATIENCE", 0.3)
+    config = latents[0].config
+    (tmp_path / "train-00000.safetensors").touch()
+    plan = encode_module._Plan(tmp_path, config, False, [("train", 0), ("train", 1)], [], [])
+    with encode_module._Bar(None, plan) as bar, pytest.raises(RunError, match=r"1 of 2 shards .*train-00001"):
+        bar.wait_for_the_others()
+
+
 @pytest.mark.slow
 def test_two_processes_of_torchrun(latents, pictures, vae, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -291,7 +300,7 @@ def test_latents_that_an_older_version_began_are_gone_on_with(copied, pictures, 
     shard.unlink()
     told = Console(file=io.StringIO(), width=200)
     encode(pictures, vae, copied, **again, console=told)
-    assert tree(copied) == whole and "noted names and sizes" in told.file.getvalue()
+    assert tree(copied) == whole and "names and sizes" in told.file.getvalue()
     make_vae(seed=1).save_pretrained(other)
     with pytest.raises(RunError, match="begun otherwise: with the VAE"):
         encode(pictures, other, copied, **again)
@@ -324,7 +333,7 @@ def test_another_process_that_begins_at_the_same_time(pictures, vae, tmp_path, m
 
     for folder, shard_size, message in (
         ("x", 5, "begun otherwise: with shard size 2, not 5"),
-        ("y", 2, "another process has begun"),
+        ("y", 2, "another process"),
     ):
         monkeypatch.setattr(encode_module, "_missing", overtaken)
         with pytest.raises(RunError, match=message):

@@ -278,7 +278,7 @@ def test_a_run_that_an_older_version_began_goes_on(stopped, colours, capsys):
         resume_classifier(stopped)
     file.write_bytes(content)
     run, _, _ = resume_classifier(stopped, console=Console(width=200))
-    assert len(run.metrics) == 2 and "noted names and sizes" in capsys.readouterr().out
+    assert len(run.metrics) == 2 and "names and sizes" in capsys.readouterr().out
 
 
 def test_options_of_the_result_cannot_change(stopped):

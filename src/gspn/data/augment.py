@@ -1,10 +1,10 @@
-"""What training does to its images: the published ImageNet recipe, recipes for small images, presets that name them.
+"""Augmentation of training images, and the presets: the published ImageNet recipe and recipes for small images.
 
-Everything drawn here can be repeated: what happens to one image is a function of (seed, epoch, index), and how a batch
-is mixed one of torch's random state, which the loop sets by (seed, step, process).
+Everything random can be repeated: the augmentation of an image is a function of (seed, epoch, index), the mixing of a
+batch one of torch's random state, which the loop sets by (seed, step, process).
 
 Shift, flip, crop and erasing are a few lines of torch. RandAugment, colour jitter, mixup and cutmix are timm's (extra
-`imagenet`), which draws from the global generators of Python, numpy and torch; `seeded` sets them and puts them back.
+`imagenet`), which draws from the global generators of Python, numpy and torch; `seeded` sets and restores them.
 """
 
 import math
@@ -24,8 +24,8 @@ from gspn.names import unknown
 from gspn.options import OptionError
 
 SMALL = 96  # images of at most this many pixels a side keep their size and are not cropped
-MANY = 100_000  # photos from which on the published schedule is the default
-TIMM = dict(rand_augment="m9-mstd0.5-inc1", color_jitter=0.4, mixup=0.8, cutmix=1.0)  # what timm has to be there for
+MANY = 100_000  # with at least so many photos the published schedule is the default
+TIMM = dict(rand_augment="m9-mstd0.5-inc1", color_jitter=0.4, mixup=0.8, cutmix=1.0)  # what needs timm
 OWN = dict(rand_augment="none", color_jitter=0.0, mixup=0.0, cutmix=0.0)
 _PHOTOS = dict(TIMM, erase=0.25, augment="crop", flip=True)
 # Options by name; the learning rate belongs to the batch size beside it, or with scale_lr to a batch of that size.
@@ -39,13 +39,14 @@ PRESETS = {
     | dict(epochs=300, lr=5e-4, min_lr=5e-6, warmup_lr=5e-7, scale_lr=512, batch_size=1024, warmup=20.0, ema=0.9999)
     | dict(crop_area=0.08, clip=5.0, precision="bf16"),
 }
-SLOWER = {"gspn_small": dict(lr=3e-4, min_lr=3e-6)}  # what the preset "imagenet" has of its own for a model
+SLOWER = {"gspn_small": dict(lr=3e-4, min_lr=3e-6)}  # what differs in the preset "imagenet" for a model
 
 
 def preset_for(
     kind: str, size: tuple[int, int], images: int, model: str, wanted: str | None = None
 ) -> tuple[str, dict, list[str]]:
-    """The preset for data of a kind (data.Data's), an input of (H, W) `size`, so many training images and a model.
+    """The preset for data of a kind (see labelled.Data), an input of (H, W) `size`, a number of training images, a
+    model.
 
     Returns: (its name, options by name, notes). Where none is `wanted` and timm cannot be imported, the options are
     those without timm, and a note says so.
@@ -80,7 +81,7 @@ def need_timm(what):
 
 @contextmanager
 def seeded(seed: int):
-    """Python's, numpy's and torch's (CPU) global generators seeded for the block, and as they were after it."""
+    """Seeds the global generators of Python, numpy and torch (CPU) for the block, and restores them after it."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -98,7 +99,7 @@ def seeded(seed: int):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to each of its images.
+    """The augmentation of single training images.
 
     Attributes:
         shift: moves by up to this many pixels in each direction.
@@ -134,7 +135,7 @@ class Augmentation:
 
     @classmethod
     def of(cls, options: Any, kind: str, size: tuple[int, int]) -> "Augmentation":
-        """The augmentation that settled options ask for, of data of that kind at (H, W) `size`."""
+        """The augmentation that resolved options ask for, of data of a kind at (H, W) `size`."""
         names = ("flip", "crop_area", "erase", "rand_augment", "color_jitter")
         return cls(
             shift=max(max(size) // 8, 1) if options.augment == "shift" else 0,
@@ -145,11 +146,11 @@ class Augmentation:
 
     @property
     def slow(self) -> bool:
-        """Whether images are worked on one by one, which is for workers."""
+        """Whether images are augmented one by one, which needs workers."""
         return self.crop or self.rand_augment != "none" or self.color_jitter > 0
 
     def __call__(self, images, numbers, keys, preprocessing: Preprocessing):
-        """Augments a batch (but for the crop, which comes with the decoding).
+        """Augments a batch, without the crop, which is part of decoding.
 
         Args:
             images: uint8 (B, C, H, W). numbers: (B, 3) random ones in [0, 1). keys: a tuple (seed, epoch, index) each.
@@ -163,7 +164,8 @@ class Augmentation:
         return images
 
     def paint(self, image, key, preprocessing):
-        """timm's RandAugment, or colour jitter, on one image, uint8 (C, H, W). Grey ones go through it in colour."""
+        """timm's RandAugment, or colour jitter, on one image, uint8 (C, H, W). Grey images are converted to colour for
+        it."""
         painter = self._painter(preprocessing)
         array = image.permute(1, 2, 0).numpy()
         colour = Image.fromarray(array[:, :, 0]).convert("RGB") if len(image) == 1 else Image.fromarray(array)
@@ -174,7 +176,7 @@ class Augmentation:
         return torch.from_numpy(np.array(painted)).permute(2, 0, 1)
 
     def _painter(self, preprocessing):
-        """What timm does between crop and normalisation, made once a process."""
+        """timm's transform between crop and normalisation, made once in each process."""
         if preprocessing not in self._painters:
             from timm.data import create_transform
 
@@ -190,7 +192,7 @@ class Augmentation:
         return self._painters[preprocessing]
 
     def move(self, images, numbers):
-        """Shifts and flips a batch, uint8 (B, C, H, W), as `numbers` (B, 3) in [0, 1) say, all images at once."""
+        """Shifts and flips a batch, uint8 (B, C, H, W), by random `numbers` (B, 3) in [0, 1)."""
         if not (self.shift or self.flip):
             return images
         B, C, H, W = images.shape
@@ -200,8 +202,8 @@ class Augmentation:
         if self.flip:
             x = torch.where(numbers[:, 2:] < 0.5, x, W - 1 - x)
         inside = ((y >= 0) & (y < H))[:, None, :, None] & ((x >= 0) & (x < W))[:, None, None, :]
-        place = _reflect(y, H)[:, :, None] * W + _reflect(x, W)[:, None, :]
-        moved = images.reshape(B, C, H * W).gather(2, place.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
+        source = _reflect(y, H)[:, :, None] * W + _reflect(x, W)[:, None, :]
+        moved = images.reshape(B, C, H * W).gather(2, source.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
         return moved * inside if self.fill == "zero" else moved
 
     def erased(self, image, key, preprocessing):
@@ -224,10 +226,10 @@ class Augmentation:
         return image
 
 
-def _reflect(place, length):
-    """Folds places beyond 0..length-1 back by mirroring at the borders."""
+def _reflect(index, length):
+    """Mirrors indices beyond 0..length-1 at the borders."""
     last = max(length - 1, 1)
-    return (last - (last - place.abs() % (2 * last)).abs()).clamp(max=length - 1)
+    return (last - (last - index.abs() % (2 * last)).abs()).clamp(max=length - 1)
 
 
 # -- a batch --
@@ -250,7 +252,7 @@ class Mixing:
 
     @classmethod
     def of(cls, options: Any, num_classes: int) -> "Mixing | None":
-        """What settled options ask for; None if that is nothing. Errors: OptionError, also for an odd batch size."""
+        """The mixing that resolved options ask for, or None. Errors: OptionError, also for an odd batch size."""
         if not (options.mixup or options.cutmix):
             return None
         if options.batch_size % 2:

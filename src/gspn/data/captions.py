@@ -1,22 +1,23 @@
-"""What DATA means where images have captions: a folder with a list of them, or with a text beside each image; shards;
-anything that `datasets` loads.
+"""What DATA means where images have captions: a folder with a list of captions or a text file beside each image;
+shards; anything that `datasets` loads.
 
 `open_captions` gives the same Data as data.open_data, whose splits have captions; loader.py makes batches of them.
 """
 
 import csv
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from gspn.data.folders import alike, is_image, walk
+from gspn.data.folders import is_image, walk
 from gspn.data.images import SPLIT_NAMES, USUAL_CAPTIONS, Split, listed
-from gspn.data.labelled import Data, DataError, ImageFiles, hold_out
+from gspn.data.labelled import Data, DataError, ImageFiles
 from gspn.data.shards import json_caption, read_captioned
+from gspn.data.sources import check_fraction, check_one_kind, read_source, with_held_out
 from gspn.data.tables import TABLES, load_captioned
-from gspn.places import ON_A_HUB, location
+from gspn.places import location
 
 CAPTIONED = (
     "a folder of images with metadata.jsonl, .csv or .parquet (each row a file_name and a text) or with a .txt file of "
@@ -35,55 +36,40 @@ def open_captions(
     caption_column: str | None = None,
     streaming: bool = False,
 ) -> Data:
-    """Finds out what `data` is and opens it.
+    """Opens `data`, whatever kind it is.
 
     Args:
         data: a path, or a name on the Hugging Face hub (see CAPTIONED).
-        val_fraction: the part of the images to hold out where there is no evaluation split; always the same ones.
-        image_column: for `datasets`, where the columns' types do not tell.
-        caption_column: where the captions are: in a table, a list or JSON. Default: the only column of texts that can
-            be meant, or that one which is called text or caption.
-        streaming: `datasets` is to give rows as they come.
+        val_fraction: the part of the images to hold out where there is no evaluation split, always the same.
+        image_column: for `datasets`, where the types of the columns leave it open.
+        caption_column: of a table, a list or JSON. Default: the only column of texts, or the one called text or
+            caption.
+        streaming: let `datasets` stream the rows.
     Returns: Data of the kind "captioned folder", "captioned shards" or "captioned datasets"; its splits have captions,
         their labels are all 0.
     Errors: DataError says what was found and what was expected.
     """
-    path, name = Path(data).expanduser(), str(data)
+    name = str(data)
     columns = dict(image_column=image_column, caption_column=caption_column, streaming=streaming)
-    if not 0 < val_fraction < 1:
-        raise DataError(f"the part to hold out must lie between 0 and 1, got {val_fraction}")
-    if path.is_dir():
-        kind, splits, notes = _open_folder(path, columns)
-    elif path.is_file() and path.suffix == ".tar":
-        kind, (splits, notes) = "shards", read_captioned(path.parent, [path], caption_column)
-    elif path.is_file():
-        if path.suffix not in TABLES:
-            raise DataError(f"{name} is a file of an unknown kind; expected {CAPTIONED}")
-        kind, (splits, notes) = "datasets", load_captioned(TABLES[path.suffix], path, **columns)
-    elif path.is_symlink():
-        raise DataError(f"{name} is a link to {os.readlink(path)}, which is not there; expected {CAPTIONED}")
-    elif ON_A_HUB.fullmatch(name):
-        hint = f"; and there is no such file or folder{alike(path)}; expected {CAPTIONED}"
-        kind, (splits, notes) = "datasets", load_captioned(name, **columns, hint=hint)
-    else:
-        raise DataError(f"there is no {name}{alike(path)}; expected {CAPTIONED}")
+    check_fraction(val_fraction)
+    kind, splits, notes = read_source(
+        name,
+        CAPTIONED,
+        folder=partial(_open_folder, columns=columns),
+        shards=partial(read_captioned, column=caption_column),
+        tables=partial(load_captioned, **columns),
+    )
     for option, given in (("streaming", streaming), ("image_column", image_column)):
         if given and kind != "datasets":
             raise DataError(f"{option} is for what `datasets` loads, but {name} is of another kind ({kind})")
     for split_name, split in splits.items():
-        if len(split) == 0:
-            raise DataError(f"the {split_name} split of {name} is empty")
         empty = sum(not any(text.strip() for text in captions) for captions in split.captions)
         if empty:
             notes = [*notes, f"{empty} of {len(split)} captions of the {split_name} split are empty"]
-    if list(splits) == ["train"]:
-        everything = splits["train"]
-        rest, held_out = hold_out(everything.labels, val_fraction)
-        if not len(held_out):
-            raise DataError(f"{name} holds one image: expected two at least, one of them to evaluate on")
-        splits = {"train": everything.subset(rest), "val": everything.subset(held_out), "all": everything}
-        notes = [*notes, f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
-    return Data(f"captioned {kind}", location(data), splits, notes)
+    splits, held_out = with_held_out(splits, val_fraction)
+    if "all" in splits and "val" not in splits:
+        raise DataError(f"{name} holds one image: expected two at least, one of them to evaluate on")
+    return Data(f"captioned {kind}", location(data), splits, [*notes, *held_out])
 
 
 def _open_folder(path, columns):
@@ -111,9 +97,7 @@ def _open_folder(path, columns):
         "tables": tables,
         "images": [] if lists else images,
     }
-    there = [kind for kind, is_there in kinds.items() if is_there]
-    if len(there) > 1:
-        raise DataError(f"{path} holds {' and '.join(there)}, so it is not clear what is meant: give one of them")
+    check_one_kind(path, kinds)
     if lists:
         kind, (splits, notes) = "folder", _listed(path, lists, images, columns["caption_column"])
     elif shards:
@@ -130,8 +114,8 @@ def _open_folder(path, columns):
 
 
 def _splits(root, rows: list[tuple[Path, tuple]], split_of: Callable[[Path], str | None]) -> dict[str, Split]:
-    """Splits of (image, captions), by what `split_of` says of an image: a split, or None for all of them.
-    Errors: DataError where it says both."""
+    """Splits of (image, captions), by `split_of` an image: a split's name, or None for all images.
+    Errors: DataError where only some images have one."""
     of_split = {}
     for image, captions in rows:
         of_split.setdefault(split_of(image), []).append((image, captions))
@@ -150,7 +134,7 @@ def _splits(root, rows: list[tuple[Path, tuple]], split_of: Callable[[Path], str
 
 
 def _by_folder(root):
-    """Of an image under `root`, the split that the first folder on the way to it is called after."""
+    """A function of an image under `root`: the split that its first folder is named after, or None."""
     return lambda image: SPLIT_NAMES.get(image.relative_to(root).parts[0])
 
 
@@ -178,7 +162,7 @@ def _beside(root, images, files, column):
 
 
 def _text(file):
-    """What a text file holds, on one line. Errors: DataError."""
+    """The content of a text file, on one line. Errors: DataError."""
     try:
         return " ".join(file.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
@@ -201,7 +185,7 @@ def _listed(root, lists, images, column):
     for file in lists:
         for where, image, captions in _rows(file, column):
             if not image.is_file():
-                raise DataError(f"{where} names {image}, which is not there")
+                raise DataError(f"{where} names {image}, which does not exist")
             if image in seen:
                 raise DataError(f"{where} names {image}, which {seen[image]} names too: expected each image once")
             seen[image] = where
@@ -212,7 +196,7 @@ def _listed(root, lists, images, column):
 
 
 def _rows(file, column):
-    """(what to call the row, path of the image, its captions) of every row of a metadata file."""
+    """(name of the row for messages, path of the image, its captions) of every row of a metadata file."""
     read = {".jsonl": _json_lines, ".csv": _table_lines, ".parquet": _parquet_rows}[file.suffix]
     first = True
     for number, row in read(file):

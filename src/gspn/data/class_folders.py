@@ -9,7 +9,7 @@ from gspn.data.folders import Found, is_image
 from gspn.data.images import SPLIT_NAMES, DataError, listed
 from gspn.files import shown
 
-# What sounds like a part of a data set, such as Training, test_images or val-set.
+# Names of parts of a data set, such as Training, test_images or val-set.
 PART = re.compile(
     r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev(elopment)?|eval(uation)?)[-_ ]?"
     r"(sets?|data|datasets?|split|images?|imgs?|pictures|photos)?[-_ ]?\d*",
@@ -33,10 +33,10 @@ class ClassFolders:
 
 
 def class_folders(found: Found) -> tuple[dict[str, ClassFolders], list[str]]:
-    """What a folder with class folders holds.
+    """The images of a folder with class folders.
 
-    Returns: ({split: its images}, what to tell the user).
-    Errors: DataError, also for folders that are certainly no classes, as where a folder above or below was meant.
+    Returns: ({split: its images}, notes for the user).
+    Errors: DataError, also for folders that cannot be classes because a folder above or below was meant.
     """
     splits = _splits(found)
     _refuse_links_to_each_other(found, splits.values())
@@ -90,7 +90,7 @@ def _splits(found):
 
 
 def _refuse_links_to_each_other(found, roots):
-    """Raises DataError for a class or a split that is a link to another one."""
+    """Raises DataError if a class or a split is a link to another one."""
     for link in found.again:
         target = Path(os.path.realpath(link))
         around = Path(os.path.realpath(link.parent)).is_relative_to(target)
@@ -102,8 +102,8 @@ def _refuse_links_to_each_other(found, roots):
 
 
 def _refuse_wrong_level(root, files):
-    """Raises DataError where what looks like classes, {folder: its images}, cannot be classes: no image lies in any of
-    these folders itself, and in one of them there are parts of a data set, or several folders with images."""
+    """Raises DataError where the class folders, {folder: its images}, cannot be classes: none of them holds an image
+    itself, and one of them holds parts of a data set, or several folders with images."""
     if any(image.parent == folder for folder, images in files.items() for image in images):
         return
     inside = {}

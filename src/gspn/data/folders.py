@@ -1,10 +1,10 @@
-"""Which files are data: one rule for all that walks through folders and archives.
+"""Which files are data: one rule wherever folders and archives are walked.
 
-- Hidden files and folders (names that begin with a dot) and what systems and archive programs leave behind, such as
-  __MACOSX and Thumbs.db, are no data, at any depth.
-- Symbolic links are followed, at any depth. Each folder is read once: a link back to where the walk has been, or comes
-  from, is not followed, so that no link leads in a circle.
-- What is left out is listed, so that it can be told.
+- Hidden files and folders (names that begin with a dot) and those of operating systems and archive programs, such as
+  __MACOSX and Thumbs.db, are not data, at any depth.
+- Symbolic links are followed, at any depth. Each folder is read once: a link to a folder that was read already, or that
+  holds the link, is not followed.
+- What is left out is listed, for a note to the user.
 """
 
 import difflib
@@ -23,7 +23,7 @@ SYSTEM |= {"system volume information", "lost+found", "__pycache__"}
 
 
 def counts(path: str | PurePath) -> bool:
-    """Whether a file of that relative path is data, as far as the names on the way to it tell."""
+    """Whether a file is data, by the names in its relative path."""
     return not any(_left_out(name) for name in PurePath(path).parts)
 
 
@@ -32,18 +32,18 @@ def _left_out(name):
 
 
 def is_image(path: str | PurePath) -> bool:
-    """Whether a file is an image by the end of its name."""
+    """Whether a file is an image, by its extension."""
     return os.path.splitext(path)[1].lower() in Image.registered_extensions()
 
 
 @dataclass
 class Found:
-    """What there is in a folder.
+    """The content of a folder.
 
     Attributes:
         root: the folder; all other paths begin with it.
         files, folders: those that count.
-        left_out: hidden files and folders, and those of systems. What lies in these folders is not listed.
+        left_out: hidden files and folders, and those of systems. The content of these folders is not listed.
         dangling: symbolic links that lead nowhere.
         again: links, and folders under links, that lead to a folder which is read already or which holds the link.
     """
@@ -56,7 +56,7 @@ class Found:
     again: list[Path] = field(default_factory=list)
 
     def notes(self) -> list[str]:
-        """What to tell the user about what is left out."""
+        """Notes for the user on what is left out."""
         told = (
             (self.left_out, "hidden or system file or folder", "hidden or system files or folders"),
             (self.dangling, "link that leads nowhere", "links that lead nowhere"),
@@ -65,7 +65,7 @@ class Found:
         return [f"left out {listed(self.names(paths), one, many)}" for paths, one, many in told if paths]
 
     def names(self, paths: list[Path]) -> list[str]:
-        """The paths as seen from the root."""
+        """The paths relative to the root."""
         return [str(path.relative_to(self.root)) for path in paths]
 
     def inside(self, folder: Path) -> list[Path]:
@@ -74,11 +74,11 @@ class Found:
 
 
 def walk(root: str | Path) -> Found:
-    """All that there is in a folder, at any depth, sorted. Errors: DataError for a folder that cannot be read."""
+    """The content of a folder, at any depth, sorted. Errors: DataError for a folder that cannot be read."""
     found, own = Found(Path(root)), Path(os.path.realpath(root))
     seen, links = set(), deque()
     _walk(found, found.root, own, seen, links)
-    while links:  # after all that lies in the folder itself, so that this keeps its own names
+    while links:  # after the folder's own content, which thus keeps its own names
         link = links.popleft()
         real, holder = (Path(os.path.realpath(path)) for path in (link, link.parent))
         if real in seen or holder.is_relative_to(real) or own.is_relative_to(real):
@@ -92,7 +92,7 @@ def walk(root: str | Path) -> Found:
 
 
 def _walk(found, folder, real, seen, links):
-    """Adds what a folder holds, whose real path is `real`; links to folders are put off into `links`."""
+    """Adds the content of a folder, whose real path is `real`; links to folders are collected in `links`."""
     waiting = [(folder, real)]
     while waiting:
         folder, real = waiting.pop()
@@ -112,8 +112,7 @@ def _walk(found, folder, real, seen, links):
 
 
 def scan(folder: str | Path) -> Found:
-    """What there is in a folder, sorted, without what lies in its folders. Links to folders are among these.
-    Errors: DataError."""
+    """The content of a folder itself, sorted. Links to folders count as folders. Errors: DataError."""
     found = Found(Path(folder))
     try:
         with os.scandir(folder) as entries:
@@ -133,9 +132,9 @@ def scan(folder: str | Path) -> Found:
 
 
 def by_split(root: Path, files: list[Path], one: str, many: str) -> dict[str, list[Path]]:
-    """{split: files}, as the names of the files and of their folders below `root` say: train-0003.tar,
-    imagenet-val-01.tar, test/0003.tar. If none of them says anything, all are train.
-    Errors: DataError, where some do and others do not; it calls them `one` or `many`."""
+    """{split: files}, by the names of the files and of their folders below `root`: train-0003.tar,
+    imagenet-val-01.tar, test/0003.tar. If none of them names a split, all are train.
+    Errors: DataError where only some name one; it calls them `one` or `many`."""
     of_split: dict[str | None, list[Path]] = {}
     for file in files:
         path = file.relative_to(root).with_suffix("")
@@ -152,7 +151,7 @@ def by_split(root: Path, files: list[Path], one: str, many: str) -> dict[str, li
 
 
 def alike(path: Path) -> str:
-    """For a path that is not there: " (did you mean ...?)" with what is there of a similar name, or nothing."""
+    """For a path that does not exist: " (did you mean ...?)" with those of similar names beside it, or ""."""
     try:
         names = [each for each in os.listdir(path.parent) if counts(each)]
     except OSError:

@@ -1,16 +1,16 @@
-"""The Hugging Face hub: whether it can be reached, found out by one short try.
+"""Whether the Hugging Face hub can be reached, by one short try.
 
-Its libraries try six times, for half a minute, before they say that they cannot reach it."""
+Its own libraries try six times, for half a minute, before they give up."""
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-PATIENCE = 5  # seconds in which it has to answer
+PATIENCE = 5  # seconds for an answer
 
 
 def out_of_reach(name: str, file: str, repo_type: str = "model") -> str | None:
-    """Why the hub cannot be asked for that file of `name`; None if it answers, whatever it does, or if no repository
-    can have that name."""
+    """Why the hub cannot be asked for a file of `name`; None if it answers at all, or if no repository can have that
+    name."""
     try:
         huggingface_hub.get_hf_file_metadata(
             huggingface_hub.hf_hub_url(name, file, repo_type=repo_type), timeout=PATIENCE

@@ -14,7 +14,7 @@ IDX = re.compile(r"(.*)(train|t10k|test)-(images|labels)([-.])idx([13])-ubyte(\.
 
 
 def idx_folder(path, files):
-    """Splits of a folder with idx files; classes.txt beside them, if there is one, names the classes line by line."""
+    """Splits of a folder with idx files. classes.txt beside them names the classes line by line; it is optional."""
     found = {}
     for file in files:
         split, what = IDX.fullmatch(file.name).group(2, 3)

@@ -1,4 +1,4 @@
-"""Labelled images of any kind, and what turns one of them into the model's input. loader.py makes batches of them."""
+"""Splits of images of any kind, and preprocessing: from an image file to the model's input."""
 
 import copy
 import json
@@ -24,26 +24,24 @@ TOGETHER = 8  # shards whose images are shuffled together
 
 
 class DataError(ValueError):
-    """DATA cannot be used as asked: what was found and what was expected."""
+    """DATA cannot be used; the message says what was found and what was expected."""
 
 
 class Split:
-    """Labelled images, such as data.open_data finds.
+    """Labelled images, as labelled.open_data opens them.
 
     Attributes:
         labels: int64 (N,), numbers into `class_names`.
         class_names: list of names, or None where the data carry none.
         pixels: uint8 (N, C, H, W) where all images are in memory, else None.
         read: index -> PIL image, where they are not.
-        names: index -> what to call an image in a message.
-        shard: int64 (N,), the number of the file that holds an image, where a file holds many and is best read as a
-            whole; else None.
-        captions: for each image a tuple of its captions, one at least; None where the data carry none.
+        names: index -> an image's name in messages.
+        shard: int64 (N,), the number of the file that holds an image, where a file holds many images; else None.
+        captions: for each image a tuple of one or more captions; None where the data have none.
+        remote: whether the images are downloaded as they are needed, so that they are not part of digests.
 
-        remote: whether the images are elsewhere and come as they are needed, so that no digest can count them.
-
-    `read` and `names` have to be picklable, for the loader's workers are not everywhere forked. A `read` that has a
-    method identity() gives by it the parts of a digest (see gspn.digests) that differ if the images are others.
+    `read` and `names` have to be picklable, as workers are not forked on every system. The method identity() of `read`,
+    if it has one, gives the parts of a digest of the images (see gspn.digests).
     """
 
     remote = False
@@ -65,18 +63,18 @@ class Split:
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
     def keys(self, source: torch.Generator | None = None) -> Iterable[tuple]:
-        """What the loader gives its workers for each image, a tuple that begins with its index: in order, or shuffled
-        as `source` says. Images in shards are shuffled over TOGETHER shards at a time, in a random order of these."""
+        """A key for each image, a tuple that begins with its index, by which workers read it: in order, or shuffled by
+        `source`. Shards come in random order, and their images are shuffled over TOGETHER shards at a time."""
         if source is None:
             return ((i,) for i in range(len(self)))
         order = torch.randperm(len(self), generator=source)
         if self.shard is not None:
-            place = torch.randperm(int(self.shard.max()) + 1, generator=source)
-            order = order[(place[self.shard] // TOGETHER)[order].argsort(stable=True)]
+            position = torch.randperm(int(self.shard.max()) + 1, generator=source)
+            order = order[(position[self.shard] // TOGETHER)[order].argsort(stable=True)]
         return ((i,) for i in order.tolist())
 
     def problem(self, i: int) -> str:
-        """What is wrong with the i-th image, in words, beginning with its name."""
+        """What is wrong with the i-th image: its name and the reason."""
         try:
             with_channels(self.image(i), 3)
         except Exception as error:
@@ -112,8 +110,8 @@ class Split:
         )
 
     def relabelled(self, class_names: list[str]) -> "Split":
-        """The same images with labels that number `class_names`. Errors: DataError names the classes that are not
-        among them. Data without names of their own are taken to be numbered alike."""
+        """The same images with labels into `class_names`. Data without class names are assumed to number them alike.
+        Errors: DataError names the classes that are not among `class_names`."""
         own = self.class_names or class_names
         present = self.labels.unique().tolist()
         beyond = [i for i in present if i >= len(own)]
@@ -129,7 +127,7 @@ class Split:
         return same
 
     def channels(self) -> int:
-        """1 or 3, from the pixels or from what up to 32 of the images are."""
+        """1 or 3, from the pixels or from up to 32 of the images."""
         if self.pixels is not None:
             return self.pixels.shape[1]
         grey = ("1", "L", "LA", "La", "I")
@@ -184,8 +182,8 @@ def read_class_names(folder: Path) -> list[str] | None:
 
 
 def labelled(splits: dict[str, Split], where: str) -> tuple[dict[str, Split], list[str]]:
-    """(the splits that have labels, what to tell the user of those that have none: their labels are all -1).
-    Errors: DataError where some of a split's labels are -1 and others are not."""
+    """(the splits with labels, notes on those without, whose labels are all -1).
+    Errors: DataError where only some of a split's labels are -1."""
     kept, notes = {}, []
     for name, split in splits.items():
         without = int((split.labels < 0).sum())
@@ -217,7 +215,7 @@ def mixed_seed(*numbers):
 # -- from an image file to pixels --
 
 
-# How each EXIF orientation is turned upright; 1, which needs no turning, and unknown values are not in it.
+# How each EXIF orientation is turned upright. 1 needs no turning; unknown values are ignored.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -263,13 +261,13 @@ def _turned(image, turn):
     if turn is None:
         return image
     image = image.transpose(turn)
-    # Without the metadata that hold an orientation, or the image would be turned again when it is next looked at.
+    # Drop the orientation, or the image would be turned again.
     image.info = {name: value for name, value in image.info.items() if name in ("transparency", "icc_profile")}
     return image
 
 
 def _turn(image):
-    """What turns an opened image upright; None where nothing does."""
+    """The Transpose that turns an opened image upright; None if it is upright."""
     # Not ImageOps.exif_transpose: it fails where any other tag cannot be parsed or written again.
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -324,7 +322,7 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a run turns images into its model's input; stored in the run's config.json.
+    """How images become the model's input; stored in the run's config.json.
 
     Attributes:
         channels: 1 or 3.
@@ -345,8 +343,8 @@ class Preprocessing:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __call__(self, image: Image.Image, numbers=None, least: float = 0.25) -> torch.Tensor:
-        """PIL image to uint8 (C, H, W): the centre box, or the box of at least that part of the area that four random
-        `numbers` in [0, 1) choose."""
+        """PIL image to uint8 (C, H, W): the centre box, or a random box of at least the part `least` of the area,
+        chosen by four `numbers` in [0, 1)."""
         image = with_channels(image, self.channels)
         if numbers is None:
             box = centre_box(image.size, self.size, self.crop)

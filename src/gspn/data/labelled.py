@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,15 @@ import torch
 from rich.console import Console
 
 from gspn.data.class_folders import class_folders
-from gspn.data.folders import alike, is_image, walk
+from gspn.data.folders import is_image, walk
 from gspn.data.idx import IDX, idx_folder
 from gspn.data.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
 from gspn.data.shards import read_shards
+from gspn.data.sources import check_fraction, check_one_kind, hold_out, read_source, with_held_out
 from gspn.data.tables import TABLES, load_tables
 from gspn.digests import Content, digest, is_earlier
 from gspn.files import shown
-from gspn.places import ON_A_HUB, location
+from gspn.places import location
 from gspn.progress import Progress
 
 KINDS = (
@@ -39,10 +41,10 @@ class Data:
 
     Attributes:
         kind: "digits", "idx", "folder", "shards" or "datasets".
-        where: the name or absolute path of DATA.
-        splits: at least one. "all" where "train" and "val" were made by holding out a part of one list ("val" is
-            missing then if no class has two images).
-        notes: things to tell the user. left_out: those of them about files that are no part of the data.
+        where: DATA's name or absolute path.
+        splits: at least one. Where "val" was held out of the only split, "all" is the whole of it ("val" is then
+            missing if no class has two images).
+        notes: notes for the user. left_out: those about files that are not part of the data.
     """
 
     kind: str
@@ -52,7 +54,7 @@ class Data:
     left_out: list[str] = field(default_factory=list)
 
     def for_training(self) -> tuple[Split, Split, str]:
-        """(train, evaluation split, its name). Errors: DataError if there are not both."""
+        """(train split, evaluation split, its name). Errors: DataError if one of them is missing."""
         if "train" not in self.splits:
             raise DataError(f"{self.where} has no train split, only {', '.join(self.splits)}")
         if not {"val", "test"} & set(self.splits):
@@ -64,11 +66,11 @@ class Data:
         return self.splits["train"], self.splits[name], name
 
     def fingerprint(self, like: str | None = None, console: Console | None = None) -> str:
-        """A digest of the images, labels, captions and class names, the same wherever the data lie. Every file is read,
-        in parallel; `uncompared` says what is not.
+        """A digest of the images, labels, captions and class names, wherever the data lie. Every file is read, in
+        parallel; `uncompared` says what is not compared.
 
         Args:
-            like: the fingerprint that this one is to be compared with; its scheme is used (see gspn.digests).
+            like: the fingerprint to compare with, whose scheme is used (see gspn.digests).
             console: rich's, for a progress bar; None is silent.
         """
         whole = ["all"] if "all" in self.splits else self.splits
@@ -76,7 +78,7 @@ class Data:
             return digest(self.identity(), like, bar.advance)
 
     def identity(self) -> Iterator:
-        """The parts of the fingerprint. Of splits that were made by holding out, the whole and their sizes count."""
+        """The parts of the fingerprint. Of held-out splits, "all" and the sizes count."""
         yield self.kind
         for name in sorted(self.splits):
             if "all" in self.splits and name != "all":
@@ -85,20 +87,21 @@ class Data:
             yield name
             yield from self.splits[name].identity()
 
-    def uncompared(self, told: str | None) -> str | None:
-        """A note on what may have changed though the fingerprint is still the one that was `told`; None if nothing."""
+    def uncompared(self, stored: str | None) -> str | None:
+        """A note on what may have changed although the fingerprint equals the `stored` one; None if nothing can
+        have."""
         if any(split.remote for split in self.splits.values()):
             return "of a stream from the hub only the labels or captions and the number of images were compared"
-        if is_earlier(told) and any(split.pixels is None for split in self.splits.values()):
+        if is_earlier(stored) and any(split.pixels is None for split in self.splits.values()):
             return (
-                "an older gspn noted names and sizes of the data's files, not their contents: images that were "
-                "replaced by others of the same size go unnoticed"
+                "an older gspn stored names and sizes of the data's files, not their contents: an image that was "
+                "replaced by another of the same size goes unnoticed"
             )
         return None
 
     def for_evaluation(self, split: str | None = None, trained_on: str | None = None) -> tuple[Split, str]:
-        """(split, its name): the one asked for; else test, else val. Where val is a part held out here, it is meant
-        only for a run `trained_on` these data; any other run is evaluated on all of them."""
+        """(split, its name): the split asked for; else test, else val. A held-out val is only for a run that was
+        `trained_on` these data; any other run is evaluated on "all"."""
         if split is not None:
             split = SPLIT_NAMES.get(split, split)
             if split not in self.splits:
@@ -120,49 +123,39 @@ def open_data(
     label_column: str | None = None,
     streaming: bool = False,
 ) -> Data:
-    """Finds out what `data` is and opens it.
+    """Opens `data`, whatever kind it is.
 
     Args:
         data: "digits", a path, or a name on the Hugging Face hub (see KINDS).
-        val_fraction: the part of the training images to hold out where there is no other evaluation split; the
-            choice is by class and always the same.
-        class_names: names for data that carry none, such as idx files.
-        image_column, label_column: for `datasets`, where the columns' types do not tell.
-        streaming: `datasets` is to give rows as they come, without a copy of the table in its cache.
+        val_fraction: the part of the training images to hold out where there is no evaluation split, by class and
+            always the same.
+        class_names: for data without names, such as idx files.
+        image_column, label_column: for `datasets`, where the types of the columns leave it open.
+        streaming: let `datasets` stream the rows, without a copy of the table in its cache.
     Returns: Data.
     Errors: DataError says what was found and what was expected.
     """
     data = str(data)
     path = Path(data).expanduser()
     columns = dict(image_column=image_column, label_column=label_column, streaming=streaming)
-    if not 0 < val_fraction < 1:
-        raise DataError(f"the part to hold out must lie between 0 and 1, got {val_fraction}")
+    check_fraction(val_fraction)
     if data == "digits":
         if path.exists():
             raise DataError("`digits` is the embedded data set, but ./digits exists too: for that, write ./digits")
         kind, splits, notes = "digits", digits(), []
-    elif path.is_dir():
-        kind, splits, notes = _open_folder(path, columns)
-    elif path.is_file() and path.suffix == ".tar":
-        kind, (splits, notes) = "shards", read_shards(path.parent, [path])
-    elif path.is_file():
-        if path.suffix not in TABLES:
-            raise DataError(f"{data} is a file of an unknown kind; expected {KINDS}")
-        kind, (splits, notes) = "datasets", load_tables(TABLES[path.suffix], path, **columns)
-    elif path.is_symlink():
-        raise DataError(f"{data} is a link to {os.readlink(path)}, which is not there; expected {KINDS}")
-    elif difflib.get_close_matches(data.lower(), ["digits"], cutoff=0.8):
+    elif not os.path.lexists(path) and difflib.get_close_matches(data.lower(), ["digits"], cutoff=0.8):
         raise DataError(f"there is no {data}: did you mean digits? A name on the hub is OWNER/NAME; expected {KINDS}")
-    elif ON_A_HUB.fullmatch(data):
-        hint = f"; and there is no such file or folder{alike(path)}; expected {KINDS}"
-        kind, (splits, notes) = "datasets", load_tables(data, **columns, hint=hint)
     else:
-        raise DataError(f"there is no {data}{alike(path)}; expected {KINDS}")
+        kind, splits, notes = read_source(
+            data,
+            KINDS,
+            folder=partial(_open_folder, columns=columns),
+            shards=read_shards,
+            tables=partial(load_tables, **columns),
+        )
     if streaming and kind != "datasets":
         raise DataError(f"streaming is for what `datasets` loads, but {data} is of another kind ({kind})")
-    for name, split in splits.items():
-        if len(split) == 0:
-            raise DataError(f"the {name} split of {data} is empty")
+    for split in splits.values():
         if class_names is not None:
             if split.class_names is not None and len(split.class_names) != len(class_names):
                 raise DataError(f"{len(class_names)} class names were given for {len(split.class_names)} classes")
@@ -170,28 +163,8 @@ def open_data(
         twice = sorted(name for name, count in Counter(split.class_names or []).items() if count > 1)
         if twice:
             raise DataError(f"two classes of {data} have the same name: {', '.join(twice)}; expected distinct names")
-    left_out = notes
-    if list(splits) == ["train"]:
-        everything = splits["train"]
-        train, held_out = hold_out(everything.labels, val_fraction)
-        splits = {"train": everything.subset(train), "all": everything}
-        if len(held_out):
-            splits["val"] = everything.subset(held_out)
-            notes = [*notes, f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
-    return Data(kind, location(data), splits, notes, left_out)
-
-
-def hold_out(labels: Sequence[int], fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(rest, held out): two increasing index arrays. Of each class `fraction` is held out, rounded, at least one
-    image where it has two. The same labels always give the same answer."""
-    shuffled = np.random.RandomState(0).permutation(len(labels))  # the one numpy stream that is frozen for ever
-    labels, held = np.asarray(labels)[shuffled], []
-    for label in np.unique(labels):
-        of_class = shuffled[labels == label]
-        count = min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)
-        held.append(of_class[:count])
-    held = np.sort(np.concatenate(held))
-    return np.setdiff1d(shuffled, held), held
+    splits, held_out = with_held_out(splits, val_fraction)
+    return Data(kind, location(data), splits, [*notes, *held_out], left_out=notes)
 
 
 # -- the embedded digits --
@@ -228,9 +201,7 @@ def _open_folder(path, columns):
         "tar files": [] if classes else shards,
         "tables": [] if classes else tables,
     }
-    there = [kind for kind, is_there in kinds.items() if is_there]
-    if len(there) > 1:
-        raise DataError(f"{path} holds {' and '.join(there)}, so it is not clear what is meant: give one of them")
+    check_one_kind(path, kinds)
     if idx:
         return "idx", idx_folder(path, idx), found.notes()
     if classes:
@@ -259,7 +230,7 @@ def _nothing_of_use(path, images, found):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """What a Split needs of a list of image files."""
+    """A list of image files, as a Split reads it."""
 
     root: Path
     paths: list

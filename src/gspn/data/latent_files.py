@@ -5,7 +5,7 @@
 
 A shard holds mean and std of the VAE's posterior (N, C, h, w), with `flip` those of the mirrored images too (mean_flip,
 std_flip), and int64 (N,) label and index, an image's number in its split. Images that could not be read are left out
-and named in the shard's header, with what tells a shard from that of other latents.
+and named in the shard's header, which also identifies the latents that the shard belongs to.
 """
 
 import json
@@ -20,9 +20,10 @@ from gspn.data.images import TOGETHER
 from gspn.data.labelled import DataError
 from gspn.data.latent_folder import is_latents
 from gspn.digests import digest
+from gspn.files import check_format
 
-FORMAT = 1  # of config.json and the shards; raised when an older gspn could no longer read them
-ABOUT = "gspn"  # the one entry of a shard's header: safetensors would write several in any order
+FORMAT = 1  # of config.json and the shards; increased when an older gspn cannot read them
+ABOUT = "gspn"  # the only entry of a shard's header: safetensors would write several in any order
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPEN_SHARDS = 2 * TOGETHER  # mapped at a time
 
@@ -44,12 +45,12 @@ class Shards:
         return self.folder / f"{self.split}-{number:05}.safetensors"
 
     def images(self, number: int) -> range:
-        """The numbers of the images that belong into a shard."""
+        """The indices of the images of a shard."""
         size = self.config["shard_size"]
         return range(number * size, min((number + 1) * size, self.config["splits"][self.split]))
 
     def missing(self) -> list[int]:
-        """The numbers of the shards that are not there."""
+        """The numbers of the missing shards."""
         return [number for number in range(len(self)) if not self.path(number).exists()]
 
     def tensors(self, number: int) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ class Shards:
         return self.mapped[number]
 
     def about(self, number: int) -> dict:
-        """What a shard's header tells it apart by."""
+        """What a shard's header identifies it by."""
         return {"latents": identity(self.config), "split": self.split, "shard": number}
 
     def layout(self) -> dict[str, tuple]:
@@ -72,10 +73,10 @@ class Shards:
         return dict.fromkeys(names, latent) | dict.fromkeys(("label", "index"), (torch.int64, ()))
 
     def read(self, number: int) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
-        """(tensors by name, mapped into memory; number of each unreadable image and what was wrong with it).
+        """(tensors by name, mapped into memory; index of each unreadable image and what was wrong with it).
 
-        Errors: DamagedShard for one that is cut off or holds something else than it should; DataError for one of other
-        latents, or of another place in these.
+        Errors: DamagedShard for a shard that is cut off or holds something unexpected; DataError for one of other
+        latents, or for another one of these.
         """
         path = self.path(number)
         try:
@@ -101,7 +102,7 @@ class Shards:
 
 
 class DamagedShard(DataError):
-    """A shard that cannot be read; encoding again makes it anew."""
+    """A shard that cannot be read; encoding again replaces it."""
 
     def __init__(self, path, what):
         super().__init__(f"the shard {path} is damaged: {what}. The `gspn encode` that made it will make it again")
@@ -115,7 +116,7 @@ def _bytes(path):
 
 
 def identity(config: dict) -> str:
-    """A digest of all that decides what is in the shards, in the scheme of the data's fingerprint in the config."""
+    """A digest of all that the shards depend on, in the scheme of the data's fingerprint in the config."""
     parts = {name: config[name] for name in ("format", "channels", "dtype", "flip", "shard_size", "precision")}
     parts |= {name: list(config[name]) for name in ("size", "image_size", "class_names")}
     parts |= {"vae": config["vae"]["digest"], "data": config["data"]["fingerprint"]}
@@ -123,16 +124,14 @@ def identity(config: dict) -> str:
 
 
 def read_config(folder: Path) -> dict:
-    """The content of config.json. Errors: DataError if there is none, or it is of something else or a newer gspn."""
+    """The content of config.json. Errors: DataError if there is none, or if it is of something else or of a newer
+    gspn."""
     path = folder / "config.json"
     if not is_latents(folder):
         found = "is of something else" if path.exists() else "is missing"
         raise DataError(f"{folder} holds no latents: its config.json {found}; expected a folder that gspn encode made")
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("format", 0) > FORMAT:
-        raise DataError(
-            f"{folder} was written by a newer gspn (format {config['format']}; this one reads up to {FORMAT}): update"
-        )
+    check_format(folder, config.get("format", 0), FORMAT, DataError)
     try:
         identity(config)
         wanted = {"splits": dict, "class_names": list, "vae": dict, "data": dict}

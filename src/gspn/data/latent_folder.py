@@ -1,4 +1,4 @@
-"""Telling a folder of latents, which `gspn encode` makes, from images; also where diffusers is not installed."""
+"""Recognises folders of latents, which `gspn encode` makes, also without diffusers."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ KIND = "latents"  # in its config.json
 
 
 def is_latents(path: str | Path) -> bool:
-    """Whether it is a folder that `gspn encode` made, or has begun."""
+    """Whether `gspn encode` made or began the folder."""
     try:
         config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Latents of images instead of images: opening what `gspn encode` made, and the batches that a generator trains on.
+"""Latents instead of images: opening what `gspn encode` made, and the batches that a generator trains on.
 
-Shards are mapped into memory and read where they are needed. What is drawn, the mirroring and the sample of the VAE's
-posterior, is a function of (seed, epoch, index).
+Shards are mapped into memory and read on demand. Mirroring and the sample of the VAE's posterior are functions of
+(seed, epoch, index).
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,11 @@ from torch.utils.data import Dataset, default_convert
 
 from gspn.data.folders import counts
 from gspn.data.images import Split, generator, listed
-from gspn.data.labelled import Data, DataError, hold_out
+from gspn.data.labelled import Data, DataError
 from gspn.data.latent_files import Shards, identity, read_config
 from gspn.data.latent_folder import KIND
-from gspn.data.loader import EpochSampler, Loader
+from gspn.data.loader import PROBLEM, EpochSampler, Loader
+from gspn.data.sources import with_held_out
 from gspn.digests import Content
 from gspn.models.sampling import scale_latents
 
@@ -28,7 +29,7 @@ class LatentData(Data):
 
     Attributes:
         channels, size: C and (h, w) of the latents. image_size: (H, W) of the images.
-        flip: whether the mirrored images are there too.
+        flip: whether the mirrored images are encoded too.
         vae: see vae.describe_vae.
         config: all of config.json.
         unreadable: what was wrong with the images that were left out, one text each.
@@ -48,7 +49,7 @@ class LatentSplit(Split):
 
     Attributes, beside those of Split:
         shape: (C, h, w). flip: whether the mirrored images are there too.
-        row: int64 (N,), the place of an image in its shard.
+        row: int64 (N,), the index of an image in its shard.
         vae: how the VAE's latents are scaled, see models.sampling.scale_latents.
     """
 
@@ -101,7 +102,7 @@ class LatentSplit(Split):
 
 @dataclass(frozen=True)
 class _Names:
-    """What to call the i-th latent in a message."""
+    """The name of the i-th latent in messages."""
 
     where: str
     index: Tensor
@@ -111,10 +112,10 @@ class _Names:
 
 
 def open_latents(folder: str | Path, *, val_fraction: float = 0.1) -> LatentData:
-    """Opens what `gspn encode` made; looks at the header of every shard.
+    """Opens what `gspn encode` made, and checks the header of every shard.
 
     Args:
-        val_fraction: as for data.open_data, where only the split train was encoded.
+        val_fraction: as for labelled.open_data, where only the split train was encoded.
     Returns: LatentData, its kind "latents", with the splits of the data, without the images that could not be read.
     Errors: DataError names the shards that are missing, damaged or of other latents.
     """
@@ -137,18 +138,12 @@ def open_latents(folder: str | Path, *, val_fraction: float = 0.1) -> LatentData
         unreadable += problems
     notes = [f"{len(unreadable)} images of {config['data']['where']} could not be read and are left out"]
     notes = notes if unreadable else []
-    if list(splits) == ["train"]:
-        everything = splits["train"]
-        train, held_out = hold_out(everything.labels, val_fraction)
-        splits = {"train": everything.subset(train), "all": everything}
-        if len(held_out):
-            splits["val"] = everything.subset(held_out)
-            notes.append(f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it")
+    splits, held_out = with_held_out(splits, val_fraction)
     return LatentData(
         KIND,
         str(folder.resolve()),
         splits,
-        notes,
+        [*notes, *held_out],
         channels=config["channels"],
         size=tuple(config["size"]),
         image_size=tuple(config["image_size"]),
@@ -187,7 +182,8 @@ class LatentDataset(Dataset):
     """A LatentSplit as the loader reads it: by lists of (epoch, index), in batches.
 
     A batch is {"image": float32 (B, C, h, w), "label": int64 (B,), "index": int64 (B,)}. The image is
-    scale_latents(z), where z is a sample of the posterior if `draw`, and else its mean.
+    scale_latents(z), where z is a sample of the posterior if `draw`, and else its mean. Where a shard cannot be read,
+    the batch is {PROBLEM: what is wrong}.
     """
 
     def __init__(self, split: LatentSplit, draw: bool, flip: bool, seed: int):
@@ -202,7 +198,10 @@ class LatentDataset(Dataset):
         mirrored = None
         if self.flip:
             mirrored = torch.stack([torch.rand((), generator=source) < 0.5 for source in sources])
-        z, std = self.split.posterior(index, mirrored)
+        try:
+            z, std = self.split.posterior(index, mirrored)
+        except DataError as error:
+            return {PROBLEM: str(error)}
         if self.draw:
             z += std * torch.stack([torch.randn(self.split.shape, generator=source) for source in sources])
         return {"image": scale_latents(z, self.split.vae), "label": self.split.labels[index], "index": index}

@@ -1,15 +1,17 @@
 """Batches of a split's images for training and evaluation.
 
-Everything random is a function of numbers that a later run can repeat: the order of an epoch of (seed, epoch), the
-augmentation of an image of (seed, epoch, index). Nothing depends on the number of workers or processes.
+Everything random can be repeated: the order of an epoch is a function of (seed, epoch), the augmentation of an image of
+(seed, epoch, index). Neither depends on the number of workers or processes.
 """
 
+import multiprocessing
 import os
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -17,12 +19,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gspn.data.augment import Augmentation
 from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split, generator
 
+PROBLEM = "problem"  # a batch's key for a DataError's text: torch would bury a worker's exception in a traceback
+DYING = 1.0  # seconds for a worker to be gone after its connection broke
+
 
 class ImageDataset(Dataset):
-    """A split (see data.py) as the loader reads it: by lists of (epoch, *key), see EpochSampler, in batches.
+    """A Split as the loader reads it, in batches, by lists of (epoch, *key); see EpochSampler.
 
-    A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}; the label of an image that
-    could not be decoded is UNREADABLE and its pixels are 0, so that batches keep their size.
+    A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}; An image that
+    could not be decoded has the label UNREADABLE and pixels of 0, so that batches keep their size.
     """
 
     def __init__(self, split, preprocessing, augmentation=None, seed=0):
@@ -52,7 +57,7 @@ class ImageDataset(Dataset):
                     crop = numbers[row, 3:], self.augmentation.crop_area
                 try:
                     image[row] = self.preprocessing(self.split.image(*key[1:]), *crop)
-                except Exception:  # Pillow raises anything on damaged files; Split.problem says later what it was
+                except Exception:  # Pillow raises anything on damaged files; Split.problem says what it was
                     label[row] = UNREADABLE
         if self.augmentation:
             images = [(self.seed, epoch, i) for i in index.tolist()]
@@ -67,7 +72,7 @@ class ImageDataset(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Yields (epoch, *key) for the keys of a split (Split.keys): in order, or shuffled as (seed, epoch) say."""
+    """Yields (epoch, *key) for the keys of a split (Split.keys): in order, or shuffled by (seed, epoch)."""
 
     def __init__(self, split, shuffle, seed=0):
         self.split, self.shuffle, self.seed, self.epoch, self.start = split, shuffle, seed, 0, 0
@@ -80,16 +85,39 @@ class EpochSampler(Sampler):
         return ((self.epoch, *key) for key in islice(keys, self.start, None))
 
 
+class WorkerContext(BaseContext):
+    """The default context of multiprocessing, which remembers the processes that it started."""
+
+    def __init__(self):
+        self._processes = []
+
+    @property
+    def started(self):
+        return [process for process in self._processes if process.pid is not None]
+
+    def get_context(self, method=None):
+        return multiprocessing.get_context(method)
+
+    def Process(self, *args, **kwargs):
+        process = multiprocessing.Process(*args, **kwargs)
+        self._processes = [each for each in self._processes if each.exitcode is None] + [process]
+        return process
+
+
 class Loader(DataLoader):
-    """What `make_loader` gives. It does not warn of too many workers as torch does, each time it is begun:
-    `workers_note` tells that once."""
+    """A DataLoader that remembers its workers, so that `batches` can tell whether one died. It does not give torch's
+    warning of too many workers at the start of each epoch; `workers_note` says it once."""
+
+    def __init__(self, dataset: Dataset, *, num_workers: int = 0, **more):
+        context = WorkerContext() if num_workers else None
+        super().__init__(dataset, num_workers=num_workers, multiprocessing_context=context, **more)
 
     def check_worker_number_rationality(self) -> None:
         pass
 
     def begin(self, epoch: int, batches_done: int = 0) -> None:
-        """The next iteration goes through `epoch`, without its first batches. Also for a loader that accelerate made
-        of this one: they share the sampler."""
+        """Makes the next iteration go through `epoch`, without its first `batches_done` batches. It also holds for a
+        loader that accelerate made of this one, as they share the sampler."""
         self.sampler.epoch, self.sampler.start = epoch, batches_done * self.batch_size
 
 
@@ -121,14 +149,14 @@ def make_loader(
 
 @contextmanager
 def untold_workers() -> Iterator[None]:
-    """In the block, a DataLoader that is made of a Loader does not warn of too many workers either."""
+    """In the block, a DataLoader that accelerate makes of a Loader does not warn of too many workers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         yield
 
 
 def workers_note(workers: int, split: Split) -> str | None:
-    """What to tell where a split's images are read by more processes than there are processors."""
+    """A note where more processes read a split's images than there are processors; else None."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if split.pixels is not None or workers <= processors:
         return None
@@ -140,26 +168,37 @@ def _as_it_is(batch):
 
 
 def batches(loader: Iterable[dict]) -> Iterator[dict]:
-    """The batches of a loader, also one that accelerate prepared. Errors: DataError where a worker process died."""
-    try:
+    """The batches of a loader, also of one that accelerate prepared. Errors: DataError where a worker process died, or
+    where a batch says what is wrong with the data (PROBLEM)."""
+    iterator = iter(loader)
+    while True:
         try:
-            yield from loader
-        except (OSError, EOFError) as error:
-            # a worker is dead, too, where the connection breaks on which its batch is fetched
-            if not any(frame.f_code.co_name == "_try_get_data" for frame, _ in traceback.walk_tb(error.__traceback__)):
+            try:
+                batch = next(iterator, None)
+            except (OSError, EOFError) as error:  # the connection to a worker breaks when it dies
+                _refuse_dead_workers(loader, error)
                 raise
-            raise _died(error) from error
-    except RuntimeError as error:  # by a signal: torch tells of a dead worker at any moment, also in the lines above
-        if str(error).startswith("Caught DamagedShard in DataLoader worker"):
-            raise DataError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
-        if "DataLoader worker (pid" not in str(error):
+        except RuntimeError as error:  # from a signal handler of torch: at any moment, also in the lines above
+            _refuse_dead_workers(loader, error)
             raise
-        raise _died(error) from error
+        if batch is None:
+            return
+        if PROBLEM in batch:
+            raise DataError(batch[PROBLEM])
+        yield batch
 
 
-def _died(error):
-    return DataError(
-        "a process that reads images died, mostly because memory (or shared memory) ran out: "
-        f"{type(error).__name__}: {error}. Fewer --workers or a smaller --batch-size need less; --workers 0 reads "
-        "in this process"
-    )
+def _refuse_dead_workers(loader, error):
+    """Raises DataError if workers of the loader were killed or failed."""
+    context = getattr(loader, "multiprocessing_context", None)
+    workers = context.started if isinstance(context, WorkerContext) else []
+    wait([worker.sentinel for worker in workers], DYING)
+    for worker in workers:
+        if wait([worker.sentinel], 0):  # it is ending: its exit code may come a moment later
+            worker.join(DYING)
+    if dead := sum(worker.exitcode not in (None, 0) for worker in workers):
+        raise DataError(
+            f"{dead} of the processes that read images died, most likely because memory or shared memory ran out "
+            f"({type(error).__name__}: {error}). Lower --workers or --batch-size, or read in the main process with "
+            "--workers 0"
+        ) from error

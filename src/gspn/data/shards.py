@@ -1,14 +1,14 @@
-"""Shards: tar files in which an image and its class, or its caption, stand together, as webdataset writes them.
+"""Shards: tar files that hold each image beside its class or caption, as webdataset writes them.
 
     00041.jpg 00041.cls 00042.jpg 00042.cls ...      the class is a number, or a name
     00041.jpg 00041.txt 00042.jpg 00042.json ...     the caption is a text, or a member of a JSON object
 
-What belongs to a sample follows from the names, as for webdataset: the key is all before the first dot of the last part
-of the path, what follows that dot is the extension, in any case, and the members of a sample follow each other.
+The names say which members make a sample, as in webdataset: the key is the path up to the first dot of its last part,
+the extension is what follows that dot, in upper or lower case, and the members of a sample follow each other.
 
-Reading the headers once tells where in which file each image lies, so that shards are read like any other images: in an
-order that belongs to (seed, epoch), by any number of workers and processes. Images are shuffled over a few whole shards
-at a time (Split.keys), so that what is read at a time lies close together.
+The headers are read once and say where each image lies. Shards are then read like any other images: in an order that is
+a function of (seed, epoch), by any number of workers and processes. Images are shuffled over a few whole shards at a
+time (Split.keys), so that reading stays local.
 """
 
 import io
@@ -26,13 +26,13 @@ from gspn.data.images import USUAL_CAPTIONS, DataError, Split, decode, labelled,
 from gspn.digests import Content
 from gspn.files import shown
 
-SPECIAL = re.compile(r"__[^/]*__($|/)")  # members that are about the tar file: webdataset leaves them out
+SPECIAL = re.compile(r"__[^/]*__($|/)")  # members that describe the tar file, which webdataset leaves out too
 
 
 def read_shards(root: Path, files: Sequence[Path]) -> tuple[dict[str, Split], list[str]]:
-    """Splits of tar files, and what to tell the user. Which split a file belongs to is in its name, or in that of its
-    folder under `root` (folders.by_split). classes.txt in `root` names the classes line by line. A split whose classes
-    are all -1 has none, and is left out.
+    """Splits of tar files, and notes for the user. A file's split is in its name, or in that of its folder under `root`
+    (folders.by_split). classes.txt in `root` names the classes line by line. A split whose classes are all -1 is left
+    out.
 
     Errors: DataError for a file that is no tar file, for images without a class, for names of some files only.
     """
@@ -54,11 +54,11 @@ def read_shards(root: Path, files: Sequence[Path]) -> tuple[dict[str, Split], li
 
 
 def read_captioned(root: Path, files: Sequence[Path], column: str | None = None) -> tuple[dict[str, Split], list[str]]:
-    """Splits of tar files with captions instead of classes, and what to tell the user; all labels are 0.
+    """Splits of tar files with captions instead of classes, and notes for the user. All labels are 0.
 
     Args:
         column: the member of the JSON objects that holds the caption, a text or a list of texts. None: the caption is
-            in .txt files, and where there is none in the JSON's only member that is called text or caption.
+            in a .txt file, or else in the only member of the JSON object that is called text or caption.
         Others: as for `read_shards`.
     Errors: DataError, also for images without a caption.
     """
@@ -75,8 +75,8 @@ def read_captioned(root: Path, files: Sequence[Path], column: str | None = None)
 
 
 def json_caption(text: str, column: str | None, where: str) -> tuple[str, ...]:
-    """The captions in a JSON object: what its member `column` holds, a text or a list of texts; None is its only member
-    that is called text or caption. Errors: DataError, which calls the object `where`."""
+    """The captions in a JSON object: a text or a list of texts in its member `column`. None: in its only member that is
+    called text or caption. Errors: DataError, which calls the object `where`."""
     try:
         members = json.loads(text)
     except ValueError as error:
@@ -95,7 +95,7 @@ def json_caption(text: str, column: str | None, where: str) -> tuple[str, ...]:
 
 
 def _read(root, files, wanted, what):
-    """({split: _Shards} of tar files, what to tell the user)."""
+    """({split: _Shards} of tar files, notes for the user)."""
     unused = _Unused()
     of_split = by_split(root, files, "tar file", "tar files")
     return {name: _Shards.read(root, of_one, wanted, what, unused) for name, of_one in of_split.items()}, unused.notes()
@@ -103,7 +103,8 @@ def _read(root, files, wanted, what):
 
 @dataclass(frozen=True)
 class _Shards:
-    """Where the images of some tar files lie: for each the number of the file, where it begins and how long it is."""
+    """The positions of the images in some tar files: for each image the number of the file, offset and size in
+    bytes."""
 
     root: Path
     files: list[Path]
@@ -111,12 +112,13 @@ class _Shards:
     offset: np.ndarray
     size: np.ndarray
     keys: list[str]
-    kinds: list[str]  # the extension of what stands for the class or the caption
-    texts: list[str]  # what it holds
+    kinds: list[str]  # the extension of the member with the class or the caption
+    texts: list[str]  # its content
 
     @classmethod
     def read(cls, root, files, wanted, what, unused):
-        """wanted: extensions, the first of which counts where an image has several. what: they hold."""
+        """wanted: extensions of the class or caption, in order of preference. what: "class" or "caption", for
+        messages."""
         rows = []
         for number, file in enumerate(files):
             own = _Unused()
@@ -145,8 +147,8 @@ class _Shards:
 
 @dataclass
 class _Unused:
-    """The members of tar files that nothing is made of: hidden ones and those of systems, samples without an image by
-    their keys, and all others by their extensions, how many and the first of them."""
+    """The unused members of tar files: hidden ones and those of systems; samples without an image, by their keys; all
+    others by extension, with their number and the first of them."""
 
     left_out: list[str] = field(default_factory=list)
     no_image: list[str] = field(default_factory=list)
@@ -217,7 +219,7 @@ class _Sample:
         self.path, self.key, self.names, self.image, self.texts = path, key, {}, None, {}
 
     def take(self, member, extension, wanted, file, unused):
-        """Takes a member; what it is of no use for is noted as unused. Errors: DataError."""
+        """Adds a member; one without a use is noted as unused. Errors: DataError."""
         name = member.name
         if extension in self.names:
             both = f"{name} twice" if self.names[extension] == name else f"{self.names[extension]} and {name}"
@@ -237,8 +239,8 @@ class _Sample:
             unused.other(f".{extension}", name)
 
     def row(self, wanted, what, unused):
-        """[(key, extension of the text, text, offset, size)] of the sample, none if it has no image. Errors: DataError
-        for an image without a text, or with an empty one where that is a class."""
+        """[(key, extension of the text, text, offset, size)] of the sample; empty if it has no image. Errors: DataError
+        for an image without a class or caption, or with an empty class."""
         if self.image is None:
             if self.texts:
                 unused.no_image.append(self.key)

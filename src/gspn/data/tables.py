@@ -1,4 +1,4 @@
-"""What Hugging Face `datasets` loads: tables on the disk, rows as they come (streaming), names on the hub."""
+"""What Hugging Face `datasets` loads: tables on disk, streams of rows, names on the hub."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from gspn.digests import Content, Earlier
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 CLASSES = re.compile(r"u?int\d+|float\d+|bool|(large_)?string")  # types of columns that can hold classes
-BUFFER = 2000  # rows of a stream that wait to be drawn
+BUFFER = 2000  # rows of a stream to draw from
 BATCH = 64  # rows of a table that are read at a time
 
 
@@ -33,15 +33,15 @@ def load_tables(
     found: Found | None = None,
     hint: str = "",
 ) -> tuple[dict[str, Split], list[str]]:
-    """Splits of what `datasets` loads, and what to tell the user.
+    """Splits of what `datasets` loads, and notes for the user.
 
     Args:
         source: "disk" (saved at path), a table format (a file at path), a folder (at path), or a name on the hub.
-        image_column, label_column: where the columns' types do not tell. A label of -1 stands for none; a split of
-            which all are -1 is left out.
-        streaming: rows as they come. All labels are read first, for which the streams run through once.
-        found: what there is in the folder at path.
-        hint: what to add where it cannot be loaded.
+        image_column, label_column: where the types of the columns leave it open. A label of -1 stands for none; a
+            split in which all are -1 is left out.
+        streaming: stream the rows. All labels are read first, in one pass over the stream.
+        found: the content of the folder at path.
+        hint: the end of the message if it cannot be loaded.
     Errors: DataError.
     """
     name, tables, notes = _load(source, path, streaming, found, hint)
@@ -65,11 +65,11 @@ def load_captioned(
     found: Found | None = None,
     hint: str = "",
 ) -> tuple[dict[str, Split], list[str]]:
-    """Splits of what `datasets` loads, with captions instead of labels, which are all 0; what to tell the user.
+    """Splits of what `datasets` loads, with captions, and notes for the user. All labels are 0.
 
     Args:
-        caption_column: a text, or a list of texts; None is the only column of texts, or that one of them which is
-            called text or caption. Others: as for `load_tables`.
+        caption_column: a column of texts, or of lists of texts. None: the only one, or the one called text or caption.
+        Others: as for `load_tables`.
     Errors: DataError.
     """
     name, tables, notes = _load(source, path, streaming, found, hint)
@@ -82,7 +82,7 @@ def load_captioned(
 
 
 def _known(tables, name, notes):
-    """[(split, table)] of the splits that are called as splits are; a note on others."""
+    """[(split, table)] of the splits with a usual name; a note on the others."""
     others = [split for split in tables if split not in SPLIT_NAMES]
     if others:
         notes.append(f"left out {listed(others, 'split', 'splits')}, called neither {' nor '.join(SPLIT_NAMES)}")
@@ -97,7 +97,7 @@ def _known(tables, name, notes):
 
 
 def _load(source, path, streaming, found, hint):
-    """(what to call it, {split as named there: table}, notes). Errors: DataError."""
+    """(name for messages, {split as named there: table}, notes). Errors: DataError."""
     import datasets
 
     name, notes = str(path or source), []
@@ -123,8 +123,8 @@ def _load(source, path, streaming, found, hint):
 
 
 def _in_folder(source, found, notes):
-    """(what to load, its files if they have to be told) of a folder of tables. `datasets` looks into it by itself, but
-    does not follow links to folders. Notes tell of tables that it does not take."""
+    """(what to load, its files or None) of a folder of tables. `datasets` finds the files itself, except behind links
+    to folders. Notes name the tables that it leaves out."""
     import datasets
 
     tables = [file for file in found.files if file.suffix in TABLES]
@@ -145,8 +145,8 @@ def _in_folder(source, found, notes):
 
 @contextmanager
 def _reaching(name):
-    """Where the hub is out of reach, `datasets` is told so: it takes what it has kept of `name`, or gives up at once,
-    instead of trying again and again. Errors: DataError with what is wrong, if it has kept nothing."""
+    """Sets `datasets` offline for the block if the hub is out of reach, so that it uses its copy of `name` or fails at
+    once. Errors: ConnectionError with the reason, if there is no copy."""
     import datasets
 
     problem = out_of_reach(name, "README.md", "dataset")
@@ -193,7 +193,7 @@ def _captioned(table, name, image_column, caption_column):
 
 
 def _values(table, column, name):
-    """(all values of a column, of a stream the number of rows of each shard). Errors: DataError where one is None."""
+    """(all values of a column; for a stream the number of rows of each shard). Errors: DataError where one is None."""
     import datasets
 
     counts = None
@@ -224,7 +224,7 @@ def _split(table, image_column, name, counts, labels, class_names, **more):
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a Split needs of a table of `datasets`."""
+    """The images of a table of `datasets`, as a Split reads them."""
 
     table: object
     column: str
@@ -243,21 +243,21 @@ def _decoded(cell):
 
 
 def _content(cell):
-    """A cell's undecoded image as the part of a digest; where the cell or its file lies does not count."""
+    """A cell's undecoded image as a part of a digest, wherever its file lies."""
     found = (cell or {}).get("bytes")
     return Content(found if found is not None else (cell or {}).get("path") or b"")
 
 
 def _shards(table):
-    """The streams that a streamed table is made of, one after the other."""
+    """The shards of a streamed table, in order."""
     return [table.shard(num_shards=table.num_shards, index=i) for i in range(table.num_shards)]
 
 
 class Stream(Split):
-    """Images that come one after the other, in shards: a Split of which only the loader's way is fast.
+    """A Split of images that can only be read one after the other, in shards; `image` is slow without a cell.
 
-    `keys` reads the undecoded images, in the process that makes the batches; its workers decode them. The order is a
-    function of the torch.Generator alone: shards in random order, then rows drawn from a buffer of BUFFER rows.
+    `keys` reads the undecoded images in the main process, and the workers decode them. The order is a function of the
+    torch.Generator alone: shards in random order, then rows drawn from a buffer of BUFFER rows.
     """
 
     def __init__(self, labels, class_names, table, column, counts, names, captions=None, remote=False):
@@ -266,7 +266,7 @@ class Stream(Split):
         self.table, self.column, self.counts = table, column, counts
 
     def image(self, i, cell=None):
-        """The i-th image, from its `cell` if it is at hand. Without it the stream is read up to there."""
+        """The i-th image, from its `cell` if given. Otherwise the stream is read up to it."""
         return _decoded(next(self._rows(i))[1] if cell is None else cell)
 
     def keys(self, source=None):
@@ -286,12 +286,12 @@ class Stream(Split):
     def _shard(self, number, start=0):
         """(index, cell) of the rows of one shard. Errors: DataError if it has grown or shrunk."""
         stream = self.table.shard(num_shards=self.table.num_shards, index=number).skip(start)
-        first, count, place = sum(self.counts[:number]) + start, self.counts[number] - start, -1
-        for place, row in enumerate(stream):
-            if place < count:
-                yield first + place, row[self.column]
-        if place + 1 != count:
-            raise DataError(f"shard {number} of the stream had {count} rows at first, and now {place + 1}: it changed")
+        first, count, found = sum(self.counts[:number]) + start, self.counts[number] - start, 0
+        for found, row in enumerate(stream, 1):
+            if found <= count:
+                yield first + found - 1, row[self.column]
+        if found != count:
+            raise DataError(f"shard {number} of the stream had {count} rows at first, and now {found}: it changed")
 
     @staticmethod
     def _drawn(rows, source):
@@ -339,7 +339,7 @@ def _image_column(table, wanted, name):
 
 
 def _caption_column(table, wanted, name):
-    """The column to use: the one asked for, or the only one of texts that can be meant."""
+    """The caption column: the one asked for, or the only one possible."""
     texts = [column for column, kind in table.features.items() if _is_text(kind) and not column.startswith("__")]
     if wanted is not None:
         _check_column(table, wanted, name)
@@ -358,7 +358,7 @@ def _caption_column(table, wanted, name):
 
 
 def _is_text(kind):
-    """Whether a column of that type holds texts, or lists of texts."""
+    """Whether a column of this type holds texts, or lists of texts."""
     kind = getattr(kind, "feature", kind)
     return getattr(kind, "dtype", None) in ("string", "large_string")
 

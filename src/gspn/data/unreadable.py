@@ -1,4 +1,4 @@
-"""The images that a training could not read: how many, which, and what was wrong with them."""
+"""The images that training could not read, and what was wrong with them."""
 
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -7,10 +7,10 @@ from gspn.data.images import UNREADABLE, DataError, Split
 
 
 class Unreadable:
-    """Keeps count of unreadable images over a training.
+    """Records unreadable images during training.
 
     Args:
-        splits: the splits by name: "train" and, to tell of its evaluation too, "evaluation".
+        splits: the splits by name: "train" and, where its images count too, "evaluation".
         strict: an unreadable image is a DataError.
 
     Attributes:
@@ -23,19 +23,20 @@ class Unreadable:
         self.problems: dict[tuple[str, int], str] = {}
 
     def saw(self, batch: dict) -> None:
-        """Takes note of a training batch of the loader. Errors: DataError if strict."""
+        """Records a training batch. Errors: DataError if strict."""
         self.seen.append((batch["index"], batch["label"]))
         if self.strict:
             self.look()
 
     def look(self) -> None:
-        """Looks at what it saw since the last time: not before, as that keeps a GPU waiting. Errors: DataError."""
+        """Examines the batches recorded since the last call. It is called seldom, as a GPU has to wait for it.
+        Errors: DataError if strict."""
         for index, label in self.seen:
             self.note("train", index[label == UNREADABLE].tolist())
         self.seen.clear()
 
     def note(self, split: str, index: list[int]) -> None:
-        """Takes note of unreadable images of a split. Errors: DataError if strict."""
+        """Records unreadable images of a split. Errors: DataError if strict."""
         for i in index:
             if (split, i) not in self.problems:
                 self.problems[split, i] = self.splits[split].problem(i)
@@ -43,8 +44,7 @@ class Unreadable:
                 raise DataError(f"unreadable image (--strict): {self.problems[split, i]}")
 
     def gather(self) -> int:
-        """Tells all processes of the images that each has met in its own share. Returns how many of them are training
-        images."""
+        """Shares with all processes what each of them recorded. Returns the number of training images among it."""
         for problems in gather_object([self.problems]):
             self.problems |= problems
         return sum(split == "train" for split, _ in self.problems)
@@ -60,6 +60,6 @@ class Unreadable:
 
 
 def warning_of(problems: list[str]) -> str:
-    """What to say about unreadable images, by what is wrong with each."""
+    """A warning about unreadable images, from what is wrong with each."""
     shown = "".join(f"\n  {problem}" for problem in problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
     return f"{len(problems)} unreadable image{'s' * (len(problems) > 1)} left out:{shown}"

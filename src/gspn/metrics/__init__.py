@@ -1,4 +1,4 @@
-"""How good it is: classification (`classification`); how near samples are to other images (`fid`, `distances`,
+"""Evaluation of classifiers (`classification`) and of generated samples against reference images (`fid`, `distances`,
 `features`, `image_sets`, `image_statistics`).
 
 Needs the extra `train`.

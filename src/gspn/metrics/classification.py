@@ -1,4 +1,4 @@
-"""What one does with a trained classifier: evaluate it (`gspn eval`)."""
+"""Evaluation of a trained classifier (`gspn eval`)."""
 
 import time
 from dataclasses import dataclass, replace
@@ -20,15 +20,19 @@ from gspn.progress import Progress
 from gspn.runs import load_classifier
 from gspn.train.loop import autocast, make_accelerator
 
-# Those of open_data, which a run keeps for its evaluation.
+# Options of open_data that a run keeps for its evaluation.
 OPEN_OPTIONS = ("val_fraction", "class_names", "image_column", "label_column", "streaming")
 
 
 @dataclass
 class Outcome:
-    """A classifier's answers on a split, one row an image: index and label (N,), UNREADABLE where there was none;
-    top (N, K) classes by falling probability, their probability (N, K), loss (N,). And the seconds that this process
-    waited for images and worked on them."""
+    """A classifier's predictions on a split, a row for each image.
+
+    Attributes:
+        index, label: (N,); the label of an unreadable image is UNREADABLE.
+        top: (N, K) classes by falling probability. probability: theirs, (N, K). loss: (N,).
+        waiting, working: the seconds that this process waited for images and worked on them.
+    """
 
     index: torch.Tensor
     label: torch.Tensor
@@ -40,15 +44,15 @@ class Outcome:
 
     @property
     def seen(self):
-        """Which images there were, bool (N,). Errors: DataError if there was none."""
+        """Which images could be read, bool (N,). Errors: DataError if none could."""
         seen = self.label != UNREADABLE
         if not seen.any():
             raise DataError(f"none of the {len(seen)} images could be read")
         return seen
 
     def metrics(self, class_names):
-        """loss, top1, top5 (None where there are no more than five classes), ece, images, unreadable, and the names of
-        the classes of which there was no image."""
+        """loss, top1, top5 (None with five classes or fewer), ece, images, unreadable, and missing_classes: the names
+        of the classes without an image."""
         seen = self.seen
         hits = self.top[seen] == self.label[seen, None]
         present = set(self.label[seen].tolist())
@@ -63,10 +67,10 @@ class Outcome:
         }
 
     def calibration(self, bins: int = 15) -> tuple[float, list[dict]]:
-        """Do answers given with a probability of 80% turn out right 80% of the time?
+        """Whether predictions with a probability of 80% are right 80% of the time.
 
-        Returns: (expected calibration error: the mean over the images of how far the accuracy of their bin is from its
-        mean probability, and every bin of equal width that has images: from, to, images, probability, accuracy).
+        Returns: (the expected calibration error, that is the mean over the images of |accuracy - mean probability| of
+        their bin; the bins of equal width that have images, each with from, to, images, probability, accuracy).
         """
         seen = self.seen
         probability, right = self.probability[seen, 0].double(), (self.top[seen, 0] == self.label[seen]).double()
@@ -90,8 +94,8 @@ class Outcome:
 
 @torch.inference_mode()
 def classify(model, loader, preprocessing, accelerator, bar=None):
-    """Runs a classifier over a prepared loader's batches; with several processes each of them gets the whole Outcome,
-    in which no image counts twice. `bar`: a Progress that counts images."""
+    """Runs a classifier over the batches of a prepared loader. Every process gets the whole Outcome, in which each
+    image counts once. `bar`: a Progress that counts images."""
     rows, waiting, start = [], 0.0, time.perf_counter()
     before = start
     for batch in batches(loader):
@@ -109,12 +113,12 @@ def classify(model, loader, preprocessing, accelerator, bar=None):
 
 
 def progress(images: int, accelerator, console: Console | None) -> Progress:
-    """What `classify` tells its progress to; only the main process prints."""
+    """The Progress for `classify`; only the main process prints."""
     return Progress("evaluating", images, console=console if accelerator.is_main_process else None)
 
 
 def warnings_of(metrics, problems):
-    """What must not go unsaid after training or evaluation, one text each."""
+    """The warnings after training or evaluation."""
     warnings = []
     if problems:
         warnings.append(warning_of(problems))
@@ -143,14 +147,14 @@ def evaluate(
     """Evaluates a run on `data`.
 
     Args:
-        path: the run folder. data, open_options: see data.open_data.
-        split: "train", "val", "test", "all"; None: see data.Data.for_evaluation.
-        channels: that of the model, which converts images of another number of channels. Without it they are an
-            error, but not in the data that the run was trained on, nor if it was trained with `channels`.
-        size: (H, W) of the input, another one than in training if it is given.
+        path: the run folder. data, open_options: see labelled.open_data.
+        split: "train", "val", "test", "all"; None: see labelled.Data.for_evaluation.
+        channels: the model's number of channels, to which images are converted. Without it, images of another number
+            are an error, except where the run was trained on these data or with `channels`.
+        size: (H, W) of the input; None: as in training.
         out: a folder for evaluation-HxW.json and confusion-HxW.png. overwrite: these may be replaced.
         console: rich's, for the progress; None is silent.
-    What `open_options` leave out is as in training if `data` is what the run was trained on.
+    If the run was trained on `data`, missing `open_options` are as in training.
     Returns: (metrics, list of warnings); metrics, the same in every process, are those of Outcome and
         "split", "size", "trained_size";
         "reliability": see Outcome.calibration;
@@ -219,14 +223,14 @@ def evaluate(
 
 
 def evaluation_files(folder: str | Path, size: tuple[int, int]) -> tuple[Path, Path]:
-    """What `evaluate` writes into a folder: the metrics and the picture of an evaluation at (H, W)."""
+    """The files of an evaluation at (H, W) in a folder: its metrics and its picture."""
     at = "x".join(map(str, size))
     return Path(folder) / f"evaluation-{at}.json", Path(folder) / f"confusion-{at}.png"
 
 
 def mistakes(confusion: torch.Tensor, class_names: list[str], count: int = 20) -> list[tuple[str, str, int]]:
-    """The most frequent ones in a confusion matrix (see Outcome): (class, taken for, images)."""
+    """The most frequent mistakes in a confusion matrix (see Outcome): (class, taken for, images)."""
     wrong = confusion.clone().fill_diagonal_(0)
-    number, place = wrong.flatten().topk(min(count, wrong.numel()))
-    pairs = [(n, *divmod(i, len(class_names))) for n, i in zip(number.tolist(), place.tolist(), strict=True) if n]
+    number, index = wrong.flatten().topk(min(count, wrong.numel()))
+    pairs = [(n, *divmod(i, len(class_names))) for n, i in zip(number.tolist(), index.tolist(), strict=True) if n]
     return [(class_names[label], class_names[guess], n) for n, label, guess in pairs]

@@ -1,5 +1,5 @@
-"""How far one set of features lies from another: Frechet distance, kernel distance, precision and recall, and the score
-of a classifier's probabilities. All in float64. What the features are of is not known here; see features.py.
+"""Distances between two sets of features: Frechet distance, kernel distance, precision and recall; and the score of a
+classifier's probabilities. All are computed in float64, for features of any kind (see features.py).
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as published
 NEIGHBOUR = 3  # of precision and recall, as published
 SPLITS = 10  # of the score, as published
 SEED = 2020  # torch-fidelity's, so that the same features give the same numbers
-ROWS = 2048  # of a matrix of distances at a time
+ROWS = 2048  # rows of a distance matrix at a time
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
@@ -34,8 +34,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 def _root(sigma):
     """The symmetric root of a covariance (d, d). Eigenvalues below d * eps * the largest are rounding: they count as 0.
 
-    The root would make 1e-8 of an eigenvalue of 0 that rounding left at 1e-16: half of the digits would be lost, and
-    which ones would depend on the BLAS.
+    Rounding leaves 1e-16 of an eigenvalue of 0, and the root makes 1e-8 of it: half of the digits would be lost, in a
+    way that depends on the BLAS.
     """
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     values[values < len(values) * np.finfo(np.float64).eps * values[-1]] = 0
@@ -68,8 +68,8 @@ def _kernel(x, y):
 def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
     """(part of the samples near the reference, part of the reference near the samples), of features (N, d) and (M, d).
 
-    Near a set is what lies, for some item of it, no farther away than that item's NEIGHBOUR-th nearest other one.
-    Errors: ValueError if a set has no such neighbour.
+    An item is near a set if it is at most as far from some item of the set as that item's NEIGHBOUR-th nearest
+    neighbour within the set. Errors: ValueError if a set has no such neighbour.
     """
     if min(len(samples), len(reference)) <= NEIGHBOUR:
         raise ValueError(f"expected more than {NEIGHBOUR} images in each set, got {len(samples)} and {len(reference)}")
@@ -78,12 +78,12 @@ def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def _share_near(items, others):
-    """Which part of `items` (N, d) is near `others` (M, d); distances that differ by rounding alone are equal.
+    """The part of `items` (N, d) that is near `others` (M, d); distances that differ by rounding alone are equal.
 
     cdist computes |x|^2 + |y|^2 - 2 x.y, whose rounding is d * eps * the largest |x|^2. Without that allowance it would
     depend on the BLAS whether a copy, or one of several equal items, is near.
     """
-    centre = others.mean(0)  # distances stay the same, and the norms, thus the rounding, get as small as can be
+    centre = others.mean(0)  # keeps the distances and makes the norms, and so the rounding, small
     items, others = items - centre, others - centre
     largest = max(each.square().sum(1).max() for each in (items, others))
     rounding = items.shape[1] * torch.finfo(items.dtype).eps * largest
@@ -94,7 +94,7 @@ def _share_near(items, others):
 
 
 class Moments:
-    """Number, mean and covariance of features that come in batches, as if they had come at once.
+    """Number, mean and covariance of features, from batches.
 
     Attributes: count; mean, float64 (d,); scatter, float64 (d, d): the sum of (x - mean)(x - mean)^T.
     """
@@ -107,7 +107,7 @@ class Moments:
         return cls(0, torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64))
 
     def add(self, features: Tensor) -> None:
-        """Takes in features (B, d)."""
+        """Adds features (B, d)."""
         if not len(features):
             return
         features = features.double()
@@ -118,30 +118,31 @@ class Moments:
         self.count = total
 
     def covariance(self) -> Tensor:
-        """Divided by the number less one. Errors: ValueError with fewer than two images."""
+        """The covariance with divisor count - 1. Errors: ValueError with fewer than two images."""
         if self.count < 2:
             raise ValueError(f"a covariance takes two images, got {self.count}")
         return self.scatter / (self.count - 1)
 
 
 class Score:
-    """exp of the mean divergence of p(class | image) from p(class), in each of SPLITS parts of the images: what the
-    Inception Score is for Inception's probabilities. An image's part is a function of its index and their number.
+    """exp of the mean divergence of p(class | image) from p(class), in each of SPLITS parts of the images: the
+    Inception Score, if the probabilities are Inception's. An image's part is a function of its index and the number of
+    images.
 
     Attributes: part int64 (N,); count (S,); probability (S, K): its sum; entropy (S,): the sum of p log p; float64.
     """
 
     def __init__(self, images: int, classes: int):
         splits = min(SPLITS, images)
-        place = np.empty(images, dtype=np.int64)
-        place[np.random.RandomState(SEED).permutation(images)] = np.arange(images)
+        position = np.empty(images, dtype=np.int64)
+        position[np.random.RandomState(SEED).permutation(images)] = np.arange(images)
         edges = np.array([i * images // splits for i in range(1, splits)])
-        self.part = torch.from_numpy(np.searchsorted(edges, place, side="right"))
+        self.part = torch.from_numpy(np.searchsorted(edges, position, side="right"))
         self.count, self.entropy = (torch.zeros(splits, dtype=torch.float64) for _ in range(2))
         self.probability = torch.zeros(splits, classes, dtype=torch.float64)
 
     def add(self, index: Tensor, logits: Tensor) -> None:
-        """Takes in the images `index` (B,) with a classifier's logits (B, K)."""
+        """Adds the images `index` (B,) with a classifier's logits (B, K)."""
         part, logs = self.part[index], logits.double().log_softmax(1)
         p = logs.exp()
         self.count.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))

@@ -1,5 +1,5 @@
-"""Features of images, by which two sets of images are compared: of Inception, as everyone does, or of another network,
-whose numbers then bear its name.
+"""Features by which two sets of images are compared: Inception's, as is usual, or those of another network, which the
+metrics then name.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 @dataclass
 class Extractor:
-    """What makes features of images.
+    """A network that makes features of images.
 
     Attributes:
-        name: as asked for, such as "timm:tf_efficientnet_lite0".
+        name: as the user gave it, such as "timm:tf_efficientnet_lite0".
         network: uint8 (B, channels, H, W) to (features (B, d), logits (B, K) or None).
         channels: 1 or 3.
-        rule: in words, how the network resizes its input.
-        class_names: what the logits stand for, where samples' classes may be compared with them; else None.
-        standard: whether these are the features that the published names FID, KID and so on mean.
+        rule: a text that says how the network resizes its input.
+        class_names: those of the logits, where they can be compared with the samples' classes; else None.
+        standard: whether these are the features of the published FID, KID and so on.
     """
 
     name: str
@@ -50,17 +50,16 @@ class Extractor:
         return published.get(what, what) if self.standard else f"{what} ({self.name})"
 
     def digest(self, like: str | None = None) -> str:
-        """A digest of weights, settings, input and classes, in the scheme of `like`: what it is called and where it
-        lies do not count."""
+        """A digest of weights, settings, input and classes, in the scheme of `like`; name and path do not count."""
         what = type(self.network).__name__, self.channels, self.rule, self.class_names
         weights = tensors_of(self.network.state_dict(), "{name} {dtype} {shape}")
         return digest([repr(what), *weights, settings(getattr(self.network, "model", self.network))], like)
 
 
 def load_extractor(name: str) -> Extractor:
-    """The Extractor of that name, one of KINDS, in evaluation mode on the CPU.
+    """The Extractor of a name (see KINDS), in evaluation mode on the CPU.
 
-    Errors: OptionError says what is missing and what to use in its place; nothing else is ever taken silently.
+    Errors: OptionError says what is missing and what to use instead; there is no silent fallback.
         RunError for a run that cannot be used.
     """
     if name == "inception" or name.startswith("inception,"):
@@ -110,7 +109,7 @@ class Inception(nn.Module):
         return self.model(pixels)
 
 
-# -- where they come from --
+# -- sources of networks --
 
 
 def _classifier(name, path):
@@ -153,7 +152,7 @@ def _with_published_weights(timm, name, model):
         return timm.create_model(model, pretrained=True)
     except Exception as error:  # the hub's, the network's and timm's own
         raise OptionError(
-            f"the weights of {name!r} cannot be had: {type(error).__name__}: {error}. Give them in a file, "
+            f"the weights of {name!r} cannot be loaded: {type(error).__name__}: {error}. Give them in a file, "
             f"timm:{model},FILE, or use features classifier:RUN"
         ) from error
 
@@ -188,7 +187,7 @@ def _inception(name, file):
     except Exception as error:  # the network's, or of weights that do not fit
         hint = "they do not fit Inception" if file else "give them in a file, inception,FILE"
         raise OptionError(
-            f"Inception's weights cannot be had: {type(error).__name__}: {error}; {hint}. {OTHERS}"
+            f"Inception's weights cannot be loaded: {type(error).__name__}: {error}; {hint}. {OTHERS}"
         ) from error
     rule = "the network resizes them to 299x299, bilinear as in TensorFlow 1"
     return Extractor(name, Inception(model).eval(), 3, rule, standard=standard)

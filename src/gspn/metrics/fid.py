@@ -1,7 +1,7 @@
-"""How near samples are to reference images, by the features of a network: Frechet distance (FID, where the features are
-Inception's), kernel distance, precision, recall, score, accuracy (`gspn fid`).
+"""Compares samples with reference images by the features of a network (`gspn fid`): Frechet distance (FID, with
+Inception's features), kernel distance, precision, recall, score, accuracy.
 
-The reference's statistics are kept in a file, by what the images, their size and the network are.
+The statistics of the reference are cached in a file, by images, size and network.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ RESIZED = "to the largest centred box of these proportions, bicubic with antiali
 
 
 def default_cache() -> Path:
-    """The folder for statistics that `gspn fid` takes."""
+    """The default folder of `gspn fid` for cached statistics."""
     return Path.home() / ".cache" / "gspn" / "fid"
 
 
@@ -60,7 +60,7 @@ def evaluate_samples(
     """Compares samples with reference images by the features of a network.
 
     Args:
-        samples: see imagesets.open_images; of DATA with splits the one that evaluation takes, or samples_split.
+        samples: see image_sets.open_images; of DATA with splits the one that evaluation takes, or samples_split.
         reference: likewise, of DATA with splits by default "train", or split; or a file of statistics that `save`
             made, or an npz file of Inception's mu and sigma, as others publish them.
         features: see features.load_extractor; or an Extractor of your own.
@@ -68,7 +68,7 @@ def evaluate_samples(
             to it first, by the rule that the result states.
         cache: the folder for statistics; None keeps none. save: a file for those of the reference; what
             is there is an error, unless it holds the same statistics or `overwrite`.
-        open_options: see data.open_data.
+        open_options: see labelled.open_data.
     Returns: the same in every process:
         "frechet_distance", "precision", "recall"; "kernel_distance" {"mean", "std", "subsets", "subset_size"};
         "score" and "reference_score" {"mean", "std"}: of the network's probabilities, the Inception Score's formula;
@@ -81,41 +81,88 @@ def evaluate_samples(
     check_range("batch_size", batch_size)
     check_range("workers", workers)
     accelerator, notes = make_accelerator(), []
-    extractor = features if isinstance(features, Extractor) else load_extractor(features)
     main = accelerator.is_main_process
-    batch_size += -batch_size % accelerator.num_processes  # they share a batch
-    known = _given(reference, extractor, split, save, strict)
+    extractor = features if isinstance(features, Extractor) else load_extractor(features)
+    cache, save = (None if path is None else Path(path).expanduser() for path in (cache, save))
+
+    # 1. what is compared: two sets of images, or images and a file of the reference's statistics
+    stored = _stored(reference, extractor, split, save, strict)
     with Progress("opening the images", console=console if main else None):
-        theirs = None if known else open_images(reference, split, "train", **open_options)
-        ours = open_images(samples, samples_split, **open_options)
-    if known and known.size and size not in (None, known.size):
-        raise OptionError("{} is of images of {}x{}, but size is {}x{}".format(reference, *known.size, *size))
-    size = size or (known.size if known else theirs.size()) or ours.size()
-    cache = Path(cache).expanduser() if cache is not None else None
+        reference_images = None if stored else open_images(reference, split, "train", **open_options)
+        sample_images = open_images(samples, samples_split, **open_options)
+    size = _common_size(size, sample_images, reference_images, stored, reference)
+    sample_images = _numbered(sample_images, extractor, "the samples", notes)
+
+    # 2. their features
+    batch_size += -batch_size % accelerator.num_processes  # the processes share a batch
     work = Work(extractor, size, accelerator, batch_size, workers, strict, cache, console, notes)
-    ours = _numbered(ours, extractor, "the samples", notes)
-    if theirs is not None:
-        theirs = _numbered(theirs, extractor, "the reference", notes)
-        key = work.key(theirs) if save is not None else None
-        if save is not None and not _holds(Path(save).expanduser(), key):
-            check_absent(Path(save).expanduser(), overwrite=overwrite)
-        statistics, _ = work.statistics(theirs, "reference")
-        known = main and Known.of(statistics, size)
-        if main and save is not None:
-            save_statistics(Path(save).expanduser(), statistics, key)
-    notes += _other_classes(ours.classes, theirs.classes if theirs else known.classes, extractor)
-    statistics, file = work.statistics(ours, "samples")
+    if stored:
+        theirs = stored
+    else:
+        reference_images = _numbered(reference_images, extractor, "the reference", notes)
+        theirs = _of_reference(reference_images, reference, work, save, overwrite)
+    notes += _other_classes(sample_images.classes, theirs.classes, extractor)
+    statistics, file = work.statistics(sample_images, "samples")
+    ours = FeatureSet(str(samples), sample_images.part, statistics, classes=sample_images.classes)
+
+    # 3. how far they are from each other
     result = None
     if main:
-        of_samples = _described(statistics, samples, ours.part)
-        of_reference = _described(known.statistics, reference, theirs.part if theirs else None)
-        compared = _compare(statistics, known, extractor, notes)
-        result = {"features": extractor.name, **compared, "samples": of_samples, "reference": of_reference}
+        result = {"features": extractor.name, **_compare(ours, theirs, extractor, notes)}
+        result |= {"samples": ours.described(), "reference": theirs.described()}
         result |= {"size": list(size), "resized": f"{RESIZED}; then {extractor.rule}", "notes": notes}
         if file is not None and file.exists():
             remove(file, quietly=True)  # samples come and go; the reference stays
     (result,) = broadcast_object_list([result])
     return result
+
+
+@dataclass
+class FeatureSet:
+    """The features of one set of images, as far as they are known.
+
+    Attributes:
+        where, part: what was asked for, and which split of it.
+        statistics: see Statistics; None in all but the main process, and where only mean and covariance are known.
+        published: mean (d,) and covariance (d, d), where only these are known.
+        size: (H, W) at which the features were made, where it is fixed. classes: the names of those that have images.
+    """
+
+    where: str
+    part: str | None
+    statistics: Statistics | None = None
+    published: tuple[np.ndarray, np.ndarray] | None = None
+    size: tuple[int, int] | None = None
+    classes: set[str] | None = None
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (d,) and covariance (d, d)."""
+        if self.published is not None:
+            return self.published
+        return self.statistics.moments.mean.numpy(), self.statistics.moments.covariance().numpy()
+
+    def described(self) -> dict:
+        """What the result says of the set."""
+        counts = {name: getattr(self.statistics, name, None) for name in ("images", "unreadable")}
+        return {"where": self.where, "split": self.part or None, **counts}
+
+
+def _common_size(size, samples, reference, stored, where) -> tuple[int, int]:
+    """(H, W) at which the images are compared. Errors: OptionError where stored statistics are of another size."""
+    if stored and stored.size and size not in (None, stored.size):
+        raise OptionError("{} is of images of {}x{}, but size is {}x{}".format(where, *stored.size, *size))
+    return size or (stored.size if stored else reference.size()) or samples.size()
+
+
+def _of_reference(images: ImageSet, where, work: Work, save: Path | None, overwrite: bool) -> FeatureSet:
+    """The features of the reference images, whose statistics are saved if that is wanted."""
+    key = work.key(images) if save is not None else None
+    if save is not None and not _holds(save, key):
+        check_absent(save, overwrite=overwrite)
+    statistics, _ = work.statistics(images, "reference")
+    if save is not None and statistics is not None and work.accelerator.is_main_process:
+        save_statistics(save, statistics, key)
+    return FeatureSet(str(where), images.part, statistics, classes=images.classes)
 
 
 def _holds(file: Path, key: dict) -> bool:
@@ -126,26 +173,9 @@ def _holds(file: Path, key: dict) -> bool:
         return False
 
 
-@dataclass
-class Known:
-    """What is known of a reference: mean and covariance; where they are known, statistics, (H, W) and classes of its
-    images."""
-
-    mean: np.ndarray
-    covariance: np.ndarray
-    statistics: Statistics | None = None
-    size: tuple[int, int] | None = None
-    classes: set[str] | None = None
-
-    @classmethod
-    def of(cls, statistics: Statistics, size: tuple[int, int], classes=None) -> "Known":
-        moments = statistics.moments
-        return cls(moments.mean.numpy(), moments.covariance().numpy(), statistics, size, classes)
-
-
-def _given(reference, extractor, split, save, strict) -> Known | None:
+def _stored(reference, extractor, split, save, strict) -> FeatureSet | None:
     """The reference if it is a file of statistics. Errors: DataError, OptionError if they are of something else."""
-    path, known = Path(reference).expanduser(), None
+    path, stored = Path(reference).expanduser(), None
     if path.suffix == ".safetensors":
         statistics, key = read_statistics(path)
         if key["network"] != extractor.digest(like=key["network"]):
@@ -154,16 +184,17 @@ def _given(reference, extractor, split, save, strict) -> Known | None:
             raise DataError(f"{reference} is of {statistics.done} of {statistics.images} images: it was interrupted")
         if strict and (refused := refusal(statistics, key["where"], None, path)):
             raise DataError(refused)
-        known = Known.of(statistics, tuple(key["size"]), set(key.get("classes") or ()) or None)
-    elif path.suffix == ".npz" and path.is_file():
-        known = _published(path, extractor)
-    if known and (split or save):
+        classes = set(key.get("classes") or ()) or None
+        stored = FeatureSet(str(reference), None, statistics, size=tuple(key["size"]), classes=classes)
+    elif path.suffix == ".npz" and path.is_file() and (published := _published(path, extractor)):
+        stored = FeatureSet(str(reference), None, published=published)
+    if stored and (split or save):
         raise OptionError(f"{reference} holds statistics: neither a split can be chosen nor can they be saved again")
-    return known
+    return stored
 
 
 def _published(path, extractor):
-    """Mean and covariance of an npz file that holds no images."""
+    """(mean, covariance) of an npz file; None where it holds images."""
     try:
         with np.load(path) as arrays:
             if "arr_0" in arrays.files:
@@ -180,7 +211,7 @@ def _published(path, extractor):
     d = INCEPTION_FEATURES
     if mean.shape != (d,) or covariance.shape != (d, d):
         raise DataError(f"mu and sigma of {path} are {mean.shape} and {covariance.shape}; expected {d} features")
-    return Known(mean, covariance)
+    return mean, covariance
 
 
 def _numbered(images: ImageSet, extractor: Extractor, what: str, notes: list[str]) -> ImageSet:
@@ -214,14 +245,10 @@ def _other_classes(ours, theirs, extractor) -> list[str]:
     return notes
 
 
-def _described(statistics, where, part):
-    counts = {name: getattr(statistics, name, None) for name in ("images", "unreadable")}
-    return {"where": str(where), "split": part or None, **counts}
-
-
-def _compare(ours: Statistics, known: Known, extractor: Extractor, notes: list[str]) -> dict:
+def _compare(samples: FeatureSet, reference: FeatureSet, extractor: Extractor, notes: list[str]) -> dict:
     """The part of evaluate_samples' result that compares."""
-    d, theirs = len(known.mean), known.statistics
+    ours, theirs, moments = samples.statistics, reference.statistics, reference.moments()
+    d = len(moments[0])
     for what, statistics in (("samples", ours), ("reference", theirs)):
         if statistics is None:
             continue
@@ -235,13 +262,7 @@ def _compare(ours: Statistics, known: Known, extractor: Extractor, notes: list[s
                 f"of at most {statistics.moments.count - 1}: the distance comes out too large, and compares only with "
                 "those of as many images"
             )
-    moments = ours.moments
-    result = {
-        "dimension": d,
-        "frechet_distance": frechet_distance(
-            moments.mean.numpy(), moments.covariance().numpy(), known.mean, known.covariance
-        ),
-    }
+    result = {"dimension": d, "frechet_distance": frechet_distance(*samples.moments(), *moments)}
     result |= dict.fromkeys(("kernel_distance", "precision", "recall", "reference_score", "reference_accuracy"))
     if theirs is None:
         notes.append(

@@ -1,4 +1,4 @@
-"""The sets of images that are compared: samples, wherever they came from, and what they are held against."""
+"""The sets of images that are compared: samples and reference, of any origin."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -24,14 +24,14 @@ ARRAYS = "an npz file as ADM's evaluation takes it: arr_0 uint8 (N, H, W, 3) and
 
 @dataclass
 class ImageSet:
-    """Images to be compared.
+    """A set of images to compare.
 
     Attributes:
         split: the images; labels are NO_CLASS where the class is not known.
-        where: as asked for. part: "train", "test", "all", or "" where there is only one.
-        parts: gives the parts of a digest of them (see gspn.digests).
-        notes: things to tell the user.
-        classes: the names of those that have images; None where they are not known.
+        where: as the user gave it. part: the split ("train", "test", "all"), or "" where there are no splits.
+        parts: gives the parts of a digest of the images (see gspn.digests).
+        notes: notes for the user.
+        classes: the names of the classes that have images; None where they are not known.
     """
 
     split: Split
@@ -43,7 +43,7 @@ class ImageSet:
     _identity: str | None = None
 
     def identity(self, console: Console | None = None) -> str:
-        """A digest of the images, for which each file is read. console: rich's, for a progress bar."""
+        """A digest of the images. It reads every file. console: rich's, for a progress bar."""
         if self._identity is None:
             with Progress(f"reading {self.where}", len(self.split), console=console) as bar:
                 self._identity = digest(self.parts(), advance=bar.advance)
@@ -63,8 +63,8 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
 
     Args:
         where: a folder that `gspn sample` made, a folder of image files, an npz file (ARRAYS), or DATA as
-            data.open_data takes it with its `open_options`.
-        part: the split of DATA to take. Without it `preferred`, if there is one of that name; else as evaluation does.
+            labelled.open_data takes it with its `open_options`.
+        part: the split of DATA. None: `preferred` if DATA has it, else the one that evaluation takes.
     Errors: DataError says what was found and what was expected; RunError if samples are missing from their folder.
     """
     refuse_latents(where)
@@ -92,7 +92,7 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
 
 
 def _without_splits(path):
-    """(split, notes) of images that are no DATA; None of others."""
+    """(split, notes) of images that are not DATA; None for DATA."""
     if path.suffix == ".npz":
         return _open_npz(path)
     if (path / ABOUT).exists():
@@ -101,8 +101,8 @@ def _without_splits(path):
 
 
 def lazily(split: Split, start: int = 0) -> Split:
-    """The images from `start` on, to be decoded and resized one by one: a loader prepares those in memory at once, for
-    which a large size leaves no room."""
+    """The images from `start` on, decoded and resized one by one. A loader would resize images in memory all at once,
+    which takes too much memory at large sizes."""
     return Split(split.labels[start:], split.class_names, read=_From(split.image, start), names=split.names)
 
 
@@ -168,7 +168,7 @@ def _open_npz(path):
 
 @dataclass(frozen=True)
 class _Pixels:
-    """arr_0 of an npz file, read image by image from its place in the file: 50,000 of them need not be in memory."""
+    """arr_0 of an npz file, read image by image from the file, so that 50,000 images need not be in memory."""
 
     path: Path
     offset: int | None  # None: compressed, and then `array` holds them

@@ -1,5 +1,5 @@
-"""What is known of the features of a set of images, its Statistics, and how it is found out: batch by batch, over
-several processes, kept in a file from which an interrupted call goes on.
+"""Statistics of the features of a set of images. They are computed batch by batch, over several processes, and kept in
+a file, from which an interrupted call resumes.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split
 from gspn.data.loader import batches, make_loader, workers_note
 from gspn.digests import SCHEME, digest, tensors_of
-from gspn.files import LOCK, SaveError, atomic, save_tensors
+from gspn.files import LOCK, SaveError, atomic, check_format, make_folder, save_tensors
 from gspn.metrics.distances import Moments, Score
 from gspn.metrics.features import Extractor
 from gspn.metrics.image_sets import NO_CLASS, ImageSet, lazily
@@ -25,20 +25,20 @@ from gspn.progress import Progress
 
 FORMAT = 1  # of a file of statistics
 KEPT = 10_000  # images whose features are kept for kernel distance, precision and recall
-SAVE_EVERY = 60  # seconds
-NAMED = 20  # unreadable images at most
+SAVE_EVERY = 60  # seconds between two saves
+NAMED = 20  # unreadable images that are named at most
 
 
 class Statistics:
-    """What is known of a set of N images; grows batch by batch.
+    """Statistics of a set of N images, from batches.
 
     Attributes:
-        images: N. done: how many of them were looked at, the first ones. unreadable: how many of these could not be.
-        left_out: int64 (U,), the numbers of these; of files that older versions wrote, none.
+        images: N. done: the number of images seen, the first ones. unreadable: the number of these without pixels.
+        left_out: int64 (U,), the indices of the unreadable ones; empty in files of older versions.
         moments: of the features of all images, a Moments.
         kept: float32 (M, d), the features of up to KEPT images, evenly spaced.
         score: of the network's probabilities, a Score; None where it gives none.
-        classified, right: images whose class is known, and those of them that the network takes for it.
+        classified, right: the number of images whose class is known, and of those that the network classifies right.
     """
 
     def __init__(self, images: int, d: int, classes: int | None):
@@ -50,7 +50,7 @@ class Statistics:
         self.wanted[torch.linspace(0, images - 1, min(images, KEPT), dtype=torch.float64).round().long()] = True
 
     def add(self, index: Tensor, label: Tensor, features: Tensor, logits: Tensor | None) -> None:
-        """Takes in the next images, whose numbers are `index`, with labels as ImageDataset gives them."""
+        """Adds the next images, `index`, with labels as ImageDataset gives them."""
         self.done += len(index)
         seen = label != UNREADABLE
         self.unreadable += int((~seen).sum())
@@ -70,7 +70,7 @@ class Statistics:
         return self.right / self.classified if self.classified else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name."""
+        """The tensors by name, for a file."""
         counts = [self.images, self.done, self.unreadable, self.classified, self.right, self.moments.count]
         tensors = {"counts": torch.tensor(counts), "mean": self.moments.mean, "scatter": self.moments.scatter}
         tensors |= {"kept": self.kept, "left_out": self.left_out}
@@ -80,7 +80,7 @@ class Statistics:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> "Statistics":
-        """What `tensors` gave."""
+        """The statistics that `tensors` gave."""
         images, done, unreadable, classified, right, count = tensors["counts"].tolist()
         scored = "score.probability" in tensors
         self = cls(images, len(tensors["mean"]), tensors["score.probability"].shape[1] if scored else None)
@@ -96,11 +96,11 @@ class Statistics:
 
 
 def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
-    """Writes statistics and what they are of, atomically; one process at a time in a folder. Errors: SaveError."""
+    """Writes statistics and their key, atomically; one process at a time in a folder. Errors: SaveError."""
     tensors = {name: tensor.contiguous() for name, tensor in statistics.tensors().items()}
     metadata = {"gspn": json.dumps(key), "digest": _digest(tensors, key)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with FileLock(path.parent / LOCK, timeout=SAVE_EVERY), atomic(path) as temporary:
             save_tensors(temporary, tensors, metadata)
     except SaveError:
@@ -110,11 +110,11 @@ def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
 
 
 def read_statistics(path: Path) -> tuple[Statistics, dict]:
-    """(statistics, what they are of). Errors: DataError where the file is damaged or another one."""
+    """(statistics, their key). Errors: DataError where the file is damaged or of another kind."""
     try:
         with safe_open(path, "pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
-            # copies, for they are mapped, and the file may change
+            # copies: the tensors are mapped, and the file may change
             tensors = {name: file.get_tensor(name).clone() for name in names}
         if "gspn" not in metadata:
             raise DataError(f"{path} holds no statistics of images; `gspn fid --save` writes such files")
@@ -122,8 +122,7 @@ def read_statistics(path: Path) -> tuple[Statistics, dict]:
         told = metadata.get("digest")
         if told is None or told != _digest(tensors, key, like=told):
             raise DataError(f"{path} is damaged: its content is not what was written")
-        if key["format"] > FORMAT:
-            raise DataError(f"{path} was written by a newer gspn (format {key['format']}, not up to {FORMAT}): update")
+        check_format(path, key["format"], FORMAT, DataError)
         return Statistics.of(tensors), key
     except DataError:
         raise
@@ -136,7 +135,7 @@ def _digest(tensors, key, like=None):
 
 
 def refusal(statistics: Statistics, where: str, split: Split | None, file: Path | str) -> str | None:
-    """What --strict says to statistics from a file; None where every image of theirs was read."""
+    """The error of --strict for statistics from a file; None where every image was read."""
     if not statistics.unreadable:
         return None
     first = ""
@@ -153,7 +152,7 @@ def refusal(statistics: Statistics, where: str, split: Split | None, file: Path 
 
 @dataclass
 class Work:
-    """How images become statistics: network, size (H, W) of the images, and the means to it."""
+    """Computes statistics of sets of images with a network, at the size (H, W); `notes` collects notes for the user."""
 
     extractor: Extractor
     size: tuple[int, int]
@@ -166,26 +165,26 @@ class Work:
     notes: list[str]
 
     def key(self, images: ImageSet) -> dict:
-        """What statistics of these images depend on, and what to tell about them."""
+        """All that the statistics of these images depend on, and a description of them."""
         console = self.console if self.accelerator.is_main_process else None
         key = {"format": FORMAT, "images": images.identity(console), "where": images.where, "part": images.part}
         key["classes"] = sorted(images.classes) if images.classes else None
         return key | {"size": list(self.size), "features": self.extractor.name, "network": self.extractor.digest()}
 
     def file(self, key: dict) -> Path:
-        """Where they are kept: neither where the images lie nor what the network was called matters."""
+        """The cache file for a key; the images' path and the network's name do not count."""
         what = [key[name] for name in ("format", "images", "size", "network")]
         return self.cache / f"{digest([what]).removeprefix(SCHEME)[:32]}.safetensors"
 
     def statistics(self, images: ImageSet, what: str) -> tuple[Statistics | None, Path | None]:
-        """(those of all the images, in the main process; the file that they are kept in)."""
+        """(the statistics of all images, in the main process; the cache file)."""
         main = self.accelerator.is_main_process
-        key = self.key(images) if self.cache is not None else None  # which reads all of them
+        key = self.key(images) if self.cache is not None else None  # this reads all images
         file = self.file(key) if key else None
         statistics = self.found(file, len(images.split)) if main and file else None
         known = statistics.left_out.tolist() if statistics else []
         refused = self.strict and statistics and refusal(statistics, images.where, images.split, file)
-        # one process looks, for the others may not see the same files
+        # one process looks, as the others may not see the same files
         start, refused = broadcast_object_list([statistics.done if statistics else 0, refused])
         if refused:
             raise DataError(refused)
@@ -197,7 +196,7 @@ class Work:
         return statistics, file
 
     def found(self, file, images):
-        """What the file holds, if it is there and sound."""
+        """The statistics in a file; None if there are none or they are damaged."""
         if not file.exists():
             return None
         try:
@@ -208,7 +207,7 @@ class Work:
         return statistics if statistics.images == images else None
 
     def extract(self, images, what, start, statistics, file, key):
-        """Goes through the images from `start` on. In the main process: the statistics of all of them."""
+        """Goes through the images from `start` on. Returns the statistics of all images in the main process."""
         size, workers = self.batch_size, self.workers
         how = Preprocessing(self.extractor.channels, self.size, (0.0,) * 3, (1.0,) * 3)
         loader = self.accelerator.prepare(make_loader(lazily(images.split, start), how, size, workers=workers))
@@ -244,6 +243,6 @@ class Work:
             return
         try:
             save_statistics(file, statistics, key)
-        except SaveError as error:  # what was computed is there all the same
+        except SaveError as error:  # the result does not depend on the cache
             if str(error) not in self.notes:
                 self.notes.append(str(error))

@@ -1,5 +1,5 @@
 """Images from trained generators, and latents from images: generators by name and from runs (`generators`), samples
-(`sample`, `sample_folder`, `grid`), the VAE (`vae`, `encode`).
+(`sample`, `sample_folder`), the VAE (`vae`, `encode`).
 
 Needs the extra `diffusion`, but for its options (`options`).
 """

@@ -1,8 +1,8 @@
 """Images into latents: `encode`, which is what `gspn encode` runs.
 
-The images of a shard go through the VAE in batches that are the same whenever it is made, so that an encoding that was
-stopped goes on with the shards that are missing, and the folder comes out as if it had not been. Several processes
-(torchrun, accelerate launch) share the shards and say nothing to each other but by the files.
+The batches of a shard are the same whenever it is made. An encode that was stopped therefore makes the missing shards
+only, and the result is the same as without the stop. Several processes (torchrun, accelerate launch) share the shards;
+while they encode they communicate by the files alone.
 """
 
 import copy
@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -28,12 +29,13 @@ from gspn.data.latents import LatentData, open_latents
 from gspn.data.loader import ImageDataset, Loader, batches, workers_note
 from gspn.files import LOCK, atomic, is_temporary, remove, save_tensors, write_json, writing
 from gspn.options import OptionError
-from gspn.progress import Progress
+from gspn.progress import Progress, duration
 from gspn.sampling.vae import describe_vae, latent_shape, open_vae
-from gspn.train.loop import autocast, make_accelerator
+from gspn.train.loop import autocast, is_out_of_memory, make_accelerator
 from gspn.train.run import RunError
 
 PRECISIONS = ("fp32", "bf16")
+PATIENCE = 6 * 3600  # seconds without a new shard of another process: a CPU may take more than an hour for 4096 images
 
 
 def encode(
@@ -53,12 +55,12 @@ def encode(
     console: Console | None = None,
     **open_options,
 ) -> LatentData:
-    """Encodes the images of `data` into the folder `out`, or goes on where this was stopped.
+    """Encodes the images of `data` into the folder `out`, or makes what is missing there.
 
     Args:
         data, open_options: see data.open_data. vae: see vae.open_vae.
-        out: the folder; not to exist, to be empty, or begun with the same data, VAE and options.
-        size: (H, W) of the images: their centre is cut out in these proportions and resized, as for classification.
+        out: the folder: new, empty, or begun with the same data, VAE and options.
+        size: (H, W) of the images: the largest centre crop of these proportions is resized, as for classification.
         flip: encode the mirrored images too. dtype: of what is stored, fp32, bf16 or fp16.
         precision: in which the VAE computes: fp32, or bf16 for autocast to bfloat16.
         shard_size: images in a file. batch_size: images that go through the VAE at a time. With another one, as on
@@ -67,23 +69,21 @@ def encode(
         workers: processes that decode images. strict: an unreadable image is an error, not left out and named.
         console: rich's, for notes and the progress; None is silent.
     Returns: LatentData, in every process, when the latents are complete.
-    Errors: BusyError, DataError, OptionError, SaveError; RunError where something else is in the folder.
+    Errors: BusyError, DataError, OptionError, SaveError; RunError where something else is in the folder, or where
+        another process stopped making its shards.
     """
     _check(size, dtype, precision, shard_size, batch_size, workers)
     refuse_latents(data)
     accelerator, out = make_accelerator(), Path(out).expanduser()
     main = accelerator.is_main_process
-    with Progress(f"opening {data}", console=console if main else None):
+    console = console if main else None
+    with Progress(f"opening {data}", console=console):
         data_set, autoencoder = open_data(data, **open_options), open_vae(vae)
     pictures = _relabelled(data_set)
-    for name in splits or ():
-        if SPLIT_NAMES.get(name, name) not in pictures:
-            raise DataError(f"{data_set.where} has no split {name!r}; it has {', '.join(pictures)}")
-    wanted = {SPLIT_NAMES.get(name, name) for name in splits or pictures}
+    wanted = _wanted(splits, pictures, data_set.where)
     channels, *latent_size = latent_shape(autoencoder, size)
-    accelerator, told = make_accelerator(), _digests_told(out)
-    main = accelerator.is_main_process
-    new = {
+    told = _digests_told(out)
+    asked = {
         "kind": KIND,
         "format": FORMAT,
         "channels": channels,
@@ -98,45 +98,25 @@ def encode(
         "data": {
             "where": data_set.where,
             "kind": data_set.kind,
-            "fingerprint": data_set.fingerprint(told["data"], console if main else None),
+            "fingerprint": data_set.fingerprint(told["data"], console),
             **{name: value for name, value in open_options.items() if value is not None},
         },
         "splits": {name: len(split) for name, split in pictures.items() if name in wanted},
         "versions": {"gspn": gspn.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
-    # Every process finds out by itself what there is to do, before any of them changes the folder.
-    config, is_new = _continued(out, new)
-    todo, damaged, unreadable = _missing(out, config)
-    if strict and unreadable:
-        raise DataError(f"unreadable image (--strict): {unreadable[0]}")
-    say = console.print if console and main else lambda *args, **more: None
+    plan = _Plan.of(out, asked)
+    _refuse_unreadable(strict, plan.unreadable)
     crowded = workers_note(workers, next(iter(pictures.values())))
-    uncompared = None if is_new else data_set.uncompared(told["data"])
-    anew = (f"{path} is damaged and encoded anew" for path in damaged)
-    for note in [*data_set.notes, *filter(None, [crowded, uncompared]), *anew]:
-        say(f"note: {note}", markup=False, highlight=False)
+    uncompared = None if plan.is_new else data_set.uncompared(told["data"])
+    for note in [*data_set.notes, *filter(None, [crowded, uncompared]), *plan.notes()] if console else []:
+        console.print(f"note: {note}", markup=False, highlight=False)
     with writing(out) if main else nullcontext():
         if main:
-            if _continued(out, new) != (config, is_new):
-                raise RunError(f"another process has begun to encode into {out} meanwhile: start again to go on")
-            for path in damaged:
-                remove(path)
-            if is_new:
-                write_json(out / "config.json", config)
+            plan.begin(asked)
         accelerator.wait_for_everyone()
-        own = todo[accelerator.process_index :: accelerator.num_processes]
-        autoencoder.to(accelerator.device).requires_grad_(False).eval()
-        with _Bar(console if main else None, out, config, todo) as bar:
-            for name in pictures:
-                numbers = [number for split, number in own if split == name]
-                if numbers:
-                    loader = _loader(pictures[name], config, numbers, autoencoder, batch_size, workers)
-                    shards = Shards(out, config, name)
-                    _encode_shards(shards, pictures[name], loader, autoencoder, accelerator.device, strict, bar)
-            bar.wait_for_the_others()
+        _run(plan, pictures, autoencoder, accelerator, batch_size, workers, strict, console)
     latents = open_latents(out)
-    if strict and latents.unreadable:
-        raise DataError(f"unreadable image (--strict): {latents.unreadable[0]}")
+    _refuse_unreadable(strict, latents.unreadable)
     return latents
 
 
@@ -164,20 +144,69 @@ def _relabelled(data: Data) -> dict[str, Split]:
     return {name: split.relabelled(names) for name, split in splits.items()}
 
 
-# -- what is there already --
+def _wanted(splits, pictures, where) -> set[str]:
+    """The names of the splits to encode. Errors: DataError for one that there is not."""
+    for name in splits or ():
+        if SPLIT_NAMES.get(name, name) not in pictures:
+            raise DataError(f"{where} has no split {name!r}; it has {', '.join(pictures)}")
+    return {SPLIT_NAMES.get(name, name) for name in splits or pictures}
+
+
+def _refuse_unreadable(strict, problems):
+    if strict and problems:
+        raise DataError(f"unreadable image (--strict): {problems[0]}")
+
+
+# -- what there is to do --
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What there is to do. Each process finds it out by itself, before any of them changes the folder.
+
+    Attributes:
+        config: of the folder, with all splits that are wanted. is_new: whether it has to be written.
+        todo: (split, number) of each shard to make. damaged: the paths of those that are made again.
+        unreadable: what was wrong with images of the shards that are there.
+    """
+
+    out: Path
+    config: dict
+    is_new: bool
+    todo: list[tuple[str, int]]
+    damaged: list[Path]
+    unreadable: list[str]
+
+    @classmethod
+    def of(cls, out: Path, asked: dict) -> "_Plan":
+        """Errors: RunError for a folder that was begun otherwise or holds something else."""
+        config, is_new = _continued(out, asked)
+        return cls(out, config, is_new, *_missing(out, config))
+
+    def notes(self) -> list[str]:
+        return [f"{path} is damaged and encoded anew" for path in self.damaged]
+
+    def begin(self, asked: dict) -> None:
+        """Makes the folder ready for the new shards, in one process. Errors: RunError, SaveError."""
+        if _continued(self.out, asked) != (self.config, self.is_new):
+            raise RunError(f"another process has meanwhile begun to encode into {self.out}: start again to go on")
+        for path in self.damaged:
+            remove(path)
+        if self.is_new:
+            write_json(self.out / "config.json", self.config)
 
 
 def _digests_told(out) -> dict:
-    """The digests of data and VAE that a folder was begun with, None without any: their scheme is kept in it."""
+    """The stored digests of data and VAE of a folder, or None: new digests follow their scheme."""
     try:
         begun = read_config(out)
-    except DataError:  # of which _continued tells
+    except DataError:  # _continued reports it
         return {"data": None, "vae": None}
     return {"data": begun["data"]["fingerprint"], "vae": begun["vae"]["digest"]}
 
 
 def _continued(out, config) -> tuple[dict, bool]:
-    """(the config of a folder that was begun, with the splits that are wanted now; whether it has to be written).
+    """(the config of the folder, with the splits that are wanted now; whether it has to be written).
     Errors: RunError for a folder that was begun otherwise or holds something else."""
     if not out.is_dir():
         if out.exists():
@@ -207,7 +236,7 @@ def _continued(out, config) -> tuple[dict, bool]:
 
 
 def _missing(out, config) -> tuple[list[tuple[str, int]], list[Path], list[str]]:
-    """((split, number) of the shards that there are to make; paths of damaged ones; what was wrong with images)."""
+    """((split, number) of the shards to make; paths of damaged ones; what was wrong with images of the others)."""
     todo, damaged, unreadable = [], [], []
     for split in config["splits"]:
         shards = Shards(out, config, split)
@@ -226,11 +255,25 @@ def _missing(out, config) -> tuple[list[tuple[str, int]], list[Path], list[str]]
 # -- from images to shards --
 
 
+def _run(plan, pictures, vae, accelerator, batch_size, workers, strict, console):
+    """Makes this process's part of the missing shards, then waits for the parts of the others."""
+    own = plan.todo[accelerator.process_index :: accelerator.num_processes]
+    vae.to(accelerator.device).requires_grad_(False).eval()
+    with _Bar(console, plan) as bar:
+        for name, split in pictures.items():
+            numbers = [number for split_name, number in own if split_name == name]
+            if numbers:
+                loader = _loader(split, plan.config, numbers, vae, batch_size, workers)
+                shards = Shards(plan.out, plan.config, name)
+                _encode_shards(shards, split, loader, vae, accelerator.device, strict, bar)
+        bar.wait_for_the_others()
+
+
 def _loader(split, config, numbers, vae, batch_size, workers) -> Loader:
-    """Batches of the images of some shards, none of which goes across two shards."""
+    """Batches of the images of some shards. No batch spans two shards."""
     channels = vae.config.in_channels
     preprocessing = Preprocessing(channels, config["image_size"], (0.5,) * channels, (0.5,) * channels)
-    one_by_one = copy.copy(split)  # ImageDataset would resize all that are in memory at once
+    one_by_one = copy.copy(split)  # ImageDataset would resize all images in memory at once
     if split.pixels is not None:
         one_by_one.pixels, one_by_one.read = None, split.image
     return Loader(
@@ -262,8 +305,7 @@ def _encode_shards(shards, split, loader, vae, device, strict, bar):
         for batch in inside:
             readable = batch["label"] != UNREADABLE
             problems += [(i, split.problem(i)) for i in batch["index"][~readable].tolist()]
-            if problems and strict:
-                raise DataError(f"unreadable image (--strict): {problems[0][1]}")
+            _refuse_unreadable(strict, [problem for _, problem in problems])
             image = normalize(batch["image"].to(device))
             tensors = _posterior(vae, image, shards.config)
             if shards.config["flip"]:
@@ -283,7 +325,9 @@ def _posterior(vae, image, config) -> dict[str, Tensor]:
     try:
         with autocast(image.device, config["precision"]):
             posterior = vae.encode(image).latent_dist
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OptionError(f"memory does not suffice for {len(image)} images at a time: lower --batch-size") from error
     return {name: getattr(posterior, name).to("cpu", DTYPES[config["dtype"]]) for name in ("mean", "std")}
 
@@ -297,16 +341,16 @@ def _check_finite(tensors, split, dtype):
 
 
 class _Bar(Progress):
-    """The progress over the shards `todo` of all processes; without a console it is silent."""
+    """The progress over the missing shards of all processes; without a console it is silent."""
 
-    def __init__(self, console, out, config, todo):
-        every = {name: Shards(out, config, name) for name in config["splits"]}
-        self.left = {every[name].path(number): len(every[name].images(number)) for name, number in todo}
-        self.own, self.looked = 0, 0.0
+    def __init__(self, console, plan):
+        every = {name: Shards(plan.out, plan.config, name) for name in plan.config["splits"]}
+        self.left = {every[name].path(number): len(every[name].images(number)) for name, number in plan.todo}
+        self.shards, self.own, self.looked = len(plan.todo), 0, 0.0
         super().__init__("encoding", sum(self.left.values()), console=console)
 
     def advance(self, images):
-        """Takes note of images that this process has encoded."""
+        """Adds images that this process has encoded."""
         self.own += images
         if time.monotonic() > self.looked + 1:
             self._count()
@@ -317,8 +361,19 @@ class _Bar(Progress):
         self.update(max(self.total - sum(self.left.values()), self.own))
 
     def wait_for_the_others(self):
-        """Until all shards are there. No collective operation, which would give up after some minutes."""
+        """Waits until all shards are there. A collective operation would give up after some minutes.
+        Errors: RunError after PATIENCE seconds without a new shard."""
         self._count()
+        since = self.looked
         while self.left:
+            before = len(self.left)
             time.sleep(0.2)
             self._count()
+            if len(self.left) < before:
+                since = self.looked
+            elif self.looked - since > PATIENCE:
+                raise RunError(
+                    f"{len(self.left)} of {self.shards} shards are missing, such as {next(iter(self.left))}, and none "
+                    f"has come for {duration(PATIENCE)}: another process of this encode has probably died. Call gspn "
+                    "encode again: it makes the missing ones"
+                )

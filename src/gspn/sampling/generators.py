@@ -77,7 +77,7 @@ def load_pipeline(source: str | Path, checkpoint: str = "last", vae: str | Path 
 
 
 def _vae_of(run, described, moved):
-    """The VAE of a run that was trained on its latents, in its place or `moved`; None where it was not."""
+    """The VAE of a run of latents, from its recorded path or from `moved`; None for a run of pixels."""
     if not described:
         if moved is not None:
             raise OptionError(f"vae is for runs of latents, but {run} was trained on pixels and uses none")
@@ -116,7 +116,7 @@ def export_pipeline(
 ) -> GSPNPipeline:
     """Writes the pipeline of a trained generator into the new folder `out`, as GSPNPipeline.from_pretrained reads it.
 
-    Args: see load_pipeline. overwrite: a pipeline that is there may be replaced.
+    Args: see load_pipeline. overwrite: an existing pipeline may be replaced.
     Errors: those of load_pipeline; ExistsError, or RunError if something else is there; SaveError."""
     out = Path(out).expanduser()
     check_absent(out, overwrite=overwrite)
@@ -129,7 +129,7 @@ def export_pipeline(
 
 
 def named_scheduler(name: str, own) -> diffusers.SchedulerMixin:
-    """The scheduler of that name (see SCHEDULERS) for the noise and the prediction of the scheduler `own`."""
+    """The scheduler called `name` (see SCHEDULERS), for the noise schedule and the prediction type of `own`."""
     config = _explicit(own.config)
     if name not in ("ddpm", "ddim"):
         for key in ("timestep_spacing", "steps_offset"):  # how DDPM skips steps; solvers have their own way
@@ -141,6 +141,6 @@ def named_scheduler(name: str, own) -> diffusers.SchedulerMixin:
 
 
 def _explicit(config):
-    """A scheduler's config in which nothing is left to the defaults of its class: those of another class, for which
-    from_config would exchange them, may be of other noise."""
+    """A scheduler's config with all values explicit. from_config would take defaulted values from the new class, whose
+    noise schedule may differ."""
     return {key: value for key, value in config.items() if key != "_use_default_values"}

@@ -1,8 +1,8 @@
-"""Samples of a trained generator, by one process or several: what `gspn sample` runs.
+"""Samples of a trained generator, by one process or several (`gspn sample`).
 
-All that is random in sample i comes of (seed, i), so that it is the same whatever the batch, the number of processes
-and where they were stopped; another size of a batch may round the last bit of a sum elsewhere. A batch is a run of
-consecutive numbers; of one that was stopped in its middle, only the images that are missing are written.
+All randomness of sample i is a function of (seed, i). It does not depend on batch, number of processes or
+interruptions; another batch size may change rounding in the last bit. A batch is a range of consecutive samples; if it
+was interrupted, only the missing images are written.
 """
 
 import json
@@ -16,18 +16,18 @@ from rich.console import Console
 
 from gspn.data.images import decode, generator
 from gspn.digests import digest, settings, tensors_of
-from gspn.files import SaveError, remove, write_json, writing
+from gspn.files import make_folder, remove, write_json, writing
 from gspn.models.sampling import NotFiniteError
 from gspn.options import OptionError, far_from
+from gspn.plots import GRID_CLASSES, GRID_COLUMNS, draw_grid, save_picture
 from gspn.progress import Progress
 from gspn.sampling.generators import load_pipeline, named_scheduler
-from gspn.sampling.grid import CLASSES, COLUMNS, draw_grid, save_picture
 from gspn.sampling.options import PER_CLASS, SampleOptions
 from gspn.sampling.sample_folder import ABOUT, ARRAYS, GRID, IMAGES, Samples
-from gspn.train.loop import TrainingError, make_accelerator
+from gspn.train.loop import TrainingError, is_out_of_memory, make_accelerator
 from gspn.train.run import RunError
 
-EARLY = 0.88  # of all timesteps: the first step has to be of one beyond
+EARLY = 0.88  # part of all timesteps that the first step has to reach
 
 
 def sample(
@@ -39,12 +39,11 @@ def sample(
     vae: str | Path | None = None,
     console: Console | None = None,
 ) -> dict:
-    """Samples a generator into the folder `out`, or goes on where this was stopped; more images of the same may be
-    asked for later.
+    """Samples a generator into the folder `out`, or makes what is missing there. More images can be asked for later.
 
     Args:
         source, checkpoint, vae: see load_pipeline. options: SampleOptions. console: rich's; None is silent.
-        out: the folder; not to exist, to be empty, or begun with the same generator and options.
+        out: the folder: new, empty, or begun with the same generator and options.
     Returns: {"images", "made" (by this call, all processes), "seconds", "folder", "files"}, in every process.
     Errors: BusyError, OptionError, RunError, SaveError; TrainingError where memory does not suffice or values are not
         finite.
@@ -63,7 +62,7 @@ def sample(
     for note in notes if console and main else ():
         console.print(f"note: {note}", markup=False, highlight=False)
     _check_folder(wanted)
-    accelerator.wait_for_everyone()  # all have found the folder fit
+    accelerator.wait_for_everyone()  # until all have checked the folder
     start = time.perf_counter()
     with writing(out) if main else nullcontext():
         batches = None
@@ -86,7 +85,7 @@ def sample(
 
 
 def _plan(pipeline, out, options):
-    """The Samples that are wanted, and notes on them. The pipeline gets its scheduler."""
+    """(the Samples to make, notes for the user). Sets the pipeline's scheduler."""
     count = pipeline.num_classes
     names = [pipeline.id2label.get(i, str(i)) for i in range(count)]
     classes = _classes(pipeline, options.classes, names)
@@ -112,13 +111,13 @@ def _plan(pipeline, out, options):
     }
     native = pipeline.image_size or (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
     notes = [_late_start(scheduler, options.steps), far_from(settings["size"], native, "the generator was trained at")]
-    settings = json.loads(json.dumps(settings))  # as it is read again
+    settings = json.loads(json.dumps(settings))  # as a file gives it back
     return Samples(out, settings, number, classes, names), [note for note in notes if note]
 
 
 def _late_start(scheduler, steps):
-    """A note where the first of so many steps is of an image that is not all noise yet; it names a number of steps,
-    the nearest divisor, that begins early enough. Leaves the scheduler set to `steps`."""
+    """A note where the first of `steps` steps assumes an image that is not all noise; it names the nearest number of
+    steps that avoids this. Leaves the scheduler set to `steps`."""
     last, firsts = scheduler.config.num_train_timesteps, {}
     for count in [*(n for n in range(1, last + 1) if last % n == 0), steps]:
         scheduler.set_timesteps(count)
@@ -148,24 +147,24 @@ def _classes(pipeline, text, names):
 
 
 def _plain(config):
-    """What of a scheduler's config decides about samples, as JSON gives it back."""
+    """The entries of a scheduler's config that samples depend on, as JSON gives them back."""
     return {key: value for key, value in sorted(config.items()) if not key.startswith("_") and value is not None}
 
 
 def _digest(pipeline, like=None):
-    """A digest of transformer and VAE, weights and settings; in the scheme of `like`."""
+    """A digest of weights and settings of transformer and VAE, in the scheme of `like`."""
     models = [part for part in (pipeline.transformer, pipeline.vae) if part is not None]
     parts = [part for model in models for part in tensors_of(model.state_dict())]
     return digest([*parts, *map(settings, models)], like)
 
 
 def _weights_told(folder):
-    """The digest of the weights that samples in the folder were made with, if there are any."""
+    """The stored digest of the weights that made the samples in the folder, if there are any."""
     return Samples.open(folder).settings.get("weights") if (folder / ABOUT).exists() else None
 
 
 def _check_folder(wanted):
-    """Raises RunError unless the samples may go into their folder."""
+    """Raises RunError unless the samples can go into their folder."""
     folder = wanted.folder
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; expected a folder that is new, empty, or holds such samples")
@@ -198,27 +197,24 @@ def _begin(wanted):
     if (wanted.folder / ABOUT).exists() and Samples.open(wanted.folder).count < wanted.count:
         for name in (GRID, ARRAYS):  # of fewer samples
             remove(wanted.folder / name)
-    write_json(wanted.folder / ABOUT, wanted.about())  # first: by it, what was stopped here is recognised
-    try:
-        (wanted.folder / IMAGES).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot make the folder {wanted.folder / IMAGES}: {error.strerror}") from error
+    write_json(wanted.folder / ABOUT, wanted.about())  # first, so that an interrupted folder is recognised
+    make_folder(wanted.folder / IMAGES)
 
 
 def _batches(wanted, size):
-    """[(numbers of a batch, those of them to be written), ...]. Batches begin at multiples of their size, so that an
-    image is made in the same company when its batch was stopped."""
+    """[(numbers of a batch, those of them to be written), ...]. Batches begin at multiples of their size, so that
+    an interrupted batch is made again with the same images."""
     batches = {}
     for i in wanted.missing():
         batches.setdefault(i // size * size, []).append(i)
     return [(list(range(at, min(at + size, wanted.count))), missing) for at, missing in batches.items()]
 
 
-# -- making it --
+# -- making them --
 
 
 def _make(pipeline, wanted, options, batches, accelerator, console):
-    """Makes the batches of this process: every so manieth."""
+    """Makes the batches of this process: of n processes each takes every n-th batch."""
     own = batches[accelerator.process_index :: accelerator.num_processes]
     total, done = sum(len(missing) for _, missing in batches), 0
     with Progress("sampling", total, console=console) as bar:
@@ -255,17 +251,16 @@ def _images(pipeline, wanted, options, numbers, step):
         shown = ", ".join(wrong[:5]) + ", ..." * (len(wrong) > 5)
         raise TrainingError(f"cannot make sample{'s' * (len(wrong) > 1)} {shown}: {error}") from error
     except (RuntimeError, MemoryError) as error:
-        texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
-        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts):
-            raise TrainingError(
-                f"memory does not suffice for {len(numbers)} images of {height}x{width} at a time: lower --batch-size; "
-                f"what is done stays ({str(error).splitlines()[0]})"
-            ) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"memory does not suffice for {len(numbers)} images of {height}x{width} at a time: lower --batch-size; "
+            f"the samples made so far are kept ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _finish(wanted, options):
-    """Draws and writes what is of all samples. Returns the names of the files."""
+    """Writes the files on all samples. Returns their names."""
     files = []
     if options.grid:
         save_picture(wanted.folder / GRID, _grid(wanted))
@@ -276,8 +271,8 @@ def _finish(wanted, options):
 
 
 def _grid(wanted):
-    classes = set(sorted(wanted.classes)[:CLASSES])
-    shown = range(min(wanted.count, COLUMNS * len(wanted.classes)))  # they take turns
+    classes = set(sorted(wanted.classes)[:GRID_CLASSES])
+    shown = range(min(wanted.count, GRID_COLUMNS * len(wanted.classes)))  # they take turns
     shown = [i for i in shown if wanted.label(i) in classes]
     images, labels = [decode(wanted.path(i)) for i in shown], [wanted.label(i) for i in shown]
     settings = wanted.settings

@@ -1,11 +1,11 @@
 """The folder that `gspn sample` makes, and reading it.
 
-    OUT/samples.json                what they are: classes, guidance, steps, seed, a digest of the weights, ...
+    OUT/samples.json                their settings: classes, guidance, steps, seed, a digest of the weights, ...
     OUT/images/000012-dress.png     number and class
-    OUT/grid.png, OUT/samples.npz   if wanted
+    OUT/grid.png, OUT/samples.npz   optional
 
-Sample i is of the class classes[i % len(classes)]: any number of samples from the first on is balanced, and the first
-ones stay when more are wanted.
+Sample i is of the class classes[i % len(classes)]: the first n samples are balanced for any n, and stay the same when
+more are added.
 """
 
 import json
@@ -20,7 +20,7 @@ from PIL import Image
 
 from gspn.data.images import Split, decode
 from gspn.digests import Content
-from gspn.files import atomic
+from gspn.files import atomic, check_format
 from gspn.train.run import RunError
 
 ABOUT, IMAGES, GRID, ARRAYS, FORMAT = "samples.json", "images", "grid.png", "samples.npz", 1
@@ -31,7 +31,7 @@ class Samples:
     """A folder of samples.
 
     Attributes:
-        folder: its path. settings: what they were made with. count: how many were asked for.
+        folder: its path. settings: of the sampling. count: the number asked for.
         classes: the numbers of the classes that take turns. class_names: of all classes of the generator.
     """
 
@@ -48,8 +48,7 @@ class Samples:
         file = folder / ABOUT
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
-            if about["format"] > FORMAT:
-                raise RunError(f"{file} was written by a newer gspn (format {about['format']}): update")
+            check_format(file, about["format"], FORMAT, RunError)
             samples = cls(folder, about["settings"], about["count"], about["classes"], about["class_names"])
             samples.path(samples.count - 1)
             return samples
@@ -80,7 +79,7 @@ class Samples:
         return self.folder / IMAGES / f"{i:06d}-{name}.png"
 
     def missing(self) -> list[int]:
-        """The samples that are not there yet."""
+        """The indices of the missing samples."""
         there = {path.name for path in (self.folder / IMAGES).glob("*.png")}
         return [i for i in range(self.count) if self.path(i).name not in there]
 
@@ -94,8 +93,8 @@ class Samples:
         return Split([self.label(i) for i in range(self.count)], self.class_names, read=_Read(self), names=self.path)
 
     def write_arrays(self) -> Path:
-        """Writes samples.npz as ADM's evaluation takes it: arr_0 uint8 (N,H,W,3), arr_1 int64 (N,), the classes; one
-        image in memory at a time. Errors: SaveError."""
+        """Writes samples.npz for ADM's evaluation: the images arr_0 uint8 (N,H,W,3), the classes arr_1 int64 (N,). One
+        image is in memory at a time. Errors: SaveError."""
         labels = np.array([self.label(i) for i in range(self.count)])
         with Image.open(self.path(0)) as first:
             width, height = first.size

@@ -26,7 +26,7 @@ def open_vae(where: str | Path) -> AutoencoderKL:
     within = "vae" if not (path / "config.json").exists() and (path / "vae" / "config.json").exists() else None
     name = str(path) if path.exists() else str(where)
     problem = None if path.exists() else out_of_reach(name, "config.json")
-    offline = problem is not None  # then what is kept of it is taken
+    offline = problem is not None  # then a local copy is used
     try:
         config = AutoencoderKL.load_config(name, subfolder=within, local_files_only=offline)
         if config.get("_class_name") != "AutoencoderKL":
@@ -50,15 +50,15 @@ def open_vae(where: str | Path) -> AutoencoderKL:
 
 
 def scale_of(config: Mapping) -> dict:
-    """What of a VAE's config, or of what describe_vae keeps of it, decides how latents are scaled: scaling_factor,
-    shift_factor and, where there are any, latents_mean and latents_std."""
+    """The entries of a VAE's config, or of describe_vae, that decide how latents are scaled: scaling_factor,
+    shift_factor and, if they are set, latents_mean and latents_std."""
     scale = {name: config[name] for name in ("scaling_factor", "shift_factor")}
     return scale | {name: list(config[name]) for name in ("latents_mean", "latents_std") if config.get(name)}
 
 
 def describe_vae(vae: AutoencoderKL, where: str | Path, like: str | None = None) -> dict:
-    """What config.json keeps of a VAE: path, class, what scale_of gives, and a digest of its settings and weights, in
-    the scheme of `like`."""
+    """The entry for a VAE in config.json: path, class, scale_of, and a digest of its settings and weights, in the
+    scheme of `like`."""
     scale = scale_of(vae.config)
     weights = tensors_of(vae.state_dict(), "{name} {shape}")
     told = digest([json.dumps(scale), *weights, settings(vae)], like)
@@ -66,7 +66,7 @@ def describe_vae(vae: AutoencoderKL, where: str | Path, like: str | None = None)
 
 
 def check_vae(vae: AutoencoderKL, described: dict) -> AutoencoderKL:
-    """The VAE, if it is the one that was `described`. Errors: OptionError."""
+    """The VAE, if it is the `described` one. Errors: OptionError."""
     told = described.get("digest")
     if told is not None and describe_vae(vae, described["path"], like=told)["digest"] != told:
         raise OptionError(
@@ -76,7 +76,8 @@ def check_vae(vae: AutoencoderKL, described: dict) -> AutoencoderKL:
 
 
 def latent_shape(vae: AutoencoderKL, size: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of (H, W) images. Errors: OptionError for a size that it cannot halve that often."""
+    """(C, h, w) of the latents of (H, W) images. Errors: OptionError for a size that the VAE's factor does not
+    divide."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if any(length % factor for length in size):
         raise OptionError(

@@ -26,8 +26,8 @@ from gspn.models.dit import dit_names
 from gspn.models.generator import config_of, generator_names
 from gspn.models.pipeline import GSPNPipeline
 from gspn.options import OptionError
+from gspn.plots import draw_grid, drawing_samples, save_picture
 from gspn.sampling.generators import build_generator, named_scheduler
-from gspn.sampling.grid import draw_grid, drawing_samples, save_picture
 from gspn.sampling.vae import check_vae, open_vae, scale_of
 from gspn.tasks.base import open_with, resume, start
 from gspn.tasks.diffusion_options import PRESETS, GeneratorOptions

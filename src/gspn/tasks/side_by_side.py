@@ -8,7 +8,7 @@ from PIL import Image
 
 from gspn.data.images import generator
 from gspn.models.sampling import check_finite
-from gspn.sampling.grid import draw_grid, drawing_samples, save_picture
+from gspn.plots import draw_grid, drawing_samples, save_picture
 from gspn.tasks.distill_options import DistillOptions
 
 

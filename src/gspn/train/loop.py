@@ -329,14 +329,19 @@ def explained():
     """Says of memory that does not suffice what to lower."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch has an error of its own for GPUs only
-        texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
-        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts):
-            raise TrainingError(
-                "memory does not suffice: cut a step into parts with --accumulate 2, 4, ..., or lower --batch-size or "
-                f"--size, or use --precision bf16. The checkpoints are good. ({str(error).splitlines()[0]})"
-            ) from error
-        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "memory does not suffice: cut a step into parts with --accumulate 2, 4, ..., or lower --batch-size or "
+            f"--size, or use --precision bf16. The checkpoints are good. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice; torch has a class of its own for that on GPUs only."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def seed_everything(seed: int) -> None:

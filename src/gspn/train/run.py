@@ -31,6 +31,7 @@ from gspn.files import (
     TEMPORARY,
     SaveError,
     atomic,
+    check_format,
     displaced,
     is_temporary,
     make_folder,
@@ -199,10 +200,7 @@ class Run:
         if not isinstance(config, dict) or not isinstance(config.get("format"), int):
             keys = ", ".join(list(config)[:5]) if isinstance(config, dict) else type(config).__name__
             raise RunError(f"{path / 'config.json'} is not the config of a gspn run: expected a format, got {keys}")
-        if config["format"] > FORMAT:
-            raise RunError(
-                f"{path} was written by a newer gspn (format {config['format']}; this one reads up to {FORMAT}): update"
-            )
+        check_format(path, config["format"], FORMAT, RunError)
         return cls(path, config, metrics)
 
     def check_task(self, *expected: str) -> str:
@@ -298,11 +296,7 @@ class Run:
 def _check_format(state, folder):
     if not isinstance(state, dict) or not isinstance(state.get("format", 1), int):
         raise RunError(f"{folder / 'state.json'} is not the state of a gspn checkpoint")
-    if state.get("format", 1) > STATE_FORMAT:
-        raise RunError(
-            f"the checkpoint {folder} was written by a newer gspn (format {state['format']}; this one reads up to "
-            f"{STATE_FORMAT}): update"
-        )
+    check_format(f"the checkpoint {folder}", state.get("format", 1), STATE_FORMAT, RunError)
 
 
 def _separate(named):
