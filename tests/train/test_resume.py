@@ -355,7 +355,7 @@ def test_trained_weights_are_the_start_also_before_the_first_checkpoint(digits_r
     assert_same_outcome(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
     best = tmp_path / "source" / "checkpoints" / "best" / "ema.safetensors"
     best.write_bytes((tmp_path / "whole" / "checkpoints" / "best" / "ema.safetensors").read_bytes())
-    with pytest.raises(RunError, match=r"source holds other weights than those that the run started from"):
+    with pytest.raises(RunError, match=r"source .* weights that the run started from"):
         resume_classifier(tmp_path / "other")
 
 
