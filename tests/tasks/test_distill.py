@@ -485,6 +485,6 @@ def test_the_command(bases, photos, tmp_path):
     result = run(app, ["distill", base, *arguments])
     assert result.exit_code == 2 and "is not empty" in result.output
     result = run(app, ["distill", "--resume", str(tmp_path / "run"), "--out", "x"])
-    assert result.exit_code == 2 and "--resume goes on in its own folder" in result.output
+    assert result.exit_code == 2 and "not with --out" in result.output
     result = run(app, ["distill", base, "--data", str(photos), "--form", "x"])
     assert result.exit_code == 2 and "form must be pure or qkv, got 'x'" in result.output
