@@ -85,7 +85,7 @@ def test_another_checkpoint(digits_run, tmp_path):
     last = Run.open(tmp_path / "run").load_checkpoint("last")[0]["ema"]
     state = gspn.load_run(tmp_path / "run", "epoch-0002").model.state_dict()
     assert all(torch.equal(value, last[name]) for name, value in state.items())
-    with pytest.raises(RunError, match=r"no checkpoint 'first'.*there are best, epoch-0002, last"):
+    with pytest.raises(RunError, match=r"no checkpoint 'first'.*best, epoch-0002, last"):
         gspn.load_run(tmp_path / "run", "first")
 
 

@@ -171,8 +171,8 @@ def test_a_block_by_the_name_that_the_picture_prints(model, run, picture, tmp_pa
 
 def test_weights_that_are_not_finite_are_not_drawn(model, picture, tmp_path):
     from gspn.data.images import Preprocessing, decode
-    from gspn.metrics.classification import Classifier
     from gspn.plots import context
+    from gspn.runs import Classifier
 
     broken = create_model("gspn_micro", **MODEL)
     with torch.no_grad():

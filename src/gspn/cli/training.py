@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gspn.cli.app import app, out, readable_errors, takes_options, warn
+from gspn.extras import need
 from gspn.options import OptionError, TaskSpec, read_file
 from gspn.places import check_named, check_run
 
@@ -65,6 +66,7 @@ def add_command(spec: TaskSpec, report=report_files):
                 check_run(resume)
                 if data is not None:
                     check_named(data, "DATA", spec.data_help)
+            need(spec.extra)
             from gspn.tasks import base  # imports torch, so not before the arguments are checked
 
             setup = import_module(spec.module).Setup

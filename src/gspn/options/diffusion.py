@@ -95,6 +95,7 @@ SPEC = TaskSpec(
     Example: gspn train-diffusion digits --out runs/digits
     """,
     module="gspn.tasks.diffusion",
+    extra="diffusion",
     options=GeneratorOptions,
     data_help=f"{DATA_HELP} Or a folder of latents that `gspn encode` made.",
     label=lambda options: (options.model or "GSPN-micro/2").replace("/", "-"),

@@ -115,6 +115,7 @@ SPEC = TaskSpec(
     Example: gspn distill models/sd15 --data photos --out runs/sd15 --segment 4
     """,
     module="gspn.tasks.distill",
+    extra="diffusion",
     options=DistillOptions,
     data_help="Images with captions: a folder with metadata.jsonl, .csv or .parquet or a .txt beside each image, tar "
     "files (webdataset), or what Hugging Face datasets loads.",

@@ -12,7 +12,8 @@ class TaskSpec:
 
     Attributes:
         name: the task in config.json. command: the command of gspn that trains it. help: the command's help text.
-        module: the module with the class Setup, a gspn.tasks.base.Setup. options: the class of its options.
+        module: the module with the class Setup, a gspn.tasks.base.Setup. extra: the extra of gspn that it needs.
+        options: the class of its options.
         data_help: what DATA may be. label: gives what the default run folder is named after, beside the data.
         written: the files of a run beside config.json, options.yaml, metrics.jsonl and checkpoints, from its first
             epoch on. drawn: those that the end of the training adds. Both are patterns.
@@ -23,6 +24,7 @@ class TaskSpec:
     command: str
     help: str
     module: str
+    extra: str = "train"
     options: type[OptionSet]
     data_help: str
     label: Callable[[OptionSet], str]
