@@ -10,9 +10,9 @@ from gspn.data.augment import preset_for
 from gspn.metrics.classification import evaluate
 from gspn.models.dit import create_dit
 from gspn.options import OptionError, Options, file_text, flags, parse_model_args, read_file
+from gspn.options.diffusion import GeneratorOptions
+from gspn.options.distill import DistillOptions
 from gspn.sampling.options import SampleOptions
-from gspn.tasks.diffusion_options import GeneratorOptions
-from gspn.tasks.distill_options import DistillOptions
 
 
 def test_options_that_cannot_be():

@@ -1,5 +1,5 @@
-"""Where things are that a user names: runs, data, files. A command tells by it that something is not there before it
-imports what is slow to import, so this module imports nothing of the kind.
+"""Whether what a user names exists: runs, data, files. A command checks this before slow imports, so this module has
+none.
 """
 
 import json
@@ -11,29 +11,29 @@ ON_A_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # what may be a name on the H
 
 
 class OptionError(ValueError):
-    """An option of training, or an argument of the model, that cannot be used."""
+    """An option, or an argument of a model, whose value cannot be used."""
 
 
 class RunError(ValueError):
-    """A run folder that does not exist, is not one, is damaged, or is in the way."""
+    """A run folder that does not exist, is damaged, is something else, or would be overwritten."""
 
 
 def location(data: str | Path) -> str:
-    """What to know DATA again by: the absolute path, or the name if it is none."""
+    """By what to recognize DATA: the absolute path, or the name if no such path exists."""
     path = Path(data).expanduser()
     return str(path.resolve()) if path.exists() else str(data)
 
 
 def no_run(path: Path) -> RunError:
-    """What to raise for a folder that is no run."""
+    """The error for a folder that is no run."""
     earlier = path / EARLIER
     hint = f"; the run that it was to replace is {earlier}" if (earlier / "config.json").exists() else ""
-    made = "(gspn train, train-diffusion, distill make them)"
-    return RunError(f"{path} is no run: there is no {path / 'config.json'} {made}{hint}; {_found(path)}")
+    expected = "expected a folder that a training of gspn made"
+    return RunError(f"{path} is no run: there is no {path / 'config.json'}; {expected}{hint}; {_found(path)}")
 
 
 def _found(path):
-    """What is at a path where a run was expected, and what it may be meant for."""
+    """What is at a path where a run was expected, and what takes that."""
     if not path.exists():
         return "nothing is there"
     if not path.is_dir():
@@ -57,7 +57,7 @@ def _listed(names, most=5):
 
 
 def config_or_none(file: Path) -> dict | None:
-    """What a JSON file holds; None where it is missing or holds no object."""
+    """The object in a JSON file; None where it is missing or holds none."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -73,12 +73,12 @@ def check_run(path: str | Path) -> None:
 
 
 def check_file(path: str | Path, what: str, expected: str) -> None:
-    """Raises OptionError unless there is something at `path`; `what` is the option that named it."""
+    """Raises OptionError unless `path` exists; `what` is the option that named it."""
     if not Path(path).expanduser().exists():
         raise OptionError(f"{what}: there is no {path}; expected {expected}")
 
 
 def check_named(where: str | Path, what: str, expected: str) -> None:
-    """Raises OptionError for what is neither there nor may be a name on the hub."""
+    """Raises OptionError for what does not exist and cannot be a name on the hub."""
     if not ON_A_HUB.fullmatch(str(where)):
         check_file(where, what, expected)

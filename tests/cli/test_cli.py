@@ -328,7 +328,7 @@ def test_run_in_the_way_and_overwrite(run, digit_files, tmp_path):
     ]
     code, out, err = gspn_command(*train, "--lr", "1e30", "--clip", 0)
     assert code == 1 and (copy / "config.json").read_text() == before
-    assert f"the run that was in {copy} is there again" in " ".join(out.split())
+    assert f"the earlier run is back in {copy}" in " ".join(out.split())
     code, out, _ = gspn_command(*train)
     assert code == 0 and (copy / "config.json").read_text() != before and f"in {copy}: checkpoints" in out
 

@@ -11,9 +11,9 @@ from helpers.training import TINY
 
 from gspn import plots as pictures
 from gspn.options import OptionError, Options
+from gspn.options.diffusion import GeneratorOptions
 from gspn.tasks.classify import resume_classifier, train_classifier
 from gspn.tasks.diffusion import train_generator
-from gspn.tasks.diffusion_options import GeneratorOptions
 from gspn.train import loop
 
 SMALL = dict(TINY, width=8)

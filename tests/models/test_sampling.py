@@ -23,6 +23,8 @@ from gspn.data.latents import make_latent_loader
 from gspn.models.pipeline import GSPNPipeline
 from gspn.models.sampling import NotFiniteError, check_finite, check_scale, scale_latents, unscale_latents
 from gspn.options import OptionError
+from gspn.options.diffusion import GeneratorOptions
+from gspn.options.distill import DistillOptions
 from gspn.sampling.encode import encode
 from gspn.sampling.generators import load_pipeline
 from gspn.sampling.options import SampleOptions
@@ -30,8 +32,6 @@ from gspn.sampling.sample import sample
 from gspn.sampling.vae import describe_vae
 from gspn.stable_diffusion.highres import HighResPipeline
 from gspn.tasks.diffusion import Samples
-from gspn.tasks.diffusion_options import GeneratorOptions
-from gspn.tasks.distill_options import DistillOptions
 from gspn.tasks.side_by_side import SideBySide
 from gspn.tasks.text_to_image import TextToImage
 from gspn.train.loop import TrainingError

@@ -196,7 +196,7 @@ def test_channels_that_do_not_match(digits_run, colours, tmp_path):
     with pytest.raises(DataError, match="takes 1 channels but the images have 3; --channels 1 converts"):
         evaluate(digits_run[0].path, tmp_path / "numbered")
     assert evaluate(digits_run[0].path, tmp_path / "numbered", channels=1, workers=0)[0]["images"] == 35
-    with pytest.raises(OptionError, match="to take 3 channels, but the images have 1; --channels 3"):
+    with pytest.raises(OptionError, match="3 channels, but the images have 1; --channels 3"):
         train_classifier("digits", tmp_path / "run", tiny_options(model_args=dict(TINY, in_chans=3)))
     with pytest.raises(OptionError, match=r"channels is 3, but the model of .* takes 1"):
         evaluate(digits_run[0].path, "digits", channels=3)
@@ -254,7 +254,7 @@ def test_models_that_cannot_be(tmp_path):
         ("gspn_huge", {}, "there is no model 'gspn_huge', did you mean 'gspn_base'"),
         ("gspn_micro", {"colour": 1}, "there is no argument 'colour'"),
         ("gspn_micro", {"stem_stride": 3}, "stem_stride has to be 1, 2 or 4"),
-        ("gspn_micro", {"num_classes": 7}, "tell 7 classes, but the data have 10"),
+        ("gspn_micro", {"num_classes": 7}, "7 classes, but the data have 10"),
         ("gspn_micro", {"backend": "gpu"}, "cannot be made: unknown backend 'gpu'"),
         ("gspn_micro", {"backend": "triton"}, "fails when tried with an image of 8x8, grey on cpu: backend 'triton'"),
     ]:

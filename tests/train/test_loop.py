@@ -29,7 +29,7 @@ def test_loop_trains_any_task(tmp_path):
     _, run = trained(tmp_path / "run")
     assert run.metrics[-1]["top1"] > 0.7 and run.metrics[-1]["step"] == 10
     assert run.metrics[-1]["lr"] == pytest.approx(
-        learning_rate(9, 5, LoopOptions(epochs=2, lr=1e-2, warmup=1.0).settled())
+        learning_rate(9, 5, LoopOptions(epochs=2, lr=1e-2, warmup=1.0).resolved())
     )
     assert 0 < run.metrics[-1]["data_seconds"] < run.metrics[-1]["seconds"]
 
@@ -65,7 +65,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
         return gradient * float("inf") if count[0] == 7 else gradient
 
     model.head.weight.register_hook(spoil)
-    with pytest.raises(TrainingError, match=r"no numbers any more after step 7; .* `last` is good: after step 6"):
+    with pytest.raises(TrainingError, match=r"after step 7; .* `last` is good: after step 6"):
         train(task, model, loader, options, run, accelerator)
     tensors, state = run.load_checkpoint("last")
     assert state["step"] == 6 and all(value.isfinite().all() for value in tensors["model"].values())
@@ -157,8 +157,8 @@ def test_mixed_targets(tmp_path):
 
 
 def test_learning_rate():
-    options = LoopOptions(epochs=2, lr=1.0, warmup=0.8).settled()
-    rate = lambda step, **more: learning_rate(step, 5, LoopOptions(epochs=2, lr=1.0, **more).settled())  # noqa: E731
+    options = LoopOptions(epochs=2, lr=1.0, warmup=0.8).resolved()
+    rate = lambda step, **more: learning_rate(step, 5, LoopOptions(epochs=2, lr=1.0, **more).resolved())  # noqa: E731
     assert rate(0, warmup=0.8) == 0.25 and rate(3, warmup=0.8) == rate(4, warmup=0.8) == 1
     assert rate(9) < rate(8) and rate(10) == pytest.approx(0.01)
     assert rate(10, min_lr=0.2) == pytest.approx(0.2)
@@ -168,13 +168,13 @@ def test_learning_rate():
 
 def test_optimizer_groups():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
-    options = LoopOptions(lr=1.0, weight_decay=0.1, beta1=0.8, beta2=0.99, eps=1e-6).settled()
+    options = LoopOptions(lr=1.0, weight_decay=0.1, beta1=0.8, beta2=0.99, eps=1e-6).resolved()
     assert [group["weight_decay"] for group in make_optimizer(model, options).param_groups] == [0.1, 0]
     model.no_weight_decay = lambda: {"0.weight"}
     (group,) = make_optimizer(model, options).param_groups
     assert len(group["params"]) == 4 and group["betas"] == (0.8, 0.99) and group["eps"] == 1e-6
-    with pytest.raises(OptionError, match="layer_decay needs a model that tells its layers"):
-        make_optimizer(model, LoopOptions(lr=1.0, layer_decay=0.5).settled())
+    with pytest.raises(OptionError, match=r"layer_decay needs .*group_matcher"):
+        make_optimizer(model, LoopOptions(lr=1.0, layer_decay=0.5).resolved())
     model.requires_grad_(False)
     with pytest.raises(OptionError, match="every parameter is frozen"):
         make_optimizer(model, options)
@@ -196,7 +196,7 @@ def test_layer_decay_goes_by_depth():
         found = {value for name, value in scales.items() if name.startswith(prefix)}
         assert found == {scale}, prefix
     assert len(scales) == len(list(model.named_parameters()))
-    groups = make_optimizer(model, LoopOptions(lr=1.0, layer_decay=0.5).settled()).param_groups
+    groups = make_optimizer(model, LoopOptions(lr=1.0, layer_decay=0.5).resolved()).param_groups
     assert {group["lr_scale"] for group in groups} == {1 / 16, 1 / 8, 1 / 4, 1 / 2, 1}
 
 

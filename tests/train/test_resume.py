@@ -310,7 +310,7 @@ def test_damaged_foreign_and_newer_checkpoints_are_refused(stopped, monkeypatch)
     refused("state.json", state[:40], r"checkpoint .*last is damaged")
     refused("state.json", b"[1]", r"is not the state of a gspn checkpoint")
     refused("state.json", state.replace(b'"format": 2', b'"format": 3'), r"newer gspn \(format 3; .* up to 2\): update")
-    refused("state.json", state.replace(b'"format": 2,', b""), r"older gspn, which could not resume")
+    refused("state.json", state.replace(b'"format": 2,', b""), r"older gspn")
     refused("state.json", state.replace(b'"position"', b'"place"'), r"damaged or foreign: KeyError: 'position'")
     refused("state.json", state.replace(b'"step": 2', b'"step": "2"'), r"damaged or foreign: ValueError: counts are")
     refused("state.json", state.replace(b'"unreadable": [', b'"readable": ['), r"damaged or foreign: KeyError: 'unrea")
@@ -355,7 +355,7 @@ def test_trained_weights_are_the_start_also_before_the_first_checkpoint(digits_r
     assert_same_outcome(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
     best = tmp_path / "source" / "checkpoints" / "best" / "ema.safetensors"
     best.write_bytes((tmp_path / "whole" / "checkpoints" / "best" / "ema.safetensors").read_bytes())
-    with pytest.raises(RunError, match=r"source holds other weights than those that the run started from"):
+    with pytest.raises(RunError, match=r"source .* weights that the run started from"):
         resume_classifier(tmp_path / "other")
 
 

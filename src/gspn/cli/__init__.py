@@ -1,5 +1,6 @@
-"""The `gspn` command. What its parts share is in app.py; classifiers are classify.py's, generators generate.py's and
-Stable Diffusion is distill.py's."""
+"""The `gspn` command. training.py makes the commands that train, from the TaskSpec of each task; classify.py has the
+commands around classifiers, generate.py those around generators; app.py is what they share.
+"""
 
 from gspn.extras import need
 
@@ -8,7 +9,14 @@ try:
 except ImportError as error:
     raise SystemExit(f"gspn: {error}") from None
 
-from gspn.cli import classify, distill, generate  # noqa: F401  # they add their commands
+from gspn.cli import classify, training
+from gspn.cli import generate as generate  # it adds its commands
 from gspn.cli.app import app, main
+from gspn.options import TASKS
+
+REPORTS = {"classification": classify.report}  # instead of training.report_files
+
+for _spec in TASKS.values():
+    training.add_command(_spec, REPORTS.get(_spec.name, training.report_files))
 
 __all__ = ["app", "main"]

@@ -1,6 +1,6 @@
 """What all commands of `gspn` share: the application, its console, errors, arguments.
 
-User errors are one message on stderr and exit code 2; a training that fails is exit code 1.
+An error of the user is one message on stderr and exit code 2; a training that fails is exit code 1.
 """
 
 import functools
@@ -15,9 +15,10 @@ from rich.console import Console
 
 import gspn
 from gspn.extras import hint
-from gspn.options import OptionError, read_file
+from gspn.options import OptionError
 from gspn.options import flags as option_flags
-from gspn.places import RunError, check_file, check_named, check_run
+from gspn.options.training import DATA_HELP
+from gspn.places import RunError, check_named
 
 app = typer.Typer(
     help="Train and use image classifiers and generators built on GSPN, a linear-cost replacement for self-attention.",
@@ -28,50 +29,34 @@ app = typer.Typer(
 )
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
-DATA_HELP = (
-    "`digits` (embedded), a folder of class folders with images, a folder of MNIST-format idx files, or anything that "
-    "Hugging Face datasets loads: a folder made by save_to_disk, a parquet, arrow, csv or json file, a name on the hub."
-)
 Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `gspn train` makes it.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of `gspn train`.")]
 Checkpoint = Annotated[str, typer.Option(help="Which checkpoint: best or last.")]
 ImageColumn = Annotated[str | None, typer.Option(help="datasets: the column with the images.")]
 LabelColumn = Annotated[str | None, typer.Option(help="datasets: the column with the classes.")]
-ClassNames = Annotated[str | None, typer.Option(help="Names for data without any, in order: a,b,c.")]
+ClassNames = Annotated[str | None, typer.Option(help="Class names, in order, for data that have none: a,b,c.")]
 Channels = Annotated[int | None, typer.Option(help="Convert the images to 1 (grey) or 3 (colour) channels.")]
-Strict = Annotated[bool, typer.Option("--strict", help="An unreadable image is an error, not left out and named.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at an unreadable image, instead of leaving it out.")]
 Workers = Annotated[int, typer.Option(help="Processes that decode image files.")]
-NewRun = Annotated[Path | None, typer.Option("--out", help="The run folder to make. Default: runs/DATA-MODEL.")]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Options from a .yaml or .toml file, such as a run's; flags override it."),
-]
-ResumedRun = Annotated[
-    Path | None,
-    typer.Option(metavar="RUN", help="Go on with a run that was stopped, exactly, from its last checkpoint."),
-]
 MovedVae = Annotated[
     str | None,
     typer.Option("--vae", metavar="PATH|NAME", help="Where the VAE of a run of latents is now, if it was moved."),
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
-]
-Replace = Annotated[bool, typer.Option("--overwrite", help="Replace what is there under that name.")]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
 def readable_errors():
-    """Turns what a user can put right into one message and an exit code."""
+    """Turns an error that the user can correct into one message and an exit code."""
     try:
         yield
     except (OptionError, RunError) as error:
         fail(str(error), 2)
     except ImportError as error:
-        if (said := hint(error)) is None:
+        if (message := hint(error)) is None:
             raise
-        fail(said, 2)
+        fail(message, 2)
     except (OSError, RuntimeError, ValueError) as error:
         from gspn.data.labelled import DataError
         from gspn.export import ExportError  # here, as they import torch
@@ -103,23 +88,24 @@ def _version(wanted: bool):
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
 ):
     pass
 
 
 def takes_options(options):
-    """Gives a command the flags of a set of options, but for those of which it has an argument of the same name. It
-    gets those that were used as `given`, texts and numbers by name."""
+    """Gives a command the flags of a set of options. It receives those that the user set as `overrides`: texts and
+    numbers by name."""
 
     def decorate(command):
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
-        flags = [flag for flag in option_flags(options) if flag.name not in {p.name for p in own}]
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "overrides"]
+        flags = option_flags(options)
 
         @functools.wraps(command)
         def with_flags(**arguments):
             values = {flag.name: arguments.pop(flag.name) for flag in flags}
-            return command(**arguments, given={name: value for name, value in values.items() if value is not None})
+            overrides = {name: value for name, value in values.items() if value is not None}
+            return command(**arguments, overrides=overrides)
 
         with_flags.__signature__ = inspect.Signature(own + flags)
         return with_flags
@@ -128,48 +114,13 @@ def takes_options(options):
 
 
 def check_data(data):
-    """Raises OptionError for DATA that is neither there nor may be a name on the hub."""
+    """Raises OptionError for DATA that does not exist and cannot be a name on the hub."""
     if data is not None:
         check_named(data, "DATA", DATA_HELP)
 
 
-def check_resumed(run, data, **not_given):
-    """Raises OptionError or RunError for what --resume cannot go on with: a folder that is no run, DATA that is not
-    there, and flags that are not for it."""
-    if any(not_given.values()):
-        raise OptionError("--resume goes on in its own folder and options: not with --out, --config, --overwrite")
-    check_run(run)
-    check_data(data)
-
-
-def training_of(kind, data, run, config, given):
-    """(DATA, run folder, options of that kind) from the arguments, the configuration file and the flags given."""
-    data, run, options = arguments_of(kind, data, run, config, given)
-    if data is None:
-        raise OptionError("Missing argument 'DATA'")
-    check_data(data)
-    if getattr(options, "init_from", None):
-        check_file(options.init_from, "init_from", "a run folder, a .safetensors or a .pth file")
-    otherwise = kind.__dataclass_fields__["model"].metadata["otherwise"]
-    model = options.model or ("finetuned" if getattr(options, "init_from", None) else otherwise)
-    return data, run or Path("runs") / f"{Path(data).name or 'data'}-{model.replace('/', '-')}", options
-
-
-def arguments_of(kind, data, run, config, given):
-    """The same, but None for DATA or a run folder that nothing tells."""
-    from_file = read_file(config) if config else {}
-    data = data or from_file.pop("data", None)
-    run = run or from_file.pop("out", None)
-    for name, value in {"data": data, "out": run}.items():
-        if not isinstance(value, str | Path | None):
-            raise OptionError(f"{config}: {name} takes text, got {value!r}")
-    from_file = {name: value for name, value in from_file.items() if name not in ("data", "out")}
-    kind.read(from_file, f"{config}: ")  # so that a message about the file names it
-    return data, Path(run) if run else None, kind.read(from_file | given)
-
-
 def parsed(name, parse, text):
-    """What `parse` makes of the flag --`name`; None stays. OptionError says what it takes."""
+    """The value that `parse` makes of the flag --`name`; None stays None. OptionError says what was expected."""
     try:
         return None if text is None else parse(text.strip())
     except ValueError as error:
@@ -178,7 +129,7 @@ def parsed(name, parse, text):
 
 @app.command()
 def backends():
-    """Which backends are available here, and as what; why the others are not."""
+    """List the backends: which are available here, and why the others are not."""
     for name, state in gspn.available_backends().items():
         word = "available" if state.available else "not available"
         out.print(f"{name}: {word}{f', {state.reason}' if state.reason else ''}", markup=False, highlight=False)
@@ -195,8 +146,7 @@ def main():
 
 
 def _leave_processes():
-    """One of several processes takes its leave of the others: what the group runs in the background would else, now and
-    then, abort it at its end, after all its work."""
+    """Destroys the process group: its background threads could otherwise abort a process that has finished."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

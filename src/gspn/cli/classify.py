@@ -1,4 +1,4 @@
-"""The commands around classifiers: train, eval, predict, show, export."""
+"""The commands around classifiers: eval, predict, show, export; and what `gspn train` prints at its end."""
 
 import json
 from pathlib import Path
@@ -10,84 +10,47 @@ from rich.table import Table
 
 import gspn
 from gspn.cli.app import (
-    DATA_HELP,
     AsJson,
     Channels,
     Checkpoint,
     ClassNames,
-    ConfigFile,
     Data,
     ImageColumn,
     LabelColumn,
     MovedVae,
-    NewRun,
-    Overwrite,
     Replace,
-    ResumedRun,
     RunFolder,
     Strict,
     Workers,
     app,
     check_data,
-    check_resumed,
     err,
     fail,
     out,
     parsed,
     readable_errors,
-    takes_options,
-    training_of,
     warn,
 )
-from gspn.options import OptionError, Options, far_from, parse_names, parse_size
+from gspn.options import OptionError, far_from, parse_names, parse_size
 from gspn.places import check_run
 from gspn.progress import Progress
 
 
-@app.command()
-@takes_options(Options)
-def train(
-    data: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA_HELP)] = None,
-    run: NewRun = None,
-    config: ConfigFile = None,
-    resume: ResumedRun = None,
-    overwrite: Overwrite = False,
-    *,
-    given: dict,
-):
-    """Train a classifier on DATA, evaluate its best checkpoint, and draw curves, predictions and context.
-
-    What is not given is chosen from the kind of data and told. Example: gspn train digits --out runs/first
-    """
-    with readable_errors():
-        if resume is not None:
-            check_resumed(resume, data, out=run, config=config, overwrite=overwrite)
-            from gspn.tasks.classify import resume_classifier
-
-            run, result = resume, resume_classifier(resume, given, data=data, console=out)
-        else:
-            data, run, options = training_of(Options, data, run, config, given)
-            from gspn.tasks.classify import train_classifier
-
-            result = train_classifier(data, run, options, overwrite=overwrite, console=out)
-        report(run, *result)
-
-
-def report(run, trained, metrics, warnings):
-    """Tells, in the main process, how a training ended."""
+def report(spec, path, trained, metrics, warnings):
+    """Prints, in the main process, the result of `gspn train`."""
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
         return
     metrics["split"] = trained.config["data"]["split"]
-    _print_metrics(metrics, f"the best checkpoint of {run}, chosen on these images")
+    _print_metrics(metrics, f"the best checkpoint of {path}, chosen on these images")
     if trained.metrics:
         rows = trained.metrics
         waited, took = (sum(row.get(name, 0) for row in rows) for name in ("data_seconds", "seconds"))
         rate = sum(row["images_per_second"] for row in rows) / len(rows)
         out.print(f"{rate:.0f} images/s; waiting for data {waited / max(took, 1e-9):.0%} of the time", highlight=False)
     made = "checkpoints, options.yaml, metrics.jsonl, curves.png, predictions.png, context.png"
-    out.print(f"in {run}: {made}", markup=False, highlight=False)
+    out.print(f"in {path}: {made}", markup=False, highlight=False)
     warn(warnings)
 
 
@@ -97,9 +60,9 @@ def evaluate(
     data: Data,
     split: Annotated[str | None, typer.Option(help="train, val, test or all. Default: test, else val.")] = None,
     checkpoint: Checkpoint = "best",
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 256,
     sizes: Annotated[
-        str | None, typer.Option(metavar="N|HxW,...", help="Input sizes, one after the other. Default: the run's.")
+        str | None, typer.Option(metavar="N|HxW,...", help="Input sizes, evaluated in turn. Default: that of the run.")
     ] = None,
     channels: Channels = None,
     class_names: ClassNames = None,
@@ -112,7 +75,7 @@ def evaluate(
         Path | None, typer.Option("--out", help="A folder for evaluation-HxW.json and confusion-HxW.png.")
     ] = None,
     overwrite: Replace = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line a size.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line per size.")] = False,
 ):
     """Evaluate a run on DATA: top-1, top-5, loss, calibration, confusion, images per second."""
     with readable_errors():
@@ -125,7 +88,7 @@ def evaluate(
         main_process = make_accelerator().is_main_process
         names = parsed("class-names", parse_names, class_names)
         wanted = [None] if sizes is None else [parsed("sizes", parse_size, each) for each in sizes.split(",")]
-        for size in wanted if folder and sizes else ():  # before any work; evaluate looks only when a size's turn comes
+        for size in wanted if folder and sizes else ():  # before any work; evaluate checks each size only in its turn
             check_absent(*evaluation_files(folder, size), overwrite=overwrite)
         written = []
         for size in wanted:
@@ -163,21 +126,21 @@ def evaluate(
 def predict(
     run: RunFolder,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files of any kind.")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes to tell.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
     checkpoint: Checkpoint = "best",
     strict: Strict = False,
     as_json: AsJson = False,
 ):
     """Classify image files: the most probable classes with their probabilities.
 
-    A file that is missing or unreadable is named on stderr, with the reason; the others are classified, and the exit
-    code is 1 then. In --json it has "error", the reason, in the place of "classes".
+    A missing or unreadable file is named on stderr with the reason, the others are classified, and the exit code is 1.
+    With --json such a file has "error", the reason, instead of "classes".
     """
     with readable_errors():
         check_run(run)
         missing = {path: "there is no such file" for path in images if not path.exists()}
         _refuse(missing, images, strict)
-        warn(f"{path}: {reason}" for path, reason in missing.items())  # now, as what follows takes time
+        warn(f"{path}: {reason}" for path, reason in missing.items())  # now, because the rest takes time
         from gspn.data.images import decode
         from gspn.runs import load_classifier
 
@@ -224,13 +187,13 @@ def show(
     run: RunFolder,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.")],
     place: Annotated[
-        str | None, typer.Option(metavar="ROW,COL", help="The pixel, in the model's input. Default: its middle.")
+        str | None, typer.Option(metavar="ROW,COL", help="The pixel, in the model's input. Default: the center.")
     ] = None,
     block: Annotated[
         str | None,
         typer.Option(
             metavar="NUMBER|NAME",
-            help="Number of the block, from the end if negative, or its name. Default: the last on a fine map.",
+            help="The block: its index, negative from the end, or its name. Default: the last on a fine map.",
         ),
     ] = None,
     checkpoint: Checkpoint = "best",
@@ -239,7 +202,7 @@ def show(
     ] = None,
     overwrite: Replace = False,
 ):
-    """Draw where the context of one pixel of IMAGE comes from: four directions and merged."""
+    """Draw where the context of one pixel of IMAGE comes from, in each direction and merged."""
     with readable_errors():
         check_run(run)
         if not image.exists():
@@ -260,7 +223,7 @@ def show(
             raise DataError(f"{image} cannot be read as an image: {error}") from error
         try:
             pictures.context(picture, classifier, opened, parse_place(place), parse_block(block))
-        except ValueError as error:  # a place or a block that there is not
+        except ValueError as error:  # no such pixel or block
             raise OptionError(str(error)) from error
         out.print(f"wrote {picture}", markup=False, highlight=False)
 
@@ -269,9 +232,11 @@ def show(
 def export_run(
     run: RunFolder,
     onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file of standard operators, for any runtime.")] = False,
-    aoti: Annotated[bool, typer.Option("--aoti", help="A package compiled for this CPU, for torch with gspn.")] = False,
+    aoti: Annotated[
+        bool, typer.Option("--aoti", help="A package compiled for this CPU; needs torch and gspn.")
+    ] = False,
     diffusers: Annotated[
-        bool, typer.Option("--diffusers", help="Of a generator: a folder for GSPNPipeline.from_pretrained.")
+        bool, typer.Option("--diffusers", help="A generator as a folder for GSPNPipeline.from_pretrained.")
     ] = False,
     file: Annotated[
         Path | None,
@@ -282,10 +247,10 @@ def export_run(
     ] = None,
     vae: MovedVae = None,
     size: Annotated[
-        str | None, typer.Option(help="N or HxW: the only input size of the file. Default: any size.")
+        str | None, typer.Option(help="N or HxW: fix the input size of the file. Default: any size.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="The only batch size of the file. Default: any.")] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX: version of the operators. Default: 20.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Fix the batch size of the file. Default: any.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX: opset version. Default: 20.")] = None,
     precision: Annotated[str | None, typer.Option(help="ONNX: fp32 (default) or fp16.")] = None,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not compare the file's outputs with the model's.")

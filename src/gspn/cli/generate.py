@@ -1,4 +1,4 @@
-"""The commands around generators: train-diffusion, encode, sample, fid."""
+"""The commands around generators: sample, encode, fid."""
 
 import json
 from pathlib import Path
@@ -9,70 +9,28 @@ from rich.markup import escape
 from rich.table import Table
 
 from gspn.cli.app import (
-    DATA_HELP,
     AsJson,
     ClassNames,
-    ConfigFile,
     Data,
     ImageColumn,
     LabelColumn,
     MovedVae,
-    NewRun,
-    Overwrite,
     Replace,
-    ResumedRun,
     Strict,
     Workers,
     app,
     check_data,
-    check_resumed,
     err,
     out,
     parsed,
     readable_errors,
     takes_options,
-    training_of,
     warn,
 )
 from gspn.options import OptionError, parse_names, parse_size
+from gspn.options.training import DATA_HELP
 from gspn.places import check_file, check_named, check_run
 from gspn.sampling.options import SampleOptions
-from gspn.tasks.diffusion_options import GeneratorOptions
-
-
-@app.command("train-diffusion")
-@takes_options(GeneratorOptions)
-def train_diffusion(
-    data: Annotated[
-        str | None,
-        typer.Argument(metavar="DATA", help="As for `gspn train`, or a folder of latents that `gspn encode` made."),
-    ] = None,
-    run: NewRun = None,
-    config: ConfigFile = None,
-    resume: ResumedRun = None,
-    overwrite: Overwrite = False,
-    *,
-    given: dict,
-):
-    """Train a class-conditional generator on DATA by denoising diffusion; draw samples and loss curves.
-
-    What is not given is chosen from the kind of data and told. Example: gspn train-diffusion digits --out runs/digits
-    """
-    with readable_errors():
-        if resume is not None:
-            check_resumed(resume, data, out=run, config=config, overwrite=overwrite)
-        else:
-            data, run, options = training_of(GeneratorOptions, data, run, config, given)
-        from accelerate import PartialState
-
-        from gspn.tasks.diffusion import resume_generator, train_generator
-
-        if resume is not None:
-            _, warnings = resume_generator(resume, given, data=data, console=out)
-        else:
-            _, warnings = train_generator(data, run, options, overwrite=overwrite, console=out)
-        if PartialState().is_main_process:
-            warn(warnings)
 
 
 @app.command()
@@ -81,13 +39,13 @@ def sample(
     source: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run of `gspn train-diffusion`, or a saved GSPNPipeline.")
     ],
-    folder: Annotated[Path, typer.Option("--out", help="The folder to make, or to go on in.")],
+    folder: Annotated[Path, typer.Option("--out", help="The folder to make or to continue.")],
     checkpoint: Annotated[str, typer.Option(help="Which checkpoint of the run: last or best.")] = "last",
     vae: MovedVae = None,
     *,
-    given: dict,
+    overrides: dict,
 ):
-    """Draw samples of classes: PNG files, a grid with the classes' names, an npz file. Goes on where it was stopped.
+    """Draw samples of classes: PNG files, a grid with the classes' names, an npz file. A stopped call continues.
 
     Over several processes with torchrun. Example: gspn sample runs/digits --out samples --classes 3,7 --guidance 2
     """
@@ -95,7 +53,7 @@ def sample(
         if not (source.expanduser() / "model_index.json").exists():  # a saved pipeline has one
             check_run(source.expanduser())
         _check_vae(vae)
-        options = SampleOptions.read(given)
+        options = SampleOptions.read(overrides)
         from gspn.sampling.sample import sample
         from gspn.train.loop import make_accelerator
 
@@ -113,15 +71,15 @@ def encode_images(
     vae: Annotated[
         str, typer.Option(metavar="PATH|NAME", help="An AutoencoderKL of diffusers: a folder, or a name on the hub.")
     ],
-    size: Annotated[str, typer.Option(metavar="N|HxW", help="Size of the images, of which the VAE makes latents.")],
-    folder: Annotated[Path, typer.Option("--out", help="The folder to make, or to go on with.")],
+    size: Annotated[str, typer.Option(metavar="N|HxW", help="Size to which images are resized before encoding.")],
+    folder: Annotated[Path, typer.Option("--out", help="The folder to make or to continue.")],
     flip: Annotated[bool, typer.Option("--flip", help="Encode the mirrored images too.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of what is stored: fp32, bf16 or fp16.")] = "fp32",
-    precision: Annotated[str, typer.Option(help="In which the VAE computes: fp32, or bf16 for autocast.")] = "fp32",
-    shard_size: Annotated[int, typer.Option(help="Images in a file.")] = 4096,
-    batch_size: Annotated[int, typer.Option(help="Images that go through the VAE at a time.")] = 32,
+    dtype: Annotated[str, typer.Option(help="Dtype of the stored latents: fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Precision of the VAE: fp32, or bf16 for autocast.")] = "fp32",
+    shard_size: Annotated[int, typer.Option(help="Images per file.")] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 32,
     split: Annotated[list[str] | None, typer.Option(help="train, val or test; repeatable. Default: all.")] = None,
-    val_fraction: Annotated[float, typer.Option(help="Part to hold out where DATA has no evaluation split.")] = 0.1,
+    val_fraction: Annotated[float, typer.Option(help="Fraction to hold out where DATA has no evaluation split.")] = 0.1,
     class_names: ClassNames = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
@@ -130,9 +88,9 @@ def encode_images(
     strict: Strict = False,
     as_json: AsJson = False,
 ):
-    """Encode the images of DATA into latents, in files that `gspn train-diffusion` trains on.
+    """Encode the images of DATA into files of latents, on which `gspn train-diffusion` trains.
 
-    Killed, it goes on where it was when it is called again. Several processes (torchrun) share the files.
+    The same call continues after a stop. Several processes (torchrun) share the work.
     Example: gspn encode photos --vae models/vae --size 256 --out latents/photos
     """
     with readable_errors():
@@ -188,7 +146,9 @@ def fid(
     ],
     reference: Annotated[
         str,
-        typer.Option(metavar="DATA", help="What to compare with: likewise, or a file that --save (or mu, sigma) made."),
+        typer.Option(
+            metavar="DATA", help="The reference: as SAMPLES, or a file of statistics (of --save, or with mu and sigma)."
+        ),
     ],
     features: Annotated[
         str,
@@ -198,20 +158,20 @@ def fid(
         ),
     ] = "inception",
     size: Annotated[
-        str | None, typer.Option(metavar="N|HxW", help="Size to compare at. Default: of the reference images.")
+        str | None, typer.Option(metavar="N|HxW", help="Size at which to compare. Default: that of the reference.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of the reference. Default: train.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the reference. Default: train.")] = None,
     samples_split: Annotated[
-        str | None, typer.Option(help="Of samples that are DATA. Default: test, else val.")
+        str | None, typer.Option(help="Split of samples that are DATA. Default: test, else val.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="The folder for statistics, by a digest of the images. Default: ~/.cache/gspn/fid.", metavar="FOLDER"
+            help="Cache of statistics, by a digest of the images. Default: ~/.cache/gspn/fid.", metavar="FOLDER"
         ),
     ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics, and use none.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Use no cache.")] = False,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the reference's statistics, for --reference.")
     ] = None,
@@ -224,9 +184,9 @@ def fid(
     strict: Strict = False,
     as_json: AsJson = False,
 ):
-    """Compare samples with images: FID (or a Frechet distance that says of what), KID, precision, recall, score.
+    """Compare samples with images: FID (or a named Frechet distance), KID, precision, recall, score.
 
-    Stopped, it goes on where it was when it is called again; over several processes with torchrun.
+    The same call continues after a stop; torchrun runs it over several processes.
     Example: gspn fid samples --reference digits --features classifier:runs/digits
     """
     with readable_errors():

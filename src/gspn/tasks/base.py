@@ -1,15 +1,22 @@
-"""A training from its command to its end, whatever the task: the run folder is made, or found and read again; what
-stopped is gone on with, exactly; what had no checkpoint yet gives way to the run that it was to replace.
+"""A training from the command to its end, for any task: `start` begins a run, `resume` continues one exactly.
+
+A task is a subclass of `Setup`, which `start` and `resume` make, ask and run:
+
+    setup = Setup.of(data, options)       opens the data, fills in the options
+    model = setup.model(device)           and setup.first_weights(model)
+    setup.config(model)                   written to config.json; when resuming, setup.check_config(config)
+    setup.train(training)                 makes a Task for the loop, and runs it
 """
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Self
 
 import accelerate
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -17,48 +24,113 @@ import gspn
 from gspn.data.images import Preprocessing, Split
 from gspn.data.labelled import Data, DataError, open_data
 from gspn.data.latent_folder import refuse_latents
-from gspn.data.loader import workers_note
+from gspn.data.loader import Loader, workers_note
 from gspn.files import writing
 from gspn.metrics.classification import OPEN_OPTIONS
-from gspn.options import LoopOptions, OptionError, file_text
+from gspn.options import LoopOptions, OptionError, TaskSpec, file_text
 from gspn.places import location
 from gspn.progress import Progress
 from gspn.train.board import check_tensorboard
-from gspn.train.loop import Position, make_accelerator
-from gspn.train.optim import frozen_modules, make_optimizer
-from gspn.train.run import COMMANDS, STATE_FORMAT, Run, RunError
+from gspn.train.loop import Position, Task, make_accelerator, train
+from gspn.train.optim import check_trainable
+from gspn.train.run import STATE_FORMAT, Run, RunError
 
 
-class Setup(Protocol):
-    """What is trained on what: the data, and options that leave nothing open."""
+@dataclass(kw_only=True)
+class Setup:
+    """What is trained on what: the data, and options of which none is left open.
+
+    Attributes:
+        spec: the TaskSpec. data: the Data. train_split, eval_split: two of its splits. eval_name: "val" or "test".
+        options: of spec.options. notes: what the user should know before the training starts.
+    """
+
+    spec: ClassVar[TaskSpec]
 
     data: Data
     train_split: Split
+    eval_split: Split
     eval_name: str
     options: LoopOptions
     notes: list[str]
 
+    @classmethod
+    def of(cls, where: str | Path, options: LoopOptions, *, resuming: bool = False) -> Self:
+        """Opens the data and fills in the options. `resuming`: the run's checkpoint holds the weights.
+        Errors: DataError, OptionError."""
+        raise NotImplementedError
+
     def model(self, device: torch.device) -> torch.nn.Module:
         """A new model. Errors: OptionError."""
+        raise NotImplementedError
 
     def first_weights(self, model: torch.nn.Module) -> str | None:
-        """Copies into a new model the weights that it is to start from; a note on them, or None without any."""
-
-    def describe(self, model: torch.nn.Module) -> str:
-        """Model, data and options in a few lines."""
+        """Gives a new model the weights that it is to start from. Returns a note on them, or None without any."""
+        return None
 
     def config(self, model: torch.nn.Module) -> dict:
-        """What config.json is to keep beside options, versions and where the data are."""
+        """What config.json keeps, beside options, versions and where the data are."""
+        raise NotImplementedError
 
     def check_config(self, config: Mapping) -> None:
-        """Before going on with the run of that config: takes over what the data said when it began. Errors: RunError
-        where what is gone on with would not be the same."""
+        """Takes over from the config of a run what was fixed when it began. Errors: RunError where the training could
+        not be resumed exactly."""
+
+    def about(self, model: torch.nn.Module) -> tuple[str, str, tuple[str, ...]]:
+        """For `describe`: the model, what the images are, and options of the task."""
+        raise NotImplementedError
+
+    def train(self, training: "Training") -> Any:
+        """Runs the training. Returns what `start` and `resume` return."""
+        raise NotImplementedError
+
+    def describe(self, model: torch.nn.Module) -> str:
+        """Model, data and options in two lines."""
+        options, (what, images, more) = self.options, self.about(model)
+        told = [
+            f"{options.epochs} epoch{'s' * (options.epochs > 1)}",
+            f"batch size {options.batch_size}",
+            f"learning rate {options.lr:g}",
+            f"EMA {options.ema:g}",
+            options.precision,
+            *more,
+            f"seed {options.seed}",
+        ]
+        counts = f"{len(self.train_split):,} training and {len(self.eval_split):,} {self.eval_name} images"
+        return f"{what}; {counts} {images}\n{', '.join(told)}"
+
+    def held_out(self) -> Split:
+        """The images of the validation loss: at most `eval_images` of the evaluation split, evenly spaced."""
+        split, most = self.eval_split, self.options.eval_images
+        return split.subset(np.linspace(0, len(split) - 1, most).astype(int)) if len(split) > most else split
+
+
+@dataclass
+class Training:
+    """A training that is ready to run.
+
+    Attributes:
+        model: the model. path: the run folder. run: its Run, in the main process; None in the others.
+        accelerator: see make_accelerator. console: rich's, or None for silence.
+        checkpoint: (tensors, state) to continue from, or None.
+    """
+
+    model: torch.nn.Module
+    path: str | Path
+    run: Run | None
+    accelerator: accelerate.Accelerator
+    console: Console | None
+    checkpoint: tuple | None = None
+
+    def loop(self, task: Task, loader: Loader, options: LoopOptions) -> None:
+        """Runs the training loop, see gspn.train.loop.train."""
+        if getattr(options, "compile", False):
+            self.model.compile()
+        train(task, self.model, loader, options, self.run, self.accelerator, self.console, self.checkpoint)
 
 
 def start(
-    task: str,
-    setup_of: Callable[[str | Path, Any], Setup],
-    run_training: Callable,
+    setup_class: type[Setup],
     data: str | Path,
     out: str | Path,
     options: LoopOptions,
@@ -69,32 +141,30 @@ def start(
     """Begins a training.
 
     Args:
-        task: what config.json calls it. setup_of: makes the Setup of `data` and options.
-        run_training: called with (setup, model, out, run or None, accelerator, console, checkpoint or None).
-        data: what the user calls the data. out: the run folder. options: those of the task.
+        setup_class: the task. data: what the user calls the data. out: the run folder. options: those of the task.
         overwrite: an earlier run in `out` may be replaced. console: rich's, or None for silence.
-    Returns: what `run_training` does. Errors: BusyError, DataError, OptionError, RunError, SaveError, TrainingError.
+    Returns: what Setup.train returns. Errors: BusyError, DataError, OptionError, RunError, SaveError, TrainingError.
     """
-    accelerator = make_accelerator()
+    accelerator, spec = make_accelerator(), setup_class.spec
     say = speaker(accelerator, console)
-    options = options.located()  # so that the run's options.yaml means the same in whichever folder it is used
+    options = options.located()  # so that the run's options.yaml means the same in every working directory
     Run.check_free(out, overwrite)
     if options.tensorboard:
         check_tensorboard()
     quiet = None if not accelerator.is_main_process else console
     with Progress(f"opening {data}", console=quiet):
-        setup = setup_of(data, options)
+        setup = setup_class.of(data, options)
     check_processes(setup, accelerator)
     model = new_model(setup, accelerator.device)
     with Progress("preparing the weights", console=quiet):
-        started = setup.first_weights(model)
+        weights_note = setup.first_weights(model)
     crowded = workers_note(getattr(setup.options, "workers", 0), setup.train_split)
-    for note in [*setup.notes, *filter(None, [crowded, started])]:
+    for note in [*setup.notes, *filter(None, [crowded, weights_note])]:
         say(f"note: {note}")
     say(setup.describe(model))
     own = setup.config(model)
     config = {
-        "task": task,
+        "task": spec.name,
         **own,
         "data": {
             "where": setup.data.where,
@@ -108,41 +178,39 @@ def start(
         "seed": setup.options.seed,
         "versions": versions(),
     }
-    accelerator.wait_for_everyone()  # all have found the folder free
+    accelerator.wait_for_everyone()  # every process has found the folder free
     with writing(out) if accelerator.is_main_process else nullcontext():
         run = None
         if accelerator.is_main_process:
             run = Run.create(out, config, overwrite, options=file_text(setup.options, {"data": location(data)}))
         try:
-            return run_training(setup, model, out, run, accelerator, console, None)
+            return setup.train(Training(model, out, run, accelerator, console))
         except BaseException:
             if run and run.restore_earlier():
-                say(f"the run that was in {out} is there again, as this training has no checkpoint")
+                say(f"this training has no checkpoint; the earlier run is back in {out}")
             elif run and run.has_checkpoint("last"):
-                say(f"`{COMMANDS[task]} --resume {out}` goes on from its last checkpoint")
+                say(f"`gspn {spec.command} --resume {out}` continues from its last checkpoint")
             raise
 
 
 def resume(
-    task: str,
-    setup_of: Callable[[str | Path, Any], Setup],
-    run_training: Callable,
+    setup_class: type[Setup],
     path: str | Path,
-    changes: Mapping[str, Any] | None,
-    kind: type[LoopOptions],
+    changes: Mapping[str, Any] | None = None,
     *,
     data: str | Path | None = None,
     console: Console | None = None,
 ):
-    """Goes on with a training that was stopped, from its last checkpoint, exactly as if it had not been.
+    """Continues a training that was stopped, from its last checkpoint, exactly as if it had not been stopped.
 
     Args:
-        path: the run folder. data: where the data are now, if they were moved. Others: as for `start`.
-        changes: options by name that change nothing of the result, such as the number of workers. kind: their class.
-    Returns and errors: as `start`; OptionError also for changes of the result, RunError also where data, checkpoint and
-    run do not belong together.
+        path: the run folder. changes: new values, by name, for options that do not change the result, such as workers.
+        data: where the data are now, if they were moved. Others: as for `start`.
+    Returns and errors: as for `start`; OptionError also for options that change the result, RunError also where data,
+    checkpoint and run do not belong together.
     """
-    options = changed(Run.open(path).config, changes or {}, task, kind)
+    spec = setup_class.spec
+    options = changed(Run.open(path).config, changes or {}, spec)
     if options.tensorboard:
         check_tensorboard()
     accelerator = make_accelerator()
@@ -154,14 +222,15 @@ def resume(
             where = data or config["data"]["where"]
             quiet = console if accelerator.is_main_process else None
             with Progress(f"opening {where}", console=quiet):
-                setup = setup_of(where, options)
-            told = config["data"].get("fingerprint")
-            if setup.data.fingerprint(told, quiet) != told:
-                again = f"; `gspn train --init-from {path}` starts a new training from its weights"
+                setup = setup_class.of(where, options, resuming=True)
+            recorded = config["data"].get("fingerprint")
+            if setup.data.fingerprint(recorded, quiet) != recorded:
+                hint = ""
+                if hasattr(options, "init_from"):
+                    hint = f"; `gspn {spec.command} --init-from {path}` starts a new training from its weights"
                 raise RunError(
                     f"{setup.data.where} is not what {path} was trained on: images, labels, captions or class names "
-                    "have changed"
-                    f"{again if task == 'classification' else ''}"
+                    f"have changed{hint}"
                 )
             setup.check_config(config)
             other_versions = config["versions"] != versions() and config["versions"]
@@ -171,34 +240,34 @@ def resume(
             checkpoint = complete(path, *run.load_checkpoint("last"))
             state = checkpoint[1]
             done, at = state["position"]["epoch"], f"step {state['step']}"
-            place = f"{at} (epoch {done + 1})" if done < options.epochs else f"its end, {at}: nothing is left to do"
+            begin = f"{at} (epoch {done + 1})" if done < options.epochs else f"its end, {at}: nothing is left to do"
             if state["processes"] != accelerator.num_processes:
                 say(
-                    f"note: {accelerator.num_processes} processes instead of {state['processes']}: what is random in "
+                    f"note: {accelerator.num_processes} processes instead of {state['processes']}: random numbers in "
                     "the model will differ"
                 )
         else:
-            place = "the start, as there is no checkpoint yet"
+            begin = "the start, as there is no checkpoint yet"
             if note := setup.first_weights(model):
                 say(f"note: {note}")
-        if note := setup.data.uncompared(told):
+        if note := setup.data.uncompared(recorded):
             say(f"note: {note}")
         if crowded := workers_note(getattr(options, "workers", 0), setup.train_split):
             say(f"note: {crowded}")
         if other_versions:
-            say(f"note: other versions than before, so not the same to the last bit: {other_versions}")
-        say(f"{setup.describe(model)}\ngoing on from {place}")
-        accelerator.wait_for_everyone()  # all have read
+            say(f"note: the run began with other versions, so the last bits may differ: {other_versions}")
+        say(f"{setup.describe(model)}\ngoing on from {begin}")
+        accelerator.wait_for_everyone()  # every process has read the run
         if accelerator.is_main_process:
             run.rewind(checkpoint[1]["epoch"] if checkpoint else 0)
             run.prune(options.keep)
         own = run if accelerator.is_main_process else None
-        return run_training(setup, model, path, own, accelerator, console, checkpoint)
+        return setup.train(Training(model, path, own, accelerator, console, checkpoint))
 
 
 @contextmanager
 def readable(path):
-    """What a run's files do not hold, or hold as something else, is a RunError."""
+    """Turns what is missing or wrong in a run's files into a RunError."""
     try:
         yield
     except (RunError, DataError, OptionError):
@@ -207,29 +276,29 @@ def readable(path):
         raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
 
 
-def changed(config, changes, task, kind):
-    """The options of a run of that task, with `changes`."""
-    if config.get("task") != task:
-        raise RunError(f"this is a run of {config.get('task')}, expected {task}")
+def changed(config: Mapping, changes: Mapping[str, Any], spec: TaskSpec) -> LoopOptions:
+    """The options of a run of the task `spec`, with `changes`. Errors: OptionError, RunError."""
+    if config.get("task") != spec.name:
+        raise RunError(f"this is a run of {config.get('task')}, expected {spec.name}")
     if not isinstance(config.get("options"), dict):
         raise RunError("the run's config.json is damaged or foreign: it holds no options")
-    saved = kind.read(config["options"], "the run's config.json: ")
-    options = kind.read({**config["options"], **changes})
-    for one in fields(kind):
-        if getattr(saved, one.name) != getattr(options, one.name) and not one.metadata["same_result"]:
-            free = ", ".join(one.name for one in fields(kind) if one.metadata["same_result"])
-            other = " --init-from starts a new training from its weights" if hasattr(options, "init_from") else ""
+    saved = spec.options.read(config["options"], "the run's config.json: ")
+    options = saved.updated(changes)
+    for one in fields(spec.options):
+        if getattr(saved, one.name) != getattr(options, one.name) and not one.metadata["resumable"]:
+            resumable = ", ".join(one.name for one in fields(spec.options) if one.metadata["resumable"])
+            hint = " --init-from starts a new training from its weights" if hasattr(options, "init_from") else ""
             raise OptionError(
-                f"{one.name} was {getattr(saved, one.name)} and cannot be {getattr(options, one.name)} in a training "
-                f"that goes on exactly; what can be changed: {free}.{other}"
+                f"{one.name} was {getattr(saved, one.name)} and cannot be {getattr(options, one.name)} in a resumed "
+                f"training; what can be changed: {resumable}.{hint}"
             )
     return options
 
 
 def complete(path, tensors, state):
-    """A checkpoint, if a training can go on from it."""
+    """The checkpoint (tensors, state), if a training can be resumed from it. Errors: RunError."""
     if state.get("format", 1) < STATE_FORMAT:
-        raise RunError(f"{path} was written by an older gspn, which could not resume: nothing to go on from")
+        raise RunError(f"{path} was written by an older gspn, whose trainings cannot be resumed")
     with readable(f"{path}, checkpoint `last`,"):
         position = Position(**state["position"])
         counts = [position.epoch, position.batch, position.step, position.images, state["epoch"], state["processes"]]
@@ -240,11 +309,11 @@ def complete(path, tensors, state):
     return tensors, state
 
 
-def new_model(setup, device) -> torch.nn.Module:
-    """The setup's model; what the options cannot do with it is found before the run's folder is made."""
+def new_model(setup: Setup, device: torch.device) -> torch.nn.Module:
+    """The setup's model. Errors: OptionError, also where the loop's options do not fit the model or this machine: here,
+    because the run folder does not exist yet."""
     model, options = setup.model(device), setup.options
-    frozen_modules(model, options.freeze or ())
-    make_optimizer(model, options)
+    check_trainable(model, options)
     try:
         torch.zeros(1, device=options.ema_device or device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -253,23 +322,36 @@ def new_model(setup, device) -> torch.nn.Module:
 
 
 def open_with(data, options):
-    """data.open_data with what the options say about it."""
+    """data.open_data with the options that are for it."""
     refuse_latents(data)
     return open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
 
 
+def labelled_splits(data: Data) -> tuple[Split, Split, str, list[str]]:
+    """(training split, evaluation split, its name, class names) of data with classes. Both splits have these classes,
+    which are numbers where the data name none."""
+    train_split, eval_split, eval_name = data.for_training()
+    class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
+    return train_split.relabelled(class_names), eval_split.relabelled(class_names), eval_name, class_names
+
+
+def parameters_of(model: torch.nn.Module) -> str:
+    """'1,234 parameters'."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+
+
 def check_processes(setup, accelerator):
-    """Raises OptionError unless the processes can share a batch."""
+    """Raises OptionError unless the batch size can be divided by the number of processes."""
     count, size = accelerator.num_processes, setup.options.batch_size
     if size % count:
-        raise OptionError(f"batch_size is of all {count} processes together: expected a multiple, got {size}")
+        raise OptionError(f"batch_size counts the images of all {count} processes: expected a multiple, got {size}")
     share = min(size, len(setup.train_split)) // count
     if getattr(setup, "mixing", None) is not None and share % 2:
         raise OptionError(f"mixup and cutmix pair images: expected an even number for each process, got {share}")
 
 
 def speaker(accelerator, console):
-    """A function that prints a text, in the main process."""
+    """A function that prints a text, in the main process only."""
 
     def say(text):
         if console and accelerator.is_main_process:
@@ -279,7 +361,7 @@ def speaker(accelerator, console):
 
 
 def versions():
-    """Of what a result depends on."""
+    """The versions on which a result depends."""
     return {
         "gspn": gspn.__version__,
         "torch": torch.__version__,

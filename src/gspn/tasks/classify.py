@@ -1,11 +1,9 @@
-"""Image classification: the task for the loop, and `train_classifier` and `resume_classifier`, which are what
-`gspn train` runs.
-"""
+"""Image classification: what `gspn train` runs, and `train_classifier` and `resume_classifier`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +17,15 @@ from gspn.data.loader import make_loader
 from gspn.data.unreadable import Unreadable
 from gspn.metrics.classification import classify, progress, warnings_of
 from gspn.models import create_model
-from gspn.options import OptionError, Options
+from gspn.options import OptionError
+from gspn.options.classify import SPEC, Options
 from gspn.runs import load_classifier
-from gspn.tasks.base import describe_size, open_with, resume, start
+from gspn.tasks.base import Setup as BaseSetup
+from gspn.tasks.base import Training, describe_size, labelled_splits, open_with, parameters_of, resume, start
 from gspn.tasks.finetune import Source, open_source, start_from
-from gspn.train.loop import autocast, train
+from gspn.train.loop import autocast
 from gspn.train.run import Run, RunError
 
-TASK = "classification"  # in a run's config.json
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -88,61 +87,46 @@ class Classification:
         )
 
 
-# -- train --
+@dataclass(kw_only=True)
+class Setup(BaseSetup):
+    """A classifier and its data.
 
+    Attributes, beside those of the base: `converts`: images are converted to `options.channels`. `source`: the weights
+    of --init-from. `begun_from`: when resuming, the digest of those that the run began with.
+    """
 
-@dataclass
-class Setup:
-    """What a classifier is trained on and with: the data, and options that leave nothing open."""
+    spec: ClassVar = SPEC
 
-    data: Data
-    train_split: Split
-    eval_split: Split
-    eval_name: str
     class_names: list[str]
     preprocessing: Preprocessing
     options: Options
     augmentation: Augmentation
     mixing: Mixing | None
-    notes: list[str]
     converts: bool
     source: Source | None = None
-    begun_from: str | None = None  # the digest of the weights of init_from, in a run that is gone on with
+    begun_from: str | None = None
 
     @classmethod
-    def begin(cls, data: str | Path, options: Options) -> "Setup":
-        """For a new training on `data`: with the weights that it starts from."""
-        data_set, source = open_with(data, options), None
-        if options.init_from:
-            channels = options.channels or data_set.splits["train"].channels()
+    def of(cls, where: str | Path, options: Options, *, resuming: bool = False) -> "Setup":
+        data, source = open_with(where, options), None
+        if options.init_from and not resuming:
+            channels = options.channels or data.splits["train"].channels()
             source = open_source(options.init_from, options.model, options.model_args, channels)
-        return cls.of(data_set, options, source)
-
-    @classmethod
-    def again(cls, data: str | Path, options: Options) -> "Setup":
-        """For a training that is gone on with."""
-        return cls.of(open_with(data, options), options)
-
-    @classmethod
-    def of(cls, data_set: Data, options: Options, source: Source | None = None) -> "Setup":
-        """Settles the options for these data. Errors: DataError, OptionError."""
         converts = options.channels is not None
-        train_split, eval_split, eval_name = data_set.for_training()
-        refuse_one_class(data_set, train_split)
-        class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
-        train_split, eval_split = train_split.relabelled(class_names), eval_split.relabelled(class_names)
-        preprocessing, options, notes = settle(options, data_set.kind, train_split, source)
+        refuse_one_class(data, data.for_training()[0])
+        train_split, eval_split, eval_name, class_names = labelled_splits(data)
+        preprocessing, options, notes = settle(options, data.kind, train_split, source)
         return cls(
-            data_set,
-            train_split,
-            eval_split,
-            eval_name,
-            class_names,
-            preprocessing,
-            options,
-            Augmentation.of(options, data_set.kind, preprocessing.size),
-            Mixing.of(options, len(class_names)),
-            [*data_set.notes, *notes],
+            data=data,
+            train_split=train_split,
+            eval_split=eval_split,
+            eval_name=eval_name,
+            class_names=class_names,
+            preprocessing=preprocessing,
+            options=options,
+            augmentation=Augmentation.of(options, data.kind, preprocessing.size),
+            mixing=Mixing.of(options, len(class_names)),
+            notes=[*data.notes, *notes],
             converts=converts,
             source=source,
         )
@@ -152,19 +136,18 @@ class Setup:
         return build_model(self.options, self.preprocessing, len(self.class_names), device)
 
     def first_weights(self, model) -> str | None:
-        """Copies the weights of --init-from into it; a note on them. Errors: OptionError."""
+        """Copies the weights of --init-from into it; returns a note on them. Errors: OptionError, RunError."""
         if not self.options.init_from:
             return None
-        if self.source is None:  # of a run that is gone on with and has no checkpoint yet
+        if self.source is None:  # resuming a run that has no checkpoint yet
             self.source = open_source(
                 self.options.init_from, self.options.model, self.options.model_args, self.preprocessing.channels
             )
             if self.source.digest(like=self.begun_from) != self.begun_from:
-                raise RunError(f"{self.source.where} holds other weights than those that the run started from")
+                raise RunError(f"{self.source.where} does not hold the weights that the run started from")
         return start_from(self.source, model, self.class_names, self.data.where)
 
     def config(self, model) -> dict:
-        """What config.json keeps of a classifier."""
         return {
             "model": model.config,
             "preprocessing": self.preprocessing.to_json(),
@@ -174,30 +157,61 @@ class Setup:
         }
 
     def check_config(self, config) -> None:
-        """Takes over the run's preprocessing, and which weights it began from."""
+        """Takes over the run's preprocessing, and the digest of the weights it began with."""
         self.preprocessing = Preprocessing(**config["preprocessing"])
         self.begun_from = config.get("init_from")
 
-    def describe(self, model) -> str:
-        options, count = self.options, sum(parameter.numel() for parameter in model.parameters())
+    def about(self, model):
+        options = self.options
+        augmentation = f"augmentation {options.augment}{' and flip' * bool(options.flip)}"
         return (
-            f"{options.model}, {count:,} parameters; {len(self.train_split):,} training and {len(self.eval_split):,} "
-            f"{self.eval_name} images of {len(self.class_names)} classes, {describe_size(self.preprocessing)}\n"
-            f"{options.epochs} epoch{'s' * (options.epochs > 1)}, batch size {options.batch_size}, "
-            f"learning rate {options.lr:g}, EMA {options.ema:g}, {options.precision}, preset {options.preset}, "
-            f"augmentation {options.augment}{' and flip' * bool(options.flip)}, seed {options.seed}"
+            f"{options.model}, {parameters_of(model)}",
+            f"of {len(self.class_names)} classes, {describe_size(self.preprocessing)}",
+            (f"preset {options.preset}", augmentation),
         )
+
+    def train(self, training: Training) -> tuple[Run, dict, list[str]]:
+        """Trains, evaluates the best checkpoint, draws the pictures."""
+        options, preprocessing, class_names = self.options, self.preprocessing, self.class_names
+        size, workers, accelerator = options.batch_size, options.workers, training.accelerator
+        loader = make_loader(
+            self.train_split,
+            preprocessing,
+            size,
+            train=True,
+            augmentation=self.augmentation,
+            seed=options.seed,
+            workers=workers,
+        )
+        eval_loader = accelerator.prepare(make_loader(self.eval_split, preprocessing, size, workers=workers))
+        splits = self.train_split, self.eval_split
+        task = Classification(*splits, eval_loader, preprocessing, class_names, options, self.mixing)
+        training.loop(task, loader, options)
+
+        accelerator.wait_for_everyone()  # the checkpoint is written
+        classifier = load_classifier(training.path)
+        bar = progress(len(self.eval_split), accelerator, training.console)
+        with bar, autocast(accelerator.device, options.precision):
+            outcome = classify(classifier.model.to(accelerator.device), eval_loader, preprocessing, accelerator, bar)
+        metrics = outcome.metrics(class_names)
+        if run := training.run:
+            pictures.curves(run)
+            path, split = run.path / "predictions.png", self.eval_split
+            pictures.predictions(path, split, outcome, preprocessing, class_names, self.eval_name)
+            first = int(outcome.index[outcome.label != UNREADABLE][0])
+            pictures.context(run.path / "context.png", classifier, split.image(first))
+        return classifier.run, metrics, warnings_of(metrics, list(task.unreadable.problems.values()))
 
 
 def refuse_one_class(data: Data, split: Split) -> None:
-    """Raises DataError for training images that are all of one class."""
+    """Raises DataError if all training images are of one class."""
     present = split.labels.unique().tolist()
     if len(present) < 2:
         name = split.class_names[present[0]] if split.class_names else present[0]
         expected = f"expected several class folders, {data.where}/CLASS/IMAGE" if data.kind == "folder" else ""
         raise DataError(
-            f"all {len(split)} training images of {data.where} are of one class, {name!r}, which leaves nothing to "
-            f"learn: {expected or 'expected two classes at least'}"
+            f"all {len(split)} training images of {data.where} are of one class, {name!r}: "
+            f"{expected or 'expected two classes at least'}"
         )
 
 
@@ -213,13 +227,12 @@ def train_classifier(
 
     Args:
         data: see data.open_data.
-        out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
+        out: the run folder: new, empty, or with `overwrite` an earlier run.
         options: Options. console: rich's, or None for silence.
     Returns: (Run, metrics of the best checkpoint, list of warnings).
     Errors: BusyError, DataError, OptionError, RunError, SaveError, TrainingError.
     """
-    options = options or Options()
-    return start(TASK, Setup.begin, _train, data, out, options, overwrite=overwrite, console=console)
+    return start(Setup, data, out, options or Options(), overwrite=overwrite, console=console)
 
 
 def resume_classifier(
@@ -229,57 +242,14 @@ def resume_classifier(
     data: str | Path | None = None,
     console: Console | None = None,
 ) -> tuple[Run, dict, list[str]]:
-    """Goes on with a training that was stopped, from its last checkpoint, exactly as if it had not been.
-
-    Args:
-        path: the run folder. data: where the data are now, if they were moved. console: as in train_classifier.
-        changes: options by name that change nothing of the result, such as the number of workers.
-    Returns and errors: as train_classifier; OptionError also for changes of the result, RunError also where data,
-    checkpoint and run do not belong together.
-    """
-    return resume(TASK, Setup.again, _train, path, changes, Options, data=data, console=console)
-
-
-def _train(setup, model, out, run, accelerator, console, checkpoint):
-    """Trains, evaluates the best checkpoint, draws the pictures."""
-    options, preprocessing, class_names = setup.options, setup.preprocessing, setup.class_names
-    size, workers = options.batch_size, options.workers
-    loader = make_loader(
-        setup.train_split,
-        preprocessing,
-        size,
-        train=True,
-        augmentation=setup.augmentation,
-        seed=options.seed,
-        workers=workers,
-    )
-    eval_loader = accelerator.prepare(make_loader(setup.eval_split, preprocessing, size, workers=workers))
-    splits = setup.train_split, setup.eval_split
-    task = Classification(*splits, eval_loader, preprocessing, class_names, options, setup.mixing)
-    if options.compile:
-        model.compile()
-    console = console if accelerator.is_main_process else None
-    train(task, model, loader, options, run, accelerator, console, checkpoint)
-
-    accelerator.wait_for_everyone()  # the checkpoint is written
-    classifier = load_classifier(out)
-    bar = progress(len(setup.eval_split), accelerator, console)
-    with bar, autocast(accelerator.device, options.precision):
-        outcome = classify(classifier.model.to(accelerator.device), eval_loader, preprocessing, accelerator, bar)
-    metrics = outcome.metrics(class_names)
-    if accelerator.is_main_process:
-        pictures.curves(run)
-        path, split = run.path / "predictions.png", setup.eval_split
-        pictures.predictions(path, split, outcome, preprocessing, class_names, setup.eval_name)
-        first = int(outcome.index[outcome.label != UNREADABLE][0])
-        pictures.context(run.path / "context.png", classifier, split.image(first))
-    return classifier.run, metrics, warnings_of(metrics, list(task.unreadable.problems.values()))
+    """Continues a training that was stopped, see gspn.tasks.base.resume. Returns and errors: as train_classifier."""
+    return resume(Setup, path, changes, data=data, console=console)
 
 
 def settle(
     options: Options, kind: str, split: Split, source: Source | None = None
 ) -> tuple[Preprocessing, Options, list[str]]:
-    """What is open in `options` filled in, for training on `split`, data of that kind, from the weights `source`.
+    """Replaces None in `options` by what fits `split`, of data of that kind, and the weights `source`.
 
     Returns: (Preprocessing, Options, notes)."""
     channels = options.channels or split.channels()
@@ -312,7 +282,7 @@ def settle(
         factor = (options.batch_size or preset["batch_size"]) / scale
         preset = preset | {rate: preset[rate] * factor for rate in ("lr", "min_lr", "warmup_lr")}
     options = replace(options, size=size, channels=channels, model=model, model_args=arguments, preset=name)
-    return preprocessing, options.settled(preset), notes
+    return preprocessing, options.resolved(preset), notes
 
 
 def build_model(
@@ -322,11 +292,11 @@ def build_model(
     arguments = {"num_classes": num_classes, "in_chans": preprocessing.channels, **options.model_args}
     if arguments["in_chans"] != preprocessing.channels:
         raise OptionError(
-            f"the model is to take {arguments['in_chans']} channels, but the images have {preprocessing.channels}; "
+            f"the model takes {arguments['in_chans']} channels, but the images have {preprocessing.channels}; "
             f"--channels {arguments['in_chans']} converts them"
         )
     if arguments["num_classes"] != num_classes:
-        raise OptionError(f"the model is to tell {arguments['num_classes']} classes, but the data have {num_classes}")
+        raise OptionError(f"the model has {arguments['num_classes']} classes, but the data have {num_classes}")
     torch.manual_seed(options.seed)
     layout = torch.channels_last if options.channels_last else torch.preserve_format
     try:

@@ -1,12 +1,9 @@
-"""Class-conditional diffusion: the task for the loop, and `train_generator` and `resume_generator`, which are what
-`gspn train-diffusion` runs.
-"""
+"""Class-conditional diffusion: what `gspn train-diffusion` runs, and `train_generator` and `resume_generator`."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +14,6 @@ from torch import Tensor
 from gspn import plots as pictures
 from gspn.data.augment import Augmentation
 from gspn.data.images import UNREADABLE, Preprocessing, Split, generator
-from gspn.data.labelled import Data, DataError
 from gspn.data.latent_folder import is_latents
 from gspn.data.latents import make_latent_loader, open_latents
 from gspn.data.loader import Loader, batches, make_loader
@@ -26,26 +22,27 @@ from gspn.models.dit import dit_names
 from gspn.models.generator import config_of, generator_names
 from gspn.models.pipeline import GSPNPipeline
 from gspn.options import OptionError
+from gspn.options.diffusion import PRESETS, SPEC, GeneratorOptions
 from gspn.plots import draw_grid, drawing_samples, save_picture
 from gspn.sampling.generators import build_generator, named_scheduler
 from gspn.sampling.vae import check_vae, open_vae, scale_of
-from gspn.tasks.base import open_with, resume, start
-from gspn.tasks.diffusion_options import PRESETS, GeneratorOptions
+from gspn.tasks.base import Setup as BaseSetup
+from gspn.tasks.base import Training, labelled_splits, open_with, parameters_of, resume, start
+from gspn.tasks.held_out import HeldOutTask, fixed_noise
 from gspn.tasks.objective import Objective, make_scheduler
-from gspn.train.loop import train
 from gspn.train.run import Run
 
-TASK = "diffusion"  # in a run's config.json
-SHOWN_CLASSES, SHOWN_EACH = 10, 4  # in the pictures of samples that are drawn in training
+SHOWN_CLASSES, SHOWN_EACH = 10, 4  # in the pictures of samples
 
 
-class Diffusion:
+class Diffusion(HeldOutTask):
     """The Task of loop.py: the hybrid loss of objective.py on images or latents with a class.
 
     Args:
-        normalize: makes of a batch's "image" what the model sees. loader: of the held-out images.
-        unreadable: keeps count of what could not be read.
-        draw: called with the model and the number of the epoch; gives a picture of samples or None.
+        normalize: turns a batch's "image" into what the model sees. loader: of the held-out images.
+        class_dropout: the probability of replacing a class by the null class.
+        unreadable: counts the images that could not be read.
+        draw: called with the model and the number of the epoch; returns a picture of samples or None.
     """
 
     def __init__(
@@ -58,15 +55,15 @@ class Diffusion:
         unreadable: Unreadable,
         draw: Callable | None = None,
     ):
+        super().__init__(unreadable)
         self.objective, self.normalize, self.num_classes = objective, normalize, num_classes
-        self.loader, self.dropout, self.unreadable, self.draw = loader, class_dropout, unreadable, draw
-        self.epochs, self.drawn = 0, {}
+        self.loader, self.dropout, self.draw = loader, class_dropout, draw
 
     def prepare(self, batch):
         self.unreadable.saw(batch)
         start, label = self.normalize(batch["image"]), batch["label"]
         count, device = len(label), start.device
-        # Here and not in the model: DiT of diffusers embeds the class in each block, and would drop it in some of them.
+        # Not in the model: diffusers' DiT embeds the class in each block, and would drop it in some of them only.
         dropped = torch.rand(count, device=device) < self.dropout
         return {
             "start": start,
@@ -82,7 +79,7 @@ class Diffusion:
         return torch.stack(self.losses(model, batch)).sum()
 
     def losses(self, model, batch) -> tuple[Tensor, Tensor]:
-        """(squared error, bound) of each item, 0 for those that could not be read."""
+        """(squared error, bound) of each item (B,); 0 for images that could not be read."""
         start, noise, timestep, label = (batch[name] for name in ("start", "noise", "timestep", "label"))
         known = label != UNREADABLE
         noisy = self.objective.noisy(start, noise, timestep)
@@ -91,53 +88,22 @@ class Diffusion:
             losses = self.objective.losses(output, start, noise, timestep)
         return tuple(loss.where(known, 0.0) for loss in losses)
 
-    @torch.no_grad()
-    def evaluate(self, model, accelerator):
-        """The losses of held-out images, each with noise and a timestep of its own that are always the same."""
-        self.unreadable.look()
-        rows = []
+    def held_out_losses(self, model):
         for batch in batches(self.loader):
-            start, index = self.normalize(batch["image"]), batch["index"]
-            drawn = [generator(0, i) for i in index.tolist()]
-            noise = torch.stack([torch.randn(start.shape[1:], generator=each) for each in drawn])
-            timestep = torch.stack([torch.randint(self.objective.steps, (), generator=each) for each in drawn])
-            parts = {"start": start, "noise": noise.to(start.device), "timestep": timestep.to(start.device)}
-            error, bound = self.losses(model, parts | {"label": batch["label"]})
-            known = (batch["label"] != UNREADABLE).double()
-            rows.append(torch.stack([index.double(), known, error.double(), bound.double()], 1))
-        rows = accelerator.gather(torch.cat(rows)).cpu().numpy()
-        _, first = np.unique(rows[:, 0], return_index=True)  # processes get equal shares, some images twice
-        rows = rows[first]
-        self.unreadable.note("evaluation", rows[rows[:, 1] == 0, 0].astype(int).tolist())
-        known, error, bound = rows[:, 1:].sum(0).tolist()
-        if not known:
-            raise DataError(f"none of the {len(rows)} images of the evaluation could be read")
-        error, bound = error / known, bound / known
-        self.epochs += 1
-        drawn = self.draw and math.isfinite(error + bound)  # the loop ends a training that has diverged
-        picture = self.draw(model, self.epochs) if drawn else None
-        self.drawn = {"samples": picture} if picture else {}
+            start = self.normalize(batch["image"])
+            noise, timestep = fixed_noise(batch["index"], start.shape[1:], self.objective.steps, start.device)
+            parts = {"start": start, "noise": noise, "timestep": timestep, "label": batch["label"]}
+            yield batch, dict(zip(("error", "bound"), self.losses(model, parts), strict=True))
+
+    def metrics(self, means):
         return {
-            "val_loss": error + bound,
-            "val_error": error,
-            "val_bound": bound,
-            "images": int(known),
-            "unreadable": len(rows) - int(known),
-            "unreadable_in_training": self.unreadable.gather(),
+            "val_loss": means["error"] + means["bound"],
+            "val_error": means["error"],
+            "val_bound": means["bound"],
         }
 
-    def pictures(self):
-        return self.drawn
-
-    def state(self):
-        return {"epochs": self.epochs, "unreadable": self.unreadable.state()}
-
-    def restore(self, state):
-        self.epochs = state["epochs"]
-        self.unreadable.restore(state.get("unreadable", []))  # which runs of an earlier gspn do not have
-
-    def score(self, metrics):
-        return [-metrics["val_loss"]]
+    def after_epoch(self, model, loss):
+        return self.draw(model, self.epochs) if self.draw else None
 
     def line(self, row):
         return (
@@ -146,68 +112,62 @@ class Diffusion:
         )
 
 
-# -- what is trained, on what --
+@dataclass(kw_only=True)
+class Setup(BaseSetup):
+    """A generator and its data: labelled images, or latents of them.
 
-
-@dataclass
-class Setup:
-    """What a generator is trained on and with: the data, and options that leave nothing open.
-
-    `preprocessing` is None where the data are latents.
+    Attributes, beside those of the base: `preprocessing` is None for latents; `channels` and `size` (H, W) are those of
+    the model's input.
     """
 
-    data: Data
-    train_split: Split
-    eval_split: Split
-    eval_name: str
+    spec: ClassVar = SPEC
+
     class_names: list[str]
     preprocessing: Preprocessing | None
     channels: int
-    size: tuple[int, int]  # of what the model sees
+    size: tuple[int, int]
     options: GeneratorOptions
-    notes: list[str]
 
     @classmethod
-    def of(cls, where: str | Path, options: GeneratorOptions) -> "Setup":
-        """Settles the options for these data. Errors: DataError, OptionError."""
+    def of(cls, where: str | Path, options: GeneratorOptions, *, resuming: bool = False) -> "Setup":
         latents = is_latents(where)
         data = open_latents(where, val_fraction=options.val_fraction) if latents else open_with(where, options)
-        train_split, eval_split, eval_name = data.for_training()
-        class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
-        train_split, eval_split = train_split.relabelled(class_names), eval_split.relabelled(class_names)
+        train_split, eval_split, eval_name, class_names = labelled_splits(data)
         if latents:
-            for name, given, own in (("size", options.size, data.image_size), ("channels", options.channels, None)):
-                if given not in (None, own):
-                    raise OptionError(f"{name}: {where} holds latents of images of {data.image_size}, got {given}")
+            for name, value, own in (("size", options.size, data.image_size), ("channels", options.channels, None)):
+                if value not in (None, own):
+                    raise OptionError(f"{name}: {where} holds latents of images of {data.image_size}, got {value}")
             preprocessing, channels, size, image_size = None, data.channels, data.size, data.image_size
         else:
             channels, size = options.channels or train_split.channels(), options.size or _size_of(train_split)
-            # to [-1, 1], for which the noise and the bound are meant
+            # to [-1, 1], which noise and bound expect
             preprocessing = Preprocessing(channels, size, (0.5,) * channels, (0.5,) * channels)
             image_size = preprocessing.size
         options = replace(options, size=tuple(image_size))
-        options = options.settled(PRESETS["latents" if latents else "pixels"])
+        options = options.resolved(PRESETS["latents" if latents else "pixels"])
         if options.sample_every and options.sample_steps > options.timesteps:
-            raise OptionError(f"sample_steps {options.sample_steps} are more than the {options.timesteps} timesteps")
+            raise OptionError(
+                f"sample_steps must be at most timesteps, {options.timesteps}, got {options.sample_steps}"
+            )
         if options.fsdp and options.model in dit_names():
             raise OptionError("fsdp cannot shard DiT, whose blocks share an embedding")
         if latents and options.sample_every:
-            _vae_of(data.vae)  # what cannot be decoded is found before the run's folder is made
+            _vae_of(data.vae)  # a VAE that cannot decode is found before the run folder is made
         return cls(
-            data,
-            train_split,
-            eval_split,
-            eval_name,
-            class_names,
-            preprocessing,
-            channels,
-            tuple(size),
-            options,
-            list(data.notes),
+            data=data,
+            train_split=train_split,
+            eval_split=eval_split,
+            eval_name=eval_name,
+            class_names=class_names,
+            preprocessing=preprocessing,
+            channels=channels,
+            size=tuple(size),
+            options=options,
+            notes=list(data.notes),
         )
 
     def scheduler(self) -> DDPMScheduler:
-        """Of the training, as DDPM samples with it."""
+        """The noise schedule of the training."""
         options = self.options
         return make_scheduler(
             options.prediction,
@@ -218,7 +178,7 @@ class Setup:
         )
 
     def model_config(self) -> dict:
-        """What build_generator makes the model of."""
+        """The arguments of build_generator. Errors: OptionError."""
         options = self.options
         arguments = {
             "num_classes": len(self.class_names),
@@ -231,12 +191,12 @@ class Setup:
         own = sorted(set(arguments) & set(options.model_args))
         if own:
             raise OptionError(f"model_arg: {', '.join(own)} follows from the data and the other options")
-        # Written out, so that a run's model stays what it is should a name come to stand for something else.
+        # Written out, so that a run's model stays the same if a later version changes what a name stands for.
         named = config_of(options.model) if options.model in generator_names() else {}
         return {"name": options.model, "arguments": named | arguments | dict(options.model_args)}
 
     def model(self, device: torch.device) -> torch.nn.Module:
-        """A new model, tried on one empty map. Errors: OptionError."""
+        """A new model, tried on one empty input. Errors: OptionError."""
         torch.manual_seed(self.options.seed)
         model = build_generator(self.model_config()).to(device)
         what = f"{self.options.model} fails when tried with {self.size[0]}x{self.size[1]}"
@@ -254,18 +214,14 @@ class Setup:
             model.enable_gradient_checkpointing()
         return model
 
-    def first_weights(self, model):
-        """None: a generator starts from random weights."""
-
     def vae(self) -> dict | None:
-        """What the run keeps of the VAE whose latents these are."""
+        """For config.json: the VAE of the latents; None for pixels."""
         if self.preprocessing is not None:
             return None
         described = self.data.vae
         return {"path": described["path"], **scale_of(described), "digest": described["digest"]}
 
     def config(self, model) -> dict:
-        """What config.json keeps of a generator."""
         return {
             "model": {**self.model_config(), "class": type(model).__name__, "config": dict(model.config)},
             "scheduler": {"class": "DDPMScheduler", "config": dict(self.scheduler().config)},
@@ -279,23 +235,17 @@ class Setup:
             "class_names": self.class_names,
         }
 
-    def check_config(self, config):
-        """Nothing: the fingerprint of the data and the options tell all."""
-
-    def describe(self, model) -> str:
-        options, count = self.options, sum(parameter.numel() for parameter in model.parameters())
-        (height, width), (h, w) = options.size, self.size
+    def about(self, model):
+        options, (h, w) = self.options, self.size
         as_latents = f" as latents of {self.channels}x{h}x{w}" if self.preprocessing is None else ""
         return (
-            f"{options.model}, {count:,} parameters; {len(self.train_split):,} training and {len(self.eval_split):,} "
-            f"{self.eval_name} images of {len(self.class_names)} classes, {height}x{width}{as_latents}\n"
-            f"{options.epochs} epoch{'s' * (options.epochs > 1)}, batch size {options.batch_size}, learning rate "
-            f"{options.lr:g}, EMA {options.ema:g}, {options.precision}, predicts {options.prediction}, "
-            f"seed {options.seed}"
+            f"{options.model}, {parameters_of(model)}",
+            f"of {len(self.class_names)} classes, {options.size[0]}x{options.size[1]}{as_latents}",
+            (f"predicts {options.prediction}",),
         )
 
     def normalize(self, image: Tensor) -> Tensor:
-        """What the model sees of a batch of the loader."""
+        """The model's input for a batch of the loader."""
         return image if self.preprocessing is None else self.preprocessing.normalize(image)
 
     def loader(self, split: Split, train: bool = False) -> Loader:
@@ -307,27 +257,47 @@ class Setup:
         augmentation = Augmentation(flip=True) if options.flip else None
         return make_loader(split, self.preprocessing, options.batch_size, augmentation=augmentation, **common)
 
+    def train(self, training: Training) -> tuple[Run | None, list[str]]:
+        options, run, held_out = self.options, training.run, self.held_out()
+        draw = None
+        if options.sample_every and (run or options.fsdp):  # a sharded model needs all processes to draw
+            draw = Samples(self, run and run.path / "samples")
+        task = Diffusion(
+            Objective(self.scheduler()),
+            self.normalize,
+            len(self.class_names),
+            training.accelerator.prepare(self.loader(held_out)),
+            options.class_dropout,
+            Unreadable({"train": self.train_split, "evaluation": held_out}, options.strict),
+            draw,
+        )
+        training.loop(task, self.loader(self.train_split, train=True), options)
+        if run:
+            pictures.losses(run)
+        problems = list(task.unreadable.problems.values())
+        return run, [warning_of(problems)] if problems else []
+
 
 def _vae_of(described):
-    """The VAE whose latents are trained on. Errors: OptionError."""
+    """The VAE of the latents. Errors: OptionError."""
     try:
         return check_vae(open_vae(described["path"]), described)
     except OptionError as error:
-        raise OptionError(f"{error} (--sample-every 0 trains without the VAE, and draws no samples)") from error
+        raise OptionError(f"{error} (--sample-every 0 trains without the VAE and draws no samples)") from error
 
 
 def _size_of(split):
-    """The size of the images, if it is one."""
+    """The size of the images. Errors: OptionError where there are several."""
     if split.pixels is not None:
         return tuple(split.pixels.shape[2:])
     sizes = sorted({(image.height, image.width) for image in split.sample()})
     if len(sizes) > 1:
-        raise OptionError(f"the images have several sizes, such as {sizes[0]} and {sizes[-1]}: say with --size which")
+        raise OptionError(f"the images have several sizes, such as {sizes[0]} and {sizes[-1]}: choose one with --size")
     return sizes[0]
 
 
 class Samples:
-    """Draws RUN/samples/epoch-0001.png and so on: a few classes, the same noise each time."""
+    """Draws RUN/samples/epoch-0001.png and so on: a few classes, with the same noise every time."""
 
     def __init__(self, setup: Setup, folder: Path | None):
         self.setup, self.folder = setup, folder
@@ -380,13 +350,12 @@ def train_generator(
 
     Args:
         data: see data.open_data; or a folder of latents that encode made.
-        out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
+        out: the run folder: new, empty, or with `overwrite` an earlier run.
         options: GeneratorOptions. console: rich's, or None for silence.
     Returns: (the Run, in the main process; list of warnings).
     Errors: BusyError, DataError, OptionError, RunError, SaveError, TrainingError.
     """
-    options = options or GeneratorOptions()
-    return start(TASK, Setup.of, _train, data, out, options, overwrite=overwrite, console=console)
+    return start(Setup, data, out, options or GeneratorOptions(), overwrite=overwrite, console=console)
 
 
 def resume_generator(
@@ -396,36 +365,5 @@ def resume_generator(
     data: str | Path | None = None,
     console: Console | None = None,
 ) -> tuple[Run, list[str]]:
-    """Goes on with a training that was stopped, from its last checkpoint, exactly as if it had not been.
-
-    Args:
-        path: the run folder. data: where the data are now, if they were moved. console: as in train_generator.
-        changes: options by name that change nothing of the result, such as the number of workers.
-    Returns and errors: as train_generator.
-    """
-    return resume(TASK, Setup.of, _train, path, changes, GeneratorOptions, data=data, console=console)
-
-
-def _train(setup, model, out, run, accelerator, console, checkpoint):
-    options, held_out = setup.options, setup.eval_split
-    if len(held_out) > options.eval_images:
-        held_out = held_out.subset(np.linspace(0, len(held_out) - 1, options.eval_images).astype(int))
-    draw = None
-    if options.sample_every and (run or options.fsdp):  # of a model in parts, all processes have to draw
-        draw = Samples(setup, run and run.path / "samples")
-    task = Diffusion(
-        Objective(setup.scheduler()),
-        setup.normalize,
-        len(setup.class_names),
-        accelerator.prepare(setup.loader(held_out)),
-        options.class_dropout,
-        Unreadable({"train": setup.train_split, "evaluation": held_out}, options.strict),
-        draw,
-    )
-    if options.compile:
-        model.compile()
-    train(task, model, setup.loader(setup.train_split, train=True), options, run, accelerator, console, checkpoint)
-    if run:
-        pictures.losses(run)
-    problems = list(task.unreadable.problems.values())
-    return run, [warning_of(problems)] if problems else []
+    """Continues a training that was stopped, see gspn.tasks.base.resume. Returns and errors: as train_generator."""
+    return resume(Setup, path, changes, data=data, console=console)

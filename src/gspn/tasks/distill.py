@@ -1,12 +1,12 @@
-"""Distillation of Stable Diffusion with GSPN in the place of self-attention: `distill` and `resume_distillation`, which
-are what `gspn distill` runs. The loss is student.py's.
+"""Distillation of Stable Diffusion with GSPN in the place of self-attention: what `gspn distill` runs, `distill` and
+`resume_distillation`. The loss is in student.py.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,50 +16,48 @@ from gspn import plots as pictures
 from gspn.data.augment import Augmentation
 from gspn.data.captions import open_captions
 from gspn.data.images import Preprocessing, Split, mixed_seed
-from gspn.data.labelled import Data
 from gspn.data.loader import Loader, batches, make_loader
 from gspn.data.tables import Stream
 from gspn.data.unreadable import Unreadable, warning_of
 from gspn.digests import is_earlier
 from gspn.options import OptionError, far_from
+from gspn.options.distill import PRESET, SPEC, DistillOptions
 from gspn.stable_diffusion.init import fit
 from gspn.stable_diffusion.swap import swap
-from gspn.tasks.base import resume, start
-from gspn.tasks.distill_options import PRESET, DistillOptions
+from gspn.tasks.base import Setup as BaseSetup
+from gspn.tasks.base import Training, resume, start
 from gspn.tasks.side_by_side import SideBySide
 from gspn.tasks.student import PARTS, Distillation, Student
 from gspn.tasks.text_to_image import TextToImage, open_text_to_image
-from gspn.train.loop import autocast, seed_everything, train
+from gspn.train.loop import autocast, seed_everything
 from gspn.train.run import Run, RunError
 
-TASK = "distillation"  # in a run's config.json
 
+@dataclass(kw_only=True)
+class Setup(BaseSetup):
+    """The teacher and images with captions.
 
-@dataclass
-class Setup:
-    """What is distilled on what: the teacher, the data, and options that leave nothing open."""
+    Attributes, beside those of the base: `digest` is the teacher's before the swap; `fitted` holds the relative errors
+    of each layer before and after --fit.
+    """
 
-    data: Data
-    train_split: Split
-    eval_split: Split
-    eval_name: str
+    spec: ClassVar = SPEC
+
     teacher: TextToImage
     digest: str
     preprocessing: Preprocessing
     options: DistillOptions
-    notes: list[str]
     fitted: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, where: str | Path, options: DistillOptions) -> "Setup":
-        """Opens data and teacher, and settles the options for them. Errors: DataError, OptionError."""
-        options = options.settled(PRESET)
+    def of(cls, where: str | Path, options: DistillOptions, *, resuming: bool = False) -> "Setup":
+        options = options.resolved(PRESET)
         if options.base is None:
-            raise OptionError("base: the pipeline to learn from is missing")
+            raise OptionError("base: expected a pipeline to learn from, got none")
         if options.fsdp:
-            raise OptionError("fsdp: only the swapped layers are trained, which are too small to be sharded")
+            raise OptionError("fsdp: distillation cannot shard; only the small swapped layers are trained")
         if not options.noise_weight + options.output_weight + options.feature_weight:
-            raise OptionError("noise_weight, output_weight and feature_weight are all 0: nothing would be learned")
+            raise OptionError("noise_weight, output_weight and feature_weight are all 0: expected one above 0")
         data = open_captions(
             where,
             val_fraction=options.val_fraction,
@@ -70,8 +68,8 @@ class Setup:
         train_split, eval_split, eval_name = data.for_training()
         if isinstance(eval_split, Stream) and len(eval_split) > options.eval_images:
             raise OptionError(
-                f"eval_images: of a stream no part can be taken, and the {eval_name} split has {len(eval_split)} "
-                f"images: expected as many, got {options.eval_images}"
+                f"eval_images: a stream is evaluated as a whole; its {eval_name} split has {len(eval_split)} images: "
+                f"expected at least as many, got {options.eval_images}"
             )
         teacher = open_text_to_image(
             options.base, precision=options.precision, variant=options.variant, cache=options.cache
@@ -84,19 +82,19 @@ class Setup:
         preprocessing = Preprocessing(3, options.size, (0.5,) * 3, (0.5,) * 3)
         notes = [*data.notes, far, teacher.too_long(train_split.captions)]
         return cls(
-            data,
-            train_split,
-            eval_split,
-            eval_name,
-            teacher,
-            teacher.digest(),
-            preprocessing,
-            options,
-            [note for note in notes if note],
+            data=data,
+            train_split=train_split,
+            eval_split=eval_split,
+            eval_name=eval_name,
+            teacher=teacher,
+            digest=teacher.digest(),
+            preprocessing=preprocessing,
+            options=options,
+            notes=[note for note in notes if note],
         )
 
     def model(self, device: torch.device) -> Student:
-        """Swaps the UNet's attention, and tries it once; float32 layers, whatever the rest is. Errors: OptionError."""
+        """Swaps the UNet's attention, and tries it once. The swapped layers are float32. Errors: OptionError."""
         options, teacher = self.options, self.teacher
         torch.manual_seed(options.seed)
         teacher.pipe.to(device)
@@ -119,7 +117,7 @@ class Setup:
         return student
 
     def first_weights(self, model):
-        """With `fit`, teaches each layer its own attention's output first; a note on that."""
+        """With `fit`, first fits each layer to the output of its attention layer; returns a note on that."""
         options = self.options
         if not options.fit:
             return None
@@ -145,12 +143,11 @@ class Setup:
         )
         before, after = (np.mean([errors[i] for errors in self.fitted.values()]) for i in range(2))
         return (
-            f"each layer was taught its attention's output on {options.fit_maps} feature maps: relative error "
+            f"each layer was fitted to its attention layer on {options.fit_maps} feature maps: relative error "
             f"{before:.3f} before, {after:.3f} after (mean of {len(self.fitted)} layers)"
         )
 
     def config(self, model) -> dict:
-        """What config.json keeps of a distillation."""
         options, teacher = self.options, self.teacher
         return {
             "base": {"path": teacher.path, "class": type(teacher.pipe).__name__, "digest": self.digest},
@@ -167,24 +164,23 @@ class Setup:
 
     def check_config(self, config):
         """Raises RunError where the teacher is not the one that the run began with."""
-        told = config["base"]["digest"]
-        own = self.teacher.digest(like=told) if is_earlier(told) else self.digest
-        if own != told:
+        recorded = config["base"]["digest"]
+        own = self.teacher.digest(like=recorded) if is_earlier(recorded) else self.digest
+        if own != recorded:
             raise RunError(
-                f"{self.teacher.path} is not the pipeline that the run learns from: other weights, settings or noise"
+                f"{self.teacher.path} is not the pipeline that the run learns from: its weights, settings or noise "
+                "schedule differ"
             )
 
-    def describe(self, model) -> str:
+    def about(self, model):
         options, (height, width) = self.options, self.options.size
-        ours, rest = (sum(p.numel() for p in module.parameters()) for module in (model, self.teacher.unet))
+        trained, total = (sum(p.numel() for p in module.parameters()) for module in (model, self.teacher.unet))
         extent = "global" if options.segment is None else f"segments of {options.segment}"
         return (
             f"{self.teacher.path}: GSPN ({options.form}, {extent}) for {len(model.swap.layers)} self-attentions, "
-            f"{ours:,} of the UNet's {rest:,} parameters, which are trained; {len(self.train_split):,} training and "
-            f"{len(self.eval_split):,} {self.eval_name} images with captions, {height}x{width}\n"
-            f"{options.epochs} epoch{'s' * (options.epochs > 1)}, batch size {options.batch_size}, learning rate "
-            f"{options.lr:g}, EMA {options.ema:g}, {options.precision}, predicts "
-            f"{self.teacher.objective.prediction_type}, seed {options.seed}"
+            f"{trained:,} of the UNet's {total:,} parameters, which are trained",
+            f"with captions, {height}x{width}",
+            (f"predicts {self.teacher.objective.prediction_type}",),
         )
 
     def loader(self, split: Split, train: bool = False) -> Loader:
@@ -201,7 +197,7 @@ class Setup:
         )
 
     def task(self, student: Student, held_out: Split | None, loader: Loader | None, **more) -> Distillation:
-        """The task, with the held-out images that `loader` gives."""
+        """The task; `loader` is of the held-out images."""
         options = self.options
         splits = {"train": self.train_split} | ({"evaluation": held_out} if held_out else {})
         return Distillation(
@@ -217,6 +213,24 @@ class Setup:
             **more,
         )
 
+    def train(self, training: Training) -> tuple[Run | None, list[str]]:
+        options, run, student, held_out = self.options, training.run, training.model, self.held_out()
+        draw = None
+        if run and options.sample_every:
+            draw = SideBySide(student, held_out.captions, options, run.path / "samples")
+        task = self.task(
+            student,
+            held_out,
+            training.accelerator.prepare(self.loader(held_out)),
+            draw=draw,
+            save=partial(student.swap.save, run.path) if run else None,
+        )
+        training.loop(task, self.loader(self.train_split, train=True), options)
+        if run:
+            pictures.distillation(run)
+        problems = list(task.unreadable.problems.values())
+        return run, [warning_of(problems)] if problems else []
+
 
 def distill(
     data: str | Path,
@@ -226,17 +240,17 @@ def distill(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> tuple[Run | None, list[str]]:
-    """Distils a Stable Diffusion pipeline, `options.base`, into one with GSPN in the place of self-attention; keeps the
-    swapped layers of the best epoch in `out`, from where gspn.load_swap reads them, draws curves and samples.
+    """Distils a Stable Diffusion pipeline, `options.base`, into one with GSPN in the place of self-attention. Keeps the
+    swapped layers of the best epoch in `out`, where gspn.load_swap finds them; draws curves and samples.
 
     Args:
         data: images with captions, see captions.open_captions.
-        out: the run folder; not to exist, to be empty, or an earlier run with `overwrite`.
+        out: the run folder: new, empty, or with `overwrite` an earlier run.
         options: DistillOptions. console: rich's, or None for silence.
-    Returns: (Run, in other processes than the main one None; warnings). Errors: BusyError, DataError,
-        OptionError, RunError, SaveError, TrainingError.
+    Returns: (the Run, in the main process; warnings). Errors: BusyError, DataError, OptionError, RunError, SaveError,
+        TrainingError.
     """
-    return start(TASK, Setup.of, _train, data, out, options, overwrite=overwrite, console=console)
+    return start(Setup, data, out, options, overwrite=overwrite, console=console)
 
 
 def resume_distillation(
@@ -246,34 +260,6 @@ def resume_distillation(
     data: str | Path | None = None,
     console: Console | None = None,
 ) -> tuple[Run | None, list[str]]:
-    """Goes on with a distillation that was stopped, from its last checkpoint, exactly as if it had not been.
-
-    Args:
-        path: the run folder. data: where the data are now, if they were moved. console: as in `distill`.
-        changes: options by name that change nothing of the result, such as the number of workers, or where the pipeline
-            is now (base).
-    Returns and errors: as `distill`.
-    """
-    return resume(TASK, Setup.of, _train, path, changes, DistillOptions, data=data, console=console)
-
-
-def _train(setup, student, out, run, accelerator, console, checkpoint):
-    options, held_out = setup.options, setup.eval_split
-    if len(held_out) > options.eval_images:
-        held_out = held_out.subset(np.linspace(0, len(held_out) - 1, options.eval_images).astype(int))
-    draw = None
-    if run and options.sample_every:
-        draw = SideBySide(student, held_out.captions, options, run.path / "samples")
-    task = setup.task(
-        student,
-        held_out,
-        accelerator.prepare(setup.loader(held_out)),
-        draw=draw,
-        save=partial(student.swap.save, run.path) if run else None,
-    )
-    loader = setup.loader(setup.train_split, train=True)
-    train(task, student, loader, options, run, accelerator, console, checkpoint)
-    if run:
-        pictures.distillation(run)
-    problems = list(task.unreadable.problems.values())
-    return run, [warning_of(problems)] if problems else []
+    """Continues a distillation that was stopped, see gspn.tasks.base.resume. `changes` may also say where the pipeline
+    is now (base). Returns and errors: as `distill`."""
+    return resume(Setup, path, changes, data=data, console=console)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from gspn.data.images import generator
 from gspn.models.sampling import check_finite
+from gspn.options.distill import DistillOptions
 from gspn.plots import draw_grid, drawing_samples, save_picture
-from gspn.tasks.distill_options import DistillOptions
 
 
 class SideBySide:
@@ -17,7 +17,7 @@ class SideBySide:
     student's.
 
     Args:
-        student: distill.Student. captions: of the held-out images. options: DistillOptions, settled.
+        student: distill.Student. captions: of the held-out images. options: DistillOptions, resolved.
         folder: where the pictures are written.
     """
 

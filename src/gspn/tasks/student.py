@@ -1,40 +1,37 @@
-"""What is distilled, and by which loss: the swapped layers of a UNet, and the task for the loop.
+"""The student of a distillation, the swapped layers of a UNet, and its loss: the task for the loop.
 
-Teacher and student are one pipeline: the UNet runs with attention, then with the swapped layers, which alone are
+Teacher and student are one pipeline: the UNet runs with attention, then with the swapped layers. Only these are
 trained.
 
     loss = |student - target|^2 + 0.5 |student - teacher|^2 + 0.5 mean over layers |layer - attention|^2
 
-The target is that of the noise schedule's prediction type, and each square a mean over an item's values. Source: arXiv
+The target is that of the schedule's prediction type. Each square is a mean over an item's values. Source: arXiv
 2501.12381, section 3.5 on text to image.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gspn.data.images import UNREADABLE, Preprocessing, generator
-from gspn.data.labelled import DataError
+from gspn.data.images import UNREADABLE, Preprocessing
 from gspn.data.loader import Loader, batches
 from gspn.data.unreadable import Unreadable
 from gspn.stable_diffusion.swap import Swap
+from gspn.tasks.held_out import HeldOutTask, fixed_noise
 from gspn.tasks.text_to_image import CONDITIONS, TextToImage
 
 PARTS = ("noise", "output", "feature")  # of the loss
 
 
 class Student(nn.Module):
-    """The swapped layers of a UNet: what is trained, averaged and kept. Called, it runs the whole UNet with them.
+    """The swapped layers of a UNet, which are trained, averaged and saved. A call runs the whole UNet with them.
 
     Args:
         teacher: the pipeline. swapped: the Swap of its UNet.
 
-    Its layers stay in evaluation mode, and so do the attentions that take turns with them: their only difference in
-    training is the dropout that a UNet may have.
+    Its layers and the attention layers they replace stay in evaluation mode, so that no dropout of the UNet is active.
 
     State dict: ``layers.{name}.*`` by the names of the attentions replaced, with / for each dot.
     """
@@ -57,7 +54,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def teach(self, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The same with the attentions that they replaced."""
+        """The same with the attention layers that they replace."""
         with self.swap.use("attention"):
             return self._run(noisy, timestep, conditions)
 
@@ -74,17 +71,17 @@ class Student(nn.Module):
             self._seen[name] = output
 
 
-class Distillation:
-    """The Task of loop.py: a batch's images become latents, their captions what the UNet is conditioned on.
+class Distillation(HeldOutTask):
+    """The Task of loop.py: images become latents, and captions the conditions of the UNet.
 
     Args:
         student: Student. captions: of the training images, a tuple of one or more each, and of the held-out ones.
         preprocessing: of the images. loader: of the held-out images.
-        weights: of the parts of the loss, by PARTS. dropout: how often a caption is left out.
-        parts: into how many parts a batch is cut, to need less memory.
-        draw: called with the number of the epoch; gives a picture of samples or None.
+        weights: of the parts of the loss, by PARTS. dropout: the probability of replacing a caption by the empty one.
+        parts: the number of parts into which a batch is cut, to save memory.
+        draw: called with the number of the epoch; returns a picture of samples or None.
         save: called when the validation loss is the best so far.
-        unreadable: keeps count of what could not be read.
+        unreadable: counts the images that could not be read.
     """
 
     def __init__(
@@ -102,11 +99,11 @@ class Distillation:
         save: Callable | None = None,
         unreadable: Unreadable,
     ):
+        super().__init__(unreadable)
         self.student, self.teacher, self.objective = student, student.teacher, student.teacher.objective
         self.captions, self.held_out, self.preprocessing, self.loader = captions, held_out, preprocessing, loader
         self.weights, self.dropout, self.parts = weights, dropout, parts
-        self.draw, self.save, self.unreadable = draw, save, unreadable
-        self.epochs, self.best, self.drawn = 0, None, {}
+        self.draw, self.save, self.best = draw, save, None
 
     def prepare(self, batch):
         self.unreadable.saw(batch)
@@ -142,13 +139,13 @@ class Distillation:
         return noisy, batch["timestep"], {name: batch[name] for name in CONDITIONS if name in batch}
 
     def cut(self, batch) -> Iterator[dict]:
-        """A batch in as many parts as a step's is cut into."""
+        """The batch in `parts` parts."""
         for rows in zip(*(each.chunk(self.parts) for each in batch.values()), strict=True):
             yield dict(zip(batch, rows, strict=True))
 
     def losses(self, model, batch) -> dict[str, Tensor]:
-        """The parts of the loss of each item (B,), by PARTS, and "teacher", its noise loss; 0 for those that could not
-        be read."""
+        """The parts of the loss of each item (B,), by PARTS, and "teacher", the teacher's noise loss; 0 for images that
+        could not be read."""
         start, noise, timestep = (batch[name] for name in ("start", "noise", "timestep"))
         inputs = self.inputs(batch)
         taught, wanted = self.student.teach(*inputs)
@@ -162,70 +159,42 @@ class Distillation:
             }
         return {name: loss.where(batch["known"], 0.0) for name, loss in losses.items()}
 
-    @torch.no_grad()
-    def evaluate(self, model, accelerator):
-        """The losses of held-out images with their first captions, each with noise and a timestep of its own that are
-        always the same. Errors: DataError where none of them could be read."""
-        self.unreadable.look()
-        rows = []
+    def held_out_losses(self, model):
+        """Each image with its first caption."""
         for batch in batches(self.loader):
             for part in self.cut(batch):
                 losses = self.losses(model, self._fixed(part))
-                known = (part["label"] != UNREADABLE).double()
-                columns = [losses[name].double() for name in (*PARTS, "teacher")]
-                rows.append(torch.stack([part["index"].double(), known, *columns], 1))
-        rows = accelerator.gather(torch.cat(rows)).cpu().numpy()
-        _, first = np.unique(rows[:, 0], return_index=True)  # processes get equal shares, some images twice
-        rows = rows[first]
-        self.unreadable.note("evaluation", rows[rows[:, 1] == 0, 0].astype(int).tolist())
-        known, *sums = rows[:, 1:].sum(0).tolist()
-        if not known:
-            raise DataError(f"none of the {len(rows)} images of the evaluation could be read")
-        means = {f"val_{name}": total / known for name, total in zip((*PARTS, "teacher"), sums, strict=True)}
-        loss = sum(self.weights[name] * means[f"val_{name}"] for name in PARTS)
-        self.epochs += 1
-        if loss < (math.inf if self.best is None else self.best):  # false for NaN, which no one is to load
+                yield part, {f"val_{name}": losses[name] for name in (*PARTS, "teacher")}
+
+    def metrics(self, means):
+        return {"val_loss": sum(self.weights[name] * means[f"val_{name}"] for name in PARTS), **means}
+
+    def after_epoch(self, model, loss):
+        if self.best is None or loss < self.best:
             self.best = loss
             if self.save is not None:
                 self.save()
-        drawn = self.draw and math.isfinite(loss)  # the loop ends a training that has diverged
-        picture = self.draw(self.epochs) if drawn else None
-        self.drawn = {"samples": picture} if picture else {}
-        return {
-            "val_loss": loss,
-            **means,
-            "images": int(known),
-            "unreadable": len(rows) - int(known),
-            "unreadable_in_training": self.unreadable.gather(),
-        }
+        return self.draw(self.epochs) if self.draw else None
 
     def _fixed(self, batch):
-        """What `prepare` makes of a batch, but always the same of an image."""
-        sources, steps = [generator(0, i) for i in batch["index"].tolist()], self.objective.steps
+        """A held-out batch, prepared; always the same for the same image."""
         start = self._latents(batch["image"], draw=False)
-        noise = torch.stack([torch.randn(start.shape[1:], generator=source) for source in sources])
-        timestep = torch.stack([torch.randint(steps, (), generator=source) for source in sources])
+        noise, timestep = fixed_noise(batch["index"], start.shape[1:], self.objective.steps, start.device)
         captions = [self.held_out[i][0] for i in batch["index"].tolist()]
         return {
             "start": start,
-            "noise": noise.to(start.device),
-            "timestep": timestep.to(start.device),
+            "noise": noise,
+            "timestep": timestep,
             "known": batch["label"] != UNREADABLE,
             **self.teacher.conditions(captions, self.preprocessing.size),
         }
 
-    def pictures(self):
-        return self.drawn
-
     def state(self):
-        return {"epochs": self.epochs, "best": self.best, "unreadable": self.unreadable.state()}
+        return super().state() | {"best": self.best}
 
     def restore(self, state):
-        self.epochs, self.best = state["epochs"], state["best"]
-        self.unreadable.restore(state["unreadable"])
-
-    def score(self, metrics):
-        return [-metrics["val_loss"]]
+        super().restore(state)
+        self.best = state["best"]
 
     def line(self, row):
         return (

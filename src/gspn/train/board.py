@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a training: losses and learning rate of every step, metrics and pictures of every epoch."""
+"""Logs for TensorBoard: losses and learning rate of every step, metrics and pictures of every epoch."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ class Board:
     """Writes RUN/tensorboard; without a folder it writes nothing.
 
     Args:
-        folder: None, or the folder to write to. step: that the training goes on from; what was written of later ones by
-            a training that was killed is not shown any more.
+        folder: the folder to write to, or None. step: the training starts or resumes after it; TensorBoard then hides
+            what a killed training wrote for later steps.
     """
 
     def __init__(self, folder: Path | None, step: int = 0):

@@ -1,10 +1,10 @@
 """The training loop, for any task: AdamW, warm-up and cosine, accumulation, clipping, EMA, bfloat16, evaluation,
-checkpoints from which it goes on exactly.
+checkpoints from which a training resumes exactly.
 
-A task says what a batch's loss is and how to evaluate; classify.py and diffusion/task.py have one. One process or
-several (torchrun, accelerate launch): the loader's batch is the global one, which accelerate splits over them.
+A Task defines the loss of a batch and the evaluation; the modules of gspn.tasks have one each. There may be several
+processes (torchrun, accelerate launch): the loader's batch is the global one, which accelerate splits over them.
 
-What is random is a function of numbers that a resumed training has again: the order of (seed, epoch), augmentation of
+Random numbers are functions of what a resumed training has again: the order of (seed, epoch), augmentation of
 (seed, epoch, index), drop path and mixing of (seed, step, process).
 """
 
@@ -30,13 +30,13 @@ from gspn.progress import Progress
 from gspn.train.board import Board
 from gspn.train.optim import Ema, frozen_modules, learning_rate, make_optimizer
 from gspn.train.run import RunError
-from gspn.train.state import gather, restore
+from gspn.train.state import full_state_dict, restore
 
-LOOK_EVERY = 16  # steps after which losses are read from a GPU: reading them keeps it waiting
+LOOK_EVERY = 16  # steps between readings of the losses on a GPU, which has to wait for each
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on. The checkpoints written before are good."""
+    """The training cannot continue. The checkpoints written before are good."""
 
 
 class Task(Protocol):
@@ -46,7 +46,7 @@ class Task(Protocol):
         """A batch of the loader, on the device, as `loss` wants it; may draw from torch's random state."""
 
     def count(self, batch: dict) -> Tensor:
-        """How many items of a prepared batch count: by it the sum of the losses is divided."""
+        """The number of items of a prepared batch that count; it divides the sum of the losses."""
 
     def loss(self, model, batch: dict) -> Tensor:
         """The sum of the losses over a prepared batch, or a part of one; a scalar."""
@@ -55,27 +55,27 @@ class Task(Protocol):
         """Metrics by name, JSON-able, "val_loss" among them. The model is in evaluation mode."""
 
     def score(self, metrics: dict) -> list[float]:
-        """What makes the best checkpoint: the largest of these, compared number by number."""
+        """The best checkpoint has the largest score, compared number by number."""
 
     def line(self, row: dict) -> str:
-        """What to say about an epoch, from its row of metrics."""
+        """The line to print after an epoch, from its row of metrics."""
 
     def pictures(self) -> dict:
-        """PIL images by name: what the last evaluation drew, in the main process."""
+        """The PIL images that the last evaluation drew, by name, in the main process."""
 
     def state(self) -> dict:
-        """What the task knows that a checkpoint should keep, JSON-able."""
+        """The task's own state for a checkpoint, JSON-able."""
 
     def restore(self, state: dict) -> None:
-        """Puts back what `state` gave."""
+        """Restores what `state` returned."""
 
 
 @dataclass
 class Position:
-    """How far a training is, and what it knows of the epoch under way; a checkpoint keeps it."""
+    """How far a training is, with sums over the current epoch; a checkpoint stores it."""
 
     epoch: int = 0  # epochs done
-    batch: int = 0  # batches done of the next one
+    batch: int = 0  # batches done of the current one
     step: int = 0
     loss: float = 0.0  # summed over these batches, as are
     images: int = 0
@@ -88,13 +88,13 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
     """Trains `model` on the batches of `loader` and keeps its progress in `run`.
 
     Args:
-        task: a Task. model: any module. loader: loader.make_loader's. options: options.LoopOptions, settled.
-        run: checkpoint.Run, in the main process: gets the checkpoint "last" at times and after every epoch, "best" if
-            it was that, "epoch-0010" if wanted, and a row of metrics.
-        accelerator: make_accelerator's. console: rich's, for the progress; None is silent.
-        checkpoint: of Run.load_checkpoint, to go on from there exactly.
-    Errors: TrainingError if the loss stops being a number or memory does not suffice; SaveError if the disk is full;
-        DataError if a process that reads images dies; RunError if the checkpoint is of another training.
+        task: a Task. model: any module. loader: of make_loader. options: LoopOptions, resolved.
+        run: the Run, in the main process. It gets the checkpoint "last" at intervals and after every epoch, "best"
+            after the best epoch, "epoch-0010" with keep_every, and a row of metrics after every epoch.
+        accelerator: of make_accelerator. console: rich's, for the progress; None is silent.
+        checkpoint: of Run.load_checkpoint, to resume from.
+    Errors: TrainingError if the loss is not finite or memory does not suffice; SaveError if the disk is full; DataError
+        if a process that reads images dies; RunError if the checkpoint is of another training.
     """
     frozen = frozen_modules(model, options.freeze or ())
     model = distribute(model, options.fsdp, accelerator)
@@ -103,8 +103,8 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
     ema = Ema(plain, options.ema, options.ema_device or accelerator.device) if options.ema else None
     at = Position()
     if checkpoint is not None:
-        tensors, state = checkpoint
-        restore(tensors, plain, optimizer, ema)
+        saved, state = checkpoint
+        restore(saved, plain, optimizer, ema)
         try:
             task.restore(state["task"])
         except (KeyError, TypeError, ValueError) as error:
@@ -113,7 +113,8 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
     steps, losses = len(prepared), []
     look_every = 1 if accelerator.device.type == "cpu" else LOOK_EVERY
     board = Board(run.path / "tensorboard" if run and options.tensorboard else None, at.step)
-    saver = Saver(task, run, options, accelerator, lambda: gather(plain, optimizer, ema, accelerator.is_main_process))
+    tensors = partial(full_state_dict, plain, optimizer, ema, accelerator.is_main_process)
+    saver = Saver(task, run, options, accelerator, tensors)
     if checkpoint is not None:
         saver.has_saved(at)
 
@@ -163,7 +164,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
             row |= {"images_per_second": round(rate, 1), "data_seconds": round(at.waiting, 3)}
             row |= {"seconds": round(clock.seconds(), 3)}
 
-            # "last" comes last: what a kill leaves ahead of it is written again, the same, when training goes on.
+            # "last" is written last: after a kill before it, resuming writes the same files again.
             score, names = task.score(metrics), []
             if score > at.best:
                 names.append("best")
@@ -176,7 +177,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
 
 
 def backward(task, model, batch, options, accelerator):
-    """Adds the gradients of a global batch's mean loss; returns this process's part of that mean."""
+    """Accumulates the gradients of a global batch's mean loss; returns this process's part of that mean."""
     batch = task.prepare(batch)
     count = accelerator.reduce(task.count(batch), "sum").clamp(min=1)
     parts = [dict(zip(batch, rows, strict=True)) for rows in zip(*_chunks(batch, options.accumulate), strict=True)]
@@ -195,8 +196,8 @@ def _chunks(batch, parts):
 
 
 def look(losses, at, lr, saver, board, accelerator):
-    """Adds up the losses of the last steps, in all processes the same. Returns whether it is time to save.
-    Errors: TrainingError if one is not a number."""
+    """Adds up the losses of the last steps, the same in all processes. Returns whether it is time to save.
+    Errors: TrainingError if one is not finite."""
     wanted = float(saver.is_due_by_time())
     *values, wanted = accelerator.reduce(torch.stack([*losses, losses[0].new_tensor(wanted)]), "sum").tolist()
     for step, value in enumerate(values, at.step - len(values) + 1):
@@ -211,15 +212,15 @@ def look(losses, at, lr, saver, board, accelerator):
 class Saver:
     """Writes checkpoints, in the main process, and knows when the next one is due."""
 
-    def __init__(self, task, run, options, accelerator, gather):
-        self.task, self.run, self.options, self.accelerator, self.gather = task, run, options, accelerator, gather
+    def __init__(self, task, run, options, accelerator, tensors):
+        self.task, self.run, self.options, self.accelerator, self.tensors = task, run, options, accelerator, tensors
         every = options.save_every
         self.steps = int(every) if every.isdecimal() else 0
         self.minutes = float(every.removesuffix("min")) if every.endswith("min") else math.inf
         self.saved, self.time = "", time.monotonic()
 
     def has_saved(self, at):
-        """Takes note of the last checkpoint."""
+        """Remembers the last checkpoint."""
         self.saved, self.time = f"step {at.step} (epoch {at.epoch + bool(at.batch)})", time.monotonic()
 
     def is_due_by_steps(self, step):
@@ -234,8 +235,8 @@ class Saver:
         Errors: TrainingError if a weight is not a number; SaveError."""
         finite = torch.stack([_local(p).isfinite().all() for p in model.parameters()]).all()
         if self.accelerator.reduce((~finite).float(), "sum").item():
-            raise _diverged(f"the weights are no numbers any more after step {at.step}", self)
-        tensors = self.gather()
+            raise _diverged(f"weights are not finite after step {at.step}", self)
+        tensors = self.tensors()
         self.has_saved(at)
         if self.run is None:
             return
@@ -272,15 +273,15 @@ def distribute(model, fsdp, accelerator):
 
 
 def with_strides(strides, gradient):
-    """The gradient with the strides of its parameter, where they differ in sides of length 1 only. They mean nothing
-    there, but DDP compares them, takes the gradient for one of another layout, and warns of it."""
+    """The gradient with the strides of its parameter, where they differ in dimensions of length 1 only. Strides mean
+    nothing there, but DDP compares them and warns of another layout."""
     pairs = zip(gradient.shape, gradient.stride(), strides, strict=True)
     same = all(own == wanted for side, own, wanted in pairs if side > 1)
     return gradient.as_strided(gradient.shape, strides) if same else gradient
 
 
 def reshard(model):
-    """FSDP keeps what is not in a block whole after a forward pass, for the backward pass: without one, no more."""
+    """Frees the whole parameters that FSDP keeps after a forward pass for a backward pass, which evaluation has not."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -288,7 +289,7 @@ def reshard(model):
 
 @contextmanager
 def no_sync(model, accelerator):
-    """In the block, gradients stay in their process."""
+    """Within the block, gradients are not reduced over processes."""
     if not isinstance(model, FSDPModule):
         with accelerator.no_sync(model):
             yield
@@ -301,7 +302,7 @@ def no_sync(model, accelerator):
 
 
 class Clock:
-    """Adds to a Position the seconds of its epoch, and those that the loop waited for batches."""
+    """Adds the seconds of the epoch to a Position, and those spent waiting for batches."""
 
     def __init__(self, at):
         self.at, self.before, self.start = at, at.seconds, time.perf_counter()
@@ -326,7 +327,7 @@ def _diverged(what, saver):
 
 @contextmanager
 def explained():
-    """Says of memory that does not suffice what to lower."""
+    """Turns an out-of-memory error into a TrainingError that says what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -353,13 +354,13 @@ def seed_everything(seed: int) -> None:
 
 def make_accelerator() -> accelerate.Accelerator:
     """accelerate's Accelerator; a loader's batch is split over the processes."""
-    # accelerate has to be told that processes which torchrun started on a machine without a GPU belong together
+    # accelerate does not notice by itself that processes of torchrun on a machine without a GPU belong together
     cpu = torch.distributed.is_torchelastic_launched() and not torch.accelerator.is_available()
     return _Accelerator(cpu=cpu, dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True))
 
 
 class _Accelerator(accelerate.Accelerator):
-    """accelerate makes a DataLoader of its own of a Loader, which would warn again of too many workers."""
+    """Keeps the DataLoader that accelerate makes of a Loader from warning of too many workers again."""
 
     def prepare_data_loader(self, data_loader, *args, **kwargs):
         with untold_workers():
@@ -370,5 +371,5 @@ class _Accelerator(accelerate.Accelerator):
 
 
 def autocast(device: torch.device, precision: str):
-    """The context in which a model runs with `precision`."""
+    """The context in which a model runs with `precision`, "fp32" or "bf16"."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

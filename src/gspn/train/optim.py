@@ -1,4 +1,4 @@
-"""What the loop optimizes with: AdamW in groups, the learning rate of every step, averaged weights."""
+"""What the loop optimizes with: AdamW in groups, the learning rate schedule, averaged weights, frozen modules."""
 
 import math
 import re
@@ -17,10 +17,10 @@ PREVIOUS = 99999  # in a group_matcher, as timm has it: belongs to the layer bef
 
 
 def make_optimizer(model: nn.Module, options: LoopOptions) -> torch.optim.AdamW:
-    """AdamW of the parameters that are trained. 1-D ones (biases and norms among them) and those that
-    model.no_weight_decay() names are not decayed; with layer_decay, each layer's group has an "lr_scale".
+    """AdamW over the trainable parameters. 1-D parameters (biases, norms) and those that model.no_weight_decay() names
+    have no weight decay; with layer_decay, each layer's group has an "lr_scale".
 
-    Errors: OptionError if no parameter is trained, or for a layer_decay of a model without group_matcher().
+    Errors: OptionError if no parameter is trainable, or for layer_decay on a model without group_matcher().
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     scales = layer_scales(model, options.layer_decay) if options.layer_decay < 1 else {}
@@ -30,17 +30,31 @@ def make_optimizer(model: nn.Module, options: LoopOptions) -> torch.optim.AdamW:
             decay = 0.0 if parameter.ndim <= 1 or name in exempt else options.weight_decay
             groups.setdefault((decay, scales.get(name, 1.0)), []).append(parameter)
     if not groups:
-        raise OptionError("nothing is left to train: every parameter is frozen")
+        raise nothing_to_train()
     groups = [{"params": each, "weight_decay": wd, "lr_scale": scale} for (wd, scale), each in groups.items()]
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
 
 
+def check_trainable(model: nn.Module, options: LoopOptions) -> None:
+    """Raises OptionError where `freeze` or `layer_decay` do not fit the model, before `frozen_modules` and
+    `make_optimizer` would."""
+    frozen = {p for module in named(model, options.freeze or ()) for p in module.parameters()}
+    if all(p in frozen or not p.requires_grad for p in model.parameters()):
+        raise nothing_to_train()
+    if options.layer_decay < 1:
+        layer_scales(model, options.layer_decay)
+
+
+def nothing_to_train() -> OptionError:
+    return OptionError("nothing is left to train: every parameter is frozen")
+
+
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """{parameter name: decay ** layers above its own}, where model.group_matcher() (timm's form) tells the layers.
+    """{parameter name: decay ** layers above its own}; model.group_matcher(), in timm's form, tells the layers.
 
     Errors: OptionError for a model without one."""
     if not hasattr(model, "group_matcher"):
-        raise OptionError(f"layer_decay needs a model that tells its layers (group_matcher); {type(model).__name__} no")
+        raise OptionError(f"layer_decay needs a model with group_matcher(), which {type(model).__name__} does not have")
     specs = []
     for ordinal, spec in enumerate(model.group_matcher().values()):
         for pattern, suffix in spec if isinstance(spec, list | tuple) else [(spec, None)]:
@@ -61,9 +75,9 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 
 
 def learning_rate(step: int, steps_an_epoch: int, options: LoopOptions) -> float:
-    """The learning rate of `step`: linear from warmup_lr to lr in the warm-up, then a cosine down to min_lr.
+    """The learning rate at `step`: linear from warmup_lr to lr in the warm-up, then a cosine down to min_lr.
 
-    >>> options = LoopOptions(epochs=3, lr=1.0, warmup=1.0).settled()
+    >>> options = LoopOptions(epochs=3, lr=1.0, warmup=1.0).resolved()
     >>> [round(learning_rate(step, 2, options), 2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.86, 0.51, 0.15]
     """
@@ -79,7 +93,7 @@ class Ema:
     """Averaged weights of a model's parameters: mean = decay * mean + (1 - decay) * parameter after every step.
 
     Args:
-        model: whole, or sharded by FSDP (each process then averages its shard). device: where the averages are kept.
+        model: whole, or sharded by FSDP, where each process averages its shard. device: of the averages.
     """
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device | str):
@@ -93,14 +107,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After `step`. In the first steps the average is over as many steps as there have been, roughly."""
+        """Call it after `step`. Early on, the average is roughly over the steps so far."""
         means = list(self.means.values())
         now = [p.to(mean.device) for (_, p), mean in zip(self._parameters(), means, strict=True)]
         torch._foreach_lerp_(means, now, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """In the block, the model's parameters are the averages."""
+        """Within the block, the model's parameters are the averages."""
         mine = {name: p.clone() for name, p in self._parameters()}
         self.load(self.means)
         try:
@@ -114,19 +128,26 @@ class Ema:
             parameter.copy_(values[name])
 
     @torch.no_grad()
-    def take(self) -> None:
-        """The averages become what the model's parameters are."""
+    def copy_from(self) -> None:
+        """Sets the averages to the model's parameters."""
         for name, parameter in self._parameters():
             self.means[name].copy_(parameter)
 
 
 def frozen_modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    """Fixes the weights of the modules `names` ("stem", "levels.0") and gives those modules: the loop keeps them in
-    evaluation mode. Errors: OptionError for a name that the model does not have."""
+    """Freezes the weights of the modules `names` ("stem", "levels.0"). Returns them with all modules inside them, which
+    the loop keeps in evaluation mode. Errors: OptionError for a name that the model does not have."""
+    modules = named(model, names)
+    for module in modules:
+        module.requires_grad_(False)
+    return list(chain.from_iterable(module.modules() for module in modules))
+
+
+def named(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """The modules of these names. Errors: OptionError for a name that the model does not have."""
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules or not name:
             known = [n for n, m in modules.items() if n and not re.search(r"\.\d+\.", n) and list(m.parameters())]
             raise OptionError(f"freeze: {unknown('part of the model', name, known)}")
-        modules[name].requires_grad_(False)
-    return list(chain.from_iterable(modules[name].modules() for name in names))
+    return [modules[name] for name in names]

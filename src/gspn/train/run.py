@@ -1,16 +1,15 @@
-"""The run folder: what a training run leaves behind, written so that no crash or full disk harms what is there.
+"""The run folder: what a training writes, in such a way that no crash or full disk damages what is there.
 
     RUN/config.json                    model, preprocessing, class names, options, versions
     RUN/options.yaml                   the options alone, for `gspn train --config`
     RUN/metrics.jsonl                  one JSON object per epoch
     RUN/checkpoints/last, best, ...    model.safetensors, ema.safetensors, optimizer.safetensors, state.json
-    RUN/curves.png, predictions.png, context.png         of a classifier
-    RUN/curves.png, samples/epoch-0001.png, ...          of a generator
-    RUN/tensorboard/                                     if wanted
+    RUN/tensorboard/                   with --tensorboard
+    RUN/curves.png, ...                what the task adds (written and drawn of its TaskSpec)
 
 Tensors are safetensors and everything else is JSON: nothing is ever unpickled. A file is written under a temporary
-name in the same folder, synced to disk, then renamed; a checkpoint, which is several files, as a folder likewise.
-Whoever reads a run changes nothing in it, so that a run may be read while it is being written.
+name in the same folder, synced to disk, then renamed; so is the folder of a checkpoint. Reading changes nothing, so a
+run may be read while it is being written.
 
 Only one process writes a run at a time (`gspn.files.writing`). A run that is overwritten stays in RUN/.earlier, itself
 a run folder, until the new one has its first best checkpoint.
@@ -41,36 +40,19 @@ from gspn.files import (
     write_text,
 )
 from gspn.names import guess
+from gspn.options import TASKS
 from gspn.places import EARLIER, RunError, config_or_none, no_run
 
 __all__ = ["EARLIER", "Run", "RunError"]
 
 FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
-COMMANDS = {
-    "classification": "gspn train",
-    "diffusion": "gspn train-diffusion",
-    "distillation": "gspn distill",
-}  # which make runs, and go on with them, by the task in config.json
-
-# What a run of each task holds beside checkpoints, metrics.jsonl, options.yaml and config.json: from its first epoch on
-# (WRITTEN), and after its end.
-WRITTEN = {"diffusion": ("samples/epoch-*.png",), "distillation": ("samples/epoch-*.png", "gspn_swap.safetensors")}
-DRAWN = {"classification": ("curves.png", "predictions.png", "context.png", "context-*.png")}
-DRAWN |= {"diffusion": ("curves.png",), "distillation": ("curves.png",)}
-EVENTS = "tensorboard/events.out.tfevents.*"  # board.py's end in .gspn, but for those of older ones
-
-
-TAKEN_BY = {
-    "classification": "gspn eval, predict and show take it, and gspn.load_run in Python",
-    "diffusion": "gspn sample takes it, and gspn.load_run in Python",
-    "distillation": 'its layers go into a pipeline: gspn.load_swap(pipe, "{}")',
-}
+EVENTS = "tensorboard/events.out.tfevents.*"  # those of train/board.py end in .gspn, except for old ones
 
 
 def _find(path):
-    """Where a reader finds the checkpoint `path`, and which one it is: (folder, number of the file, time), or None. It
-    is in .old while its writer, or one that crashed there, is between the two renames."""
+    """Where the checkpoint `path` is now, and its identity: (folder, inode, time); None if there is none. It is in .old
+    between the two renames of its writer, also of one that crashed there."""
     for folder in (path, displaced(path), path):
         try:
             status = (folder / "state.json").stat()
@@ -95,10 +77,10 @@ class Run:
     @staticmethod
     def check_free(path: Path | str, overwrite: bool = False) -> None:
         """Raises RunError unless `path` may become a run folder: it does not exist, or is empty, or is a run and
-        `overwrite` is true. The error names the command that goes on with a run that was stopped."""
+        `overwrite` is true. The error names the command that resumes a stopped run."""
         path = Path(path)
         if path.exists() and not path.is_dir():
-            raise RunError(f"{path} is a file; expected a folder that is new or empty")
+            raise RunError(f"{path} is a file; expected a new or empty folder")
         if path.exists() and any(file.name != LOCK and not is_temporary(file) for file in path.iterdir()):
             if not overwrite:
                 begun = _going_on(path)
@@ -109,9 +91,9 @@ class Run:
 
     @classmethod
     def create(cls, path: Path | str, config: dict, overwrite: bool = False, options: str | None = None) -> "Run":
-        """Makes the folder and writes its config.json, and `options`, a text, to options.yaml. With `overwrite`, the
-        files that a run of the earlier one's task writes, and nothing else, are set aside in path/.earlier; the first
-        checkpoint "best" removes them, `restore_earlier` brings them back.
+        """Makes the folder and writes config.json, and the text `options` to options.yaml. With `overwrite`, the files
+        of the earlier run, and no others, are moved to path/.earlier. The first checkpoint "best" removes them,
+        `restore_earlier` moves them back.
 
         Errors: RunError as `check_free`; SaveError where the folder cannot be written, which leaves it as it was."""
         cls.check_free(path, overwrite)
@@ -128,9 +110,8 @@ class Run:
         return run
 
     def _set_earlier_aside(self):
-        """The checkpoints move first and config.json last, so that a crash at any moment leaves what the next call
-        can tell apart: .earlier with a config.json is complete, and then what is beside it is of a training that
-        never got to a best checkpoint."""
+        """The checkpoints move first and config.json last. So after any crash, .earlier with a config.json is complete,
+        and the files beside it are of a training without a best checkpoint."""
         earlier = self.path / EARLIER
         with self._moving("set the earlier run aside in"):
             if self.has_checkpoint("best"):
@@ -141,10 +122,10 @@ class Run:
             self._remove_files()
 
     def restore_earlier(self) -> bool:
-        """After a training that ended before its first checkpoint "best": puts the run that it was to overwrite back,
-        in the order opposite to setting it aside. True if there was one.
+        """After a training that ended before its first checkpoint "best": moves the earlier run back, in the opposite
+        order. Returns whether there was one.
 
-        Errors: SaveError; the earlier run is in path/.earlier then."""
+        Errors: SaveError; the earlier run stays in path/.earlier."""
         earlier = Run(self.path / EARLIER, {}, [])
         if self.has_checkpoint("best") or not earlier.path.exists():
             return False
@@ -166,26 +147,26 @@ class Run:
             ) from error
 
     def _remove_files(self):
-        """Removes what a training without a best checkpoint wrote; at its end it has not been."""
+        """Removes the files of a training that had no best checkpoint, and so did not come to its end."""
         for file in self._files(drawn=False):
             remove(file)
             _tidy(file.parent, self.path)
 
     def _files(self, of=None, drawn=True):
-        """What a run of its task wrote, as far as it is there, the checkpoints first and config.json last. Which task
-        that is its config.json tells, or without one that in the folder `of`."""
+        """The existing files of the run, checkpoints first and config.json last. config.json tells the task; without
+        one, that in the folder `of`."""
         configs = [folder / "config.json" for folder in (self.path, of or self.path)]
         config = next((config_or_none(file) for file in configs if file.exists()), None) or {}
-        task, options = str(config.get("task")), config.get("options")
-        patterns = ["checkpoints", "metrics.jsonl", "options.yaml", *WRITTEN.get(task, ())]
-        patterns += DRAWN.get(task, ()) if drawn else ()
+        task, options = TASKS.get(str(config.get("task"))), config.get("options")
+        patterns = ["checkpoints", "metrics.jsonl", "options.yaml", *(task.written if task else ())]
+        patterns += task.drawn if task and drawn else ()
         logged = isinstance(options, dict) and options.get("tensorboard")
         patterns += [EVENTS if logged and drawn else f"{EVENTS}.gspn", "config.json"]
         return [file for pattern in patterns for file in sorted(self.path.glob(pattern))]
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
-        """Opens an existing run. Errors: RunError if it is none, is damaged, or was written by a newer gspn."""
+        """Opens an existing run. Errors: RunError if there is none, or it is damaged or written by a newer gspn."""
         path = Path(path)
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -204,12 +185,12 @@ class Run:
         return cls(path, config, metrics)
 
     def check_task(self, *expected: str) -> str:
-        """The run's task, if it is one of those `expected`. Errors: RunError, which says what takes such a run."""
+        """The run's task, if it is among `expected`. Errors: RunError, which says what takes such a run."""
         task = str(self.config.get("task", ""))
         if task not in expected:
-            known = f"a run of {task}" if task else "of no task"
-            told = f"; {TAKEN_BY[task].format(self.path)}" if task in TAKEN_BY else ""
-            raise RunError(f"{self.path} is {known}, expected {' or '.join(expected)}{told}")
+            found = f"a run of {task}" if task else "of no task"
+            hint = f"; {TASKS[task].taken_by.format(self.path)}" if task in TASKS else ""
+            raise RunError(f"{self.path} is {found}, expected {' or '.join(expected)}{hint}")
         return task
 
     def append_metrics(self, row: dict) -> None:
@@ -217,7 +198,7 @@ class Run:
         self._write_metrics([*self.metrics, row])
 
     def rewind(self, epoch: int) -> None:
-        """Takes back the rows of metrics after `epoch`."""
+        """Removes the rows of metrics after `epoch`."""
         if any(row["epoch"] > epoch for row in self.metrics):
             self._write_metrics([row for row in self.metrics if row["epoch"] <= epoch])
 
@@ -226,7 +207,7 @@ class Run:
         self.metrics = rows
 
     def save_checkpoint(self, name: str, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
-        """Writes checkpoints/`name`, all of it or nothing.
+        """Writes checkpoints/`name`, completely or not at all.
 
         Args:
             name: "last", "best", "epoch-0010".
@@ -244,8 +225,8 @@ class Run:
             remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
 
     def prune(self, keep: int) -> None:
-        """Removes the oldest of the checkpoints "epoch-...", but for `keep` of them (0 keeps all), and what a killed
-        process had begun to write or to remove. Each is renamed first, so that none is there in part."""
+        """Removes the checkpoints "epoch-..." except the newest `keep` (0 keeps all), and what a killed process left
+        half written or removed. Each is renamed first, so that no partial checkpoint is seen."""
         folder = self.path / "checkpoints"
         for number, old in enumerate(sorted(folder.glob("epoch-*"), reverse=True)):
             if keep and number >= keep:
@@ -260,8 +241,8 @@ class Run:
     def load_checkpoint(
         self, name: str, parts: Sequence[str] = ("model", "ema", "optimizer")
     ) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """Reads checkpoints/`name` to (tensors, state), as `save_checkpoint` took them; only the `parts` that are
-        there. Errors: RunError if there is no such checkpoint or a file of it is damaged."""
+        """Reads checkpoints/`name` to (tensors, state), as `save_checkpoint` got them; only those of the
+        `parts` that exist. Errors: RunError if there is no such checkpoint or one of its files is damaged."""
         path = self._checkpoint(name)
         while True:  # once, unless a training replaces the checkpoint while it is being read
             found = _find(path)
@@ -300,8 +281,8 @@ def _check_format(state, folder):
 
 
 def _separate(named):
-    """The tensors as safetensors stores them: contiguous, and none of them shares memory with another one. Tied weights
-    are thus stored under each of their names, and load_state_dict finds them all."""
+    """The tensors as safetensors needs them: contiguous, and without shared memory. Tied weights are stored under each
+    of their names, so that load_state_dict finds them all."""
     separate, stored = {}, set()
     for name, tensor in named.items():
         tensor = tensor.detach().contiguous()
@@ -319,16 +300,16 @@ def _move(file, target, root):
 
 
 def _tidy(folder, root):
-    """Removes a folder within `root` that nothing is left in."""
+    """Removes an empty folder within `root`."""
     if folder != root:
         with suppress(OSError):
             folder.rmdir()
 
 
 def _going_on(path):
-    """How to go on with the run in the folder, if it was stopped before its end and can be resumed; else None."""
+    """How to resume the run in the folder, if it was stopped before its end; None if it cannot be resumed."""
     config, found = config_or_none(path / "config.json"), _find(path / "checkpoints" / "last")
-    if not config or config.get("format") != FORMAT or config.get("task") not in COMMANDS:
+    if not config or config.get("format") != FORMAT or config.get("task") not in TASKS:
         return None
     at = "before its first checkpoint"
     if found:
@@ -340,7 +321,7 @@ def _going_on(path):
         if state.get("format") != STATE_FORMAT or done >= epochs:
             return None
         at = f"after step {step}, in epoch {done + 1} of {epochs}"
-    return f"`{COMMANDS[config['task']]} --resume {path}` goes on with the run there, which was stopped {at}"
+    return f"`gspn {TASKS[config['task']].command} --resume {path}` resumes the run there, which was stopped {at}"
 
 
 def _earlier_hint(path):

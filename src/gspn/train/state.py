@@ -1,6 +1,6 @@
-"""The state of a training as tensors by name, as a checkpoint keeps them, and back: also where FSDP has sharded it.
+"""The state of a training as tensors by name, as a checkpoint stores it, and back; also where FSDP has sharded it.
 
-Gathering and restoring are done by all processes together.
+All processes call these functions together.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,25 +15,25 @@ from gspn.train.run import RunError
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def gather(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, keep: bool) -> Tensors:
-    """{"model": ..., "optimizer": ..., "ema": ...}: the model's state by name, the optimizer's as "parameter.slot". A
-    process that does not `keep` them takes part, for what is sharded, and gets nothing of it."""
+def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, is_main: bool) -> Tensors:
+    """{"model": ..., "optimizer": ..., "ema": ...}: the model's state by name, the optimizer's as "parameter.slot".
+    Sharded tensors are whole where `is_main` is true; the other processes take part and get empty ones."""
     tensors = {
-        "model": {name: _whole(tensor, keep) for name, tensor in model.state_dict().items()},
-        "optimizer": {f"{name}.{slot}": _whole(tensor, keep) for name, slot, tensor in _slots(model, optimizer)},
+        "model": {name: _whole(tensor, is_main) for name, tensor in model.state_dict().items()},
+        "optimizer": {f"{name}.{slot}": _whole(tensor, is_main) for name, slot, tensor in _slots(model, optimizer)},
     }
     if ema is not None:
         with ema.applied():
-            tensors["ema"] = {name: _whole(tensor, keep).clone() for name, tensor in model.state_dict().items()}
+            tensors["ema"] = {name: _whole(tensor, is_main).clone() for name, tensor in model.state_dict().items()}
     return tensors
 
 
 @torch.no_grad()
 def restore(tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
-    """Puts back what `gather` gave. Errors: RunError where the tensors are not those of this training."""
+    """Restores what `full_state_dict` returned. Errors: RunError where the tensors are not those of this training."""
     if ema is not None:
         load_weights(model, tensors.get("ema", {}))
-        ema.take()
+        ema.copy_from()
     load_weights(model, tensors["model"])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for key, tensor in tensors.get("optimizer", {}).items():
@@ -48,7 +48,7 @@ def restore(tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies weights and buffers by name. Errors: RunError names what is missing, left over or of another shape."""
+    """Copies weights and buffers by name. Errors: RunError names what is missing, unknown or of another shape."""
     state = model.state_dict()
     problems = [f"{name} is missing" for name in state if name not in tensors]
     problems += [f"{name} is not of this model" for name in tensors if name not in state]
@@ -70,16 +70,16 @@ def _slots(model, optimizer) -> Iterator[tuple[str, str, Tensor]]:
             yield name, slot, tensor
 
 
-def _whole(tensor, keep):
-    """The whole of a sharded tensor, on the CPU, as it may be too large for one device."""
+def _whole(tensor, is_main):
+    """The whole of a sharded tensor, on the CPU, because it may be too large for one device."""
     if not isinstance(tensor, DTensor):
         return tensor
     whole = tensor.full_tensor()
-    return whole.cpu() if keep else whole.new_empty(0)
+    return whole.cpu() if is_main else whole.new_empty(0)
 
 
 def _like(tensor, model_tensor, on_device=True):
-    """A whole tensor placed as one of the model's is. AdamW's count of steps is a scalar that stays on the CPU."""
+    """A whole tensor on the device, and sharded, as `model_tensor` is. AdamW's step count is a scalar on the CPU."""
     if isinstance(model_tensor, DTensor) and tensor.ndim:
         return distribute_tensor(tensor.to(model_tensor.device), model_tensor.device_mesh, model_tensor.placements)
     return tensor.to(model_tensor.device) if on_device else tensor

@@ -1,0 +1,302 @@
+"""What an option is, and a set of options: values that are checked, flags of a command, configuration files."""
+
+import inspect
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Self, get_args, get_type_hints
+
+import typer
+import yaml
+
+from gspn.names import guess, unknown
+from gspn.places import OptionError, location
+
+FAR = 1.25  # times the size that a model was trained at: beyond, and below 1 / FAR, results are clearly worse
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float = float("inf"),
+    choices: tuple = (),
+    fallback: Any = None,
+    parse: Any = None,
+    flag: str | None = None,
+    metavar: str | None = None,
+    argument: bool = False,
+    resumable: bool = False,
+    path: bool = False,
+):
+    """A field of a set of options.
+
+    Args:
+        default: None where the kind of data decides, or else `fallback`. help: the text for the flag and the file.
+        low, high: the smallest and the largest value. choices: the only values.
+        parse: makes the value from what a flag (text) or a file (text, number, list or mapping) holds; its ValueError
+            says what was expected. flag: its name where that is not the field's. metavar: the value in the help.
+        argument: the option is the command's positional argument, not a flag.
+        resumable: the option does not change the result, so a resumed run may get another value.
+        path: the value may be the path of a file or folder; a run keeps it as an absolute path.
+    """
+    metadata = dict(help=help, low=low, high=high, choices=choices, fallback=fallback, parse=parse)
+    metadata |= dict(flag=flag, metavar=metavar, argument=argument, resumable=resumable, path=path)
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# -- parsers: the value of an option from what a flag or a file holds; ValueError says what was expected --
+
+
+def parse_number(value):
+    """A float; also from text, because YAML reads 1e-3 as text."""
+    try:
+        if not isinstance(value, bool):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError("a number")
+
+
+def parse_whole(value):
+    """An int."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError("a whole number")
+
+
+def parse_truth(value):
+    """A bool."""
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def parse_text(value):
+    """A str."""
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
+def parse_model_args(value):
+    """{"stem_stride": 1} from ["stem_stride=1"]; a value is JSON, or a word that does not begin like JSON."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    arguments = {}
+    for pair in value if isinstance(value, list | tuple) else [value]:
+        key, equals, text = str(pair).partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError("KEY=VALUE")
+        try:
+            arguments[key] = json.loads(text)
+        except ValueError as error:
+            if re.match(r"[\[\]{}()\"'0-9.+-]", text) or text in ("True", "False", "None"):
+                hint = {"True": "true", "False": "false", "None": "null"}.get(text, "4, true, [1,2] or a word")
+                raise ValueError(f"a value in JSON for {key}, such as {hint} ({error})") from None
+            arguments[key] = text
+    return arguments
+
+
+def parse_size(value):
+    """(H, W) from "N", "HxW", a number or two numbers."""
+    parts = value if isinstance(value, list | tuple) else str(value).lower().split("x")
+    if len(parts) not in (1, 2) or not all(str(part).isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError("N or HxW in pixels")
+    return int(parts[0]), int(parts[-1])
+
+
+def far_from(size: tuple[int, int], trained: tuple[int, int], what: str) -> str | None:
+    """A warning where a side of `size` (H, W) is more than FAR times that of `trained`, or less than 1 / FAR of it;
+    None elsewhere. `what` says what `trained` is.
+
+    >>> far_from((12, 8), (8, 8), "it was trained at")
+    '12x8 is far from 8x8, which it was trained at (1.50 times the height, 1.00 times the width): expect worse results'
+    """
+    ratios = [side / other for side, other in zip(size, trained, strict=True)]
+    if all(1 / FAR <= ratio <= FAR for ratio in ratios):
+        return None
+    (height, width), (h, w) = size, trained
+    times = "{:.2f} times the height, {:.2f} times the width".format(*ratios)
+    return f"{height}x{width} is far from {h}x{w}, which {what} ({times}): expect worse results"
+
+
+def parse_names(value):
+    """("a", "b") from "a,b" or a list."""
+    names = tuple(str(name).strip() for name in (value if isinstance(value, list | tuple) else str(value).split(",")))
+    if len(set(names)) < len(names) or "" in names:
+        raise ValueError("distinct names with commas between them")
+    return names
+
+
+def parse_interval(value):
+    """ "500" (steps), "15min" or "never", as it is."""
+    text = str(value).strip()
+    if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?min|never", text):
+        raise ValueError("a number of steps, minutes such as 15min, or never")
+    return text
+
+
+_PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse_text}
+
+# -- sets of options --
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionSet:
+    """What every set of options can do. OptionError names a value that is not allowed.
+
+    Attributes: presets: by the kind of data, the values of options that are None; the help shows them."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+
+    def __post_init__(self):
+        for one in fields(self):
+            check(one, getattr(self, one.name))
+
+    def resolved(self, preset: Mapping[str, Any] | None = None) -> Self:
+        """The same options with every None replaced: by the value in `preset`, or else by the option's fallback."""
+        unset = [one for one in fields(self) if getattr(self, one.name) is None]
+        return replace(self, **{one.name: (preset or {}).get(one.name, one.metadata["fallback"]) for one in unset})
+
+    def located(self) -> Self:
+        """The same options with absolute paths, where a path exists."""
+        paths = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["path"]}
+        return replace(self, **{name: location(value) for name, value in paths.items() if value is not None})
+
+    def check_paths(self) -> None:
+        """Raises OptionError where a file or folder that an option names does not exist."""
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], source: str = "") -> Self:
+        """Options from texts and numbers by name, as flags or a file hold them. `source` begins a message.
+
+        Errors: OptionError for an unknown name, with the nearest one, and for a value of another type."""
+        try:
+            return cls(**cls._converted(values))
+        except OptionError as error:
+            raise OptionError(f"{source}{error}") from None
+
+    def updated(self, overrides: Mapping[str, Any]) -> Self:
+        """The same options with other values for some; arguments and errors as for `read`."""
+        return replace(self, **self._converted(overrides))
+
+    @classmethod
+    def _converted(cls, values):
+        known, types = {one.name: one for one in fields(cls)}, get_type_hints(cls)
+        for name in values:
+            if name not in known:
+                raise OptionError(unknown("option", name, known))
+        return {name: _converted(known[name], types[name], value) for name, value in values.items()}
+
+
+# -- checks, flags and files --
+
+
+def check(one, value) -> None:
+    """Raises OptionError unless the option (a field) allows `value`; None is always allowed."""
+    low, high, choices = (one.metadata[name] for name in ("low", "high", "choices"))
+    if value is None:
+        return
+    if choices and value not in choices:
+        names = [str(choice) for choice in choices]
+        expected = " or ".join(names) if len(names) < 4 else f"one of {', '.join(names)}"
+        raise OptionError(f"{one.name} must be {expected}, got {value!r}{guess(value, choices)}")
+    if low is not None and not (low <= value <= high and math.isfinite(value)):
+        limits = f"from {low} to {high}" if math.isfinite(high) else f"from {low} on and finite"
+        raise OptionError(f"{one.name} must be {limits}, got {value}")
+
+
+def _converted(one, annotation, value):
+    """The value of a flag or a file as the option's type; None stays None."""
+    types = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
+    if value is None and len(types) < len(get_args(annotation)):
+        return None
+    try:
+        return (one.metadata["parse"] or _PARSERS[types[0]])(value)
+    except ValueError as error:
+        shown = value[0] if isinstance(value, list) and len(value) == 1 else value
+        raise OptionError(f"{one.name} takes {error}, got {shown!r}") from None
+
+
+def flags(options: type[OptionSet]) -> list[inspect.Parameter]:
+    """A parameter of a typer command for every option, grouped by the class that declares it; None where the user gave
+    no value."""
+    panels = {name: base for base in options.__mro__ for name in inspect.get_annotations(base)}
+    types, parameters = get_type_hints(options), []
+    for one in fields(options):
+        metadata, kind = one.metadata, types[one.name]
+        if metadata["argument"]:
+            info = typer.Argument(metavar=metadata["metavar"], help=metadata["help"], show_default=False)
+            parameters.append(_parameter(one.name, kind, info))
+            continue
+        name = metadata["flag"] or "--" + one.name.replace("_", "-")
+        if metadata["parse"]:
+            kind = list[str] if kind is Mapping else str
+        elif kind is bool or bool in get_args(kind):
+            name, kind = f"{name}/--no-{name[2:]}", bool
+        default = metadata["fallback"] if one.default in (None, MISSING) else one.default
+        shown = False if default is None or isinstance(default, dict) else str(default)
+        chosen = {kind: preset[one.name] for kind, preset in options.presets.items() if one.name in preset}
+        if len(set(chosen.values())) == 1 and len(chosen) == len(options.presets):
+            shown = str(next(iter(chosen.values())))
+        elif chosen:
+            shown = ", ".join(f"{value} for {where}" for where, value in chosen.items())
+        info = typer.Option(
+            name,
+            help=metadata["help"],
+            metavar=metadata["metavar"],
+            show_default=shown,
+            rich_help_panel=panels[one.name].panel,
+        )
+        parameters.append(_parameter(one.name, kind, info))
+    return parameters
+
+
+def _parameter(name, kind, info):
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
+
+
+def read_file(path: Path) -> dict:
+    """The options in a configuration file by name, with - or _ between words.
+
+    Errors: OptionError if it is missing, is not .yaml, .yml or .toml, or does not hold names with values."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".toml":
+            values = tomllib.loads(content.decode())
+        elif path.suffix in (".yaml", ".yml"):
+            values = yaml.safe_load(content)
+        else:
+            raise OptionError(f"{path} has to be a .yaml or .toml file")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OptionError(f"{path} cannot be read: {reason}") from error
+    if not isinstance(values, dict):
+        raise OptionError(f"{path} has to hold options with their values, such as `epochs: 12`")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def file_text(options: OptionSet, more: Mapping[str, Any]) -> str:
+    """The text of a YAML file that `read_file` reads back: `more`, then every option after its help text."""
+    lines = [f"{name}: {_yaml(value)}\n" for name, value in more.items()]
+    for one in fields(options):
+        lines.append(f"\n# {one.metadata['help']}\n{one.name}: {_yaml(getattr(options, one.name))}\n")
+    return "".join(lines)
+
+
+def _yaml(value):
+    """The value on one line."""
+    plain = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("...\n").strip()

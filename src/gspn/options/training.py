@@ -1,0 +1,94 @@
+"""The options that several trainings share: of the loop, and of data with classes."""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from gspn.options.base import OptionSet, check, option, parse_interval, parse_names, parse_size
+
+DATA_HELP = (
+    "`digits` (embedded), a folder of class folders with images, a folder of MNIST-format idx files, or anything that "
+    "Hugging Face datasets loads: a folder made by save_to_disk, a parquet, arrow, csv or json file, a name on the hub."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions(OptionSet):
+    """What train.loop.train needs."""
+
+    panel: ClassVar = "The loop"  # of the command's help
+
+    epochs: int | None = option(None, "Passes over the training images.", low=1, high=1_000_000)
+    batch_size: int | None = option(None, "Images per step, over all processes together.", low=1, high=1_000_000)
+    accumulate: int = option(1, "Split each batch into this many parts, to save memory.", low=1, high=1_000_000)
+    lr: float | None = option(None, "The highest learning rate.", low=0)
+    min_lr: float | None = option(None, "The final learning rate. Default: a hundredth of the highest.", low=0)
+    warmup_lr: float | None = option(None, "The learning rate at the start of the warm-up.", low=0, fallback=0.0)
+    weight_decay: float | None = option(
+        None, "Weight decay of AdamW; biases and norms have none.", low=0, high=10, fallback=0.05
+    )
+    warmup: float | None = option(None, "Epochs over which the learning rate rises.", low=0, high=1e6, fallback=0.0)
+    layer_decay: float = option(
+        1.0, "Factor on the learning rate from each layer to the one below it, for fine-tuning.", low=0.01, high=1
+    )
+    beta1: float = option(0.9, "AdamW: decay of the mean gradient.", low=0, high=0.999999)
+    beta2: float = option(0.999, "AdamW: decay of the mean squared gradient.", low=0, high=0.999999)
+    eps: float = option(1e-8, "AdamW: added to the root of the mean squared gradient.", low=0)
+    clip: float | None = option(None, "Clip the gradient norm at this value; 0 for no limit.", low=0, fallback=1.0)
+    ema: float | None = option(
+        None,
+        "Decay of the averaged weights, which are evaluated; 0 for no averaging.",
+        low=0,
+        high=0.999999,
+        fallback=0.0,
+    )
+    ema_device: str | None = option(None, "Device of the averaged weights, such as cpu. Default: the model's.")
+    precision: str | None = option(
+        None, "fp32, or bf16 for autocast to bfloat16.", choices=("fp32", "bf16"), fallback="fp32"
+    )
+    seed: int = option(0, "Random seed: the same seed gives the same training.", low=0, high=2**63 - 1)
+    freeze: tuple | None = option(
+        None, "Modules of the model to freeze: stem,levels.0", parse=parse_names, metavar="NAMES"
+    )
+    fsdp: bool = option(False, "Shard the model over the processes, for large models.")
+    save_every: str = option(
+        "15min",
+        "How often to save within an epoch: 500 (steps), 15min, or never.",
+        parse=parse_interval,
+        metavar="INTERVAL",
+        resumable=True,
+    )
+    keep_every: int = option(0, "Keep a checkpoint every N epochs; 0 for none.", low=0, high=1_000_000, resumable=True)
+    tensorboard: bool = option(False, "Write logs for TensorBoard to RUN/tensorboard.", resumable=True)
+    keep: int = option(
+        0,
+        "How many of the checkpoints of --keep-every to keep, the newest ones; 0 for all.",
+        low=0,
+        high=1_000_000,
+        resumable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(OptionSet):
+    """How the images are read."""
+
+    panel: ClassVar = "Data"
+
+    size: tuple | None = option(
+        None, "Input size in pixels: N or HxW. Default: that of the data.", parse=parse_size, metavar="N|HxW"
+    )
+    channels: int | None = option(None, "Convert the images to 1 (grey) or 3 (colour) channels.", choices=(1, 3))
+    val_fraction: float = option(0.1, "Fraction of the images to hold out where DATA has no evaluation split.")
+    class_names: tuple | None = option(
+        None, "Class names, in order, for data that have none: a,b,c.", parse=parse_names, metavar="NAMES"
+    )
+    image_column: str | None = option(None, "datasets: the column with the images.")
+    label_column: str | None = option(None, "datasets: the column with the classes.")
+    streaming: bool = option(False, "datasets: read rows as a stream, without a copy in its cache.")
+    workers: int = option(2, "Processes that decode image files.", low=0, high=1024, resumable=True)
+    strict: bool = option(False, "Stop at an unreadable image, instead of leaving it out.")
+
+
+def check_range(name: str, value: float | None) -> None:
+    """Raises OptionError unless the training option `name` allows `value`; None is always allowed."""
+    check(next(one for kind in (LoopOptions, DataOptions) for one in fields(kind) if one.name == name), value)
