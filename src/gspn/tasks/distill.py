@@ -22,7 +22,7 @@ from gspn.data.tables import Stream
 from gspn.data.unreadable import Unreadable, warning_of
 from gspn.digests import is_earlier
 from gspn.options import OptionError, far_from
-from gspn.stable_diffusion.init import fit
+from gspn.stable_diffusion import fit
 from gspn.stable_diffusion.swap import swap
 from gspn.tasks.base import resume, start
 from gspn.tasks.distill_options import PRESET, DistillOptions
