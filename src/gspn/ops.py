@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gspn.dispatch import BACKENDS, NATIVE_BACKENDS, available_backends, refuse_onnx_export
+from gspn.dispatch import BACKENDS, NATIVE_BACKENDS, available_backends, in_format_of, refuse_onnx_export
 from gspn.kernels import reference
 
 __all__ = ["DIRECTIONS", "available_backends", "gated_scan", "line_scan", "normalize_weights", "propagate"]
@@ -65,7 +65,7 @@ def normalize_weights(logits: Tensor, *, direction: str) -> Tensor:
             [0.3333, 0.3333, 0.3333],
             [0.5000, 0.5000, 0.0000]])
     """
-    _check_tensor("logits", logits, "(B,G,3,H,W)", 5)
+    _check_tensor("logits", logits, "(B,G,3,H,W)")
     _check_three("logits", logits, "(B,G,3,H,W)", 2)
     return reference.normalize_weights(logits, _number(direction))
 
@@ -93,8 +93,8 @@ def line_scan(
     >>> gspn.line_scan(x, weights, direction="right")
     tensor([[[[1.0000, 1.5000, 1.7500, 1.8750]]]])
     """
-    _check_tensor("x", x, "(B,C,H,W)", 4)
-    _check_tensor("weights", weights, "(B,G,3,H,W)", 5)
+    _check_tensor("x", x, "(B,C,H,W)")
+    _check_tensor("weights", weights, "(B,G,3,H,W)")
     _check_three("weights", weights, "(B,G,3,H,W)", 2)
     _check_shape("weights", weights, "(B,G,3,H,W)", (x.shape[0], None, 3, *x.shape[2:]))
     _check_groups("weights", weights.shape[1], x.shape[1])
@@ -102,7 +102,7 @@ def line_scan(
     _check_devices(x, weights=weights)
     number, segment = _number(direction), check_segment(segment)
     if _check_backend(backend, x) == "reference":
-        return _in_format_of(x, reference.line_scan(x, weights, number, segment))
+        return in_format_of(x, reference.line_scan(x, weights, number, segment))
     _check_native(x, weights)
     return torch.ops.gspn.line_scan(x, weights, number, segment, backend or "")
 
@@ -137,9 +137,9 @@ def gated_scan(
     tensor([2., 3., 3., 3.])
     """
     numbers = check_directions(directions)
-    _check_tensor("x", x, "(B,C,H,W)", 4)
-    _check_tensor("input_gate", input_gate, "(B,D,C,H,W)", 5)
-    _check_tensor("logits", logits, "(B,D,G,3,H,W)", 6)
+    _check_tensor("x", x, "(B,C,H,W)")
+    _check_tensor("input_gate", input_gate, "(B,D,C,H,W)")
+    _check_tensor("logits", logits, "(B,D,G,3,H,W)")
     batch, channels, *size = x.shape
     _check_three("logits", logits, "(B,D,G,3,H,W)", 3)
     _check_shape("input_gate", input_gate, "(B,D,C,H,W)", (batch, len(numbers), channels, *size))
@@ -149,7 +149,7 @@ def gated_scan(
     _check_devices(x, input_gate=input_gate, logits=logits)
     segment = check_segment(segment)
     if _check_backend(backend, x) == "reference":
-        return _in_format_of(input_gate, reference.gated_scan(x, input_gate, logits, numbers, segment))
+        return in_format_of(input_gate, reference.gated_scan(x, input_gate, logits, numbers, segment))
     _check_native(x, input_gate, logits)
     return torch.ops.gspn.gated_scan(x, input_gate, logits, numbers, segment, backend or "")
 
@@ -199,14 +199,14 @@ def propagate(
     torch.Size([2, 6, 9, 7])
     """
     numbers = check_directions(directions)
-    _check_tensor("x", x, "(B,C,H,W)", 4)
-    _check_tensor("proxy", proxy, "(B,S,H,W)", 4)
+    _check_tensor("x", x, "(B,C,H,W)")
+    _check_tensor("proxy", proxy, "(B,S,H,W)")
     projections = {"weight_proj": weight_proj, "input_proj": input_proj, "output_proj": output_proj}
     expected = {"weight_proj": "(D,3,G,S)", "input_proj": "(D,C,S)", "output_proj": "(D,C,S)", "skip_proj": "(C,S)"}
     if skip_proj is not None:
         projections["skip_proj"] = skip_proj
     for name, projection in projections.items():
-        _check_tensor(name, projection, expected[name], expected[name].count(",") + 1)
+        _check_tensor(name, projection, expected[name])
     count, (batch, channels, *size), features = len(numbers), x.shape, proxy.shape[1]
     if features == 0:
         raise ValueError(f"proxy (B,S,H,W) has to have S >= 1, got {tuple(proxy.shape)}")
@@ -226,7 +226,7 @@ def propagate(
     skip_proj, segment = (rest[0] if rest else None), check_segment(segment)
     tensors = (x, proxy, weight_proj, input_proj, output_proj, skip_proj)
     if _check_backend(backend, x) == "reference":
-        return _in_format_of(x, reference.propagate(*tensors, numbers, segment))
+        return in_format_of(x, reference.propagate(*tensors, numbers, segment))
     _check_native(*tensors)
     return torch.ops.gspn.propagate(*tensors, numbers, segment, workspace_mib, backend or "")
 
@@ -234,14 +234,15 @@ def propagate(
 # Checks: each says what was got and what was expected.
 
 
-def _check_tensor(name: str, value: Tensor, form: str, dims: int) -> None:
+def _check_tensor(name: str, value: Tensor, form: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} has to be a tensor {form}, got {type(value).__name__}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name} has to be float64, float32, bfloat16 or float16, got {value.dtype}")
+    dims = form.count(",") + 1
     if value.ndim != dims:
         raise ValueError(f"{name} has to have {dims} dimensions {form}, got {value.ndim}: {tuple(value.shape)}")
-    if dims > 3 and name != "weight_proj" and (value.shape[-1] == 0 or value.shape[-2] == 0):
+    if form.endswith(",H,W)") and (value.shape[-1] == 0 or value.shape[-2] == 0):
         raise ValueError(f"{name} has to have H >= 1 and W >= 1, got {tuple(value.shape)}")
 
 
@@ -270,11 +271,6 @@ def _same_dtype(x: Tensor, *, float32_beside_16_bit: bool = False, **others: Ten
         return [other if other.dtype in allowed else other.to(x.dtype) for other in others.values()]
     got = ", ".join(f"{name} {other.dtype}" for name, other in others.items())
     raise TypeError(f"dtypes have to agree outside autocast, got x {x.dtype}, {got}")
-
-
-def _in_format_of(template: Tensor, result: Tensor) -> Tensor:
-    promised = torch.empty_like(template)
-    return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
 def _check_native(*tensors: Tensor | None) -> None:
