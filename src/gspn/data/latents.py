@@ -19,7 +19,7 @@ from gspn.data.latent_files import Shards, identity, read_config
 from gspn.data.latent_folder import KIND
 from gspn.data.loader import EpochSampler, Loader
 from gspn.digests import Content
-from gspn.models.sampling import scale_latents
+from gspn.models.latents import scale_latents
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,7 @@ class LatentSplit(Split):
     Attributes, beside those of Split:
         shape: (C, h, w). flip: whether the mirrored images are there too.
         row: int64 (N,), the place of an image in its shard.
-        vae: how the VAE's latents are scaled, see models.sampling.scale_latents.
+        vae: how the VAE's latents are scaled, see models.latents.scale_latents.
     """
 
     def __init__(self, labels, class_names, names, shard, row, shards):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
-from gspn.models.sampling import check_finite, check_scale, check_schedule, unscale_latents
+from gspn.models.latents import check_finite, check_scale, check_schedule, unscale_latents
 from gspn.names import unknown
 
 try:

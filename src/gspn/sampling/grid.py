@@ -9,7 +9,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from gspn.files import SaveError, atomic
-from gspn.models.sampling import NotFiniteError
+from gspn.models.latents import NotFiniteError
 from gspn.train.loop import TrainingError
 
 SHOWN = 96, 256  # pixels that the longer side of an image is brought to at least, by whole factors, and at most

@@ -17,7 +17,7 @@ from rich.console import Console
 from gspn.data.images import decode, generator
 from gspn.digests import digest, settings, tensors_of
 from gspn.files import SaveError, remove, write_json, writing
-from gspn.models.sampling import NotFiniteError
+from gspn.models.latents import NotFiniteError
 from gspn.options import OptionError, far_from
 from gspn.progress import Progress
 from gspn.sampling.generators import load_pipeline, named_scheduler

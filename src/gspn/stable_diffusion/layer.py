@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gspn.layers import GSPN2d, per_line
-from gspn.ops import DIRECTIONS, check_backend, check_segment, propagate
+from gspn.layers import GSPN2d, average_over_lines
+from gspn.ops import DIRECTIONS, check_backend, propagate, validate_segment
 
 FORMS = ("pure", "qkv")
 _PROXY_SHARE = {"pure": 8, "qkv": 32}  # C is so many times the width of a proxy, as published
@@ -66,7 +66,7 @@ class GSPNAttention(nn.Module):
                 raise ValueError(f"{name} has to be at least 1, got {value}")
         check_backend(backend)
         self.channels, self.form, self.proxy_dim, self.backend = channels, form, proxy_dim, backend
-        self.segment, self.gate_bias = check_segment(segment), gate_bias and form == "qkv"
+        self.segment, self.gate_bias = validate_segment(segment), gate_bias and form == "qkv"
         if form == "pure":
             self.gspn = GSPN2d(channels, proxy_dim=proxy_dim, segment=segment, average=True, backend=backend)
         else:
@@ -153,7 +153,7 @@ class GSPNAttention(nn.Module):
             as_map(torch.cat(proxies, -1)),
             widened("weight", 0),
             widened("input", 1),
-            per_line(widened("output", 2) * merger, DIRECTIONS, size, self.segment),
+            average_over_lines(widened("output", 2) * merger, DIRECTIONS, size, self.segment),
             (widened("skip", 0) * merger).sum(0),
             segment=self.segment,
             backend=self.backend,

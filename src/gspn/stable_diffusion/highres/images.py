@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn.models.sampling import check_finite, scale_latents, unscale_latents
+from gspn.models.latents import check_finite, scale_latents, unscale_latents
 from gspn.stable_diffusion.highres.memory import working_dtype
 
 try:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspn.models.sampling import check_finite
+from gspn.models.latents import check_finite
 from gspn.progress import Progress
 from gspn.stable_diffusion.highres.images import decode, encode, rematched, resize
 from gspn.stable_diffusion.highres.memory import MIB, SHARE, choose, free_bytes, is_offloaded, weight_bytes

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gspn.models.sampling import check_schedule
+from gspn.models.latents import check_schedule
 from gspn.stable_diffusion.highres.savers import Savers
 
 try:
