@@ -4,7 +4,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gspn.stable_diffusion.highres.images import decode, encode, rematched, resi
 from gspn.stable_diffusion.highres.memory import MIB, SHARE, choose, free_bytes, is_offloaded, weight_bytes
 from gspn.stable_diffusion.highres.passes import Guidance, allowed_options, cosine_share
 from gspn.stable_diffusion.highres.plan import STEPS, STRENGTHS, Stage, check_pipeline, last_timesteps, make_stages
-from gspn.stable_diffusion.highres.savers import SAVERS, saving
+from gspn.stable_diffusion.highres.savers import SAVERS, Savers, saving
 from gspn.stable_diffusion.highres.state import described, fingerprint, opened
 
 try:
@@ -105,7 +105,7 @@ class HighResPipeline:
         check_pipeline(self.pipe)
         _check_options(self.pipe, options)
         found = make_stages(self.pipe, height, width, stages, native_steps, steps, strengths, dilation is not None)
-        wanted = _wanted(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
+        wanted = Savers(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
         guidance = Guidance(self.pipe, "", None, _scale(guidance_scale), options, found[0].size)
         return self._fit(found, [wanted] * len(found), guidance, memory_mib)
 
@@ -170,7 +170,7 @@ class HighResPipeline:
         pipe = self.pipe
         self._check(prompt, negative_prompt, seed, generator, blend, dilation, output_type, options)
         found = make_stages(pipe, height, width, stages, native_steps, steps, strengths, dilation is not None)
-        wanted = _wanted(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
+        wanted = Savers(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
         with opened(workdir) as folder:
             if generator is not None:
                 seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
@@ -187,7 +187,7 @@ class HighResPipeline:
                 asked |= dict(options=described(options, folder.earlier))
                 asked |= dict(stages=[[*stage.size, stage.steps, stage.strength, stage.dilation] for stage in found])
                 known = folder.kept["asked"]["pipeline"] if folder.earlier else fingerprint(pipe)
-                asked |= dict(pipeline=known, savers=wanted)
+                asked |= dict(pipeline=known, savers=asdict(wanted))
                 if folder.earlier:
                     logger.warning(
                         "%s was begun by an older gspn, whose digests of the pipeline differ from process to process: "
@@ -197,10 +197,12 @@ class HighResPipeline:
                 if folder.kept is not None:
                     folder.begin(asked, {})
                     # What was chosen by the memory that was free then is kept: with other savers, other bits.
-                    by_stage = [dict(zip(SAVERS, chosen, strict=True)) for chosen in folder.kept["chosen"]["savers"]]
+                    by_stage = [
+                        Savers(**dict(zip(SAVERS, chosen, strict=True))) for chosen in folder.kept["chosen"]["savers"]
+                    ]
             found = self._fit(found, by_stage, guidance, memory_mib)
             if folder is not None and folder.kept is None:
-                folder.begin(asked, {"savers": [[getattr(stage.savers, name) for name in SAVERS] for stage in found]})
+                folder.begin(asked, {"savers": [astuple(stage.savers) for stage in found]})
 
             given = (callback_on_step_end, prompt, negative_prompt)
             run = _Run(pipe, found, guidance, seed, blend, dilation, rematch, *given)
@@ -262,7 +264,7 @@ class HighResPipeline:
         if memory_mib is not None and not (isinstance(memory_mib, int | float) and memory_mib > 0):
             raise ValueError(f"memory_mib has to be a number above 0, got {memory_mib!r}")
         room = SHARE * free_bytes(device) if memory_mib is None else memory_mib * MIB
-        if device.type == "cpu" and any(wanted["offload"] for wanted in by_stage):
+        if device.type == "cpu" and any(wanted.offload for wanted in by_stage):
             raise ValueError(
                 "offload brings models to the GPU when they work, but the pipeline is on the CPU: move it to the GPU "
                 "or call its enable_model_cpu_offload() before"
@@ -275,9 +277,8 @@ class HighResPipeline:
             if i == 0 or not guidance.guided:  # the guidance of the first stage is the pipeline's
                 useless.add("sequential_guidance")
             if device.type == "cpu":
-                useless |= {name for name in ("parked_residuals", "offload") if not wanted[name]}
-            useful = {name: value for name, value in wanted.items() if name not in useless}
-            savers, need = choose(pipe, stage.size, useful, guidance.on_meta, device, room, by_offload)
+                useless |= {name for name in ("parked_residuals", "offload") if not getattr(wanted, name)}
+            savers, need = choose(pipe, stage.size, wanted, useless, guidance.on_meta, device, room, by_offload)
             planned.append(replace(stage, savers=savers, memory_mib=None if need is None else need / MIB))
         return planned
 
@@ -414,14 +415,6 @@ def _to_stderr(line):
 
 
 # -- what is asked for --
-
-
-def _wanted(*switches) -> dict[str, bool | None]:
-    wanted = dict(zip(SAVERS, switches, strict=True))
-    for name, value in wanted.items():
-        if value is not None and not isinstance(value, bool):
-            raise TypeError(f"{name} has to be True, False or None, got {value!r}")
-    return wanted
 
 
 def _check_options(pipe, options):
