@@ -320,7 +320,6 @@ class GSPNPipeline(DiffusionPipeline):
             raise ValueError(
                 f"the model has no null class (class_dropout_prob 0): guidance_scale has to be 1, got {scale}"
             )
-        return scale != 1
 
     def _map_shape(self, count, height, width, latents):
         config, factor = self.transformer.config, self.vae_scale_factor
