@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass
 class FeatureMaps:
-    """What came before one self-attention: `tokens`, a list of (b,N,C), and to each its (H, W) in `sizes`."""
+    """The inputs of one self-attention: `tokens`, a list of (b,N,C), and the (H, W) of each in `sizes`."""
 
     tokens: list[Tensor] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -18,7 +18,7 @@ class FeatureMaps:
         return sum(len(t) for t in self.tokens)
 
     def split(self, share: float) -> tuple["FeatureMaps", "FeatureMaps"]:
-        """The first maps and the last `share` of them, at least one each."""
+        """Two parts, at least one map each: the last `share` of the maps, after the first ones."""
         singles = [(t[i : i + 1], size) for t, size in zip(self.tokens, self.sizes, strict=True) for i in range(len(t))]
         if len(singles) < 2:
             raise ValueError(f"at least two feature maps are needed, got {len(singles)}")
@@ -31,12 +31,12 @@ class FeatureMaps:
 def collect(
     swap, run: Callable[[], object], count: int = 256, names: Iterable[str] | None = None, device: str = "cpu"
 ) -> dict:
-    """Feature maps before the self-attentions `names` (all by default) of a :class:`gspn.Swap`, while its UNet runs
-    with attention: by name a :class:`FeatureMaps` of at least `count` maps, on `device`, in the UNet's dtype.
+    """The inputs of the self-attentions `names` (all by default) of a :class:`gspn.Swap`, while its UNet runs with
+    attention: by name a :class:`FeatureMaps` of at least `count` maps, on `device`, in the UNet's dtype.
 
     Args:
         run: called without arguments until there are enough; each call runs the UNet at least once.
-        device: "meta" keeps the maps' shapes alone.
+        device: "meta" keeps only the maps' shapes.
     """
     maps = {name: FeatureMaps() for name in (swap.attentions if names is None else names)}
     size = {}
@@ -79,7 +79,7 @@ def collect(
 
 @torch.no_grad()
 def relative_error(layer: nn.Module, attention: nn.Module, maps: FeatureMaps) -> float:
-    """|layer(x) - attention(x)| / |attention(x)|, norms over all maps: 1 is what a zero output has. In float32."""
+    """|layer(x) - attention(x)| / |attention(x)|, norms over all maps; a zero output has 1. In float32."""
     device, wrong, whole = next(layer.parameters()).device, 0.0, 0.0
     dtypes = [next(module.parameters()).dtype for module in (layer, attention)]
     for tokens, size in zip(maps.tokens, maps.sizes, strict=True):

@@ -26,12 +26,12 @@ def fit(
 
     Args:
         run: see `collect`. maps: feature maps of each layer, of which an eighth is held out. steps, batch_size, lr: of
-            AdamW, cosine to 0. memory_mib: of maps and outputs kept in the CPU's memory; the layers are dealt with in
-            groups below it, each by itself if need be.
+            AdamW; the learning rate falls to 0 along a cosine. memory_mib: for maps and outputs in the CPU's memory;
+            the layers are fitted in groups that stay below it, one by one if need be.
         seed: of the order of the maps. progress: called after each layer with its name and the errors.
 
-    Returns the relative error on the maps held out (see `relative_error`), before and after, by the layer's name. What
-    a layer had is kept where the fit would be worse on them. Computes in float32; the layers keep their dtype.
+    Returns the relative error on the held-out maps (see `relative_error`), before and after, by the layer's name. A
+    layer that the fit would make worse on them keeps its weights. Computes in float32; the layers keep their dtype.
     """
     errors = {}
     waiting = list(swap.layers)
@@ -49,8 +49,8 @@ def fit(
 
 
 def _bytes_of(shapes: dict[str, FeatureMaps], names: Sequence[str], count: int) -> float:
-    """Of at least `count` feature maps of each layer, in whole runs, and of the attention's output on those of one
-    layer at a time."""
+    """The bytes of at least `count` feature maps of each layer, in whole runs, and of the attention's output on the
+    maps of one layer at a time."""
     maps = {}
     for name in names:
         of_one_run = len(shapes[name])
@@ -120,7 +120,7 @@ def _power(targets, chosen):
 
 @torch.no_grad()
 def _solve_out(layer, maps, targets, device, ridge: float = 1e-4):
-    """to_out by least squares: the best linear map from what the scan gives to the attention's output."""
+    """to_out by least squares: the best linear map from the scan's output to the attention's."""
     out = layer.to_out[0]
     found = []
     hook = out.register_forward_pre_hook(lambda module, args: found.append(args[0].detach()))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gspn.ops import DIRECTIONS
 
-SLIGHT = 0.3  # of a gate follows what its proxy has of Q and K
-DOUBT = 1e-3  # in a predicted covariance, as a part of the mean variance: gates are to be nearly constant in truth
+SLIGHT = 0.3  # the share of a gate that follows Q and K
+DOUBT = 1e-3  # added to a predicted covariance, as a share of the mean variance: the real one differs a little
 
 
 @torch.no_grad()
@@ -23,8 +23,8 @@ def initialize(
     size: tuple[int, int],
     before: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Sets the weights of `layer` so that its output, in the mean over a map, is that of `attention` were all its
-    scores equal; that can still be further from the attention than no output where places have little in common.
+    """Sets the weights of `layer` so that its output, in the mean over a map, is what `attention` gives if all its
+    scores are equal. Where pixels have little in common, this can be further from the attention than no output.
 
         qkv:   x + to_v x = W_v x, and likewise K and Q; gates constant; to_out = W_out
         pure:  to_out = W_out W_v; gates read the direction p in which x is most nearly constant, the least squares
@@ -32,25 +32,23 @@ def initialize(
 
     Args:
         layer: a :class:`gspn.GSPNAttention`, in place, in float32. attention: diffusers' Attention, of any dtype.
-        norm: the LayerNorm before it, whose scale and shift tell, with `before`, mean and covariance of x; None is one
-            without scale and shift.
-        size: H and W of the map at the UNet's own size, over which a global scan is to average; segments do not need
-            it.
-        before: mean (C,) and covariance (C,C) of what comes before the norm, as `stream_statistics` predicts them; None
-            takes 0 and 1, with which only the norm's shift is constant, and without shift the pure form starts near
-            zero output.
+        norm: the LayerNorm before it; its scale and shift and `before` give mean and covariance of x. None stands for a
+            norm without scale and shift.
+        size: H and W of the map at the UNet's own size, over which a global scan averages; segments do not need it.
+        before: mean (C,) and covariance (C,C) of the norm's input, as `stream_statistics` predicts them. None takes 0
+            and 1: then only the norm's shift is constant, and without shift the pure form starts near zero output.
 
-    The proxies of Q and K are the directions in which both are largest, within each head. Of each gate a part SLIGHT
-    follows one of them, in vertical directions with the other sign: where nothing did, the proxies would learn nothing
-    until the projections from them have grown, and as all directions give about the same average, it cancels in their
-    sum. Source: ours; arXiv 2501.12381 names the kinship and gives no formula.
+    The proxies of Q and K are the directions in which both are largest, within each head. The share SLIGHT of each gate
+    follows one of them, with opposite signs in horizontal and vertical directions. Without it, the proxies would learn
+    nothing until the projections from them have grown. As all directions give about the same average, it cancels in
+    their sum. Source: ours; arXiv 2501.12381 names the kinship and gives no formula.
     """
     w = {name: getattr(attention, f"to_{name}").weight.float() for name in "qkv"}
     out, v_bias = attention.to_out[0], attention.to_v.bias
     scale, shift = _affine(norm, w["v"])
     mean, covariance = _normalised(before, scale, shift)
-    # A direction that has gone through n of its N lines gives n / N times the average; in the mean over the map that is
-    # a little more than a half. The merger takes the mean over the directions.
+    # After n of N lines a direction gives n / N times the average, in the mean over the map a little more than a half.
+    # The merger takes the mean over the directions.
     shares = [_mean_lines(n, layer.segment) / (n if layer.segment is None else min(n, layer.segment)) for n in size]
     gate = (len(shares) / sum(shares)) ** 0.5
     if layer.form == "pure":
@@ -84,25 +82,25 @@ def initialize(
 
 
 def _initialize_pure(unit, w, scale, mean, covariance, gate, heads):
-    # The smaller the less there is that is constant.
+    # The constant is smaller where less of x is constant.
     spread = torch.linalg.solve(covariance, mean)
     constant = spread / (1 + mean @ spread)
     others = _shared_directions(w["q"], w["k"], scale, heads, unit.proxy_dim - 1)
     in_input = others @ (w["q"] + w["k"])
-    in_input -= (in_input @ mean)[:, None] * constant  # what it has of the constant
+    in_input -= (in_input @ mean)[:, None] * constant  # without its constant part
     in_input /= _deviation(in_input, covariance)
     unit.proxy_proj.weight.copy_(torch.cat([constant[None], in_input])[..., None, None])
     for name in ("weight_proj", "input_proj", "output_proj", "skip_proj"):
         getattr(unit, name).zero_()
     for turn, projection in enumerate((unit.input_proj, unit.output_proj)):
         projection[..., 0] = gate
-        # of another place in either gate: the product of what they read is to have no mean
+        # The two gates read different proxy channels, so that the product of what they read has mean 0.
         _read_slightly(projection, gate, first=1, turn=turn)
 
 
 def _read_slightly(projection, gate, first=0, turn=0):
-    """Lets the gate of each channel read a little of one of the proxy's places from `first` on, each place in turn. As
-    this is the only reading where nothing is constant, it also keeps both gates from 0, where none passes a gradient.
+    """Lets the gate of each channel read a little of one proxy channel from `first` on, each in turn. If nothing is
+    constant, this also keeps both gates from being 0, where neither passes a gradient.
     """
     channels, count = torch.arange(projection.shape[1], device=projection.device), projection.shape[2] - first
     if count > 0:
@@ -113,8 +111,8 @@ def _read_slightly(projection, gate, first=0, turn=0):
 @torch.no_grad()
 def stream_statistics(transformer: nn.Module) -> tuple[Tensor, Tensor]:
     """Mean (C,) and covariance (C,C), in float32, of the tokens with which the blocks of a Transformer2DModel begin,
-    predicted from its weights: a GroupNorm gives channels of mean b and deviation g, its shift and scale, taken as
-    independent; the projection makes W b + c and W diag(g^2) W^T of them. What blocks add to the tokens is not in it.
+    predicted from its weights. A GroupNorm gives channels of mean b and deviation g, its shift and scale, taken as
+    independent; the projection turns them into W b + c and W diag(g^2) W^T. What blocks add to the tokens is left out.
     """
     weight, bias = transformer.proj_in.weight, transformer.proj_in.bias
     if not weight.is_floating_point():
@@ -128,7 +126,7 @@ def stream_statistics(transformer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(before, scale, shift):
-    """Mean and covariance of what a LayerNorm of that scale and shift makes of tokens with those of `before`."""
+    """Mean and covariance after a LayerNorm of that scale and shift, of tokens with those of `before`."""
     eye = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
     mean, covariance = before or (torch.zeros_like(scale), eye)
     mean = mean - mean.mean()  # over the channels, as a LayerNorm does
@@ -155,7 +153,7 @@ def _deviation(directions, covariance):
 
 
 def _mean_lines(length: int, segment: int | None) -> float:
-    """How many lines, its own among them, a place sees in one direction, averaged over `length` lines."""
+    """How many lines, its own among them, a pixel sees in one direction, averaged over `length` lines."""
     reach = length if segment is None else min(segment, length)
     whole, rest = divmod(length, reach)
     return (whole * reach * (reach + 1) + rest * (rest + 1)) / (2 * length)
@@ -163,7 +161,7 @@ def _mean_lines(length: int, segment: int | None) -> float:
 
 def _shared_directions(q: Tensor, k: Tensor, scale: Tensor, heads: int, count: int) -> Tensor:
     """`count` orthonormal directions (count,C) in the space of Q and K, each within one head: those in which the
-    product of what Q and K have of variance is largest, for inputs of standard deviation `scale`."""
+    product of the variances of Q and K is largest, for inputs of standard deviation `scale`."""
     found = []
     width = q.shape[0] // heads
     for head in range(heads):
@@ -171,7 +169,7 @@ def _shared_directions(q: Tensor, k: Tensor, scale: Tensor, heads: int, count: i
         of_q, of_k = ((m[rows] * scale) @ (m[rows] * scale).T for m in (q, k))
         both = of_q / of_q.trace().clamp(min=1e-12) + of_k / of_k.trace().clamp(min=1e-12)
         vectors = torch.linalg.eigh(both).eigenvectors.T
-        # either sign solves it, and which one comes depends on the library: the largest component is positive
+        # Either sign solves it, and the library decides which one it returns: the largest component is made positive.
         vectors = vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
         power = (vectors @ of_q * vectors).sum(1) * (vectors @ of_k * vectors).sum(1)
         found += [(power[i].item(), rows, vectors[i]) for i in range(width)]
