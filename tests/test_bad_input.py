@@ -125,7 +125,7 @@ def test_the_layer():
         gspn.GSPN2d(8, segment=0)
     with pytest.raises(ValueError, match="unknown backend"):
         gspn.GSPN2d(8, backend="gpu")
-    with pytest.raises(ValueError, match=r"place \(4, 0\) is not on the 4x4 feature map"):
+    with pytest.raises(ValueError, match=r"\(4, 0\).*4x4"):
         gspn.GSPN2d(8).context(torch.randn(1, 8, 4, 4), 4, 0)
 
 

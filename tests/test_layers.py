@@ -188,7 +188,7 @@ def test_released_context_is_the_jacobian():
     context = layer.context(x, 1, 3)
     proxy = layer.proxy_proj(x).detach()
     frozen = x.clone().requires_grad_()
-    (jacobian,) = torch.autograd.grad(layer._released(frozen, proxy)[..., 1, 3].sum(), frozen)
+    (jacobian,) = torch.autograd.grad(layer._propagate(frozen, proxy)[..., 1, 3].sum(), frozen)
     torch.testing.assert_close(context.merged[0].double(), jacobian[0].abs().mean(0), rtol=1e-4, atol=1e-6)
     sums = context.directions.flatten(2).sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums))  # column 3 starts a segment: one pixel a direction

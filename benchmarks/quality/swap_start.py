@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 import gspn
 from benchmarks.harness import harness
 from examples.emoji.text_to_image import read_data, to_model
-from gspn.stable_diffusion.init import collect, fit, relative_error
+from gspn.stable_diffusion import fit
+from gspn.stable_diffusion.feature_maps import collect, relative_error
 from gspn.train.run import Run
 
 STARTS = ("random", "pretrained", "fitted")

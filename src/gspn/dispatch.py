@@ -78,56 +78,36 @@ def _select(backend: str, device_type: str):
     return importlib.import_module("gspn.kernels.reference")
 
 
-# Schemas. `backend` comes last: "" picks by device.
-
 _library = torch.library.Library("gspn", "DEF")
-_SCAN = "int[] directions, int? segment"
-_PROJECTIONS = "Tensor weight_proj, Tensor input_proj, Tensor output_proj, Tensor? skip_proj"
-_SCHEMAS = {
-    "line_scan": "(Tensor x, Tensor weights, int direction, int? segment, str backend) -> Tensor",
-    "line_scan_backward": "(Tensor grad, Tensor weights, Tensor h, int direction, int? segment, str backend)"
-    " -> (Tensor, Tensor)",
-    "gated_scan": f"(Tensor x, Tensor input_gate, Tensor logits, {_SCAN}, str backend) -> Tensor",
-    "gated_scan_backward": f"(Tensor grad, Tensor x, Tensor input_gate, Tensor logits, Tensor h, {_SCAN}, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    "propagate": f"(Tensor x, Tensor proxy, {_PROJECTIONS}, {_SCAN}, int workspace_mib, str backend) -> Tensor",
-    "propagate_backward": f"(Tensor grad, Tensor x, Tensor proxy, {_PROJECTIONS}, {_SCAN}, int workspace_mib, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-}
 
 
-def _templates(name: str, args: tuple) -> list[Tensor | None]:
-    """The inputs whose shape, dtype and memory format the outputs have, in the order of the outputs."""
-    if name == "line_scan":
-        return [args[0]]
-    if name == "line_scan_backward":
-        return [args[2], args[1]]
-    if name == "gated_scan":
-        return [args[1]]
-    if name == "gated_scan_backward":
-        return list(args[1:4])
-    return [args[0]] if name == "propagate" else list(args[1:7])
+# What the backends' functions are for torch
 
 
-def _like(template: Tensor | None, result: Tensor | None, x: Tensor) -> Tensor:
+def in_format_of(template: Tensor, result: Tensor) -> Tensor:
+    """The result in the memory format that torch.empty_like(template) has, copied only where it differs."""
+    promised = torch.empty_like(template)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
+
+
+def _as_promised(template: Tensor | None, result: Tensor | None, x: Tensor) -> Tensor:
     """The result in the memory format that the fake rule promised; an empty tensor for an optional input not given."""
     if template is None or result is None:
         return x.new_empty(0)
     # A fresh result is dense; with the template's strides it has the promised ones. This saves allocating to compare.
     if result.dtype == template.dtype and result.stride() == template.stride():
         return result
-    promised = torch.empty_like(template)
-    return result if result.stride() == promised.stride() else promised.copy_(result)
+    return in_format_of(template, result)
 
 
-def _implementation(name: str, device_type: str | None) -> Callable:
+def _implementation(name: str, templates: list[int], device_type: str | None) -> Callable:
     def run(*args):
         *args, backend = args
         x = args[0]
         results = getattr(_select(backend, device_type or x.device.type), name)(*args)
         if isinstance(results, Tensor):
-            return _like(_templates(name, args)[0], results, x)
-        return tuple(_like(t, r, x) for t, r in zip(_templates(name, args), results, strict=True))
+            return _as_promised(args[templates[0]], results, x)
+        return tuple(_as_promised(args[i], r, x) for i, r in zip(templates, results, strict=True))
 
     return run
 
@@ -145,10 +125,10 @@ def refuse_onnx_export() -> None:
         )
 
 
-def _fake(name: str) -> Callable:
+def _fake(templates: list[int]) -> Callable:
     def run(*args):
         refuse_onnx_export()
-        outputs = [args[0].new_empty(0) if t is None else torch.empty_like(t) for t in _templates(name, args)]
+        outputs = [args[0].new_empty(0) if args[i] is None else torch.empty_like(args[i]) for i in templates]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return run
@@ -157,7 +137,7 @@ def _fake(name: str) -> Callable:
 # Autograd
 
 
-def _line_scan_setup(ctx, inputs, output):
+def _line_scan_save(ctx, inputs, output):
     _, weights, *ctx.options = inputs
     ctx.save_for_backward(weights, output)
 
@@ -167,7 +147,7 @@ def _line_scan_gradient(ctx, grad):
     return *torch.ops.gspn.line_scan_backward(grad, weights, h, *ctx.options), None, None, None
 
 
-def _gated_scan_setup(ctx, inputs, output):
+def _gated_scan_save(ctx, inputs, output):
     x, input_gate, logits, *ctx.options = inputs
     ctx.save_for_backward(x, input_gate, logits, output)
 
@@ -176,7 +156,7 @@ def _gated_scan_gradient(ctx, grad):
     return *torch.ops.gspn.gated_scan_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-def _propagate_setup(ctx, inputs, output):
+def _propagate_save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6])  # neither gates nor states: the backward pass computes them again
     ctx.options = inputs[6:]
 
@@ -194,35 +174,26 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-_GRADIENTS = {
-    "line_scan": (_line_scan_gradient, _line_scan_setup),
-    "gated_scan": (_gated_scan_gradient, _gated_scan_setup),
-    "propagate": (_propagate_gradient, _propagate_setup),
-}
-
-
 # vmap
 
 
-def _vmap(name: str) -> Callable:
-    """Folds the mapped dimension into the batch where every tensor has a batch, else calls once for each entry."""
+def _vmap(name: str, batched: int) -> Callable:
+    """Folds the mapped dimension into the batch where every mapped tensor has a batch, else calls once an entry."""
     operator = getattr(torch.ops.gspn, name)
-    tensors = {"line_scan": 2, "line_scan_backward": 3, "gated_scan": 3, "gated_scan_backward": 5}
 
     def run(info, in_dims, *args):
         size = info.batch_size
-        batched = [isinstance(a, Tensor) and d is not None for a, d in zip(args, in_dims, strict=True)]
-        moved = [a.movedim(d, 0) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)]
-        count = tensors.get(name, 2 if name == "propagate" and not any(batched[2:6]) else 0)
-        if count:
+        mapped = [isinstance(a, Tensor) and d is not None for a, d in zip(args, in_dims, strict=True)]
+        moved = [a.movedim(d, 0) if m else a for a, d, m in zip(args, in_dims, mapped, strict=True)]
+        if not any(mapped[batched:]):
             folded = [
-                (a if b else a.expand(size, *a.shape)).flatten(0, 1)
-                for a, b in zip(moved[:count], batched[:count], strict=True)
+                (a if m else a.expand(size, *a.shape)).flatten(0, 1)
+                for a, m in zip(moved[:batched], mapped[:batched], strict=True)
             ]
-            results = operator(*folded, *moved[count:])
+            results = operator(*folded, *moved[batched:])
             unfold = [r.unflatten(0, (size, -1)) for r in ((results,) if isinstance(results, Tensor) else results)]
         else:
-            calls = [operator(*(a[i] if b else a for a, b in zip(moved, batched, strict=True))) for i in range(size)]
+            calls = [operator(*(a[i] if m else a for a, m in zip(moved, mapped, strict=True))) for i in range(size)]
             calls = [(c,) if isinstance(c, Tensor) else c for c in calls]
             unfold = [torch.stack(r) for r in zip(*calls, strict=True)]
         return (unfold[0], 0) if len(unfold) == 1 else (tuple(unfold), (0,) * len(unfold))
@@ -230,7 +201,7 @@ def _vmap(name: str) -> Callable:
     return run
 
 
-# FLOPs: multiply-adds count two, as in torch's counter; sigmoids and divisions are not counted, as there.
+# FLOPs, of shapes: multiply-adds count two, as in torch's counter; sigmoids and divisions are not counted, as there.
 
 _STEP = 6  # three neighbours
 
@@ -239,8 +210,16 @@ def _line_scan_flops(x, *_, **__) -> int:
     return _STEP * math.prod(x)
 
 
+def _line_scan_backward_flops(grad, *_, **__) -> int:
+    return 2 * _line_scan_flops(grad)
+
+
 def _gated_scan_flops(x, input_gate, *_, **__) -> int:
     return (_STEP + 2) * math.prod(input_gate)
+
+
+def _gated_scan_backward_flops(grad, *inputs, **__) -> int:
+    return 2 * _gated_scan_flops(*inputs)
 
 
 def _propagate_flops(x, proxy, weight_proj, input_proj, output_proj, skip_proj, *_, **__) -> int:
@@ -250,27 +229,96 @@ def _propagate_flops(x, proxy, weight_proj, input_proj, output_proj, skip_proj, 
     return 2 * projections * proxy[0] * proxy[2] * proxy[3] + (_STEP + 4) * scans + skip
 
 
-_FLOPS = {"line_scan": _line_scan_flops, "gated_scan": _gated_scan_flops, "propagate": _propagate_flops}
+def _propagate_backward_flops(grad, *inputs, **__) -> int:
+    return 2 * _propagate_flops(*inputs)
 
 
-def _flops(name: str) -> Callable:
-    if not name.endswith("_backward"):
-        return _FLOPS[name]
-    forward = _FLOPS[name.removesuffix("_backward")]
-    skipped = 0 if name.startswith("line") else 1  # the gradient, and for line_scan it stands for x
-    return lambda *shapes, **rest: 2 * forward(*shapes[skipped:], **rest)
+# The operators
 
 
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _implementation(_name, "cpu"), "CPU")
-    _library.impl(_name, _implementation(_name, "cuda"), "CUDA")
-    _library.impl(_name, _implementation(_name, None), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gspn::{_name}", _fake(_name), lib=_library)
-    if _name in _GRADIENTS:
-        _gradient, _setup = _GRADIENTS[_name]
-        torch.library.register_autograd(f"gspn::{_name}", _gradient, setup_context=_setup, lib=_library)
-    else:
-        torch.library.register_autograd(f"gspn::{_name}", _no_second_derivative, lib=_library)
-    torch.library.register_vmap(f"gspn::{_name}", _vmap(_name), lib=_library)
-    register_flop_formula(getattr(torch.ops.gspn, _name))(_flops(_name))
+class Op(NamedTuple):
+    """What torch has to know of an operator.
+
+    Attributes:
+        schema: its arguments and results. The argument `backend` comes last; "" picks by device.
+        outputs: for each output the argument whose shape, dtype and memory format it has.
+        batched: so many of the first arguments have a batch dimension, and every output has one where they alone are
+            mapped by vmap; 0 where an output sums over the batch.
+        flops: the count for the arguments' shapes.
+        gradient, save: the formula for autograd and what it keeps for it; None for what cannot be differentiated again.
+    """
+
+    schema: str
+    outputs: tuple[str, ...]
+    batched: int
+    flops: Callable[..., int]
+    gradient: Callable = _no_second_derivative
+    save: Callable | None = None
+
+
+_SCAN = "int[] directions, int? segment"
+_INPUTS = "Tensor x, Tensor proxy, Tensor weight_proj, Tensor input_proj, Tensor output_proj, Tensor? skip_proj"
+_OPS = {
+    "line_scan": Op(
+        "(Tensor x, Tensor weights, int direction, int? segment, str backend) -> Tensor",
+        outputs=("x",),
+        batched=2,
+        flops=_line_scan_flops,
+        gradient=_line_scan_gradient,
+        save=_line_scan_save,
+    ),
+    "line_scan_backward": Op(
+        "(Tensor grad, Tensor weights, Tensor h, int direction, int? segment, str backend) -> (Tensor, Tensor)",
+        outputs=("h", "weights"),
+        batched=3,
+        flops=_line_scan_backward_flops,
+    ),
+    "gated_scan": Op(
+        f"(Tensor x, Tensor input_gate, Tensor logits, {_SCAN}, str backend) -> Tensor",
+        outputs=("input_gate",),
+        batched=3,
+        flops=_gated_scan_flops,
+        gradient=_gated_scan_gradient,
+        save=_gated_scan_save,
+    ),
+    "gated_scan_backward": Op(
+        f"(Tensor grad, Tensor x, Tensor input_gate, Tensor logits, Tensor h, {_SCAN}, str backend)"
+        " -> (Tensor, Tensor, Tensor)",
+        outputs=("x", "input_gate", "logits"),
+        batched=5,
+        flops=_gated_scan_backward_flops,
+    ),
+    "propagate": Op(
+        f"({_INPUTS}, {_SCAN}, int workspace_mib, str backend) -> Tensor",
+        outputs=("x",),
+        batched=2,
+        flops=_propagate_flops,
+        gradient=_propagate_gradient,
+        save=_propagate_save,
+    ),
+    "propagate_backward": Op(
+        f"(Tensor grad, {_INPUTS}, {_SCAN}, int workspace_mib, str backend)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        outputs=("x", "proxy", "weight_proj", "input_proj", "output_proj", "skip_proj"),
+        batched=0,
+        flops=_propagate_backward_flops,
+    ),
+}
+
+
+def _register(name: str, op: Op) -> None:
+    _library.define(name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.gspn, name)
+    arguments = [argument.name for argument in operator.default._schema.arguments]
+    templates = [arguments.index(output) for output in op.outputs]
+    _library.impl(name, _implementation(name, templates, "cpu"), "CPU")
+    _library.impl(name, _implementation(name, templates, "cuda"), "CUDA")
+    _library.impl(name, _implementation(name, templates, None), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gspn::{name}", _fake(templates), lib=_library)
+    torch.library.register_autograd(f"gspn::{name}", op.gradient, setup_context=op.save, lib=_library)
+    torch.library.register_vmap(f"gspn::{name}", _vmap(name, op.batched), lib=_library)
+    register_flop_formula(operator)(op.flops)
+
+
+for _name, _op in _OPS.items():
+    _register(_name, _op)

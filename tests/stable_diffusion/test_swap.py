@@ -143,10 +143,10 @@ def test_state_dicts_are_frozen(form):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(), "H and W are not known"),
-        (dict(map_size=(4, 4)), "a map of 4x4 has 16 places, got 15"),
-        (dict(map_size=(3, 5), attention_mask=torch.ones(1, 1, 15)), "attention_mask has to be None"),
-        (dict(map_size=(3, 5), encoder_hidden_states=torch.ones(1, 4, 8)), "takes no encoder_hidden_states"),
+        (dict(), "map_size"),
+        (dict(map_size=(4, 4)), "4x4 has 16 pixels, got 15"),
+        (dict(map_size=(3, 5), attention_mask=torch.ones(1, 1, 15)), "attention_mask"),
+        (dict(map_size=(3, 5), encoder_hidden_states=torch.ones(1, 4, 8)), "encoder_hidden_states"),
         (dict(map_size=(3, 5), hidden_states=torch.ones(1, 15, 9)), r"expects \(B,N,8\), got \(1, 15, 9\)"),
     ],
 )
@@ -311,7 +311,7 @@ def test_files_that_do_not_fit_are_refused_and_the_unet_stays_as_it_was(tmp_path
     save_file({k: v.mT.contiguous() if v.ndim == 3 else v for k, v in whole.items()}, bad, metadata=header)
     refused("does not hold the layer .*attn1 of its config", path=bad)
     save_file(whole | {"conv_in.weight": torch.ones(1)}, bad, metadata=header)
-    refused("has the tensor conv_in.weight, which is of none of its layers", path=bad)
+    refused("tensor conv_in.weight", path=bad)
     config = json.loads(header["gspn_swap"]) | {"format": 9}
     save_file(whole, bad, metadata={"gspn_swap": json.dumps(config)})
     refused("format 9, this version of gspn reads 1", path=bad)
@@ -331,7 +331,7 @@ def test_diffusers_cannot_save_a_swapped_unet(tmp_path):
     pipe = tiny_sd()
     with gspn.swap(pipe):
         for save in (pipe.unet.save_pretrained, pipe.save_pretrained):
-            with pytest.raises(ValueError, match="Save the swapped layers by Swap"):
+            with pytest.raises(ValueError, match=r"Swap\.save"):
                 save(tmp_path / "swapped")
     assert not (tmp_path / "swapped" / "unet").exists()
     pipe.unet.save_pretrained(tmp_path / "restored")

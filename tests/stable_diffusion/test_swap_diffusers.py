@@ -121,7 +121,7 @@ def neutral_moved_in_parts(unet):
     moved = run(unet)
     with pytest.raises(ValueError, match=r"sequential offload or a device map"):
         gspn.restore(unet)
-    with pytest.raises(ValueError, match="weights are not here"):
+    with pytest.raises(ValueError, match="offloaded or on the meta device"):
         unet._gspn_swap.save("nowhere")
     remove_hook_from_module(unet, recurse=True)
     torch.testing.assert_close(run(unet), moved)
@@ -151,7 +151,7 @@ def test_offloading_in_groups_after_the_swap(how):
     )
     torch.testing.assert_close(run(unet), new)
     for act in (gspn.restore, lambda u: u._gspn_swap.use("attention")):
-        with pytest.raises(ValueError, match="offloaded in groups: swap, or restore, before"):
+        with pytest.raises(ValueError, match="offloaded in groups"):
             act(unet)
     torch.testing.assert_close(run(unet), new)
 
@@ -297,14 +297,14 @@ def quantised(unet):
     ("change", "message"),
     [
         (fused, "call unfuse_qkv_projections"),
-        (compiled_in_place, "compiled already: swap first, then compile"),
-        (a_block_compiled, "compiled already: swap first, then compile"),
+        (compiled_in_place, "compiled already"),
+        (a_block_compiled, "compiled already"),
         (offloaded, "sequential offload or a device map"),
         (offloaded_in_groups, "offloaded in groups"),
         (cast, "has weights of torch.float8_e4m3fn"),
         (swapped, r"swapped already: Swap\(.* form=pure, global, active=gspn\); gspn.restore undoes that"),
         (replaced, r"does not know the self-attention mid_block.*attn1 \(Identity in a BasicTransformerBlock\)"),
-        (quantised, "mid_block.*attn1 has a Quantised of .* where a plain Linear is expected"),
+        (quantised, "mid_block.*attn1 has a Quantised of .* plain Linear"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -320,7 +320,7 @@ def test_unets_that_cannot_be_swapped_stay_as_they_are(change, message):
 def test_a_compiled_unet_in_a_pipeline_is_refused():
     pipe = tiny_sd()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    with pytest.raises(ValueError, match="compiled already: swap first"):
+    with pytest.raises(ValueError, match="compiled already"):
         gspn.swap(pipe)
 
 
@@ -335,7 +335,7 @@ def test_only_unets_with_self_attention_are_swapped():
     names = list(gspn.swap(crossed, init="random").layers)
     assert names and not any(name.startswith(("down_blocks.0", "up_blocks.1")) for name in names)
     assert run(crossed).isfinite().all()
-    with pytest.raises(ValueError, match="nothing to restore: this UNet is not swapped"):
+    with pytest.raises(ValueError, match="not swapped"):
         gspn.restore(unet_of())
 
 

@@ -7,8 +7,10 @@ from torch import nn
 diffusers = pytest.importorskip("diffusers")
 from diffusers.models.attention_processor import Attention  # noqa: E402
 
+from gspn.stable_diffusion import fit, fitting  # noqa: E402
 from gspn.stable_diffusion import init as swap_init  # noqa: E402
-from gspn.stable_diffusion.init import FeatureMaps, collect, fit, initialize, relative_error, stream_statistics  # noqa: E402
+from gspn.stable_diffusion.feature_maps import FeatureMaps, collect, relative_error  # noqa: E402
+from gspn.stable_diffusion.init import initialize, stream_statistics  # noqa: E402
 from gspn.stable_diffusion.swap import GSPNAttention, swap  # noqa: E402
 
 C, HEADS = 32, 4
@@ -197,7 +199,7 @@ def test_fit_keeps_no_more_maps_than_memory_allows(monkeypatch):
             groups.append(list(names))
         return collect(swap, run, count, names, device)
 
-    monkeypatch.setattr(swap_init, "collect", collected)
+    monkeypatch.setattr(fitting, "collect", collected)
     maps = collect(swapped, runner(unet), 3)  # a run gives 2, so there are 4
     each = {name: 4 * sum(t.numel() for t in maps[name].tokens) / 2**20 for name in names}
     whole = sum(each.values()) + max(each.values())  # the attention's output on one layer's maps beside the maps of all

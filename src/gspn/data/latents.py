@@ -20,7 +20,7 @@ from gspn.data.latent_folder import KIND
 from gspn.data.loader import PROBLEM, EpochSampler, Loader
 from gspn.data.sources import with_held_out
 from gspn.digests import Content
-from gspn.models.sampling import scale_latents
+from gspn.models.latents import scale_latents
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,7 @@ class LatentSplit(Split):
     Attributes, beside those of Split:
         shape: (C, h, w). flip: whether the mirrored images are there too.
         row: int64 (N,), the index of an image in its shard.
-        vae: how the VAE's latents are scaled, see models.sampling.scale_latents.
+        vae: how the VAE's latents are scaled, see models.latents.scale_latents.
     """
 
     def __init__(self, labels, class_names, names, shard, row, shards):

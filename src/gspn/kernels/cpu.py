@@ -45,10 +45,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _find() -> Path | None:
-    suffix = {"darwin": "so", "win32": "dll"}.get(sys.platform, "so")
     # An editable install has two folders: the sources and, in site-packages, what was built.
     for folder in (Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)):
-        path = folder / f"libgspn_cpu.{suffix}"
+        path = folder / "libgspn_cpu.so"
         if path.exists():
             return path
     return None
@@ -169,12 +168,12 @@ def _widened(weights: torch.Tensor) -> torch.Tensor:
     return weights.float() if weights.dtype in (torch.bfloat16, torch.float16) else weights
 
 
-def _view_map(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, C, H, W)
+def _view_bchw(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, C, H, W)
     b, c, h, w = tensor.stride()
     return tensor.data_ptr(), b, 0, c, 0, h, w
 
 
-def _view_maps(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, D, C, H, W)
+def _view_bdchw(tensor: torch.Tensor) -> tuple[int, ...]:  # (B, D, C, H, W)
     b, d, c, h, w = tensor.stride()
     return tensor.data_ptr(), b, d, c, 0, h, w
 
@@ -205,7 +204,7 @@ def line_scan(x, weights, direction, segment=None, *, isa=None, threads=None, ou
     weights = _widened(weights)
     head = _line_scan_head(x, weights, direction, segment, isa, threads)
     h = _output("out", out, x)
-    words = (*_view_map(x), *_NO_VIEW, *_view_weights(weights), *_view_map(h), *_NO_VIEW * 4)
+    words = (*_view_bchw(x), *_NO_VIEW, *_view_weights(weights), *_view_bchw(h), *_NO_VIEW * 4)
     _run(_library().gspn_scan_forward, _SCAN_WORDS.pack(*head, *words))
     return h
 
@@ -217,8 +216,8 @@ def line_scan_backward(grad_h, weights, h, direction, segment=None, *, isa=None,
     _check("grad_h", grad_h, h.shape, h.dtype)
     dx, dweights = out or (None, None)
     dx, dweights = _output("dx", dx, h), _output("dweights", dweights, weights)
-    words = (*_NO_VIEW * 2, *_view_weights(weights), *_view_map(h))
-    words += (*_view_map(grad_h), *_view_map(dx), *_NO_VIEW, *_view_weights(dweights))
+    words = (*_NO_VIEW * 2, *_view_weights(weights), *_view_bchw(h))
+    words += (*_view_bchw(grad_h), *_view_bchw(dx), *_NO_VIEW, *_view_weights(dweights))
     _run(_library().gspn_scan_backward, _SCAN_WORDS.pack(*head, *words))
     return dx, dweights.to(dtype)
 
@@ -230,7 +229,7 @@ def gated_scan(x, input_gate, logits, directions, segment=None, *, isa=None, thr
     """
     head = _gated_scan_head(x, input_gate, logits, directions, segment, isa, threads)
     h = _output("out", out, input_gate)
-    words = (*_view_map(x), *_view_maps(input_gate), *_view_logits(logits), *_view_maps(h), *_NO_VIEW * 4)
+    words = (*_view_bchw(x), *_view_bdchw(input_gate), *_view_logits(logits), *_view_bdchw(h), *_NO_VIEW * 4)
     _run(_library().gspn_scan_forward, _SCAN_WORDS.pack(*head, *words))
     return h
 
@@ -247,8 +246,8 @@ def gated_scan_backward(
     dx = _output("dx", dx, x, _state_dtype(x))  # the directions are summed in it
     dgate = _output("dinput_gate", dgate, input_gate)
     dlogits = _output("dlogits", dlogits, logits, _state_dtype(x) if shared else logits.dtype)
-    words = (*_view_map(x), *_view_maps(input_gate), *_view_logits(logits), *_view_maps(h))
-    words += (*_view_maps(grad_h), *_view_map(dx), *_view_maps(dgate), *_view_logits(dlogits))
+    words = (*_view_bchw(x), *_view_bdchw(input_gate), *_view_logits(logits), *_view_bdchw(h))
+    words += (*_view_bdchw(grad_h), *_view_bchw(dx), *_view_bdchw(dgate), *_view_logits(dlogits))
     _run(_library().gspn_scan_backward, _SCAN_WORDS.pack(*head, *words))
     return dx.to(x.dtype), dgate, dlogits.to(logits.dtype)
 
@@ -265,7 +264,7 @@ def propagate(
     projections = _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions)
     head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib)
     y = _output("out", out, x)
-    views = (*_view_map(x), *_view_map(proxy), *_view_map(y), *_NO_VIEW * 3)
+    views = (*_view_bchw(x), *_view_bchw(proxy), *_view_bchw(y), *_NO_VIEW * 3)
     pointers = (*map(_pointer, projections), 0, 0, 0, 0)
     _run(_library().gspn_propagate, _PROPAGATE_WORDS.pack(*head, *views, *pointers))
     return y
@@ -281,7 +280,7 @@ def propagate_backward(
     _check("grad_y", grad_y, x.shape, x.dtype)
     dx, dproxy = torch.empty_like(x), torch.empty_like(proxy)
     gradients = [None if p is None else torch.empty_like(p) for p in projections]
-    views = (*_view_map(x), *_view_map(proxy), *_NO_VIEW, *_view_map(grad_y), *_view_map(dx), *_view_map(dproxy))
+    views = (*_view_bchw(x), *_view_bchw(proxy), *_NO_VIEW, *_view_bchw(grad_y), *_view_bchw(dx), *_view_bchw(dproxy))
     pointers = (*map(_pointer, projections), *map(_pointer, gradients))
     _run(_library().gspn_propagate_backward, _PROPAGATE_WORDS.pack(*head, *views, *pointers))
     given = (weight_proj, input_proj, output_proj, skip_proj)
@@ -293,7 +292,7 @@ def propagate_scratch_bytes(
 ) -> int:
     """The scratch memory, over all threads, that `propagate` (or its backward) takes for such arguments."""
     head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib, int(backward))
-    views = (*_view_map(x), *_view_map(proxy), *_NO_VIEW * 4)
+    views = (*_view_bchw(x), *_view_bchw(proxy), *_NO_VIEW * 4)
     return _library().gspn_propagate_scratch(_PROPAGATE_WORDS.pack(*head, *views, *(0,) * 8))
 
 

@@ -1,6 +1,9 @@
-"""The models: classification backbones, what looks into them, released weights, and the bridge to timm."""
+"""The models: classification backbones, their influence maps and released weights, the bridge to timm, and the
+class-conditional generator with its pipeline.
+"""
 
-from gspn.models.backbone import Backbone, context_maps, create_model, list_models
+from gspn.models.backbone import Backbone, create_model, list_models
+from gspn.models.influence import context_maps
 from gspn.models.released import load_released
 
 

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from gspn.layers import GSPNBlock, LayerNorm2d, StridedConv2d, init_weights
 from gspn.names import check_arguments, unknown
-from gspn.ops import DIRECTIONS
 
 _SIZES: dict[str, Callable[[], dict]] = {}
 _EVERYWHERE = {"num_classes": 1000, "in_chans": 3, "activation": "silu", "alignment": "aligned"}  # in every config
@@ -382,44 +381,3 @@ def gspn_small() -> dict:
 @register_model
 def gspn_base() -> dict:
     return dict(depths=(4, 4, 15, 4), width=120, proxy_dim=8, global_levels=(2, 3), drop_path_rate=0.5)
-
-
-@torch.no_grad()
-def context_maps(model: Backbone, image: Tensor, place: tuple[int, int], block: int | str = -1) -> dict:
-    """Where one pixel's context comes from in one block of a backbone.
-
-    Args:
-        image: (in_chans,H,W), preprocessed. place: (row, column) in the image. block: number over all levels, from the
-            end if negative, or name.
-
-    Returns:
-        "image size": (H,W); "block": the block's name; "place": the place on its map; "right", "down", "left", "up",
-        "merged": maps (H',W'), as in :class:`gspn.layers.Context`.
-    """
-    height, width = image.shape[-2:]
-    if not (0 <= place[0] < height and 0 <= place[1] < width):
-        raise ValueError(f"the place {tuple(place)} is not on the {height}x{width} image")
-    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, GSPNBlock)]
-    if isinstance(block, str):
-        names = [name for name, _ in blocks]
-        if block not in names:
-            raise ValueError(f"there is no block {block!r}; there are {', '.join(names)}")
-        block = names.index(block)
-    if not -len(blocks) <= block < len(blocks):
-        raise ValueError(f"block has to be from {-len(blocks)} to {len(blocks) - 1}, got {block}")
-    name, chosen = blocks[block]
-    seen: list[Tensor] = []
-    handle = chosen.gspn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()(image[None])
-    finally:
-        handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    rows, columns = seen[0].shape[-2:]
-    row, column = place[0] * rows // height, place[1] * columns // width
-    context = chosen.gspn.context(seen[0], row, column)
-    maps = dict(zip(chosen.gspn.directions, context.directions[0].unbind(0), strict=True))
-    assert set(maps) <= set(DIRECTIONS)
-    return {"image size": (height, width), "block": name, "place": (row, column), **maps, "merged": context.merged[0]}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
-from gspn.models.sampling import check_finite, check_scale, check_schedule, unscale_latents
+from gspn.models.latents import check_finite, check_scale, check_schedule, unscale_latents
 from gspn.names import unknown
 
 try:
@@ -320,7 +320,6 @@ class GSPNPipeline(DiffusionPipeline):
             raise ValueError(
                 f"the model has no null class (class_dropout_prob 0): guidance_scale has to be 1, got {scale}"
             )
-        return scale != 1
 
     def _map_shape(self, count, height, width, latents):
         config, factor = self.transformer.config, self.vae_scale_factor

@@ -17,7 +17,7 @@ from rich.console import Console
 from gspn.data.images import decode, generator
 from gspn.digests import digest, settings, tensors_of
 from gspn.files import make_folder, remove, write_json, writing
-from gspn.models.sampling import NotFiniteError
+from gspn.models.latents import NotFiniteError
 from gspn.options import OptionError, far_from
 from gspn.plots import GRID_CLASSES, GRID_COLUMNS, draw_grid, save_picture
 from gspn.progress import Progress

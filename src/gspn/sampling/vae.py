@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from gspn.data.hub import out_of_reach
 from gspn.data.labelled import location
 from gspn.digests import digest, settings, tensors_of
-from gspn.models.sampling import check_scale
+from gspn.models.latents import check_scale
 from gspn.options import OptionError
 
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from gspn.files import atomic, save_tensors
 
-FILE = "gspn_swap.safetensors"  # what a folder holds that is given for the file
+FILE = "gspn_swap.safetensors"  # its name in a folder
 _FORMAT = 1
 _CONFIG = ("form", "segment", "gate_bias", "layers", "unet")
 
-# What of a UNet's config tells base models apart; fine-tunes share it. The second kind has one value for all levels or
-# one for each.
+# The entries of a UNet's config that differ between base models and that fine-tunes share. The second kind has one
+# value for all levels or one for each.
 _OF_BASE = (
     "in_channels",
     "out_channels",
@@ -45,13 +45,13 @@ def _identity(unet: nn.Module) -> dict:
 
 
 def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], options: dict) -> Path:
-    """Writes the layers of `unet` by their names, with the `options` that build them, and returns the file's path: in
-    the folder `path`, or `path` itself where it ends in .safetensors. What was there is replaced at once."""
+    """Writes the layers of `unet` by their names, with the `options` that build them, and returns the file's path:
+    `path` if it ends in .safetensors, else a file in the folder `path`. An existing file is replaced at once."""
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / FILE
     tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
     if any(value.is_meta for value in tensors.values()):
-        raise ValueError("the layers' weights are not here (offloaded, or on the meta device): save before offloading")
+        raise ValueError("the layers' weights are offloaded or on the meta device: save before offloading")
     config = options | {
         "format": _FORMAT,
         "layers": {name: layer.channels for name, layer in layers.items()},
@@ -60,14 +60,14 @@ def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], optio
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        # one entry, as safetensors writes several in any order, and the same layers are to give the same bytes
+        # One entry: safetensors writes several in any order, and the same layers have to give the same bytes.
         save_tensors(temporary, tensors, {"gspn_swap": json.dumps(config)})
     return path
 
 
 def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """The config in a file or folder, and for each layer its state dict. Raises FileNotFoundError, or ValueError for a
-    file that is damaged, is something else, or whose layers are not for `unet`, with those `channels` by name."""
+    """The config in a file or folder, and the state dict of each layer. Raises FileNotFoundError, or ValueError if the
+    file is damaged, is something else, or holds layers that do not fit `unet`, with those `channels` by name."""
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
@@ -86,7 +86,7 @@ def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[d
             for key in file.keys():
                 name = next((name for name in channels if key.startswith(f"{name}.")), None)
                 if name is None:
-                    raise ValueError(f"{path} has the tensor {key}, which is of none of its layers")
+                    raise ValueError(f"{path} has the tensor {key}, which belongs to none of its layers")
                 states[name][key.removeprefix(f"{name}.")] = file.get_tensor(key)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error

@@ -1,32 +1,32 @@
-"""The layer that a swap puts where a UNet's self-attention was."""
+"""The layer that replaces a UNet's self-attention in a swap."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gspn.layers import GSPN2d, per_line
-from gspn.ops import DIRECTIONS, check_backend, check_segment, propagate
+from gspn.layers import GSPN2d, average_over_lines
+from gspn.ops import DIRECTIONS, check_backend, propagate, validate_segment
 
 FORMS = ("pure", "qkv")
 _PROXY_SHARE = {"pure": 8, "qkv": 32}  # C is so many times the width of a proxy, as published
 
 
 class GSPNAttention(nn.Module):
-    """GSPN where a UNet's self-attention was: all places of the feature map see each other at linear cost.
+    """GSPN instead of a UNet's self-attention: all pixels of the feature map see each other at linear cost.
 
     Form "pure":  y = to_out(GSPN2d(x)),  S = C // 8, average=True.
 
     Form "qkv":   y = to_out(sum over directions d of merger[d] * (output_gate[d] * h[d] + skip_gate[d] * v)),
-        h[d] = line scan of input_gate[d] * v, with weights normalised from the logits, over the number of lines that it
-        runs through before it resets,  v = x + to_v x,
+        h[d] = line scan of input_gate[d] * v, with weights normalised from the logits, divided by the number of lines
+        that it runs through before it resets,  v = x + to_v x,
         input_gate = input_proj input_proxy(x + to_k x) + input_bias,
         output_gate = output_proj output_proxy(x + to_q x) + output_bias,
         logits and skip_gate = weight_proj and skip_proj of weight_proxy(x), + weight_bias and skip_bias,  S = C // 32.
 
-    Over the lines: so that the output of a global scan does not grow with the map, as attention's does not. Each of the
-    three proxies has a projection of its own. The biases are not in the paper: with them a gate can be
-    constant, which initialisation from an attention's weights needs; gate_bias=False leaves them out.
+    The division keeps the output of a global scan from growing with the map, as attention's does not. Each of the three
+    proxies has its own projection. The biases are not in the paper: with them a gate can be constant, which
+    initialisation from an attention's weights needs; gate_bias=False leaves them out.
 
     Args:
         channels: C. form: "pure" or "qkv". segment: lines between resets of the scan, None is global.
@@ -34,9 +34,9 @@ class GSPNAttention(nn.Module):
         qkv_bias, out_bias, dropout: of to_q, to_k, to_v and of to_out, as the attention replaced has them.
         backend: as in :class:`gspn.GSPN2d`.
 
-    Shape: (B,N,C) to (B,N,C), N = H*W, rows one after the other, in the input's dtype; inside autocast in its.
+    Shape: (B,N,C) to (B,N,C), N = H*W in row-major order, in the input's dtype, or autocast's inside autocast.
 
-    Raises ValueError where H and W are not told or do not give N, and for an attention mask or a text's embeddings.
+    Raises ValueError if H and W are not given or H*W is not N, and for an attention mask or a text's embeddings.
     Source: arXiv 2501.12381, section 3.5 on text to image.
 
     State dict (frozen), D = 4 directions. Both: ``to_out.0`` (C,C). pure: ``gspn.*`` as in GSPN2d. qkv: ``to_q``,
@@ -66,13 +66,13 @@ class GSPNAttention(nn.Module):
                 raise ValueError(f"{name} has to be at least 1, got {value}")
         check_backend(backend)
         self.channels, self.form, self.proxy_dim, self.backend = channels, form, proxy_dim, backend
-        self.segment, self.gate_bias = check_segment(segment), gate_bias and form == "qkv"
+        self.segment, self.gate_bias = validate_segment(segment), gate_bias and form == "qkv"
         if form == "pure":
             self.gspn = GSPN2d(channels, proxy_dim=proxy_dim, segment=segment, average=True, backend=backend)
         else:
             self._build_qkv(len(DIRECTIONS), qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels, bias=out_bias), nn.Dropout(dropout)])
-        self._processor = (None,)  # in a tuple, as one that is a module must not be part of this one
+        self._processor = (None,)  # in a tuple: a processor that is a module must not become a submodule
 
     def _build_qkv(self, count, bias):
         c, s = self.channels, self.proxy_dim
@@ -109,9 +109,9 @@ class GSPNAttention(nn.Module):
         map_size: tuple[int, int] | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
-        """The layer's output for `hidden_states` (B,N,C), the feature map's places, and `map_size` (H,W), which in a
-        swapped UNet the transformer around the layer gives. What else diffusers hands to all attentions of a block
-        concerns cross-attention and is not looked at."""
+        """The layer's output for `hidden_states` (B,N,C), the feature map's pixels, and `map_size` (H,W), which the
+        transformer around the layer passes in a swapped UNet. The other arguments that diffusers passes to all
+        attentions of a block concern cross-attention and are ignored."""
         self._check(hidden_states, encoder_hidden_states, attention_mask, map_size)
         kind = hidden_states.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind) and hidden_states.dtype != torch.float64:
@@ -141,11 +141,11 @@ class GSPNAttention(nn.Module):
             proxies.append(torch.ones_like(x[..., :1]))
         merger, s = self.merger.view(-1, 1, 1), self.proxy_dim
 
-        def widened(name, place):
-            """The projection of one proxy as one of all proxies: zeros for the others."""
+        def widened(name, index):
+            """The projection of one proxy as a projection of all proxies, with zeros for the others."""
             projection, bias = getattr(self, f"{name}_proj"), getattr(self, f"{name}_bias")
             parts = [projection.new_zeros(*projection.shape[:-1], s)] * 3
-            parts[place] = projection
+            parts[index] = projection
             return torch.cat(parts if bias is None else [*parts, bias.unsqueeze(-1)], -1)
 
         return propagate(
@@ -153,15 +153,15 @@ class GSPNAttention(nn.Module):
             as_map(torch.cat(proxies, -1)),
             widened("weight", 0),
             widened("input", 1),
-            per_line(widened("output", 2) * merger, DIRECTIONS, size, self.segment),
+            average_over_lines(widened("output", 2) * merger, DIRECTIONS, size, self.segment),
             (widened("skip", 0) * merger).sum(0),
             segment=self.segment,
             backend=self.backend,
         )
 
     def get_processor(self) -> Any:
-        """The processor that the attention replaced will have when it is back: diffusers counts and numbers a UNet's
-        attentions by their processors, for IP-Adapter and others. The layer itself has no use for it."""
+        """The processor that the replaced attention gets when it is restored. diffusers counts a UNet's attentions by
+        their processors, for IP-Adapter and others; the layer itself does not use it."""
         return self._processor[0]
 
     def set_processor(self, processor: Any) -> None:
@@ -172,17 +172,17 @@ class GSPNAttention(nn.Module):
         if tokens.ndim != 3 or tokens.shape[2] != self.channels:
             raise ValueError(f"GSPNAttention expects (B,N,{self.channels}), got {tuple(tokens.shape)}")
         if encoder_hidden_states is not None:
-            raise ValueError("GSPNAttention stands for self-attention: it takes no encoder_hidden_states")
+            raise ValueError("GSPNAttention replaces self-attention: it takes no encoder_hidden_states")
         if attention_mask is not None:
-            raise ValueError("GSPNAttention cannot mask places: attention_mask has to be None")
+            raise ValueError("GSPNAttention cannot mask pixels: attention_mask has to be None")
         if map_size is None:
             raise ValueError(
-                "the feature map's H and W are not known: a swapped UNet's Transformer2DModel gives them; called by "
-                "itself the layer needs map_size=(H, W)"
+                "map_size, the feature map's (H, W), is missing: a swapped UNet's Transformer2DModel passes it; pass "
+                "it yourself to call the layer alone"
             )
         height, width = map_size
         if height * width != tokens.shape[1]:
-            raise ValueError(f"a map of {height}x{width} has {height * width} places, got {tokens.shape[1]}")
+            raise ValueError(f"a map of {height}x{width} has {height * width} pixels, got {tokens.shape[1]} tokens")
 
     def extra_repr(self) -> str:
         extent = "global" if self.segment is None else f"segment={self.segment}"

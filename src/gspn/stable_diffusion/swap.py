@@ -1,8 +1,8 @@
-"""GSPN in the place of a Stable Diffusion UNet's self-attention: `swap`, `restore`, and the file of swapped layers.
+"""GSPN instead of a Stable Diffusion UNet's self-attention: `swap`, `restore`, and loading swapped layers.
 
 A swap replaces each ``attn1`` of a diffusers UNet2DConditionModel and nothing else. The height and width of the feature
-map travel with the call: the transformer around the layers knows them, its hook adds them to the arguments for its
-blocks, so they are right for every shape, also when gradient checkpointing runs a block again.
+map are passed with each call: a hook on the transformer around the layers adds them to its blocks' arguments. So they
+are right for every shape, also when gradient checkpointing runs a block again.
 """
 
 import contextlib
@@ -38,25 +38,25 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _give_size(transformer, args, kwargs):
-    """Hook before a Transformer2DModel: its blocks get the H and W of its map among the arguments for attentions."""
+    """Hook before a Transformer2DModel: adds the H and W of its map to the arguments for attentions."""
     shape = (args[0] if args else kwargs["hidden_states"]).shape
     size = {"map_size": (shape[-2], shape[-1])}
-    place = 5  # of cross_attention_kwargs, should someone give it by position
-    if len(args) > place:
-        return (*args[:place], {**(args[place] or {}), **size}, *args[place + 1 :]), kwargs
+    index = 5  # of cross_attention_kwargs, if it is passed by position
+    if len(args) > index:
+        return (*args[:index], {**(args[index] or {}), **size}, *args[index + 1 :]), kwargs
     return args, {**kwargs, "cross_attention_kwargs": {**(kwargs.get("cross_attention_kwargs") or {}), **size}}
 
 
 def _drop_size(attention, args, kwargs):
-    """Hook before a cross-attention, which would warn of the argument."""
+    """Hook before an attention of diffusers, which would warn about the argument."""
     kwargs.pop("map_size", None)
     return args, kwargs
 
 
 def _refuse_saving(*args, **kwargs):
     raise ValueError(
-        "this UNet's self-attention is swapped for GSPN; diffusers would load the saved files with random attention. "
-        "Save the swapped layers by Swap.save, and the UNet after gspn.restore"
+        "this UNet's self-attention is swapped for GSPN, and diffusers would load the saved files with random "
+        "attention. Save the swapped layers with Swap.save, and the UNet after gspn.restore"
     )
 
 
@@ -67,8 +67,8 @@ class Swap:
     Attributes:
         unet: the UNet. form, segment: of the layers.
         layers: the GSPN layers by the name of the attn1 that each replaces, in the order of the UNet.
-        attentions: the attentions replaced, by the same names. They are kept, but are no part of the UNet meanwhile: in
-            its parameters and its state dict are those of the layers.
+        attentions: the replaced attentions, by the same names. Meanwhile they are not part of the UNet: its parameters
+            and its state dict hold those of the layers.
         active: "gspn", "attention", or None once restored.
     """
 
@@ -78,7 +78,7 @@ class Swap:
         self.attentions = {name: unet.get_submodule(name) for name in layers}
         self.active = "attention"
         self._hooks = []
-        # The dtype that the UNet had when a layer or an attention was last part of it.
+        # The UNet's dtype when each layer or attention was last part of it.
         self._dtypes = {("gspn", name): _anchor(self._block(name)).dtype for name in layers}
         self.use("gspn")
         unet._gspn_swap = self
@@ -87,8 +87,8 @@ class Swap:
         return self.unet.get_submodule(name.rpartition(".")[0])
 
     def use(self, which: str) -> contextlib.ExitStack:
-        """Lets the UNet run the "gspn" layers or the "attention" they replaced. In a `with` statement, until its end.
-        What is put in follows the UNet to another device or dtype and into train or eval mode."""
+        """Makes the UNet run the "gspn" layers or the "attention" they replaced; in a `with` statement, until its end.
+        The modules put in take over the UNet's device and mode, and its dtype if that has changed."""
         if which not in ("gspn", "attention"):
             raise ValueError(f'which has to be "gspn" or "attention", got {which!r}')
         if self.active is None:
@@ -117,9 +117,9 @@ class Swap:
 
     def _put_in(self, which):
         coming = self.layers if which == "gspn" else self.attentions
-        for name, module in coming.items():  # before anything is put in: a device may be full
+        for name, module in coming.items():  # before any replacement: the device may be full
             anchor = _anchor(self._block(name))
-            # Only a change of the UNet's dtype: the layers may have another on purpose, as float32 in training.
+            # Follow only a change of the UNet's dtype: layers may differ on purpose, as float32 in training does.
             changed = anchor.dtype != self._dtypes[which, name] and anchor.dtype in _DTYPES
             module.to(device=anchor.device, dtype=anchor.dtype if changed else None)
             self._dtypes[self.active, name] = anchor.dtype
@@ -157,9 +157,9 @@ class Swap:
             self.restore()
 
     def save(self, path: Path | str) -> Path:
-        """Saves the layers alone, with what they need to be put into such a UNet again: one safetensors file, whose
-        header holds the config, replaced at once. A `path` that does not end in .safetensors is a folder, and the file
-        in it ``gspn_swap.safetensors``. Returns the file's path."""
+        """Saves the layers alone, for :func:`gspn.load_swap`: one safetensors file whose header holds the config. An
+        existing file is replaced at once. A `path` that does not end in .safetensors is a folder, and the file in it
+        is ``gspn_swap.safetensors``. Returns the file's path."""
         for name, layer in self.layers.items():
             _check_linears(name, layer)
         gate_bias = next(iter(self.layers.values())).gate_bias
@@ -186,26 +186,26 @@ def swap(
             UNet2DConditionModel.
         form: "pure" (the unit alone) or "qkv" (with Q, K, V); see :class:`gspn.GSPNAttention`.
         segment: lines between resets of the scan; None is global, at any size. The paper's authors train with 4.
-        init: "pretrained" starts from the weights of the attention replaced, "random" takes nothing but its shapes.
+        init: "pretrained" starts from the weights of the replaced attention, "random" uses only its shapes.
         backend: "reference", "cpu", "triton", or None to pick by device.
 
     Returns:
         A :class:`Swap`; as a context manager it restores the UNet at the end, as :func:`gspn.restore` does.
 
-    The new layers have dtype and device of the attention replaced. Cross-attention stays as it is, and with it
+    The new layers have dtype and device of the replaced attention. Cross-attention stays as it is, and with it
     IP-Adapter. Swap before you compile, offload sequentially or in groups, fuse projections, quantise, cast layer-wise
-    or load LoRA adapters for attn1: a UNet with one of these is refused, also when it is to be restored, except that a
-    compiled one can be restored. LoRA adapters loaded after the swap act on the layers' projections of the same names:
-    to_q, to_k, to_v and to_out in form "qkv", to_out in form "pure", where diffusers warns of the others.
+    or load LoRA adapters for attn1: a UNet with one of these cannot be swapped, nor restored, except that a compiled
+    one can be restored. LoRA adapters loaded after the swap act on the layers' projections of the same names: to_q,
+    to_k, to_v and to_out in form "qkv", to_out in form "pure", where diffusers warns about the others.
 
     Raises ValueError or TypeError where a swap is not possible, and leaves the target as it was.
     """
     check_form(form)
     if init not in ("pretrained", "random"):
         raise ValueError(f'init has to be "pretrained" or "random", got {init!r}')
-    unet, places = _places(target)
+    unet, blocks = _swappable(target)
     layers, before = {}, {}
-    for name, block in places.items():
+    for name, block in blocks.items():
         attention, around = block.attn1, name.partition(".transformer_blocks.")[0]
         weight = attention.to_q.weight
         options = _options(attention)
@@ -221,10 +221,10 @@ def swap(
 
 
 def restore(target: "nn.Module | DiffusionPipeline") -> None:
-    """Undoes :func:`gspn.swap` in a pipeline or UNet, bit for bit. Raises ValueError where nothing is swapped."""
+    """Undoes :func:`gspn.swap` in a pipeline or UNet, bit for bit. Raises ValueError if nothing is swapped."""
     unet = _unet_of(target)
     if "_gspn_swap" not in unet.__dict__:
-        raise ValueError("there is nothing to restore: this UNet is not swapped")
+        raise ValueError("this UNet is not swapped: there is nothing to restore")
     unet._gspn_swap.restore()
 
 
@@ -237,12 +237,12 @@ def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, back
     Raises FileNotFoundError, or ValueError for a file that is damaged, is something else or belongs to another base
     model; the target is left as it was.
     """
-    unet, places = _places(target)
-    channels = {name: block.attn1.to_q.weight.shape[1] for name, block in places.items()}
+    unet, blocks = _swappable(target)
+    channels = {name: block.attn1.to_q.weight.shape[1] for name, block in blocks.items()}
     config, states = swap_file.read(path, unet, channels)
     form = {key: config[key] for key in ("form", "segment", "gate_bias")}
     layers = {}
-    for name, block in places.items():
+    for name, block in blocks.items():
         weight = block.attn1.to_q.weight
         with torch.device("meta"):
             layer = GSPNAttention(channels[name], backend=backend, **form, **_options(block.attn1))
@@ -256,7 +256,7 @@ def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, back
 
 
 def _native_size(unet, name) -> tuple[int, int]:
-    """H and W of the map at the attention `name` where the UNet gets its own sample size (64 if it has none)."""
+    """H and W of the map at the attention `name` for an input of the UNet's own sample size (64 if it has none)."""
     size = unet.config.sample_size or 64
     size = (size, size) if isinstance(size, int) else tuple(size)
     deepest = len(unet.config.down_block_types) - 1
@@ -284,34 +284,34 @@ def _unet_of(target) -> UNet2DConditionModel:
     raise TypeError(f"expected a UNet2DConditionModel or a pipeline with one, got a {found}")
 
 
-def _places(target) -> tuple[UNet2DConditionModel, dict[str, BasicTransformerBlock]]:
-    """The UNet and, by the names of their attn1, its blocks that have self-attention there; an error where it cannot be
-    swapped."""
+def _swappable(target) -> tuple[UNet2DConditionModel, dict[str, BasicTransformerBlock]]:
+    """The UNet and, by the name of their attn1, its blocks that have self-attention there. Raises ValueError for a UNet
+    that cannot be swapped."""
     unet = _unet_of(target)
     if "_gspn_swap" in unet.__dict__:
         raise ValueError(f"this UNet is swapped already: {unet._gspn_swap}; gspn.restore undoes that")
     whole = target if isinstance(target, nn.Module) else target.unet
     if is_compiled_module(whole) or any(getattr(m, "_compiled_call_impl", None) for m in unet.modules()):
         raise ValueError("this UNet is compiled already: swap first, then compile")
-    places, others = {}, []
+    blocks, others = {}, []
     for name, module in unet.named_modules():
         if not hasattr(module, "attn1"):
             continue
         if not isinstance(module, BasicTransformerBlock) or not isinstance(module.attn1, Attention):
             others.append(f"{name}.attn1 ({type(module.attn1).__name__} in a {type(module).__name__})")
         elif not module.only_cross_attention:
-            places[f"{name}.attn1"] = module
+            blocks[f"{name}.attn1"] = module
     if others:
         raise ValueError(f"a swap does not know the self-attention {', '.join(others[:3])}")
-    if not places:
-        raise ValueError("this UNet has no self-attention (attn1) that could be swapped")
+    if not blocks:
+        raise ValueError("this UNet has no self-attention (attn1) to swap")
     _check_free(unet)
-    for name, block in places.items():
+    for name, block in blocks.items():
         _check_linears(name, block.attn1)
         shapes = {tuple(linear.weight.shape) for linear in _linears(block.attn1)}
         if len(shapes) != 1 or len(set(next(iter(shapes)))) != 1:
             raise ValueError(f"the projections of {name} have to be square and alike, got {sorted(shapes)}")
-    return unet, places
+    return unet, blocks
 
 
 def _linears(module) -> Iterator[nn.Module]:
@@ -322,12 +322,12 @@ def _linears(module) -> Iterator[nn.Module]:
 
 
 def _check_linears(name, module):
-    """An error where something else stands for an attention's or a layer's Linear, or it has another kind of weight."""
+    """Raises ValueError if a projection of an attention or layer is not a plain Linear, or has another dtype."""
     for linear in _linears(module):
         if type(linear) is not nn.Linear:
             raise ValueError(
                 f"{name} has a {type(linear).__name__} of {type(linear).__module__} where a plain Linear is expected: "
-                "unload LoRA adapters (before a swap fuse them to keep what they do); no quantisation"
+                "unload LoRA adapters (before a swap, fuse them to keep their effect) and do not quantise"
             )
         if linear.weight.dtype not in _DTYPES:
             raise ValueError(
@@ -337,14 +337,14 @@ def _check_linears(name, module):
 
 
 def _check_free(unet):
-    """An error where something holds on to the modules that come and go by a swap."""
+    """Raises ValueError if something else holds on to the modules that a swap exchanges."""
     if any(isinstance(getattr(module, "processor", None), FusedAttnProcessor2_0) for module in unet.modules()):
         raise ValueError("the projections of this UNet's attentions are fused: call unfuse_qkv_projections() first")
     for name, module in unet.named_modules():
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and registry.get_hook("group_offloading") is not None:
             raise ValueError("this UNet is offloaded in groups: swap, or restore, before that is enabled")
-        # On the UNet itself sits the hook that moves it as a whole, and with it the layers.
+        # A hook on the UNet itself moves it as a whole, with the layers.
         if name and hasattr(module, "_hf_hook"):
             raise ValueError(
                 "parts of this UNet are moved between devices by accelerate (sequential offload or a device map): "
@@ -358,5 +358,5 @@ def _options(attention) -> dict:
 
 
 def _anchor(block) -> nn.Parameter:
-    """A parameter of the block that a swap leaves in place and that shows the UNet's device and dtype."""
+    """A parameter of the block that a swap does not exchange: it shows the UNet's device and dtype."""
     return next(p for name, p in block.named_parameters() if not name.startswith("attn1."))

@@ -22,7 +22,7 @@ from gspn.data.unreadable import Unreadable, warning_of
 from gspn.digests import is_earlier
 from gspn.options import OptionError, far_from
 from gspn.options.distill import PRESET, SPEC, DistillOptions
-from gspn.stable_diffusion.init import fit
+from gspn.stable_diffusion import fit
 from gspn.stable_diffusion.swap import swap
 from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, resume, start

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from gspn.data.images import generator
-from gspn.models.sampling import check_finite
+from gspn.models.latents import check_finite
 from gspn.options.distill import DistillOptions
 from gspn.plots import draw_grid, drawing_samples, save_picture
 

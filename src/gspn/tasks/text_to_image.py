@@ -17,7 +17,7 @@ from torch import Tensor
 from gspn.data.hub import out_of_reach
 from gspn.data.labelled import location
 from gspn.digests import digest, settings, tensors_of
-from gspn.models.sampling import check_scale, check_schedule, scale_latents
+from gspn.models.latents import check_scale, check_schedule, scale_latents
 from gspn.options import OptionError
 from gspn.sampling.generators import named_scheduler
 from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline

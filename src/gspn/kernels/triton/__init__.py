@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from gspn.kernels.triton import launch
-from gspn.kernels.triton.launch import INTERPRETED, channels_inside, empty_inside, on
+from gspn.kernels.triton.launch import INTERPRETED, channels_inside, empty_like_channels_last, on
 from gspn.kernels.triton.pieces import propagate, propagate_backward
 from gspn.kernels.triton.plan import Plan
 
@@ -51,7 +51,7 @@ def line_scan(x: Tensor, weights: Tensor, direction: int, segment: int | None, *
     """h (B,C,H,W) of gated input x (B,C,H,W) and weights (B,G,3,H,W)."""
     with on(x):
         x, weights = channels_inside(x, 1), channels_inside(weights[:, None], 2)
-        h = empty_inside(x, 1)
+        h = empty_like_channels_last(x, 1)
         launch.scan(x, None, weights, h[:, None], [direction], segment, plan=plan)
         return h
 
@@ -62,7 +62,7 @@ def line_scan_backward(
     """Gradients of x and weights, from the gradient and the value of h."""
     with on(grad):
         grad, weights, h = (channels_inside(t[:, None], 2) for t in (grad, weights, h))
-        dweights = empty_inside(weights, 2)
+        dweights = empty_like_channels_last(weights, 2)
         g = launch.scan_backward(
             grad, None, weights, h, dweights, [direction], segment, normalized=False, plan=plan
         )  # fmt: skip
@@ -76,7 +76,7 @@ def gated_scan(
     """h (B,D,C,H,W) of x (B,C,H,W), input_gate (B,D,C,H,W) and logits (B,D,G,3,H,W)."""
     with on(x):
         x, input_gate, logits = channels_inside(x, 1), channels_inside(input_gate, 2), channels_inside(logits, 2)
-        h = empty_inside(input_gate, 2, x.dtype)
+        h = empty_like_channels_last(input_gate, 2, x.dtype)
         launch.scan(x, input_gate, logits, h, directions, segment, plan=plan)
         return h
 
@@ -89,7 +89,11 @@ def gated_scan_backward(
     with on(x):
         x = channels_inside(x, 1)
         grad, input_gate, logits, h = (channels_inside(t, 2) for t in (grad, input_gate, logits, h))
-        dx, dgate, dlogits = empty_inside(x, 1), empty_inside(input_gate, 2), empty_inside(logits, 2)
+        dx, dgate, dlogits = (
+            empty_like_channels_last(x, 1),
+            empty_like_channels_last(input_gate, 2),
+            empty_like_channels_last(logits, 2),
+        )
         g = launch.scan_backward(grad, None, logits, h, dlogits, directions, segment, normalized=True, plan=plan)
         launch.merge_backward(g, input_gate, x, dx, dgate)
         return dx, dgate, dlogits

@@ -61,7 +61,7 @@ def channels_inside(t: Tensor, dim: int) -> Tensor:
     return t.movedim(dim, -1).contiguous().movedim(-1, dim)
 
 
-def empty_inside(t: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+def empty_like_channels_last(t: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result like `t` with dimension `dim` innermost: in the layout of `t`, unless that repeats elements
     (an expanded tensor), from which torch may conclude another order."""
     out = torch.empty_like(t, dtype=dtype)
@@ -131,7 +131,7 @@ def scan_backward(
         align, logits_strides, out_strides = _strides(_of_logits(logits), _of_logits(dlogits), size=groups)
         merging.finish_logits[_elementwise_grid(batch * count, height, width, groups)](
             partial, logits, dlogits, *logits_strides, *out_strides, partial.stride(0),
-            height, width, groups // align, _packed(list(enumerate(directions))), count, _chunks(groups),
+            height, width, groups // align, pack_directions(list(enumerate(directions))), count, _chunks(groups),
             PARTS=parts, NORMALIZED=normalized, ALIGN=align, STATE=_TYPES[g.dtype], **_tile(groups),
         )  # fmt: skip
     return g
@@ -186,7 +186,7 @@ class _Cut(NamedTuple):
             entered = strip.entered if strip and n == 0 else between[n % 2]
             left = strip.left if strip and n == len(firsts) - 1 else between[1 - n % 2]
             numbers = (
-                maps, _packed(self.numbered), len(self.numbered), period if chained else length,
+                maps, pack_directions(self.numbered), len(self.numbered), period if chained else length,
                 strip.origin if strip else 0, self.places if strip else max(height, width), first, length,
                 self.plan.own, self.blocks, tiles, segments,
             )  # fmt: skip
@@ -217,7 +217,7 @@ def _cuts(x, logits, directions, segment, chosen, backward) -> list[_Cut]:
     return cuts
 
 
-def _packed(numbered: list[tuple[int, int]]) -> int:
+def pack_directions(numbered: list[tuple[int, int]]) -> int:
     """Directions as the kernels take them: 4 bits for each, its index and its number."""
     return sum((index | direction << 2) << (4 * n) for n, (index, direction) in enumerate(numbered))
 

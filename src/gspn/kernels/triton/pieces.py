@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from gspn.kernels.triton import launch
-from gspn.kernels.triton.launch import Merged, Strip, channels_inside, empty_inside, empty_maps, on, state_dtype
+from gspn.kernels.triton.launch import (
+    Merged,
+    Strip,
+    channels_inside,
+    empty_like_channels_last,
+    empty_maps,
+    on,
+    state_dtype,
+)
 
 LINES = 16  # of a strip, if there is a choice: a gradient keeps a state in float32 for each strip
 
@@ -30,11 +38,11 @@ def propagate(
     projections = (weight_proj, input_proj, output_proj, skip_proj)
     with on(x), torch.autocast(x.device.type, enabled=False):
         x, proxy = channels_inside(x, 1), channels_inside(proxy, 1)
-        y = empty_inside(x, 1)
+        y = empty_like_channels_last(x, 1)
         images = _images_at_once(x, weight_proj, len(directions), workspace_mib, backward=False)
         for some, features, out in zip(*(t.split(images) for t in (x, proxy, y)), strict=True):
             work = _Work.choose(some, weight_proj, directions, segment, workspace_mib, backward=False)
-            total = empty_inside(some, 1, state_dtype(x.dtype)) if work.wide_sum else out
+            total = empty_like_channels_last(some, 1, state_dtype(x.dtype)) if work.wide_sum else out
             for pieces in work.passes() if x.numel() else ():
                 left = None
                 for piece in pieces:
@@ -65,14 +73,14 @@ def propagate_backward(
     projections = (weight_proj, input_proj, output_proj, skip_proj)
     with on(x), torch.autocast(x.device.type, enabled=False):
         grad, x, proxy = (channels_inside(t, 1) for t in (grad, x, proxy))
-        state, dx = state_dtype(x.dtype), empty_inside(x, 1)
-        dproxy = empty_inside(proxy, 1, state).zero_()
+        state, dx = state_dtype(x.dtype), empty_like_channels_last(x, 1)
+        dproxy = empty_like_channels_last(proxy, 1, state).zero_()
         found = [None if p is None else torch.zeros_like(p, dtype=state) for p in projections]
         images = _images_at_once(x, weight_proj, len(directions), workspace_mib, backward=True)
         parts = (t.split(images) for t in (x, proxy, grad, dx, dproxy))
         for some, features, dy, out, dfeatures in zip(*parts, strict=True):
             work = _Work.choose(some, weight_proj, directions, segment, workspace_mib, backward=True)
-            total = out if work.single else empty_inside(some, 1, state)
+            total = out if work.single else empty_like_channels_last(some, 1, state)
             for pieces in work.passes() if x.numel() else ():
                 pieces = list(pieces)
                 entered, adjoint = work.entered(pieces, features, projections), None

@@ -1,4 +1,4 @@
-"""Between images and latents: a pipeline's VAE, enlarging, and the statistics of latents."""
+"""Images and latents: encoding, decoding, enlarging, and matching the statistics of latents."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn.models.sampling import check_finite, scale_latents, unscale_latents
+from gspn.models.latents import check_finite, scale_latents, unscale_latents
 from gspn.stable_diffusion.highres.memory import working_dtype
 
 try:
@@ -30,15 +30,15 @@ def rematched(latents: Tensor, reference: Tensor) -> Tensor:
 
 
 def encode(pipe, image: Tensor) -> Tensor:
-    """The latents (1,C,h,w), float32, of an image (1,3,H,W) in [-1, 1], scaled as the UNet wants them; the mode of the
-    VAE's distribution."""
+    """The latents (1,C,h,w), float32, of an image (1,3,H,W) in [-1, 1]: the mode of the VAE's distribution, scaled for
+    the UNet."""
     with _working(pipe.vae) as dtype:
         latents = retrieve_latents(pipe.vae.encode(image.to(dtype)), sample_mode="argmax").float()
     return scale_latents(latents, _scale(pipe))
 
 
 def decode(pipe, latents: Tensor) -> Tensor:
-    """The image (1,3,H,W) in [-1, 1], float32, on the CPU. Raises NotFiniteError where it would be NaN."""
+    """The image (1,3,H,W) in [-1, 1], float32, on the CPU. Raises NotFiniteError if it is not finite."""
     latents = unscale_latents(latents.to(pipe._execution_device, torch.float32), _scale(pipe))
     with _working(pipe.vae) as dtype:
         image = pipe.vae.decode(latents.to(dtype), return_dict=False)[0].float().cpu()
@@ -47,8 +47,8 @@ def decode(pipe, latents: Tensor) -> Tensor:
 
 
 def _scale(pipe) -> dict:
-    """How the pipeline itself scales latents: SDXL's looks at the VAE's mean and deviation by channel, the others at
-    scaling_factor alone."""
+    """How the pipeline itself scales latents: SDXL's uses the VAE's mean and deviation by channel, the others only
+    scaling_factor."""
     config = pipe.vae.config
     scale = {name: config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")}
     if None in scale.values() or not isinstance(pipe, StableDiffusionXLPipeline):
@@ -58,7 +58,7 @@ def _scale(pipe) -> dict:
 
 @contextmanager
 def _working(vae) -> Iterator[torch.dtype]:
-    """The VAE in the dtype in which it can work, which is given."""
+    """In the block, the VAE has the dtype in which it can work; yields that dtype."""
     before, dtype = vae.dtype, working_dtype(vae)
     if dtype != before:
         vae.to(dtype)

@@ -1,8 +1,8 @@
-"""What a stage of a high-resolution image needs of memory, what is free, and which savers to switch on."""
+"""How much memory a stage of a high-resolution image needs, how much is free, and which savers to switch on."""
 
 import weakref
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ VAE_ATTENTION = 2**16  # tokens in the VAE's attention above which tiles are muc
 
 
 class _Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, but of `known` ones."""
+    """Counts the bytes of the tensors that are alive, except the `known` ones."""
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
@@ -68,11 +68,11 @@ class _Method(nn.Module):
 
 @torch.no_grad()
 def peak_bytes(module: nn.Module, method: str, *args, dtype: torch.dtype | None = None, **kwargs) -> int:
-    """The most bytes that the tensors hold at once which ``module.method(*args, **kwargs)`` makes, with weights in
-    `dtype` (None: their own).
+    """The peak, in bytes, of the tensors that ``module.method(*args, **kwargs)`` makes, with weights in `dtype` (None:
+    their own).
 
-    Nothing is computed and no memory is taken: shapes alone pass through the module, as tensors on "meta", which those
-    of the arguments have to be on. What kernels take inside them (workspaces, some hundred MiB at most) is not seen.
+    Nothing is computed and no memory is taken: only shapes pass through the module, as tensors on "meta". Tensors among
+    the arguments have to be on "meta" too. Workspaces inside kernels (some hundred MiB at most) are not counted.
     """
     module = getattr(module, "_orig_mod", module)  # a compiled module's own
     weights = {
@@ -87,7 +87,7 @@ def peak_bytes(module: nn.Module, method: str, *args, dtype: torch.dtype | None 
 
 
 def free_bytes(device: torch.device) -> int:
-    """What new tensors on `device` can take: free memory and what torch holds without using it."""
+    """The memory for new tensors on `device`: what is free and what torch holds without using it."""
     if device.type == "cpu":
         import psutil  # comes with accelerate, which the extra installs
 
@@ -99,7 +99,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def weight_bytes(module: nn.Module | None) -> int:
-    """What the weights of a module take."""
+    """The bytes of a module's weights."""
     if module is None:
         return 0
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
@@ -126,8 +126,8 @@ def tiles_are_faster(vae, height: int, width: int) -> bool:
 
 
 def unet_bytes(pipe, height: int, width: int, savers: Savers, conditions: Callable) -> int:
-    """What one step of the UNet takes beside the weights. `conditions(savers)` are the UNet's arguments beside sample
-    and timestep for one run, tensors on "meta"."""
+    """The bytes that one step of the UNet takes beside the weights. `conditions(savers)` gives the UNet's arguments for
+    one run except sample and timestep, as tensors on "meta"."""
     arguments = conditions(savers)
     batch, channels = len(arguments["encoder_hidden_states"]), pipe.unet.config.in_channels
     shape = (batch, channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
@@ -138,12 +138,12 @@ def unet_bytes(pipe, height: int, width: int, savers: Savers, conditions: Callab
     }
     with saving(pipe, replace(savers, vae_tiling=False)):
         peak = peak_bytes(pipe.unet, "forward", **arguments)
-    # beside it: latents, encoded image, noise, what is blended and the predictions of two passes, in float32
+    # in addition: latents, encoded image, noise, the blended map and the predictions of two passes, in float32
     return peak + 10 * 4 * channels * shape[2] * shape[3]
 
 
 def vae_bytes(pipe, height: int, width: int, tiling: bool) -> int:
-    """What encoding and decoding an image take beside the weights."""
+    """The bytes that encoding or decoding an image takes beside the weights."""
     vae, factor, dtype = pipe.vae, pipe.vae_scale_factor, working_dtype(pipe.vae)
     high, wide = (min(side, tile_of(vae)) if tiling else side for side in (height, width))
     shapes = {
@@ -161,7 +161,8 @@ def vae_bytes(pipe, height: int, width: int, tiling: bool) -> int:
 def choose(
     pipe,
     size: tuple[int, int],
-    wanted: dict[str, bool | None],
+    wanted: Savers,
+    useless: Collection[str],
     conditions: Callable,
     device: torch.device,
     room: float,
@@ -170,13 +171,15 @@ def choose(
     """The savers for a stage and the bytes that it needs beside the loaded weights, None where that is unknown.
 
     Args:
-        size: (height, width) in pixels. wanted: for each saver that is of use True, False, or None: on only where the
-            stage does not fit without it (tiles also where the VAE's attention would take most of the time).
+        size: (height, width) in pixels. wanted: the savers asked for; one that is None is on only if the stage does not
+            fit without it (tiles also if the VAE's attention would take most of the time).
+        useless: savers that do nothing in this stage, whatever is asked for: they stay off.
         conditions: see unet_bytes. room: the bytes that it may take. by_offload: what offloading adds to them.
     Raises ValueError, with the numbers, where it does not fit.
     """
-    on = dict.fromkeys(SAVERS, False) | {name: bool(value) for name, value in wanted.items()}
-    undecided = [name for name, value in wanted.items() if value is None]
+    asked = {name: value for name, value in asdict(wanted).items() if name not in useless}
+    on = dict.fromkeys(SAVERS, False) | {name: bool(value) for name, value in asked.items()}
+    undecided = [name for name, value in asked.items() if value is None]
     if "vae_tiling" in undecided:
         on["vae_tiling"] = tiles_are_faster(pipe.vae, *size)
     if is_offloaded(pipe):
@@ -203,7 +206,7 @@ def choose(
         room += by_offload
     if max(needs.values()) > room:
         numbers = ", ".join(f"the {part} {need / MIB:,.0f} MiB" for part, need in needs.items())
-        off = [name for name, value in wanted.items() if value is False]
+        off = [name for name, value in asked.items() if value is False]
         advice = f" or allow {', '.join(off)}" if off else ""
         raise ValueError(
             f"an image of {size[0]}x{size[1]} does not fit: beside the weights {numbers}"

@@ -1,5 +1,5 @@
-"""What the UNet is asked in a step of a high-resolution stage: both halves of guidance, and a second pass whose
-convolutions are dilated."""
+"""The UNet's passes in a step of a high-resolution stage: both halves of guidance, and a second pass with dilated
+convolutions."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
-SIZES = ("original_size", "crops_coords_top_left", "target_size")  # what SDXL is told of sizes
+SIZES = ("original_size", "crops_coords_top_left", "target_size")  # SDXL's conditions on size
 STEPPING = ("cross_attention_kwargs", "eta", "guidance_rescale", "ip_adapter_image", "ip_adapter_image_embeds")
 
 
@@ -34,8 +34,8 @@ def cosine_share(t: Tensor | float, noise_steps: int, power: float) -> float:
 
 @contextmanager
 def dilated(unet: nn.Module, dilation: int) -> Iterator[None]:
-    """The UNet with all convolutions that keep (or halve) the map's size dilated by `dilation`, so that they reach as
-    far in a map that many times as large as they were trained to; afterwards as it was, on an exception too."""
+    """In the block, all convolutions of the UNet that keep (or halve) the map's size are dilated by `dilation`, so that
+    they reach as far in a map that many times as large as in training; afterwards, also on an exception, as before."""
     before = []
     for conv in unet.modules():
         if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros" or max(conv.kernel_size) == 1:
@@ -58,7 +58,7 @@ class Guidance:
 
     Args:
         pipe: the pipeline. prompt, negative_prompt, options: as it takes them. scale: of guidance.
-        native: (height, width) of the first stage: SDXL is told its size in all stages, the one it was trained on.
+        native: (height, width) of the first stage, which SDXL gets as its size in all stages: it was trained on it.
     """
 
     def __init__(self, pipe, prompt, negative_prompt, scale: float, options: dict, native: tuple[int, int]):
@@ -97,7 +97,7 @@ class Guidance:
                 torch.tensor([scale - 1.0]), embedding_dim=pipe.unet.config.time_cond_proj_dim
             )
             conditions["timestep_cond"] = [embedding]
-        # Each leaf is a list of one tensor a half, (null, prompt) or (prompt).
+        # Each leaf is a list of one tensor for each half: [null, prompt] or [prompt].
         self._conditions = tree_map_only(Tensor, lambda value: value.to(device), conditions)
 
     def _halves(self, value, null):
@@ -126,7 +126,7 @@ class Guidance:
         return [each(lambda halves, i=i: halves[i]) for i in range(1 + self.guided)]
 
     def on_meta(self, savers) -> dict:
-        """The UNet's arguments in one run, beside the map and the timestep, as tensors on "meta"."""
+        """The UNet's arguments in one run, except the map and the timestep, as tensors on "meta"."""
         run = self._runs(savers.sequential_guidance)[-1] | {"cross_attention_kwargs": self.attention}
         return tree_map_only(Tensor, lambda value: value.to("meta"), run)
 

@@ -1,10 +1,10 @@
-"""Images far larger than a Stable Diffusion model was trained for: made at its own size, refined stage by stage."""
+"""Images far larger than a Stable Diffusion model was trained for: made at its own size, then refined in stages."""
 
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspn.models.sampling import check_finite
+from gspn.models.latents import check_finite
 from gspn.progress import Progress
 from gspn.stable_diffusion.highres.images import decode, encode, rematched, resize
 from gspn.stable_diffusion.highres.memory import MIB, SHARE, choose, free_bytes, is_offloaded, weight_bytes
 from gspn.stable_diffusion.highres.passes import Guidance, allowed_options, cosine_share
 from gspn.stable_diffusion.highres.plan import STEPS, STRENGTHS, Stage, check_pipeline, last_timesteps, make_stages
-from gspn.stable_diffusion.highres.savers import SAVERS, saving
+from gspn.stable_diffusion.highres.savers import SAVERS, Savers, saving
 from gspn.stable_diffusion.highres.state import described, fingerprint, opened
 
 try:
@@ -32,7 +32,7 @@ except ImportError as error:
 
 logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-LEAST_SHARE = 0.01  # of the dilated pass in the prediction; below, it is left out
+LEAST_SHARE = 0.01  # of the dilated pass in the prediction; below it, the pass is left out
 
 
 @dataclass
@@ -41,8 +41,8 @@ class HighResOutput(BaseOutput):
 
     Attributes:
         images: the image, in a list of one (or an array or tensor of one). stages: the image after each stage, the last
-            among them. plan: the stages as they were run, with their savers and the memory they were expected to need.
-        seed: with which the same image is made again.
+            one too. plan: the stages as they were run, with their savers and their expected memory.
+        seed: the seed that makes the same image again.
         nsfw_content_detected: what the pipeline's safety checker found in the image, None without one.
     """
 
@@ -56,20 +56,20 @@ class HighResOutput(BaseOutput):
 class HighResPipeline:
     """Images of any size, up to 16K x 8K, by a Stable Diffusion or SDXL pipeline of diffusers.
 
-    The pipeline makes an image of the size it was trained for (of the aspect that is asked for). Each stage then
-    enlarges the last image, encodes it (z0) and noises it so far that the last ceil(steps * strength) steps remain:
+    The pipeline makes an image of its training size, in the aspect asked for. Each stage then enlarges the last image,
+    encodes it (z0) and adds noise until the last ceil(steps * strength) steps remain:
 
         x = c(t)^blend * (z0 noised to t) + (1 - c(t)^blend) * x,   c(t) = (1 - cos(pi t / T)) / 2
         prediction = (1 - c(t)^dilation) * UNet(x) + c(t)^dilation * UNet with dilated convolutions(x)
         x = the scheduler's step from x with the prediction
 
-    and gives the result, channel by channel, the mean and deviation of z0. Convolutions are dilated by the ratio of the
-    stage's side to the trained one, rounded.
+    and sets mean and deviation of each channel of the result to those of z0. Convolutions are dilated by the ratio of
+    the stage's side to the trained one, rounded.
 
     Args:
         pipe: a StableDiffusionPipeline or StableDiffusionXLPipeline, its self-attention replaced (:func:`gspn.swap`)
             or not; attention's cost grows with the square of the pixels. Its scheduler has to be one of DDIM, DDPM,
-            DPM-Solver++ (multistep), DEIS, Euler, LMS, PNDM or LCM. It is left as it was after each call.
+            DPM-Solver++ (multistep), DEIS, Euler, LMS, PNDM or LCM. After each call it is as before.
 
     Raises TypeError and ValueError for another one. Source: arXiv 2501.12381, on ultra-high resolution; blending and
     the exponents' defaults as in DemoFusion, arXiv 2311.16973.
@@ -99,13 +99,13 @@ class HighResPipeline:
         offload: bool | None = None,
         **options: Any,
     ) -> list[Stage]:
-        """The stages that a call with these arguments would run, with sizes, savers and memory; nothing is made.
+        """The stages that a call with these arguments would run, with sizes, savers and memory. Makes no image.
 
         Raises ValueError and TypeError as the call does."""
         check_pipeline(self.pipe)
         _check_options(self.pipe, options)
         found = make_stages(self.pipe, height, width, stages, native_steps, steps, strengths, dilation is not None)
-        wanted = _wanted(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
+        wanted = Savers(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
         guidance = Guidance(self.pipe, "", None, _scale(guidance_scale), options, found[0].size)
         return self._fit(found, [wanted] * len(found), guidance, memory_mib)
 
@@ -151,26 +151,26 @@ class HighResPipeline:
             native_steps: of the first stage. steps, strengths: of the others, the last value for all that follow.
             blend, dilation: the exponents above; None leaves blending or the second pass out. rematch: whether mean and
                 deviation are matched.
-            memory_mib: what the call may take beside the weights; None is nine tenths of what is free.
+            memory_mib: the memory that the call may take beside the weights; None is nine tenths of the free memory.
             vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload: the savers, see
                 :class:`gspn.stable_diffusion.highres.savers.Savers`; None switches one on in the stages that do not fit
                 without it (vae_tiling also where it saves most of the VAE's time). Savers that are on in the first
                 stage change the VAE alone, the feed-forward layers and the residuals: its guidance is the pipeline's.
-            workdir: a folder that keeps each stage when it is done (latents, picture). A call with the same arguments
-                goes on after the last stage that it holds, to the same image; others are refused, as is
-                a second process at the same time.
+            workdir: a folder for each finished stage (latents, picture). A call with the same arguments continues after
+                the last finished stage, to the same image. Other arguments, and a second process at the same time, are
+                refused.
             output_type: "pil", "np" (1,H,W,3) or "pt" (1,3,H,W) in [0, 1], or "latent" (1,C,h,w).
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ..., "stage": i}) after every step;
                 may return a dict with other latents. callback_on_stage_end: as f(pipeline, i, image).
             options: the pipeline's own that hold in all stages: prompt_2, clip_skip, prompt_embeds, eta,
                 cross_attention_kwargs, guidance_rescale, ip_adapter_image, ...
-        Raises ValueError and TypeError, before any work, for what does not fit together or into the memory (with the
-        numbers); NotFiniteError, a RuntimeError, where latents or an image are not finite after a stage.
+        Raises ValueError and TypeError, before any work, for arguments that do not fit together or into the memory
+        (with the numbers); NotFiniteError, a RuntimeError, if latents or an image are not finite after a stage.
         """
         pipe = self.pipe
         self._check(prompt, negative_prompt, seed, generator, blend, dilation, output_type, options)
         found = make_stages(pipe, height, width, stages, native_steps, steps, strengths, dilation is not None)
-        wanted = _wanted(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
+        wanted = Savers(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
         with opened(workdir) as folder:
             if generator is not None:
                 seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
@@ -187,7 +187,7 @@ class HighResPipeline:
                 asked |= dict(options=described(options, folder.earlier))
                 asked |= dict(stages=[[*stage.size, stage.steps, stage.strength, stage.dilation] for stage in found])
                 known = folder.kept["asked"]["pipeline"] if folder.earlier else fingerprint(pipe)
-                asked |= dict(pipeline=known, savers=wanted)
+                asked |= dict(pipeline=known, savers=asdict(wanted))
                 if folder.earlier:
                     logger.warning(
                         "%s was begun by an older gspn, whose digests of the pipeline differ from process to process: "
@@ -196,18 +196,20 @@ class HighResPipeline:
                     )
                 if folder.kept is not None:
                     folder.begin(asked, {})
-                    # What was chosen by the memory that was free then is kept: with other savers, other bits.
-                    by_stage = [dict(zip(SAVERS, chosen, strict=True)) for chosen in folder.kept["chosen"]["savers"]]
+                    # The savers chosen by the memory that was free then are kept: others would change the bits.
+                    by_stage = [
+                        Savers(**dict(zip(SAVERS, chosen, strict=True))) for chosen in folder.kept["chosen"]["savers"]
+                    ]
             found = self._fit(found, by_stage, guidance, memory_mib)
             if folder is not None and folder.kept is None:
-                folder.begin(asked, {"savers": [[getattr(stage.savers, name) for name in SAVERS] for stage in found]})
+                folder.begin(asked, {"savers": [astuple(stage.savers) for stage in found]})
 
             given = (callback_on_step_end, prompt, negative_prompt)
             run = _Run(pipe, found, guidance, seed, blend, dilation, rematch, *given)
             return self._made(run, folder, options, output_type, callback_on_stage_end)
 
     def _made(self, run, folder, options, output_type, callback):
-        """The image, stage by stage; what `folder` (a Workdir or None) holds of them is taken from there."""
+        """The image, stage by stage; stages that `folder` (a Workdir or None) holds are read from there."""
         pipe, found, finished, nsfw = self.pipe, run.stages, [], None
         with _offloading(pipe, any(stage.savers.offload for stage in found)):
             image = None
@@ -245,9 +247,9 @@ class HighResPipeline:
             raise TypeError(f"negative_prompt has to be one text or None, got {negative_prompt!r}")
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text is not None and options.get(f"{name}_embeds") is not None:
-                raise ValueError(f"{name} and {name}_embeds both say what is wanted: give one of them")
+                raise ValueError(f"{name} and {name}_embeds both say what to draw: pass one of them")
         if seed is not None and generator is not None:
-            raise ValueError("seed and generator both say where noise comes from: give one of them")
+            raise ValueError("seed and generator both set the noise: pass one of them")
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
             raise ValueError(f"seed has to be a whole number from 0 on, got {seed!r}")
         for name, value in (("blend", blend), ("dilation", dilation)):
@@ -257,15 +259,15 @@ class HighResPipeline:
             raise ValueError(f"output_type has to be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
     def _fit(self, found, by_stage, guidance, memory_mib):
-        """The stages with their savers and what they need. Raises ValueError where one does not fit."""
+        """The stages with their savers and memory. Raises ValueError if one does not fit."""
         pipe, device = self.pipe, self.pipe._execution_device
         if memory_mib is not None and not (isinstance(memory_mib, int | float) and memory_mib > 0):
             raise ValueError(f"memory_mib has to be a number above 0, got {memory_mib!r}")
         room = SHARE * free_bytes(device) if memory_mib is None else memory_mib * MIB
-        if device.type == "cpu" and any(wanted["offload"] for wanted in by_stage):
+        if device.type == "cpu" and any(wanted.offload for wanted in by_stage):
             raise ValueError(
-                "offload brings models to the GPU when they work, but the pipeline is on the CPU: move it to the GPU "
-                "or call its enable_model_cpu_offload() before"
+                "offload moves models to the GPU while they work, but the pipeline is on the CPU: move it to the GPU "
+                "or call its enable_model_cpu_offload() first"
             )
         encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "vae")]
         by_offload = 0 if device.type == "cpu" else sum(map(weight_bytes, encoders))
@@ -275,9 +277,8 @@ class HighResPipeline:
             if i == 0 or not guidance.guided:  # the guidance of the first stage is the pipeline's
                 useless.add("sequential_guidance")
             if device.type == "cpu":
-                useless |= {name for name in ("parked_residuals", "offload") if not wanted[name]}
-            useful = {name: value for name, value in wanted.items() if name not in useless}
-            savers, need = choose(pipe, stage.size, useful, guidance.on_meta, device, room, by_offload)
+                useless |= {name for name in ("parked_residuals", "offload") if not getattr(wanted, name)}
+            savers, need = choose(pipe, stage.size, wanted, useless, guidance.on_meta, device, room, by_offload)
             planned.append(replace(stage, savers=savers, memory_mib=None if need is None else need / MIB))
         return planned
 
@@ -285,7 +286,7 @@ class HighResPipeline:
         """An image (1,3,H,W) in [-1, 1] as it is asked for, and what the pipeline's safety checker found."""
         pipe, nsfw = self.pipe, None
         if getattr(pipe, "safety_checker", None) is not None:
-            # it blackens in place what it finds, which the next stage would start from
+            # It blackens in place what it finds, and the next stage would start from that.
             image, nsfw = pipe.run_safety_checker(image.clone(), pipe._execution_device, pipe.unet.dtype)
         if getattr(pipe, "watermark", None) is not None:
             image = pipe.watermark.apply_watermark(image)
@@ -295,7 +296,7 @@ class HighResPipeline:
 
 @dataclass
 class _Run:
-    """The stages of one image at work."""
+    """The run of one image's stages."""
 
     pipe: Any
     stages: list[Stage]
@@ -307,11 +308,11 @@ class _Run:
     callback: Callable | None
     prompt: str | None
     negative_prompt: str | None
-    lines: Progress | None = None  # where the pipeline's bar would not be seen: see `progress`
+    lines: Progress | None = None  # instead of the pipeline's bar: see `progress`
 
     @contextmanager
     def progress(self, index: int) -> Iterator[None]:
-        """In the block, a stage: where stderr is no terminal, lines tell how far it is, not the pipeline's bar."""
+        """In the block, a stage. Unless stderr is a terminal, lines replace the pipeline's progress bar."""
         config = getattr(self.pipe, "_progress_bar_config", None) or {}
         if config.get("disable") or "file" in config or sys.stderr.isatty():
             yield
@@ -362,7 +363,7 @@ class _Run:
                     x = share * scheduler.add_noise(start, noise, t[None]) + (1 - share) * x
                 prediction = self._predict(scheduler, stage, x, t)
                 if isinstance(scheduler, LMSDiscreteScheduler):
-                    extra["order"] = min(4, i + 1)  # it would count the steps that were not taken
+                    extra["order"] = min(4, i + 1)  # it would count the skipped steps too
                 x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
                 x = self._called(index, i, t, x)
                 bar.update()
@@ -392,7 +393,7 @@ class _Run:
 
     @contextmanager
     def _bar(self, index) -> Iterator[None]:
-        """The pipeline's progress bar tells the stage."""
+        """In the block, the pipeline's progress bar names the stage."""
         pipe, before = self.pipe, getattr(self.pipe, "_progress_bar_config", None)
         hidden = {} if self.lines is None else {"disable": True}
         pipe.set_progress_bar_config(**{"desc": self._told(index), **(before or {}), **hidden})
@@ -416,19 +417,11 @@ def _to_stderr(line):
 # -- what is asked for --
 
 
-def _wanted(*switches) -> dict[str, bool | None]:
-    wanted = dict(zip(SAVERS, switches, strict=True))
-    for name, value in wanted.items():
-        if value is not None and not isinstance(value, bool):
-            raise TypeError(f"{name} has to be True, False or None, got {value!r}")
-    return wanted
-
-
 def _check_options(pipe, options):
     known = allowed_options(pipe)
     if unknown := sorted(set(options) - set(known)):
         names = ", ".join(unknown)
-        raise TypeError(f"there is no option {names} that holds in all stages; there are {', '.join(known)}")
+        raise TypeError(f"there is no option {names} for all stages; expected some of {', '.join(known)}")
     for name, value in options.items():
         if name.endswith("prompt_embeds") and value is not None and len(value) != 1:
             raise ValueError(f"{name} has to be of one prompt, as one image is made, got {tuple(value.shape)}")

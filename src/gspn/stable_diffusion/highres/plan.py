@@ -1,4 +1,4 @@
-"""The stages of a high-resolution image: sizes, steps, strengths and what can take part; decided before any work."""
+"""The stages of a high-resolution image: sizes, steps, strengths and supported pipelines, decided before any work."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gspn.models.sampling import check_schedule
+from gspn.models.latents import check_schedule
 from gspn.stable_diffusion.highres.savers import Savers
 
 try:
@@ -21,8 +21,8 @@ except ImportError as error:
 # Steps and strengths of the stages after the native one, the last for all that follow. Source: arXiv 2501.12381.
 STEPS, STRENGTHS = (50, 50, 30, 30), (0.42, 0.32, 0.32, 0.28)
 
-# A step of these starts from the sample that it is given. Those of second order, single-step solvers and correctors
-# (Heun, KDPM2, DPMSolverSinglestep, UniPC, SASolver) start from one that they kept, so that blending would be lost.
+# A step of these schedulers starts from the sample that is passed in. Second-order and single-step solvers and
+# correctors (Heun, KDPM2, DPMSolverSinglestep, UniPC, SASolver) start from one that they kept: blending would be lost.
 SCHEDULERS = (
     "DDIMScheduler",
     "DDIMParallelScheduler",
@@ -37,7 +37,7 @@ SCHEDULERS = (
     "PNDMScheduler",
 )
 NO_SAVERS = Savers()
-SIDE_UNIT = 8  # what diffusers' pipelines want sides to be divisible by, whatever the VAE's factor
+SIDE_UNIT = 8  # diffusers' pipelines require sides divisible by it, whatever the VAE's factor
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Stage:
 
     Attributes:
         height, width: of its image in pixels.
-        steps: that the scheduler divides its noise into. taken: how many of them, the last ones, are run.
+        steps: of the scheduler's whole schedule. taken: how many of them, the last ones, are run.
         strength: taken = ceil(steps * strength); 1 in the first stage, which starts from noise.
         dilation: of the convolutions in the second pass; 1 has none.
-        savers: which savers of memory are on. memory_mib: the estimate of what it needs beside the weights that are
-            loaded; None where none could be made, since the weights are offloaded.
+        savers: which savers of memory are on. memory_mib: an estimate of the memory that it needs beside the loaded
+            weights; None if the weights are offloaded, as there is no estimate then.
     """
 
     height: int
@@ -75,12 +75,12 @@ class Stage:
 
 
 def unit_of(pipe) -> int:
-    """What the sides of images have to be divisible by."""
+    """The number by which the sides of images have to be divisible."""
     return math.lcm(SIDE_UNIT, pipe.vae_scale_factor)
 
 
 def native_area(pipe) -> int:
-    """How many pixels the images have that the UNet was trained on."""
+    """The number of pixels of the images that the UNet was trained on."""
     side = pipe.unet.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
     return height * width * pipe.vae_scale_factor**2
@@ -101,7 +101,7 @@ def stage_sizes(height: int, width: int, area: int, unit: int) -> list[tuple[int
     if height * width <= area:
         return [(height, width)]
     low, high = native_size(height, width, area, unit), (height, width)
-    # a little more than twice is no stage more
+    # a little more than twice does not need another stage
     count = max(1, math.ceil(math.log2(math.sqrt(height * width / area)) - 0.1))
     between = [
         tuple(unit * round(a * (b / a) ** (i / count) / unit) for a, b in zip(low, high, strict=True))
@@ -111,7 +111,7 @@ def stage_sizes(height: int, width: int, area: int, unit: int) -> list[tuple[int
 
 
 def check_pipeline(pipe) -> None:
-    """Raises TypeError and ValueError for a pipeline that cannot be brought to a high resolution."""
+    """Raises TypeError or ValueError for a pipeline that cannot make high-resolution images."""
     if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
         raise TypeError(
             f"expected a StableDiffusionPipeline or StableDiffusionXLPipeline of diffusers, got {type(pipe).__name__}"
@@ -136,7 +136,7 @@ def check_scheduler(scheduler) -> None:
     if not isinstance(scheduler, tuple(getattr(diffusers, known) for known in SCHEDULERS)):
         raise ValueError(
             f"the scheduler {name} cannot run the stages: it is for flow matching, or its steps do not start from the "
-            f"sample that they are given; expected one of {', '.join(SCHEDULERS)}"
+            f"sample passed in; expected one of {', '.join(SCHEDULERS)}"
         )
     check_schedule(scheduler)
     if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
@@ -145,15 +145,15 @@ def check_scheduler(scheduler) -> None:
             "PNDMScheduler.from_config(scheduler.config, skip_prk_steps=True)"
         )
     if str(scheduler.config.get("variance_type")).startswith("learned"):
-        raise ValueError(f"the scheduler {name} wants a learned variance, which the UNet does not predict")
+        raise ValueError(f"the scheduler {name} needs a learned variance, which the UNet does not predict")
 
 
 def last_timesteps(scheduler, stage: Stage, device: torch.device) -> Tensor:
-    """Sets a scheduler up for the last steps of a stage. Returns the timesteps to take, one after the other."""
+    """Sets a scheduler up for the last steps of a stage. Returns their timesteps, in order."""
     scheduler.set_timesteps(stage.steps, device=device)
     skipped = stage.steps - stage.taken
     if isinstance(scheduler, diffusers.PNDMScheduler):
-        # Its second step is always the first one once more, from where that began, with what it has learned.
+        # Its second step always repeats the first one, from the same sample, with the first one's prediction.
         timesteps = scheduler.timesteps.unique_consecutive()[skipped:]
         return torch.cat([timesteps[:2], timesteps[1:]])
     if hasattr(scheduler, "set_begin_index"):
@@ -171,7 +171,7 @@ def make_stages(
     strengths: float | Sequence[float],
     dilated: bool,
 ) -> list[Stage]:
-    """The stages without their savers. Raises ValueError for what does not fit together."""
+    """The stages without their savers. Raises ValueError for arguments that do not fit together."""
     unit, area = unit_of(pipe), native_area(pipe)
     if sizes is not None:
         sizes = [_size(size, unit) for size in sizes]
@@ -209,7 +209,7 @@ def _shown(size):
 
 
 def _each(values, count, name):
-    """One value for each of `count` stages; the last one stands for those that have none."""
+    """One value for each of `count` stages; the last one is repeated for the rest."""
     values = list(values) if isinstance(values, Sequence) else [values]
     if not values:
         raise ValueError(f"{name} is empty")

@@ -2,37 +2,44 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 try:
     from diffusers.models.attention import BasicTransformerBlock
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
-TILE = 512  # pixels, the least side of the VAE's tiles: in smaller ones its norms see too little of the image
+TILE = 512  # pixels, the smallest side of the VAE's tiles: in smaller ones its norms see too little of the image
 CHUNK = 2**14  # tokens in one piece of a feed-forward layer
 
 
 @dataclass(frozen=True)
 class Savers:
-    """Savers of memory.
+    """Which savers of memory are on: True or False; in what a call asks for, None leaves one to the plan.
 
     Attributes:
-        vae_tiling: the VAE works on overlapping tiles. The only one that changes the image, by little.
-        sequential_guidance: both halves of guidance one after the other, not in one batch.
+        vae_tiling: the VAE works on overlapping tiles. The only one that changes the image, slightly.
+        sequential_guidance: the halves of guidance run one after the other, not in one batch.
         chunked_feed_forward: the feed-forward layers of the UNet work on pieces of 16,384 tokens at most.
-        parked_residuals: what the UNet's first half keeps for its second half waits in the CPU's memory.
+        parked_residuals: the residuals of the UNet's first half wait for the second half in the CPU's memory.
         offload: the pipeline's models are on the GPU only while they work (``enable_model_cpu_offload``).
+
+    Raises TypeError for any other value.
     """
 
-    vae_tiling: bool = False
-    sequential_guidance: bool = False
-    chunked_feed_forward: bool = False
-    parked_residuals: bool = False
-    offload: bool = False
+    vae_tiling: bool | None = False
+    sequential_guidance: bool | None = False
+    chunked_feed_forward: bool | None = False
+    parked_residuals: bool | None = False
+    offload: bool | None = False
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name} has to be True, False or None, got {value!r}")
 
     def told(self) -> str:
-        """The names of those that are on, for people."""
+        """The names of those that are on, in parentheses."""
         names = [f.name.replace("_", " ") for f in fields(self) if getattr(self, f.name)]
         return f" ({', '.join(names)})" if names else ""
 
@@ -42,7 +49,8 @@ SAVERS = tuple(field.name for field in fields(Savers))
 
 @contextmanager
 def saving(pipe, savers: Savers) -> Iterator[None]:
-    """The pipeline with `savers`, but offload, at work; afterwards as it was. Guidance is the caller's to split."""
+    """In the block, the pipeline works with `savers`; afterwards it is as before. Offloading, and running the halves of
+    guidance one after the other, is left to the caller."""
     with ExitStack() as stack:
         if savers.vae_tiling:
             stack.enter_context(_tiled(pipe.vae))
@@ -69,7 +77,7 @@ def _tiled(vae):
 
 
 def vae_factor(vae) -> int:
-    """Pixels for a place of the latents, in each dimension."""
+    """Pixels for one position of the latents, in each dimension."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
@@ -123,18 +131,18 @@ def _fetch(block, args, kwargs):
 
 
 class _Parked(tuple):
-    """Residuals that come back one by one, when the block takes them."""
+    """Residuals that come back from the CPU one by one, when the block reads them."""
 
-    def __getitem__(self, place):
-        found = super().__getitem__(place)
-        if not isinstance(place, slice):
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        if not isinstance(index, slice):
             return _back(found, self.device)
         rest = _Parked(found)
         rest.device = self.device
         return rest
 
 
-# An estimate is made with tensors on "meta", of which there are none on the CPU: one without memory stands for them.
+# An estimate runs on "meta" tensors, which cannot go to the CPU: an expanded one, which takes no memory, replaces them.
 def _away(tensor):
     return tensor.new_empty(()).expand(tensor.shape) if tensor.is_meta else tensor.to("cpu")
 

@@ -1,4 +1,4 @@
-"""The folder of a high-resolution image in the making: what was asked for, and each stage that is done."""
+"""The work folder of a high-resolution image: the arguments of the call, and each finished stage."""
 
 import json
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from gspn.files import atomic, save_tensors, write_json, writing
 
 RECORD, LATENTS, IMAGE = "highres.json", "latents.safetensors", "image.png"
 FORMAT = 1
-# What FreeU, IP-Adapter and LoRA set in modules, beside weights.
+# The attributes of modules, beside weights, that FreeU, IP-Adapter and LoRA set.
 SETTINGS = ("s1", "s2", "b1", "b2", "scale", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 
 
 @contextmanager
 def opened(path: Path | str | None) -> Iterator["Workdir | None"]:
-    """The Workdir at `path`, which is made if it is not there, for this process alone until the block's end; None for
-    None. Raises BusyError, a ValueError, where another process is at work there."""
+    """The Workdir at `path`, created if missing, for this process alone until the block's end; None for None. Raises
+    BusyError, a ValueError, if another process is writing to it."""
     if path is None:
         yield None
         return
@@ -60,9 +60,9 @@ class Workdir:
         return any(f" {SCHEME}" not in text for text in pipeline.values())
 
     def begin(self, asked: dict, chosen: dict) -> None:
-        """Records what is asked for and what was chosen for it, or compares with what was.
+        """Records the arguments and what was chosen for them, or compares them with the record.
 
-        Raises ValueError, with what differs, where the folder belongs to another image."""
+        Raises ValueError, with the differences, if the folder belongs to another image."""
         asked = json.loads(json.dumps(asked))
         if self.kept is None:
             write_json(self.path / RECORD, {"format": FORMAT, "asked": asked, "chosen": chosen})
@@ -74,11 +74,11 @@ class Workdir:
             raise ValueError(f"{self.path} holds stages of another image: {shown}. Choose another workdir")
 
     def folder(self, index: int, size: tuple[int, int]) -> Path:
-        """Where a stage is kept."""
+        """The folder of a stage."""
         return self.path / f"stage-{index}-{size[0]}x{size[1]}"
 
     def save(self, index: int, size: tuple[int, int], latents: Tensor, image=None) -> None:
-        """Keeps a stage that is done: its latents, and its picture (PIL) to look at."""
+        """Saves a finished stage: its latents, and its picture (PIL) to look at."""
         with atomic(self.folder(index, size)) as temporary:
             temporary.mkdir()
             save_tensors(temporary / LATENTS, {"latents": latents.cpu().contiguous()})
@@ -102,7 +102,7 @@ class Workdir:
 
 
 def _change(name, before, now):
-    """What differs, of objects with the same members in which of them."""
+    """The differences, in nested objects by member."""
     if isinstance(before, dict) and isinstance(now, dict):
         changed = [member for member in sorted({*before, *now}) if before.get(member) != now.get(member)]
         return ", ".join(_change(f"{name}.{member}", before.get(member), now.get(member)) for member in changed)
@@ -115,7 +115,7 @@ def _short(value):
 
 
 def described(value, earlier: bool = False):
-    """Something as JSON has it; tensors and pictures by their digests. earlier: as a folder of an older gspn has it."""
+    """A value as JSON; tensors and pictures become their digests. earlier: in the form of a folder of an older gspn."""
     if isinstance(value, dict):
         return {str(name): described(item, earlier) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -137,8 +137,8 @@ def _digest(data, earlier, about=None):
 
 
 def fingerprint(pipe) -> dict:
-    """What tells a pipeline from another: its models, with classes, settings and weights, but for weights that are
-    offloaded; the scheduler's settings; the tokenizers' words."""
+    """Digests that identify a pipeline: of its models' classes, settings and weights (except offloaded weights), the
+    scheduler's settings, and the tokenizers' vocabularies."""
     parts = {}
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):

@@ -1,5 +1,5 @@
-"""What all pipelines here share: which noise schedules can be sampled, how latents are scaled, and a check that values
-are finite before they become images."""
+"""What all pipelines share: which noise schedules can be sampled, how a VAE's latents are scaled, and a check that
+values are finite before they become images."""
 
 import math
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class NotFiniteError(RuntimeError):
-    """Values that were to become images are infinite or NaN.
+    """Values that should become images are infinite or NaN.
 
-    Attributes: images: the numbers of the images that have such values.
+    Attributes: images: the indices of the images that have such values.
     """
 
     def __init__(self, message: str, images: list[int]):
@@ -21,7 +21,7 @@ class NotFiniteError(RuntimeError):
 
 
 def check_finite(values: Tensor | np.ndarray, hint: str = "") -> None:
-    """Raises NotFiniteError, which counts them, if some of the values (B,...) of B images are not finite."""
+    """Raises NotFiniteError, with their number, if some of the values (B,...) of B images are not finite."""
     wrong = (~torch.as_tensor(values).isfinite()).flatten(1).sum(1).tolist()
     if images := [i for i, count in enumerate(wrong) if count]:
         total = values.shape[0] * math.prod(values.shape[1:])
@@ -31,14 +31,14 @@ def check_finite(values: Tensor | np.ndarray, hint: str = "") -> None:
 
 
 def check_schedule(scheduler) -> None:
-    """Raises ValueError for a scheduler of diffusers that ends in noise alone while the noise is predicted: there
-    x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) divides by 0: infinite or NaN, or a mere sign where it is clipped."""
+    """Raises ValueError for a scheduler of diffusers that ends in pure noise while the model predicts the noise. There
+    x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) divides by 0: infinite or NaN, or a mere sign if it is clipped."""
     product = getattr(scheduler, "alphas_cumprod", None)
     if product is None or scheduler.config.get("prediction_type") != "epsilon" or bool((product > 0).all()):
         return
     raise ValueError(
         f"the scheduler ({type(scheduler).__name__}) cannot be used with prediction_type 'epsilon': its last timestep "
-        "is noise alone (alphas_cumprod is 0), so that the noise says nothing about the image: infinity or NaN. "
+        "is pure noise (alphas_cumprod is 0), so predicted noise gives infinity or NaN. "
         "Make the scheduler with rescale_betas_zero_snr=False, or use a model that predicts 'v_prediction' or 'sample'"
     )
 
@@ -47,7 +47,7 @@ def check_schedule(scheduler) -> None:
 
 
 def scale_latents(z: Tensor, vae: Mapping) -> Tensor:
-    """What a model is trained on, of the latents z (B,C,h,w) that a VAE gives: (z - mean) * scaling_factor / std.
+    """The latents that a model is trained on, from a VAE's z (B,C,h,w): (z - mean) * scaling_factor / std.
 
     Args:
         vae: a VAE's config as diffusers has it. mean is latents_mean by channel, else shift_factor, else 0; std is
@@ -59,7 +59,7 @@ def scale_latents(z: Tensor, vae: Mapping) -> Tensor:
 
 
 def unscale_latents(x: Tensor, vae: Mapping) -> Tensor:
-    """What the VAE decodes, of what a model gives: x * std / scaling_factor + mean, the inverse of scale_latents."""
+    """The latents that the VAE decodes, from a model's x: x * std / scaling_factor + mean. Undoes scale_latents."""
     mean, std = _statistics(x, vae)
     return (x if std is None else x * std) / vae["scaling_factor"] + mean
 
@@ -72,7 +72,7 @@ def _statistics(like, vae):
 
 
 def check_scale(vae: Mapping) -> None:
-    """Raises ValueError for a VAE's config that does not say clearly how latents are scaled."""
+    """Raises ValueError if a VAE's config does not say unambiguously how latents are scaled."""
     mean, std, channels = vae.get("latents_mean"), vae.get("latents_std"), vae["latent_channels"]
     if mean is None and std is None:
         return

@@ -1,0 +1,47 @@
+"""Influence maps: which pixels of the image one pixel of a block's output depends on."""
+
+import torch
+from torch import Tensor
+
+from gspn.layers import GSPNBlock
+from gspn.models.backbone import Backbone
+
+
+@torch.no_grad()
+def context_maps(model: Backbone, image: Tensor, place: tuple[int, int], block: int | str = -1) -> dict:
+    """The influence maps of one pixel in one block of a backbone.
+
+    Args:
+        image: (in_chans,H,W), preprocessed. place: the pixel's (row, column) in the image. block: a number over all
+            levels, from the end if negative, or a name.
+
+    Returns:
+        "image size": (H,W); "block": the block's name; "place": the pixel on the block's map; "right", "down", "left",
+        "up", "merged": maps (H',W'), as in :class:`gspn.layers.Context`.
+    """
+    height, width = image.shape[-2:]
+    if not (0 <= place[0] < height and 0 <= place[1] < width):
+        raise ValueError(f"the pixel {tuple(place)} is not on the {height}x{width} image")
+    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, GSPNBlock)]
+    if isinstance(block, str):
+        names = [name for name, _ in blocks]
+        if block not in names:
+            raise ValueError(f"there is no block {block!r}; there are {', '.join(names)}")
+        block = names.index(block)
+    if not -len(blocks) <= block < len(blocks):
+        raise ValueError(f"block has to be from {-len(blocks)} to {len(blocks) - 1}, got {block}")
+    name, chosen = blocks[block]
+    seen: list[Tensor] = []
+    handle = chosen.gspn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(image[None])
+    finally:
+        handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    rows, columns = seen[0].shape[-2:]
+    row, column = place[0] * rows // height, place[1] * columns // width
+    context = chosen.gspn.context(seen[0], row, column)
+    maps = dict(zip(chosen.gspn.directions, context.directions[0].unbind(0), strict=True))
+    return {"image size": (height, width), "block": name, "place": (row, column), **maps, "merged": context.merged[0]}

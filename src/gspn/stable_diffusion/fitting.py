@@ -1,0 +1,141 @@
+"""The layer-wise fit: each swapped layer learns its attention's output on feature maps of the model, before any
+distillation."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from gspn.stable_diffusion.feature_maps import FeatureMaps, collect, relative_error
+
+
+def fit(
+    swap,
+    run: Callable[[], object],
+    *,
+    maps: int = 256,
+    steps: int = 200,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    memory_mib: int = 4096,
+    seed: int = 0,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Fits each layer of a :class:`gspn.Swap` to the output of the attention that it replaced, on feature maps of the
+    UNet with attention: to_out by least squares, then all by AdamW on the squared error, to_out again.
+
+    Args:
+        run: see `collect`. maps: feature maps of each layer, of which an eighth is held out. steps, batch_size, lr: of
+            AdamW; the learning rate falls to 0 along a cosine. memory_mib: for maps and outputs in the CPU's memory;
+            the layers are fitted in groups that stay below it, one by one if need be.
+        seed: of the order of the maps. progress: called after each layer with its name and the errors.
+
+    Returns the relative error on the held-out maps (see `relative_error`), before and after, by the layer's name. A
+    layer that the fit would make worse on them keeps its weights. Computes in float32; the layers keep their dtype.
+    """
+    errors = {}
+    waiting = list(swap.layers)
+    shapes = collect(swap, run, 1, device="meta")
+    while waiting:
+        group = []
+        while waiting and (not group or _bytes_of(shapes, [*group, waiting[0]], maps) <= memory_mib * 2**20):
+            group.append(waiting.pop(0))
+        collected = collect(swap, run, maps, group)
+        for name in group:
+            errors[name] = _fit_layer(swap, name, collected.pop(name), steps, batch_size, lr, seed)
+            if progress is not None:
+                progress(name, *errors[name])
+    return errors
+
+
+def _bytes_of(shapes: dict[str, FeatureMaps], names: Sequence[str], count: int) -> float:
+    """The bytes of at least `count` feature maps of each layer, in whole runs, and of the attention's output on the
+    maps of one layer at a time."""
+    maps = {}
+    for name in names:
+        of_one_run = len(shapes[name])
+        maps[name] = sum(t.numel() for t in shapes[name].tokens) * -(-count // of_one_run)
+    outputs = max(maps.values()) * torch.float32.itemsize
+    return sum(maps[name] * shapes[name].tokens[0].element_size() for name in names) + outputs
+
+
+@torch.enable_grad()
+def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
+    layer, attention = swap.layers[name], swap.attentions[name]
+    device, dtype = next(layer.parameters()).device, next(layer.parameters()).dtype
+    attention_dtype = next(attention.parameters()).dtype
+    training, held = maps.split(1 / 8)
+    wanted = [(p, p.requires_grad) for p in layer.parameters()]
+    try:
+        layer.float().to(device).requires_grad_(True)
+        before = relative_error(layer, attention, held)
+        best, state = before, _copy(layer)
+
+        def keep_if_better():
+            nonlocal best, state
+            error = relative_error(layer, attention, held)
+            if error < best:  # false for NaN
+                best, state = error, _copy(layer)
+
+        with torch.no_grad():
+            targets = [attention(t.to(device, attention_dtype)).float().cpu() for t in training.tokens]
+        _solve_out(layer, training, targets, device)
+        keep_if_better()
+        layer.load_state_dict(state)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+        order = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            chosen = torch.randint(len(training), (batch_size,), generator=order).tolist()
+            loss = 0.0
+            for size in {training.sizes[i] for i in chosen}:  # a batch has maps of one size
+                of_size = [i for i in chosen if training.sizes[i] == size]
+                x = torch.cat([training.tokens[i] for i in of_size]).to(device, torch.float32)
+                y = torch.cat([targets[i] for i in of_size]).to(device)
+                loss = loss + (layer(x, map_size=size) - y).square().mean() * (len(of_size) / batch_size)
+            optimizer.zero_grad()
+            (loss / max(_power(targets, chosen), 1e-12)).backward()
+            torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        keep_if_better()
+        _solve_out(layer, training, targets, device)
+        keep_if_better()
+        layer.load_state_dict(state)
+    finally:
+        layer.to(dtype)
+        for parameter, wants in wanted:
+            parameter.requires_grad_(wants)
+            parameter.grad = None
+    return before, best
+
+
+def _copy(layer):
+    return {key: value.clone() for key, value in layer.state_dict().items()}
+
+
+def _power(targets, chosen):
+    return sum(targets[i].square().mean().item() for i in chosen) / len(chosen)
+
+
+@torch.no_grad()
+def _solve_out(layer, maps, targets, device, ridge: float = 1e-4):
+    """to_out by least squares: the best linear map from the scan's output to the attention's."""
+    out = layer.to_out[0]
+    found = []
+    hook = out.register_forward_pre_hook(lambda module, args: found.append(args[0].detach()))
+    gram = cross = 0.0
+    try:
+        for tokens, size, target in zip(maps.tokens, maps.sizes, targets, strict=True):
+            layer(tokens.to(device, torch.float32), map_size=size)
+            z = found.pop().flatten(0, 1).double()
+            z = z if out.bias is None else F.pad(z, (0, 1), value=1.0)
+            gram = gram + z.T @ z
+            cross = cross + z.T @ target.to(device).flatten(0, 1).double()
+    finally:
+        hook.remove()
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-12))
+    solution = torch.linalg.solve(gram, cross).float()
+    out.weight.copy_(solution[: out.in_features].T)
+    if out.bias is not None:
+        out.bias.copy_(solution[-1])
