@@ -44,6 +44,7 @@ def test_the_strides_of_sides_of_length_1_become_the_parameters():
     assert with_strides((4, 4, 2, 1), turned) is turned  # its values lie elsewhere: that warning is right
 
 
+@pytest.mark.slow
 def test_no_advice_to_install_torchvision():
     code = "import gspn.tasks.text_to_image, gspn.stable_diffusion.pipelines as s; assert not s.LOGGER.filters"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

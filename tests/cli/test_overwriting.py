@@ -86,6 +86,7 @@ def test_show(run, picture, tmp_path):
     assert command("show", run, picture, "--out", tmp_path / "link.png").exit_code == 2
 
 
+@pytest.mark.slow
 def test_export(run, tmp_path):
     pytest.importorskip("onnxscript")
     arguments = ("export", run, "--onnx", "--no-check", "--size", 8)

@@ -270,6 +270,7 @@ def test_every_weight_and_word_counts(tmp_path):
     high(**call)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_the_same_in_every_process(tmp_path):
     """What diffusers notes of a config it keeps in the order of a set, which differs from process to process."""
     tiny_sd().save_pretrained(tmp_path)
