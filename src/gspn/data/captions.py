@@ -1,7 +1,7 @@
 """What DATA means where images have captions: a folder with a list of captions or a text file beside each image;
 shards; anything that `datasets` loads.
 
-`open_captions` gives the same Data as data.open_data, whose splits have captions; loader.py makes batches of them.
+`open_captions` gives the same Data as labelled.open_data, whose splits have captions; loader.py makes batches of them.
 """
 
 import csv

@@ -58,7 +58,7 @@ def encode(
     """Encodes the images of `data` into the folder `out`, or makes what is missing there.
 
     Args:
-        data, open_options: see data.open_data. vae: see vae.open_vae.
+        data, open_options: see labelled.open_data. vae: see vae.open_vae.
         out: the folder: new, empty, or begun with the same data, VAE and options.
         size: (H, W) of the images: the largest centre crop of these proportions is resized, as for classification.
         flip: encode the mirrored images too. dtype: of what is stored, fp32, bf16 or fp16.

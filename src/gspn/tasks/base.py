@@ -322,7 +322,7 @@ def new_model(setup: Setup, device: torch.device) -> torch.nn.Module:
 
 
 def open_with(data, options):
-    """data.open_data with the options that are for it."""
+    """labelled.open_data with the options that are for it."""
     refuse_latents(data)
     return open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
 

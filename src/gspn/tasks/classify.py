@@ -226,7 +226,7 @@ def train_classifier(
     """Trains a classifier on `data` into the run folder `out`, evaluates its best checkpoint, draws the pictures.
 
     Args:
-        data: see data.open_data.
+        data: see labelled.open_data.
         out: the run folder: new, empty, or with `overwrite` an earlier run.
         options: Options. console: rich's, or None for silence.
     Returns: (Run, metrics of the best checkpoint, list of warnings).

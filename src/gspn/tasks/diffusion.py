@@ -349,7 +349,7 @@ def train_generator(
     """Trains a generator on `data` into the run folder `out`; draws loss curves and, in between, samples.
 
     Args:
-        data: see data.open_data; or a folder of latents that encode made.
+        data: see labelled.open_data; or a folder of latents that encode made.
         out: the run folder: new, empty, or with `overwrite` an earlier run.
         options: GeneratorOptions. console: rich's, or None for silence.
     Returns: (the Run, in the main process; list of warnings).
