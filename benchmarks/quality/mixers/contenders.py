@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gspn
+from benchmarks.quality.mixers.remedies import REMEDIES, Variant
 
 WIDTH, DEPTH, PATCH = 64, 4, 2
 PARAMETERS = 190_000  # of every backbone with ten outputs, as nearly as whole inner widths allow
@@ -146,12 +147,14 @@ def _on_maps(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 class Contender(NamedTuple):
     """`make` gives the mixer of a block from the width and the block's number; `positions` adds a learned grid after
-    the stem; `title` is what tables call it; `why_not` says why the study does not run it."""
+    the stem; `title` is what tables call it; `why_not` says why the study does not run it; a `remedy` is GSPN with
+    something changed, which is compared with GSPN rather than with the others."""
 
     title: str
     make: Callable[[int, int], nn.Module]
     positions: bool = False
     why_not: str = ""
+    remedy: bool = False
 
 
 LOCAL_SEGMENT = 4  # of the local GSPN: what the published Stable Diffusion form uses
@@ -180,6 +183,9 @@ CONTENDERS = {
         why_not="not run: mambapy's scan takes 28 times as long as attention or GSPN on a CPU (23.9 s a step of 64 "
         "photos, where these took 0.8 to 1.2 under the same load), which makes two hours or more of every run",
     ),
+} | {
+    name: Contender(title, lambda width, block, options=options: Variant(width, **options), remedy=True)
+    for name, (title, options) in REMEDIES.items()
 }
 
 

@@ -14,9 +14,8 @@ from benchmarks.quality.mixers.study import RESULTS, SEEDS, STEPS, Run, best_rat
 from benchmarks.quality.mixers.tasks import TASKS
 
 OURS = "gspn-global"  # what the others are compared with
-COLOURS = dict(
-    zip(CONTENDERS, "#9aa0a6 #e07b22 #c62828 #ef9a9a #3a8f5c #1b5e20 #8d6e63 #2f6db3 #85aede #5e35b1 #00acc1".split())  # noqa: B905
-)
+_PALETTE = "#9aa0a6 #e07b22 #c62828 #ef9a9a #3a8f5c #1b5e20 #8d6e63 #2f6db3 #85aede #5e35b1 #00acc1".split()
+COLOURS = dict(zip([n for n, c in CONTENDERS.items() if not (c.remedy or c.why_not)], _PALETTE, strict=True))
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
@@ -152,9 +151,11 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS) -> str:
     parts = ["# What the mixer is worth in one small backbone", _about(done, steps)]
     for task in TASKS.values():
         for form in FORMS:
-            runs = at_best(done, task.name, form, steps)
-            if not runs:
+            found = at_best(done, task.name, form, steps)
+            if not found:
                 continue
+            runs = {mixer: content for mixer, content in found.items() if not CONTENDERS[mixer].remedy}
+            remedies = {mixer: content for mixer, content in found.items() if mixer == OURS or mixer not in runs}
             name = f"{stem.name}-{task.name}-{form}"
             curves_picture(runs, task, form, stem.with_name(f"{name}-curves.png"))
             settings_picture(runs, task, form, stem.with_name(f"{name}-settings.png"))
@@ -167,6 +168,8 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS) -> str:
                 "Loss on the held-out examples by learning rate, first seed:",
                 rates_table(done, task.name, form, steps),
             ]
+            if remedies.keys() - {OURS}:
+                parts += ["GSPN with one thing changed at a time (remedies.py):", main_table(remedies, task)]
     text = "\n\n".join(parts) + "\n"
     stem.with_suffix(".md").write_text(text)
     return text

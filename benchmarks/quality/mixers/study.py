@@ -31,6 +31,7 @@ STEPS = 600
 BATCH = 64
 WARM_UP = 0.1  # of the steps
 DECAY = 0.05
+FIRST = ("none", "dw7", "attention-pos", "gspn-global", "linear-dw5")  # enough to tell whether a remedy is worth having
 LOOKS = 6  # at the held-out examples while training
 EXAMPLES = {"look": 1_000, "val": 5_000, "test": 10_000, "setting": 2_000}
 
@@ -133,7 +134,8 @@ def best_rate(done: dict[Run, dict], task: str, form: str, contender: str, steps
 def stages(done: dict[Run, dict]) -> Iterator[tuple[str, list[Run]]]:
     """The wanted runs, the most important first, as (purpose, runs). A stage may depend on the finished runs, so the
     stages are computed again after each run."""
-    running = [name for name, contender in CONTENDERS.items() if not contender.why_not]
+    running = [name for name, contender in CONTENDERS.items() if not contender.why_not and not contender.remedy]
+    remedies = [name for name, contender in CONTENDERS.items() if contender.remedy]
 
     def rates(task, form, only=None):
         return [Run(task, form, name, rate, SEEDS[0]) for rate in only or RATES for name in running]
@@ -153,8 +155,14 @@ def stages(done: dict[Run, dict]) -> Iterator[tuple[str, list[Run]]]:
                 found += [Run(task, form, name, rate, seed)] if rate else []
         return found
 
-    middle = (RATES[1],)
-    yield "classes, bare: first look", rates("classes", "bare", middle)
+    middle = RATES[1]
+    yield "classes, bare: first look", [Run("classes", "bare", name, middle, SEEDS[0]) for name in FIRST]
+    for task in ("classes", "far"):
+        yield (
+            f"{task}, bare: remedies",
+            [Run(task, "bare", name, middle, SEEDS[0]) for name in ("gspn-global", *remedies)],
+        )
+    yield "classes, bare: all at the middle rate", rates("classes", "bare", (middle,))
     yield "classes, bare: learning rates", rates("classes", "bare")
     yield "classes, bare: rates further out", edges("classes", "bare")
     yield "classes, bare: seeds", seeds("classes", "bare")

@@ -1,0 +1,119 @@
+"""GSPN with one thing changed at a time: what makes its propagation weights count?
+
+Each variant is a mixer (B,H,W,C) to (B,H,W,C) for the backbone in contenders.py. Where the fused operator can compute
+it, it does; the variants that forget scan with weights made here, which takes about twice as long.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gspn
+
+GROUPS = 8  # channel groups that share propagation weights; 64 (every channel its own) costs much more to try
+PROXY = 8
+LONGEST = 64  # lines: the memory of the group that forgets least, as the layer starts
+
+
+class Variant(nn.Module):
+    """out(N(sum over directions of u h + skip x) * SiLU(gate z)) with x = into(z), h the scan of lambda x.
+
+    Args:
+        normed_proxy: RMSNorm of the proxy, from which weights and gates are projected.
+        normed_output: N is RMSNorm over the channels, and the output is multiplied by a SiLU gate; else N is the
+            identity and there is no such gate.
+        thirds: the weights of the neighbours are fixed at 1/3 each.
+        forget: "no": rows sum to 1. "yes": rows sum to r = sigmoid(projection of the proxy + bias), and the biases
+            start such that the groups remember 2 to LONGEST lines. "tied": the input is multiplied by 1 - r as well, so
+            that a state is a weighted mean of the inputs. "fixed": as "yes", but r does not depend on the input.
+        scale: of the logits.
+        average: the state is divided by the number of lines, as GSPN2d's `average` does.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        normed_proxy: bool = True,
+        normed_output: bool = True,
+        thirds: bool = False,
+        forget: str = "no",
+        scale: float = 1.0,
+        groups: int = GROUPS,
+        proxy_dim: int = PROXY,
+    ):
+        super().__init__()
+        count = len(gspn.DIRECTIONS)
+        self.forget, self.scale, self.thirds = forget, scale, thirds
+        self.into, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.proxy = nn.Linear(width, proxy_dim, bias=False)
+        self.proxy_norm = nn.RMSNorm(proxy_dim) if normed_proxy else nn.Identity()
+        self.gate = nn.Linear(width, width) if normed_output else None
+        self.norm = nn.RMSNorm(width) if normed_output else nn.Identity()
+
+        def projection(*shape):
+            return nn.Parameter(torch.empty(count, *shape, proxy_dim).uniform_(-(proxy_dim**-0.5), proxy_dim**-0.5))
+
+        self.weight_proj = projection(3, groups)
+        if thirds:
+            self.weight_proj = None
+            self.register_buffer("no_logits", torch.zeros(count, 3, groups, proxy_dim), persistent=False)
+        self.input_proj, self.output_proj, self.skip_proj = (projection(width) for _ in range(3))
+        if forget != "no":
+            remembered = torch.logspace(1, math.log2(LONGEST), groups, base=2)
+            self.retain_bias = nn.Parameter(torch.log(remembered - 1).repeat(count, 1))  # r = 1 - 1/lines
+            self.retain_proj = projection(groups) if forget != "fixed" else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.into(z).permute(0, 3, 1, 2)
+        proxy = self.proxy_norm(self.proxy(z)).permute(0, 3, 1, 2)
+        weight_proj = self.no_logits if self.thirds else self.weight_proj * self.scale
+        merge = 1 / len(gspn.DIRECTIONS)
+        if self.forget == "no":
+            output_proj, skip_proj = self.output_proj * merge, self.skip_proj.sum(0) * merge
+            y = gspn.propagate(x, proxy, weight_proj, self.input_proj, output_proj, skip_proj)
+        else:
+            y = merge * self._forgetting(x, proxy, weight_proj)
+        y = self.norm(y.permute(0, 2, 3, 1))
+        return self.out(y if self.gate is None else y * F.silu(self.gate(z)))
+
+    def _forgetting(self, x: Tensor, proxy: Tensor, weight_proj: Tensor) -> Tensor:
+        # everything channels first and contiguous: mixed layouts take most of the time
+        x, flat = x.contiguous(), proxy.contiguous().flatten(2)
+
+        def project(projection: Tensor) -> Tensor:
+            """(...,S) to (B,...,H,W)."""
+            maps = torch.matmul(projection.reshape(-1, projection.shape[-1]), flat)
+            return maps.view(len(x), *projection.shape[:-1], *x.shape[2:])
+
+        y = project(self.skip_proj.sum(0)) * x
+        for i, direction in enumerate(gspn.DIRECTIONS):
+            weights = gspn.normalize_weights(project(weight_proj[i]).transpose(1, 2), direction=direction)
+            level = self.retain_bias[i, :, None, None]
+            if self.retain_proj is not None:
+                level = level + project(self.retain_proj[i])
+            retained = torch.sigmoid(level).expand(len(x), -1, *x.shape[2:])
+            value = project(self.input_proj[i]) * x
+            if self.forget == "tied":
+                grouped = value.unflatten(1, (retained.shape[1], -1))
+                value = (grouped * (1 - retained).unsqueeze(2)).flatten(1, 2)
+            h = gspn.line_scan(value, weights * retained.unsqueeze(2), direction=direction)
+            y = y + project(self.output_proj[i]) * h
+        return y
+
+
+REMEDIES = {  # the most telling first: the study goes through them in this order
+    "gspn-normed": ("+ both", dict()),
+    "gspn-normed-thirds": ("both, weights 1/3", dict(thirds=True)),
+    "gspn-forget": ("both, forgets", dict(forget="yes")),
+    "gspn-forget-thirds": ("both, forgets, weights 1/3", dict(forget="yes", thirds=True)),
+    "gspn-g8": ("GSPN, 8 groups", dict(normed_proxy=False, normed_output=False)),
+    "gspn-output": ("+ normed output and SiLU gate", dict(normed_proxy=False)),
+    "gspn-proxy": ("+ normed proxy", dict(normed_output=False)),
+    "gspn-normed-scale4": ("both, logits times 4", dict(scale=4.0)),
+    "gspn-forget-tied": ("both, forgets, input times 1 - r", dict(forget="tied")),
+    "gspn-forget-fixed": ("both, forgets at fixed rates", dict(forget="fixed")),
+    "gspn-forget-scale4": ("both, forgets, logits times 4", dict(forget="yes", scale=4.0)),
+}
