@@ -3,6 +3,7 @@
     .venv/bin/python tests/tools/other_machines.py                                  every setting, all tests: hours
     .venv/bin/python tests/tools/other_machines.py --list
     .venv/bin/python tests/tools/other_machines.py --settings threads-2 tests/metrics/test_distances.py
+    .venv/bin/python tests/tools/other_machines.py --settings threads-2+aten-default+openblas-prescott   in one run
 
 What is not said here goes to pytest; without anything it is `-n 2 -m "not slow and not timm and not triton"`. Another
 Python is one whose environment this is started with. Prints one line for each setting: how many tests passed, failed
@@ -69,8 +70,13 @@ def pytest_collection_modifyitems(items):
 # -- the command --
 
 
-def run(name, arguments) -> tuple[bool, str]:
-    """(whether tests ran and none failed, the line that says so)."""
+def run(names, arguments) -> tuple[bool, str]:
+    """(whether tests ran under all of these settings and none failed, the line that says so)."""
+
+    def prepare():
+        for name in BEFORE.keys() & set(names):
+            BEFORE[name]()
+
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     start = time.monotonic()
@@ -80,8 +86,8 @@ def run(name, arguments) -> tuple[bool, str]:
         result = subprocess.run(
             command,
             cwd=ROOT,
-            env=environment | SETTINGS[name],
-            preexec_fn=BEFORE.get(name),
+            env=environment | {variable: value for name in names for variable, value in SETTINGS[name].items()},
+            preexec_fn=prepare,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -91,29 +97,31 @@ def run(name, arguments) -> tuple[bool, str]:
         cases = [*ElementTree.parse(report).iter("testcase")]
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
-    names = ", ".join(f"{case.get('classname')}::{case.get('name')}" for case in failed)
+    which = ", ".join(f"{case.get('classname')}::{case.get('name')}" for case in failed)
     told = f"{len(cases) - len(failed) - skipped} passed, {len(failed)} failed, {skipped} skipped"
-    told += f" in {time.monotonic() - start:.0f} s" + (f": {names}" if names else "")
+    told += f" in {time.monotonic() - start:.0f} s" + (f": {which}" if which else "")
     return result.returncode == 0, told
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", default=",".join(SETTINGS), help="names with commas between them")
+    parser.add_argument(
+        "--settings", default=",".join(SETTINGS), help="names with commas between them; + takes several into one run"
+    )
     parser.add_argument("--list", action="store_true", help="the names of the settings, and what they set")
     options, arguments = parser.parse_known_args()
     if options.list:
         for name, variables in SETTINGS.items():
             print(name, *(f"{variable}={value}" for variable, value in variables.items()))
         return 0
-    chosen = options.settings.split(",")
-    if unknown := set(chosen) - set(SETTINGS):
+    chosen = [names.split("+") for names in options.settings.split(",")]
+    if unknown := {name for names in chosen for name in names} - set(SETTINGS):
         parser.error(f"unknown settings {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
     good = True
-    for name in chosen:
-        passed, told = run(name, arguments or DEFAULT)
+    for names in chosen:
+        passed, told = run(names, arguments or DEFAULT)
         good = good and passed
-        print(f"{name:18} {told}", flush=True)
+        print(f"{'+'.join(names):18} {told}", flush=True)
     return 0 if good else 1
 
 
