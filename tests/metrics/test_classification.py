@@ -133,6 +133,7 @@ def test_faults(run, tmp_path):
 # -- several processes --
 
 
+@pytest.mark.slow
 def test_two_processes_count_no_image_twice(run, tmp_path):
     # 359 images in batches of 102 (101 cannot be shared) over two processes: accelerate pads the last one
     alone, _ = evaluate(run.path, "digits", batch_size=100)

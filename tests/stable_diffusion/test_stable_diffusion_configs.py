@@ -48,7 +48,9 @@ def added_by(form: str, channels: int) -> int:
     return 3 * s * c + directions * (3 + 1 + 1 + 1) * (c * s + c) + directions
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "SDXL" else []) for name in PUBLISHED]
+)
 def test_every_layer_is_swapped_and_sees_its_map_at_every_aspect_ratio(name):
     found = stable_diffusion_models.structure(name)
     assert found["parameters"]["attention"] == found["published"] == PUBLISHED[name]
@@ -70,6 +72,7 @@ def test_every_layer_is_swapped_and_sees_its_map_at_every_aspect_ratio(name):
         assert found["parameters"][contender] == PUBLISHED[name] + more
 
 
+@pytest.mark.slow
 def test_counted_operations_and_memory_grow_as_they_should():
     unets = stable_diffusion_models.contenders(stable_diffusion_models.build("toy"), THREE)
     small, large = (stable_diffusion_models.step(unets, size) for size in ((1024, 1024), (4096, 2048)))

@@ -192,6 +192,7 @@ def test_freeu_and_both_pipelines():
         assert (draw(16, 48) == before).all()
 
 
+@pytest.mark.slow
 def test_compiled_after_the_swap_in_one_graph():
     torch._dynamo.reset()
     one_level = dict(down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))

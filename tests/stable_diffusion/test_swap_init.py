@@ -173,7 +173,7 @@ def test_collected_maps_are_what_attention_saw():
         assert not any(a._forward_pre_hooks for n, a in swapped.attentions.items() if len(a._forward_pre_hooks) > 1)
 
 
-@pytest.mark.parametrize("form", ["pure", "qkv"])
+@pytest.mark.parametrize("form", [pytest.param("pure", marks=pytest.mark.slow), "qkv"])
 def test_fit_comes_nearer_to_the_attention(form):
     unet = make_unet()
     swapped = swap(unet, form=form, init="pretrained", backend="reference")

@@ -71,5 +71,6 @@ def test_two_processes_are_as_one(folders):
     assert re.search(r"batch_size .* 2 processes.* 31", two["refusal"])
 
 
+@pytest.mark.slow
 def test_ddp_on_the_reference_where_no_line_reaches_another():
     assert float(by_torchrun(HELPERS / "two_gradients.py")) == 0
