@@ -1,4 +1,4 @@
-"""The earlier name of benchmarks.speed.generators, kept for those who call it by that."""
+"""The earlier name of benchmarks.speed.generators, kept for those who still use it."""
 
 from benchmarks.speed.generators import main
 

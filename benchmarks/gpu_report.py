@@ -1,11 +1,11 @@
 """Reports on this library on a machine with a GPU: are its kernels right, and how fast are they?
 
-    python -m benchmarks.gpu_report --out DIR                     everything, under 15 minutes
+    python -m benchmarks.gpu_report --out DIR                     everything, 18.5 minutes at most
     python -m benchmarks.gpu_report --out DIR --part correctness  the GPU tests, and compute-sanitizer's checks
     python -m benchmarks.gpu_report --out DIR --part speed        the benchmark's quick form
 
-It needs torch, triton and pytest; gspn need not be installed, its sources are imported from this folder. Each step has
-its own time limit and its own log in DIR; a failed step does not stop the next. DIR/report-PART.md lists the verdict of
+It needs torch, triton and pytest. gspn need not be installed: its sources are imported from this folder. Each step has
+its own time limit and its own log in DIR. A failed step does not stop the next. DIR/report-PART.md lists the verdict of
 each step. The exit status is 0 only if all passed. A step whose tool is missing is "not run", which is no pass.
 """
 

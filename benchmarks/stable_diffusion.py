@@ -1,4 +1,4 @@
-"""The earlier name of benchmarks.speed.stable_diffusion, kept for those who call it by that."""
+"""The earlier name of benchmarks.speed.stable_diffusion, kept for those who still use it."""
 
 from benchmarks.speed.stable_diffusion import main
 

@@ -5,9 +5,9 @@ stage includes the planning.
     python -m benchmarks.quality.high_resolution --stem benchmarks/results/quality/high-resolution \\
         --teacher TEACHER/pipeline --student "GSPN=RUN" --sides 512 1024 --work DIR --commit HASH
 
-TEACHER is made by examples/emoji/text_to_image.py, RUN by gspn distill. --sides are those of the largest images, first
-of the teacher, then of each student. DIR keeps the stages, so that the command can be stopped and started again; use
-one DIR for each setting. Beside the stages stands an image that the model makes at once, at four times its trained
+TEACHER is made by examples/emoji/text_to_image.py, RUN by gspn distill. --sides are the sides of the largest images,
+the teacher's first, then each student's. DIR keeps the stages, so that the command can be stopped and started again;
+use one DIR for each setting. Beside the stages stands an image that the model makes at once, at four times its trained
 side, with the same scheduler, steps and seed. Writes STEM.json, STEM.md, STEM.png and, of the last model,
 STEM-largest.jpg.
 """
@@ -113,7 +113,7 @@ def main():
         type=int,
         nargs="+",
         required=True,
-        help="of the largest images: of teacher and students",
+        help="sides of the largest images: the teacher's, then each student's",
     )
     parser.add_argument("--caption", action="append", default=[], help=f"default: {', '.join(CAPTIONS)}")
     parser.add_argument("--guidance", type=float, default=3)

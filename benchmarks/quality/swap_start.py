@@ -131,8 +131,8 @@ def text_of(rows: dict[str, list[dict]], curves: dict[str, list[dict]], argument
     parts = [
         "# Where swapped layers start\n\nRelative error of a layer's output against the attention it replaces, on "
         f"{arguments.batch} feature maps that no fit has seen (it had {arguments.maps} of each layer and "
-        f"{arguments.steps} steps). A zero output has 1; `order` says whether zero > random > pretrained > fitted "
-        f"holds, and where it does not, what does. {' '.join(arguments.note)}".rstrip()
+        f"{arguments.steps} steps). A zero output has error 1. `order` says whether zero > random > pretrained > "
+        f"fitted holds, or which order does. {' '.join(arguments.note)}".rstrip()
     ]
     for title, of_form in rows.items():
         lines = [f"## {title}\n", "| layer | C | map | zero | random | pretrained | fitted | order |"]

@@ -257,7 +257,7 @@ def report(models: Models, rows, drift, arguments) -> None:
     text = [
         f"{'; '.join(told)}. Trained at {trained}; all other sizes are unseen. Samples of training captions: {counts}; "
         f"guidance {arguments.guidance:g}, {arguments.steps} steps of DPM-Solver++ in "
-        f"{'bf16' if arguments.bf16 else 'fp32'}, the same noise for all; their middle square is brought to {trained} "
+        f"{'bf16' if arguments.bf16 else 'fp32'}, the same noise for all; their middle square is resized to {trained} "
         f"before it is compared with the training images. Commit {arguments.commit[:12]}.",
         *["```sh\n" + "\n".join(arguments.command) + "\n```"][: bool(arguments.command)],
         f"![Images by caption]({stem.name}-captions.png)",
@@ -265,7 +265,7 @@ def report(models: Models, rows, drift, arguments) -> None:
     for features in dict.fromkeys(row["features"] for row in rows):
         of = [row for row in rows if row["features"] == features]
         for key, form, title in (
-            ("frechet", ".1f", f"Frechet distance ({features}): not FID, and comparable only within a column"),
+            ("frechet", ".1f", f"Frechet distance ({features}), not FID, comparable only within a column"),
             ("kernel", ".4f", f"Kernel distance ({features})"),
             ("ten", ".1%", "The caption's own emoji is among the ten nearest of all training images, same features"),
         ):

@@ -5,8 +5,8 @@
 
 The images are JPEG files of 500x375 pixels, the mean size of ImageNet's, cut from scikit-learn's two photographs.
 Without workers the clock is the CPU time of this process, which other processes disturb little: images/s of one core.
-With workers it is wall time, which means something on an idle machine only. The published recipe needs timm; without
-timm that row is omitted. `gspn train` reports at its end how long a training waited for images.
+With workers it is wall time, which is meaningful only on an idle machine. The published recipe needs timm; without timm
+that row is omitted. `gspn train` reports at its end how long a training waited for images.
 """
 
 import argparse

@@ -285,7 +285,7 @@ def main():
     parser.add_argument("what", choices=("structure", "speed"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"))
     parser.add_argument("--sizes", type=_size, nargs="+", help="in pixels, such as 1024 or 16384x8192 (height x width)")
-    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="those on a GPU; default: all")
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="contenders on a GPU; default: all")
     parser.add_argument("--resume", action="store_true", help="keep the sizes that the file has already")
     parser.add_argument(
         "--retry", action="store_true", help="with --resume: repeat the sizes where something is missing"

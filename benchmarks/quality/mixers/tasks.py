@@ -4,7 +4,7 @@ classes   Which of ten classes is the photo of? Chance: 10%.
 far       Do the two ends of a long canvas come from one photo? See Far.
 filling   What is in the hidden parts of a photo? Mean squared error; see Filling.
 
-Batches depend on the seed alone, so every contender sees the same images in the same order with the same changes.
+Batches depend on the seed alone: every contender sees the same images in the same order with the same augmentation.
 """
 
 from pathlib import Path
