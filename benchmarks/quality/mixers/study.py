@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,13 +192,15 @@ def keep(run: Run, content: dict, folder: Path) -> None:
     harness.write_json(folder / f"{run.stem}.json", content, quiet=True)
 
 
-def work(folder: Path, photos: Photos, minutes: float, examples: dict[str, int]) -> int:
+def work(
+    folder: Path, photos: Photos, minutes: float, examples: dict[str, int], only: Collection[str] = CONTENDERS
+) -> int:
     """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs."""
     end, made = time.monotonic() + 60 * minutes, 0
     environment = harness.environment()  # once: later edits do not change the code that runs
     environment["uncommitted_changes"] = bool(harness._git("status", "--porcelain", "src", "benchmarks/quality/mixers"))
     while time.monotonic() < end:
-        following = next(missing(read(folder)), None)
+        following = next((found for found in missing(read(folder)) if found[1].contender in only), None)
         if following is None:
             print("nothing is missing")
             break
@@ -228,6 +230,14 @@ def main():
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
     parser.add_argument("--minutes", type=float, default=60, help="begin no run after this many minutes (default: 60)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="MIXER",
+        help="only these, so that two processes can share the work",
+    )
     parser.add_argument("--list", action="store_true", help="list what is missing and train nothing")
     arguments = parser.parse_args()
     if arguments.list:
@@ -238,7 +248,7 @@ def main():
     if arguments.photos is None:
         parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
     torch.set_num_threads(1)
-    work(arguments.out, Photos.open(arguments.photos), arguments.minutes, EXAMPLES)
+    work(arguments.out, Photos.open(arguments.photos), arguments.minutes, EXAMPLES, arguments.only)
 
 
 if __name__ == "__main__":
