@@ -12,7 +12,7 @@ from gspn.models.dit import create_dit
 from gspn.options import OptionError, Options, file_text, flags, parse_model_args, read_file
 from gspn.options.diffusion import GeneratorOptions
 from gspn.options.distill import DistillOptions
-from gspn.sampling.options import SampleOptions
+from gspn.options.generators import SampleOptions
 
 
 def test_options_that_cannot_be():

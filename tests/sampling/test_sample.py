@@ -23,10 +23,10 @@ from gspn.files import SaveError
 from gspn.models.dit import create_dit
 from gspn.models.pipeline import GSPNPipeline
 from gspn.options import OptionError
+from gspn.options.generators import SCHEDULERS, SampleOptions
 from gspn.plots import draw_grid
 from gspn.sampling import sample as module
 from gspn.sampling.generators import load_pipeline
-from gspn.sampling.options import SCHEDULERS, SampleOptions
 from gspn.sampling.sample import sample
 from gspn.sampling.sample_folder import Samples
 from gspn.sampling.vae import describe_vae

@@ -28,7 +28,7 @@ from gspn.options.classify import Options
 from gspn.options.diffusion import GeneratorOptions
 from gspn.options.distill import DistillOptions
 from gspn.options.task import TaskSpec
-from gspn.options.training import DataOptions, LoopOptions, check_range
+from gspn.options.training import DataOptions, LoopOptions
 
 __all__ = [
     "TASKS",
@@ -40,7 +40,6 @@ __all__ = [
     "OptionSet",
     "Options",
     "TaskSpec",
-    "check_range",
     "far_from",
     "file_text",
     "flags",
