@@ -1,4 +1,4 @@
-"""What all commands of `gspn` share: the application, its console, errors, arguments.
+"""What all commands of `gspn` share: the application, its console, how flags become options, errors.
 
 An error of the user is one message on stderr and exit code 2; a training that fails is exit code 1.
 """

@@ -99,7 +99,7 @@ def predict(options):
 
 
 def _told(problems, images, known=()):
-    """What `predict` says of images that it cannot read, reasons by path; but for those that are `known`."""
+    """The message about images that cannot be read, with their reasons by path, except for those in `known`."""
     named = "".join(f"\n  {path}: {reason}" for path, reason in problems.items() if path not in known)
     return f"{len(problems)} of {len(set(images))} images could not be read{':' * bool(named)}{named}"
 
@@ -151,7 +151,7 @@ def export_run(options):
     from gspn.files import check_absent
     from gspn.runs import load_classifier
 
-    file = options.out or run / ("model.onnx" if options.onnx else "model.pt2")
+    file = options.out or run / f"model{options.suffix()}"
     check_absent(file, overwrite=options.overwrite)
     classifier = load_classifier(run, options.checkpoint or "best")
     preprocessing = classifier.preprocessing

@@ -13,14 +13,13 @@ from gspn.options.generators import EncodeOptions, FidOptions, SampleArguments
 def sample(options):
     """Draw samples of classes: PNG files, a grid with the classes' names, an npz file. A stopped call continues.
 
-    Over several processes with torchrun. Example: gspn sample runs/digits --out samples --classes 3,7 --guidance 2
+    torchrun runs it over several processes. Example: gspn sample runs/digits --out samples --classes 3,7 --guidance 2
     """
     from gspn.sampling.sample import sample
     from gspn.train.loop import make_accelerator
 
     main_process = make_accelerator().is_main_process
-    where = options.run, options.out, options
-    made = sample(*where, checkpoint=options.checkpoint, vae=options.vae, console=out)
+    made = sample(options.run, options.out, options, checkpoint=options.checkpoint, vae=options.vae, console=out)
     if main_process:
         rate = f", {made['made'] / made['seconds']:.2g} images/s" if made["made"] else ""
         out.print(f"{made['images']} samples, {made['made']} of them made now{rate}", highlight=False)

@@ -254,8 +254,14 @@ def _check(one, value):
         finite = "" if isinstance(value, int) else " and finite"
         limits = f"from {low} to {high}" if math.isfinite(high) else f"from {low} on{finite}"
         raise OptionError(f"{one.name} must be {limits}, got {value}")
-    if suffix and Path(value).suffix.lower() != suffix:
-        raise OptionError(f"{one.name} writes a {suffix} file, so its name must end in {suffix}, got {value}")
+    if suffix:
+        check_suffix(one.name, value, suffix)
+
+
+def check_suffix(name: str, file: Path | str | None, suffix: str) -> None:
+    """Raises OptionError unless the name of `file`, which the option `name` gives, ends in `suffix`."""
+    if file is not None and Path(file).suffix.lower() != suffix:
+        raise OptionError(f"{name} must end in {suffix}, the format of the file that is written, got {file}")
 
 
 def _converted(one, annotation, value, plain):

@@ -4,7 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from gspn.options.base import REQUIRED, OptionSet, option, parse_block, parse_position, parse_size, parse_sizes
+from gspn.options.base import (
+    REQUIRED,
+    OptionSet,
+    check_suffix,
+    option,
+    parse_block,
+    parse_position,
+    parse_size,
+    parse_sizes,
+)
 from gspn.options.training import DATA_HELP, ReadOptions
 from gspn.places import OptionError, check_named, check_run
 
@@ -42,7 +51,7 @@ class EvalOptions(ReadOptions, WriteOptions, RunOptions):
         None, "Input sizes, evaluated in turn. Default: that of the run.", parse=parse_sizes, metavar="N|HxW,..."
     )
     channels: int | None = option(None, "Convert the images to 1 (grey) or 3 (colour) channels.")
-    streaming: bool | None = option(None, "datasets: rows as they come.")
+    streaming: bool | None = option(None, "datasets: read rows as a stream, without a copy in its cache.")
     out: Path | None = option(None, "A folder for evaluation-HxW.json and confusion-HxW.png.")
     as_json: bool = option(False, "Print JSON, one line per size.", flag="--json")
 
@@ -71,7 +80,7 @@ class ShowOptions(WriteOptions, RunOptions):
     )
     block: int | str | None = option(
         None,
-        "The block: its index, negative from the end, or its name. Default: the last on a fine map.",
+        "The block: an index, negative from the end, or a name. Default: the last with a map of 8x8 or more.",
         parse=parse_block,
         metavar="NUMBER|NAME",
     )
@@ -83,7 +92,7 @@ class ShowOptions(WriteOptions, RunOptions):
             raise OptionError(f"{self.image} cannot be read as an image: there is no such file")
 
 
-# The options of `gspn export` that not every format has, and the formats that have them.
+# The options of `gspn export` that only some formats have, and these formats.
 OF_FORMATS = {"opset": ("--onnx",), "precision": ("--onnx",), "vae": ("--diffusers",)}
 OF_FORMATS |= dict.fromkeys(("size", "batch", "no_check"), ("--onnx", "--aoti"))
 
@@ -99,7 +108,7 @@ class ExportOptions(WriteOptions, RunOptions):
     checkpoint: str | None = option(None, "Which checkpoint: best or last. Default: best; of a generator last.")
     vae: str | None = option(None, "Where the VAE of a run of latents is now, if it was moved.", metavar="PATH|NAME")
     size: tuple | None = option(
-        None, "N or HxW: fix the input size of the file. Default: any size.", parse=parse_size, metavar="N|HxW"
+        None, "Fix the input size of the file: N or HxW. Default: any size.", parse=parse_size, metavar="N|HxW"
     )
     batch: int | None = option(None, "Fix the batch size of the file. Default: any.")
     opset: int | None = option(None, "ONNX: opset version. Default: 20.")
@@ -111,6 +120,12 @@ class ExportOptions(WriteOptions, RunOptions):
         if self.onnx + self.aoti + self.diffusers != 1:
             raise OptionError("choose one of --onnx and --aoti, or --diffusers for a generator")
         wanted = "--onnx" if self.onnx else "--aoti" if self.aoti else "--diffusers"
+        if suffix := self.suffix():
+            check_suffix("out", self.out, suffix)
         for name, formats in OF_FORMATS.items():
             if getattr(self, name) not in (None, False) and wanted not in formats:
                 raise OptionError(f"--{name.replace('_', '-')} is for {' and '.join(formats)}, not for {wanted}")
+
+    def suffix(self) -> str:
+        """How the name of the file ends; empty for a folder."""
+        return ".onnx" if self.onnx else ".pt2" if self.aoti else ""

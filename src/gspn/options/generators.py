@@ -22,7 +22,7 @@ PER_CLASS = 8
 
 
 def check_vae(vae):
-    """Raises OptionError for a VAE that does not exist; None is none."""
+    """Raises OptionError for a VAE that does not exist; None is allowed."""
     if vae is not None:
         check_named(vae, "vae", "the folder of an AutoencoderKL, or a name on the hub")
 
@@ -48,7 +48,9 @@ class SampleOptions(OptionSet):
     precision: str = option("fp32", "Precision of the model: fp32 or bf16.", choices=("fp32", "bf16"))
     batch_size: int = option(16, "Images at a time, in each process.", low=1, high=1_000_000, resumable=True)
     grid: bool = option(True, "Draw grid.png, the first images of each class.", resumable=True)
-    npz: bool = option(False, "Write samples.npz, as ADM's evaluation takes it.", flag="--npz/--no-npz", resumable=True)
+    npz: bool = option(
+        False, "Write samples.npz, in the format of ADM's evaluation.", flag="--npz/--no-npz", resumable=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +90,8 @@ class EncodeOptions(ReadOptions):
     shard_size: int = option(4096, "Images per file.", low=1)
     batch_size: int = option(32, "Images per batch.", low=1)
     split: list[str] | None = option(None, "train, val or test; repeatable. Default: all.")
-    val_fraction: float = option(0.1, "Fraction to hold out where DATA has no evaluation split.")
-    streaming: bool = option(False, "datasets: rows as they come.")
+    val_fraction: float = option(0.1, "Fraction of the images to hold out where DATA has no evaluation split.")
+    streaming: bool = option(False, "datasets: read rows as a stream, without a copy in its cache.")
     as_json: bool = option(False, "Print JSON.", flag="--json")
 
     def check_paths(self):
@@ -103,18 +105,18 @@ class FidOptions(WriteOptions, ReadOptions):
 
     samples: str = option(
         REQUIRED,
-        "What `gspn sample` made, a folder of image files, an npz file as ADM's evaluation takes it, or DATA.",
+        "What `gspn sample` made, a folder of image files, an npz file in the format of ADM's evaluation, or DATA.",
         metavar="SAMPLES",
         argument=True,
     )
     reference: str = option(
         REQUIRED,
-        "The reference: as SAMPLES, or a file of statistics (of --save, or with mu and sigma).",
+        "The reference: like SAMPLES, or a file of statistics (from --save, or with mu and sigma).",
         metavar="DATA",
     )
     features: str = option(
         "inception",
-        "inception[,FILE], classifier:RUN or timm:MODEL[,FILE]. Only with inception is it called FID.",
+        "The network: inception[,FILE], classifier:RUN or timm:MODEL[,FILE]. Only inception gives FID.",
         metavar="NAME",
     )
     size: tuple | None = option(
@@ -124,7 +126,7 @@ class FidOptions(WriteOptions, ReadOptions):
     samples_split: str | None = option(None, "Split of samples that are DATA. Default: test, else val.")
     batch_size: int = option(64, "Images per batch.", low=1, high=1_000_000)
     cache: Path | None = option(
-        None, "Cache of statistics, by a digest of the images. Default: ~/.cache/gspn/fid.", metavar="FOLDER"
+        None, "Cache of statistics, keyed by a digest of the images. Default: ~/.cache/gspn/fid.", metavar="FOLDER"
     )
     no_cache: bool = option(False, "Use no cache.")
     save: Path | None = option(

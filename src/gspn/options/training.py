@@ -1,4 +1,4 @@
-"""The options that several trainings share: of the loop, and of data with classes."""
+"""The options that several trainings share, of the loop and of data with classes; how other commands read images."""
 
 from dataclasses import dataclass
 from typing import ClassVar
