@@ -76,7 +76,7 @@ def options(
 
 
 def takes_options(options):
-    """Gives a command the flags of a set of options. It receives those that the user set as `overrides`: texts and
+    """Gives a command the flags of a set of options. It receives those that have a value as `overrides`: texts and
     numbers by name."""
 
     def decorate(command):
