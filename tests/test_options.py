@@ -9,12 +9,14 @@ import pytest
 import gspn
 from gspn.data.augment import preset_for
 from gspn.metrics.classification import evaluate
+from gspn.metrics.fid import evaluate_samples
 from gspn.models.dit import create_dit
 from gspn.options import OptionError, Options, file_text, flags, parse_model_args, read_file
 from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
 from gspn.options.diffusion import GeneratorOptions
 from gspn.options.distill import DistillOptions
 from gspn.options.generators import EncodeOptions, FidOptions, SampleArguments, SampleOptions
+from gspn.sampling.encode import encode
 
 TRAININGS = [Options, GeneratorOptions, DistillOptions]
 PLAIN = [EvalOptions, PredictOptions, ShowOptions, ExportOptions, SampleArguments, EncodeOptions, FidOptions]
@@ -110,6 +112,16 @@ def test_flags_of_other_commands_have_their_defaults_and_their_own_come_first():
     assert {one.annotation.__metadata__[0].rich_help_panel for one in parameters.values()} == {None}
     panels = {one.name: one.annotation.__metadata__[0].rich_help_panel for one in flags(SampleArguments)}
     assert panels["steps"] == "Samples" and panels["vae"] is None
+
+
+@pytest.mark.parametrize(
+    ("function", "options"), [(evaluate, EvalOptions), (encode, EncodeOptions), (evaluate_samples, FidOptions)]
+)
+def test_functions_and_their_commands_have_the_same_defaults(function, options):
+    own = inspect.signature(function).parameters.values()
+    own = {one.name: one.default for one in own if one.default is not inspect.Parameter.empty}
+    shared = {one.name: one.default for one in dataclasses.fields(options) if one.name in own}
+    assert {name: own[name] for name in shared} == shared and {"batch_size", "workers", "strict"} <= set(shared)
 
 
 @pytest.mark.parametrize(
