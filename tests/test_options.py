@@ -1,6 +1,7 @@
 """Options: one definition for flags, files and runs."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 
 import pytest
@@ -8,11 +9,17 @@ import pytest
 import gspn
 from gspn.data.augment import preset_for
 from gspn.metrics.classification import evaluate
+from gspn.metrics.fid import evaluate_samples
 from gspn.models.dit import create_dit
 from gspn.options import OptionError, Options, file_text, flags, parse_model_args, read_file
+from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
 from gspn.options.diffusion import GeneratorOptions
 from gspn.options.distill import DistillOptions
-from gspn.sampling.options import SampleOptions
+from gspn.options.generators import EncodeOptions, FidOptions, SampleArguments, SampleOptions
+from gspn.sampling.encode import encode
+
+TRAININGS = [Options, GeneratorOptions, DistillOptions]
+PLAIN = [EvalOptions, PredictOptions, ShowOptions, ExportOptions, SampleArguments, EncodeOptions, FidOptions]
 
 
 def test_options_that_cannot_be():
@@ -82,12 +89,56 @@ def test_evaluation_options_that_cannot_be(digits_run):
             evaluate(digits_run[0].path, "digits", **{bad: -1})
 
 
-def test_every_option_is_a_flag_with_a_help_text():
-    parameters = {parameter.name: parameter for parameter in flags(Options)}
-    assert list(parameters) == [one.name for one in dataclasses.fields(Options)]
+@pytest.mark.parametrize("options", [*TRAININGS, *PLAIN])
+def test_every_option_is_a_flag_with_a_help_text(options):
+    parameters = {parameter.name: parameter for parameter in flags(options)}
+    assert sorted(parameters) == sorted(one.name for one in dataclasses.fields(options))
     for parameter in parameters.values():
         (info,) = parameter.annotation.__metadata__
         assert (info.help and info.help.endswith(".")) or (":" in info.help and info.rich_help_panel)
+
+
+def test_flags_of_a_training_are_none_where_the_user_gave_none_and_can_be_turned_off():
+    parameters = {one.name: one for one in flags(Options)}
+    assert all(one.default is None for one in parameters.values())
+    assert parameters["strict"].annotation.__metadata__[0].default == "--strict/--no-strict"
+
+
+def test_flags_of_other_commands_have_their_defaults_and_their_own_come_first():
+    parameters = {one.name: one for one in flags(EvalOptions)}
+    assert list(parameters)[:3] == ["run", "data", "split"] and list(parameters)[-1] == "checkpoint"
+    assert parameters["batch_size"].default == 256 and parameters["data"].default is inspect.Parameter.empty
+    assert parameters["strict"].annotation.__metadata__[0].default == "--strict"
+    assert {one.annotation.__metadata__[0].rich_help_panel for one in parameters.values()} == {None}
+    panels = {one.name: one.annotation.__metadata__[0].rich_help_panel for one in flags(SampleArguments)}
+    assert panels["steps"] == "Samples" and panels["vae"] is None
+
+
+@pytest.mark.parametrize(
+    ("function", "options"), [(evaluate, EvalOptions), (encode, EncodeOptions), (evaluate_samples, FidOptions)]
+)
+def test_functions_and_their_commands_have_the_same_defaults(function, options):
+    own = inspect.signature(function).parameters.values()
+    own = {one.name: one.default for one in own if one.default is not inspect.Parameter.empty}
+    shared = {one.name: one.default for one in dataclasses.fields(options) if one.name in own}
+    assert {name: own[name] for name in shared} == shared and {"batch_size", "workers", "strict"} <= set(shared)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "--onnx.*--aoti.*--diffusers"),
+        ({"aoti": True, "opset": 18}, "--opset is for --onnx"),
+        ({"diffusers": True, "no_check": True}, "--no-check is for --onnx and --aoti"),
+        ({"onnx": True, "vae": "x"}, "--vae is for --diffusers"),
+        ({"onnx": True, "size": "0x4"}, "--size takes .* '0x4'"),
+        ({"onnx": True, "out": "m.pt2"}, r"\.onnx.*m\.pt2"),
+    ],
+)
+def test_export_options_that_exclude_each_other(values, told):
+    with pytest.raises(OptionError, match=told):
+        ExportOptions.read({"run": "x", **values})
+    assert ExportOptions.read({"run": "x", "onnx": True, "out": "M.ONNX"}).batch is None
 
 
 def test_a_help_shows_what_the_presets_fill_in():

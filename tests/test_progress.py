@@ -15,9 +15,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from gspn.cli import app
+from gspn.options.generators import SampleOptions
 from gspn.progress import EVERY, FIRST, Progress
 from gspn.sampling.encode import encode
-from gspn.sampling.options import SampleOptions
 from gspn.sampling.sample import sample
 from gspn.stable_diffusion.highres import HighResPipeline
 from gspn.tasks.classify import train_classifier

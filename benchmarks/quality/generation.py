@@ -20,8 +20,8 @@ from rich.console import Console
 
 from benchmarks.harness import harness
 from gspn.metrics.fid import evaluate_samples
+from gspn.options.generators import SampleOptions
 from gspn.sampling.generators import build_generator, load_pipeline
-from gspn.sampling.options import SampleOptions
 from gspn.sampling.sample import sample
 from gspn.tasks.objective import Objective
 from gspn.train.run import Run

@@ -159,9 +159,16 @@ MISSING = {
     "distill x --data ./gone": "./gone",
     "distill --resume gone": "gone/config.json",
 }
+MISNAMED = {  # files to write whose names are not of their format, and what they should end in
+    "show {run} x.png --out c.jpg": ".png",
+    "export {run} --onnx --out m.pt2": ".onnx",
+    "export {run} --aoti --out m.onnx": ".pt2",
+    "fid digits --reference digits --save s.npz": ".safetensors",
+    "fid digits --reference digits --out result": ".json",
+}
 
 
-def test_what_is_missing_is_told_before_torch_is_imported(run, tmp_path, monkeypatch):
+def test_what_is_missing_or_misnamed_is_told_before_torch_is_imported(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = """
 import json, sys
@@ -170,10 +177,11 @@ from gspn.cli import app
 results = [CliRunner().invoke(app, line.split()) for line in json.loads(sys.argv[1])]
 print(json.dumps(["torch" in sys.modules, [[result.exit_code, result.stdout, result.stderr] for result in results]]))
 """
-    lines = [line.format(run=run) for line in MISSING]
+    told = MISSING | MISNAMED
+    lines = [line.format(run=run) for line in told]
     result = subprocess.run([sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, check=True)
     imported, answers = json.loads(result.stdout)
-    for line, missing, (code, out, err) in zip(lines, MISSING.values(), answers, strict=True):
+    for line, missing, (code, out, err) in zip(lines, told.values(), answers, strict=True):
         assert code == 2 and missing in err and out == "", (line, err)
     assert not imported and not list(tmp_path.iterdir())
 
@@ -254,7 +262,7 @@ def test_resume(run, tmp_path):
     code, _, err = gspn_command("train", "--resume", copy, "--lr", 0.5)
     assert code == 2 and "lr was 0.01 and cannot be 0.5" in " ".join(err.split())
     code, _, err = gspn_command("train", "--resume", copy, "--out", tmp_path / "other")
-    assert code == 2 and "not with --out" in " ".join(err.split())
+    assert code == 2 and "leave out --out" in " ".join(err.split())
     code, _, err = gspn_command("train", "--resume", tmp_path)
     assert code == 2 and "is no run" in " ".join(err.split())
 

@@ -92,7 +92,7 @@ def test_a_fixed_size_in_half_precision_elsewhere(run, tmp_path):
         (("--onnx", "--size", "0x4"), "--size takes"),
         (("--onnx", "--out", "/none/model.onnx"), "there is no folder /none"),
         (("--onnx", "--checkpoint", "worst"), "no checkpoint 'worst'"),
-        (("--aoti", "--out", "model.so"), "named .pt2 only"),
+        (("--aoti", "--out", "model.so"), "must end in .pt2"),
     ],
 )
 def test_bad_options(run, arguments, message):

@@ -120,7 +120,7 @@ def test_data_that_changed_since_may_hold_out_others(colours, tmp_path, monkeypa
 
 def test_faults(run, tmp_path):
     for flag, value, message in (
-        ("--sizes", "12,x", "--sizes takes N or HxW in pixels, got 'x'"),
+        ("--sizes", "12,x", "--sizes takes N or HxW in pixels, with commas between them, got '12,x'"),
         ("--class-names", "a,a", "--class-names takes distinct names"),
     ):
         result = CliRunner().invoke(app, ["eval", str(run.path), "digits", flag, value])

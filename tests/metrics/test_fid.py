@@ -407,6 +407,17 @@ def test_saved_statistics_stand_for_the_reference(pictures, monkeypatch):
         compare(pictures.drawn, part)
 
 
+def test_statistics_under_a_name_of_another_format(pictures, monkeypatch):
+    extractor, file = colour_extractor(), pictures.at / "real.npz"
+    with pytest.raises(OptionError, match=r"\.safetensors.*real\.npz"):
+        compare(pictures.drawn, pictures.real, extractor, save=file)
+    assert looked_at(extractor) == 0 and not file.exists()
+    first = compare(pictures.drawn, pictures.real, extractor, save=pictures.at / "real.safetensors")
+    (pictures.at / "real.safetensors").rename(file)  # as older versions wrote it
+    again = compare(pictures.drawn, file, extractor)
+    assert again["frechet_distance"] == first["frechet_distance"] and again["reference"]["where"] == str(file)
+
+
 def test_kept_features_are_evenly_spaced(pictures, monkeypatch):
     monkeypatch.setattr(image_statistics, "KEPT", 5)
     images = as_npz(pictures.at / "a.npz", pictures.images[0])

@@ -25,9 +25,9 @@ from gspn.models.pipeline import GSPNPipeline
 from gspn.options import OptionError
 from gspn.options.diffusion import GeneratorOptions
 from gspn.options.distill import DistillOptions
+from gspn.options.generators import SampleOptions
 from gspn.sampling.encode import encode
 from gspn.sampling.generators import load_pipeline
-from gspn.sampling.options import SampleOptions
 from gspn.sampling.sample import sample
 from gspn.sampling.vae import check_vae, describe_vae
 from gspn.stable_diffusion.highres import HighResPipeline

@@ -434,8 +434,8 @@ def test_the_command(pictures, vae, tmp_path):
         (["--size", "8x"], "--size takes N or HxW in pixels, got '8x'"),
         (["--size", "8", "--dtype", "fp8"], "dtype must be fp32 or bf16 or fp16, got 'fp8'"),
         (["--size", "8", "--precision", "fp16"], "precision must be fp32 or bf16, got 'fp16'"),
-        (["--size", "8", "--shard-size", "0"], "shard_size must be at least 1, got 0"),
-        (["--size", "8", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--size", "8", "--shard-size", "0"], "shard_size must be from 1 on, got 0"),
+        (["--size", "8", "--batch-size", "0"], "batch_size must be from 1 on, got 0"),
         (["--size", "8", "--split", "val"], "has no split 'val'; it has train, test"),
         (["--size", "8"], "begun otherwise: with dtype fp16, not fp32"),
     ):

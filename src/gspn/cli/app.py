@@ -1,4 +1,4 @@
-"""What all commands of `gspn` share: the application, its console, errors, arguments.
+"""What all commands of `gspn` share: the application, its console, how flags become options, errors.
 
 An error of the user is one message on stderr and exit code 2; a training that fails is exit code 1.
 """
@@ -7,7 +7,6 @@ import functools
 import inspect
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,8 +16,7 @@ import gspn
 from gspn.extras import hint
 from gspn.options import OptionError
 from gspn.options import flags as option_flags
-from gspn.options.training import DATA_HELP
-from gspn.places import RunError, check_named
+from gspn.places import RunError
 
 app = typer.Typer(
     help="Train and use image classifiers and generators built on GSPN, a linear-cost replacement for self-attention.",
@@ -28,22 +26,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-
-Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of `gspn train`.")]
-Checkpoint = Annotated[str, typer.Option(help="Which checkpoint: best or last.")]
-ImageColumn = Annotated[str | None, typer.Option(help="datasets: the column with the images.")]
-LabelColumn = Annotated[str | None, typer.Option(help="datasets: the column with the classes.")]
-ClassNames = Annotated[str | None, typer.Option(help="Class names, in order, for data that have none: a,b,c.")]
-Channels = Annotated[int | None, typer.Option(help="Convert the images to 1 (grey) or 3 (colour) channels.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at an unreadable image, instead of leaving it out.")]
-Workers = Annotated[int, typer.Option(help="Processes that decode image files.")]
-MovedVae = Annotated[
-    str | None,
-    typer.Option("--vae", metavar="PATH|NAME", help="Where the VAE of a run of latents is now, if it was moved."),
-]
-Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
@@ -94,7 +76,7 @@ def options(
 
 
 def takes_options(options):
-    """Gives a command the flags of a set of options. It receives those that the user set as `overrides`: texts and
+    """Gives a command the flags of a set of options. It receives those that have a value as `overrides`: texts and
     numbers by name."""
 
     def decorate(command):
@@ -113,18 +95,21 @@ def takes_options(options):
     return decorate
 
 
-def check_data(data):
-    """Raises OptionError for DATA that does not exist and cannot be a name on the hub."""
-    if data is not None:
-        check_named(data, "DATA", DATA_HELP)
+def command(name, options):
+    """A command with the flags of a set of options. The function gets the set, once it and its paths are checked."""
 
+    def decorate(function):
+        @takes_options(options)
+        def checked(overrides):
+            with readable_errors():
+                chosen = options.read(overrides)
+                chosen.check_paths()
+                function(chosen)
 
-def parsed(name, parse, text):
-    """The value that `parse` makes of the flag --`name`; None stays None. OptionError says what was expected."""
-    try:
-        return None if text is None else parse(text.strip())
-    except ValueError as error:
-        raise OptionError(f"--{name} takes {error}, got {text!r}") from None
+        app.command(name, help=inspect.getdoc(function))(checked)
+        return function
+
+    return decorate
 
 
 @app.command()

@@ -61,7 +61,7 @@ def add_command(spec: TaskSpec, report=report_files):
             else:
                 if run or config or overwrite:
                     raise OptionError(
-                        "--resume keeps the run's folder and options: not with --out, --config, --overwrite"
+                        "--resume keeps the run's folder and options: leave out --out, --config and --overwrite"
                     )
                 check_run(resume)
                 if data is not None:

@@ -15,7 +15,8 @@ from gspn.data.latent_folder import refuse_latents
 from gspn.data.loader import batches, make_loader, workers_note
 from gspn.data.unreadable import warning_of
 from gspn.files import check_absent, make_folder, write_json
-from gspn.options import OptionError, check_range, far_from
+from gspn.options import OptionError, far_from
+from gspn.options.classifiers import EvalOptions
 from gspn.progress import Progress
 from gspn.runs import load_classifier
 from gspn.train.loop import autocast, make_accelerator
@@ -162,8 +163,7 @@ def evaluate(
         "images_per_second": with reading; "model_images_per_second": without.
     Errors: DataError, ExistsError, OptionError, RunError, SaveError.
     """
-    check_range("batch_size", batch_size)
-    check_range("workers", workers)
+    EvalOptions.check(batch_size=batch_size, workers=workers)
     refuse_latents(data)
     classifier = load_classifier(path, checkpoint)
     preprocessing, class_names, config = classifier.preprocessing, classifier.classes, classifier.run.config

@@ -24,8 +24,9 @@ from gspn.metrics.distances import (
 )
 from gspn.metrics.features import Extractor, load_extractor
 from gspn.metrics.image_sets import ARRAYS, NO_CLASS, ImageSet, open_images
-from gspn.metrics.image_statistics import Statistics, Work, read_statistics, refusal, save_statistics
-from gspn.options import OptionError, check_range
+from gspn.metrics.image_statistics import Statistics, Work, is_safetensors, read_statistics, refusal, save_statistics
+from gspn.options import OptionError
+from gspn.options.generators import FidOptions
 from gspn.progress import Progress
 from gspn.train.loop import make_accelerator
 
@@ -66,8 +67,8 @@ def evaluate_samples(
         features: see features.load_extractor; or an Extractor of your own.
         size: (H, W) at which they are compared; None: that of the reference images. Images of another size are resized
             to it first, by the rule that the result states.
-        cache: the folder for statistics; None keeps none. save: a file for those of the reference; what
-            is there is an error, unless it holds the same statistics or `overwrite`.
+        cache: the folder for statistics; None keeps none. save: a .safetensors file for those of the
+            reference; what is there is an error, unless it holds the same statistics or `overwrite`.
         open_options: see labelled.open_data.
     Returns: the same in every process:
         "frechet_distance", "precision", "recall"; "kernel_distance" {"mean", "std", "subsets", "subset_size"};
@@ -78,8 +79,7 @@ def evaluate_samples(
         "samples" and "reference": {"where", "split", "images", "unreadable"}.
     Errors: DataError, ExistsError, OptionError, RunError, SaveError.
     """
-    check_range("batch_size", batch_size)
-    check_range("workers", workers)
+    FidOptions.check(batch_size=batch_size, workers=workers, save=save)
     accelerator, notes = make_accelerator(), []
     main = accelerator.is_main_process
     extractor = features if isinstance(features, Extractor) else load_extractor(features)
@@ -176,7 +176,7 @@ def _holds(file: Path, key: dict) -> bool:
 def _stored(reference, extractor, split, save, strict) -> FeatureSet | None:
     """The reference if it is a file of statistics. Errors: DataError, OptionError if they are of something else."""
     path, stored = Path(reference).expanduser(), None
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or is_safetensors(path):  # older versions saved them under any name
         statistics, key = read_statistics(path)
         if key["network"] != extractor.digest(like=key["network"]):
             raise OptionError(f"{reference} is of features {key['features']}, not of {extractor.name} as it is now")

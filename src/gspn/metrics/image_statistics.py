@@ -109,6 +109,16 @@ def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
         raise SaveError(f"cannot write {path}: {error}") from error
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether there is a safetensors file, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            length, start = int.from_bytes(file.read(8), "little"), file.read(1)  # of the header, which is JSON
+        return start == b"{" and 8 + length <= path.stat().st_size
+    except OSError:
+        return False
+
+
 def read_statistics(path: Path) -> tuple[Statistics, dict]:
     """(statistics, their key). Errors: DataError where the file is damaged or of another kind."""
     try:

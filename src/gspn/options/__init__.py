@@ -1,10 +1,11 @@
-"""The options of training. Each is defined once, as a field of an OptionSet: the flags of the command, the keys of a
-configuration file and what a run keeps of its options all follow from it.
+"""The options of the commands. Each is defined once, as a field of an OptionSet: its flag with help, type, default and
+range, its key in a configuration file and what a run keeps of it all follow from the field.
 
     base       what an option and a set of options are; configuration files
     task       TaskSpec: what the rest of gspn knows of a task without importing it
     training   the options that several tasks share
     classify, diffusion, distill      one task each: its options, and SPEC, its TaskSpec
+    classifiers, generators           the commands that do not train: one set for each
 
 Nothing here is slow to import. Every module with a SPEC is a task: `TASKS` finds it.
 """
@@ -28,7 +29,7 @@ from gspn.options.classify import Options
 from gspn.options.diffusion import GeneratorOptions
 from gspn.options.distill import DistillOptions
 from gspn.options.task import TaskSpec
-from gspn.options.training import DataOptions, LoopOptions, check_range
+from gspn.options.training import DataOptions, LoopOptions
 
 __all__ = [
     "TASKS",
@@ -40,7 +41,6 @@ __all__ = [
     "OptionSet",
     "Options",
     "TaskSpec",
-    "check_range",
     "far_from",
     "file_text",
     "flags",

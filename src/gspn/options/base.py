@@ -8,8 +8,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self, get_args, get_type_hints
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
@@ -17,6 +17,7 @@ import yaml
 from gspn.names import guess, unknown
 from gspn.places import OptionError, location
 
+REQUIRED = MISSING  # the default of an option that has to be given
 FAR = 1.25  # times the size that a model was trained at: beyond, and below 1 / FAR, results are clearly worse
 
 
@@ -34,20 +35,23 @@ def option(
     argument: bool = False,
     resumable: bool = False,
     path: bool = False,
+    suffix: str | None = None,
 ):
     """A field of a set of options.
 
     Args:
-        default: None where the kind of data decides, or else `fallback`. help: the text for the flag and the file.
+        default: REQUIRED, or None where the kind of data decides, or else `fallback`. help: the text for the flag and
+            the file.
         low, high: the smallest and the largest value. choices: the only values.
         parse: makes the value from what a flag (text) or a file (text, number, list or mapping) holds; its ValueError
             says what was expected. flag: its name where that is not the field's. metavar: the value in the help.
         argument: the option is the command's positional argument, not a flag.
         resumable: the option does not change the result, so a resumed run may get another value.
         path: the value may be the path of a file or folder; a run keeps it as an absolute path.
+        suffix: the value is a file to write, whose name has to end so, because its format is fixed.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, fallback=fallback, parse=parse)
-    metadata |= dict(flag=flag, metavar=metavar, argument=argument, resumable=resumable, path=path)
+    metadata |= dict(flag=flag, metavar=metavar, argument=argument, resumable=resumable, path=path, suffix=suffix)
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -137,6 +141,27 @@ def parse_names(value):
     return names
 
 
+def parse_sizes(value):
+    """((H, W), ...) from "N,HxW"."""
+    try:
+        return tuple(parse_size(each.strip()) for each in value.split(","))
+    except ValueError:
+        raise ValueError("N or HxW in pixels, with commas between them") from None
+
+
+def parse_position(value):
+    """(row, column) from "ROW,COL"."""
+    parts = value.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError("ROW,COL in pixels of the model's input")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_block(value):
+    """An index as an int; otherwise the text, which is a name."""
+    return int(value) if value.removeprefix("-").isdecimal() else value
+
+
 def parse_interval(value):
     """ "500" (steps), "15min" or "never", as it is."""
     text = str(value).strip()
@@ -145,7 +170,7 @@ def parse_interval(value):
     return text
 
 
-_PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse_text}
+_PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse_text, Path: Path, list: list}
 
 # -- sets of options --
 
@@ -154,18 +179,27 @@ _PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse
 class OptionSet:
     """What every set of options can do. OptionError names a value that is not allowed.
 
-    Attributes: presets: by the kind of data, the values of options that are None; the help shows them."""
+    Attributes:
+        presets: by the kind of data, the values of options that are None; the help shows them.
+        panel: the heading in the help of the options that the class has, unless a base gives them one.
+        plain: only flags set the options, no file: a bool that is False has no --no-, and messages name the flag.
+    """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    plain: ClassVar[bool] = False
 
     def __post_init__(self):
         for one in fields(self):
-            check(one, getattr(self, one.name))
+            _check(one, getattr(self, one.name))
 
     def resolved(self, preset: Mapping[str, Any] | None = None) -> Self:
         """The same options with every None replaced: by the value in `preset`, or else by the option's fallback."""
         unset = [one for one in fields(self) if getattr(self, one.name) is None]
         return replace(self, **{one.name: (preset or {}).get(one.name, one.metadata["fallback"]) for one in unset})
+
+    def values(self, *without: str) -> dict[str, Any]:
+        """The values by name, except for some."""
+        return {name: value for name, value in vars(self).items() if name not in without}
 
     def located(self) -> Self:
         """The same options with absolute paths, where a path exists."""
@@ -173,7 +207,13 @@ class OptionSet:
         return replace(self, **{name: location(value) for name, value in paths.items() if value is not None})
 
     def check_paths(self) -> None:
-        """Raises OptionError where a file or folder that an option names does not exist."""
+        """Raises OptionError or RunError where a file or folder that an option names does not exist."""
+
+    @classmethod
+    def check(cls, **values: Any) -> None:
+        """Raises OptionError unless these options allow the values."""
+        for name, value in cls._converted(values).items():
+            _check(cls.__dataclass_fields__[name], value)
 
     @classmethod
     def read(cls, values: Mapping[str, Any], source: str = "") -> Self:
@@ -195,15 +235,15 @@ class OptionSet:
         for name in values:
             if name not in known:
                 raise OptionError(unknown("option", name, known))
-        return {name: _converted(known[name], types[name], value) for name, value in values.items()}
+        return {name: _converted(known[name], types[name], value, cls.plain) for name, value in values.items()}
 
 
 # -- checks, flags and files --
 
 
-def check(one, value) -> None:
+def _check(one, value):
     """Raises OptionError unless the option (a field) allows `value`; None is always allowed."""
-    low, high, choices = (one.metadata[name] for name in ("low", "high", "choices"))
+    low, high, choices, suffix = (one.metadata[name] for name in ("low", "high", "choices", "suffix"))
     if value is None:
         return
     if choices and value not in choices:
@@ -211,60 +251,82 @@ def check(one, value) -> None:
         expected = " or ".join(names) if len(names) < 4 else f"one of {', '.join(names)}"
         raise OptionError(f"{one.name} must be {expected}, got {value!r}{guess(value, choices)}")
     if low is not None and not (low <= value <= high and math.isfinite(value)):
-        limits = f"from {low} to {high}" if math.isfinite(high) else f"from {low} on and finite"
+        finite = "" if isinstance(value, int) else " and finite"
+        limits = f"from {low} to {high}" if math.isfinite(high) else f"from {low} on{finite}"
         raise OptionError(f"{one.name} must be {limits}, got {value}")
+    if suffix:
+        check_suffix(one.name, value, suffix)
 
 
-def _converted(one, annotation, value):
+def check_suffix(name: str, file: Path | str | None, suffix: str) -> None:
+    """Raises OptionError unless the name of `file`, which the option `name` gives, ends in `suffix`."""
+    if file is not None and Path(file).suffix.lower() != suffix:
+        raise OptionError(f"{name} must end in {suffix}, the format of the file that is written, got {file}")
+
+
+def _converted(one, annotation, value, plain):
     """The value of a flag or a file as the option's type; None stays None."""
-    types = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
-    if value is None and len(types) < len(get_args(annotation)):
+    kind = _kind(annotation)
+    if value is None and kind is not annotation:
         return None
     try:
-        return (one.metadata["parse"] or _PARSERS[types[0]])(value)
+        return (one.metadata["parse"] or _PARSERS[get_origin(kind) or kind])(value)
     except ValueError as error:
         shown = value[0] if isinstance(value, list) and len(value) == 1 else value
-        raise OptionError(f"{one.name} takes {error}, got {shown!r}") from None
+        raise OptionError(f"{_flag(one) if plain else one.name} takes {error}, got {shown!r}") from None
+
+
+def _kind(annotation):
+    """A type without None."""
+    return get_args(annotation)[0] if isinstance(annotation, UnionType) else annotation
+
+
+def _flag(one):
+    return one.metadata["flag"] or "--" + one.name.replace("_", "-")
 
 
 def flags(options: type[OptionSet]) -> list[inspect.Parameter]:
-    """A parameter of a typer command for every option, grouped by the class that declares it; None where the user gave
-    no value."""
-    panels = {name: base for base in options.__mro__ for name in inspect.get_annotations(base)}
-    types, parameters = get_type_hints(options), []
-    for one in fields(options):
-        metadata, kind = one.metadata, types[one.name]
-        if metadata["argument"]:
-            info = typer.Argument(metavar=metadata["metavar"], help=metadata["help"], show_default=False)
-            parameters.append(_parameter(one.name, kind, info))
-            continue
-        name = metadata["flag"] or "--" + one.name.replace("_", "-")
-        if metadata["parse"]:
-            kind = list[str] if kind is Mapping else str
-        elif kind is bool or bool in get_args(kind):
-            name, kind = f"{name}/--no-{name[2:]}", bool
-        default = metadata["fallback"] if one.default in (None, MISSING) else one.default
-        shown = False if default is None or isinstance(default, dict) else str(default)
-        chosen = {kind: preset[one.name] for kind, preset in options.presets.items() if one.name in preset}
-        if len(set(chosen.values())) == 1 and len(chosen) == len(options.presets):
-            shown = str(next(iter(chosen.values())))
-        elif chosen:
-            shown = ", ".join(f"{value} for {where}" for where, value in chosen.items())
-        info = typer.Option(
-            name,
-            help=metadata["help"],
-            metavar=metadata["metavar"],
-            show_default=shown,
-            rich_help_panel=panels[one.name].panel,
-        )
-        parameters.append(_parameter(one.name, kind, info))
-    return parameters
+    """A parameter of a typer command for every option. Its value is None where the user gave none, except that the
+    defaults of a `plain` set are filled in."""
+    declared, types, panels = fields(options), get_type_hints(options), {}
+    for base in reversed(options.__mro__):
+        if "panel" in vars(base):
+            panels = dict.fromkeys(base.__dataclass_fields__, base.panel) | panels
+    if options.plain:  # the command's own flags before those that it shares with others
+        order = [name for base in options.__mro__ for name in inspect.get_annotations(base)]
+        declared = sorted(declared, key=lambda one: -1 if one.metadata["argument"] else order.index(one.name))
+    return [_parameter(options, one, types[one.name], panels.get(one.name)) for one in declared]
 
 
-def _parameter(name, kind, info):
+def _parameter(options, one, annotation, panel):
+    metadata, kind, flag = one.metadata, _kind(annotation), _flag(one)
+    default = (one.default if one.default is not MISSING else inspect.Parameter.empty) if options.plain else None
+    if metadata["parse"]:
+        kind = list[str] if kind is Mapping else str
+    elif kind is bool and (one.default or not options.plain) and "/" not in flag:
+        flag = f"{flag}/--no-{flag[2:]}"
+    shared = dict(help=metadata["help"], metavar=metadata["metavar"])
+    if metadata["argument"]:
+        info = typer.Argument(**shared, show_default=False)
+    else:
+        shown = options.plain or _default_text(options, one)
+        info = typer.Option(flag, **shared, show_default=shown, rich_help_panel=panel)
+    if default is not inspect.Parameter.empty:
+        kind = kind | None
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )
+
+
+def _default_text(options, one):
+    """What the help shows as the default of an option: of the presets, if they have it. False for nothing."""
+    default = one.metadata["fallback"] if one.default in (None, MISSING) else one.default
+    chosen = {kind: preset[one.name] for kind, preset in options.presets.items() if one.name in preset}
+    if len(set(chosen.values())) == 1 and len(chosen) == len(options.presets):
+        return str(next(iter(chosen.values())))
+    if chosen:
+        return ", ".join(f"{value} for {where}" for where, value in chosen.items())
+    return False if default is None or isinstance(default, dict) else str(default)
 
 
 def read_file(path: Path) -> dict:

@@ -1,9 +1,9 @@
-"""The options that several trainings share: of the loop, and of data with classes."""
+"""The options that several trainings share, of the loop and of data with classes; how other commands read images."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
-from gspn.options.base import OptionSet, check, option, parse_interval, parse_names, parse_size
+from gspn.options.base import OptionSet, option, parse_interval, parse_names, parse_size
 
 DATA_HELP = (
     "`digits` (embedded), a folder of class folders with images, a folder of MNIST-format idx files, or anything that "
@@ -69,26 +69,32 @@ class LoopOptions(OptionSet):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(OptionSet):
-    """How the images are read."""
+class ReadOptions(OptionSet):
+    """How any command reads images and their classes."""
 
-    panel: ClassVar = "Data"
+    class_names: tuple | None = option(
+        None, "Class names, in order, for data that have none: a,b,c.", parse=parse_names, metavar="NAMES"
+    )
+    image_column: str | None = option(None, "datasets: the column with the images.")
+    label_column: str | None = option(None, "datasets: the column with the classes.")
+    workers: int = option(2, "Processes that decode image files.", low=0, high=1024, resumable=True)
+    strict: bool = option(False, "Stop at an unreadable image, instead of leaving it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeOptions(OptionSet):
+    """What a training makes of the images."""
 
     size: tuple | None = option(
         None, "Input size in pixels: N or HxW. Default: that of the data.", parse=parse_size, metavar="N|HxW"
     )
     channels: int | None = option(None, "Convert the images to 1 (grey) or 3 (colour) channels.", choices=(1, 3))
     val_fraction: float = option(0.1, "Fraction of the images to hold out where DATA has no evaluation split.")
-    class_names: tuple | None = option(
-        None, "Class names, in order, for data that have none: a,b,c.", parse=parse_names, metavar="NAMES"
-    )
-    image_column: str | None = option(None, "datasets: the column with the images.")
-    label_column: str | None = option(None, "datasets: the column with the classes.")
     streaming: bool = option(False, "datasets: read rows as a stream, without a copy in its cache.")
-    workers: int = option(2, "Processes that decode image files.", low=0, high=1024, resumable=True)
-    strict: bool = option(False, "Stop at an unreadable image, instead of leaving it out.")
 
 
-def check_range(name: str, value: float | None) -> None:
-    """Raises OptionError unless the training option `name` allows `value`; None is always allowed."""
-    check(next(one for kind in (LoopOptions, DataOptions) for one in fields(kind) if one.name == name), value)
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(ReadOptions, ShapeOptions):
+    """How a training reads its images."""
+
+    panel: ClassVar = "Data"

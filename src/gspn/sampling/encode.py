@@ -29,12 +29,12 @@ from gspn.data.latents import LatentData, open_latents
 from gspn.data.loader import ImageDataset, Loader, batches, workers_note
 from gspn.files import LOCK, atomic, is_temporary, remove, save_tensors, write_json, writing
 from gspn.options import OptionError
+from gspn.options.generators import EncodeOptions
 from gspn.progress import Progress, duration
 from gspn.sampling.vae import describe_vae, latent_shape, open_vae
 from gspn.train.loop import autocast, is_out_of_memory, make_accelerator
 from gspn.train.run import RunError
 
-PRECISIONS = ("fp32", "bf16")
 PATIENCE = 6 * 3600  # seconds without a new shard of another process: a CPU may take more than an hour for 4096 images
 
 
@@ -72,7 +72,8 @@ def encode(
     Errors: BusyError, DataError, OptionError, SaveError; RunError where something else is in the folder, or where
         another process stopped making its shards.
     """
-    _check(size, dtype, precision, shard_size, batch_size, workers)
+    EncodeOptions.check(size=size, dtype=dtype, precision=precision, shard_size=shard_size)
+    EncodeOptions.check(batch_size=batch_size, workers=workers)
     refuse_latents(data)
     accelerator, out = make_accelerator(), Path(out).expanduser()
     main = accelerator.is_main_process
@@ -118,21 +119,6 @@ def encode(
     latents = open_latents(out)
     _refuse_unreadable(strict, latents.unreadable)
     return latents
-
-
-def _check(size, dtype, precision, shard_size, batch_size, workers):
-    for name, value, low in (
-        ("height", size[0], 1),
-        ("width", size[1], 1),
-        ("shard_size", shard_size, 1),
-        ("batch_size", batch_size, 1),
-        ("workers", workers, 0),
-    ):
-        if value < low:
-            raise OptionError(f"{name} must be at least {low}, got {value}")
-    for name, value, choices in (("dtype", dtype, DTYPES), ("precision", precision, PRECISIONS)):
-        if value not in choices:
-            raise OptionError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 
 
 def _relabelled(data: Data) -> dict[str, Split]:

@@ -14,7 +14,7 @@ from gspn.models.generator import create_generator, generator_names
 from gspn.models.pipeline import GSPNPipeline
 from gspn.names import unknown
 from gspn.options import OptionError
-from gspn.sampling.options import SCHEDULERS
+from gspn.options.generators import SCHEDULERS
 from gspn.sampling.vae import check_vae, open_vae, scale_of
 from gspn.train.run import Run, RunError
 

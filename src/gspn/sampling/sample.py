@@ -19,10 +19,10 @@ from gspn.digests import digest, settings, tensors_of
 from gspn.files import make_folder, remove, write_json, writing
 from gspn.models.latents import NotFiniteError
 from gspn.options import OptionError, far_from
+from gspn.options.generators import PER_CLASS, SampleOptions
 from gspn.plots import GRID_CLASSES, GRID_COLUMNS, draw_grid, save_picture
 from gspn.progress import Progress
 from gspn.sampling.generators import load_pipeline, named_scheduler
-from gspn.sampling.options import PER_CLASS, SampleOptions
 from gspn.sampling.sample_folder import ABOUT, ARRAYS, GRID, IMAGES, Samples
 from gspn.train.loop import TrainingError, is_out_of_memory, make_accelerator
 from gspn.train.run import RunError

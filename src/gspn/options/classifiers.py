@@ -1,0 +1,131 @@
+"""The options of the commands around classifiers: eval, predict, show, export."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from gspn.options.base import (
+    REQUIRED,
+    OptionSet,
+    check_suffix,
+    option,
+    parse_block,
+    parse_position,
+    parse_size,
+    parse_sizes,
+)
+from gspn.options.training import DATA_HELP, ReadOptions
+from gspn.places import OptionError, check_named, check_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(OptionSet):
+    """A trained classifier."""
+
+    plain: ClassVar = True
+
+    run: Path = option(REQUIRED, "A run folder of `gspn train`.", metavar="RUN", argument=True)
+    checkpoint: str = option("best", "Which checkpoint: best or last.")
+
+    def check_paths(self):
+        check_run(self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions(OptionSet):
+    """A command that writes files."""
+
+    plain: ClassVar = True
+
+    overwrite: bool = option(False, "Replace an existing file or folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ReadOptions, WriteOptions, RunOptions):
+    """All options of `gspn eval`."""
+
+    data: str = option(REQUIRED, DATA_HELP, metavar="DATA", argument=True)
+    split: str | None = option(None, "train, val, test or all. Default: test, else val.")
+    batch_size: int = option(256, "Images per batch.", low=1, high=1_000_000)
+    sizes: tuple | None = option(
+        None, "Input sizes, evaluated in turn. Default: that of the run.", parse=parse_sizes, metavar="N|HxW,..."
+    )
+    channels: int | None = option(None, "Convert the images to 1 (grey) or 3 (colour) channels.")
+    streaming: bool | None = option(None, "datasets: read rows as a stream, without a copy in its cache.")
+    out: Path | None = option(None, "A folder for evaluation-HxW.json and confusion-HxW.png.")
+    as_json: bool = option(False, "Print JSON, one line per size.", flag="--json")
+
+    def check_paths(self):
+        super().check_paths()
+        check_named(self.data, "DATA", DATA_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(RunOptions):
+    """All options of `gspn predict`."""
+
+    images: list[Path] = option(REQUIRED, "Image files of any kind.", metavar="IMAGE...", argument=True)
+    top: int = option(5, "Number of classes to print.", low=1)
+    strict: bool = option(False, "Stop at an unreadable image, instead of leaving it out.")
+    as_json: bool = option(False, "Print JSON.", flag="--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(WriteOptions, RunOptions):
+    """All options of `gspn show`."""
+
+    image: Path = option(REQUIRED, "An image file.", metavar="IMAGE", argument=True)
+    place: tuple | None = option(
+        None, "The pixel, in the model's input. Default: the center.", parse=parse_position, metavar="ROW,COL"
+    )
+    block: int | str | None = option(
+        None,
+        "The block: an index, negative from the end, or a name. Default: the last with a map of 8x8 or more.",
+        parse=parse_block,
+        metavar="NUMBER|NAME",
+    )
+    out: Path | None = option(None, "The PNG to write. Default: RUN/context-IMAGE.png.", suffix=".png")
+
+    def check_paths(self):
+        super().check_paths()
+        if not self.image.exists():
+            raise OptionError(f"{self.image} cannot be read as an image: there is no such file")
+
+
+# The options of `gspn export` that only some formats have, and these formats.
+OF_FORMATS = {"opset": ("--onnx",), "precision": ("--onnx",), "vae": ("--diffusers",)}
+OF_FORMATS |= dict.fromkeys(("size", "batch", "no_check"), ("--onnx", "--aoti"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(WriteOptions, RunOptions):
+    """All options of `gspn export`."""
+
+    onnx: bool = option(False, "An ONNX file of standard operators, for any runtime.")
+    aoti: bool = option(False, "A package compiled for this CPU; needs torch and gspn.")
+    diffusers: bool = option(False, "A generator as a folder for GSPNPipeline.from_pretrained.")
+    out: Path | None = option(None, "The file to write. Default: RUN/model.onnx, RUN/model.pt2 or RUN/pipeline.")
+    checkpoint: str | None = option(None, "Which checkpoint: best or last. Default: best; of a generator last.")
+    vae: str | None = option(None, "Where the VAE of a run of latents is now, if it was moved.", metavar="PATH|NAME")
+    size: tuple | None = option(
+        None, "Fix the input size of the file: N or HxW. Default: any size.", parse=parse_size, metavar="N|HxW"
+    )
+    batch: int | None = option(None, "Fix the batch size of the file. Default: any.")
+    opset: int | None = option(None, "ONNX: opset version. Default: 20.")
+    precision: str | None = option(None, "ONNX: fp32 (default) or fp16.")
+    no_check: bool = option(False, "Do not compare the file's outputs with the model's.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.onnx + self.aoti + self.diffusers != 1:
+            raise OptionError("choose one of --onnx and --aoti, or --diffusers for a generator")
+        wanted = "--onnx" if self.onnx else "--aoti" if self.aoti else "--diffusers"
+        if suffix := self.suffix():
+            check_suffix("out", self.out, suffix)
+        for name, formats in OF_FORMATS.items():
+            if getattr(self, name) not in (None, False) and wanted not in formats:
+                raise OptionError(f"--{name.replace('_', '-')} is for {' and '.join(formats)}, not for {wanted}")
+
+    def suffix(self) -> str:
+        """How the name of the file ends; empty for a folder."""
+        return ".onnx" if self.onnx else ".pt2" if self.aoti else ""
