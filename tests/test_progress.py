@@ -73,6 +73,17 @@ def test_steps_that_take_longer_than_the_lines_are_waited_for_aloud(clock):
     assert lines[3] == (120.0, "painting: 1 of 3 walls, about 3 min left")
 
 
+def test_a_pause_between_steps_is_no_work_on_those_that_are_left(clock):
+    said = []
+    work = Progress("painting", 6, "walls", clock=clock, say=said.append)
+    for step in range(1, 4):
+        clock.now += 8.0
+        work.update(step)
+    clock.now += 24.0  # as an evaluation takes
+    work.update(details="looking at it")
+    assert said[-1] == "painting: 3 of 6 walls, looking at it, about 16 s left"
+
+
 def test_what_was_done_before_does_not_count_for_the_rate(clock):
     ((_, header), *_) = lines_of(clock, 100, 6.0, 1, done=90)
     assert header == "painting: 91 of 100 walls, 6 s so far, about 60 s in all"

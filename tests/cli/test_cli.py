@@ -117,6 +117,25 @@ def test_paths_are_printed_as_they_are(run, tmp_path):
     assert code == 0 and "m[red]r on digits" in out.replace("\n", "")
 
 
+@pytest.mark.parametrize("name", ["n" * 300, f"./{'n' * 300}", "~nobody-of-that-name/x"])
+def test_paths_that_the_system_refuses(run, digit_files, name, tmp_path):
+    """A name that is too long, the home of an unknown user: one line, as for a folder without permission."""
+    reason = "home directory" if name.startswith("~") else "too long"
+    good = next(digit_files.rglob("*.png"))
+    code, out, err = gspn_command("predict", run, name, good)
+    assert code == 1 and reason in err and f"{good}: " in out
+    for arguments in (
+        ("train", name, "--out", tmp_path / "run"),
+        ("eval", run, name),
+        ("eval", name, "digits"),
+        ("show", run, name),
+        ("encode", "digits", "--vae", name, "--size", 8, "--out", tmp_path / "latents"),
+        ("fid", name, "--reference", "digits", "--features", f"classifier:{run}"),
+    ):
+        code, _, err = gspn_command(*arguments)
+        assert code == 2 and reason in err, arguments
+
+
 def test_predict_names_what_it_cannot_read(run, digit_files, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     good = next(digit_files.rglob("*.png"))

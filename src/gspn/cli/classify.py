@@ -32,7 +32,7 @@ from gspn.cli.app import (
     warn,
 )
 from gspn.options import OptionError, far_from, parse_names, parse_size
-from gspn.places import check_run
+from gspn.places import check_run, missing
 from gspn.progress import Progress
 
 
@@ -138,18 +138,18 @@ def predict(
     """
     with readable_errors():
         check_run(run)
-        missing = {path: "there is no such file" for path in images if not path.exists()}
-        _refuse(missing, images, strict)
-        warn(f"{path}: {reason}" for path, reason in missing.items())  # now, because the rest takes time
+        absent = {path: reason for path in images if (reason := missing(path))}
+        _refuse(absent, images, strict)
+        warn(f"{path}: {reason}" for path, reason in absent.items())  # now, because the rest takes time
         from gspn.data.images import decode
         from gspn.runs import load_classifier
 
         classifier = load_classifier(run, checkpoint)
-        answers, problems = [], dict(missing)
+        answers, problems = [], dict(absent)
         with Progress("predicting", len(images), console=err) as bar:
             for number, path in enumerate(images):
                 bar.update(number)
-                if path not in missing:
+                if path not in absent:
                     try:
                         pixels = classifier.preprocessing(decode(path))
                     except Exception as error:  # Pillow raises anything on damaged files
@@ -167,7 +167,7 @@ def predict(
                 classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in answer.get("classes", []))
                 out.print(f"{answer['image']}: {classes or 'unreadable'}", markup=False, highlight=False)
         if problems:
-            fail(_told(problems, images, known=missing), 1)
+            fail(_told(problems, images, known=absent), 1)
 
 
 def _told(problems, images, known=()):
@@ -205,8 +205,8 @@ def show(
     """Draw where the context of one pixel of IMAGE comes from, in each direction and merged."""
     with readable_errors():
         check_run(run)
-        if not image.exists():
-            raise OptionError(f"{image} cannot be read as an image: there is no such file")
+        if reason := missing(image):
+            raise OptionError(f"{image} cannot be read as an image: {reason}")
         picture = picture or run / f"context-{image.stem}.png"
         from gspn.files import check_absent
 
