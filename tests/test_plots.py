@@ -7,6 +7,7 @@ from matplotlib.text import Text
 from gspn import plots
 from gspn.data.images import Preprocessing, Split
 from gspn.metrics.classification import Outcome
+from gspn.train.run import Run
 
 NAMES = ["$5", "$10", r"$\nosuchsymbol$"]
 
@@ -40,3 +41,15 @@ def test_names_of_classes_are_no_formulas(drawn, tmp_path):
         texts = with_dollars(figure)
         assert len(texts) >= 4
         assert not any(text.get_parse_math() for text in texts)
+
+
+@pytest.mark.parametrize("draw", [plots.losses, plots.distillation])
+def test_losses_that_hardly_change_have_ticks_that_differ(draw, drawn, tmp_path):
+    names = ["train_loss", "val_loss", "val_error", "val_bound", "val_noise", "val_output", "val_feature"]
+    rows = [{"epoch": i, "val_teacher": 1.1909} | dict.fromkeys(names, 0.01324 - 0.00004 * i) for i in (1, 2)]
+    draw(Run(tmp_path, {}, rows))
+    for axes in drawn[0].axes:
+        low, high = axes.get_ylim()
+        ticks = zip(axes.get_yticks(minor=True), axes.get_yticklabels(minor=True), strict=True)
+        shown = [label.get_text() for at, label in ticks if low <= at <= high]
+        assert len(set(shown)) == len(shown) >= 2

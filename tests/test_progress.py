@@ -81,7 +81,7 @@ def test_a_pause_between_steps_is_no_work_on_those_that_are_left(clock):
         work.update(step)
     clock.now += 24.0  # as an evaluation takes
     work.update(details="looking at it")
-    assert said[-1] == "painting: 3 of 6 walls, looking at it, about 16 s left"
+    assert said[-1] == "painting: 3 of 6 walls, looking at it, about 24 s left"
 
 
 def test_what_was_done_before_does_not_count_for_the_rate(clock):

@@ -40,7 +40,6 @@ class Progress:
         self.console, self.clock, self.details, self.bar = console, clock, "", None
         self._say = say or (self.say if console is not None else None)
         self._start = self._updated = clock()
-        self._at_once = 0  # how many steps the last update added
         self._last = None  # when the last line was printed
         self._lock, self._over = threading.Lock(), threading.Event()
         if console is not None and console.is_terminal and total is not None:
@@ -62,7 +61,6 @@ class Progress:
     def update(self, done: int | None = None, details: str | None = None) -> None:
         """Sets the number of steps done, and what else to show, such as a loss."""
         if done is not None:
-            self._at_once = done - self.done or self._at_once
             self.done, self._updated = done, self.clock()
         self.details = self.details if details is None else details
         if self.bar is not None:
@@ -106,9 +104,8 @@ class Progress:
         parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}", *filter(None, [self.details])]
         if not self.before < self.done < self.total:
             return ", ".join([*parts, passed])
-        # Since the last update the next one was worked for, at most: an evaluation between steps may take longer.
-        begun = min((now - self._updated) * self._rate(), self._at_once)
-        left = max(self.total - self.done - begun, 0) / self._rate()
+        # The time since the last step is not subtracted: an evaluation between two steps may take longer than all.
+        left = (self.total - self.done) / self._rate()
         if first:
             return ", ".join([*parts, passed, f"about {duration(now - self._start + left)} in all"])
         return ", ".join([*parts, f"about {duration(left)} left"])
