@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 import gspn
 from gspn import plots as pictures
 from gspn.cli import app
+from gspn.cli.training import arguments_of
 from gspn.data.labelled import open_data
-from gspn.options import read_file
+from gspn.options import TASKS, read_file
 from gspn.train.run import Run
 
 TINY = [
@@ -115,6 +116,14 @@ def test_paths_are_printed_as_they_are(run, tmp_path):
     shutil.copytree(run, moved)
     code, out, _ = gspn_command("eval", moved, "digits")
     assert code == 0 and "m[red]r on digits" in out.replace("\n", "")
+
+
+def test_the_run_folder_of_a_file_may_be_in_the_home(monkeypatch, tmp_path):
+    """As DATA may. A folder called ~ is what a user removes the home with."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "options.yaml").write_text("data: digits\nout: ~/runs/first\n")
+    data, run, _ = arguments_of(TASKS["classification"], None, None, None, tmp_path / "options.yaml", {})
+    assert (data, run) == ("digits", tmp_path / "runs" / "first")
 
 
 @pytest.mark.parametrize("name", ["n" * 300, f"./{'n' * 300}", "~nobody-of-that-name/x"])
