@@ -14,7 +14,9 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+import gspn
 from gspn.cli import app
+from gspn.export.program import Exported
 from gspn.progress import EVERY, FIRST, Progress
 from gspn.sampling.encode import encode
 from gspn.sampling.options import SampleOptions
@@ -138,6 +140,18 @@ def test_a_terminal_gets_a_bar_and_no_lines(clock):
     assert "2/4" in shown and "loss 0.5" in shown and "own" in shown and "in all" not in shown
 
 
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_the_bar_of_a_narrow_terminal_keeps_its_numbers(width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    with Progress("training", 12000, "steps", console=console) as work:
+        work.update(350, "epoch 12/300, loss 1.389, 45.5 images/s")
+        console.file.truncate(0)
+        work.bar.refresh()
+        shown = console.file.getvalue()
+    assert "350/12000 steps" in shown and "epoch 12/300" in shown and "left" in shown
+    assert ("45.5 images/s" in shown) == (width == 160) and "\n" not in shown
+
+
 # -- who tells of it --
 
 
@@ -190,3 +204,17 @@ def test_high_resolution_tells(talkative, sd, capsys):
     assert not any("it/s" in line for line in lines)  # the pipeline's own bar
     HighResPipeline(sd)("red fox", stages=[(16, 16)], **FEW | PLAIN)  # with disable=True
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["onnx", "aoti"])
+def test_exporting_tells(kind, talkative, monkeypatch, tmp_path):
+    train_classifier("digits", tmp_path / "run", tiny_options(batch_size=719))
+    monkeypatch.setattr("gspn.progress.TICK", 0.01)
+
+    def export(model, path, **options):
+        time.sleep(0.2)
+        return Exported(path, 8, ((1, 1, 8, 8),), 0.0)
+
+    monkeypatch.setattr(gspn, f"export_{kind}", export)
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), f"--{kind}"])
+    assert "exporting: 0 s so far" in result.stderr and "wrote" in result.stdout, result.output

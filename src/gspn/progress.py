@@ -127,18 +127,21 @@ def duration(seconds: float) -> str:
 
 
 def _bar(what, total, unit, done, console):
-    """rich's bar, with the time left."""
+    """rich's bar, with the time left. Where the terminal is narrow, the bar is short, and the details are cut."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     bar = Progress(
         TextColumn(what, markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(f"{unit}  {{task.fields[told]}} ", markup=False),
-        TimeRemainingColumn(compact=True),
+        BarColumn(min(max(console.width - 80, 5), 40)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn(f"{unit} ", markup=False),
+        TextColumn("{task.fields[told]} ", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         TextColumn("left"),
         console=console,
         transient=True,
+        expand=True,
     )
     bar.add_task(what, total=total, completed=done, told="")
     return bar

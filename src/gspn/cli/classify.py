@@ -293,7 +293,8 @@ def export_run(
             warn([far])
         options = {**shape, "metadata": metadata, "check": not no_check, **special}
         try:
-            written = write(classifier.model, file, **options)
+            with Progress("exporting", console=err):  # compiling takes minutes
+                written = write(classifier.model, file, **options)
         except ImportError as error:
             fail(str(error), 2)
         sizes = ", ".join("x".join(map(str, shape)) for shape in written.checked)
