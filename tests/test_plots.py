@@ -1,9 +1,60 @@
-"""The grid of samples."""
+"""The pictures that the commands draw."""
 
 import numpy as np
+import pytest
+import torch
+from matplotlib.text import Text
 from PIL import Image
 
-from gspn.plots import draw_grid
+from gspn import plots
+from gspn.data.images import Preprocessing, Split
+from gspn.metrics.classification import Outcome
+from gspn.train.run import Run
+
+NAMES = ["$5", "$10", r"$\nosuchsymbol$"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    figures, save = [], plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    return figures
+
+
+def outcome():
+    label, top = torch.tensor([0, 1, 2, 0]), torch.tensor([[0, 1, 2], [0, 1, 2], [2, 1, 0], [1, 0, 2]])
+    probability = torch.tensor([[0.6, 0.3, 0.1]]).expand(4, 3)
+    return Outcome(torch.arange(4), label, top, probability, torch.ones(4), 1.0, 1.0)
+
+
+def with_dollars(figure):
+    return [text for text in figure.findobj(Text) if "$" in text.get_text()]
+
+
+def test_names_of_classes_are_no_formulas(drawn, tmp_path):
+    """matplotlib reads what stands between two dollars as a formula: "$5 (60%) is $10", and fails for the third."""
+    pixels = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+    split = Split([0, 1, 2, 0], NAMES, pixels=pixels)
+    plots.predictions(tmp_path / "p.png", split, outcome(), Preprocessing(1, (8, 8), (0.5,), (0.5,)), NAMES, "val")
+    metrics = {"size": (8, 8), "images": 4, "split": "val", "top1": 0.5, "ece": 0.1, "reliability": []}
+    plots.confusion(tmp_path / "c.png", outcome().confusion(3), NAMES, metrics)
+    for figure in drawn:
+        texts = with_dollars(figure)
+        assert len(texts) >= 4
+        assert not any(text.get_parse_math() for text in texts)
+
+
+@pytest.mark.parametrize("draw", [plots.losses, plots.distillation])
+def test_losses_that_hardly_change_have_ticks_that_differ(draw, drawn, tmp_path):
+    names = ["train_loss", "val_loss", "val_error", "val_bound", "val_noise", "val_output", "val_feature"]
+    rows = [{"epoch": i, "val_teacher": 1.1909} | dict.fromkeys(names, 0.01324 - 0.00004 * i) for i in (1, 2)]
+    draw(Run(tmp_path, {}, rows))
+    for axes in drawn[0].axes:
+        low, high = axes.get_ylim()
+        ticks = zip(axes.get_yticks(minor=True), axes.get_yticklabels(minor=True), strict=True)
+        shown = [label.get_text() for at, label in ticks if low <= at <= high]
+        assert len(set(shown)) == len(shown) >= 2
 
 
 def test_grid_shows_every_class_with_its_images():
@@ -11,7 +62,7 @@ def test_grid_shows_every_class_with_its_images():
     labels = [0, 1, 3, 0, 1, 3, 0]
     images = [Image.new("RGB", (20, 10), colours[label]) for label in labels]
     names = ["red", "green and a name that does not fit in one line, nor two", "none", "blue"]
-    picture = np.asarray(draw_grid(images, labels, names, title="a title", columns=2)).astype(int)
+    picture = np.asarray(plots.draw_grid(images, labels, names, title="a title", columns=2)).astype(int)
     for label, colour in colours.items():
         places = np.argwhere((picture == colour).all(-1))
         # two images of 100x50 side by side, no third one
@@ -26,6 +77,6 @@ def test_grid_shows_every_class_with_its_images():
 
 def test_grid_of_many_classes_and_large_images():
     images = [Image.new("RGB", (600, 300), (7, 99, 200)) for _ in range(70)]
-    picture = draw_grid(images, range(70), [str(i) for i in range(70)])
+    picture = plots.draw_grid(images, range(70), [str(i) for i in range(70)])
     assert (np.asarray(picture) == (7, 99, 200)).all(-1).sum() == 60 * 256 * 128
     assert 0.5 < picture.width / picture.height < 2

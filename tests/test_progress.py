@@ -14,7 +14,9 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+import gspn
 from gspn.cli import app
+from gspn.export.program import Exported
 from gspn.options.generators import SampleOptions
 from gspn.progress import EVERY, FIRST, Progress
 from gspn.sampling.encode import encode
@@ -73,6 +75,17 @@ def test_steps_that_take_longer_than_the_lines_are_waited_for_aloud(clock):
     assert lines[3] == (120.0, "painting: 1 of 3 walls, about 3 min left")
 
 
+def test_a_pause_between_steps_is_no_work_on_those_that_are_left(clock):
+    said = []
+    work = Progress("painting", 6, "walls", clock=clock, say=said.append)
+    for step in range(1, 4):
+        clock.now += 8.0
+        work.update(step)
+    clock.now += 24.0  # as an evaluation takes
+    work.update(details="looking at it")
+    assert said[-1] == "painting: 3 of 6 walls, looking at it, about 24 s left"
+
+
 def test_what_was_done_before_does_not_count_for_the_rate(clock):
     ((_, header), *_) = lines_of(clock, 100, 6.0, 1, done=90)
     assert header == "painting: 91 of 100 walls, 6 s so far, about 60 s in all"
@@ -127,6 +140,18 @@ def test_a_terminal_gets_a_bar_and_no_lines(clock):
     assert "2/4" in shown and "loss 0.5" in shown and "own" in shown and "in all" not in shown
 
 
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_the_bar_of_a_narrow_terminal_keeps_its_numbers(width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    with Progress("training", 12000, "steps", console=console) as work:
+        work.update(350, "epoch 12/300, loss 1.389, 45.5 images/s")
+        console.file.truncate(0)
+        work.bar.refresh()
+        shown = console.file.getvalue()
+    assert "350/12000 steps" in shown and "epoch 12/300" in shown and "left" in shown
+    assert ("45.5 images/s" in shown) == (width == 160) and "\n" not in shown
+
+
 # -- who tells of it --
 
 
@@ -179,3 +204,17 @@ def test_high_resolution_tells(talkative, sd, capsys):
     assert not any("it/s" in line for line in lines)  # the pipeline's own bar
     HighResPipeline(sd)("red fox", stages=[(16, 16)], **FEW | PLAIN)  # with disable=True
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["onnx", "aoti"])
+def test_exporting_tells(kind, talkative, monkeypatch, tmp_path):
+    train_classifier("digits", tmp_path / "run", tiny_options(batch_size=719))
+    monkeypatch.setattr("gspn.progress.TICK", 0.01)
+
+    def export(model, path, **options):
+        time.sleep(0.2)
+        return Exported(path, 8, ((1, 1, 8, 8),), 0.0)
+
+    monkeypatch.setattr(gspn, f"export_{kind}", export)
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), f"--{kind}"])
+    assert "exporting: 0 s so far" in result.stderr and "wrote" in result.stdout, result.output

@@ -101,8 +101,10 @@ def make_folder(path: Path) -> None:
         raise SaveError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
-def check_format(what: Path | str, found: int, known: int, error: type[Exception]) -> None:
-    """Raises `error` if the format `found` is newer than `known`, the newest one that this gspn reads."""
+def check_format(what: Path | str, found: object, known: int, error: type[Exception]) -> None:
+    """Raises `error` unless the format `found` is a number up to `known`, the newest one that this gspn reads."""
+    if not isinstance(found, int):
+        raise error(f"{what} is damaged or foreign: its format is {found!r}, expected a number up to {known}")
     if found > known:
         raise error(f"{what} was written by a newer gspn (format {found}; this one reads up to {known}): update gspn")
 

@@ -3,10 +3,12 @@ none.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
 EARLIER = ".earlier"  # the folder in a run in which the run that is being overwritten waits
+NOTHING = "there is no such file"
 ON_A_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # what may be a name on the Hugging Face hub
 
 
@@ -68,17 +70,33 @@ def config_or_none(file: Path) -> dict | None:
 def check_run(path: str | Path) -> None:
     """Raises RunError unless there is a config.json in the folder."""
     path = Path(path)
-    if not (path / "config.json").exists():
+    reason = missing(path / "config.json")
+    if reason == NOTHING:
         raise no_run(path)
+    if reason:
+        raise RunError(f"the run {path} cannot be opened: {reason}")
 
 
 def check_file(path: str | Path, what: str, expected: str) -> None:
     """Raises OptionError unless `path` exists; `what` is the option that named it."""
-    if not Path(path).expanduser().exists():
-        raise OptionError(f"{what}: there is no {path}; expected {expected}")
+    if reason := missing(path):
+        reason = f"there is no {path}" if reason == NOTHING else f"{path} cannot be opened: {reason}"
+        raise OptionError(f"{what}: {reason}; expected {expected}")
 
 
 def check_named(where: str | Path, what: str, expected: str) -> None:
     """Raises OptionError for what does not exist and cannot be a name on the hub."""
-    if not ON_A_HUB.fullmatch(str(where)):
+    if not ON_A_HUB.fullmatch(str(where)) or missing(where) not in (None, NOTHING):
         check_file(where, what, expected)
+
+
+def missing(path: str | Path) -> str | None:
+    """Why there is nothing at `path`: NOTHING, or why the system does not look there, such as a name that is too long,
+    a folder without permission, the home of an unknown user. None where there is something."""
+    try:
+        os.stat(Path(path).expanduser())
+    except (FileNotFoundError, NotADirectoryError):
+        return NOTHING
+    except (OSError, RuntimeError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None

@@ -26,6 +26,7 @@ COLUMNS, ROWS, WRONG = 8, 5, 8  # the grid of predictions, and how many wrong on
 GRID_COLUMNS, GRID_CLASSES = 10, 60  # of a grid of samples: the most images of a class, and the most classes
 GRID_SIDES = 96, 256  # pixels: smaller images are enlarged to the first by a whole factor, larger ones are shrunk
 GAP, LETTERS, INK, PAPER = 4, 20, "black", "white"
+AS_IT_IS = {"parse_math": False}  # for text with names of classes, in which matplotlib would read $...$ as a formula
 
 
 def save(figure, path):
@@ -116,8 +117,8 @@ def distillation(run):
 def _save_losses(run, figure):
     for axes in figure.axes:
         axes.set(xlabel="epoch", yscale="log")
-        axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.yaxis.set_minor_formatter("{x:.3g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.25, which="both")
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -158,7 +159,7 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
             title, colour = f"{title}\nis {_short(label)}", RED
             frame = dict(edgecolor=RED, linewidth=3, fill=False)
             axes.add_patch(Rectangle((extent[0], top), 0.92, tall * 0.92, **frame))
-        axes.text(left + 0.5, top - 0.03, title, fontsize=8, color=colour, ha="center", va="bottom")
+        axes.text(left + 0.5, top - 0.03, title, fontsize=8, color=colour, ha="center", va="bottom", **AS_IT_IS)
     axes.set(xlim=(0, COLUMNS), ylim=(rows * (tall + 0.32), 0))
     save(figure, path)
 
@@ -183,8 +184,8 @@ def confusion(path, matrix, class_names, metrics):
     axes.set_title(title, fontsize=11, loc="left")
     axes.set(xlabel="taken for", ylabel="class")
     if names:
-        axes.set_xticks(range(K), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(K), names, fontsize=8)
+        axes.set_xticks(range(K), names, rotation=90, fontsize=8, **AS_IT_IS)
+        axes.set_yticks(range(K), names, fontsize=8, **AS_IT_IS)
     if K <= 20:
         for i, j in matrix.nonzero().tolist():
             colour = "white" if share[i, j] > 0.4 else "black"

@@ -104,7 +104,8 @@ class Progress:
         parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}", *filter(None, [self.details])]
         if not self.before < self.done < self.total:
             return ", ".join([*parts, passed])
-        left = max((self.total - self.done) / self._rate() - (now - self._updated), 0.0)
+        # The time since the last step is not subtracted: an evaluation between two steps may take longer than all.
+        left = (self.total - self.done) / self._rate()
         if first:
             return ", ".join([*parts, passed, f"about {duration(now - self._start + left)} in all"])
         return ", ".join([*parts, f"about {duration(left)} left"])
@@ -126,18 +127,21 @@ def duration(seconds: float) -> str:
 
 
 def _bar(what, total, unit, done, console):
-    """rich's bar, with the time left."""
+    """rich's bar, with the time left. Where the terminal is narrow, the bar is short, and the details are cut."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     bar = Progress(
         TextColumn(what, markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(f"{unit}  {{task.fields[told]}} ", markup=False),
-        TimeRemainingColumn(compact=True),
+        BarColumn(min(max(console.width - 80, 5), 40)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn(f"{unit} ", markup=False),
+        TextColumn("{task.fields[told]} ", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         TextColumn("left"),
         console=console,
         transient=True,
+        expand=True,
     )
     bar.add_task(what, total=total, completed=done, told="")
     return bar

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 import gspn
 from gspn import plots as pictures
 from gspn.cli import app
+from gspn.cli.training import arguments_of
 from gspn.data.labelled import open_data
-from gspn.options import read_file
+from gspn.options import TASKS, read_file
 from gspn.train.run import Run
 
 TINY = [
@@ -115,6 +116,33 @@ def test_paths_are_printed_as_they_are(run, tmp_path):
     shutil.copytree(run, moved)
     code, out, _ = gspn_command("eval", moved, "digits")
     assert code == 0 and "m[red]r on digits" in out.replace("\n", "")
+
+
+def test_the_run_folder_of_a_file_may_be_in_the_home(monkeypatch, tmp_path):
+    """As DATA may. A folder called ~ is what a user removes the home with."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "options.yaml").write_text("data: digits\nout: ~/runs/first\n")
+    data, run, _ = arguments_of(TASKS["classification"], None, None, None, tmp_path / "options.yaml", {})
+    assert (data, run) == ("digits", tmp_path / "runs" / "first")
+
+
+@pytest.mark.parametrize("name", ["n" * 300, f"./{'n' * 300}", "~nobody-of-that-name/x"])
+def test_paths_that_the_system_refuses(run, digit_files, name, tmp_path):
+    """A name that is too long, the home of an unknown user: one line, as for a folder without permission."""
+    reason = "home directory" if name.startswith("~") else "too long"
+    good = next(digit_files.rglob("*.png"))
+    code, out, err = gspn_command("predict", run, name, good)
+    assert code == 1 and reason in err and f"{good}: " in out
+    for arguments in (
+        ("train", name, "--out", tmp_path / "run"),
+        ("eval", run, name),
+        ("eval", name, "digits"),
+        ("show", run, name),
+        ("encode", "digits", "--vae", name, "--size", 8, "--out", tmp_path / "latents"),
+        ("fid", name, "--reference", "digits", "--features", f"classifier:{run}"),
+    ):
+        code, _, err = gspn_command(*arguments)
+        assert code == 2 and reason in err, arguments
 
 
 def test_predict_names_what_it_cannot_read(run, digit_files, tmp_path):

@@ -270,6 +270,15 @@ def test_dataset_without_labels_or_with_another_split(table, tmp_path):
         open_data(tmp_path / "strange")
 
 
+def test_a_row_without_an_image_is_told_as_such(table, tmp_path):
+    import datasets
+
+    columns = {"img": [*table["img"], None], "kind": [*table["kind"], 0]}
+    datasets.Dataset.from_dict(columns, features=table.features).save_to_disk(tmp_path / "saved")
+    split = open_data(tmp_path / "saved").splits["all"]
+    assert split.problem(len(table)).endswith(f"row {len(table)}: the row has no image")
+
+
 def test_names_that_are_nearly_right(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     tried = []

@@ -97,6 +97,7 @@ def test_faults_of_the_configuration(copied, tmp_path):
     for change, message in (
         ({"kind": "other"}, "is of something else"),
         ({"format": 99}, "was written by a newer gspn"),
+        ({"format": "x"}, "its format is 'x'"),
         ({"vae": None}, "is damaged"),
         ({"vae": {"digest": "0"}}, "is damaged: KeyError: 'scaling_factor'"),
         ({"splits": 3}, "is damaged"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from helpers.training import TINY, other_byte, tiny_options
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from gspn import plots as pictures
 from gspn.cli import app
 from gspn.data.images import UNREADABLE
-from gspn.data.labelled import DataError
+from gspn.data.labelled import Data, DataError
 from gspn.metrics.classification import Outcome, evaluate, mistakes
 from gspn.options import Options
 from gspn.tasks.classify import train_classifier
@@ -104,18 +106,33 @@ def test_other_sizes_and_what_is_written(run, tmp_path):
     assert "359 (test) at 12x12" in text and "calibration error" in text and "without" in text
 
 
-def test_data_that_changed_since_may_hold_out_others(colours, tmp_path, monkeypatch):
+def test_data_that_changed_or_moved_since_hold_out_others_than_one_expects(colours, tmp_path, monkeypatch):
     for name in ("curves", "predictions", "context"):
         monkeypatch.setattr(pictures, name, lambda *args: None)
     run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(batch_size=16))
 
-    def changed(**more):
-        metrics, warnings = evaluate(run.path, colours, workers=0, **more)
-        return metrics["split"], any("has changed since" in warning for warning in warnings)
+    def warned(what, data=colours, **more):
+        metrics, warnings = evaluate(run.path, data, workers=0, **more)
+        return metrics["split"], any(what in warning for warning in warnings)
 
+    def changed(**more):
+        return warned("has changed since", **more)
+
+    def trained_on(**more):
+        return warned("most of these images were trained on", **more)
+
+    moved = shutil.copytree(colours, tmp_path / "moved")
     assert changed() == ("val", False)
+    assert trained_on(data=moved) == ("all", True) and trained_on() == ("val", False)
+    assert trained_on(data=moved, split="val") == ("val", False)
     other_byte(colours / "blue" / "5.png")
+    other_byte(moved / "blue" / "5.png")
     assert changed() == ("val", True) and changed(split="all") == ("all", False)
+    assert trained_on(data=moved) == ("all", False)
+    console, given = Console(quiet=True), []
+    monkeypatch.setattr(Data, "fingerprint", lambda self, like, console=None: given.append(console))
+    changed(console=console)
+    assert given == [console]  # reading all data is long work, of which a user is told
 
 
 def test_faults(run, tmp_path):

@@ -334,6 +334,7 @@ def test_a_folder_of_another_image_is_refused(tmp_path):
     (tmp_path / "stage-0-16x16" / "latents.safetensors").write_bytes(b"none")
     with pytest.raises(ValueError, match=r"latents.safetensors cannot be read .*remove"):
         high(**call)
-    (tmp_path / "highres.json").write_text("{")
-    with pytest.raises(ValueError, match=r"highres\.json is damaged"):
-        high(**call)
+    for record, message in (("{", "is damaged"), ('{"format": 9}', r"newer gspn \(format 9")):
+        (tmp_path / "highres.json").write_text(record)
+        with pytest.raises(ValueError, match=rf"highres\.json .*{message}"):
+            high(**call)

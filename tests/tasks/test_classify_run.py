@@ -1,6 +1,7 @@
 """The run folder: overwriting, crashes, damage."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,15 @@ def test_run_folder_in_the_way(digits_run, tmp_path):
     run = Run.create(tmp_path / "other", {"task": "y"}, overwrite=True)
     run.save_checkpoint("best", {}, {"epoch": 1})
     assert {file.name for file in other.path.iterdir()} == {"config.json", "checkpoints", "mine.txt"}
+
+
+def test_the_command_that_resumes_a_run_can_be_pasted(tmp_path):
+    path = tmp_path / "my first; run"
+    Run.create(path, {"task": "classification"})
+    with pytest.raises(RunError, match="is not empty") as error:
+        Run.check_free(path)
+    command = str(error.value).split("`")[1]
+    assert shlex.split(command) == ["gspn", "train", "--resume", str(path)]
 
 
 def test_overwrite_with_a_bad_option_keeps_the_earlier_run(digits_run):

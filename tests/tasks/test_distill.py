@@ -1,7 +1,9 @@
 """Distillation of Stable Diffusion: what the loss is, what is trained, that a run goes on exactly, what it leaves."""
 
 import json
+import logging
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +23,9 @@ from gspn.digests import is_earlier
 from gspn.options import OptionError
 from gspn.options.distill import DistillOptions
 from gspn.tasks.distill import Setup, distill, resume_distillation
+from gspn.tasks.side_by_side import SideBySide
 from gspn.tasks.student import PARTS, Distillation, Student
-from gspn.tasks.text_to_image import TextToImage, open_text_to_image
+from gspn.tasks.text_to_image import WARN_OF_LENGTHS, TextToImage, open_text_to_image
 from gspn.train.loop import make_accelerator
 from gspn.train.run import Run, RunError
 
@@ -410,6 +413,26 @@ def test_long_captions_are_told(bases, photos, tmp_path):
     assert teacher.too_long([("red fox",), ("a owl",)]) is None
     told = "1 of 2 captions looked at have more than the 8 tokens that the text encoder takes: the rest is cut off"
     assert teacher.too_long([("red fox",), ("red fox of a house with a smile",)]) == told
+
+
+def test_long_captions_are_told_by_us_alone(tmp_path):
+    """diffusers and transformers would warn of each of them, in each batch and in each picture."""
+    long, told, handler = "red fox of a house with a smile", [], logging.Handler()
+    handler.emit = lambda record: told.append(record.name)
+    for name in WARN_OF_LENGTHS:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        teacher = TextToImage(tiny_sd(), "here")
+        student = SimpleNamespace(teacher=teacher, swap=SimpleNamespace(use=lambda which: nullcontext()))
+        options = DistillOptions(size=SIZE, epochs=1, sample_steps=2, sample_every=1)
+        with torch.no_grad():
+            teacher.conditions([long], SIZE)
+            assert SideBySide(student, [(long,)], options, tmp_path)(1) is not None and told == []
+            tiny_sd().encode_prompt(long, "cpu", 1, True)
+        assert {name.partition(".")[0] for name in told} == {"diffusers", "transformers"}
+    finally:
+        for name in WARN_OF_LENGTHS:
+            logging.getLogger(name).removeHandler(handler)
 
 
 def test_what_makes_another_teacher(bases, tmp_path):

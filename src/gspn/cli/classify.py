@@ -9,6 +9,7 @@ import gspn
 from gspn.cli.app import command, err, fail, out, warn
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
+from gspn.places import missing
 from gspn.progress import Progress
 
 
@@ -66,18 +67,18 @@ def predict(options):
     With --json such a file has "error", the reason, instead of "classes".
     """
     images = options.images
-    missing = {path: "there is no such file" for path in images if not path.exists()}
-    _refuse(missing, options)
-    warn(f"{path}: {reason}" for path, reason in missing.items())  # now, because the rest takes time
+    absent = {path: reason for path in images if (reason := missing(path))}
+    _refuse(absent, options)
+    warn(f"{path}: {reason}" for path, reason in absent.items())  # now, because the rest takes time
     from gspn.data.images import decode
     from gspn.runs import load_classifier
 
     classifier = load_classifier(options.run, options.checkpoint)
-    answers, problems = [], dict(missing)
+    answers, problems = [], dict(absent)
     with Progress("predicting", len(images), console=err) as bar:
         for number, path in enumerate(images):
             bar.update(number)
-            if path not in missing:
+            if path not in absent:
                 try:
                     pixels = classifier.preprocessing(decode(path))
                 except Exception as error:  # Pillow raises anything on damaged files
@@ -95,7 +96,7 @@ def predict(options):
             classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in answer.get("classes", []))
             out.print(f"{answer['image']}: {classes or 'unreadable'}", markup=False, highlight=False)
     if problems:
-        fail(_told(problems, images, known=missing), 1)
+        fail(_told(problems, images, known=absent), 1)
 
 
 def _told(problems, images, known=()):
@@ -114,6 +115,8 @@ def _refuse(problems, options):
 def show(options):
     """Draw where the context of one pixel of IMAGE comes from, in each direction and merged."""
     image, picture = options.image, options.out or options.run / f"context-{options.image.stem}.png"
+    if reason := missing(image):
+        raise OptionError(f"{image} cannot be read as an image: {reason}")
     from gspn.files import check_absent
 
     check_absent(picture, overwrite=options.overwrite)
@@ -162,11 +165,16 @@ def export_run(options):
     given["metadata"] = {"class_names": classifier.classes, "preprocessing": preprocessing.to_json()}
     write = gspn.export_onnx if options.onnx else gspn.export_aoti
     try:
-        written = write(classifier.model, file, check=not options.no_check, **given)
+        with Progress("exporting", console=err):  # compiling takes minutes
+            written = write(classifier.model, file, check=not options.no_check, **given)
     except ImportError as error:
         fail(str(error), 2)
     sizes = ", ".join("x".join(map(str, shape)) for shape in written.checked)
-    checked = f"differs by {written.difference:.0e} of the largest output at {sizes}" if sizes else "not checked"
+    checked = (
+        f"differs by {written.difference:.0e} of the largest output at {sizes}"
+        if not options.no_check
+        else "not checked"
+    )
     out.print(f"wrote {written.path}, {written.size_bytes / 1e6:.1f} MB, {checked}", markup=False, highlight=False)
 
 

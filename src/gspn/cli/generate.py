@@ -33,6 +33,7 @@ def encode_images(options):
     The same call continues after a stop. Several processes (torchrun) share the work.
     Example: gspn encode photos --vae models/vae --size 256 --out latents/photos
     """
+    from gspn.data.unreadable import warning_of
     from gspn.sampling.encode import encode
     from gspn.train.loop import make_accelerator
 
@@ -50,9 +51,7 @@ def encode_images(options):
         counts = ", ".join(f"{count:,} ({name})" for name, count in images.items())
         out.print(f"in {folder}: {counts} latents of {'x'.join(map(str, shape))}", markup=False, highlight=False)
     if latents.unreadable:
-        shown = "".join(f"\n  {problem}" for problem in latents.unreadable[:20])
-        more = "\n  ..." if len(latents.unreadable) > 20 else ""
-        warn([f"{len(latents.unreadable)} images that could not be read are left out:{shown}{more}"])
+        warn([warning_of(latents.unreadable)])
 
 
 @command("fid", FidOptions)

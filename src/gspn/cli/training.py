@@ -95,4 +95,5 @@ def arguments_of(spec, argument, data, run, config, overrides):
         raise OptionError("Missing argument 'DATA'" if argument is None else "Missing option '--data'")
     options.check_paths()
     check_named(data, "DATA" if argument is None else "data", spec.data_help)
-    return data, Path(run) if run else Path("runs") / f"{Path(data).name or 'data'}-{spec.label(options)}", options
+    run = run or Path("runs") / f"{Path(data).name or 'data'}-{spec.label(options)}"
+    return data, Path(run).expanduser(), options

@@ -136,8 +136,8 @@ def open_latents(folder: str | Path, *, val_fraction: float = 0.1) -> LatentData
     for name, each in shards.items():
         splits[name], problems = _open_split(each, f"{folder}, {name}")
         unreadable += problems
-    notes = [f"{len(unreadable)} images of {config['data']['where']} could not be read and are left out"]
-    notes = notes if unreadable else []
+    many, where = "s" * (len(unreadable) > 1), config["data"]["where"]
+    notes = [f"{len(unreadable)} unreadable image{many} of {where} left out"] if unreadable else []
     splits, held_out = with_held_out(splits, val_fraction)
     return LatentData(
         KIND,

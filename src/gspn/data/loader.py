@@ -26,8 +26,8 @@ DYING = 1.0  # seconds for a worker to be gone after its connection broke
 class ImageDataset(Dataset):
     """A Split as the loader reads it, in batches, by lists of (epoch, *key); see EpochSampler.
 
-    A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}; An image that
-    could not be decoded has the label UNREADABLE and pixels of 0, so that batches keep their size.
+    A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}. An image that could not be
+    decoded has the label UNREADABLE and pixels of 0, so that batches keep their size.
     """
 
     def __init__(self, split, preprocessing, augmentation=None, seed=0):

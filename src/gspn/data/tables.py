@@ -239,6 +239,8 @@ class _Rows:
 
 
 def _decoded(cell):
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise ValueError("the row has no image")
     return decode(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
 
 

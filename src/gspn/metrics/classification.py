@@ -184,8 +184,10 @@ def evaluate(
         data_set = open_data(data, **open_options)
     chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
     chosen = chosen.relabelled(class_names)
-    held_out, told = own and name == "val" and "all" in data_set.splits, trained_on.get("fingerprint")
-    changed = held_out and told is not None and data_set.fingerprint(like=told) != told
+    # Which images were held out of data without an evaluation split follows from the whole of the data.
+    recorded, compared = trained_on.get("fingerprint"), (name == "val") if own else (name == "all" and split is None)
+    compared = compared and "all" in data_set.splits and recorded is not None
+    same = data_set.fingerprint(recorded, console) == recorded if compared else None
     converts = channels is not None or own or trained_on.get("converts", False)
     if not converts and chosen.channels() != preprocessing.channels:
         raise DataError(
@@ -214,10 +216,15 @@ def evaluate(
         pictures.confusion(picture, confusion, class_names, metrics)
     far = far_from(preprocessing.size, trained_size, f"the model of {path} was trained at")
     told = [*data_set.left_out, *filter(None, [far, workers_note(workers, chosen)])]
-    if changed:
+    if own and same is False:
         told.append(
             f"{data} has changed since the run was trained: other images may be held out of it now, so that some of "
             "these may have been trained on"
+        )
+    if not own and same:
+        told.append(
+            f"{data} holds what the run was trained on, in another place: most of these images were trained on; "
+            "--split val evaluates those that were held out"
         )
     return metrics, [*told, *warnings_of(metrics, problems)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from gspn.files import atomic, save_tensors
+from gspn.files import atomic, check_format, save_tensors
 
 FILE = "gspn_swap.safetensors"  # its name in a folder
 _FORMAT = 1
@@ -77,8 +77,7 @@ def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[d
             config = json.loads((file.metadata() or {}).get("gspn_swap", "null"))
             if not isinstance(config, dict) or "format" not in config:
                 raise ValueError(f"{path} holds no swapped layers: it was not written by gspn's Swap.save")
-            if config["format"] != _FORMAT:
-                raise ValueError(f"{path} has format {config['format']}, this version of gspn reads {_FORMAT}")
+            check_format(path, config["format"], _FORMAT, ValueError)
             if missing := [key for key in _CONFIG if key not in config]:
                 raise ValueError(f"{path} is damaged: its config lacks {', '.join(missing)}")
             _check_belongs(path, config, unet, channels)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar, Self
 
 import accelerate
@@ -189,7 +190,7 @@ def start(
             if run and run.restore_earlier():
                 say(f"this training has no checkpoint; the earlier run is back in {out}")
             elif run and run.has_checkpoint("last"):
-                say(f"`gspn {spec.command} --resume {out}` continues from its last checkpoint")
+                say(f"`gspn {spec.command} --resume {quote(str(out))}` continues from its last checkpoint")
             raise
 
 
@@ -227,7 +228,8 @@ def resume(
             if setup.data.fingerprint(recorded, quiet) != recorded:
                 hint = ""
                 if hasattr(options, "init_from"):
-                    hint = f"; `gspn {spec.command} --init-from {path}` starts a new training from its weights"
+                    command = f"gspn {spec.command} --init-from {quote(str(path))}"
+                    hint = f"; `{command}` starts a new training from its weights"
                 raise RunError(
                     f"{setup.data.where} is not what {path} was trained on: images, labels, captions or class names "
                     f"have changed{hint}"
@@ -248,7 +250,9 @@ def resume(
                 )
         else:
             begin = "the start, as there is no checkpoint yet"
-            if note := setup.first_weights(model):
+            with Progress("preparing the weights", console=quiet):
+                note = setup.first_weights(model)
+            if note:
                 say(f"note: {note}")
         if note := setup.data.uncompared(recorded):
             say(f"note: {note}")

@@ -10,6 +10,7 @@ from gspn.data.images import generator
 from gspn.models.latents import check_finite
 from gspn.options.distill import DistillOptions
 from gspn.plots import draw_grid, drawing_samples, save_picture
+from gspn.tasks.text_to_image import lengths_untold
 
 
 class SideBySide:
@@ -31,7 +32,7 @@ class SideBySide:
         options = self.options
         if epoch % options.sample_every and epoch < options.epochs:
             return None
-        with drawing_samples(epoch):
+        with drawing_samples(epoch), lengths_untold():
             if self.taught is None:  # the teacher stays what it is
                 with self.student.swap.use("attention"):
                     self.taught = self._images()

@@ -35,6 +35,11 @@ SCHEDULE = (
     "rescale_betas_zero_snr",
     "prediction_type",
 )
+WARN_OF_LENGTHS = (
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "transformers.tokenization_utils_base",
+)
 MULTIPLE = 8  # of which diffusers' pipelines take sizes
 LOOKED_AT = 1000  # captions whose length is looked at
 
@@ -149,7 +154,7 @@ class TextToImage:
 
     def _encoded(self, texts, guided):
         """(text, its unconditional half) of the pipeline and, of SDXL, both pooled too."""
-        with _without_warnings(), self._without_autocast():
+        with lengths_untold(), self._without_autocast():
             return self.pipe.encode_prompt(
                 prompt=texts,
                 device=self.unet.device,
@@ -213,10 +218,10 @@ class TextToImage:
 
 
 @contextmanager
-def _without_warnings():
-    """diffusers warns of each text that is too long, in each batch; `too_long` tells it once."""
-    names = ("stable_diffusion.pipeline_stable_diffusion", "stable_diffusion_xl.pipeline_stable_diffusion_xl")
-    loggers = [logging.getLogger(f"diffusers.pipelines.{name}") for name in names]
+def lengths_untold():
+    """In the block, diffusers and transformers do not warn of texts that are too long, as they do of each text in each
+    batch; `too_long` tells it once."""
+    loggers = [logging.getLogger(name) for name in WARN_OF_LENGTHS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

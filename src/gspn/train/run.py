@@ -20,6 +20,7 @@ import os
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -321,7 +322,8 @@ def _going_on(path):
         if state.get("format") != STATE_FORMAT or done >= epochs:
             return None
         at = f"after step {step}, in epoch {done + 1} of {epochs}"
-    return f"`gspn {TASKS[config['task']].command} --resume {path}` resumes the run there, which was stopped {at}"
+    command = f"gspn {TASKS[config['task']].command} --resume {quote(str(path))}"
+    return f"`{command}` resumes the run there, which was stopped {at}"
 
 
 def _earlier_hint(path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gspn.digests import SCHEME, digest, settings
-from gspn.files import atomic, save_tensors, write_json, writing
+from gspn.files import atomic, check_format, save_tensors, write_json, writing
 
 RECORD, LATENTS, IMAGE = "highres.json", "latents.safetensors", "image.png"
 FORMAT = 1
@@ -49,8 +49,7 @@ class Workdir:
                 found = self.kept["format"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{record} is damaged ({error}): remove it and the stages beside it") from error
-            if found != FORMAT:
-                raise ValueError(f"{record} is of format {found}, this version reads {FORMAT}")
+            check_format(record, found, FORMAT, ValueError)
             if not any(self.path.glob("stage-*")):
                 self.kept = None  # nothing was made, as with a call that failed
 
