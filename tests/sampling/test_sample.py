@@ -94,17 +94,17 @@ def test_a_vae_that_was_moved_since_the_training(run, tmp_path):
     assert CliRunner().invoke(app, [*command, str(tmp_path / "a")]).exit_code == 0
     (tmp_path / "vae").rename(tmp_path / "moved")
     result = CliRunner().invoke(app, [*command, str(tmp_path / "b")])
-    assert result.exit_code == 2 and "if it was moved, --vae says where it is now" in result.output
+    assert result.exit_code == 2 and "--vae" in result.output
     result = CliRunner().invoke(app, [*command, str(tmp_path / "b"), "--vae", str(tmp_path / "other")])
-    assert result.exit_code == 2 and "is not the one whose latents these are" in result.output, result.output
+    assert result.exit_code == 2 and "latents" in result.output, result.output
     assert not (tmp_path / "b").exists()
     result = CliRunner().invoke(app, [*command, str(tmp_path / "b"), "--vae", str(tmp_path / "moved")])
     assert result.exit_code == 0 and tree(tmp_path / "b") == tree(tmp_path / "a")
     command = ["export", str(tmp_path / "run"), "--diffusers", "--vae", str(tmp_path / "moved")]
     assert CliRunner().invoke(app, command).exit_code == 0
-    with pytest.raises(OptionError, match="is a saved pipeline, which holds all that it needs"):
+    with pytest.raises(OptionError, match="saved pipeline"):
         load_pipeline(tmp_path / "run" / "pipeline", vae=tmp_path / "moved")
-    with pytest.raises(OptionError, match="was trained on pixels and uses none"):
+    with pytest.raises(OptionError, match=r"pixels.*none"):
         load_pipeline(run, vae=tmp_path / "moved")
 
 
@@ -133,24 +133,24 @@ def test_a_run_of_dit(tmp_path):
 
 
 def test_sources_that_are_none(tmp_path, run):
-    with pytest.raises(RunError, match="is no run"):
+    with pytest.raises(RunError, match="no run"):
         load_pipeline(tmp_path)
-    with pytest.raises(RunError, match="is a run of classification, expected diffusion"):
+    with pytest.raises(RunError, match="classification, expected diffusion"):
         load_pipeline(Run.create(tmp_path / "classifier", {"task": "classification"}).path)
-    with pytest.raises(RunError, match="has no checkpoint 'best'"):
+    with pytest.raises(RunError, match="checkpoint 'best'"):
         load_pipeline(run, "best")
     other = shutil.copytree(run, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["model"]["arguments"]["hidden_size"] = 48
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match=r"damaged or foreign: RuntimeError: .*size mismatch"):
+    with pytest.raises(RunError, match=r"RuntimeError: .*size mismatch"):
         load_pipeline(other)
     del config["scheduler"]
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match="damaged or foreign: KeyError: 'scheduler'"):
+    with pytest.raises(RunError, match="KeyError: 'scheduler'"):
         load_pipeline(other)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(RunError, match="holds a StableDiffusionPipeline, expected a GSPNPipeline"):
+    with pytest.raises(RunError, match="StableDiffusionPipeline, expected a GSPNPipeline"):
         load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(RunError, match="cannot be loaded"):
@@ -283,7 +283,7 @@ def test_a_stopped_folder_comes_out_as_if_it_had_not_been(run, done, tmp_path, m
     monkeypatch.setattr(module, "save_picture", save)
     samples = Samples.open(tmp_path / "a")
     assert len(samples.missing()) == 7 - after
-    with pytest.raises(RunError, match=f"{7 - after} of 7 samples are not in"):
+    with pytest.raises(RunError, match=f"{7 - after} of 7 samples"):
         samples.split()
     said = sample(run, tmp_path / "a", options(npz=True))
     assert said["made"] == 7 - after
@@ -299,7 +299,7 @@ def test_samples_that_an_older_version_began_can_grow(run, done, tmp_path):
     assert sample(run, folder, options(count=9, batch_size=2))["made"] == 2
     about["settings"]["weights"] = "0" * 64
     (folder / "samples.json").write_text(json.dumps(about))
-    with pytest.raises(RunError, match="were made with other weights"):
+    with pytest.raises(RunError, match="other weights"):
         sample(run, folder, options(count=9, batch_size=2))
 
 
@@ -312,7 +312,7 @@ def test_a_finished_folder_is_left_as_it_is_and_can_grow(run, done, tmp_path, mo
     assert len(pixels(folder)) == 9 and all(path.stat().st_mtime_ns == time for path, time in times.items())
     with np.load(folder / "samples.npz") as arrays:
         assert arrays["arr_1"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    with pytest.raises(RunError, match="is of 9 samples, more than 7: choose another folder"):
+    with pytest.raises(RunError, match=r"9 samples.* 7"):
         sample(run, folder, options())
 
 
@@ -330,7 +330,7 @@ def test_a_finished_folder_is_left_as_it_is_and_can_grow(run, done, tmp_path, mo
 )
 def test_other_arguments_in_the_same_folder_are_refused(run, done, more, what):
     before = tree(done[0])
-    with pytest.raises(RunError, match=f"were made with {what}: choose another folder"):
+    with pytest.raises(RunError, match=f"with {what}"):
         sample(run, done[0], options(**more))
     assert tree(done[0]) == before
 
@@ -340,22 +340,22 @@ def test_other_weights_in_the_same_folder_are_refused(done, tmp_path):
     tensors, state = run.load_checkpoint("last")
     tensors["ema"]["norm.weight"][0] += 1e-3
     Run.open(run.path).save_checkpoint("last", tensors, state)
-    with pytest.raises(RunError, match="were made with other weights"):
+    with pytest.raises(RunError, match="other weights"):
         sample(run.path, done[0], options())
 
 
 def test_folders_of_something_else_are_refused(run, done, tmp_path):
     (tmp_path / "precious.txt").write_text("here")
-    with pytest.raises(RunError, match="is not empty and holds no samples"):
+    with pytest.raises(RunError, match=r"not empty.*no samples"):
         sample(run, tmp_path, options())
-    with pytest.raises(RunError, match="is a file; expected a folder"):
+    with pytest.raises(RunError, match="file; expected a folder"):
         sample(run, tmp_path / "precious.txt", options())
     assert tree(tmp_path) == {"precious.txt": b"here"}
-    for text, message in (("{}", "damaged or foreign: KeyError"), ('{"format": 9}', "written by a newer gspn")):
+    for text, message in (("{}", "KeyError"), ('{"format": 9}', "newer gspn")):
         (tmp_path / "samples.json").write_text(text)
         with pytest.raises(RunError, match=message):
             sample(run, tmp_path, options())
-    with pytest.raises(RunError, match="holds no samples: there is no"):
+    with pytest.raises(RunError, match="no samples"):
         Samples.open(done[0] / "images")
 
 
@@ -368,7 +368,7 @@ def test_a_full_disk_is_told_and_leaves_what_is_done(run, tmp_path, monkeypatch)
         save(self, path, *more, **options)
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(SaveError, match=r"000003-four.png: No space left on device"):
+    with pytest.raises(SaveError, match=r"000003-four\.png: No space left"):
         sample(run, tmp_path / "a", options())
     assert len(list((tmp_path / "a/images").iterdir())) == 3
 
@@ -379,12 +379,12 @@ def test_a_full_disk_is_told_and_leaves_what_is_done(run, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (dict(classes="one,seven"), "classes: there is no class 'seven'; there are one, two"),
-        (dict(classes="5"), "classes: class labels have to be from 0 to 4, got 5"),
-        (dict(classes="one,0"), "names a class twice: 'one,0'"),
-        (dict(per_class=2), "count 7 and per_class 2 exclude each other"),
-        (dict(size=(9, 8)), "multiples of 2, the patch of 2, got 9x8"),
-        (dict(steps=1001), "num_inference_steps has to be a whole number from 1 to 1000, got 1001"),
+        (dict(classes="one,seven"), "classes: .*'seven'.*one, two"),
+        (dict(classes="5"), "classes: .*0 to 4.* 5"),
+        (dict(classes="one,0"), "twice: 'one,0'"),
+        (dict(per_class=2), "count 7.*per_class 2"),
+        (dict(size=(9, 8)), "multiples of 2.*9x8"),
+        (dict(steps=1001), "num_inference_steps.*1 to 1000.*1001"),
     ],
 )
 def test_bad_options(run, tmp_path, more, message):
@@ -404,7 +404,7 @@ def test_a_scheduler_for_another_prediction(tmp_path):
     config = json.loads((run.path / "config.json").read_text())
     config["scheduler"] = {"class": "DDIMScheduler", "config": {"prediction_type": "v_prediction"}}
     (run.path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(OptionError, match=r"the model predicts 'epsilon', but the scheduler \(DDIMScheduler\) has"):
+    with pytest.raises(OptionError, match=r"'epsilon'.*DDIMScheduler"):
         sample(run.path, tmp_path / "a", options())
 
 
@@ -414,7 +414,7 @@ def test_values_that_are_no_numbers_and_memory_that_does_not_suffice(run, tmp_pa
         return decode(self, latents, output_type)
 
     decode = GSPNPipeline._decode
-    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"cannot make sample 1: .* not finite"):
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"sample 1: .* not finite"):
         patch.setattr(GSPNPipeline, "_decode", broken)
         sample(run, tmp_path / "a", options())
     assert not list((tmp_path / "a/images").iterdir())
@@ -423,7 +423,7 @@ def test_values_that_are_no_numbers_and_memory_that_does_not_suffice(run, tmp_pa
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(GSPNPipeline, "__call__", large)
-    with pytest.raises(TrainingError, match=r"does not suffice for 3 images of 8x8 at a time: lower --batch-size"):
+    with pytest.raises(TrainingError, match=r"3 images of 8x8 .*--batch-size"):
         sample(run, tmp_path / "a", options())
 
 
@@ -462,11 +462,11 @@ def test_the_command(run, tmp_path):
     arguments = ["sample", str(run), "--out", str(tmp_path / "a"), "--classes", "two,4", "--per-class", "1"]
     result = CliRunner().invoke(app, [*arguments, "--steps", "3", "--guidance", "1", "--size", "2", "--npz"])
     assert result.exit_code == 0, result.output
-    assert "2 samples, 2 of them made now" in result.output and "images, grid.png, samples.npz" in result.output
+    assert "2 samples" in result.output and "images, grid.png, samples.npz" in result.output
     result = CliRunner().invoke(app, [*arguments, "--steps", "1", "--guidance", "1", "--size", "2"])
-    assert result.exit_code == 2 and "were made with steps 3, not 1" in result.output
+    assert result.exit_code == 2 and "steps 3, not 1" in result.output
     result = CliRunner().invoke(app, ["sample", str(run), "--out", str(tmp_path / "b"), "--guidance", "-1"])
-    assert result.exit_code == 2 and "guidance must be from 0" in result.output
+    assert result.exit_code == 2 and "guidance" in result.output
 
 
 def test_a_generator_is_exported_as_a_pipeline(tmp_path):
@@ -475,13 +475,13 @@ def test_a_generator_is_exported_as_a_pipeline(tmp_path):
     run.save_checkpoint("best", {"model": tensors["model"]}, state)  # zeros; `gspn sample` takes the last one too
     arguments = ["export", str(run.path), "--diffusers"]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0 and f"wrote {run.path / 'pipeline'}, checkpoint last" in result.output
+    assert result.exit_code == 0 and "checkpoint last" in result.output
     loaded = GSPNPipeline.from_pretrained(run.path / "pipeline")
     assert same(loaded.transformer.state_dict(), model.state_dict()) and loaded.id2label[2] == "three/3"
     assert loaded.image_size == (8, 8)
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and "is there already: choose another name, or --overwrite" in result.output
-    for more, message in (("--onnx", "choose one of"), ("--no-check", "--no-check is for --onnx and --aoti")):
+    assert result.exit_code == 2 and "--overwrite" in result.output
+    for more, message in (("--onnx", "--diffusers"), ("--no-check", "--no-check")):
         result = CliRunner().invoke(app, [*arguments, more])
         assert result.exit_code == 2 and message in result.output
 
