@@ -207,7 +207,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "also has")):
             if names := sorted(info[key]):
                 shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-                raise ValueError(f"{pretrained_model_name_or_path} is of another architecture: it {what} {shown}")
+                raise ValueError(f"{pretrained_model_name_or_path} has another architecture: it {what} {shown}")
         return (model, info) if with_info else model
 
     def forward(
