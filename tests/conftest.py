@@ -1,4 +1,4 @@
-"""What the tests share: which backends run here, and the definition of the operators as a loop over pixels."""
+"""Shared by the tests: the backends that run here, the operators as a loop over pixels, and fixtures."""
 
 import shutil
 import sys
@@ -10,8 +10,8 @@ import torch
 
 import gspn
 
-# timm imports torchvision, whose published Linux build is for CUDA: beside a CPU torch its operators do not load, and
-# it can be imported only where the schemas exist that it has fake rules for. This is for the Makefile's copy alone.
+# timm imports torchvision, whose published Linux build is for CUDA. With a CPU torch its operators do not load, and it
+# needs their schemas to be imported, because it has fake rules for them. Only the Makefile's copy gets them here.
 if (Path(__file__).parent.parent / ".timm").resolve() in (Path(p).resolve() for p in sys.path):
     try:
         import torchvision  # noqa: F401
@@ -20,7 +20,7 @@ if (Path(__file__).parent.parent / ".timm").resolve() in (Path(p).resolve() for 
         for name in ("nms", "qnms"):
             TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-# The CPU kernel has to be there in CI; where it cannot be built, its tests are skipped by name.
+# CI needs the CPU kernel; where it cannot be built, its tests are skipped by name.
 HERE = [name for name in ("reference", "cpu") if name == "reference" or gspn.available_backends()[name].available]
 
 
@@ -37,7 +37,7 @@ def _seed():
 
 
 def pixel_loop(x, gate, logits, direction, segment=None):
-    """h (C,H,W) by the formula, pixel by pixel in Python floats: x (C,H,W), gate (C,H,W), logits (G,3,H,W)."""
+    """h (C,H,W) by the formula, pixel by pixel in Python floats, of x (C,H,W), gate (C,H,W), logits (G,3,H,W)."""
     channels, height, width = x.shape
     groups = logits.shape[0]
     columns = direction in ("right", "left")
@@ -76,7 +76,7 @@ def random_problem(batch, channels, height, width, features, groups=None, direct
     ]
 
 
-# -- training; imported only there, as it needs its extra --
+# -- training; its modules are imported inside, because they need an extra --
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +107,7 @@ def colours(tmp_path):
     return tmp_path / "data"
 
 
-# -- latents; imported only there, as it needs its extra --
+# -- latents; their modules are imported inside, because they need an extra --
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +122,7 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """See encoding.make_pictures."""
+    """The folder that helpers.encoding.make_pictures makes."""
     from helpers.encoding import make_pictures
 
     return make_pictures(tmp_path_factory.mktemp("pictures"))
@@ -130,7 +130,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory, pictures, vae):
-    """(what encode gives, its folder), with mirrored images, 5 images a shard."""
+    """(the result of encode, its folder), with mirrored images and 5 images in each shard."""
     from helpers.encoding import SIZE
 
     from gspn.sampling.encode import encode
@@ -147,17 +147,16 @@ def copied(latents, tmp_path):
 # -- high resolution --
 
 
-@pytest.fixture
-def estimates():
-    """For tests that are about estimates of memory."""
+def pytest_configure(config):
+    config.addinivalue_line("markers", "estimates: is about estimates of memory, which other tests do without")
 
 
 @pytest.fixture
 def no_estimates(request, monkeypatch):
-    """Everything fits, without the time that it takes to find that out, but in tests that take `estimates`."""
+    """Everything fits, and no time is spent on finding that out, except in tests marked `estimates`."""
     from gspn.stable_diffusion.highres import memory
 
-    if "estimates" not in request.fixturenames:
+    if request.node.get_closest_marker("estimates") is None:
         monkeypatch.setattr(memory, "peak_bytes", lambda *args, **kwargs: 0)
 
 

@@ -153,9 +153,9 @@ def test_the_released_form_has_the_same_keys_and_keeps_what_the_layer_promises(b
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.float()(x.float()).dtype == torch.float32
     assert gspn.GSPN2d(6, alignment="released", groups=2, scan_dim=4, skip=False)(x.float()).shape == x.shape
-    with pytest.raises(ValueError, match="takes square feature maps, got 4x5"):
+    with pytest.raises(ValueError, match=r"square.*4x5"):
         layer(torch.randn(1, 6, 4, 5))
-    with pytest.raises(ValueError, match='alignment has to be "aligned" or "released", got None'):
+    with pytest.raises(ValueError, match=r"alignment.*None"):
         gspn.GSPN2d(6, alignment=None)
 
 
@@ -211,7 +211,7 @@ def test_block_is_the_paper_s():
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
     plain = GSPNBlock(8, activation=None)
     assert isinstance(plain.activation, nn.Identity)
-    with pytest.raises(ValueError, match='"silu" or None'):
+    with pytest.raises(ValueError, match=r"activation.*'relu'"):
         GSPNBlock(8, activation="relu")
 
 
@@ -250,7 +250,7 @@ def test_average_divides_each_direction_by_its_lines(segment):
         torch.testing.assert_close(merged * min(lines, segment or lines), whole)
         assert merged.shape == (2, 4, 7) and (merged > 0).any()
         assert averaged.extra_repr() == f"{plain.extra_repr()}, average"
-    with pytest.raises(ValueError, match="does not average"):
+    with pytest.raises(ValueError, match=r"average.*aligned"):
         gspn.GSPN2d(6, average=True, alignment="released")
 
 

@@ -75,7 +75,7 @@ def test_dtype_and_device(digits_run, digits):
     assert inputs.dtype == torch.float64 and double.model(inputs[None]).dtype == torch.float64
     assert double.predict(digits[0][0]) == pytest.approx(single.predict(digits[0][0]), abs=1e-5)
     assert gspn.load_run(run, device="meta").preprocess(digits[0][0]).device.type == "meta"
-    with pytest.raises(OptionError, match=r"floating one, got torch\.int8"):
+    with pytest.raises(OptionError, match=r"dtype.*torch\.int8"):
         gspn.load_run(run, dtype=torch.int8)
 
 
@@ -85,17 +85,17 @@ def test_another_checkpoint(digits_run, tmp_path):
     last = Run.open(tmp_path / "run").load_checkpoint("last")[0]["ema"]
     state = gspn.load_run(tmp_path / "run", "epoch-0002").model.state_dict()
     assert all(torch.equal(value, last[name]) for name, value in state.items())
-    with pytest.raises(RunError, match=r"no checkpoint 'first'.*it has best, epoch-0002, last"):
+    with pytest.raises(RunError, match=r"checkpoint 'first'.*best, epoch-0002, last"):
         gspn.load_run(tmp_path / "run", "first")
 
 
 def test_what_predict_does_not_take(digits_run, tmp_path):
     loaded = gspn.load_run(digits_run[0].path)
-    with pytest.raises(TypeError, match="PIL image or a path, got ndarray"):
+    with pytest.raises(TypeError, match=r"PIL image.*path.*ndarray"):
         loaded.predict(np.zeros((8, 8)))
     with pytest.raises(FileNotFoundError):
         loaded.predict(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="top has to be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"top.*0"):
         loaded.predict(Image.new("L", (8, 8)), top=0)
     loaded.classes = ["same"] * 10
     with pytest.raises(ValueError, match="same name"):
@@ -130,7 +130,7 @@ def test_a_generator_of_latents_has_its_vae(tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("one", 1.0, 2, generator=torch.Generator().manual_seed(0)).images[0].size == (16, 16)
     (tmp_path / "vae").rename(tmp_path / "moved")
-    with pytest.raises(OptionError, match="cannot be loaded"):
+    with pytest.raises(OptionError, match="/vae cannot"):
         gspn.load_run(run.path)
     assert gspn.load_run(run.path, vae=tmp_path / "moved").vae.config.scaling_factor == 0.5
 
@@ -140,20 +140,20 @@ def test_a_generator_of_latents_has_its_vae(tmp_path):
 
 def test_runs_of_other_tasks(digits_run, tmp_path):
     generator_run(tmp_path / "generator")
-    with pytest.raises(RunError, match="run of classification, expected diffusion"):
+    with pytest.raises(RunError, match="classification, expected diffusion"):
         gspn.load_run(digits_run[0].path, task="diffusion")
-    with pytest.raises(RunError, match=r"run of diffusion, expected classification.*gspn sample takes it"):
+    with pytest.raises(RunError, match=r"diffusion, expected classification.*gspn sample"):
         gspn.load_run(tmp_path / "generator", task="classification")
-    with pytest.raises(OptionError, match="task has to be classification or diffusion, got 'detection'"):
+    with pytest.raises(OptionError, match=r"task.*'detection'"):
         gspn.load_run(digits_run[0].path, task="detection")
-    with pytest.raises(OptionError, match="holds a classifier"):
+    with pytest.raises(OptionError, match=r"vae.*classifier"):
         gspn.load_run(digits_run[0].path, vae="vae")
     Run.create(tmp_path / "students", {"task": "distillation"})
     with pytest.raises(RunError, match=r'distillation.*gspn\.load_swap\(pipe, ".*students"\)'):
         gspn.load_run(tmp_path / "students")
     (tmp_path / "none").mkdir()
     write_json(tmp_path / "none" / "config.json", {"format": FORMAT})
-    with pytest.raises(RunError, match="of no task, expected classification or diffusion"):
+    with pytest.raises(RunError, match=r"no task.*classification or diffusion"):
         gspn.load_run(tmp_path / "none")
 
 
@@ -170,17 +170,17 @@ def test_folders_that_are_no_runs(digits_run, tmp_path):
     first = tmp_path / "runs" / "first"
     for path, found in {
         tmp_path / "nowhere": "nothing is there",
-        tmp_path / "photos" / "0.png": "it is a file",
-        tmp_path / "photos": r"it holds 0\.png, 1\.png, 2\.png, 3\.png, 4\.png and 2 more",
-        tmp_path / "empty": "it holds nothing",
+        tmp_path / "photos" / "0.png": "a file",
+        tmp_path / "photos": r"0\.png, 1\.png, 2\.png, 3\.png, 4\.png and 2 more",
+        tmp_path / "empty": "holds nothing",
         tmp_path / "pipeline": r"gspn\.GSPNPipeline\.from_pretrained",
         tmp_path / "swapped": r"gspn\.load_swap",
-        tmp_path / "runs": f"in it are the runs {first}",
-        first / "checkpoints" / "best": f"a part of the run {first}",
-        first / "checkpoints": f"a part of the run {first}",
+        tmp_path / "runs": f"runs {first}",
+        first / "checkpoints" / "best": f"part of the run {first}",
+        first / "checkpoints": f"part of the run {first}",
     }.items():
-        with pytest.raises(RunError, match=f"is no run: .*{found}"):
+        with pytest.raises(RunError, match=f"no run: .*{found}"):
             gspn.load_run(path)
     write_json(tmp_path / "empty" / "config.json", {"model_type": "vit", "hidden_size": 3})
-    with pytest.raises(RunError, match="expected a format, got model_type, hidden_size"):
+    with pytest.raises(RunError, match=r"format.*model_type, hidden_size"):
         gspn.load_run(tmp_path / "empty")

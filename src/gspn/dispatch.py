@@ -1,5 +1,5 @@
 """How torch knows the operators: schemas, the choice of a backend, and the rules for fake tensors, autograd, vmap and
-FLOP counting. What the operators compute stands in ops.py; who computes it, in kernels/.
+FLOP counting. ops.py says what the operators compute; kernels/ computes it.
 
 Every backend module has the same six functions: line_scan, gated_scan, propagate and their ``_backward``. The operators
 are registered for CPU, for CUDA (ROCm too), and with a composite default for every other device; forward and backward
@@ -25,7 +25,7 @@ NATIVE_BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # device type to the backend
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can be used here, and what it is or why it cannot."""
+    """Whether a backend can be used here, and its description or the reason why not."""
 
     available: bool
     reason: str
@@ -36,7 +36,7 @@ _warned: set[str] = set()
 
 
 def available_backends() -> dict[str, BackendStatus]:
-    """The three backends, each with whether it can be used here and why (not).
+    """Whether each of the three backends can be used here, and why (not).
 
     Returns:
         a dict from ``"reference"``, ``"cpu"`` and ``"triton"`` to ``(available, reason)``.
@@ -61,7 +61,7 @@ def _status(name: str) -> BackendStatus:
 
 
 def _select(backend: str, device_type: str):
-    """The module that computes: the one named or an error; for "" the native one, or the reference with a warning."""
+    """The module of the named backend, or an error; for "" the native one, or the reference with a warning."""
     name = backend or NATIVE_BACKENDS.get(device_type, "")
     status = _status(name) if name else BackendStatus(False, f"gspn has no kernel for devices of type {device_type!r}")
     if status.available:
@@ -71,7 +71,7 @@ def _select(backend: str, device_type: str):
     if device_type not in _warned:
         _warned.add(device_type)
         warnings.warn(
-            f"gspn uses its reference backend on {device_type}, which is slow, because the native one is missing: "
+            f"gspn uses its slow reference backend on {device_type}, because the native one is missing: "
             f"{status.reason}",
             stacklevel=2,
         )
@@ -81,7 +81,7 @@ def _select(backend: str, device_type: str):
 _library = torch.library.Library("gspn", "DEF")
 
 
-# What the backends' functions are for torch
+# The backends' functions as torch operators
 
 
 def in_format_of(template: Tensor, result: Tensor) -> Tensor:
@@ -91,10 +91,10 @@ def in_format_of(template: Tensor, result: Tensor) -> Tensor:
 
 
 def _as_promised(template: Tensor | None, result: Tensor | None, x: Tensor) -> Tensor:
-    """The result in the memory format that the fake rule promised; an empty tensor for an optional input not given."""
+    """The result in the memory format that the fake rule promised; an empty tensor for an absent optional input."""
     if template is None or result is None:
         return x.new_empty(0)
-    # A fresh result is dense; with the template's strides it has the promised ones. This saves allocating to compare.
+    # A fresh result is dense: with the template's strides it has the promised ones. No allocation is needed to compare.
     if result.dtype == template.dtype and result.stride() == template.stride():
         return result
     return in_format_of(template, result)
@@ -113,9 +113,9 @@ def _implementation(name: str, templates: list[int], device_type: str | None) ->
 
 
 def refuse_onnx_export() -> None:
-    """An error inside torch.onnx.export, whose own names neither the cause nor the way.
+    """Raises an error inside torch.onnx.export, whose own error names neither the cause nor a way out.
 
-    A program of torch.export passes, which is run node by node: with it the caller may bring a translation.
+    A program of torch.export, which runs node by node, may pass: the caller may have a translation for it.
     """
     if torch.onnx.is_in_onnx_export() and not torch.fx.traceback.has_preserved_node_meta():
         raise RuntimeError(
@@ -162,7 +162,7 @@ def _propagate_save(ctx, inputs, output):
 
 
 def _propagate_gradient(ctx, grad):
-    saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
+    saved = ctx.saved_tensors  # read once: gradient checkpointing returns them a single time
     grads = torch.ops.gspn.propagate_backward(grad, *saved, *ctx.options)
     return *grads[:5], None if saved[5] is None else grads[5], None, None, None, None
 
@@ -178,7 +178,7 @@ def _no_second_derivative(ctx, *grads):
 
 
 def _vmap(name: str, batched: int) -> Callable:
-    """Folds the mapped dimension into the batch where every mapped tensor has a batch, else calls once an entry."""
+    """Folds the mapped dimension into the batch if every mapped tensor has a batch, else calls once for each entry."""
     operator = getattr(torch.ops.gspn, name)
 
     def run(info, in_dims, *args):
@@ -201,7 +201,7 @@ def _vmap(name: str, batched: int) -> Callable:
     return run
 
 
-# FLOPs, of shapes: multiply-adds count two, as in torch's counter; sigmoids and divisions are not counted, as there.
+# FLOPs from shapes: as in torch's counter, a multiply-add counts two, and sigmoids and divisions are not counted.
 
 _STEP = 6  # three neighbours
 
@@ -237,15 +237,16 @@ def _propagate_backward_flops(grad, *inputs, **__) -> int:
 
 
 class Op(NamedTuple):
-    """What torch has to know of an operator.
+    """What torch has to know about an operator.
 
     Attributes:
         schema: its arguments and results. The argument `backend` comes last; "" picks by device.
         outputs: for each output the argument whose shape, dtype and memory format it has.
-        batched: so many of the first arguments have a batch dimension, and every output has one where they alone are
-            mapped by vmap; 0 where an output sums over the batch.
-        flops: the count for the arguments' shapes.
-        gradient, save: the formula for autograd and what it keeps for it; None for what cannot be differentiated again.
+        batched: the number of first arguments with a batch dimension; if vmap maps only these, every output has one
+            too. 0 if an output sums over the batch.
+        flops: counts FLOPs from the arguments' shapes.
+        gradient, save: autograd's formula, and the function that keeps its inputs; None if there is no second
+            derivative.
     """
 
     schema: str

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gspn.layers_released import propagate_released, scan_released, turn_back
 from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment
 
-# torch.fx.symbolic_trace cannot follow code that looks at sizes and layouts. What is wrapped here and below is one node
-# of its graphs.
+# torch.fx.symbolic_trace cannot follow code that depends on sizes and layouts. Each function wrapped here and below is
+# one node of its graphs.
 for _name in ("propagate", "average_over_lines"):
     torch.fx.wrap(_name)
 
@@ -22,7 +22,7 @@ class Context(NamedTuple):
 
     Attributes:
         directions: (B,D,H,W), the propagation weight with which each pixel's gated input arrives at the output pixel,
-            mean over channels; non-negative, and in a global layer each line of a scan that has a path sums to 1.
+            mean over channels. It is non-negative; in a global layer it sums to 1 over each line that has a path.
         merged: (B,H,W), the share of each pixel in the layer's output there: magnitude of the sum over directions of
             merger * output gate * weight * input gate, mean over channels; the skip gate counts at the pixel itself.
     """
@@ -33,15 +33,15 @@ class Context(NamedTuple):
 
 @torch.fx.wrap
 def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
-    # vmap cannot be asked for the memory format. Compiled, a convolution's output that is kept for the gradients is
-    # copied to another layout with the traced sizes as constants: each other size would compile again.
+    # vmap cannot tell the memory format. torch.compile copies a convolution's output that is kept for the gradients to
+    # another layout with the traced sizes as constants: every other size would compile again.
     if x.ndim == 4 and (torch.compiler.is_compiling() or (x.shape[1] > 1 and x.stride(1) == 1)):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
     return F.conv2d(x, weight)
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution without bias; on channels_last maps a matrix product, whose backward takes half the time."""
+    """A 1x1 convolution without bias; a matrix product on channels_last maps, whose backward takes half the time."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 1, bias=False)
@@ -56,15 +56,15 @@ def _check_map(x: Tensor, channels: int, alignment: str) -> None:
         raise ValueError(f"GSPN2d expects (B,{channels},H,W) with H, W >= 1, got {tuple(x.shape)}")
     if alignment == "released" and x.shape[2] != x.shape[3]:
         raise ValueError(
-            f'alignment="released" takes square feature maps, got {x.shape[2]}x{x.shape[3]}; "aligned" takes any'
+            f'alignment="released" takes square feature maps, got {x.shape[2]}x{x.shape[3]}; "aligned" takes any size'
         )
 
 
 def average_over_lines(
     output_proj: Tensor, directions: Sequence[str], size: tuple[int, int], segment: int | None
 ) -> Tensor:
-    """`output_proj` (D,...), each direction divided by the number of lines that its scan on a (H,W) map runs through
-    before it resets. As output gate and hidden state are multiplied, this averages the state over the lines."""
+    """`output_proj` (D,...), each direction divided by the number of lines that its scan on a (H,W) map passes before
+    it resets. Because the output gate multiplies the hidden state, this averages the state over the lines."""
     lines = [size[1] if direction in ("right", "left") else size[0] for direction in directions]
     lines = [n if segment is None else min(segment, n) for n in lines]
     return torch.stack([projection / n for projection, n in zip(output_proj.unbind(0), lines, strict=True)])
@@ -83,28 +83,28 @@ class GSPN2d(nn.Module):
     Args:
         channels: C, of input and output.
         proxy_dim: S, the width from which weights and gates are predicted; None is max(8, C // 16).
-        groups: G, channel groups that share propagation weights; None is C, every channel its own (1 with scan_dim).
-        scan_dim: the scan itself runs in this many channels, between 1x1 projections C -> scan_dim -> C (GSPN-2's
-            compact channel propagation); the proxy is still taken from the input. None scans all C channels.
+        groups: G, channel groups that share propagation weights; None is C, one for each channel (1 with scan_dim).
+        scan_dim: the number of scanned channels, between 1x1 projections C -> scan_dim -> C (GSPN-2's compact channel
+            propagation); the proxy still comes from the input. None scans all C channels.
         segment: lines between resets of the state; None is global, at any size.
         skip: adds the skip gate.
-        merger: "learned", one scalar a direction, or "mean". Both start at 1/D for D directions.
-        average: h[d] is divided by the lines that its scan runs through before it resets, H, W or the segment. A global
-            scan's output then does not grow with the map: for layers that are to work at larger sizes than trained at.
+        merger: "learned" (one scalar for each direction) or "mean". Both start at 1/D for D directions.
+        average: divides h[d] by the number of lines that its scan passes before it resets: H, W or the segment. A
+            global scan's output then does not grow with the map. Use it if maps may be larger than in training.
         directions: some of ``gspn.DIRECTIONS``.
         alignment: "aligned", or "released" for the form in which the paper's authors trained their published weights
-            (:func:`gspn.load_released`), where weights and gates are not turned with the map: see layers_released.py.
-            Square maps only. It needs the memory for all weights and gates.
+            (:func:`gspn.load_released`): weights and gates are not turned with the map, see layers_released.py. It only
+            takes square maps, and holds all weights and gates in memory.
         backend: "reference", "cpu", "triton", or None to pick by device.
 
     Shape: (B,C,H,W) to (B,C,H,W), in the input's dtype and memory format; channels_last is the faster one. Inside
-    autocast the projections around a scan_dim give its dtype, as convolutions do.
+    autocast the projections around a scan_dim return its dtype, as convolutions do.
 
     State dict (frozen): ``proxy_proj.weight`` (S,C,1,1), ``weight_proj`` (D,3,G,S), ``input_proj``, ``output_proj``,
     ``skip_proj`` (D,K,S) with K = scan_dim or C, ``merger`` (D,), ``reduce.weight`` (K,C,1,1), ``expand.weight``
-    (C,K,1,1); those of options not taken are absent.
+    (C,K,1,1); without an option, its entries are absent.
 
-    Raises ValueError where sizes, groups or names do not fit. Source: arXiv 2501.12381, section 3.4; scan_dim and
+    Raises ValueError if sizes, groups or names do not fit. Source: arXiv 2501.12381, section 3.4; scan_dim and
     groups: arXiv 2512.07884.
 
     >>> import torch, gspn
@@ -140,13 +140,13 @@ class GSPN2d(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} has to be at least 1, got {value}")
         if scanned % groups:
-            raise ValueError(f"groups has to divide the {scanned} channels that are scanned, got {groups}")
+            raise ValueError(f"groups has to divide the {scanned} scanned channels, got {groups}")
         if merger not in ("learned", "mean"):
             raise ValueError(f'merger has to be "learned" or "mean", got {merger!r}')
         if alignment not in ("aligned", "released"):
             raise ValueError(f'alignment has to be "aligned" or "released", got {alignment!r}')
         if average and alignment == "released":
-            raise ValueError('average=True is for alignment="aligned": the released form does not average')
+            raise ValueError('average=True needs alignment="aligned": the released form does not average')
         check_backend(backend)
         validate_segment(segment)
         count = len(direction_indices(directions))
@@ -164,7 +164,7 @@ class GSPN2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The projections as torch starts a 1x1 convolution, the merger's scalars at 1/D."""
+        """Initialises the projections as torch does a 1x1 convolution, the merger's scalars with 1/D."""
         for module in (self.proxy_proj, self.reduce, self.expand):
             if isinstance(module, Pointwise):
                 module.reset_parameters()
@@ -181,8 +181,8 @@ class GSPN2d(nn.Module):
         return projection * self.merger.view(-1, 1, 1)
 
     def _merged_projections(self, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor | None]:
-        """Output and skip projections with the merger's scalars in them, the skips of all directions summed; with
-        `average`, for a map of that (H,W)."""
+        """Output and skip projections times the merger's scalars, the skips of all directions summed; with `average`,
+        for a map of that (H,W)."""
         output = self._scaled(self.output_proj)
         output = average_over_lines(output, self.directions, size, self.segment) if self.average else output
         return output, None if self.skip_proj is None else self._scaled(self.skip_proj).sum(0)
@@ -191,12 +191,12 @@ class GSPN2d(nn.Module):
         _check_map(x, self.channels, self.alignment)
         return self.expand(self._propagate(self.reduce(x), self.proxy_proj(x)))
 
-    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+    if TYPE_CHECKING:  # nn.Module's is typed as Any
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
     def _propagate(self, x: Tensor, proxy: Tensor) -> Tensor:
-        """The merged directions (B,K,H,W), for x (B,K,H,W) and proxy (B,S,H,W)."""
+        """The merged directions (B,K,H,W) of x (B,K,H,W) and proxy (B,S,H,W)."""
         if self.alignment == "released":
             output_proj = self._scaled(self.output_proj)
             skip_proj = None if self.skip_proj is None else self._scaled(self.skip_proj)
@@ -223,11 +223,11 @@ class GSPN2d(nn.Module):
             return scan_released(gated, logits, **options)
         return gated_scan(torch.ones_like(gated[:, 0]), gated, logits, directions=self.directions, **options)
 
-    # The scan is differentiated here, which inference mode forbids. Leaving it turns gradients on: no_grad is inside.
+    # This differentiates the scan, which inference mode forbids. Leaving that mode turns gradients on: so no_grad too.
     @torch.inference_mode(False)
     @torch.no_grad()
     def context(self, x: Tensor, row: int, column: int) -> Context:
-        """The influence maps of the output pixel (row, column): where it comes from, for input x (B,C,H,W)."""
+        """The influence maps of the output pixel (row, column) for input x (B,C,H,W): the pixels it depends on."""
         _check_map(x, self.channels, self.alignment)
         height, width = x.shape[-2:]
         if not (0 <= row < height and 0 <= column < width):
@@ -263,9 +263,9 @@ class GSPN2d(nn.Module):
 class StridedConv2d(nn.Conv2d):
     """A 3x3 convolution with padding: (B,C,H,W) to (B,C',H/stride,W/stride), rounded up; strides 1 and 2.
 
-    Compiled or exported with open sizes, the map is first padded with zeros to an even size. This changes nothing: they
-    lie where the padding would. The output sizes are then quotients, not quotients plus one, whose products Inductor of
-    torch 2.13 cannot factorise.
+    Compiled or exported with open sizes, it first pads the map with zeros to an even size, which changes nothing: the
+    convolution would pad there too. The output sizes are then quotients, not quotients plus one, whose products
+    Inductor of torch 2.13 cannot factorise.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 2):
@@ -287,7 +287,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 @torch.fx.wrap
 def _global_response(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    # linalg.vector_norm takes one and a half to five times as long; the floor keeps the root's gradient finite
+    # linalg.vector_norm takes 1.5 to 5 times as long; the floor keeps the root's gradient finite
     squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum((1, 2), keepdim=True)
     norm = squares.clamp(min=1e-30).sqrt()
     relative = norm / (norm.mean(-1, keepdim=True) + eps)
@@ -312,7 +312,7 @@ class GlobalResponseNorm(nn.Module):
 
 @torch.fx.wrap
 def _drop_path(x: Tensor, rate: float) -> Tensor:
-    # float32 whatever the default: numbers in bfloat16 are so coarse that the rate would be another
+    # float32, whatever torch's default: bfloat16 is so coarse that the rate would change
     kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float32, device=x.device) >= rate
     return x * (kept.to(x.dtype) / (1 - rate))
 
@@ -342,7 +342,7 @@ class GSPNBlock(nn.Module):
 
     Args:
         channels: C. expansion: width of the mixing branch, as a multiple of C. mlp_ratio: that of the MLP.
-        drop_path: rate of stochastic depth. activation: "silu", or None for none there.
+        drop_path: rate of stochastic depth. activation: "silu", or None for no activation.
         gspn: the options of :class:`GSPN2d`.
 
     Shape: (B,C,H,W) to (B,C,H,W). Source: arXiv 2501.12381, figure 4.

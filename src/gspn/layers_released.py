@@ -1,7 +1,7 @@
-"""The released form of GSPN2d: what the code of the paper's authors computes, whose published weights need it.
+"""The released form of GSPN2d: what the code of the paper's authors computes; their published weights need it.
 
-Each direction's input is turned so that its scan runs to the right. The weights and gates, predicted on the map as it
-lies, are not turned with it, and the results are summed without turning them back. So the output at (i,j) mixes content
+Each direction's input is turned so that its scan runs to the right. The weights and gates, predicted on the unturned
+map, are not turned with it, and the results are summed without turning them back. So the output at (i,j) mixes content
 of (i,j), (j,i), (i,W-1-j) and (j,W-1-i). Maps are square. All weights and gates are in memory at once.
 """
 
@@ -16,7 +16,7 @@ from gspn.ops import line_scan
 
 torch.fx.wrap("line_scan")  # as in layers.py
 
-# How a direction turns the map before its scan to the right, and the way back.
+# How a direction turns the map before its scan to the right, and how it turns it back.
 _TURN = {"right": lambda t: t, "down": lambda t: t.mT, "left": lambda t: t.flip(-1), "up": lambda t: t.mT.flip(-1)}
 _BACK = {"right": lambda t: t, "down": lambda t: t.mT, "left": lambda t: t.flip(-1), "up": lambda t: t.flip(-1).mT}
 
@@ -38,8 +38,8 @@ def propagate_released(
         y = sum over d of (output_proj[d] proxy) * h[d] + (skip_proj[d] proxy) * turned[d]
 
     Args:
-        x: (B,C,H,H). proxy: (B,S,H,H). skip_proj: (D,C,S), as each direction adds its own turned input. The other
-            arguments are those of :func:`gspn.propagate`.
+        x: (B,C,H,H). proxy: (B,S,H,H). skip_proj: (D,C,S), because each direction adds its own turned input. The
+            others are those of :func:`gspn.propagate`.
 
     Returns:
         y (B,C,H,H), in x's memory format.
@@ -65,15 +65,15 @@ def scan_released(gated: Tensor, logits: Tensor, *, segment: int | None, backend
 
 
 def turn_back(maps: Tensor, directions: Sequence[str]) -> Tensor:
-    """Maps (B,D,C,H,H), each turned as its direction turns it, as they lie."""
+    """Turns the maps (B,D,C,H,H) back, each from the orientation of its direction."""
     return torch.stack([_BACK[d](t) for d, t in zip(directions, maps.unbind(1), strict=True)], 1)
 
 
 @torch.fx.wrap
 def _normalize(logits: Tensor) -> Tensor:
     """Propagation weights (...,3,H,W) for a scan to the right as the released models normalise them: sigmoids divided
-    by their sum over the neighbours that exist. The sum, not the logits, is clamped from below, at 1e-7: three logits
-    below about -16 give weights that do not sum to 1."""
+    by their sum over the neighbours that exist. The sum, not the logits, is at least 1e-7: weights from three logits
+    below about -16 do not sum to 1."""
     sigmoids = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     previous, same, following = sigmoids.unbind(-3)
     total = same + F.pad(previous[..., 1:, :], (0, 0, 1, 0)) + F.pad(following[..., :-1, :], (0, 0, 0, 1))
@@ -82,6 +82,6 @@ def _normalize(logits: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def _in_layout_of(template: Tensor, x: Tensor) -> Tensor:
-    """x, channels_last where the template is that and nothing else, contiguous otherwise."""
+    """x, channels_last if the template is channels_last but not contiguous, else contiguous."""
     last = template.is_contiguous(memory_format=torch.channels_last) and not template.is_contiguous()
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

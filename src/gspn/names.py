@@ -8,7 +8,7 @@ SHOWN = 12  # known names listed at most
 
 
 def guess(name: object, known: Iterable[object]) -> str:
-    """The end of a message: a question with the nearest of the `known` names. Empty if none is near.
+    """The end of a message: a question that names the nearest of the `known` names. Empty if none is near.
 
     >>> guess("gren", ["red", "green"])
     ", did you mean 'green'?"
@@ -19,7 +19,7 @@ def guess(name: object, known: Iterable[object]) -> str:
 
 
 def unknown(what: str, name: object, known: Iterable[object]) -> str:
-    """A message about a name that is not among the `known` ones: the nearest of them, if one is near, and the list.
+    """A message about a name that is not among the `known` ones: it names the nearest, if one is near, and lists them.
 
     >>> unknown("colour", "gren", ["red", "green"])
     "there is no colour 'gren', did you mean 'green'? There are red, green"

@@ -21,12 +21,12 @@ Common rules
     maps have one dtype; inside autocast the others are cast to x's. Results have x's dtype and memory format.
     ``segment=K`` sets the state to 0 every K lines, counted from where the scan starts; None is global.
     Results are deterministic for a given number of threads.
-    ``backend=None`` picks the native kernel for x's device and, where it is missing, the reference with one warning.
-    A backend that is named never falls back. Gradients of gradients need ``backend="reference"``.
+    ``backend=None`` picks the native kernel for x's device or, if it is missing, the reference with one warning.
+    A named backend never falls back. Gradients of gradients need ``backend="reference"``.
     Forward-mode derivatives and torch.func.grad need ``backend="reference"`` too; vmap does not.
-    Every differentiable input has a gradient on every backend: zeros where it does not reach the output.
-    Errors: TypeError for what is not a floating tensor or mixes dtypes, ValueError for shapes, devices, names and
-    numbers that do not fit, RuntimeError for a backend that is not there.
+    Every differentiable input has a gradient on every backend: zeros if it does not reach the output.
+    Errors: TypeError for inputs that are not floating tensors or mix dtypes, ValueError for shapes, devices, names and
+    numbers that do not fit, RuntimeError for a backend that is not available.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ def line_scan(
 
     Args:
         x: (B,C,H,W), the input, already gated.
-        weights: (B,G,3,H,W), for the previous, same and next place; any values. x's dtype, or float32 beside 16-bit x.
+        weights: (B,G,3,H,W), for the previous, same and next place; any values. x's dtype, or float32 with 16-bit x.
         direction: one of ``DIRECTIONS``.
         segment: lines between resets of the state; None for none.
         backend: ``"reference"``, ``"cpu"``, ``"triton"``, or None to pick by device.
@@ -173,8 +173,8 @@ def propagate(
         y = sum over d of (output_proj[d] proxy) * h[d] + (skip_proj proxy) * x
         h[d] = gated_scan of x with input gate input_proj[d] proxy and logits weight_proj[d] proxy
 
-    A product of a projection and the proxy is a 1x1 convolution from S channels. Native kernels form it while they
-    scan and never write weights or gates to memory; for the gradients only x and the proxy are kept.
+    A product of a projection and the proxy is a 1x1 convolution from S channels. Native kernels compute it while they
+    scan and never write weights or gates to memory; only x and the proxy are kept for the gradients.
 
     Args:
         x: (B,C,H,W).
@@ -185,12 +185,12 @@ def propagate(
         skip_proj: (C,S), to the skip gate d, or None for no skip.
         directions: D of ``DIRECTIONS``, each at most once.
         segment, backend: as in :func:`line_scan`.
-        workspace_mib: MiB of scratch memory that a native kernel may take to run on more threads or in larger pieces.
-            It always takes what one thread needs. The reference ignores it.
+        workspace_mib: MiB of scratch memory that a native kernel may use for more threads or larger pieces. It always
+            uses what one thread needs. The reference ignores it.
 
     Returns:
-        y (B,C,H,W). Projections have x's dtype, or float32 beside 16-bit x; every gradient has its input's dtype.
-        Gates with proxies of their own: concatenate the proxies and pad the projections with zeros, which is exact.
+        y (B,C,H,W). Projections have x's dtype, or float32 with 16-bit x; every gradient has its input's dtype.
+        For gates with their own proxies, concatenate the proxies and pad the projections with zeros, which is exact.
         Rules and errors: see the module.
 
     >>> import torch, gspn
@@ -260,11 +260,11 @@ def _check_shape(name: str, value: Tensor, form: str, expected: tuple[int | None
 
 def _check_groups(name: str, groups: int, channels: int) -> None:
     if groups == 0 or channels % groups:
-        raise ValueError(f"{name} has {groups} groups, which has to be a divisor of x's {channels} channels")
+        raise ValueError(f"{name} has {groups} groups, expected a divisor of x's {channels} channels")
 
 
 def _same_dtype(x: Tensor, *, float32_beside_16_bit: bool = False, **others: Tensor) -> list[Tensor]:
-    """The others as x's dtype (float32 beside 16-bit x where allowed): cast inside autocast, an error outside."""
+    """The others in x's dtype (or float32 with 16-bit x if allowed): cast inside autocast, an error outside."""
     allowed = {x.dtype} | ({torch.float32} if float32_beside_16_bit and x.dtype.itemsize == 2 else set())
     if all(other.dtype in allowed for other in others.values()):
         return list(others.values())
@@ -275,15 +275,15 @@ def _same_dtype(x: Tensor, *, float32_beside_16_bit: bool = False, **others: Ten
 
 
 def _check_native(*tensors: Tensor | None) -> None:
-    """Raises the errors for what only the reference can do. They come before torch's own, which do not say that."""
+    """Raises an error for what only the reference can do, before torch's own error, which does not say that."""
     if forward_ad._current_level >= 0:  # torch would silently return zero tangents
         for t in tensors:
             if t is not None and forward_ad.unpack_dual(t).tangent is not None:
-                raise RuntimeError('gspn: the native kernels have no forward-mode derivatives; backend="reference" has')
+                raise RuntimeError('gspn: native kernels have no forward-mode derivatives; use backend="reference"')
     if torch._C._are_functorch_transforms_active() and any(map(_tracked_by_functorch, tensors)):
         raise RuntimeError(
-            "gspn: the native kernels cannot be differentiated by torch.func (grad, vjp, jacrev, hessian); "
-            'backend="reference" can, and torch.autograd works on every backend'
+            "gspn: torch.func (grad, vjp, jacrev, hessian) cannot differentiate the native kernels; use "
+            'backend="reference", or torch.autograd, which works on every backend'
         )
     if torch.jit.is_tracing():  # torch.onnx.export(dynamo=False) traces with real tensors
         refuse_onnx_export()
@@ -337,5 +337,5 @@ def check_backend(backend: str | None) -> None:
 def _validate_backend(backend: str | None, x: Tensor) -> str | None:
     check_backend(backend)
     if backend not in (None, "reference", NATIVE_BACKENDS.get(x.device.type)):
-        raise ValueError(f"backend {backend!r} does not run on {x.device}; None picks the one that does")
+        raise ValueError(f"backend {backend!r} does not run on {x.device}; backend=None picks one that does")
     return backend

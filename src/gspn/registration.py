@@ -1,5 +1,5 @@
-"""Makes the operators known to torch when `gspn` is imported, or as soon as torch is, if that comes later: the command
-tells of a wrong argument at once, and importing torch takes seconds.
+"""Registers the operators with torch when `gspn` is imported or, if torch is imported later, right after torch. So the
+command can refuse a wrong argument at once: importing torch takes seconds.
 """
 
 import importlib
@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 
 
 class _WithTorch:
-    """A finder of modules that finds torch as the others do, and has gspn.dispatch imported right after it."""
+    """A module finder that finds torch as the others do, and imports gspn.dispatch right after it."""
 
     @staticmethod
     def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
@@ -29,7 +29,7 @@ class _WithTorch:
 
 
 def register() -> None:
-    """Imports gspn.dispatch now, if torch is imported, and else after torch."""
+    """Imports gspn.dispatch now if torch is imported, else after torch."""
     if "torch" in sys.modules:
         importlib.import_module("gspn.dispatch")
     elif _WithTorch not in sys.meta_path:

@@ -1,4 +1,4 @@
-"""From a run folder back to Python: `gspn.load_run`, and the classifier that it and the commands load."""
+"""From a run folder back to Python: `gspn.load_run`, and the classifier that it and the commands use."""
 
 import os
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ TASKS = ("classification", "diffusion")  # what `load_run` can load
 
 @dataclass
 class Classifier:
-    """A trained classifier with all that it needs.
+    """A trained classifier, ready for use.
 
     Attributes:
         model: the backbone, in evaluation mode.
@@ -37,13 +37,13 @@ class Classifier:
     classes: list[str]
 
     def preprocess(self, image: Image.Image | str | os.PathLike) -> Tensor:
-        """The model's input for an image: float (C,H,W), with the model's dtype and on its device.
-        ``model(preprocess(image)[None])`` are the logits (1, number of classes).
+        """The model's input for an image: float (C,H,W), in the model's dtype and on its device.
+        ``model(preprocess(image)[None])`` returns the logits (1, number of classes).
 
         Args:
-            image: a PIL image of any size and mode, or a file. Both are turned upright as their EXIF data say.
+            image: a PIL image of any size and mode, or a file. Both are turned upright according to their EXIF data.
 
-        Raises TypeError for anything else, and what Pillow raises for a file that it cannot read.
+        Raises TypeError for anything else, and Pillow's errors for a file that it cannot read.
         """
         if isinstance(image, Image.Image):
             image = upright(image)
@@ -57,20 +57,20 @@ class Classifier:
         """{class: probability}, the most probable class first.
 
         Args:
-            image: as for `preprocess`, which says what is raised. top: how many classes; None for all.
+            image: as for `preprocess`, with its errors. top: the number of classes; None for all.
         """
         if top is not None and top < 1:
             raise ValueError(f"top has to be at least 1, got {top}")
         (ranked,) = self._ranked(self.preprocess(image)[None], top)
         if len(ranked) > len(answer := dict(ranked)):
-            raise ValueError(f"two classes of {self.run.path} have the same name; model(...) gives all logits")
+            raise ValueError(f"two classes of {self.run.path} have the same name; model(...) returns all logits")
         return answer
 
     def rank(self, pixels: Tensor, top: int | None = None) -> list[list[tuple[str, float]]]:
         """[(class, probability), ...] for each image of a batch, the most probable class first.
 
         Args:
-            pixels: uint8 (B,C,H,W), what `preprocessing` makes of images. top: as for `predict`.
+            pixels: uint8 (B,C,H,W), the output of `preprocessing`. top: as for `predict`.
         """
         return self._ranked(self._normalized(pixels), top)
 
@@ -89,7 +89,7 @@ class Classifier:
 
 
 def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
-    """The Classifier in a run folder: in evaluation mode, on the CPU, with the averaged weights if the run has them.
+    """The Classifier of a run folder: in evaluation mode, on the CPU, with the averaged weights if the run has them.
 
     Errors: RunError.
     """
@@ -97,12 +97,12 @@ def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
     try:
         run.check_task("classification")
         preprocessing = Preprocessing(**run.config["preprocessing"])
-        # The backend is of the machine that trained, not of the model: a run made on a GPU is used on a CPU as well.
+        # The backend belongs to the machine that trained, not to the model: a run from a GPU also works on a CPU.
         model = create_model(**{**run.config["model"], "backend": None})
         tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
         model.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
         for part, needed in (("data", "where"), ("options", "precision")):
-            run.config[part][needed]  # evaluation needs them: better missed here than there
+            run.config[part][needed]  # evaluation needs them: fail here rather than there
         return Classifier(run, model.eval(), preprocessing, run.config["class_names"])
     except RunError:
         raise
@@ -154,23 +154,23 @@ def load_run(
     dtype: torch.dtype | None = None,
     vae: str | os.PathLike | None = None,
 ) -> "Classifier | GSPNPipeline":
-    """What a run trained, ready for use, with the averaged weights if the run has them.
+    """The trained model of a run, ready for use, with the averaged weights if the run has them.
 
     Args:
         path: the run folder of `gspn train` or `gspn train-diffusion`.
-        checkpoint: "best", "last", "epoch-0010", ... None takes "best" of a classifier and "last" of a generator, as
-            the commands do.
-        task: "classification" or "diffusion" refuses a run of the other kind, and tells type checkers what is returned.
+        checkpoint: "best", "last", "epoch-0010", ... As in the commands, None is "best" for a classifier and "last" for
+            a generator.
+        task: "classification" or "diffusion"; refuses a run of the other kind, and gives type checkers the return type.
         device, dtype: of the model; None keeps float32.
-        vae: of a generator of latents, where the VAE is now, if it was moved since the training.
+        vae: the VAE's present folder, for a generator of latents whose VAE was moved since the training.
 
     Returns:
         For a classifier a :class:`Classifier`, with ``model``, ``classes``, ``preprocess(image)`` and
         ``predict(image)``. For a generator a :class:`gspn.GSPNPipeline`, with its VAE if it has one; ``id2label`` holds
         the names of the classes.
 
-    Raises RunError, a ValueError, for a folder that is no run, is damaged, or is of `gspn distill`
-    (:func:`gspn.load_swap` takes that); OptionError, a ValueError too, for a VAE that does not fit; ImportError where
+    Raises RunError, a ValueError, for a folder that is no run, is damaged, or belongs to `gspn distill`
+    (:func:`gspn.load_swap` takes that); OptionError, also a ValueError, for a VAE that does not fit; ImportError if
     the extra ``train``, or ``diffusion`` for a generator, is not installed.
 
     >>> import gspn
@@ -181,7 +181,7 @@ def load_run(
     if task is not None and task not in TASKS:
         raise OptionError(f"task has to be {' or '.join(TASKS)}, got {task!r}")
     if dtype is not None and not dtype.is_floating_point:
-        raise OptionError(f"dtype has to be a floating one, got {dtype}")
+        raise OptionError(f"dtype has to be a floating-point dtype, got {dtype}")
     path = Path(path).expanduser()
     found = Run.open(path).check_task(*TASKS if task is None else (task,))
     if found == "diffusion":
@@ -192,7 +192,7 @@ def load_run(
             pipeline.transformer.to(dtype)  # the VAE stays in float32, as in `gspn sample`
         return pipeline
     if vae is not None:
-        raise OptionError(f"vae is for generators of latents, but {path} holds a classifier")
+        raise OptionError(f"vae is only for generators of latents, but {path} holds a classifier")
     classifier = load_classifier(path, checkpoint or "best")
     classifier.model.to(device=device, dtype=dtype)
     return classifier

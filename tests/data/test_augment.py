@@ -38,7 +38,7 @@ def test_presets_by_kind_size_and_number_of_images(monkeypatch):
     assert published.items() <= values.items()
     assert preset_for("datasets", (224, 224), 1_281_167, "gspn_small")[1]["lr"] == 3e-4
     assert preset_for("idx", (28, 28), 60000, "gspn_micro", "fashion")[1]["flip"] is True
-    with pytest.raises(OptionError, match="no preset 'cifar'; there are digits, idx, fashion, small, photos, imagenet"):
+    with pytest.raises(OptionError, match=r"'cifar'.*digits, idx, fashion, small, photos, imagenet"):
         preset_for("idx", (28, 28), 60000, "gspn_micro", "cifar")
 
 
@@ -52,7 +52,7 @@ def test_without_timm_the_default_runs_and_says_so(without_timm):
 
 def test_asking_for_what_needs_timm_names_the_extra(without_timm):
     for wanted in (dict(rand_augment="m9"), dict(color_jitter=0.4)):
-        with pytest.raises(OptionError, match=r"comes from timm, but .*gspn\[imagenet\]"):
+        with pytest.raises(OptionError, match=r"timm.*gspn\[imagenet\]"):
             Augmentation(**wanted)
     with pytest.raises(OptionError, match=r"gspn\[imagenet\]"):
         Mixing(10, 0.8, 0.0)
@@ -60,10 +60,10 @@ def test_asking_for_what_needs_timm_names_the_extra(without_timm):
 
 def test_faults_of_options(monkeypatch):
     monkeypatch.setattr(recipe, "timm_problem", lambda: None)
-    with pytest.raises(OptionError, match=r"RandAugment's settings.*Got 'x9'"):
+    with pytest.raises(OptionError, match=r"RandAugment.*'x9'"):
         Augmentation(rand_augment="x9")
     options = SimpleNamespace(mixup=0.8, cutmix=0.0, batch_size=33)
-    with pytest.raises(OptionError, match="expected an even batch size, got 33"):
+    with pytest.raises(OptionError, match=r"even batch size.*33"):
         Mixing.of(options, 10)
     assert Mixing.of(SimpleNamespace(mixup=0.0, cutmix=0.0, batch_size=33), 10) is None
 

@@ -120,7 +120,7 @@ def test_unreadable_images_and_their_partners_count_for_nothing():
     labels = torch.tensor([1, UNREADABLE, 2, 3, 4, 5])
     _, targets = mix(Mixing(6, 0.8, 1.0, smoothing=0.1), torch.rand(6, 3, 8, 8), labels)
     assert torch.allclose(targets.sum(1), torch.tensor([1.0, 0, 1, 1, 0, 1]))
-    with pytest.raises(OptionError, match="even size, got 5"):
+    with pytest.raises(OptionError, match=r"even.*5"):
         mix(Mixing(6, 0.8, 1.0), torch.rand(5, 3, 8, 8), labels[:5])
 
 

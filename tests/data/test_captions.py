@@ -104,21 +104,21 @@ def test_a_folder_with_a_list(tmp_path, column, ending):
 def test_the_column_is_asked_for_where_several_can_be_meant(tmp_path):
     write_images(tmp_path, 3)
     write_list(tmp_path, [row | {"source": "drawn"} for row in rows(3, column="prompt")])
-    with pytest.raises(DataError, match="line 1 has the members prompt, source: expected one of text and caption, or"):
+    with pytest.raises(DataError, match=r"line 1 .*prompt, source.*text and caption"):
         open_captions(tmp_path)
     check(open_captions(tmp_path, caption_column="prompt").splits["all"], 3)
-    with pytest.raises(DataError, match="has the members prompt, source: expected 'prompts'"):
+    with pytest.raises(DataError, match=r"prompt, source.*'prompts'"):
         open_captions(tmp_path, caption_column="prompts")
     write_list(tmp_path, [row | {"caption": "x"} for row in rows(3)])
-    with pytest.raises(DataError, match="expected one of text and caption"):
+    with pytest.raises(DataError, match="text and caption"):
         open_captions(tmp_path)
     # what one row calls its caption, the others have to call so too
     write_list(tmp_path, [*rows(2, column="a"), *rows(1, 2, column="b")])
-    with pytest.raises(DataError, match="line 3 has the members b: expected 'a'"):
+    with pytest.raises(DataError, match=r"line 3 .* b: .*'a'"):
         open_captions(tmp_path)
     # a caption that is missing is not made up for by another text
     write_list(tmp_path, [row | {"text": None, "source": "drawn"} for row in rows(3)])
-    with pytest.raises(DataError, match="line 1 has no caption: 'text' is 'None', expected a text"):
+    with pytest.raises(DataError, match=r"line 1 .*'text' is 'None'"):
         open_captions(tmp_path)
 
 
@@ -138,15 +138,15 @@ def test_texts_beside_images(tmp_path):
     check(data.splits["val"], 3)
     assert data.notes[0] == "ignored 1 text: readme.txt without an image"
     (tmp_path / "a" / "003.txt").unlink()
-    with pytest.raises(DataError, match=r"1 of 6 images have no caption, such as .*003\.png: expected a \.txt file"):
+    with pytest.raises(DataError, match=r"1 of 6 .*caption.*003\.png.*\.txt"):
         open_captions(tmp_path)
     (tmp_path / "a" / "003.txt").write_bytes(b"\xff\xfe\xfd")
-    with pytest.raises(DataError, match=r"003\.txt cannot be read as a text in UTF-8"):
+    with pytest.raises(DataError, match=r"003\.txt .*UTF-8"):
         open_captions(tmp_path)
     (tmp_path / "a" / "003.txt").write_text(" ")
     assert "1 of 6 captions of the train split are empty" in open_captions(tmp_path).notes
     Image.new("RGB", (4, 4)).save(tmp_path / "a" / "004.jpg")
-    with pytest.raises(DataError, match=r"two images have the same name but for the ending, such as .*004\.jpg"):
+    with pytest.raises(DataError, match=r"same name.*004\.jpg"):
         open_captions(tmp_path)
 
 
@@ -168,7 +168,7 @@ def test_splits_are_folders(tmp_path, way):
     if way == "one list":
         write_images(tmp_path, 1)
         write_list(tmp_path, [*rows(4, folder="train/"), *rows(1)])
-        with pytest.raises(DataError, match=r"1 image: .*000\.png of no split, beside others of train"):
+        with pytest.raises(DataError, match=r"1 image: .*000\.png .*train"):
             open_captions(tmp_path)
 
 
@@ -176,14 +176,14 @@ def test_faults_of_lists(tmp_path):
     write_images(tmp_path, 3)
     cases = {
         '{"file_name": "000.png", "text": "a"}\n{"file_name": ': "metadata.jsonl, line 2: ",
-        '["000.png", "a"]': "line 1: .* is no JSON object",
-        '{"image": "000.png", "text": "a"}': "has image, text: expected file_name",
-        '{"file_name": "9.png", "text": "a"}': "names .*9.png, which does not exist",
-        '{"file_name": "../9.png", "text": "a"}': "expected a path inside of",
-        '{"file_name": "000.png", "text": "a"}\n{"file_name": "000.png", "text": "b"}': "line 2 names .* line 1 names",
-        '{"file_name": "000.png", "text": 3}': "has no caption: 'text' is '3', expected a text",
+        '["000.png", "a"]': "line 1: .*JSON object",
+        '{"image": "000.png", "text": "a"}': "image, text: .*file_name",
+        '{"file_name": "9.png", "text": "a"}': r"9\.png.*not exist",
+        '{"file_name": "../9.png", "text": "a"}': "path inside",
+        '{"file_name": "000.png", "text": "a"}\n{"file_name": "000.png", "text": "b"}': "line 2 .* line 1 ",
+        '{"file_name": "000.png", "text": 3}': "'text' is '3'",
         '{"file_name": "000.png", "text": []}': "has no caption",
-        '{"file_name": "000.png", "text": "a"}': "holds one image: expected two at least",
+        '{"file_name": "000.png", "text": "a"}': "one image: .*two",
         "\n": "holds no rows",
     }
     for text, message in cases.items():
@@ -191,44 +191,44 @@ def test_faults_of_lists(tmp_path):
         with pytest.raises(DataError, match=message):
             open_captions(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n000.png,a,b\n")
-    with pytest.raises(DataError, match=r"holds metadata\.csv and metadata\.jsonl: expected one"):
+    with pytest.raises(DataError, match=r"metadata\.csv and metadata\.jsonl"):
         open_captions(tmp_path)
     (tmp_path / "metadata.jsonl").unlink()
-    with pytest.raises(DataError, match=r"metadata\.csv, line 2: expected 2 values"):
+    with pytest.raises(DataError, match=r"metadata\.csv, line 2: .*2 values"):
         open_captions(tmp_path)
     (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
-    with pytest.raises(DataError, match=r"metadata\.parquet cannot be read as a parquet file"):
+    with pytest.raises(DataError, match=r"metadata\.parquet .*parquet file"):
         open_captions(tmp_path)
     parquet.write_table(pa.table({"file_name": ["000.png"], "text": [b"red"]}), tmp_path / "metadata.parquet")
-    with pytest.raises(DataError, match=r"metadata\.parquet, row 1 has no caption: 'text' is 'None', expected a text"):
+    with pytest.raises(DataError, match=r"metadata\.parquet, row 1 .*'text' is 'None'"):
         open_captions(tmp_path)
     (tmp_path / "metadata.parquet").rename(tmp_path / "metadata.csv")
     write_images(tmp_path / "more", 1)
     write_list(tmp_path / "more", rows(1))
-    with pytest.raises(DataError, match="holds a list of captions, and others in its folders"):
+    with pytest.raises(DataError, match=r"list of captions.*folders"):
         open_captions(tmp_path)
 
 
 def test_what_is_no_captioned_data(tmp_path):
-    with pytest.raises(DataError, match=r"holds nothing; expected a folder of images with metadata\.jsonl"):
+    with pytest.raises(DataError, match=r"holds nothing.*metadata\.jsonl"):
         open_captions(tmp_path)
     (tmp_path / "notes.doc").write_text("x")
-    with pytest.raises(DataError, match=r"only 1 other thing: notes\.doc"):
+    with pytest.raises(DataError, match=r"1 other thing: notes\.doc"):
         open_captions(tmp_path)
     with pytest.raises(DataError, match="unknown kind"):
         open_captions(tmp_path / "notes.doc")
-    with pytest.raises(DataError, match="there is no /nowhere/at/all"):
+    with pytest.raises(DataError, match="no /nowhere/at/all"):
         open_captions("/nowhere/at/all")
     write_images(tmp_path, 2)
-    with pytest.raises(DataError, match="2 of 2 images have no caption"):
+    with pytest.raises(DataError, match=r"2 of 2 .*caption"):
         open_captions(tmp_path)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "1.png", encoded(1))
-    with pytest.raises(DataError, match="holds tar files and images, so it is not clear"):
+    with pytest.raises(DataError, match="tar files and images"):
         open_captions(tmp_path)
     write_images(tmp_path / "b", 2)
     write_list(tmp_path / "b", rows(2))
-    with pytest.raises(DataError, match="streaming is for what `datasets` loads"):
+    with pytest.raises(DataError, match=r"streaming.*`datasets`"):
         open_captions(tmp_path / "b", streaming=True)
 
 
@@ -250,24 +250,24 @@ def test_shards(tmp_path):
     check(data.splits["all"], 10)
     check(open_captions(tmp_path / "00001.tar").splits["all"], 5)
     assert open_captions(tmp_path, caption_column="caption").splits["all"].captions[3] == ("json 3",)
-    with pytest.raises(DataError, match=r"0000\.json has the members caption, url: expected 'x'"):
+    with pytest.raises(DataError, match=r"0000\.json .*caption, url: .*'x'"):
         open_captions(tmp_path, caption_column="x")
 
 
 def test_faults_of_shards(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "1.png", encoded(1))
-    with pytest.raises(DataError, match=r"the image 1 has no caption: expected 1\.txt or 1\.json beside it"):
+    with pytest.raises(DataError, match=r"image 1 .*caption: .*1\.txt or 1\.json"):
         open_captions(tmp_path)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "1.png", encoded(1))
         add(tar, "1.json", b"{")
-    with pytest.raises(DataError, match=r"a\.tar, 1\.json is no JSON"):
+    with pytest.raises(DataError, match=r"a\.tar, 1\.json .*JSON"):
         open_captions(tmp_path)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "1.png", encoded(1))
         add(tar, "1.json", b'{"texts": "a"}')
-    with pytest.raises(DataError, match="has the members texts: expected one of text and caption"):
+    with pytest.raises(DataError, match=r"texts: .*text and caption"):
         open_captions(tmp_path)
 
 
@@ -300,21 +300,21 @@ def test_tables(tmp_path, monkeypatch):
     table(6, url=["u"] * 6).to_parquet(tmp_path / "two.parquet")
     check(open_captions(tmp_path / "two.parquet").splits["all"], 6)
     table(6, caption=["u"] * 6).to_parquet(tmp_path / "three.parquet")
-    with pytest.raises(DataError, match="found text and caption; say which with --caption-column"):
+    with pytest.raises(DataError, match=r"text and caption.*--caption-column"):
         open_captions(tmp_path / "three.parquet")
     check(open_captions(tmp_path / "three.parquet", caption_column="text").splits["all"], 6)
-    with pytest.raises(DataError, match=r"the column 'image' holds .*expected texts"):
+    with pytest.raises(DataError, match=r"column 'image' .*texts"):
         open_captions(tmp_path / "three.parquet", caption_column="image")
-    with pytest.raises(DataError, match="has no column 'x'; it has image, text, caption"):
+    with pytest.raises(DataError, match=r"column 'x'.*image, text, caption"):
         open_captions(tmp_path / "three.parquet", caption_column="x")
     lists = table(3, text=[["a", "b"], ["c"], ["d"]])
     lists.save_to_disk(tmp_path / "lists")
     assert open_captions(tmp_path / "lists").splits["all"].captions == [("a", "b"), ("c",), ("d",)]
     table(3, text=["a", None, "c"]).save_to_disk(tmp_path / "none")
-    with pytest.raises(DataError, match="1 rows have no value in the column 'text'"):
+    with pytest.raises(DataError, match=r"1 rows .*no value .*'text'"):
         open_captions(tmp_path / "none")
     table(3, text=[["a", "b"], [], ["d"]]).save_to_disk(tmp_path / "empty")
-    with pytest.raises(DataError, match="1 rows have no caption in the column 'text'"):
+    with pytest.raises(DataError, match=r"1 rows .*no caption .*'text'"):
         open_captions(tmp_path / "empty")
 
 
@@ -336,7 +336,7 @@ def test_streams(tmp_path_factory, monkeypatch):
             for i, image in zip(batch["index"].tolist(), batch["image"], strict=True):
                 assert split.captions[i] == (f"grey {int(image[0, 0, 0])}",)
     (tmp_path / "validation.parquet").unlink()
-    with pytest.raises(DataError, match="nothing can be held out of a stream"):
+    with pytest.raises(DataError, match=r"held out.*stream"):
         open_captions(tmp_path, streaming=True)
 
 

@@ -75,7 +75,7 @@ def test_hold_out_is_stratified_and_leaves_every_class_an_image():
 
 
 def test_two_classes_of_one_name(tmp_path):
-    with pytest.raises(DataError, match="two classes of digits have the same name: a; expected distinct names"):
+    with pytest.raises(DataError, match="same name: a"):
         open_data("digits", class_names=["a", "a", *"bcdefghi"])
     write_idx_folder(tmp_path)
     (tmp_path / "classes.txt").write_text("shoe\nbag\nshoe\nbag\n")
@@ -114,31 +114,31 @@ def test_folder_with_splits(tmp_path, name):
 
 
 def test_folder_faults(tmp_path):
-    with pytest.raises(DataError, match="holds nothing; expected `digits`"):
+    with pytest.raises(DataError, match=r"holds nothing.*`digits`"):
         open_data(tmp_path)
     (tmp_path / "notes.doc").write_text("x")
-    with pytest.raises(DataError, match=r"only 1 other thing: notes\.doc"):
+    with pytest.raises(DataError, match=r"1 other thing: notes\.doc"):
         open_data(tmp_path)
     write_images(tmp_path / "train" / "cat", 4)
     write_images(tmp_path / "dogs", 4)
-    with pytest.raises(DataError, match="train folder beside 1 folder: dogs"):
+    with pytest.raises(DataError, match=r"train folder .*1 folder: dogs"):
         open_data(tmp_path)
-    with pytest.raises(DataError, match="there is no /nowhere/at/all"):
+    with pytest.raises(DataError, match="no /nowhere/at/all"):
         open_data("/nowhere/at/all")
     with pytest.raises(DataError, match="unknown kind"):
         open_data(tmp_path / "notes.doc")
-    with pytest.raises(DataError, match="between 0 and 1, got 2"):
+    with pytest.raises(DataError, match=r"0 and 1.*2"):
         open_data("digits", val_fraction=2)
 
 
 def test_folder_with_an_empty_class_or_two_validation_folders(tmp_path):
     write_images(tmp_path / "cat", 4)
     (tmp_path / "dog").mkdir()
-    with pytest.raises(DataError, match="dog holds no images"):
+    with pytest.raises(DataError, match=r"dog .*no images"):
         open_data(tmp_path)
     for name in ("train", "val", "valid"):
         write_images(tmp_path / "splits" / name / "cat", 2)
-    with pytest.raises(DataError, match="two folders for one split"):
+    with pytest.raises(DataError, match="one split"):
         open_data(tmp_path / "splits")
 
 
@@ -152,7 +152,7 @@ def test_classes_unknown_and_missing(tmp_path):
     write_images(tmp_path / "emu", 2)
     write_images(tmp_path / "cat", 2)
     split, _ = open_data(tmp_path).for_evaluation()
-    with pytest.raises(DataError, match=r"1 class: emu that the model does not know; it knows cat, dog"):
+    with pytest.raises(DataError, match=r"1 class: emu .*cat, dog"):
         split.relabelled(["cat", "dog"])
 
 
@@ -173,7 +173,7 @@ def test_idx_class_names(tmp_path):
     (tmp_path / "classes.txt").write_text("shirt\nshoe\nbag\ncoat\n")
     assert open_data(tmp_path).splits["test"].class_names == ["shirt", "shoe", "bag", "coat"]
     (tmp_path / "classes.txt").write_text("shirt\nshoe\n")
-    with pytest.raises(DataError, match="names 2 classes, but a label is 3"):
+    with pytest.raises(DataError, match=r"2 classes.* 3"):
         open_data(tmp_path)
 
 
@@ -188,16 +188,16 @@ def test_idx_faults(tmp_path):
     file = tmp_path / "train-images-idx3-ubyte"
     images = np.zeros((3, 4, 4), np.uint8)
     write_idx(file, images, magic=b"\x00\x00\x0d\x03")
-    with pytest.raises(DataError, match="begins with bytes 00 00 0d 03, expected 00 00 08 03"):
+    with pytest.raises(DataError, match=r"00 00 0d 03.*00 00 08 03"):
         read_idx(file, 3)
     write_idx(file, images)
     with pytest.raises(DataError, match="expected 00 00 08 01"):
         read_idx(file, 1)
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(DataError, match="truncated: it announces 3 x 4 x 4 bytes and holds 43"):
+    with pytest.raises(DataError, match=r"truncated.*3 x 4 x 4 .* 43"):
         read_idx(file, 3)
     file.write_bytes(b"\x00\x00\x08\x03\x00")
-    with pytest.raises(DataError, match="header is incomplete"):
+    with pytest.raises(DataError, match="header"):
         read_idx(file, 3)
     write_idx(file, np.zeros((0, 4, 4), np.uint8))
     with pytest.raises(DataError, match="empty"):
@@ -212,7 +212,7 @@ def test_idx_faults(tmp_path):
 def test_idx_folder_faults(tmp_path):
     write_idx_folder(tmp_path)
     write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(19, np.uint8))
-    with pytest.raises(DataError, match=r"20 images but t10k-labels-idx1-ubyte\.gz 19 labels"):
+    with pytest.raises(DataError, match=r"20 images.*t10k-labels-idx1-ubyte\.gz.* 19 "):
         open_data(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(DataError, match="not the test labels"):
@@ -253,7 +253,7 @@ def test_dataset_from_parquet_and_its_columns(table, tmp_path):
     file = open_data(tmp_path / "tables" / "train.parquet", label_column="text")
     assert file.splits["all"].class_names == ["word 0", "word 1", "word 2"]
     assert open_data(tmp_path / "tables").splits["all"].class_names == ["lo", "hi"]
-    with pytest.raises(DataError, match="no column 'colour'; it has img, kind, text"):
+    with pytest.raises(DataError, match=r"column 'colour'.*img, kind, text"):
         open_data(tmp_path / "tables", image_column="colour")
     with pytest.raises(DataError, match="holds no images"):
         open_data(tmp_path / "tables", image_column="kind")
@@ -263,10 +263,10 @@ def test_dataset_without_labels_or_with_another_split(table, tmp_path):
     import datasets
 
     table.remove_columns("kind").save_to_disk(tmp_path / "unlabelled")
-    with pytest.raises(DataError, match=r"type ClassLabel, found none; say which with --label-column.*img \(Image\)"):
+    with pytest.raises(DataError, match=r"ClassLabel.*--label-column.*img \(Image\)"):
         open_data(tmp_path / "unlabelled")
     datasets.DatasetDict({"part1": table}).save_to_disk(tmp_path / "strange")
-    with pytest.raises(DataError, match="has the splits part1; expected train"):
+    with pytest.raises(DataError, match=r"part1.*train"):
         open_data(tmp_path / "strange")
 
 
@@ -284,14 +284,14 @@ def test_names_that_are_nearly_right(tmp_path, monkeypatch):
     tried = []
     monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, **_: tried.append(url))
     for name in ("digts", "digit", "Digits"):
-        with pytest.raises(DataError, match=f"there is no {name}: did you mean digits"):
+        with pytest.raises(DataError, match=f"{name}: .*digits"):
             open_data(name)
     assert tried == []
     write_images(tmp_path / "photos" / "cat", 1)
-    with pytest.raises(DataError, match=r"there is no .*phtos \(did you mean .*photos\?\)"):
+    with pytest.raises(DataError, match=r"phtos \(.*photos\?\)"):
         open_data(tmp_path / "phtos")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"link is a link to .*gone, which does not exist"):
+    with pytest.raises(DataError, match=r"link to .*gone"):
         open_data(tmp_path / "link")
 
 
@@ -308,7 +308,7 @@ def test_any_image_becomes_the_models_input(tmp_path):
     assert GREY8(palette).shape == (1, 8, 8)
     deep = Image.fromarray(np.full((8, 8), 65535, np.uint16))
     assert with_channels(deep, 1).getpixel((0, 0)) == 255
-    with pytest.raises(ValueError, match="floating-point values"):
+    with pytest.raises(ValueError, match="floating-point"):
         with_channels(Image.new("F", (8, 8)), 1)
     colour = Preprocessing(3, (4, 6), (0, 0, 0), (1, 1, 1), crop=0.875)
     assert colour(Image.new("L", (301, 77), 9)).shape == (3, 4, 6)

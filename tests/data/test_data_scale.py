@@ -114,19 +114,19 @@ def test_shards_that_webdataset_writes(tmp_path):
 def test_faults_of_shards(tmp_path):
     write_shards(tmp_path / "mixed", "train", shards=1)
     write_shards(tmp_path / "mixed", "part", shards=1)
-    with pytest.raises(DataError, match=r"1 tar file: part-0000\.tar of no split, beside others of train"):
+    with pytest.raises(DataError, match=r"1 tar file: part-0000\.tar .*train"):
         open_data(tmp_path / "mixed")
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         add(tar, "1.png", picture(1))
-    with pytest.raises(DataError, match="cannot be read as an uncompressed tar file"):
+    with pytest.raises(DataError, match="uncompressed tar"):
         open_data(tmp_path / "packed.tar")
     with tarfile.open(tmp_path / "unlabelled.tar", "w") as tar:
         add(tar, "1.png", picture(1))
-    with pytest.raises(DataError, match=r"the image 1 has no class: expected 1\.cls beside it"):
+    with pytest.raises(DataError, match=r"image 1 .*1\.cls"):
         open_data(tmp_path / "unlabelled.tar")
     with tarfile.open(tmp_path / "nothing.tar", "w") as tar:
         add(tar, "readme.txt", b"x")
-    with pytest.raises(DataError, match="holds no images with a class"):
+    with pytest.raises(DataError, match="no images with a class"):
         open_data(tmp_path / "nothing.tar")
     whole = (write_shards(tmp_path / "cut") / "train-0002.tar").read_bytes()
     (tmp_path / "cut" / "train-0002.tar").write_bytes(whole[:5000])
@@ -134,7 +134,7 @@ def test_faults_of_shards(tmp_path):
         open_data(tmp_path / "cut")
     (tmp_path / "cut" / "train-0002.tar").unlink()
     (tmp_path / "cut" / "classes.txt").write_text("a\nb\n")
-    with pytest.raises(DataError, match="names 2 classes, but a class is 3"):
+    with pytest.raises(DataError, match=r"2 classes.* 3"):
         open_data(tmp_path / "cut")
 
 
@@ -181,18 +181,18 @@ def test_streams_are_splits(streamed):
     assert [train.image(i).getpixel((0, 0)) for i in (0, 29, 30, 89)] == [0, 29, 30, 89]
     assert train.labels[:3].tolist() == [1, 0, 1] and train.channels() == 1 and len(train.sample(7)) == 7
     assert "row 5" in train.problem(5)
-    with pytest.raises(DataError, match="nothing can be held out of a stream"):
+    with pytest.raises(DataError, match=r"held out.*stream"):
         open_data(streamed / "train-0.parquet", streaming=True)
     train.counts[1] -= 1
-    with pytest.raises(DataError, match="shard 1 of the stream had 29 rows at first, and now 30: it changed"):
+    with pytest.raises(DataError, match=r"shard 1 .* 29 .* 30"):
         list(train.keys(generator(0)))
 
 
 def test_streaming_of_other_kinds_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="streaming is for what `datasets` loads, but digits is of another kind"):
+    with pytest.raises(DataError, match=r"streaming.*`datasets`.*digits"):
         open_data("digits", streaming=True)
     (tmp_path / "train.csv").write_text("image,label\nx.png,1\n")
-    with pytest.raises(DataError, match="does not tell its columns' types as a stream"):
+    with pytest.raises(DataError, match="columns' types"):
         open_data(tmp_path / "train.csv", streaming=True)
 
 
@@ -251,10 +251,10 @@ class Deadly:
 
 def test_a_worker_that_dies_is_a_clear_error():
     split = images.Split(np.zeros(40), ["a"], read=Deadly())
-    with pytest.raises(DataError, match=r"1 of the processes that read images died.*--workers 0"):
+    with pytest.raises(DataError, match=r"1 of the processes .*died.*--workers 0"):
         list(batches(make_loader(split, GREY8, 4, workers=1)))
 
-    with pytest.raises(DataError, match="1 of the processes that read images died"):
+    with pytest.raises(DataError, match=r"1 of the processes .*died"):
         list(batches(make_accelerator().prepare(make_loader(split, GREY8, 4, workers=1))))
 
 

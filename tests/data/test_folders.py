@@ -101,7 +101,7 @@ def test_links_are_followed_and_none_leads_in_a_circle(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"absent cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"absent .*No such file"):
         scan(tmp_path / "absent")
 
 
@@ -180,7 +180,7 @@ def test_comparisons_without_litter(tmp_path):
     told(images.notes)
     write(tmp_path / "pool", "3.png")
     link(root / "linked", tmp_path / "pool")
-    with pytest.raises(DataError, match=r"images and folders with images \(linked\)"):
+    with pytest.raises(DataError, match=r"images and folders.*\(linked\)"):
         open_images(root)
 
 
@@ -214,7 +214,7 @@ def test_tables_without_litter_and_with_links(tmp_path, parquet):
     data = open_data(root)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 5, "val": 1}
     (tmp_path / "elsewhere" / "train-2.csv").write_text("a\n1\n")
-    with pytest.raises(DataError, match="holds csv and parquet files: expected one format"):
+    with pytest.raises(DataError, match="csv and parquet"):
         open_data(root)
 
 
@@ -228,7 +228,7 @@ def test_tables_and_splits_that_are_not_read_are_told(tmp_path, parquet):
     datasets.DatasetDict({"train": table, "bonus": table}).save_to_disk(tmp_path / "saved")
     assert any(note.startswith("left out 1 split: bonus") for note in open_data(tmp_path / "saved").notes)
     datasets.DatasetDict({"train": table, "val": table, "validation": table}).save_to_disk(tmp_path / "twice")
-    with pytest.raises(DataError, match="two splits for one purpose: val, validation"):
+    with pytest.raises(DataError, match="one purpose: val, validation"):
         open_data(tmp_path / "twice")
 
 
@@ -238,43 +238,43 @@ def test_tables_and_splits_that_are_not_read_are_told(tmp_path, parquet):
 def test_one_folder_as_two_classes_or_splits(tmp_path):
     write(tmp_path, "a/cat/0.png", "a/cat/1.png", "a/dog/2.png", "b/train/cat/0.png", "b/train/dog/1.png")
     link(tmp_path / "a" / "felines", tmp_path / "a" / "cat")
-    with pytest.raises(DataError, match=r"a/felines is a link to .*a/cat, which is read already"):
+    with pytest.raises(DataError, match=r"a/felines .*link to .*a/cat"):
         open_data(tmp_path / "a")
     link(tmp_path / "b" / "val", tmp_path / "b" / "train")
-    with pytest.raises(DataError, match=r"b/val is a link to .*b/train, which is read already"):
+    with pytest.raises(DataError, match=r"b/val .*link to .*b/train"):
         open_data(tmp_path / "b")
 
 
 WRONG_LEVEL = {
     "a single folder around the splits": (
         ["photos/train/cat/0.png", "photos/train/dog/1.png", "photos/val/cat/2.png"],
-        r"holds 1 folder: photos, .* in photos there are parts of a data set: train, val\..*: give .*/photos$",
+        r"1 folder: photos.*: train, val\..*/photos$",
     ),
     "a single folder around the classes": (
         ["photos/cat/0.png", "photos/dog/1.png"],
-        r"in photos there are folders with images: cat, dog\. .*: give .*/photos; if photos are classes after all",
+        r"in photos .*: cat, dog\..*/photos; if photos ",
     ),
     "a folder of data sets with splits": (
         ["pets/train/cat/0.png", "flowers/train/rose/0.png"],
-        r"2 folders: flowers, pets, .* in flowers .*: train\..*: give one of them, such as .*/flowers$",
+        r"2 folders: flowers, pets.* in flowers .*: train\..*/flowers$",
     ),
     "a folder of data sets with classes": (
         ["pets/cat/0.png", "pets/dog/1.png", "flowers/rose/0.png"],
-        r"folders: flowers, pets, .* in pets .*: cat, dog\..*: give one of them, such as .*/pets; if flowers, pets are",
+        r"folders: flowers, pets.* in pets .*: cat, dog\..*/pets; if flowers, pets ",
     ),
     "a folder around the classes of a split": (
         ["train/photos/cat/0.png", "train/photos/dog/0.png", "val/photos/cat/0.png"],
-        r"train seems to be a folder too high\. It holds 1 folder: photos, .* in photos .*: cat, dog\.",
+        r"train .*too high.*1 folder: photos.* in photos .*: cat, dog\.",
     ),
     "splits below the classes": (
         ["cat/train/0.png", "dog/train/1.png"],
-        r"in cat there are parts of a data set: train\.",
+        r"in cat .*: train\.",
     ),
     "splits by other names": (
         ["Training/cat/0.png", "test_images/cat/1.png"],
-        r"2 folders: Training, test_images, which sounds like parts of a data set.*: expected .* train, val",
+        r"2 folders: Training, test_images.*: expected .* train, val",
     ),
-    "one of them": (["TRAIN/cat/0.png", "TRAIN/dog/0.png"], "1 folder: TRAIN, which sounds like parts"),
+    "one of them": (["TRAIN/cat/0.png", "TRAIN/dog/0.png"], "1 folder: TRAIN, .*parts"),
 }
 
 
@@ -305,7 +305,7 @@ def test_images_below_the_class_folders_are_of_the_class(tmp_path, files):
 
 def test_images_without_class_folders(tmp_path):
     write(tmp_path, "cat/0.png", "cat/1.png")
-    with pytest.raises(DataError, match=r"2 images: 0\.png, 1\.png, but no class folders, whose parent is to be given"):
+    with pytest.raises(DataError, match=r"2 images: 0\.png, 1\.png, but no class folders"):
         open_data(tmp_path / "cat")
 
 
@@ -331,7 +331,7 @@ def test_a_classifier_of_one_class_is_refused(tmp_path, kind, parquet):
         write_idx(data / "train-labels-idx1-ubyte", np.full(6, 3, np.uint8))
     assert open_data(data).kind == kind  # to evaluate on, or to generate: one class is enough
     name = {"folder": "'photos'", "shards": "7", "datasets": "'b'", "idx": "3"}[kind]
-    with pytest.raises(DataError, match=f"of one class, {name}.*expected (several class folders|two classes at least)"):
+    with pytest.raises(DataError, match=f"one class, {name}.*expected (several|two)"):
         train_classifier(data, tmp_path / "run", tiny_options())
     assert not (tmp_path / "run").exists()
 
@@ -379,18 +379,18 @@ def test_what_is_dropped_of_shards_is_counted_and_named(tmp_path):
         "000.v2.cls), 1 without a dot (such as README)" in data.notes
     )
     write_tar(tmp_path / "b.tar", samples("000.v2.png", "000.v2.cls"))
-    with pytest.raises(DataError, match=r"b\.tar holds no images with a class: .*; ignored members .*000\.v2\.png"):
+    with pytest.raises(DataError, match=r"b\.tar .*no images with a class: .*000\.v2\.png"):
         open_data(tmp_path / "b.tar")
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["0.png", "0.jpg", "0.cls"], r"holds 0\.png and 0\.jpg, two images in one sample"),
-        (["0.png", "0.PNG", "0.cls"], r"holds 0\.png and 0\.PNG, in one sample"),
-        (["0.png", "0.cls", "0.cls"], r"holds 0\.cls twice, in one sample"),
-        (["0.png", "0.cls", "1.png", "1.cls", "0.png", "0.cls"], r"0\.png does not follow the other members of 0"),
-        (["0.png", "1.cls"], r"the image 0 has no class: expected 0\.cls"),
+        (["0.png", "0.jpg", "0.cls"], r"0\.png and 0\.jpg, .*one sample"),
+        (["0.png", "0.PNG", "0.cls"], r"0\.png and 0\.PNG, .*one sample"),
+        (["0.png", "0.cls", "0.cls"], r"0\.cls twice"),
+        (["0.png", "0.cls", "1.png", "1.cls", "0.png", "0.cls"], r"0\.png .*not follow"),
+        (["0.png", "1.cls"], r"image 0 .*0\.cls"),
     ],
 )
 def test_samples_that_are_not_clear(tmp_path, names, message):
@@ -409,9 +409,9 @@ def test_classes_of_shards(tmp_path):
 
     with pytest.raises(DataError, match=r"train\.tar: 1\.cls is empty"):
         open_data(tar(b"0", b" \n", b"1"))
-    with pytest.raises(DataError, match=r"1\.cls is no text in UTF-8"):
+    with pytest.raises(DataError, match=r"1\.cls .*UTF-8"):
         open_data(tar(b"0", b"\xff"))
-    with pytest.raises(DataError, match=r"1 of 3 images in the train split of .* have a label below 0"):
+    with pytest.raises(DataError, match=r"1 of 3 images .*train.*below 0"):
         open_data(tar(b"0", b"-1", b"1"))
     with pytest.raises(DataError, match="all are -1"):
         open_data(tar(b"-1", b"-1"))
@@ -429,7 +429,7 @@ def test_labels_of_tables(tmp_path, parquet):
 
     integer = datasets.Value("int64")
     parquet(tmp_path / "a.parquet", [3, -1, 7], integer)
-    with pytest.raises(DataError, match=r"1 of 3 images in the train split of .* have a label below 0"):
+    with pytest.raises(DataError, match=r"1 of 3 images .*train.*below 0"):
         open_data(tmp_path / "a.parquet", label_column="label")
     for name, labels in (("train", [10, 9, 9]), ("test", [-1, -1])):
         parquet(tmp_path / "b" / f"{name}.parquet", labels, integer)
@@ -437,12 +437,12 @@ def test_labels_of_tables(tmp_path, parquet):
     assert data.splits["all"].class_names == ["9", "10"] and data.splits["all"].labels.tolist() == [1, 0, 0]
     assert "left out the test split, whose 2 images have no labels" in data.notes
     parquet(tmp_path / "c.parquet", [[1, 2], [3], []], datasets.List(integer))
-    with pytest.raises(DataError, match=r"the column 'label' holds List\(.*expected a class"):
+    with pytest.raises(DataError, match=r"column 'label' .*List\(.*class"):
         open_data(tmp_path / "c.parquet", label_column="label")
-    with pytest.raises(DataError, match=r"the column 'image' holds Image\(.*expected a class"):
+    with pytest.raises(DataError, match=r"column 'image' .*Image\(.*class"):
         open_data(tmp_path / "a.parquet", label_column="image")
     parquet(tmp_path / "d.parquet", [1.0, float("nan"), 2.0], datasets.Value("float64"))
-    with pytest.raises(DataError, match="1 rows have no value in the column 'label'"):
+    with pytest.raises(DataError, match=r"1 rows .*'label'"):
         open_data(tmp_path / "d.parquet", label_column="label")
 
 
@@ -464,14 +464,14 @@ def test_names_that_are_not_utf8_train_and_are_told(tmp_path, monkeypatch):
     )
     printed.flush()
     text = printed.buffer.getvalue().decode()
-    assert "1 link that leads nowhere: dog/gone\\xff.png" in text
+    assert "dog/gone\\xff.png" in text
     assert "data\\xe9/dog/0\\xff.png: cannot identify" in warnings[0]
     config = json.loads((run.path / "config.json").read_text())
     assert config["class_names"] == ["caf\\xe9", "dog"] and config["data"]["where"] == str(data)
     again, _ = evaluate(run.path, data, workers=0, out=tmp_path / "out")
     assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     assert len(os.listdir(tmp_path / "out")) == 2
-    with pytest.raises(SaveError, match=r"run\\xe9, whose name is not UTF-8"):
+    with pytest.raises(SaveError, match=r"run\\xe9.*UTF-8"):
         train_classifier(data, tmp_path / "run\udce9", tiny_options())
     tar = write_tar(tmp_path / "s\udcff.tar", samples("0\udcff.png", "0\udcff.cls", "1.png", "1.cls"))
     assert open_data(tar).splits["all"].names(0) == f"{tmp_path}/s\\xff.tar, 0\\xff"

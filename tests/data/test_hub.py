@@ -22,13 +22,13 @@ def test_a_name_is_tried_once_at_a_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match=r"someone/pets: .*OSError: no network.*no copy of .*there is no such file"):
+    with pytest.raises(DataError, match=r"someone/pets: .*OSError: no network.*no copy.*no such file"):
         open_data("someone/pets")
     assert len(tried) == 1 and "someone/pets" in tried[0][0] and tried[0][1] <= 10
     assert not datasets.config.HF_HUB_OFFLINE
     kept = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]})})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: kept)  # from the cache
-    with pytest.raises(DataError, match="expected one column of type Image"):
+    with pytest.raises(DataError, match="type Image"):
         open_data("someone/pets")
 
 
@@ -76,11 +76,11 @@ def test_models_are_tried_once_at_a_hub_out_of_reach(monkeypatch, what):
     monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
     for each in (diffusers.AutoencoderKL, diffusers.DiffusionPipeline):
         monkeypatch.setattr(each, "load_config", load_config)
-    with pytest.raises(OptionError, match=r"nobody/model cannot be loaded: the hub cannot.*; not kept here"):
+    with pytest.raises(OptionError, match=r"nobody/model .*the hub .*; not kept here"):
         {"vae": vae.open_vae, "text_to_image": text_to_image.open_text_to_image}[what]("nobody/model")
     assert len(tried) == 1 and asked == [True]
     tried.clear()
-    with pytest.raises(OptionError, match=r"/nowhere/at/all cannot be loaded: not kept here"):
+    with pytest.raises(OptionError, match=r"/nowhere/at/all .*not kept here"):
         {"vae": vae.open_vae, "text_to_image": text_to_image.open_text_to_image}[what]("/nowhere/at/all")
 
 

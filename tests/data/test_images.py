@@ -98,7 +98,7 @@ def test_a_transparent_16_bit_level_is_white():
     ids=["u32", "u32 small", "i32", "i32 big-endian", "i16", "i8", "f32", "PFM", "mode I", "mode F"],
 )
 def test_values_without_a_fixed_range_are_refused_alike(file):
-    with pytest.raises(ValueError, match="no fixed range from black to white; expected unsigned values of up to 16"):
+    with pytest.raises(ValueError, match=r"range.*16"):
         grey(file)
 
 
@@ -191,7 +191,7 @@ def test_a_large_image_is_read_without_a_warning_and_a_larger_one_refused(monkey
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         assert decode(io.BytesIO(content)).size == (15, 10)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70)
-        with pytest.raises(ValueError, match=r"too large: Image size \(150 pixels\) exceeds .* 140 pixels\. Make"):
+        with pytest.raises(ValueError, match=r"too large: .*150 pixels.* 140 pixels"):
             decode(io.BytesIO(content))
 
 

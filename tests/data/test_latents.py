@@ -27,25 +27,25 @@ def test_truncated_foreign_missing_and_left_over_shards(copied, latents, tmp_pat
     content = shard.read_bytes()
     for length in (0, 4, 200, len(content) // 2, len(content) - 1):
         shard.write_bytes(content[:length])
-        with pytest.raises(DataError, match=f"the shard {shard} is damaged: .*it has {length} bytes"):
+        with pytest.raises(DataError, match=f"{shard} is damaged: .* {length} bytes"):
             open_latents(copied)
     shard.unlink()
-    with pytest.raises(DataError, match=r"lacks 1 shard: train-00001\.safetensors.*goes on"):
+    with pytest.raises(DataError, match=r"1 shard: train-00001\.safetensors.*gspn encode"):
         open_latents(copied)
     tensors = load_file(latents[1] / shard.name)
     about = {"latents": "0" * 64, "split": "train", "shard": 1, "unreadable": []}
     save_file(tensors, shard, {ABOUT: json.dumps(about)})
-    with pytest.raises(DataError, match="it is of other latents"):
+    with pytest.raises(DataError, match="other latents"):
         open_latents(copied)
     save_file(tensors, shard)
-    with pytest.raises(DataError, match="it is of no gspn encode"):
+    with pytest.raises(DataError, match="no gspn encode"):
         open_latents(copied)
     shutil.copy(copied / "test-00000.safetensors", shard)
-    with pytest.raises(DataError, match="it is of the split test"):
+    with pytest.raises(DataError, match="split test"):
         open_latents(copied)
     shard.write_bytes(content)
     shutil.copy(shard, copied / "train-00007.safetensors")
-    with pytest.raises(DataError, match=r"1 shard: train-00007\.safetensors that its config.json does not know"):
+    with pytest.raises(DataError, match=r"1 shard: train-00007\.safetensors.*config\.json"):
         open_latents(copied)
     (copied / "train-00007.safetensors").rename(copied / "._train-00000.safetensors")  # as a Mac leaves them
     assert open_latents(copied).splits["train"].labels.equal(open_latents(latents[1]).splits["train"].labels)
@@ -76,7 +76,7 @@ def test_shards_with_another_content(copied, case):
         }[case],
     )
     message = {"label": "labels from 0 to 3 for 2 classes", "nan": "no finite numbers"}
-    with pytest.raises(DataError, match=message.get(case, r"the shard .*train-00001.* is damaged: it holds")):
+    with pytest.raises(DataError, match=message.get(case, r"train-00001.* is damaged: it holds")):
         data = open_latents(copied)
         data.splits["train"].posterior(torch.arange(12))
 
@@ -91,18 +91,18 @@ def test_a_shard_that_is_damaged_in_training_is_one_line(copied, workers):
 
 
 def test_faults_of_the_configuration(copied, tmp_path):
-    with pytest.raises(DataError, match=r"holds no latents: its config.json is missing"):
+    with pytest.raises(DataError, match=r"no latents: .*config\.json"):
         open_latents(tmp_path / "nowhere")
     config = json.loads((copied / "config.json").read_text())
     for change, message in (
-        ({"kind": "other"}, "is of something else"),
-        ({"format": 99}, "was written by a newer gspn"),
-        ({"format": "x"}, "its format is 'x'"),
+        ({"kind": "other"}, "something else"),
+        ({"format": 99}, "newer gspn"),
+        ({"format": "x"}, "format is 'x'"),
         ({"vae": None}, "is damaged"),
-        ({"vae": {"digest": "0"}}, "is damaged: KeyError: 'scaling_factor'"),
+        ({"vae": {"digest": "0"}}, "KeyError: 'scaling_factor'"),
         ({"splits": 3}, "is damaged"),
         ({"dtype": "int8"}, "is damaged"),
-        ({"flip": False}, "it is of other latents"),
+        ({"flip": False}, "other latents"),
     ):
         (copied / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(DataError, match=message):
@@ -178,9 +178,9 @@ def test_half_of_the_images_are_mirrored(latents):
 
 def test_flip_needs_the_mirrored_images(pictures, vae, tmp_path):
     split = encode(pictures, vae, tmp_path / "x", splits=["test"], **SIZE).splits["test"]
-    with pytest.raises(DataError, match="encoded without the mirrored images: expected gspn encode --flip"):
+    with pytest.raises(DataError, match="gspn encode --flip"):
         make_latent_loader(split, 2, train=True, flip=True)
-    with pytest.raises(DataError, match="test, image 0 is a latent, not an image"):
+    with pytest.raises(DataError, match=r"image 0 .*latent"):
         split.image(0)
     assert split.channels() == 3
 

@@ -58,11 +58,11 @@ def test_a_program_of_one_size_or_one_batch():
 
 
 def test_what_cannot_be_exported():
-    with pytest.raises(TypeError, match="torch module, got function"):
+    with pytest.raises(TypeError, match=r"model.*function"):
         export_program(lambda x: x)
-    with pytest.raises(ExportError, match="cannot follow the model"):
+    with pytest.raises(ExportError, match="cannot follow"):
         export_program(DataDependent(), torch.zeros(2, 1, 4, 4))
-    with pytest.raises(ExportError, match="works at one batch only"):
+    with pytest.raises(ExportError, match=r"one batch.*batch=B"):
         export_program(OneBatch(), torch.zeros(2, 1, 4, 4))
 
 
@@ -165,7 +165,7 @@ for x, y in zip(inputs, expected, strict=True):
 
 
 def test_bad_places_for_a_package(tmp_path):
-    with pytest.raises(ExportError, match=r"named \.pt2 only, got model\.so"):
+    with pytest.raises(ExportError, match=r"\.pt2.*model\.so"):
         export_aoti(gspn.GSPN2d(4), tmp_path / "model.so")
-    with pytest.raises(ExportError, match="there is no folder"):
+    with pytest.raises(ExportError, match=r"none to write model\.pt2"):
         export_aoti(gspn.GSPN2d(4), tmp_path / "none" / "model.pt2")

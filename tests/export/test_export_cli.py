@@ -54,7 +54,7 @@ def run(tmp_path_factory):
 def test_the_file_is_usable_without_torch_and_gspn(run):
     code, out, err = gspn_command("export", run, "--onnx")
     assert code == 0, err
-    assert out.startswith(f"wrote {run / 'model.onnx'}, ") and "of the largest output at 2x3x8x8, " in out
+    assert f"{run / 'model.onnx'}, " in out and "2x3x8x8, " in out
     folder = run.parent.parent
     pixels = np.random.default_rng(0).integers(0, 255, (37, 29, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
@@ -76,7 +76,7 @@ def test_a_fixed_size_in_half_precision_elsewhere(run, tmp_path):
         "export", run, "--onnx", "--size", "9x6", "--precision", "fp16", "--opset", 18, "--no-check", "--out", file
     )
     assert code == 0, err
-    assert out.endswith("not checked\n")
+    assert "not checked" in out
     (given,) = onnxruntime.InferenceSession(file).get_inputs()
     assert given.shape == ["batch", 3, 9, 6] and given.type == "tensor(float16)"
 
@@ -84,27 +84,27 @@ def test_a_fixed_size_in_half_precision_elsewhere(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "choose one of --onnx and --aoti"),
-        (("--onnx", "--aoti"), "choose one of --onnx and --aoti"),
-        (("--aoti", "--opset", 18), "--opset is for --onnx"),
-        (("--onnx", "--opset", 11), "opset has to be from 18 to "),
-        (("--onnx", "--precision", "int4"), "precision has to be fp32 or fp16, got 'int4'"),
-        (("--onnx", "--size", "0x4"), "--size takes"),
-        (("--onnx", "--out", "/none/model.onnx"), "there is no folder /none"),
-        (("--onnx", "--checkpoint", "worst"), "no checkpoint 'worst'"),
-        (("--aoti", "--out", "model.so"), "must end in .pt2"),
+        ((), "--onnx.*--aoti"),
+        (("--onnx", "--aoti"), "--onnx.*--aoti"),
+        (("--aoti", "--opset", 18), "--opset.*--onnx"),
+        (("--onnx", "--opset", 11), "opset.*18.*11"),
+        (("--onnx", "--precision", "int4"), "precision.*'int4'"),
+        (("--onnx", "--size", "0x4"), "--size"),
+        (("--onnx", "--out", "/none/model.onnx"), "/none"),
+        (("--onnx", "--checkpoint", "worst"), "checkpoint 'worst'"),
+        (("--aoti", "--out", "model.so"), r"\.pt2.*model\.so"),
     ],
 )
 def test_bad_options(run, arguments, message):
     code, _, err = gspn_command("export", run, *arguments, "--overwrite")
-    assert code == 2 and message in err and "Traceback" not in err
+    assert code == 2 and re.search(message, err) and "Traceback" not in err
 
 
 def test_no_run_no_extra_no_place(run, tmp_path, monkeypatch):
     code, _, err = gspn_command("export", tmp_path, "--onnx")
-    assert code == 2 and f"{tmp_path} is no run" in err
+    assert code == 2 and str(tmp_path) in err and "no run" in err
     code, _, err = gspn_command("export", run, "--onnx", "--out", "/proc/model.onnx", "--no-check")
-    assert code == 1 and "cannot write /proc/model.onnx" in err
+    assert code == 1 and "/proc/model.onnx" in err
     monkeypatch.setitem(sys.modules, "onnx", None)
     code, _, err = gspn_command("export", run, "--onnx", "--overwrite")
     assert code == 2 and 'pip install "gspn[onnx]"' in err

@@ -171,7 +171,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("gspn.export.onnx_scan.LOGIT_FLOOR", 0.5)
     path = tmp_path / "model.onnx"
     path.write_bytes(b"earlier")
-    with pytest.raises(ExportError, match="differs from the model's by"):
+    with pytest.raises(ExportError, match="differs"):
         export_onnx(gspn.GSPN2d(4), path)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("model.onnx", b"earlier")]
     assert export_onnx(gspn.GSPN2d(4), path, check=False).difference is None
@@ -180,19 +180,19 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"opset": 17}, f"opset has to be from {OLDEST_OPSET} to "),
-        ({"opset": 999}, "got 999"),
-        ({"precision": "bf16"}, "precision has to be fp32 or fp16, got 'bf16'"),
-        ({"size": (0, 5)}, "at least 1 pixel"),
-        ({"example": torch.zeros(1, 9, 5, 5)}, "does not take an input of 2x9x5x5 float32"),
-        ({"opset": "18"}, "got '18'"),
-        ({"size": 8}, "at least 1 pixel, got 8"),
-        ({"size": (8.0, 8.0)}, r"got \(8.0, 8.0\)"),
-        ({"batch": 0}, "batch has to be at least 1, got 0"),
-        ({"metadata": {"a": torch.zeros(1)}}, r"metadata\['a'\] is neither text nor JSON"),
-        ({"metadata": {1: "a"}}, "named by text, got 1"),
-        ({"example": np.zeros((1, 4, 5, 5))}, r"\(B,C,H,W\), got ndarray"),
-        ({"example": torch.zeros(4, 5, 5)}, r"\(B,C,H,W\), got 4x5x5"),
+        ({"opset": 17}, f"opset.*{OLDEST_OPSET}.*17"),
+        ({"opset": 999}, "opset.*999"),
+        ({"precision": "bf16"}, "precision.*'bf16'"),
+        ({"size": (0, 5)}, r"size.*\(0, 5\)"),
+        ({"example": torch.zeros(1, 9, 5, 5)}, "2x9x5x5 float32"),
+        ({"opset": "18"}, "opset.*'18'"),
+        ({"size": 8}, "size.*8"),
+        ({"size": (8.0, 8.0)}, r"size.*\(8.0, 8.0\)"),
+        ({"batch": 0}, "batch.*0"),
+        ({"metadata": {"a": torch.zeros(1)}}, r"metadata\['a'\].*JSON"),
+        ({"metadata": {1: "a"}}, "names of metadata.*1"),
+        ({"example": np.zeros((1, 4, 5, 5))}, r"example.*\(B,C,H,W\).*ndarray"),
+        ({"example": torch.zeros(4, 5, 5)}, r"example.*\(B,C,H,W\).*4x5x5"),
     ],
 )
 def test_bad_options(tmp_path, arguments, message):
@@ -202,13 +202,13 @@ def test_bad_options(tmp_path, arguments, message):
 
 
 def test_bad_models_and_places(tmp_path):
-    with pytest.raises(ExportError, match="an example input"):
+    with pytest.raises(ExportError, match=r"Conv2d.*example"):
         export_onnx(nn.Conv2d(3, 4, 1), tmp_path / "model.onnx")
-    with pytest.raises(ExportError, match=r"does not take an input of 2x4x5x7.*square"):
+    with pytest.raises(ExportError, match=r"2x4x5x7.*square"):
         export_onnx(gspn.GSPN2d(4, alignment="released"), tmp_path / "model.onnx", size=(5, 7))
-    with pytest.raises(ExportError, match=r"size=\(H, W\) exports it for one size"):
+    with pytest.raises(ExportError, match=r"size=\(H, W\)"):
         export_onnx(nn.Sequential(gspn.GSPN2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)), tmp_path / "m.onnx", EXAMPLE)
-    with pytest.raises(ExportError, match="there is no folder"):
+    with pytest.raises(ExportError, match=r"none to write model\.onnx"):
         export_onnx(gspn.GSPN2d(4), tmp_path / "none" / "model.onnx")
     with pytest.raises(ExportError, match="is a folder"):
         export_onnx(gspn.GSPN2d(4), tmp_path)

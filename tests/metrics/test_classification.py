@@ -60,7 +60,7 @@ def test_confusion_and_its_mistakes():
     assert matrix.tolist() == [[1, 2, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
     assert mistakes(matrix, list("abcd")) == [("a", "b", 2), ("c", "a", 1)]
     assert mistakes(matrix, list("abcd"), count=1) == [("a", "b", 2)]
-    with pytest.raises(DataError, match="none of the 1 images could be read"):
+    with pytest.raises(DataError, match="none of the 1 images"):
         outcome([UNREADABLE], [0], [0.5]).confusion(4)
 
 
@@ -137,14 +137,14 @@ def test_data_that_changed_or_moved_since_hold_out_others_than_one_expects(colou
 
 def test_faults(run, tmp_path):
     for flag, value, message in (
-        ("--sizes", "12,x", "--sizes takes N or HxW in pixels, with commas between them, got '12,x'"),
-        ("--class-names", "a,a", "--class-names takes distinct names"),
+        ("--sizes", "12,x", "x'"),
+        ("--class-names", "a,a", "distinct"),
     ):
         result = CliRunner().invoke(app, ["eval", str(run.path), "digits", flag, value])
-        assert result.exit_code == 2 and message in result.output
+        assert result.exit_code == 2 and flag in result.output and message in result.output
     (tmp_path / "file").write_text("x")
     result = CliRunner().invoke(app, ["eval", str(run.path), "digits", "--out", str(tmp_path / "file")])
-    assert result.exit_code == 1 and "cannot make the folder" in result.output
+    assert result.exit_code == 1 and "folder" in result.output
 
 
 # -- several processes --

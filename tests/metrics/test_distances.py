@@ -42,7 +42,7 @@ def test_frechet_distance_of_the_same_is_zero():
 
 
 def test_frechet_distance_refuses_what_it_cannot_compare():
-    with pytest.raises(ValueError, match=r"expected mean \(d,\).*\(3,\), \(3, 3\), \(2,\), \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"mean \(d,\).*\(3,\), \(3, 3\), \(2,\), \(2, 2\)"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
     with pytest.raises(ValueError, match="no finite numbers"):
         frechet_distance(np.zeros(2), np.eye(2) * np.nan, np.zeros(2), np.eye(2))
@@ -75,7 +75,7 @@ def test_moments_do_not_depend_on_batches_and_bear_a_large_mean():
         moments.add(rows)
     assert np.allclose(moments.covariance().numpy(), np.cov(x.numpy(), rowvar=False), rtol=1e-8)
     assert torch.allclose(moments.mean, x.mean(0), rtol=1e-13, atol=0)
-    with pytest.raises(ValueError, match="takes two images, got 1"):
+    with pytest.raises(ValueError, match=r"two images.* 1"):
         one = Moments.empty(2)
         one.add(torch.zeros(1, 2))
         one.covariance()
@@ -89,7 +89,7 @@ def test_kernel_distance_is_the_unbiased_estimate():
     expected = within - 2 * sum(kernel(x[i], y[j]) for i, j in pairs) / 36
     mean, std, size = kernel_distance(x, y)  # every subset of six of six is all of them
     assert (mean, std, size) == (pytest.approx(expected, rel=1e-9), pytest.approx(0, abs=1e-9), 6)
-    with pytest.raises(ValueError, match="two images in each set, got 1 and 6"):
+    with pytest.raises(ValueError, match=r"two images.* 1 and 6"):
         kernel_distance(x[:1], y)
 
 
@@ -98,7 +98,7 @@ def test_precision_and_recall_of_what_covers_one_mode_of_two():
     assert precision_recall(reference[:100], reference) == (1, 0.5)
     assert precision_recall(reference, reference[:100]) == (0.5, 1)
     assert precision_recall(reference - 1000, reference) == (0, 0)
-    with pytest.raises(ValueError, match="more than 3 images in each set, got 3 and 200"):
+    with pytest.raises(ValueError, match=r"more than 3 images.* 3 and 200"):
         precision_recall(reference[:3], reference)
 
 

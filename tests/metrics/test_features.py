@@ -41,9 +41,9 @@ def test_a_classifier_s_features_come_before_its_head(run):
 
 def test_names_of_features(run, tmp_path):
     for wrong in ("vgg", "inception:", "classifier:", "timm:", "inceptionv3"):
-        with pytest.raises(OptionError, match="expected `inception` or"):
+        with pytest.raises(OptionError, match="`inception`"):
             load_extractor(wrong)
-    with pytest.raises(RunError, match="is no run"):
+    with pytest.raises(RunError, match="no run"):
         load_extractor(f"classifier:{tmp_path}")
 
 
@@ -67,10 +67,10 @@ def test_only_inception_s_published_weights_make_a_fid(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
     module = types.SimpleNamespace(FeatureExtractorInceptionV3=FakeInception)
     monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(OptionError, match=r"weights cannot be loaded: OSError: no network; give them in a file"):
+    with pytest.raises(OptionError, match=r"weights .*OSError: no network.*file"):
         load_extractor("inception")
     file = pictures.at / "weights.pth"
-    with pytest.raises(OptionError, match="cannot be read: FileNotFoundError"):
+    with pytest.raises(OptionError, match="FileNotFoundError"):
         load_extractor(f"inception,{file}")
     torch.save({}, file)
     other = compare(pictures.drawn, pictures.real, load_extractor(f"inception,{file}"))
@@ -86,12 +86,12 @@ def test_only_inception_s_published_weights_make_a_fid(pictures, monkeypatch):
     # statistics as others publish them
     published = pictures.at / "published.npz"
     np.savez(published, mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(OptionError, match="taken for Inception's: not colours"):
+    with pytest.raises(OptionError, match=r"Inception's: .*colours"):
         compare(pictures.drawn, published)
     np.savez(published, mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(DataError, match="expected 2048 features"):
+    with pytest.raises(DataError, match="2048 features"):
         compare(pictures.drawn, published, extractor)
-    with pytest.raises(DataError, match="holds mu; expected mu and sigma"):
+    with pytest.raises(DataError, match=r"holds mu; .*sigma"):
         np.savez(published, mu=np.zeros(3))
         compare(pictures.drawn, published, extractor)
 
@@ -111,7 +111,7 @@ def test_published_mean_and_covariance(pictures, monkeypatch):
 def test_what_is_not_installed_is_said(monkeypatch):
     for name, module in (("inception", "torch_fidelity"), ("timm:resnet18", "timm")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(OptionError, match=r"does not import here .*pip install \"gspn\[.*classifier:RUN"):
+        with pytest.raises(OptionError, match=r"import.*pip install \"gspn\[.*classifier:RUN"):
             load_extractor(name)
 
 
@@ -131,8 +131,8 @@ def test_a_model_of_timm(pictures):
         assert torch.allclose(logits, model(x), atol=1e-4) and got.ndim == 2
     result = compare(pictures.drawn, pictures.real, f"timm:test_efficientnet,{file}")
     assert result["dimension"] == got.shape[1] and result["names"]["score"].startswith("score (timm:test_efficientnet")
-    with pytest.raises(OptionError, match="has no model 'no_such'"):
+    with pytest.raises(OptionError, match="'no_such'"):
         load_extractor("timm:no_such")
     torch.save({"a": torch.zeros(1)}, file)
-    with pytest.raises(OptionError, match="do not fit EfficientNet"):
+    with pytest.raises(OptionError, match="fit EfficientNet"):
         load_extractor(f"timm:test_efficientnet,{file}")

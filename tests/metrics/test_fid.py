@@ -67,7 +67,7 @@ def test_the_training_images_are_the_reference_and_evaluation_s_the_samples(pict
     result = compare(pictures.real, pictures.real)
     assert (result["samples"]["split"], result["reference"]["split"]) == ("all", "train")
     assert (result["samples"]["images"], result["reference"]["images"]) == (60, 54)
-    with pytest.raises(DataError, match="no split 'test'"):
+    with pytest.raises(DataError, match="split 'test'"):
         compare(pictures.drawn, pictures.real, split="test")
 
 
@@ -96,11 +96,11 @@ def test_folders_of_files_and_arrays_are_the_same_images(pictures):
         assert result["samples"]["split"] is None and result["samples"]["images"] == 36
     assert [result["accuracy"] for result in results] == [None, 1, None]
     assert any("by number only" in note for note in results[1]["notes"])
-    with pytest.raises(OptionError, match="has no splits, got 'train'"):
+    with pytest.raises(OptionError, match=r"splits.*'train'"):
         compare(flat, pictures.real, samples_split="train")
     (flat / "more").mkdir()
     Image.fromarray(pictures.images[0][0]).save(flat / "more" / "a.png")
-    with pytest.raises(DataError, match=r"images and folders with images \(more\)"):
+    with pytest.raises(DataError, match=r"images and folders .*\(more\)"):
         compare(flat, pictures.real)
 
 
@@ -108,12 +108,12 @@ def test_arrays_that_cannot_be_used(pictures):
     at, images = pictures.at, pictures.images[0]
     good = as_npz(at / "good.npz", images)
     broken = {
-        "cut.npz": "damaged or no npz file",
-        "float.npz": r"arr_0 of .* is float64 \(36, 10, 8, 3\); expected an npz",
-        "four.npz": r"is uint8 \(36, 10, 8, 4\)",
-        "other.npz": "holds 1 array: images; expected",
-        "labels.npz": r"arr_1 of .* is int64 \(3,\)",
-        "absent.npz": "there is no",
+        "cut.npz": "npz",
+        "float.npz": r"arr_0 .*float64 \(36, 10, 8, 3\)",
+        "four.npz": r"uint8 \(36, 10, 8, 4\)",
+        "other.npz": "1 array: images",
+        "labels.npz": r"arr_1 .*int64 \(3,\)",
+        "absent.npz": r"no .*absent\.npz",
     }
     (at / "cut.npz").write_bytes(good.read_bytes()[:-500])
     np.savez(at / "float.npz", images / 255)
@@ -138,7 +138,7 @@ def test_the_folder_of_gspn_sample(pictures):
     result = compare(folder, pictures.real)
     assert result["samples"]["images"] == 6 and result["accuracy"] == 1
     (folder / "images" / "000003-green.png").unlink()
-    with pytest.raises(RunError, match="1 of 6 samples are not in"):
+    with pytest.raises(RunError, match="1 of 6 samples"):
         compare(folder, pictures.real)
 
 
@@ -153,7 +153,7 @@ def test_other_sizes_are_resized_to_the_reference_s(pictures):
     compare(pictures.drawn, pictures.real, extractor, size=(5, 6))
     assert extractor.network.seen[-1][2:] == (5, 6)
     Image.new("RGB", (9, 9)).save(pictures.real / "blue" / "00.png")
-    with pytest.raises(OptionError, match=r"2 sizes: 9x9, 10x8: give .*--size HxW"):
+    with pytest.raises(OptionError, match=r"2 sizes: 9x9, 10x8.*--size HxW"):
         compare(pictures.drawn, pictures.real, split="all")
 
 
@@ -184,8 +184,8 @@ def test_strict_refuses_statistics_that_were_made_without_an_image(pictures, mon
     again = compare(pictures.drawn, pictures.real, extractor, **arguments)
     assert again == first and looked_at(extractor) == first["samples"]["images"]
     assert sum(str(bad) in note for note in again["notes"]) == 1  # named also where it was not read again
-    message = r"\(--strict\): 1 of 60 of .* were left out of the statistics in .*"
-    with pytest.raises(DataError, match=message + r"the first: .*green/03\.png"):
+    message = r"\(--strict\): 1 of 60 .*"
+    with pytest.raises(DataError, match=message + r"green/03\.png"):
         compare(pictures.drawn, pictures.real, extractor, **arguments, strict=True)
     with pytest.raises(DataError, match=message + r"real\.safetensors"):
         compare(pictures.drawn, file, extractor, strict=True)
@@ -200,7 +200,7 @@ def test_too_few_images_are_told(pictures):
     assert not any("too few" in note for note in compare(pictures.drawn, pictures.real)["notes"])
     two = compare(as_npz(few, pictures.images[0][:2]), pictures.real)
     assert two["precision"] is None and two["frechet_distance"] > 0
-    with pytest.raises(DataError, match="1 of 1 images could be read"):
+    with pytest.raises(DataError, match="1 of 1 images"):
         compare(as_npz(few, pictures.images[0][:1]), pictures.real)
 
 
@@ -239,7 +239,7 @@ def test_latents_are_no_images(pictures):
     (pictures.at / "latents").mkdir()
     (pictures.at / "latents" / "config.json").write_text('{"kind": "latents"}')
     for sets in ((pictures.at / "latents", pictures.real), (pictures.drawn, pictures.at / "latents")):
-        with pytest.raises(DataError, match="holds latents that gspn encode made, which only gspn train-diffusion"):
+        with pytest.raises(DataError, match=r"latents.*gspn encode.*gspn train-diffusion"):
             compare(*sets)
 
 
@@ -332,7 +332,7 @@ def test_statistics_that_an_older_version_saved(pictures):
     assert again["frechet_distance"] == first["frechet_distance"]
     with torch.no_grad():
         extractor.network.weight.fill_(2)
-    with pytest.raises(OptionError, match="is of features colours"):
+    with pytest.raises(OptionError, match="features colours"):
         compare(pictures.drawn, file, extractor)
 
 
@@ -369,9 +369,9 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_note(pictures):
     blocked = pictures.at / "file"
     blocked.write_text("")
     result = compare(pictures.drawn, pictures.real, cache=blocked / "cache")
-    assert any("cannot make the folder" in note for note in result["notes"])
+    assert any("folder" in note for note in result["notes"])
     assert result["frechet_distance"] == compare(pictures.drawn, pictures.real)["frechet_distance"]
-    with pytest.raises(SaveError, match="cannot make the folder"):
+    with pytest.raises(SaveError, match="folder"):
         compare(pictures.drawn, pictures.real, save=blocked / "statistics.safetensors")
 
 
@@ -384,13 +384,13 @@ def test_saved_statistics_stand_for_the_reference(pictures, monkeypatch):
     ignored = {"reference", "notes"}
     assert {k: v for k, v in again.items() if k not in ignored} == {k: v for k, v in first.items() if k not in ignored}
     assert again["reference"]["images"] == first["reference"]["images"]
-    with pytest.raises(OptionError, match="of images of 10x8, but size is 5x5"):
+    with pytest.raises(OptionError, match=r"10x8.*5x5"):
         compare(pictures.drawn, file, extractor, size=(5, 5))
-    with pytest.raises(OptionError, match="neither a split can be chosen"):
+    with pytest.raises(OptionError, match=r"neither.*split"):
         compare(pictures.drawn, file, extractor, split="train")
     with torch.no_grad():
         extractor.network.weight.fill_(2)
-    with pytest.raises(OptionError, match="is of features colours, not of colours as it is now"):
+    with pytest.raises(OptionError, match=r"features colours, not .*colours"):
         compare(pictures.drawn, file, extractor)
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(DataError, match="damaged"):
@@ -403,7 +403,7 @@ def test_saved_statistics_stand_for_the_reference(pictures, monkeypatch):
         compare(pictures.drawn, pictures.real, stopped, cache=pictures.at / "cache")
     (part,) = (pictures.at / "cache").glob("*.safetensors")
     assert read_statistics(part)[0].done == 14
-    with pytest.raises(DataError, match="of 14 of 54 images: it was interrupted"):
+    with pytest.raises(DataError, match="14 of 54 images"):
         compare(pictures.drawn, part)
 
 
@@ -439,15 +439,15 @@ def test_the_command(pictures, run, monkeypatch):
     told = CliRunner().invoke(app, [*arguments, "--out", str(pictures.at / "result.json"), "--size", "9x7"])
     assert told.exit_code == 0, told.output
     text = " ".join(told.output.split())
-    assert "36 against 60, at 9x7" in text and "accuracy (classifier:run)" in text and "FID" not in text
+    assert "36 against 60" in text and "9x7" in text and "accuracy (classifier:run)" in text and "FID" not in text
     result = json.loads((pictures.at / "result.json").read_text())
     assert result["size"] == [9, 7] and len(list((pictures.at / ".cache/gspn/fid").glob("*.safetensors"))) == 1
     printed = CliRunner().invoke(app, [*arguments, "--json", "--no-cache"])
     assert json.loads(printed.stdout.splitlines()[0])["frechet_distance"] > 0
     for wrong, message in (
-        (["--cache", "x", "--no-cache"], "choose one of"),
-        (["--size", "a"], "--size takes N or HxW"),
-        (["--features", "vgg"], "unknown features 'vgg'"),
+        (["--cache", "x", "--no-cache"], "--no-cache"),
+        (["--size", "a"], "--size"),
+        (["--features", "vgg"], "'vgg'"),
     ):
         failed = CliRunner().invoke(app, [*arguments, *wrong])
         assert failed.exit_code == 2 and message in failed.output

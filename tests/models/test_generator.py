@@ -70,7 +70,7 @@ def test_names():
     with torch.device("meta"):
         published = create_generator("GSPN-S/2")
     assert [block.gspn.segment for block in published.blocks] == [2] * 23 + [None] * 2
-    with pytest.raises(ValueError, match="there is no generator 'DiT-XL/2'; there are GSPN-micro/2"):
+    with pytest.raises(ValueError, match=r"generator 'DiT-XL/2'.*GSPN-micro/2"):
         create_generator("DiT-XL/2")
 
 
@@ -246,15 +246,15 @@ def test_bfloat16_and_autocast():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(class_labels=torch.tensor([0, 6])), r"from 0 to 5, 5 is the null class of guidance; got \[6\]"),
-        (dict(class_labels=torch.tensor([-1, 2])), r"from 0 to 5, .*got \[-1\]"),
-        (dict(hidden_states=torch.zeros(2, 3, 8, 7)), "multiples of the patch of 2, got 8x7"),
-        (dict(hidden_states=torch.zeros(2, 3, 0, 8)), "multiples of the patch of 2, got 0x8"),
-        (dict(hidden_states=torch.zeros(2, 4, 8, 8)), r"expected \(B,3,H,W\), got \(2, 4, 8, 8\)"),
-        (dict(hidden_states=torch.zeros(3, 8, 8)), r"expected \(B,3,H,W\), got \(3, 8, 8\)"),
-        (dict(class_labels=None), "timestep and class_labels are needed"),
-        (dict(timestep=None), "timestep and class_labels are needed"),
-        (dict(cross_attention_kwargs={"scale": 1}), r"no attention that could take \['scale'\]"),
+        (dict(class_labels=torch.tensor([0, 6])), r"labels.*0 to 5.*5 is the null class.*\[6\]"),
+        (dict(class_labels=torch.tensor([-1, 2])), r"labels.*0 to 5.*\[-1\]"),
+        (dict(hidden_states=torch.zeros(2, 3, 8, 7)), "patch of 2.*8x7"),
+        (dict(hidden_states=torch.zeros(2, 3, 0, 8)), "patch of 2.*0x8"),
+        (dict(hidden_states=torch.zeros(2, 4, 8, 8)), r"\(B,3,H,W\).*\(2, 4, 8, 8\)"),
+        (dict(hidden_states=torch.zeros(3, 8, 8)), r"\(B,3,H,W\).*\(3, 8, 8\)"),
+        (dict(class_labels=None), "class_labels.*None"),
+        (dict(timestep=None), "timestep.*None"),
+        (dict(cross_attention_kwargs={"scale": 1}), r"cross_attention_kwargs.*\['scale'\]"),
     ],
 )
 def test_bad_input(change, message):
@@ -264,22 +264,22 @@ def test_bad_input(change, message):
 
 def test_without_a_null_class_the_last_class_is_the_last():
     model = tiny_generator(class_dropout_prob=0.0)
-    with pytest.raises(ValueError, match=r"class labels have to be from 0 to 4; got \[5\]"):
+    with pytest.raises(ValueError, match=r"0 to 4; got \[5\]"):
         model(**inputs() | {"class_labels": torch.tensor([4, 5])})
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(depth=3), "depth has to be even.*got 3"),
-        (dict(depth=0), "depth has to be a positive whole number, got 0"),
-        (dict(hidden_size=1.5), "hidden_size has to be a positive whole number, got 1.5"),
-        (dict(num_classes=0), "num_classes has to be a positive whole number, got 0"),
-        (dict(sample_size=9), "sample_size 9 is not divisible by the patch of 2"),
-        (dict(global_blocks=4), "global_blocks has to be from 0 to the 3 blocks there are, got 4"),
-        (dict(class_dropout_prob=1.0), "class_dropout_prob has to be at least 0 and below 1, got 1.0"),
-        (dict(prediction_type="flow"), "epsilon, v_prediction or sample, got 'flow'"),
-        (dict(out_channels=4), "out_channels has to be 6 for in_channels=3, learn_sigma=True, got 4"),
+        (dict(depth=3), "depth.*even.*3"),
+        (dict(depth=0), "depth.*positive.*0"),
+        (dict(hidden_size=1.5), r"hidden_size.*1\.5"),
+        (dict(num_classes=0), "num_classes.*0"),
+        (dict(sample_size=9), "sample_size.*2.*9"),
+        (dict(global_blocks=4), "global_blocks.*3.*4"),
+        (dict(class_dropout_prob=1.0), r"class_dropout_prob.*1\.0"),
+        (dict(prediction_type="flow"), "prediction_type.*'flow'"),
+        (dict(out_channels=4), "out_channels.*6.*4"),
         (dict(segment=0), "segment"),
     ],
 )
@@ -309,16 +309,14 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 def test_weights_of_another_architecture_are_refused(tmp_path):
     config = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_embeds_ada_norm=5, sample_size=8)
     DiTTransformer2DModel(**config).save_pretrained(tmp_path / "dit")
-    with pytest.raises(
-        ValueError, match="config of a DiTTransformer2DModel, expected that of a GSPNTransformer2DModel"
-    ):
+    with pytest.raises(ValueError, match=r"DiTTransformer2DModel.*GSPNTransformer2DModel"):
         GSPNTransformer2DModel.from_pretrained(tmp_path / "dit")
     tiny_generator().save_pretrained(tmp_path / "gspn")
     settings = json.loads((tmp_path / "gspn/config.json").read_text())
     weights = load_file(next((tmp_path / "gspn").glob("*.safetensors")))
     for change, message in (
-        (dict(depth=4), r"is of another architecture: it lacks blocks\.3"),
-        (dict(skip=False), r"is of another architecture: it also has blocks\.0\.gspn"),
+        (dict(depth=4), r"lacks blocks\.3"),
+        (dict(skip=False), r"also has blocks\.0\.gspn"),
         (dict(hidden_size=48), "size|shape"),
     ):
         (tmp_path / "gspn/config.json").write_text(json.dumps(settings | change))
@@ -327,7 +325,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
     (tmp_path / "gspn/config.json").write_text(json.dumps(settings))
     del weights["norm.weight"]
     save_file(weights, next((tmp_path / "gspn").glob("*.safetensors")), metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"is of another architecture: it lacks norm\.weight"):
+    with pytest.raises(ValueError, match=r"lacks norm\.weight"):
         GSPNTransformer2DModel.from_pretrained(tmp_path / "gspn")
 
 

@@ -185,17 +185,17 @@ def test_context_maps():
     assert released["left"][3, 3] > 0 and released["left"][:, :3].sum() == 0
     with pytest.raises(ValueError, match=r"\(8, 0\).*8x8"):
         context_maps(model, torch.randn(1, 8, 8), (8, 0))
-    with pytest.raises(ValueError, match="block has to be from -4 to 3, got 4"):
+    with pytest.raises(ValueError, match=r"block.*-4 to 3.*4"):
         context_maps(model, torch.randn(1, 8, 8), (0, 0), block=4)
 
 
 def test_there_are_no_pretrained_weights():
-    """And it is said what to do instead."""
+    """The error says what to do instead."""
     for make, name, instead in (
         (gspn.create_model, "gspn_tiny", ("load_released", "load_run", "gspn train")),
         (gspn.create_generator, "GSPN-micro/2", ("from_pretrained", "load_run", "gspn train-diffusion")),
     ):
-        with pytest.raises(RuntimeError, match=f"no pretrained weights of {name}") as error:
+        with pytest.raises(RuntimeError, match=f"pretrained.*{name}") as error:
             make(name, pretrained=True)
         assert all(word in str(error.value) for word in instead)
         assert sum(p.numel() for p in make(name, pretrained=False).parameters()) > 1e6

@@ -224,19 +224,19 @@ def test_classes_by_number_and_name(pixels):
     twice = GSPNPipeline(pixels.transformer, ddpm(), id2label={0: "crane", 1: "crane, bird", 3: "crane, machine"})
     assert twice.get_label_ids(["crane", "bird"]) == [0, 1]  # the whole name comes first
     twice = GSPNPipeline(pixels.transformer, ddpm(), id2label={1: "crane, bird", 3: "crane, machine"})
-    with pytest.raises(ValueError, match=r"'crane' is the name of the classes \[1, 3\]: give the number"):
+    with pytest.raises(ValueError, match=r"\[1, 3\].*'crane'"):
         twice.get_label_ids("crane")
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (5, "from 0 to 4, got 5"),
-        ([0, -1], "from 0 to 4, got -1"),
-        ("dog", "there is no class 'dog'; there are 'red fox, Vulpes', 'owl', 'crane'"),
-        ([1.5], "a whole number or a name, got 1.5"),
-        ([True], "a whole number or a name, got True"),
-        ([], "one class at least"),
+        (5, "0 to 4.*5"),
+        ([0, -1], "0 to 4.*-1"),
+        ("dog", "'dog'.*'red fox, Vulpes', 'owl', 'crane'"),
+        ([1.5], r"number.*name.*1\.5"),
+        ([True], "number.*name.*True"),
+        ([], "at least one class"),
     ],
 )
 def test_classes_that_are_none(pixels, labels, message):
@@ -244,26 +244,26 @@ def test_classes_that_are_none(pixels, labels, message):
         pixels(labels)
 
 
-# -- what does not fit together: told before any work --
+# -- arguments that do not fit together: refused before any work --
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(guidance_scale=-1), "guidance_scale has to be a finite number of at least 0, got -1"),
-        (dict(guidance_scale=float("nan")), "guidance_scale .* got nan"),
-        (dict(num_inference_steps=0), "from 1 to 1000, got 0"),
-        (dict(num_inference_steps=1001), "from 1 to 1000, got 1001"),
-        (dict(num_inference_steps=2.0), "whole number"),
-        (dict(height=9, width=8), "multiples of 2, the patch of 2, got 9x8"),
-        (dict(height=8, width=0), "got 8x0"),
-        (dict(height=8), "height and width go together, got 8 and None"),
-        (dict(latents=torch.zeros(1, 4, 8, 8)), r"shape \(1, 3, 8, 8\) for these images, got \(1, 4, 8, 8\)"),
-        (dict(latents=torch.zeros(1, 3, 8, 8), height=8, width=10), r"shape \(1, 3, 8, 10\)"),
-        (dict(output_type="jpeg"), "one of pil, np, pt, latent, got 'jpeg'"),
-        (dict(eta=0.5), "DDPMScheduler takes no eta, got 0.5"),
-        (dict(generator=seeds(1, 2)), "one generator for each of 1 images, got 2"),
-        (dict(callback_on_step_end_tensor_inputs=["noise"]), "not .*noise"),
+        (dict(guidance_scale=-1), "guidance_scale.*0.*-1"),
+        (dict(guidance_scale=float("nan")), "guidance_scale.*nan"),
+        (dict(num_inference_steps=0), "num_inference_steps.*1 to 1000.*0"),
+        (dict(num_inference_steps=1001), "num_inference_steps.*1 to 1000.*1001"),
+        (dict(num_inference_steps=2.0), r"num_inference_steps.*2\.0"),
+        (dict(height=9, width=8), "multiples of 2.*9x8"),
+        (dict(height=8, width=0), "8x0"),
+        (dict(height=8), "height.*width.*8 and None"),
+        (dict(latents=torch.zeros(1, 4, 8, 8)), r"latents.*\(1, 3, 8, 8\).*\(1, 4, 8, 8\)"),
+        (dict(latents=torch.zeros(1, 3, 8, 8), height=8, width=10), r"latents.*\(1, 3, 8, 10\)"),
+        (dict(output_type="jpeg"), "pil, np, pt, latent.*'jpeg'"),
+        (dict(eta=0.5), r"DDPMScheduler.*eta.*0\.5"),
+        (dict(generator=seeds(1, 2)), "generator.*1 image.*2"),
+        (dict(callback_on_step_end_tensor_inputs=["noise"]), "callback.*latents.*noise"),
     ],
 )
 def test_bad_arguments(pixels, arguments, message, monkeypatch):
@@ -273,17 +273,17 @@ def test_bad_arguments(pixels, arguments, message, monkeypatch):
 
 
 def test_a_size_counts_in_pixels_of_the_image(latents):
-    with pytest.raises(ValueError, match="multiples of 4, the patch of 2 times the VAE's factor of 2, got 18x16"):
+    with pytest.raises(ValueError, match=r"multiples of 4.*18x16"):
         latents([0], height=18, width=16)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (DDIMScheduler(prediction_type="v_prediction"), "predicts 'epsilon', but the scheduler .* 'v_prediction'"),
-        (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler does not take the timesteps"),
+        (DDIMScheduler(prediction_type="v_prediction"), "'epsilon'.*DDIMScheduler.*'v_prediction'"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler.*timesteps"),
         (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "'flow_prediction'"),
-        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler does not take the timesteps"),
+        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler.*timesteps"),
     ],
 )
 def test_schedulers_for_something_else(pixels, scheduler, message):
@@ -301,9 +301,9 @@ def test_schedulers_that_do_not_take_the_prediction_are_refused_before_any_work(
         try:
             pipeline.check_inputs([0], num_inference_steps=4)
         except ValueError as error:
-            assert f"{name} cannot make steps of the prediction_type {prediction!r}" in str(error)
+            assert name in str(error) and repr(prediction) in str(error)
             refused.add(name)
-            with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{name} cannot make steps"):
+            with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{name}.*steps.*{prediction!r}"):
                 patch.setattr(model, "forward", lambda *_, **__: pytest.fail("work was done"))
                 pipeline([0], num_inference_steps=4)
         else:
@@ -315,26 +315,24 @@ def test_schedulers_that_do_not_take_the_prediction_are_refused_before_any_work(
 
 def test_models_for_something_else():
     v = quiet(GSPNPipeline(tiny_generator(prediction_type="v_prediction"), DDIMScheduler()))
-    with pytest.raises(
-        ValueError, match=r"predicts 'v_prediction', but the scheduler .* has prediction_type 'epsilon'"
-    ):
+    with pytest.raises(ValueError, match=r"'v_prediction'.*DDIMScheduler.*'epsilon'"):
         v([0])
     v.scheduler = DDIMScheduler.from_config(v.scheduler.config, prediction_type="v_prediction")
     assert np.isfinite(v([0], num_inference_steps=2, output_type="np").images).all()
     plain = quiet(GSPNPipeline(tiny_generator(learn_sigma=False), ddpm()))
-    with pytest.raises(ValueError, match="takes a learned variance, but the model predicts none"):
+    with pytest.raises(ValueError, match=r"learned variance.*fixed_small"):
         plain([0])
     plain.scheduler = DDPMScheduler.from_config(plain.scheduler.config, variance_type="fixed_small")
     assert np.isfinite(plain([0], num_inference_steps=2, output_type="np").images).all()
     unguided = quiet(GSPNPipeline(tiny_generator(class_dropout_prob=0.0), ddpm()))
-    with pytest.raises(ValueError, match=r"no null class .*: guidance_scale has to be 1, got 4.0"):
+    with pytest.raises(ValueError, match=r"null class.*guidance_scale.*4\.0"):
         unguided([0])
     assert len(unguided([4], 1.0, 2).images) == 1
-    with pytest.raises(ValueError, match="the VAE has 4 latent channels, the model 3"):
+    with pytest.raises(ValueError, match=r"VAE.*4.*model.*3"):
         GSPNPipeline(tiny_generator(), ddpm(), tiny_vae())([0])
-    with pytest.raises(ValueError, match="maps of 4 channels are no picture"):
+    with pytest.raises(ValueError, match=r"4 channels.*vae"):
         GSPNPipeline(tiny_generator(in_channels=4), ddpm())([0])
-    with pytest.raises(ValueError, match="id2label names class 7, but there are 0 to 4"):
+    with pytest.raises(ValueError, match=r"id2label.*7.*0 to 4"):
         GSPNPipeline(tiny_generator(), ddpm(), id2label={7: "seven"})
 
 
@@ -357,9 +355,9 @@ def test_dit(dit):
     call = dict(class_labels=[0, 4], num_inference_steps=3, latents=noise, output_type="pt")
     images = [pipeline(**call, generator=seeds(0, 1), guidance_scale=scale).images for scale in (1.0, 3.0)]
     assert images[0].shape == (2, 3, 12, 12) and (images[0] - images[1]).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="diffusers' DiT makes square images only, got 8x12"):
+    with pytest.raises(ValueError, match=r"square.*8x12"):
         pipeline([0], height=8, width=12)
-    with pytest.raises(ValueError, match="from 0 to 4, got 5"):
+    with pytest.raises(ValueError, match=r"0 to 4.*5"):
         pipeline([5])
 
 

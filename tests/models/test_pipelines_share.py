@@ -90,7 +90,7 @@ def test_such_a_schedule_is_refused_by_the_command_and_by_the_pipelines_of_stabl
     pipe = tiny_sd(scheduler=ddim(**TO_NOISE))
     with pytest.raises(ValueError, match="alphas_cumprod is 0"):
         HighResPipeline(pipe)
-    with pytest.raises(OptionError, match=r"here cannot be trained on: .*alphas_cumprod is 0"):
+    with pytest.raises(OptionError, match=r"here.*alphas_cumprod is 0"):
         TextToImage(pipe, "here")
     HighResPipeline(tiny_sd(scheduler=ddim(prediction_type="v_prediction", **TO_NOISE)))
 
@@ -103,7 +103,7 @@ def test_values_that_are_not_finite_are_counted():
     check_finite(values)
     values[1, 0, :3], values[2, 1, 1] = float("nan"), float("-inf")
     for given in (values, values.numpy()):
-        with pytest.raises(NotFiniteError, match=r"^4 of 24 values, in 2 of 3 images, are not finite: why$") as told:
+        with pytest.raises(NotFiniteError, match=r"^4 of 24 .*2 of 3 .*: why$") as told:
             check_finite(given, ": why")
         assert told.value.images == [1, 2]
 
@@ -116,7 +116,7 @@ def test_the_pipeline_makes_no_images_of_them(kind, value):
         return tensors
 
     call = dict(class_labels=[0, 1], guidance_scale=1, num_inference_steps=1, callback_on_step_end=broken)
-    with pytest.raises(NotFiniteError, match="2 of 384 values, in 1 of 2 images, are not finite"):
+    with pytest.raises(NotFiniteError, match=r"2 of 384 .*1 of 2 "):
         pipeline()(**call, output_type=kind)
     assert not pipeline()(**call, output_type="latent").images.isfinite().all()  # the map is given as it is
 
@@ -128,7 +128,7 @@ def test_a_vae_that_overflows_is_told_of():
         pipeline(tiny_generator(in_channels=4), vae=vae)([0, 1], 1, 1)
     pipe = tiny_sd()
     nan_in(pipe.vae.decoder.conv_out)
-    with pytest.raises(NotFiniteError, match="768 of 768 values, in 1 of 1 images"):
+    with pytest.raises(NotFiniteError, match=r"768 of 768 .*1 of 1 "):
         HighResPipeline(pipe)("fox", 24, 24, native_steps=2, steps=2)
 
 
@@ -144,7 +144,7 @@ def test_samples_of_a_training_that_are_not_finite_end_it(tmp_path):
         preprocessing=Preprocessing(3, (8, 8), (0.5,) * 3, (0.5,) * 3),
         scheduler=lambda: ddpm(prediction_type="v_prediction"),
     )
-    with pytest.raises(TrainingError, match=r"after epoch 1 .*values.* not finite.*--sample-every 0"):
+    with pytest.raises(TrainingError, match=r"epoch 1 .*not finite.*--sample-every 0"):
         Samples(setup, tmp_path)(model, 1)
     assert not list(tmp_path.iterdir())
 
@@ -155,7 +155,7 @@ def test_samples_of_a_distillation_that_are_not_finite_end_it(tmp_path):
     student = SimpleNamespace(teacher=SimpleNamespace(pipe=pipe), swap=SimpleNamespace(use=lambda name: pipe.unet))
     student.swap.use = lambda name: torch.no_grad()
     draw = SideBySide(student, [("fox",)], DistillOptions(size=(16, 16), epochs=1, sample_steps=2, seed=0), tmp_path)
-    with pytest.raises(TrainingError, match=r"after epoch 1 .*768 of 768 values.*--sample-every 0"):
+    with pytest.raises(TrainingError, match=r"epoch 1 .*768 of 768 .*--sample-every 0"):
         draw(1)
     assert not list(tmp_path.iterdir())
 
@@ -197,9 +197,9 @@ def test_the_pipeline_decodes_with_mean_and_deviation_by_channel(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(latents_mean=[0.0] * 4), "one of latents_mean and latents_std: expected both or neither"),
-        (dict(latents_std=[1.0] * 4), "one of latents_mean and latents_std: expected both or neither"),
-        (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "both shift_factor and latents_mean"),
+        (dict(latents_mean=[0.0] * 4), "latents_mean and latents_std.*neither"),
+        (dict(latents_std=[1.0] * 4), "latents_mean and latents_std.*neither"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, shift_factor=0.1), "shift_factor and latents_mean"),
         (dict(latents_mean=[0.0] * 3, latents_std=[1.0] * 4), "4 latent channels"),
         (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0.0, 1.0]), "above 0"),
     ],
@@ -247,5 +247,5 @@ def test_a_teacher_with_statistics_by_channel():
     with torch.no_grad():
         raw = pipe.vae.encode(images).latent_dist.mean
     torch.testing.assert_close(teacher.latents(images, draw=False)[:, 3], (raw[:, 3] - 2.0) * 0.5 / 3.0)
-    with pytest.raises(OptionError, match=r"latents_mean, which StableDiffusionPipeline does not apply"):
+    with pytest.raises(OptionError, match=r"latents_mean.*StableDiffusionPipeline"):
         TextToImage(tiny_sd(vae=STATISTICS), "here")

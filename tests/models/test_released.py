@@ -187,10 +187,10 @@ def test_files_and_their_parts(little, tmp_path):
             assert torch.equal(norm(file), first["classifier.norm.weight"])
             assert torch.equal(norm(str(file)), first["classifier.norm.weight"])
     torch.save({"model": first, "model_ema": second}, file)
-    with pytest.warns(UserWarning, match="model_ema is taken"):
+    with pytest.warns(UserWarning, match="model_ema.*part="):
         assert torch.equal(norm(file), second["classifier.norm.weight"])
     assert torch.equal(norm(file, part="model"), first["classifier.norm.weight"])
-    with pytest.raises(ValueError, match="part 'ema' is not among the parts with weights: model_ema, model"):
+    with pytest.raises(ValueError, match=r"'ema'.*model_ema, model"):
         norm(file, part="ema")
     save_file(first, tmp_path / "tiny.safetensors")
     assert torch.equal(norm(tmp_path / "tiny.safetensors"), first["classifier.norm.weight"])
@@ -213,7 +213,7 @@ class Hostile:
 def test_a_hostile_pickle_executes_nothing(tmp_path, save):
     trap, file = tmp_path / "executed", tmp_path / "tiny.pth"
     save({"config": Hostile(trap)}, file)
-    with pytest.raises(ValueError, match=r"nothing in it was executed: .*exec"):
+    with pytest.raises(ValueError, match=r"executed: .*exec"):
         load_little(file)
     assert not trap.exists()
     pickle.loads(pickle.dumps(Hostile(trap)))
@@ -236,7 +236,7 @@ def test_the_authors_settings_in_a_file_are_read_as_data(little, tmp_path, monke
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.pth"):
         load_little(tmp_path / "missing.pth")
     whole = io.BytesIO()
     torch.save({"model": {"norm.bias": torch.zeros(3)}}, whole, _use_new_zipfile_serialization=False)
@@ -248,9 +248,9 @@ def test_files_that_cannot_be_read(tmp_path):
                 load_little(tmp_path / name)
             assert type(caught.value) is ValueError
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds no state dict but a list"):
+    with pytest.raises(ValueError, match="list, expected a state dict"):
         load_little(tmp_path / "list.pth")
-    with pytest.raises(TypeError, match="expected a path or a state dict, got int"):
+    with pytest.raises(TypeError, match=r"path.*state dict.*int"):
         load_little(3)
 
 
@@ -279,17 +279,17 @@ def test_another_size_is_named():
     depths, width, proxy, global_levels, _ = SIZES["gspn_small"]
     with torch.device("meta"):
         state = ReleasedModel(depths=depths, width=width, proxy=proxy, global_levels=global_levels).state_dict()
-    with pytest.raises(ValueError, match="these are the weights of gspn_small, not of gspn_tiny"):
+    with pytest.raises(ValueError, match="gspn_small, not of gspn_tiny"):
         gspn.load_released(state, "gspn_tiny")
-    with pytest.raises(ValueError, match="there is no model 'gspn_huge', did you mean 'gspn_base'"):
+    with pytest.raises(ValueError, match=r"'gspn_huge'.*'gspn_base'"):
         gspn.load_released(state, "gspn_huge")
 
 
 def test_the_released_alignment_takes_square_images_only(little):
     model = load_little(little.state_dict())
-    with pytest.raises(ValueError, match="takes square images, got 32x48"):
+    with pytest.raises(ValueError, match=r"square.*32x48"):
         model(torch.randn(1, 3, 32, 48))
-    with pytest.raises(ValueError, match='alignment has to be "aligned" or "released", got \'wrong\''):
+    with pytest.raises(ValueError, match=r"alignment.*'wrong'"):
         load_little(little.state_dict(), alignment="wrong")
     with pytest.raises(TypeError, match="activation"):
         gspn.load_released(little.state_dict(), "gspn_tiny", activation="silu")

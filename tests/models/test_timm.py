@@ -70,7 +70,7 @@ def test_input_size_is_known_to_timm_and_binds_nothing():
     model.set_input_size(img_size=(32, 96))
     assert size_of(model) == (3, 32, 96)
     assert model(torch.randn(1, 3, 20, 28)).shape == (1, 5) and "img_size" not in model.config
-    with pytest.raises(ValueError, match="takes square images, got img_size=32x48"):
+    with pytest.raises(ValueError, match=r"square.*img_size=32x48"):
         small(alignment="released", img_size=(32, 48))
 
 
@@ -208,18 +208,14 @@ def test_the_documentation_runs(tmp_path, monkeypatch):
 
 
 def test_errors_that_say_how(file):
-    with pytest.raises(
-        RuntimeError, match=r"no pretrained weights of gspn_tiny.*load_run.*pretrained_cfg_overlay.*activation="
-    ):
+    with pytest.raises(RuntimeError, match=r"gspn_tiny.*load_run.*pretrained_cfg_overlay.*activation="):
         timm.create_model("gspn_tiny", pretrained=True)
     options = {"checkpoint_path": str(file), "num_classes": 11} | LITTLE
-    with pytest.raises(
-        ValueError, match='trained without activation, got "silu"; create the model with activation="none"'
-    ):
+    with pytest.raises(ValueError, match=r'"silu".*activation="none"'):
         timm.create_model("gspn_tiny", **options)
     pruned = small()
     pruned.prune_intermediate_layers([0])
-    with pytest.raises(ValueError, match="levels have been pruned"):
+    with pytest.raises(ValueError, match="pruned"):
         load_checkpoint(pruned, str(file))
     with pytest.raises(ValueError, match=r"left over: layers\.2\.blocks\.1\.norm\.weight"):
         timm.create_model("gspn_tiny", **(options | {"depths": (1, 1, 1, 1), "activation": "none"}))

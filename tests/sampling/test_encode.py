@@ -121,7 +121,7 @@ def test_bf16_vae_and_values_that_do_not_fit(pictures, vae, tmp_path):
     large = make_vae()
     large.quant_conv.weight.data *= 1e9
     large.save_pretrained(tmp_path / "large")
-    with pytest.raises(DataError, match=r"of .*0\.png is not finite in fp16"):
+    with pytest.raises(DataError, match=r"0\.png .*not finite.*fp16"):
         encode(pictures, tmp_path / "large", tmp_path / "z", dtype="fp16", **SIZE)
 
 
@@ -153,7 +153,7 @@ def test_an_interrupted_encoding_goes_on_to_the_same_files(latents, pictures, va
         with pytest.raises(Killed):
             encode(pictures, vae, tmp_path / "x", flip=True, shard_size=5, batch_size=2, **SIZE)
         left.append(len([*(tmp_path / "x").glob("*.safetensors")]))
-        with pytest.raises(DataError, match="incomplete, it lacks"):
+        with pytest.raises(DataError, match="incomplete"):
             open_latents(tmp_path / "x")
         (tmp_path / "x" / ".train-00002.safetensors.new").write_bytes(b"half written")
     assert left == [1, 2]
@@ -238,7 +238,7 @@ def test_a_damaged_shard_is_encoded_anew_and_a_foreign_one_is_not_touched(copied
     assert tree(copied) == tree(latents[1])
     shutil.copy(copied / "train-00000.safetensors", shard)
     before = tree(copied)
-    with pytest.raises(DataError, match=r"train-00001.* is not the shard 1 of train .* it is of shard 0"):
+    with pytest.raises(DataError, match=r"train-00001.* shard 1 of train .* shard 0"):
         encode(pictures, vae, copied, **again)
     assert tree(copied) == before
 
@@ -259,7 +259,7 @@ def test_a_folder_begun_otherwise_is_refused(copied, pictures, vae, tmp_path):
         (pictures, vae, {"shard_size": 4}, "shard size 5, not 4"),
         (pictures, vae, {"precision": "bf16"}, "precision fp32, not bf16"),
     ):
-        with pytest.raises(RunError, match=f"begun otherwise: with .*{message}"):
+        with pytest.raises(RunError, match=f"with .*{message}"):
             encode(data, model, copied, **again | changed)
     assert tree(copied) == before
     # the same data and the same VAE elsewhere are the same
@@ -273,7 +273,7 @@ def test_an_image_of_the_same_size_and_time_is_other_data(copied, pictures, vae,
     again, moved = dict(flip=True, shard_size=5, **SIZE), shutil.copytree(pictures, tmp_path / "moved")
     encode(moved, vae, copied, **again)
     other_byte(moved / "train" / "dog" / "3.png")
-    with pytest.raises(RunError, match=r"begun otherwise: with the data .*, not .*moved"):
+    with pytest.raises(RunError, match=r"the data .*, not .*moved"):
         encode(moved, vae, copied, **again)
 
 
@@ -302,7 +302,7 @@ def test_latents_that_an_older_version_began_are_gone_on_with(copied, pictures, 
     encode(pictures, vae, copied, **again, console=told)
     assert tree(copied) == whole and "names and sizes" in told.file.getvalue()
     make_vae(seed=1).save_pretrained(other)
-    with pytest.raises(RunError, match="begun otherwise: with the VAE"):
+    with pytest.raises(RunError, match="with the VAE"):
         encode(pictures, other, copied, **again)
 
 
@@ -314,8 +314,8 @@ def test_folders_in_the_way(pictures, vae, tmp_path):
     (tmp_path / "full" / "notes.txt").write_text("x")
     for out, message in (
         (tmp_path / "file", "is a file"),
-        (tmp_path / "full", "not empty and was not begun by gspn encode"),
-        (tmp_path / "run", "holds no latents: its config.json is of something else"),
+        (tmp_path / "full", "not empty.*gspn encode"),
+        (tmp_path / "run", r"no latents: .*config\.json"),
     ):
         with pytest.raises(RunError, match=message):
             encode(pictures, vae, out, **SIZE)
@@ -332,7 +332,7 @@ def test_another_process_that_begins_at_the_same_time(pictures, vae, tmp_path, m
         return found
 
     for folder, shard_size, message in (
-        ("x", 5, "begun otherwise: with shard size 2, not 5"),
+        ("x", 5, "shard size 2, not 5"),
         ("y", 2, "another process"),
     ):
         monkeypatch.setattr(encode_module, "_missing", overtaken)
@@ -342,18 +342,18 @@ def test_another_process_that_begins_at_the_same_time(pictures, vae, tmp_path, m
 
 
 def test_unreadable_images(pictures, vae, tmp_path, latents, copied):
-    with pytest.raises(DataError, match=r"unreadable image \(--strict\): .*5\.png"):
+    with pytest.raises(DataError, match=r"\(--strict\): .*5\.png"):
         encode(pictures, vae, tmp_path / "x", strict=True, **SIZE)
     assert not list((tmp_path / "x").glob("*.safetensors"))
     (copied / "train-00002.safetensors").unlink()
-    with pytest.raises(DataError, match=r"unreadable image \(--strict\): .*5\.png"):  # it was encoded without it
+    with pytest.raises(DataError, match=r"\(--strict\): .*5\.png"):  # it was encoded without it
         encode(pictures, vae, copied, flip=True, shard_size=5, strict=True, **SIZE)
     assert not (copied / "train-00002.safetensors").exists()
     only = tmp_path / "only" / "train" / "cat"
     only.mkdir(parents=True)
     for name in ("a", "b"):
         shutil.copy(pictures / "train" / "cat" / "5.png", only / f"{name}.png")
-    with pytest.raises(DataError, match=r"none of its 1 images could be read; the first: .*a\.png"):
+    with pytest.raises(DataError, match=r"none of its 1 images .*a\.png"):
         encode(tmp_path / "only", vae, tmp_path / "y", **SIZE)
 
 
@@ -388,7 +388,7 @@ def test_latents_are_no_images(latents, vae, digits_run, tmp_path):
         lambda: evaluate(digits_run[0].path, latents[1]),
     )
     for call in calls:
-        with pytest.raises(DataError, match="holds latents that gspn encode made, which only gspn train-diffusion"):
+        with pytest.raises(DataError, match=r"latents.*gspn encode.*gspn train-diffusion"):
             call()
     assert not (tmp_path / "x").exists()
 
@@ -406,11 +406,11 @@ def test_faults_of_the_vae(pictures, vae, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     for name, message in (
-        ("channels", "one of latents_mean and latents_std: expected both or neither"),
-        ("lacking", "lacks 1 of its weights, such as quant_conv.bias"),
-        ("cut", "cannot be loaded"),
-        ("other", "is of the class UNet2DModel, expected an AutoencoderKL"),
-        ("nowhere", "cannot be loaded"),
+        ("channels", "latents_mean and latents_std: .*neither"),
+        ("lacking", r"lacks 1 .*quant_conv\.bias"),
+        ("cut", "cut cannot be loaded"),
+        ("other", "UNet2DModel.*AutoencoderKL"),
+        ("nowhere", "nowhere cannot be loaded"),
     ):
         with pytest.raises(OptionError, match=message):
             encode(pictures, tmp_path / name, tmp_path / "x", **SIZE)

@@ -59,17 +59,17 @@ def test_a_vae_that_was_moved_since_the_training(run, tmp_path):
     assert CliRunner().invoke(app, [*command, str(tmp_path / "a")]).exit_code == 0
     (tmp_path / "vae").rename(tmp_path / "moved")
     result = CliRunner().invoke(app, [*command, str(tmp_path / "b")])
-    assert result.exit_code == 2 and "if it was moved, --vae says where it is now" in result.output
+    assert result.exit_code == 2 and "--vae" in result.output
     result = CliRunner().invoke(app, [*command, str(tmp_path / "b"), "--vae", str(tmp_path / "other")])
-    assert result.exit_code == 2 and "is not the one whose latents these are" in result.output, result.output
+    assert result.exit_code == 2 and "latents" in result.output, result.output
     assert not (tmp_path / "b").exists()
     result = CliRunner().invoke(app, [*command, str(tmp_path / "b"), "--vae", str(tmp_path / "moved")])
     assert result.exit_code == 0 and tree(tmp_path / "b") == tree(tmp_path / "a")
     command = ["export", str(tmp_path / "run"), "--diffusers", "--vae", str(tmp_path / "moved")]
     assert CliRunner().invoke(app, command).exit_code == 0
-    with pytest.raises(OptionError, match="is a saved pipeline, which holds all that it needs"):
+    with pytest.raises(OptionError, match="saved pipeline"):
         load_pipeline(tmp_path / "run" / "pipeline", vae=tmp_path / "moved")
-    with pytest.raises(OptionError, match="was trained on pixels and uses none"):
+    with pytest.raises(OptionError, match=r"pixels.*none"):
         load_pipeline(run, vae=tmp_path / "moved")
 
 
@@ -98,24 +98,24 @@ def test_a_run_of_dit(tmp_path):
 
 
 def test_sources_that_are_none(tmp_path, run):
-    with pytest.raises(RunError, match="is no run"):
+    with pytest.raises(RunError, match="no run"):
         load_pipeline(tmp_path)
-    with pytest.raises(RunError, match="is a run of classification, expected diffusion"):
+    with pytest.raises(RunError, match="classification, expected diffusion"):
         load_pipeline(Run.create(tmp_path / "classifier", {"task": "classification"}).path)
-    with pytest.raises(RunError, match="has no checkpoint 'best'"):
+    with pytest.raises(RunError, match="checkpoint 'best'"):
         load_pipeline(run, "best")
     other = shutil.copytree(run, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["model"]["arguments"]["hidden_size"] = 48
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match=r"damaged or foreign: RuntimeError: .*size mismatch"):
+    with pytest.raises(RunError, match=r"RuntimeError: .*size mismatch"):
         load_pipeline(other)
     del config["scheduler"]
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match="damaged or foreign: KeyError: 'scheduler'"):
+    with pytest.raises(RunError, match="KeyError: 'scheduler'"):
         load_pipeline(other)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(RunError, match="holds a StableDiffusionPipeline, expected a GSPNPipeline"):
+    with pytest.raises(RunError, match="StableDiffusionPipeline, expected a GSPNPipeline"):
         load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(RunError, match="cannot be loaded"):
@@ -157,7 +157,7 @@ def test_a_scheduler_for_another_prediction(tmp_path):
     config = json.loads((run.path / "config.json").read_text())
     config["scheduler"] = {"class": "DDIMScheduler", "config": {"prediction_type": "v_prediction"}}
     (run.path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(OptionError, match=r"the model predicts 'epsilon', but the scheduler \(DDIMScheduler\) has"):
+    with pytest.raises(OptionError, match=r"'epsilon'.*DDIMScheduler"):
         sample(run.path, tmp_path / "a", options())
 
 
@@ -170,12 +170,12 @@ def test_a_generator_is_exported_as_a_pipeline(tmp_path):
     run.save_checkpoint("best", {"model": tensors["model"]}, state)  # zeros; `gspn sample` takes the last one too
     arguments = ["export", str(run.path), "--diffusers"]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0 and f"wrote {run.path / 'pipeline'}, checkpoint last" in result.output
+    assert result.exit_code == 0 and "checkpoint last" in result.output
     loaded = GSPNPipeline.from_pretrained(run.path / "pipeline")
     assert same(loaded.transformer.state_dict(), model.state_dict()) and loaded.id2label[2] == "three/3"
     assert loaded.image_size == (8, 8)
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and "is there already: choose another name, or --overwrite" in result.output
-    for more, message in (("--onnx", "choose one of"), ("--no-check", "--no-check is for --onnx and --aoti")):
+    assert result.exit_code == 2 and "--overwrite" in result.output
+    for more, message in (("--onnx", "--diffusers"), ("--no-check", "--no-check")):
         result = CliRunner().invoke(app, [*arguments, more])
         assert result.exit_code == 2 and message in result.output

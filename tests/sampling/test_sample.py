@@ -91,12 +91,12 @@ def test_default_count(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (dict(classes="one,seven"), "classes: there is no class 'seven'; there are one, two"),
-        (dict(classes="5"), "classes: class labels have to be from 0 to 4, got 5"),
-        (dict(classes="one,0"), "names a class twice: 'one,0'"),
-        (dict(per_class=2), "count 7 and per_class 2 exclude each other"),
-        (dict(size=(9, 8)), "multiples of 2, the patch of 2, got 9x8"),
-        (dict(steps=1001), "num_inference_steps has to be a whole number from 1 to 1000, got 1001"),
+        (dict(classes="one,seven"), "classes: .*'seven'.*one, two"),
+        (dict(classes="5"), "classes: .*0 to 4.* 5"),
+        (dict(classes="one,0"), "twice: 'one,0'"),
+        (dict(per_class=2), "count 7.*per_class 2"),
+        (dict(size=(9, 8)), "multiples of 2.*9x8"),
+        (dict(steps=1001), "num_inference_steps.*1 to 1000.*1001"),
     ],
 )
 def test_bad_options(run, tmp_path, more, message):
@@ -117,7 +117,7 @@ def test_values_that_are_no_numbers_and_memory_that_does_not_suffice(run, tmp_pa
         return decode(self, latents, output_type)
 
     decode = GSPNPipeline._decode
-    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"cannot make sample 1: .* not finite"):
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"sample 1: .* not finite"):
         patch.setattr(GSPNPipeline, "_decode", broken)
         sample(run, tmp_path / "a", options())
     assert not list((tmp_path / "a/images").iterdir())
@@ -126,7 +126,7 @@ def test_values_that_are_no_numbers_and_memory_that_does_not_suffice(run, tmp_pa
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(GSPNPipeline, "__call__", large)
-    with pytest.raises(TrainingError, match=r"does not suffice for 3 images of 8x8 at a time: lower --batch-size"):
+    with pytest.raises(TrainingError, match=r"3 images of 8x8 .*--batch-size"):
         sample(run, tmp_path / "a", options())
 
 
@@ -152,8 +152,8 @@ def test_the_command(run, tmp_path):
     arguments = ["sample", str(run), "--out", str(tmp_path / "a"), "--classes", "two,4", "--per-class", "1"]
     result = CliRunner().invoke(app, [*arguments, "--steps", "3", "--guidance", "1", "--size", "2", "--npz"])
     assert result.exit_code == 0, result.output
-    assert "2 samples, 2 of them made now" in result.output and "images, grid.png, samples.npz" in result.output
+    assert "2 samples" in result.output and "images, grid.png, samples.npz" in result.output
     result = CliRunner().invoke(app, [*arguments, "--steps", "1", "--guidance", "1", "--size", "2"])
-    assert result.exit_code == 2 and "were made with steps 3, not 1" in result.output
+    assert result.exit_code == 2 and "steps 3, not 1" in result.output
     result = CliRunner().invoke(app, ["sample", str(run), "--out", str(tmp_path / "b"), "--guidance", "-1"])
-    assert result.exit_code == 2 and "guidance must be from 0" in result.output
+    assert result.exit_code == 2 and "guidance" in result.output

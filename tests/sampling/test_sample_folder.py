@@ -53,7 +53,7 @@ def test_a_stopped_folder_comes_out_as_if_it_had_not_been(run, done, tmp_path, m
     monkeypatch.setattr(module, "save_picture", save)
     samples = Samples.open(tmp_path / "a")
     assert len(samples.missing()) == 7 - after
-    with pytest.raises(RunError, match=f"{7 - after} of 7 samples are not in"):
+    with pytest.raises(RunError, match=f"{7 - after} of 7 samples"):
         samples.split()
     said = sample(run, tmp_path / "a", options(npz=True))
     assert said["made"] == 7 - after
@@ -69,7 +69,7 @@ def test_samples_that_an_older_version_began_can_grow(run, done, tmp_path):
     assert sample(run, folder, options(count=9, batch_size=2))["made"] == 2
     about["settings"]["weights"] = "0" * 64
     (folder / "samples.json").write_text(json.dumps(about))
-    with pytest.raises(RunError, match="were made with other weights"):
+    with pytest.raises(RunError, match="other weights"):
         sample(run, folder, options(count=9, batch_size=2))
 
 
@@ -82,7 +82,7 @@ def test_a_finished_folder_is_left_as_it_is_and_can_grow(run, done, tmp_path, mo
     assert len(pixels(folder)) == 9 and all(path.stat().st_mtime_ns == time for path, time in times.items())
     with np.load(folder / "samples.npz") as arrays:
         assert arrays["arr_1"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    with pytest.raises(RunError, match="is of 9 samples, more than 7: choose another folder"):
+    with pytest.raises(RunError, match=r"9 samples.* 7"):
         sample(run, folder, options())
 
 
@@ -100,7 +100,7 @@ def test_a_finished_folder_is_left_as_it_is_and_can_grow(run, done, tmp_path, mo
 )
 def test_other_arguments_in_the_same_folder_are_refused(run, done, more, what):
     before = tree(done[0])
-    with pytest.raises(RunError, match=f"were made with {what}: choose another folder"):
+    with pytest.raises(RunError, match=f"with {what}"):
         sample(run, done[0], options(**more))
     assert tree(done[0]) == before
 
@@ -110,22 +110,22 @@ def test_other_weights_in_the_same_folder_are_refused(done, tmp_path):
     tensors, state = run.load_checkpoint("last")
     tensors["ema"]["norm.weight"][0] += 1e-3
     Run.open(run.path).save_checkpoint("last", tensors, state)
-    with pytest.raises(RunError, match="were made with other weights"):
+    with pytest.raises(RunError, match="other weights"):
         sample(run.path, done[0], options())
 
 
 def test_folders_of_something_else_are_refused(run, done, tmp_path):
     (tmp_path / "precious.txt").write_text("here")
-    with pytest.raises(RunError, match="is not empty and holds no samples"):
+    with pytest.raises(RunError, match=r"not empty.*no samples"):
         sample(run, tmp_path, options())
-    with pytest.raises(RunError, match="is a file; expected a folder"):
+    with pytest.raises(RunError, match="file; expected a folder"):
         sample(run, tmp_path / "precious.txt", options())
     assert tree(tmp_path) == {"precious.txt": b"here"}
-    for text, message in (("{}", "damaged or foreign: KeyError"), ('{"format": 9}', "written by a newer gspn")):
+    for text, message in (("{}", "KeyError"), ('{"format": 9}', "newer gspn")):
         (tmp_path / "samples.json").write_text(text)
         with pytest.raises(RunError, match=message):
             sample(run, tmp_path, options())
-    with pytest.raises(RunError, match="holds no samples: there is no"):
+    with pytest.raises(RunError, match="no samples"):
         Samples.open(done[0] / "images")
 
 
@@ -138,7 +138,7 @@ def test_a_full_disk_is_told_and_leaves_what_is_done(run, tmp_path, monkeypatch)
         save(self, path, *more, **options)
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(SaveError, match=r"000003-four.png: No space left on device"):
+    with pytest.raises(SaveError, match=r"000003-four\.png: No space left"):
         sample(run, tmp_path / "a", options())
     assert len(list((tmp_path / "a/images").iterdir())) == 3
 

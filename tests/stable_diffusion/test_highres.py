@@ -208,7 +208,8 @@ def test_other_vaes(factor, channels):
     assert result.stages[0].shape[-2] < 2 * side and len(result.stages) == len(result.plan) >= 2
 
 
-def test_latents_with_statistics_by_channel_and_a_vae_in_float16(estimates):
+@pytest.mark.estimates
+def test_latents_with_statistics_by_channel_and_a_vae_in_float16():
     pipe = tiny_sdxl(vae=dict(latents_mean=(0.5, -1.0, 0.0, 2.0), latents_std=(1.0, 2.0, 0.5, 3.0)))
     image = torch.rand(1, 3, 16, 24) * 2 - 1
     with torch.no_grad():
@@ -306,26 +307,26 @@ def test_a_callers_generator_decides_and_moves_on(sd):
     [
         (dict(height=60), "multiples of 8, got 60x32"),
         (dict(height=0), "multiples of 8, got 0x32"),
-        (dict(height=None), "height and width are needed"),
+        (dict(height=None), "height and width"),
         (dict(stages=[]), "stages is empty"),
-        (dict(stages=[(16, 16), (24, 24)]), "the last of stages is 24x24, but height and width are 64x32"),
-        (dict(stages=[(64, 64), (64, 32)]), "stages have to grow, got 64x64 before 64x32"),
-        (dict(stages=[16, 32]), r"a stage is \(height, width\), got 16"),
-        (dict(steps=0), "steps have to be whole numbers from 1 to 1000, got 0"),
-        (dict(steps=[]), "steps is empty"),
+        (dict(stages=[(16, 16), (24, 24)]), "stages.* 24x24.* 64x32"),
+        (dict(stages=[(64, 64), (64, 32)]), "stages.* 64x64 before 64x32"),
+        (dict(stages=[16, 32]), r"stage.*\(height, width\).* 16"),
+        (dict(steps=0), "^steps.* 1000.* 0"),
+        (dict(steps=[]), "^steps.*empty"),
         (dict(native_steps=2.5), "native_steps"),
-        (dict(strengths=[0.4, 1.5]), "strengths have to be above 0 and at most 1, got 1.5"),
+        (dict(strengths=[0.4, 1.5]), r"strengths.* 1\.5"),
         (dict(guidance_scale=-1), "guidance_scale"),
-        (dict(blend=-1), "blend has to be a finite number of at least 0"),
-        (dict(seed=-1), "seed has to be a whole number"),
+        (dict(blend=-1), "blend.*-1"),
+        (dict(seed=-1), "seed.*-1"),
         (dict(seed=1, generator=torch.Generator()), "pass one of them"),
         (dict(memory_mib=0), "memory_mib"),
-        (dict(output_type="jpg"), "output_type has to be one of pil, np, pt, latent"),
-        (dict(offload=True), "the pipeline is on the CPU"),
-        (dict(prompt_embeds=torch.zeros(1, 8, 16)), "prompt and prompt_embeds both say"),
+        (dict(output_type="jpg"), "output_type.*'jpg'"),
+        (dict(offload=True), "offload.*CPU"),
+        (dict(prompt_embeds=torch.zeros(1, 8, 16)), "prompt and prompt_embeds"),
         (
             dict(prompt=None, prompt_embeds=torch.zeros(2, 8, 16)),
-            r"prompt_embeds has to be of one prompt, .* \(2, 8, 16\)",
+            r"prompt_embeds.* \(2, 8, 16\)",
         ),
     ],
 )
@@ -341,13 +342,13 @@ def test_bad_kinds(sd):
         (dict(prompt=None), "one text"),
         (dict(negative_prompt=["owl"]), "negative_prompt"),
         (dict(image="x"), r"option image"),
-        (dict(vae_tiling="auto"), "vae_tiling has to be True, False or None, got 'auto'"),
+        (dict(vae_tiling="auto"), "vae_tiling.*'auto'"),
     ):
         with pytest.raises(TypeError, match=message):
             high(**dict(prompt="fox", height=64, width=32) | change)
-    with pytest.raises(TypeError, match=r"expected a StableDiffusionPipeline .* got UNet2DConditionModel"):
+    with pytest.raises(TypeError, match=r"StableDiffusionPipeline .*UNet2DConditionModel"):
         HighResPipeline(sd.unet)
-    with pytest.raises(ValueError, match=r"the UNet takes 9 channels, the VAE's latents have 4"):
+    with pytest.raises(ValueError, match=r"UNet.* 9 .*VAE.* 4"):
         HighResPipeline(tiny_sd(in_channels=9))
     with pytest.raises(ValueError, match="no sample_size"):
         HighResPipeline(tiny_sd(sample_size=None))
@@ -362,7 +363,7 @@ def test_schedulers_that_cannot_run_stages(sd, name):
     kind = getattr(diffusers, name)
     scheduler = kind() if name.startswith("Flow") else kind.from_config(sd.scheduler.config)
     pipe = diffusers.StableDiffusionPipeline(**sd.components | {"scheduler": scheduler}, requires_safety_checker=False)
-    with pytest.raises(ValueError, match=rf"{name} cannot run the stages"):
+    with pytest.raises(ValueError, match=f"{name} cannot run"):
         HighResPipeline(pipe)
 
 
@@ -370,5 +371,5 @@ def test_latents_that_are_not_finite_are_told_of():
     pipe = tiny_sd()
     with torch.no_grad():
         pipe.unet.conv_out.bias[0] = float("nan")
-    with pytest.raises(RuntimeError, match=r"not finite after stage 1 \(16x16\)"):
+    with pytest.raises(RuntimeError, match=r"finite.*stage 1 \(16x16\)"):
         HighResPipeline(pipe)("fox", 24, 24, **FEW)

@@ -74,7 +74,8 @@ def test_tiles_of_the_vae(sd, monkeypatch):
     assert settings == (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size)
 
 
-def test_the_most_that_is_held_at_once(estimates):
+@pytest.mark.estimates
+def test_the_most_that_is_held_at_once():
     model = nn.Sequential(nn.Linear(10, 100), nn.ReLU(inplace=True), nn.Linear(100, 10), nn.Linear(10, 10))
     x = torch.empty(7, 10, device="meta")
     assert memory.peak_bytes(model, "forward", x) == 4 * 7 * (100 + 10)
@@ -82,8 +83,9 @@ def test_the_most_that_is_held_at_once(estimates):
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())  # as they were
 
 
+@pytest.mark.estimates
 @pytest.mark.parametrize("form", [None, "pure", "qkv"])
-def test_the_estimate_is_linear_and_savers_lower_it(form, estimates, monkeypatch):
+def test_the_estimate_is_linear_and_savers_lower_it(form, monkeypatch):
     monkeypatch.setattr(savers, "CHUNK", 2**11)
     pipe = tiny_sd(layers_per_block=2)
     guidance = Guidance(pipe, "red fox", None, 7.0, {}, (16, 16))
@@ -123,9 +125,9 @@ def test_savers_come_on_where_they_are_needed_and_no_sooner(sd, monkeypatch):
     assert chosen(sd, monkeypatch, 600, 100) == (["vae_tiling", sequential, chunked, parked, "offload"], 700)
     assert chosen(sd, monkeypatch, 900, **{sequential: False}) == ([chunked], 900)
     assert chosen(sd, monkeypatch, 2000, **{parked: True, "vae_tiling": True}) == (["vae_tiling", parked], 900)
-    with pytest.raises(ValueError, match=r"64x64 does not fit: .*the UNet 700 MiB, the VAE 600 MiB .*of 650 MiB"):
+    with pytest.raises(ValueError, match=r"64x64 .*UNet 700 MiB.*VAE 600 MiB .* 650 MiB"):
         chosen(sd, monkeypatch, 600, 50)
-    with pytest.raises(ValueError, match=r"of 600 MiB .* choose a smaller size or allow sequential_guidance, offload"):
+    with pytest.raises(ValueError, match=r"600 MiB .*smaller size.*sequential_guidance, offload"):
         chosen(sd, monkeypatch, 600, 100, **{sequential: False, "offload": False})
     assert memory.tiles_are_faster(sd.vae, 1024, 1024) and not memory.tiles_are_faster(sd.vae, 256, 256)
 
@@ -144,7 +146,8 @@ def test_the_guidance_of_the_first_stage_is_the_pipelines(sd):
     assert not HighResPipeline(sd).plan(32, 32, sequential_guidance=True, guidance_scale=1)[1].savers.told()
 
 
-def test_a_plan_takes_the_options_that_the_unet_cannot_do_without(estimates):
+@pytest.mark.estimates
+def test_a_plan_takes_the_options_that_the_unet_cannot_do_without():
     pipe, options = tiny_sd(), dict(ip_adapter_image_embeds=[torch.randn(2, 1, 6)])
     pipe.unet._load_ip_adapter_weights([tiny_ip_adapter(pipe.unet)])
     assert HighResPipeline(pipe).plan(16, 16, **options)[0].memory_mib > 0
@@ -154,7 +157,7 @@ def test_what_does_not_fit_is_refused_before_any_work(sd):
     ran = []
     handle = sd.unet.register_forward_pre_hook(lambda module, args: ran.append(1))
     try:
-        with pytest.raises(ValueError, match=r"does not fit: .* choose a smaller size$"):  # no saver helps on a CPU
+        with pytest.raises(ValueError, match=r"smaller size$"):  # no saver helps on a CPU
             HighResPipeline(sd)("red fox", 256, 256, memory_mib=1)
     finally:
         handle.remove()
@@ -173,7 +176,7 @@ def test_two_at_work_in_one_workdir(pipe, tmp_path, monkeypatch):
     call = dict(prompt="green owl", stages=[(16, 16)], **FEW, output_type="latent", workdir=tmp_path)
 
     def second(*_):
-        with pytest.raises(ValueError, match=r"another gspn \(process \d+ on .*\) is writing to"):
+        with pytest.raises(ValueError, match=r"another gspn \(process \d+ on "):
             HighResPipeline(pipe)(**call)
 
     first = HighResPipeline(pipe)(**call, callback_on_stage_end=second)
@@ -234,7 +237,7 @@ def test_a_folder_without_a_stage_belongs_to_no_image_yet(sd, tmp_path):
     HighResPipeline(sd)("fox", **call)
     with pytest.raises(ValueError, match='prompt "fox", now "owl"'):
         HighResPipeline(sd)("owl", **call)
-    with pytest.raises(ValueError, match=r"workdir has to be a folder, .*highres\.json is a file"):
+    with pytest.raises(ValueError, match=r"workdir.*highres\.json"):
         HighResPipeline(sd)("owl", **call | {"workdir": tmp_path / "highres.json"})
 
 
@@ -306,7 +309,7 @@ def test_a_folder_that_an_older_version_began_goes_on(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(pipeline.logger, "warning", lambda text, *values: told.append(text % values))
     np.testing.assert_array_equal(high(**call, output_type="np").images, made.images)
-    assert len(told) == 1 and "is not checked" in told[0]
+    assert len(told) == 1 and "not checked" in told[0]
     with pytest.raises(ValueError, match='prompt "owl", now "fox"'):
         high(**call | {"prompt": "fox"})
 
@@ -323,7 +326,7 @@ def test_a_folder_of_another_image_is_refused(tmp_path):
         (dict(sequential_guidance=True), "savers"),
         (dict(eta=0.5), "options"),
     ):
-        with pytest.raises(ValueError, match=rf"holds stages of another image: .*{message}"):
+        with pytest.raises(ValueError, match=rf"another image: .*{message}"):
             high(**call | change)
     with torch.no_grad():
         pipe.unet.conv_in.bias[0] += 1
@@ -332,7 +335,7 @@ def test_a_folder_of_another_image_is_refused(tmp_path):
     with torch.no_grad():
         pipe.unet.conv_in.bias[0] -= 1
     (tmp_path / "stage-0-16x16" / "latents.safetensors").write_bytes(b"none")
-    with pytest.raises(ValueError, match=r"latents.safetensors cannot be read .*remove"):
+    with pytest.raises(ValueError, match=r"latents\.safetensors .*remove"):
         high(**call)
     for record, message in (("{", "is damaged"), ('{"format": 9}', r"newer gspn \(format 9")):
         (tmp_path / "highres.json").write_text(record)

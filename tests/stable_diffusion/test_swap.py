@@ -144,10 +144,10 @@ def test_state_dicts_are_frozen(form):
     ("arguments", "message"),
     [
         (dict(), "map_size"),
-        (dict(map_size=(4, 4)), "4x4 has 16 pixels, got 15"),
+        (dict(map_size=(4, 4)), "4x4.* 16 .* 15"),
         (dict(map_size=(3, 5), attention_mask=torch.ones(1, 1, 15)), "attention_mask"),
         (dict(map_size=(3, 5), encoder_hidden_states=torch.ones(1, 4, 8)), "encoder_hidden_states"),
-        (dict(map_size=(3, 5), hidden_states=torch.ones(1, 15, 9)), r"expects \(B,N,8\), got \(1, 15, 9\)"),
+        (dict(map_size=(3, 5), hidden_states=torch.ones(1, 15, 9)), r"\(B,N,8\).*\(1, 15, 9\)"),
     ],
 )
 def test_the_layer_refuses_what_it_cannot_do(arguments, message):
@@ -200,10 +200,10 @@ def test_the_unet_runs_either_and_says_which():
         swapped.use("attention")
         swapped.use("attention")
         assert torch.equal(run(unet), output)
-        with pytest.raises(ValueError, match='"gspn" or "attention", got \'both\''):
+        with pytest.raises(ValueError, match="'both'"):
             swapped.use("both")
     assert_same_state(unet, before)
-    with pytest.raises(ValueError, match="this swap was restored"):
+    with pytest.raises(ValueError, match="restored"):
         swapped.use("gspn")
     with pytest.raises(KeyError), gspn.swap(unet):
         raise KeyError

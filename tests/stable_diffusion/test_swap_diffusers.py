@@ -100,7 +100,7 @@ def neutral_chunks(unet):
 
 def neutral_fused(unet):
     unet.fuse_qkv_projections()
-    with pytest.raises(ValueError, match=r"call unfuse_qkv_projections\(\) first"):
+    with pytest.raises(ValueError, match=r"unfuse_qkv_projections\(\)"):
         gspn.restore(unet)
     fused = run(unet)
     unet.unfuse_qkv_projections()
@@ -119,9 +119,9 @@ def neutral_moved_in_parts(unet):
     cpu_offload(unet, torch.device("cpu"))
     assert next(unet.parameters()).is_meta
     moved = run(unet)
-    with pytest.raises(ValueError, match=r"sequential offload or a device map"):
+    with pytest.raises(ValueError, match=r"device map"):
         gspn.restore(unet)
-    with pytest.raises(ValueError, match="offloaded or on the meta device"):
+    with pytest.raises(ValueError, match="meta device"):
         unet._gspn_swap.save("nowhere")
     remove_hook_from_module(unet, recurse=True)
     torch.testing.assert_close(run(unet), moved)
@@ -164,7 +164,7 @@ def test_layer_wise_casting_after_the_swap(tmp_path):
     assert next(iter(swapped.layers.values())).to_q.weight.dtype == torch.float8_e4m3fn
     assert (run(unet) - new).norm() < 0.3 * new.norm()
     for act in (swapped.restore, lambda: swapped.save(tmp_path)):
-        with pytest.raises(ValueError, match=r"has weights of torch.float8_e4m3fn, expected float32"):
+        with pytest.raises(ValueError, match=r"torch\.float8_e4m3fn.*float32"):
             act()
     assert not list(tmp_path.iterdir())
 
@@ -186,7 +186,7 @@ def test_freeu_and_both_pipelines():
         assert draw(16, 48).shape == new.shape
         pipe.disable_freeu()
         assert (draw(16, 48) == new).all()
-        with pytest.raises(ValueError, match="divisible by 8 but are 20 and 16"):
+        with pytest.raises(ValueError, match=r" 8 .* 20 and 16"):
             draw(20, 16)
         gspn.restore(pipe)
         assert (draw(16, 48) == before).all()
@@ -297,15 +297,15 @@ def quantised(unet):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (fused, "call unfuse_qkv_projections"),
+        (fused, "unfuse_qkv_projections"),
         (compiled_in_place, "compiled already"),
         (a_block_compiled, "compiled already"),
-        (offloaded, "sequential offload or a device map"),
+        (offloaded, "device map"),
         (offloaded_in_groups, "offloaded in groups"),
-        (cast, "has weights of torch.float8_e4m3fn"),
-        (swapped, r"swapped already: Swap\(.* form=pure, global, active=gspn\); gspn.restore undoes that"),
-        (replaced, r"does not know the self-attention mid_block.*attn1 \(Identity in a BasicTransformerBlock\)"),
-        (quantised, "mid_block.*attn1 has a Quantised of .* plain Linear"),
+        (cast, r"torch\.float8_e4m3fn"),
+        (swapped, r"Swap\(.*form=pure, global, active=gspn\).*gspn\.restore"),
+        (replaced, r"mid_block.*attn1 \(Identity in a BasicTransformerBlock\)"),
+        (quantised, "mid_block.*attn1 .*Quantised .*Linear"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -343,8 +343,8 @@ def test_only_unets_with_self_attention_are_swapped():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (DiTTransformer2DModel.__new__(DiTTransformer2DModel), "DiTTransformer2DModel is a diffusion transformer"),
-        (FluxTransformer2DModel.__new__(FluxTransformer2DModel), "FluxTransformer2DModel is a diffusion transformer"),
+        (DiTTransformer2DModel.__new__(DiTTransformer2DModel), "DiTTransformer2DModel.*diffusion transformer"),
+        (FluxTransformer2DModel.__new__(FluxTransformer2DModel), "FluxTransformer2DModel.*diffusion transformer"),
         (UNet2DModel.__new__(UNet2DModel), "got a UNet2DModel"),
         ("stable-diffusion", "got a str"),
     ],
@@ -363,11 +363,11 @@ def test_other_models_are_out_of_scope(target, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(form="linear"), ValueError, 'form has to be "pure" or "qkv", got \'linear\''),
-        (dict(init="zero"), ValueError, 'init has to be "pretrained" or "random", got \'zero\''),
-        (dict(segment=0), ValueError, "segment has to be at least 1"),
-        (dict(segment=2.5), TypeError, "segment has to be a number of lines"),
-        (dict(backend="cuda"), ValueError, "unknown backend 'cuda'"),
+        (dict(form="linear"), ValueError, "form.*'linear'"),
+        (dict(init="zero"), ValueError, "init.*'zero'"),
+        (dict(segment=0), ValueError, "segment.*0"),
+        (dict(segment=2.5), TypeError, r"segment.*2\.5"),
+        (dict(backend="cuda"), ValueError, "backend 'cuda'"),
     ],
 )
 def test_bad_options_leave_the_unet_as_it_was(options, error, message):
@@ -383,7 +383,7 @@ def test_what_was_put_in_the_place_of_a_layer_is_not_lost():
     gspn.swap(unet, init="random")
     block = unet.mid_block.attentions[0].transformer_blocks[0]
     layer, block.attn1 = block.attn1, torch.nn.Identity()
-    with pytest.raises(ValueError, match=r"mid_block.*attn1 was replaced by a Identity since the swap"):
+    with pytest.raises(ValueError, match=r"mid_block.*attn1 .*Identity"):
         gspn.restore(unet)
     block.attn1 = layer
     gspn.restore(unet)
@@ -399,5 +399,5 @@ def test_without_diffusers_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "gspn.stable_diffusion.swap")
     for name in ("swap", "restore", "load_swap", "GSPNAttention"):
         monkeypatch.delattr(gspn, name, raising=False)
-        with pytest.raises(ImportError, match=r'a swap needs diffusers.*pip install "gspn\[diffusion\]"'):
+        with pytest.raises(ImportError, match=r'pip install "gspn\[diffusion\]"'):
             getattr(gspn, name)

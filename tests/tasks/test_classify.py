@@ -86,7 +86,7 @@ def test_evaluate_again(digits_run):
     assert warnings == [] and again["split"] == "test" and again["images_per_second"] > 0
     assert again["top1"] == pytest.approx(metrics["top1"]) and again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     assert evaluate(run.path, "digits", split="train", batch_size=500)[0]["images"] == 1438
-    with pytest.raises(DataError, match="no split 'val'; it has train, test"):
+    with pytest.raises(DataError, match=r"split 'val'.*train, test"):
         evaluate(run.path, "digits", split="valid")
 
 
@@ -162,7 +162,7 @@ def test_nothing_readable(tmp_path):
     for name in ("a/0", "a/1", "a/2", "b/0", "b/1", "b/2"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / f"{name}.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"none of 4 images looked at can be read; the first: .*png"):
+    with pytest.raises(DataError, match=r"none of 4 images .*png"):
         train_classifier(tmp_path / "data", tmp_path / "run", tiny_options())
     assert not (tmp_path / "run").exists()
 
@@ -178,7 +178,7 @@ def test_class_missing_in_evaluation_is_named(colours, tmp_path):
 
 
 def test_class_unknown_to_the_run_is_an_error(colours, digits_run, tmp_path):
-    with pytest.raises(DataError, match="3 classes: blue, green, red that the model does not know"):
+    with pytest.raises(DataError, match="3 classes: blue, green, red "):
         evaluate(digits_run[0].path, colours)
     (colours / "train").mkdir()
     (colours / "val").mkdir()
@@ -193,12 +193,12 @@ def test_channels_that_do_not_match(digits_run, colours, tmp_path):
     for label in range(3):
         (tmp_path / "numbered").mkdir(exist_ok=True)
         (colours / ["red", "green", "blue"][label]).rename(tmp_path / "numbered" / str(label))
-    with pytest.raises(DataError, match="takes 1 channels but the images have 3; --channels 1 converts"):
+    with pytest.raises(DataError, match=r"1 channels .*3; --channels 1"):
         evaluate(digits_run[0].path, tmp_path / "numbered")
     assert evaluate(digits_run[0].path, tmp_path / "numbered", channels=1, workers=0)[0]["images"] == 35
-    with pytest.raises(OptionError, match="3 channels, but the images have 1; --channels 3"):
+    with pytest.raises(OptionError, match=r"3 channels.* 1; --channels 3"):
         train_classifier("digits", tmp_path / "run", tiny_options(model_args=dict(TINY, in_chans=3)))
-    with pytest.raises(OptionError, match=r"channels is 3, but the model of .* takes 1"):
+    with pytest.raises(OptionError, match=r"channels .*3, .* 1"):
         evaluate(digits_run[0].path, "digits", channels=3)
 
 
@@ -234,7 +234,7 @@ def test_run_of_a_backend_that_is_not_here_can_be_used(colours, tmp_path):
     assert evaluate(run.path, colours, workers=0)[0]["split"] == "val"
     for missing in ("data", "options"):
         write_json(run.path / "config.json", {key: value for key, value in config.items() if key != missing})
-        with pytest.raises(RunError, match=f"damaged or foreign: KeyError: '{missing}'"):
+        with pytest.raises(RunError, match=f"KeyError: '{missing}'"):
             evaluate(run.path, colours)
 
 
@@ -243,7 +243,7 @@ def test_one_image_a_class_cannot_be_trained_on_but_evaluated(colours, tmp_path)
     for file in colours.rglob("*.png"):
         if file.stem != "5":
             file.unlink()
-    with pytest.raises(DataError, match="none can be held out of 3 images with one image a class: expected two"):
+    with pytest.raises(DataError, match="3 images with one image"):
         train_classifier(colours, tmp_path / "other", tiny_options())
     assert not (tmp_path / "other").exists()
     assert evaluate(run.path, colours, split="all", workers=0)[0]["images"] == 3
@@ -251,12 +251,12 @@ def test_one_image_a_class_cannot_be_trained_on_but_evaluated(colours, tmp_path)
 
 def test_models_that_cannot_be(tmp_path):
     for model, args, message in [
-        ("gspn_huge", {}, "there is no model 'gspn_huge', did you mean 'gspn_base'"),
-        ("gspn_micro", {"colour": 1}, "there is no argument 'colour'"),
-        ("gspn_micro", {"stem_stride": 3}, "stem_stride has to be 1, 2 or 4"),
-        ("gspn_micro", {"num_classes": 7}, "7 classes, but the data have 10"),
-        ("gspn_micro", {"backend": "gpu"}, "cannot be made: unknown backend 'gpu'"),
-        ("gspn_micro", {"backend": "triton"}, "fails when tried with an image of 8x8, grey on cpu: backend 'triton'"),
+        ("gspn_huge", {}, "'gspn_huge'.*'gspn_base'"),
+        ("gspn_micro", {"colour": 1}, "argument 'colour'"),
+        ("gspn_micro", {"stem_stride": 3}, "stem_stride.*3"),
+        ("gspn_micro", {"num_classes": 7}, "7 classes.*10"),
+        ("gspn_micro", {"backend": "gpu"}, "backend 'gpu'"),
+        ("gspn_micro", {"backend": "triton"}, "8x8, grey on cpu: backend 'triton'"),
     ]:
         with pytest.raises(OptionError, match=message):
             train_classifier("digits", tmp_path / "run", Options(model=model, model_args=args))
@@ -281,6 +281,6 @@ def test_picture_of_the_context_at_a_place(digits_run, tmp_path):
     image = open_data("digits").splits["test"].image(0)
     pictures.context(tmp_path / "a.png", classifier, image, (0, 7), block=0)
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="is not on the 8x8 image"):
+    with pytest.raises(ValueError, match=r"pixel.*8x8"):
         pictures.context(tmp_path / "b.png", classifier, image, (8, 0))
     assert os.listdir(tmp_path) == ["a.png"]

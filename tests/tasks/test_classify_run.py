@@ -23,12 +23,12 @@ from gspn.train.run import FORMAT, Run, RunError
 
 def test_run_folder_in_the_way(digits_run, tmp_path):
     run, _ = digits_run
-    with pytest.raises(RunError, match="is not empty: choose another folder, or --overwrite"):
+    with pytest.raises(RunError, match=r"not empty.*--overwrite"):
         train_classifier("digits", run.path, tiny_options())
     (tmp_path / "letters.txt").write_text("dear")
-    with pytest.raises(RunError, match="holds no run"):
+    with pytest.raises(RunError, match="no run"):
         train_classifier("digits", tmp_path, tiny_options(), overwrite=True)
-    with pytest.raises(RunError, match="is a file"):
+    with pytest.raises(RunError, match="a file"):
         train_classifier("digits", tmp_path / "letters.txt", tiny_options())
     assert (tmp_path / "letters.txt").read_text() == "dear"
     other = Run.create(tmp_path / "other", {"task": "x"})
@@ -80,7 +80,7 @@ def test_overwritten_run_waits_until_the_new_one_has_a_checkpoint(full_run):
     assert {name for name in tree(run.path) if ".earlier" not in name} == {"config.json", *FOREIGN}
     assert tree(run.path / ".earlier") == {name: data for name, data in before.items() if name not in FOREIGN}
     assert Run.open(run.path / ".earlier").load_checkpoint("best")[1]["name"] == "best"
-    with pytest.raises(RunError, match=r"no checkpoint 'best'.*; the run that it was to replace is .*\.earlier"):
+    with pytest.raises(RunError, match=r"checkpoint 'best'.*\.earlier"):
         run.load_checkpoint("best")
     run.save_checkpoint("last", {"model": {}}, {"epoch": 1})
     assert (run.path / ".earlier").exists()
@@ -126,7 +126,7 @@ def test_training_that_diverges_at_once_leaves_the_run_it_was_to_overwrite(colou
     options = dict(batch_size=16)
     run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(**options))
     before = tree(run.path)
-    with pytest.raises(TrainingError, match="there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match="no checkpoint"):
         train_classifier(colours, run.path, tiny_options(lr=1e30, clip=0.0, **options), overwrite=True)
     assert tree(run.path) == before and evaluate(run.path, colours, workers=0)[0]["split"] == "val"
 
@@ -176,7 +176,7 @@ def test_overwriting_that_the_system_refuses_is_an_error_that_tells_and_undoes(f
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        with pytest.raises(SaveError, match=r"cannot set the earlier run aside in .*Permission denied.* Nothing of it"):
+        with pytest.raises(SaveError, match=r"earlier run .*Permission denied"):
             Run.create(full_run.path, {"task": "new"}, overwrite=True)
     assert tree(full_run.path) == before
 
@@ -184,9 +184,7 @@ def test_overwriting_that_the_system_refuses_is_an_error_that_tells_and_undoes(f
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(
-        SaveError, match=r"config\.json: No space left on device\. What was saved there before is untou"
-    ):
+    with pytest.raises(SaveError, match=r"config\.json: No space left on device.*untouched"):
         Run.create(full_run.path, {"task": "new"}, overwrite=True)
     assert tree(full_run.path) == before
 
@@ -221,28 +219,28 @@ def test_old_checkpoints_are_pruned(tmp_path):
 
 
 def test_runs_that_cannot_be_opened(tmp_path):
-    with pytest.raises(RunError, match="is no run: there is no"):
+    with pytest.raises(RunError, match="no run: "):
         Run.open(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
         Run.open(tmp_path)
     (tmp_path / "config.json").write_text('{"name": "another program\'s"}')
-    with pytest.raises(RunError, match="not the config of a gspn run"):
+    with pytest.raises(RunError, match="not the config"):
         Run.open(tmp_path)
     write_json(tmp_path / "config.json", {"format": "1"})
-    with pytest.raises(RunError, match="not the config of a gspn run"):
+    with pytest.raises(RunError, match="not the config"):
         Run.open(tmp_path)
     write_json(tmp_path / "config.json", {"format": FORMAT + 1})
-    with pytest.raises(RunError, match=f"newer gspn .format {FORMAT + 1}; this one reads up to {FORMAT}"):
+    with pytest.raises(RunError, match=rf"newer gspn .format {FORMAT + 1}; .* {FORMAT}\)"):
         Run.open(tmp_path)
     write_json(tmp_path / "config.json", {"format": FORMAT, "task": "classification"})
-    with pytest.raises(RunError, match="damaged or foreign: KeyError: 'preprocessing'"):
+    with pytest.raises(RunError, match="KeyError: 'preprocessing'"):
         load_classifier(tmp_path)
 
 
 def test_damaged_checkpoint(tmp_path):
     run = Run.create(tmp_path / "run", {"task": "x"})
-    with pytest.raises(RunError, match="no checkpoint 'best'"):
+    with pytest.raises(RunError, match="checkpoint 'best'"):
         run.load_checkpoint("best")
     run.save_checkpoint("best", {"model": {"w": torch.ones(100)}}, {"epoch": 1})
     file = run.path / "checkpoints" / "best" / "model.safetensors"
@@ -310,7 +308,7 @@ def test_atomic_leaves_nothing_behind(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "1\n"
-    with pytest.raises(SaveError, match=r"cannot write .*nowhere/a\.json: No such file or directory"):
+    with pytest.raises(SaveError, match=r"nowhere/a\.json: No such file"):
         write_json(tmp_path / "nowhere" / "a.json", 1)
 
 

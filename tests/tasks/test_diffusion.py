@@ -110,7 +110,7 @@ def test_the_bound_teaches_the_variance_only():
     (of_bound,) = torch.autograd.grad(bound.sum(), output, retain_graph=True)
     (of_error,) = torch.autograd.grad(error.sum(), output)
     assert not of_bound[:, :2].any() and of_bound[:, 2:].any() and not of_error[:, 2:].any()
-    with pytest.raises(ValueError, match="2 channels gives these or twice as many, got 3"):
+    with pytest.raises(ValueError, match=r"2 channels.* 4, got 3"):
         objective.losses(output[:, :3], start, noise, t)
     error, bound = objective.losses(output[:, :2], start, noise, t)
     assert not bound.any()
@@ -236,17 +236,17 @@ def test_unreadable_images_are_left_out_named_and_counted(colours, tmp_path):
     arguments = ["train-diffusion", str(colours), "--size", "8", "--batch-size", "10", "--workers", "0"]
     arguments += ["--model-arg", "hidden_size=16", "--model-arg", "depth=2", "--sample-every", "0", "--epochs", "1"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "run")])
-    assert result.exit_code == 0 and "warning: 2 unreadable images left out" in result.stderr, result.output
+    assert result.exit_code == 0 and "2 unreadable images" in result.stderr, result.output
     assert "red/3.png" in result.stderr and "blue/8.png" in result.stderr
     (row,) = Run.open(tmp_path / "run").metrics
     assert (row["images"], row["unreadable"], row["unreadable_in_training"]) == (5, 1, 1)
     # the warning outlives a stop, as the checkpoint keeps it
     warnings = resume_generator(tmp_path / "run")[1]
     assert len(warnings) == 1 and "red/3.png" in warnings[0] and "blue/8.png" in warnings[0]
-    with pytest.raises(DataError, match=r"unreadable image \(--strict\): .*red/3\.png"):
+    with pytest.raises(DataError, match=r"\(--strict\): .*red/3\.png"):
         train_generator(colours, tmp_path / "strict", options(size=(8, 8), strict=True, epochs=1, sample_every=0))
     (colours / "train" / "red" / "3.png").unlink()
-    with pytest.raises(DataError, match=r"unreadable image \(--strict\): .*blue/8\.png"):
+    with pytest.raises(DataError, match=r"\(--strict\): .*blue/8\.png"):
         train_generator(colours, tmp_path / "held", options(size=(8, 8), strict=True, epochs=1, sample_every=0))
 
 
@@ -257,7 +257,7 @@ def test_dit_starts_as_published():
     assert all(each is first for each in others)
     output = model(torch.randn(2, 1, 8, 8), timestep=torch.tensor([3, 9]), class_labels=torch.tensor([0, 10])).sample
     assert output.shape == (2, 2, 8, 8) and not output.any()
-    with pytest.raises(ValueError, match=r"there is no DiT 'DiT-Q/2', did you mean 'DiT-S/2'"):
+    with pytest.raises(ValueError, match=r"'DiT-Q/2'.*'DiT-S/2'"):
         create_dit("DiT-Q/2")
 
 
@@ -267,18 +267,18 @@ def test_dit_starts_as_published():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model": "GSPN-Q/2"}, "there is no generator 'GSPN-Q/2', did you mean 'GSPN-S/2'"),
-        ({"size": (9, 9)}, "sample_size 9 is not divisible by the patch of 2"),
-        ({"size": (8, 9)}, "multiples of the patch of 2, got 8x9"),
+        ({"model": "GSPN-Q/2"}, "'GSPN-Q/2'.*'GSPN-S/2'"),
+        ({"size": (9, 9)}, "sample_size.* 2, got 9"),
+        ({"size": (8, 9)}, "patch of 2.* 8x9"),
         (
             {"model": "DiT-micro/2", "model_args": {"num_layers": 1}, "size": (8, 12)},
-            "DiT-micro/2 fails when tried with 8x12",
+            "DiT-micro/2 .*8x12",
         ),
-        ({"model_args": {"num_classes": 3}}, "num_classes follows from the data"),
-        ({"model_args": {"depth": 3}}, "depth has to be even"),
+        ({"model_args": {"num_classes": 3}}, "num_classes.*data"),
+        ({"model_args": {"depth": 3}}, "depth.*even"),
         ({"timesteps": 30, "sample_steps": 31}, "sample_steps .* 30, got 31"),
-        ({"model": "DiT-micro/2", "model_args": {}, "fsdp": True}, "fsdp cannot shard DiT"),
-        ({"model_args": {"heads": 3}}, "cannot be made: .*heads"),
+        ({"model": "DiT-micro/2", "model_args": {}, "fsdp": True}, "fsdp.*DiT"),
+        ({"model_args": {"heads": 3}}, "GSPN-micro/2.*heads"),
     ],
 )
 def test_bad_options(tmp_path, changes, message):
@@ -290,12 +290,12 @@ def test_bad_options(tmp_path, changes, message):
 def test_a_run_of_another_task_or_result_is_not_gone_on_with(whole, tmp_path):
     from gspn.tasks.classify import resume_classifier
 
-    with pytest.raises(RunError, match=r"this is a run of diffusion, expected classification"):
+    with pytest.raises(RunError, match=r"diffusion, expected classification"):
         resume_classifier(whole)
-    with pytest.raises(OptionError, match=r"class_dropout was 0\.1 and cannot be 0.2"):
+    with pytest.raises(OptionError, match=r"class_dropout .*0\.1.* 0\.2"):
         resume_generator(whole, {"class_dropout": 0.2})
     (tmp_path / "config.json").write_text(json.dumps({"format": 1, "task": "classification", "options": {}}))
-    with pytest.raises(RunError, match="this is a run of classification, expected diffusion"):
+    with pytest.raises(RunError, match="classification, expected diffusion"):
         resume_generator(tmp_path)
 
 
@@ -306,9 +306,9 @@ def test_the_command(tmp_path):
     result = run(app, ["train-diffusion", "digits", *arguments])
     assert result.exit_code == 0 and "validation: squared error" in result.output, result.output
     result = run(app, ["train-diffusion", "digits", *arguments])
-    assert result.exit_code == 2 and "is not empty" in result.output
+    assert result.exit_code == 2 and "not empty" in result.output
     result = run(app, ["train-diffusion", "digits", "--prediction", "x"])
-    assert result.exit_code == 2 and "prediction must be epsilon or v_prediction or sample, got 'x'" in result.output
+    assert result.exit_code == 2 and "prediction" in result.output and "'x'" in result.output
     result = run(app, ["train-diffusion", "--config", str(tmp_path / "run/options.yaml"), "--out", str(tmp_path / "b")])
     assert result.exit_code == 0, result.output
     a, b = (load_file(tmp_path / name / "checkpoints/last/model.safetensors") for name in ("run", "b"))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -177,11 +178,11 @@ def test_unreadable_images_do_not_count():
     assert task.count(prepared) == 3
     assert all((loss != 0).tolist() == [True, False, True, True] for loss in losses.values())
     task.unreadable.strict = True
-    with pytest.raises(DataError, match=r"unreadable image \(--strict\): image 1: "):
+    with pytest.raises(DataError, match=r"\(--strict\): image 1: "):
         task.prepare(batch)
     task.unreadable.strict, batch["label"][:] = False, UNREADABLE
     task.unreadable.splits["evaluation"], task.loader = task.unreadable.splits["train"], [batch]
-    with pytest.raises(DataError, match="none of the 4 images of the evaluation could be read"):
+    with pytest.raises(DataError, match="none of the 4 images"):
         task.evaluate(student, make_accelerator())
 
 
@@ -341,7 +342,7 @@ def test_what_is_learned_nears_the_teacher(bases, photos, tmp_path):
     first, last = run.metrics[0], run.metrics[-1]
     assert last["val_feature"] < 0.8 * first["val_feature"] and last["val_loss"] < first["val_loss"]
     assert (last["unreadable"], last["unreadable_in_training"], last["images"]) == (0, 1, 10)
-    assert len(warnings) == 1 and "1 unreadable image left out" in warnings[0] and "7.png" in warnings[0]
+    assert len(warnings) == 1 and "1 unreadable image" in warnings[0] and "7.png" in warnings[0]
 
 
 def test_sdxl_in_bfloat16_after_a_fit(bases, photos, tmp_path):
@@ -364,15 +365,12 @@ def test_sdxl_in_bfloat16_after_a_fit(bases, photos, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"base": None}, "base: expected a pipeline"),
-        ({"base": "/nowhere/sd"}, "the pipeline /nowhere/sd cannot be loaded"),
-        ({"size": (16, 20)}, "size must be divisible by 8, got 16x20"),
+        ({"base": None}, "base: .*pipeline"),
+        ({"base": "/nowhere/sd"}, "pipeline /nowhere/sd"),
+        ({"size": (16, 20)}, "size.*8.*16x20"),
         ({"fsdp": True}, "fsdp: .* swapped layers"),
-        (
-            {"noise_weight": 0.0, "output_weight": 0.0, "feature_weight": 0.0},
-            "noise_weight.* 0",
-        ),
-        ({"freeze": ("layers.nothing",)}, "there is no part of the model 'layers.nothing'"),
+        ({"noise_weight": 0.0, "output_weight": 0.0, "feature_weight": 0.0}, "noise_weight.* 0"),
+        ({"freeze": ("layers.nothing",)}, r"freeze.*'layers\.nothing'"),
     ],
 )
 def test_bad_options(bases, photos, tmp_path, changes, message):
@@ -383,7 +381,7 @@ def test_bad_options(bases, photos, tmp_path, changes, message):
 
 def test_a_unet_that_wants_more_is_told_before_a_run_is_made(photos, tmp_path):
     tiny_sd(class_embed_type="timestep").save_pretrained(tmp_path / "sd")
-    with pytest.raises(OptionError, match="fails when tried with 16x16: class_labels should be provided"):
+    with pytest.raises(OptionError, match="16x16: class_labels should be provided"):
         distill(photos, tmp_path / "run", DistillOptions(base=str(tmp_path / "sd"), **SMALL))
     assert not (tmp_path / "run").exists()
 
@@ -392,27 +390,27 @@ def test_pipelines_that_cannot_be_distilled(bases, tmp_path):
     index = json.loads((bases / "sd/model_index.json").read_text())
     shutil.copytree(bases / "sd", tmp_path / "other")
     (tmp_path / "other/model_index.json").write_text(json.dumps(index | {"_class_name": "PixArtAlphaPipeline"}))
-    with pytest.raises(OptionError, match="holds a PixArtAlphaPipeline, expected a StableDiffusionPipeline or Stable"):
+    with pytest.raises(OptionError, match=r"PixArtAlphaPipeline.*StableDiffusionPipeline"):
         open_text_to_image(tmp_path / "other")
-    with pytest.raises(OptionError, match=r"takes 9 channels and gives 4, its VAE has 4: expected a text-to-image"):
+    with pytest.raises(OptionError, match=r"UNet.* 9 .* 4.*VAE.* 4"):
         TextToImage(tiny_sd(in_channels=9), "here")
-    with pytest.raises(OptionError, match="is conditioned on guidance"):
+    with pytest.raises(OptionError, match="time_cond_proj_dim"):
         TextToImage(tiny_sd(time_cond_proj_dim=8), "here")
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    with pytest.raises(OptionError, match="FlowMatchEulerDiscreteScheduler, has no betas"):
+    with pytest.raises(OptionError, match=r"FlowMatchEulerDiscreteScheduler.*betas"):
         TextToImage(tiny_sd(scheduler=FlowMatchEulerDiscreteScheduler()), "here")
     pipe = tiny_sd()
     pipe.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
-    with pytest.raises(OptionError, match="latents_mean, which StableDiffusionPipeline does not apply"):
+    with pytest.raises(OptionError, match=r"latents_mean.*StableDiffusionPipeline"):
         TextToImage(pipe, "here")
 
 
 def test_long_captions_are_told(bases, photos, tmp_path):
     teacher = TextToImage(tiny_sd(), "here")
     assert teacher.too_long([("red fox",), ("a owl",)]) is None
-    told = "1 of 2 captions looked at have more than the 8 tokens that the text encoder takes: the rest is cut off"
-    assert teacher.too_long([("red fox",), ("red fox of a house with a smile",)]) == told
+    note = teacher.too_long([("red fox",), ("red fox of a house with a smile",)])
+    assert re.search("1 of .*2 captions.* 8 tokens", note)
 
 
 def test_long_captions_are_told_by_us_alone(tmp_path):
@@ -469,7 +467,7 @@ def test_a_run_that_an_older_version_began_knows_its_teacher(bases):
     teacher = open_text_to_image(bases / "sd")
     setup = SimpleNamespace(teacher=teacher, digest="2:0")
     Setup.check_config(setup, {"base": {"digest": teacher.digest(like="")}})
-    with pytest.raises(RunError, match="is not the pipeline that the run learns from"):
+    with pytest.raises(RunError, match="not the pipeline"):
         Setup.check_config(setup, {"base": {"digest": "0" * 64}})
 
 
@@ -478,9 +476,9 @@ def test_another_teacher_is_not_gone_on_with(whole, bases, tmp_path):
     with torch.no_grad():
         other.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
     other.save_pretrained(tmp_path / "sd")
-    with pytest.raises(RunError, match="is not the pipeline that the run learns from"):
+    with pytest.raises(RunError, match="not the pipeline"):
         resume_distillation(whole, {"base": str(tmp_path / "sd")})
-    with pytest.raises(OptionError, match="form was pure and cannot be qkv"):
+    with pytest.raises(OptionError, match=r"form.*pure.*qkv"):
         resume_distillation(whole, {"form": "qkv"})
 
 
@@ -489,7 +487,7 @@ def test_the_size_is_the_base_s(bases, photos):
     assert setup.options.size == (16, 16) and setup.options.lr == 1e-4 and setup.options.precision == "bf16"
     assert setup.teacher.unet.dtype == torch.bfloat16 and setup.teacher.vae.dtype == torch.float32
     pipe = tiny_sd(sample_size=None)
-    with pytest.raises(OptionError, match="does not say what size it was made for: size is needed"):
+    with pytest.raises(OptionError, match="sample_size"):
         TextToImage(pipe, "here").native_size()
 
 
@@ -497,17 +495,17 @@ def test_the_command(bases, photos, tmp_path):
     run = CliRunner().invoke
     base, more = str(bases / "sd"), ["--batch-size", "4", "--sample-every", "0", "--workers", "0"]
     result = run(app, ["distill", base, *more])
-    assert result.exit_code == 2 and "Missing option '--data'" in result.output
+    assert result.exit_code == 2 and "'--data'" in result.output
     result = run(app, ["distill", "--data", str(photos), *more])
-    assert result.exit_code == 2 and "Missing argument 'BASE'" in result.output
+    assert result.exit_code == 2 and "'BASE'" in result.output
     arguments = ["--data", str(photos), "--epochs", "1", "--segment", "2", "--out", str(tmp_path / "run"), *more]
     result = run(app, ["distill", base, *arguments])
     assert result.exit_code == 0 and "validation: noise" in result.output, result.output
     assert "gspn_swap.safetensors" in result.output and "gspn.load_swap(" in result.output
     assert gspn.load_swap(tiny_sd(), tmp_path / "run").segment == 2
     result = run(app, ["distill", base, *arguments])
-    assert result.exit_code == 2 and "is not empty" in result.output
+    assert result.exit_code == 2 and "not empty" in result.output
     result = run(app, ["distill", "--resume", str(tmp_path / "run"), "--out", "x"])
-    assert result.exit_code == 2 and "not with --out" in result.output
+    assert result.exit_code == 2 and "--out" in result.output
     result = run(app, ["distill", base, "--data", str(photos), "--form", "x"])
-    assert result.exit_code == 2 and "form must be pure or qkv, got 'x'" in result.output
+    assert result.exit_code == 2 and "form" in result.output and "'x'" in result.output

@@ -72,31 +72,31 @@ def test_a_file_of_weights(digits_run, tmp_path):
 
 def test_what_does_not_fit(digits_run, colours, tmp_path):
     run, _ = digits_run
-    with pytest.raises(OptionError, match=r"takes 1 channels, these images have 3; --channels 1 converts them"):
+    with pytest.raises(OptionError, match=r"1 channels.* 3; --channels 1 "):
         train_classifier(colours, tmp_path / "run", from_run(run, batch_size=16))
-    with pytest.raises(OptionError, match=r"do not fit the model: .*shape \(16,.* there and \(8,"):
+    with pytest.raises(OptionError, match=r"init_from: .*\(16,.* there.*\(8,"):
         train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(run.path), model_args={"width": 8}))
-    with pytest.raises(OptionError, match="is of a gspn_micro, so --model cannot be gspn_tiny"):
+    with pytest.raises(OptionError, match=r"init_from: .*gspn_micro.*gspn_tiny.*--model"):
         train_classifier("digits", tmp_path / "run", from_run(run, model="gspn_tiny"))
     for path, message in {
-        "gone": r"there is no gone; expected a run folder, a \.safetensors or a \.pth",
-        "gone.safetensors": "gone.safetensors cannot be read",
+        "gone": r"no gone.*run folder.*\.safetensors.*\.pth",
+        "gone.safetensors": r"init_from: gone\.safetensors",
     }.items():
         with pytest.raises(OptionError, match=message):
             train_classifier("digits", tmp_path / "run", tiny_options(init_from=path))
     (tmp_path / "a.pth").write_bytes(b"nothing")
-    with pytest.raises(OptionError, match=r"a\.pth does not say of which model it is; say it with --model"):
+    with pytest.raises(OptionError, match=r"a\.pth.*--model"):
         train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(tmp_path / "a.pth")))
     with pytest.raises(OptionError, match=r"^init_from: .*a\.pth"):
         train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(tmp_path / "a.pth"), model="gspn_tiny"))
-    with pytest.raises(RunError, match="is no run"):
+    with pytest.raises(RunError, match="no run"):
         train_classifier("digits", tmp_path / "run", tiny_options(init_from=str(tmp_path)))
-    with pytest.raises(OptionError, match=r"freeze: there is no part of the model 'level', did you mean 'levels'"):
+    with pytest.raises(OptionError, match=r"freeze: .*'level'.*'levels'"):
         train_classifier("digits", tmp_path / "run", from_run(run, freeze=("level",)))
     everything = ("stem", "levels", "norm", "head")
     with pytest.raises(OptionError, match="nothing is left to train"):
         train_classifier("digits", tmp_path / "run", from_run(run, freeze=everything))
     for device in ("foo", "meta", "cuda:99"):
-        with pytest.raises(OptionError, match=f"ema_device '{device}' cannot be used: "):
+        with pytest.raises(OptionError, match=f"ema_device '{device}'"):
             train_classifier("digits", tmp_path / "run", tiny_options(ema_device=device))
     assert not (tmp_path / "run").exists()

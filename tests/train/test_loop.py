@@ -46,9 +46,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         return good(model, batch) * (float("nan") if count[0] == 8 else 1)
 
     task.loss = bad_at_step_8
-    message = (
-        r"the loss is nan at step 8 \(epoch 2, learning rate 0\.009\d*\).* `last` is good: after step 5 \(epoch 1\)"
-    )
+    message = r"nan at step 8 \(epoch 2, .*0\.009\d*\).*`last`.* step 5 \(epoch 1\)"
     with pytest.raises(TrainingError, match=message):
         train(task, OneLayer(), loader, options, run, accelerator)
     tensors, state = run.load_checkpoint("last")
@@ -65,7 +63,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
         return gradient * float("inf") if count[0] == 7 else gradient
 
     model.head.weight.register_hook(spoil)
-    with pytest.raises(TrainingError, match=r"after step 7; .* `last` is good: after step 6"):
+    with pytest.raises(TrainingError, match=r"step 7; .*`last`.* step 6"):
         train(task, model, loader, options, run, accelerator)
     tensors, state = run.load_checkpoint("last")
     assert state["step"] == 6 and all(value.isfinite().all() for value in tensors["model"].values())
@@ -93,7 +91,7 @@ def test_too_little_memory_says_what_to_lower(tmp_path, error):
 def test_memory_that_the_system_refuses_is_recognised(tmp_path):
     task, loader, options, run, accelerator = one_layer_task(tmp_path / "run")
     task.loss = lambda model, batch: torch.empty(2**60).sum()
-    with pytest.raises(TrainingError, match="memory does not suffice"):
+    with pytest.raises(TrainingError, match="memory"):
         train(task, OneLayer(), loader, options, run, accelerator)
 
 
@@ -173,10 +171,10 @@ def test_optimizer_groups():
     model.no_weight_decay = lambda: {"0.weight"}
     (group,) = make_optimizer(model, options).param_groups
     assert len(group["params"]) == 4 and group["betas"] == (0.8, 0.99) and group["eps"] == 1e-6
-    with pytest.raises(OptionError, match=r"layer_decay needs .*group_matcher"):
+    with pytest.raises(OptionError, match=r"layer_decay.*group_matcher"):
         make_optimizer(model, LoopOptions(lr=1.0, layer_decay=0.5).resolved())
     model.requires_grad_(False)
-    with pytest.raises(OptionError, match="every parameter is frozen"):
+    with pytest.raises(OptionError, match="frozen"):
         make_optimizer(model, options)
 
 
@@ -207,7 +205,7 @@ def test_frozen_parts_stay(tmp_path):
     assert same(model.norm.state_dict(), before.norm.state_dict())  # its running statistics too
     assert not torch.equal(model.head.weight, before.head.weight)
     assert not any(key.startswith("norm") for key in run.load_checkpoint("last")[0]["optimizer"])
-    with pytest.raises(OptionError, match=r"there is no part of the model 'levels\.0'; there are norm, head"):
+    with pytest.raises(OptionError, match=r"'levels\.0'; there are norm, head"):
         frozen_modules(model, ("levels.0",))
 
 

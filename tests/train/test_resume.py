@@ -249,7 +249,7 @@ def stopped(colours, tmp_path, monkeypatch):
 def test_changed_data_are_refused(stopped, colours):
     extra = colours / "red" / "extra.png"
     extra.write_bytes((colours / "red" / "1.png").read_bytes())
-    with pytest.raises(RunError, match=r"is not what .*run was trained on: images, labels, captions .*--init-from"):
+    with pytest.raises(RunError, match=r"not what .*: images, labels, captions .*--init-from"):
         resume_classifier(stopped)
     extra.unlink()
     colours.rename(colours.with_name("moved"))
@@ -259,7 +259,7 @@ def test_changed_data_are_refused(stopped, colours):
 
 def test_an_image_of_the_same_size_and_time_is_other_data(stopped, colours):
     other_byte(colours / "green" / "7.png")
-    with pytest.raises(RunError, match="is not what"):
+    with pytest.raises(RunError, match="not what"):
         resume_classifier(stopped)
     other_byte(colours / "green" / "7.png")
     assert len(resume_classifier(stopped)[0].metrics) == 2
@@ -274,7 +274,7 @@ def test_a_run_that_an_older_version_began_goes_on(stopped, colours, capsys):
     file = colours / "green" / "7.png"
     content = file.read_bytes()
     file.write_bytes(content + b"longer")
-    with pytest.raises(RunError, match="is not what"):
+    with pytest.raises(RunError, match="not what"):
         resume_classifier(stopped)
     file.write_bytes(content)
     run, _, _ = resume_classifier(stopped, console=Console(width=200))
@@ -282,11 +282,9 @@ def test_a_run_that_an_older_version_began_goes_on(stopped, colours, capsys):
 
 
 def test_options_of_the_result_cannot_change(stopped):
-    with pytest.raises(
-        OptionError, match=r"lr was 0\.002 and cannot be 0\.1 in a .* can be changed: .*workers.*--init"
-    ):
+    with pytest.raises(OptionError, match=r"lr .*0\.002.* 0\.1 .*: .*workers.*--init"):
         resume_classifier(stopped, {"lr": 0.1})
-    with pytest.raises(OptionError, match="epochs takes a whole number"):
+    with pytest.raises(OptionError, match=r"epochs.*'x'"):
         resume_classifier(stopped, {"epochs": "x"})
     resume_classifier(stopped, {"lr": 0.002, "save_every": "never", "keep_every": 1})
     assert Run.open(stopped).has_checkpoint("epoch-0002")
@@ -303,17 +301,17 @@ def test_damaged_foreign_and_newer_checkpoints_are_refused(stopped, monkeypatch)
         (last / name).write_bytes(good[name])
 
     state = good["state.json"]
-    refused("optimizer.safetensors", good["optimizer.safetensors"][:-10], r"checkpoint .*last is damaged")
-    refused("model.safetensors", b"\x80\x02}q\x00.", r"checkpoint .*last is damaged")  # a pickle
-    refused("model.safetensors", good["optimizer.safetensors"], r"do not fit the model: .* is missing")
-    refused("optimizer.safetensors", good["model.safetensors"], r"optimizer state of a parameter that is not trained")
-    refused("state.json", state[:40], r"checkpoint .*last is damaged")
-    refused("state.json", b"[1]", r"is not the state of a gspn checkpoint")
-    refused("state.json", state.replace(b'"format": 2', b'"format": 3'), r"newer gspn \(format 3; .* up to 2\): update")
+    refused("optimizer.safetensors", good["optimizer.safetensors"][:-10], r"last is damaged")
+    refused("model.safetensors", b"\x80\x02}q\x00.", r"last is damaged")  # a pickle
+    refused("model.safetensors", good["optimizer.safetensors"], r"model: .*missing")
+    refused("optimizer.safetensors", good["model.safetensors"], r"optimizer state.*not trained")
+    refused("state.json", state[:40], r"last is damaged")
+    refused("state.json", b"[1]", r"not the state")
+    refused("state.json", state.replace(b'"format": 2', b'"format": 3'), r"newer gspn \(format 3; .* 2\)")
     refused("state.json", state.replace(b'"format": 2,', b""), r"older gspn")
-    refused("state.json", state.replace(b'"position"', b'"place"'), r"damaged or foreign: KeyError: 'position'")
-    refused("state.json", state.replace(b'"step": 2', b'"step": "2"'), r"damaged or foreign: ValueError: counts are")
-    refused("state.json", state.replace(b'"unreadable": [', b'"readable": ['), r"damaged or foreign: KeyError: 'unrea")
+    refused("state.json", state.replace(b'"position"', b'"place"'), r"KeyError: 'position'")
+    refused("state.json", state.replace(b'"step": 2', b'"step": "2"'), r"ValueError: counts")
+    refused("state.json", state.replace(b'"unreadable": [', b'"readable": ['), r"KeyError: 'unreadable'")
     ema = (last / "ema.safetensors").read_bytes()
     (last / "ema.safetensors").unlink()
     for use in (resume_classifier, lambda path: load_classifier(path, "last")):
@@ -322,9 +320,9 @@ def test_damaged_foreign_and_newer_checkpoints_are_refused(stopped, monkeypatch)
     (last / "ema.safetensors").write_bytes(ema)
     config, metrics = stopped / "config.json", stopped / "metrics.jsonl"
     for file, old, new, message in (
-        (config, b'"preprocessing"', b'"processing"', "damaged or foreign: KeyError: 'preprocessing'"),
-        (config, b'"options"', b'"choices"', "holds no options"),
-        (metrics, b'"epoch"', b'"era"', "holds something else than rows with an epoch"),
+        (config, b'"preprocessing"', b'"processing"', "KeyError: 'preprocessing'"),
+        (config, b'"options"', b'"choices"', "no options"),
+        (metrics, b'"epoch"', b'"era"', "rows with an epoch"),
     ):
         before = file.read_bytes()
         file.write_bytes(before.replace(old, new))
@@ -355,14 +353,14 @@ def test_trained_weights_are_the_start_also_before_the_first_checkpoint(digits_r
     assert_same_outcome(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
     best = tmp_path / "source" / "checkpoints" / "best" / "ema.safetensors"
     best.write_bytes((tmp_path / "whole" / "checkpoints" / "best" / "ema.safetensors").read_bytes())
-    with pytest.raises(RunError, match=r"source .* weights that the run started from"):
+    with pytest.raises(RunError, match=r"source .*started from"):
         resume_classifier(tmp_path / "other")
 
 
 def test_two_trainings_in_one_folder(tmp_path, stopped, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.1)
     with writing(stopped):
-        with pytest.raises(BusyError, match=rf"another gspn \(process {os.getpid()} on .*\) is writing to .*run"):
+        with pytest.raises(BusyError, match=rf"another gspn \(process {os.getpid()} on .*run"):
             resume_classifier(stopped)
         with pytest.raises(BusyError, match="another gspn"):
             train_classifier("digits", stopped, tiny_options(), overwrite=True)
@@ -372,7 +370,7 @@ def test_two_trainings_in_one_folder(tmp_path, stopped, monkeypatch):
 def test_a_folder_whose_lock_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.1)
     (tmp_path / "run" / ".lock").mkdir(parents=True)
-    with pytest.raises(files.SaveError, match=r"cannot write .*run/\.lock"):
+    with pytest.raises(files.SaveError, match=r"run/\.lock"):
         train_classifier("digits", tmp_path / "run", tiny_options())
 
 
@@ -387,5 +385,5 @@ def test_a_killed_training_leaves_no_lock(tmp_path, monkeypatch):
 
 def test_a_resumed_training_that_diverges_names_the_checkpoint_it_has(stopped, monkeypatch):
     monkeypatch.setattr(loop, "backward", lambda *_: torch.tensor(float("nan")))
-    with pytest.raises(TrainingError, match=r"nan at step 3 \(epoch 2, .* `last` is good: after step 2 \(epoch 1\)"):
+    with pytest.raises(TrainingError, match=r"nan at step 3 \(epoch 2, .*`last`.* step 2 \(epoch 1\)"):
         resume_classifier(stopped)

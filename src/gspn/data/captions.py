@@ -61,7 +61,7 @@ def open_captions(
     )
     for option, given in (("streaming", streaming), ("image_column", image_column)):
         if given and kind != "datasets":
-            raise DataError(f"{option} is for what `datasets` loads, but {name} is of another kind ({kind})")
+            raise DataError(f"{option} is for data that `datasets` loads, but {name} is of the kind {kind}")
     for split_name, split in splits.items():
         empty = sum(not any(text.strip() for text in captions) for captions in split.captions)
         if empty:

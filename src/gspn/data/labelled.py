@@ -154,7 +154,7 @@ def open_data(
             tables=partial(load_tables, **columns),
         )
     if streaming and kind != "datasets":
-        raise DataError(f"streaming is for what `datasets` loads, but {data} is of another kind ({kind})")
+        raise DataError(f"streaming is for data that `datasets` loads, but {data} is of the kind {kind}")
     for split in splits.values():
         if class_names is not None:
             if split.class_names is not None and len(split.class_names) != len(class_names):

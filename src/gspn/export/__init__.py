@@ -1,10 +1,10 @@
-"""Trained models for use elsewhere.
+"""Export of trained models.
 
     export_onnx       an ONNX file of standard operators for any runtime, any batch and image size
     export_aoti       a package compiled ahead of time by torch's AOTInductor, for Python with torch and gspn
-    export_program    torch.export with batch, height and width left open: what both start from
+    export_program    torch.export with batch, height and width left open; the other two start from it
 
-ONNX needs the extra `onnx`; nothing of it is imported before it is needed.
+ONNX needs the extra `onnx`, whose packages are only imported when needed.
 """
 
 from gspn.export.aoti import export_aoti

@@ -1,4 +1,4 @@
-"""Packages that torch's AOTInductor compiles ahead of time: no tracing and no compiling where they are loaded."""
+"""Packages that torch's AOTInductor compiles ahead of time; loading one neither traces nor compiles."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,27 +34,27 @@ def export_aoti(
     metadata: Mapping | None = None,
     check: bool = True,
 ) -> Exported:
-    """Compiles the model for this CPU into a package, weights included. Needs a C++ compiler; takes minutes.
+    """Compiles the model with its weights into a package for this CPU. Needs a C++ compiler; takes minutes.
 
         import gspn, torch
 
         model = torch._inductor.aoti_load_package("model.pt2")
         logits = model(images)
 
-    ``import gspn`` comes first: the package calls gspn's kernels, so it loads in Python, with torch of the same version
-    and gspn, and not in C++ alone.
+    ``import gspn`` comes first, because the package calls gspn's kernels. So it loads in Python, with the same version
+    of torch and with gspn, but not in C++ alone.
 
     Args:
-        model, example, size, batch: as in :func:`export_program`. Without a fixed batch, 1 is a batch too. path: as in
+        model, example, size, batch: as in :func:`export_program`, but an open batch may be 1 too. path: as in
             :func:`export_onnx`, ends with .pt2.
-        metadata: as in :func:`export_onnx`; ``model.get_metadata()`` gives it back.
+        metadata: as in :func:`export_onnx`; ``model.get_metadata()`` returns it.
         check: compares the outputs with the model's at several sizes before the file gets its name.
 
     Returns and errors: as :func:`export_onnx`.
     """
     path = to_be_written(path)
     if path.suffix != ".pt2":
-        raise ExportError(f"torch loads packages that are named .pt2 only, got {path.name}")
+        raise ExportError(f"torch only loads packages named .pt2, got {path.name}")
     model, example = prepared(model, example, size, batch)
     text = as_text({"gspn": gspn.__version__, **config_of(model), **(metadata or {})})
     model, example = model.to("cpu", torch.float32), example.to("cpu", torch.float32)
@@ -73,7 +73,7 @@ def export_aoti(
 
 
 def _runner(path: Path):
-    """A function that runs the package; read from an open file, because the name is not its last one."""
+    """A function that runs the package; reads an open file, because the file does not have its final name yet."""
     with path.open("rb") as file:
         loaded = torch._inductor.aoti_load_package(file)
     return lambda x: torch.utils._pytree.tree_leaves(loaded(x))

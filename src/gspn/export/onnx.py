@@ -1,4 +1,4 @@
-"""ONNX files of standard operators alone, for any batch and size."""
+"""ONNX files of standard operators, for any batch and size."""
 
 import copy
 import importlib
@@ -27,7 +27,7 @@ from gspn.export.program import (
 )
 from gspn.files import atomic
 
-OLDEST_OPSET, DEFAULT_OPSET = 18, 20  # torch's exporter writes 18 and newer; from 20 on GELU is one operator
+OLDEST_OPSET, DEFAULT_OPSET = 18, 20  # torch's exporter writes 18 and newer; GELU is one operator from 20 on
 _TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}  # of the largest output, against the float32 model
 _LARGEST = 2**31 - 1  # bytes in one protobuf message
 
@@ -44,26 +44,26 @@ def export_onnx(
     metadata: Mapping | None = None,
     check: bool = True,
 ) -> Exported:
-    """Writes the model as an ONNX file of standard operators: one Scan over the lines for each direction, not unrolled,
+    """Writes the model as an ONNX file of standard operators. Each direction is one Scan over the lines, not unrolled,
     so that one file serves every size.
 
-    The file has one input, "input" (B,C,H,W) (or (B,C,*size)), and the outputs "output", or "output_0" and so on where
-    the model gives several.
+    The file has one input, "input" (B,C,H,W) (or (B,C,*size)), and one output, "output", or several, "output_0" and so
+    on, if the model has several.
 
     Args:
-        model, example, size, batch: as in :func:`export_program`. What gspn's layers contain is exported as it is:
+        model, example, size, batch: as in :func:`export_program`. All options of gspn's layers are exported:
             activation, alignment, segments, groups, directions.
-        path: the file, replaced if it exists, once the new one is complete.
+        path: the file. An existing one is replaced when the new one is complete.
         opset: version of the ONNX operators, 18 or newer.
         precision: "fp32", or "fp16" for weights, input and output in float16; the scan's state stays float32.
         metadata: kept in the file, as text or JSON, beside "gspn" (version) and a backbone's config as "model".
         check: compares the outputs with the model's at several sizes in onnxruntime before the file gets its name.
 
     Returns:
-        what was written: path, size, and how far the outputs are from the model's.
+        the path and size of the file, and the difference of its outputs from the model's.
 
-    Errors: ExportError for options, models and results that do not fit, ImportError where the extra `onnx` is not
-    installed, gspn.files.SaveError where the file cannot be written.
+    Errors: ExportError for options, models and results that do not fit, ImportError if the extra `onnx` is not
+    installed, gspn.files.SaveError if the file cannot be written.
 
     >>> import gspn
     >>> gspn.export_onnx(gspn.GSPN2d(16), "layer.onnx")  # doctest: +SKIP
@@ -119,7 +119,7 @@ def _content(program: torch.export.ExportedProgram, opset: int, metadata: Mappin
     ir.passes.common.RemoveUnusedNodesPass()(model)
     foreign = sorted(set(model.graph.opset_imports) - {""})
     if foreign:
-        raise ExportError(f"the model has operators that ONNX has not: domains {', '.join(foreign)}")
+        raise ExportError(f"the model has operators that ONNX lacks, of the domains {', '.join(foreign)}")
     ir.passes.common.ClearMetadataAndDocStringPass()(model)  # source lines and paths of this machine
     for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
         if value.shape is not None:
@@ -128,19 +128,19 @@ def _content(program: torch.export.ExportedProgram, opset: int, metadata: Mappin
     model.metadata_props.update(metadata)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if weights > _LARGEST - 2**24:
-        raise ExportError(f"an ONNX file holds at most 2 GiB, this model's weights take {weights / 2**30:.1f} GiB")
+        raise ExportError(f"an ONNX file holds at most 2 GiB, but the model's weights take {weights / 2**30:.1f} GiB")
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
 
 
 def _names_of_sizes(program: torch.export.ExportedProgram) -> dict[str, str]:
-    """torch's symbols for what is open, and what they are called in the file."""
+    """torch's symbols for the open sizes, and their names in the file."""
     named = zip(input_shape(program), ("batch", "", "height", "width"), strict=True)
     found: dict[str, str] = {}
     for symbol, name in named:
         if not is_concrete_int(symbol):
-            found.setdefault(str(symbol), name)  # of a square input, width is height
+            found.setdefault(str(symbol), name)  # a square input has the height as its width
     return found
 
 

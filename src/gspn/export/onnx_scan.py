@@ -1,10 +1,10 @@
-"""The operators in standard ONNX operators: one Scan over the lines for each direction, so that the graph has the same
+"""The operators as standard ONNX operators: one Scan over the lines for each direction, so that the graph has the same
 few nodes at every size.
 
-torch leaves each operator as one node of the domain "gspn" (`symbols`), and `expand` puts in its place what it means.
-Inside, maps are held line by line with channels last, (T,B,P,C): T lines, P places in a line. `propagate` projects
-weights and gates from the proxy in the body of the Scan, a line at a time, so that nothing of the size of the weights
-is ever in memory. The state is float32 (float64 for float64), as everywhere.
+torch leaves each operator as one node of the domain "gspn" (`symbols`), and `expand` replaces the node by standard
+ones. Inside, maps are held line by line with channels last, (T,B,P,C): T lines, P places in a line. `propagate`
+projects weights and gates from the proxy in the body of the Scan, a line at a time, so that memory never holds a map of
+the weights. The state is float32 (float64 for float64), as everywhere.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ _FROM_LINES = ((1, 3, 2, 0), (1, 3, 0, 2))
 _END = np.iinfo(np.int64).max
 
 
-# torch's side: an operator becomes one node of ours
+# In torch: an operator becomes one node of our domain
 
 
 def symbols() -> dict:
-    """What `ExportedProgram.run_decompositions` needs to leave each operator as one node of the domain "gspn"."""
+    """With it, `ExportedProgram.run_decompositions` leaves each operator as one node of the domain "gspn"."""
     return {
         torch.ops.gspn.propagate.default: _propagate_symbol,
         torch.ops.gspn.gated_scan.default: _gated_scan_symbol,
@@ -55,7 +55,7 @@ def _symbol(name: str, inputs: Sequence[Tensor | None], directions: list[int], s
     )
 
 
-# ONNX's side: the node becomes Scans
+# In ONNX: the node becomes Scans
 
 
 def expand(model: ir.Model) -> None:
@@ -70,9 +70,9 @@ def expand(model: ir.Model) -> None:
 
 
 class _Nodes(list):
-    """Collects nodes; each value's name starts with the name of what the nodes stand for, and is used once.
+    """Collects nodes; each value has a unique name that starts with the name of the value that the nodes replace.
 
-    The constants of a body are collected outside of it, each of them once.
+    The constants of a body are collected outside it, each once.
     """
 
     def __init__(self, prefix: str, outside: "_Nodes | None" = None):
@@ -103,7 +103,7 @@ class _Nodes(list):
 
 
 class _Expansion:
-    """What stands for one node of ours: a method for each operator."""
+    """The expansion of one node of our domain: a method for each operator."""
 
     def __init__(self, nodes: _Nodes, node: ir.Node):
         self.nodes, self.inputs, self.x = nodes, node.inputs, node.inputs[0]
@@ -127,7 +127,7 @@ class _Expansion:
             merged.setdefault(axis, []).append(
                 self.scan(direction, groups, [proxy_lines[axis]], matrix=matrix, skip=skip_proj is not None)
             )
-            skip_proj = None  # one direction adds it
+            skip_proj = None  # only the first direction adds it
         return self.nodes.sum([self.from_lines(self.nodes.sum(maps), axis) for axis, maps in merged.items()])
 
     def gated_scan(self) -> Value:
@@ -171,8 +171,8 @@ class _Expansion:
         return t if self.state == self.dtype else nodes.add("Cast", t, to=dtype)
 
     def frame(self, axis: int) -> dict[str, Value]:
-        """What the scans of one axis share: x's lines, the state before the first line, which neighbours exist (P,1),
-        and for every line whether it goes on with the state of the line before."""
+        """Shared by the scans of one axis: x's lines, the state before the first line, which neighbours exist (P,1),
+        and whether each line continues from the state of the line before."""
         if axis not in self.frames:
             nodes, x = self.nodes, self.lines(self.x, axis)
             count, places = (nodes.add("Squeeze", nodes.add("Shape", x, start=i, end=i + 1)) for i in (0, 2))
@@ -191,7 +191,7 @@ class _Expansion:
             }
             if self.segment:
                 line = nodes.add("Mod", nodes.add("Range", zero, count, one), nodes.constant(self.segment))
-                frame["goes_on"] = nodes.add("Cast", line, to=DataType.BOOL)
+                frame["continues"] = nodes.add("Cast", line, to=DataType.BOOL)
             self.frames[axis] = frame
         return self.frames[axis]
 
@@ -201,22 +201,22 @@ class _Expansion:
         self,
         direction: int,
         groups: int,
-        given: list[Value],
+        others: list[Value],
         *,
         matrix: Value | None = None,
         skip: bool = False,
         normalize: bool = True,
     ) -> Value:
-        """One direction: h (T,B,P,C), or with a matrix the output gate times it.
+        """One direction: h (T,B,P,C), or with a matrix the output gate times h.
 
-        ``given`` holds what comes by lines beside x: the proxy, which the ``matrix`` (S,N) projects to logits, input
-        gate, output gate and, with ``skip``, skip gate; or the logits and the input gate; or the weights alone.
+        ``others`` are the inputs by lines beside x: the proxy, which the ``matrix`` (S,N) projects to logits, input
+        gate, output gate and, with ``skip``, skip gate; or the logits and the input gate; or only the weights.
         """
         axis, body = direction % 2, _Nodes(f"{self.nodes.prefix}/{direction}", outside=self.nodes)
         frame, h = self.frame(axis), Value(name=f"{body.prefix}/h")
-        by_line = [frame["x"], *given] + ([frame["goes_on"]] if self.segment else [])
+        by_line = [frame["x"], *others] + ([frame["continues"]] if self.segment else [])
         lines = [Value(name=f"{body.prefix}/line_{i}") for i in range(len(by_line))]
-        x, *rest = (self.cast(line, self.state, body) for line in lines[: 1 + len(given)])
+        x, *rest = (self.cast(line, self.state, body) for line in lines[: 1 + len(others)])
         if matrix is not None:
             widths = [3 * groups, *[self.channels] * (2 + skip)]
             projected = body.add("MatMul", rest[0], matrix)
@@ -229,7 +229,7 @@ class _Expansion:
         if skip:
             y = body.add("Add", y, body.add("Mul", gates[2], x))
         graph = ir.Graph([h, *lines], [after, y], nodes=body, name=f"{body.prefix}/body")
-        ways = [int(direction >= 2)] * (1 + len(given)) + [0] * bool(self.segment)  # lines are counted as they come
+        ways = [int(direction >= 2)] * (1 + len(others)) + [0] * bool(self.segment)  # segments count from the start
         outputs = self.nodes.add(
             "Scan",
             frame["start"],
@@ -247,7 +247,7 @@ class _Expansion:
     ) -> Value:
         """The next state (B,P,C) of state h, gated input b and weights or logits (B,P,3G)."""
         if normalize:
-            # 1 / (1 + e^-a): onnxruntime's Sigmoid is 0 from about -18 down, and the weights would be 0 / 0
+            # 1 / (1 + e^-a): onnxruntime's Sigmoid is 0 below about -18, where the weights would be 0 / 0
             powers = body.add("Exp", body.add("Neg", body.add("Max", weights, frame["floor"])))
             weights = body.add("Reciprocal", body.add("Add", powers, frame["one"]))
         if 1 < groups < self.channels:

@@ -1,4 +1,4 @@
-"""What every export starts from, torch.export with open sizes, and what it ends with, the comparison."""
+"""The start of every export, torch.export with open sizes, and its end, the comparison with the model."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 
 class ExportError(ValueError):
-    """A model or an option that cannot be exported, or a file whose outputs are not the model's."""
+    """A model or an option cannot be exported, or a file's outputs differ from the model's."""
 
 
 class Exported(NamedTuple):
@@ -29,8 +29,8 @@ class Exported(NamedTuple):
 
     Attributes:
         path: the file. size_bytes: its size.
-        checked: the input shapes (B,C,H,W) at which its outputs were held against the model's.
-        difference: the largest difference there, as a part of the largest output; None without a check.
+        checked: the input shapes (B,C,H,W) at which its outputs were compared with the model's.
+        difference: the largest difference there, relative to the largest output; None without a check.
     """
 
     path: Path
@@ -42,19 +42,19 @@ class Exported(NamedTuple):
 def export_program(
     model: nn.Module, example: Tensor | None = None, *, size: Size | None = None, batch: int | None = None
 ) -> torch.export.ExportedProgram:
-    """The model as a graph of torch's operators, in which each scan is one operator of gspn's.
+    """The model as a graph of torch's operators, in which each scan is one gspn operator.
 
     Args:
-        model: takes one image or feature map (B,C,H,W): a backbone, a layer, or any module with some inside. A copy of
-            it is exported, in evaluation mode.
-        example: an input, which tells channels, dtype and device; None for a backbone or layer of gspn's.
-        size, batch: (H,W) and B, for a program of that size or batch alone; None leaves them open.
+        model: takes one image or feature map (B,C,H,W): a backbone, a layer, or any module that contains some. A copy
+            of it is exported, in evaluation mode.
+        example: an input with the right channels, dtype and device; gspn's backbones and layers do not need it.
+        size, batch: (H,W) and B, to fix the program's size or batch; None leaves them open.
 
     Returns:
-        a program for any B >= 2 and any H, W with at least two rows and columns on the smallest map: torch treats
-        a size of 1 as another program, and ``batch=1`` makes it. (ONNX files do not have this limit.)
+        a program for any B >= 2 and any H, W with at least two rows and columns on the smallest map. To torch a size of
+        1 is another program: ``batch=1`` makes it. (ONNX files do not have this limit.)
 
-    Errors: ExportError where the model does not take such an input or has fixed a size itself.
+    Errors: ExportError if the model does not take such an input, or itself works at one size only.
     """
     return traced(*prepared(model, example, size, batch), size, batch)
 
@@ -62,7 +62,7 @@ def export_program(
 def prepared(
     model: nn.Module, example: Tensor | None, size: Size | None, batch: int | None
 ) -> tuple[nn.Module, Tensor]:
-    """A copy of the model in evaluation mode, its scans as operators, and an input of a shape that can be exported."""
+    """A copy of the model in evaluation mode, with scans as operators, and an input of a shape for the export."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch module, got {type(model).__name__}")
     if size is not None and not (isinstance(size, tuple | list) and len(size) == 2 and all(map(_counts, size))):
@@ -79,12 +79,12 @@ def prepared(
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, GSPN2d):
-            module.backend = None  # the reference would be unrolled, and who loads the program may have other kernels
+            module.backend = None  # the reference would be unrolled; other kernels may be missing where it is loaded
     return model, example.new_zeros(batch or 2, example.shape[1], height, width)
 
 
 def traced(model: nn.Module, example: Tensor, size: Size | None, batch: int | None) -> torch.export.ExportedProgram:
-    """The program of what :func:`prepared` gives."""
+    """The program for a model and an input from :func:`prepared`."""
     open_dims = ({} if batch else {0: "batch"}) | ({} if size else {2: "height", 3: "width"})
     with torch.no_grad():
         try:
@@ -93,13 +93,13 @@ def traced(model: nn.Module, example: Tensor, size: Size | None, batch: int | No
             raise ExportError(f"the model does not take an input of {_described(example)}: {error}") from error
         try:
             dynamic = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
-            with without_notices("torch.fx.experimental.symbolic_shapes"):  # of what it cannot simplify
+            with without_notices("torch.fx.experimental.symbolic_shapes"):  # about what it cannot simplify
                 program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))
         except RuntimeError as error:
             raise ExportError(f"torch.export cannot follow the model: {error}") from error
     fixed = [name for d, name in open_dims.items() if is_concrete_int(input_shape(program)[d])]
     if fixed:
-        raise ExportError(f"the model works at one {' and '.join(fixed)} only; size=(H, W) exports it for that size")
+        raise ExportError(f"the model works at one {' and '.join(fixed)} only; fix it with size=(H, W) or batch=B")
     return program
 
 
@@ -110,12 +110,12 @@ def _example_for(model: nn.Module) -> Tensor:
         return weight.new_zeros(2, model.in_chans, side, side)
     channels = getattr(model, "channels", None)
     if weight is None or not isinstance(channels, int):
-        raise ExportError(f"an example input (B,C,H,W) is needed to export a {type(model).__name__}")
+        raise ExportError(f"to export a {type(model).__name__}, pass an example input (B,C,H,W)")
     return weight.new_zeros(2, channels, 8, 8)
 
 
 def input_shape(program: torch.export.ExportedProgram) -> torch.Size:
-    """(B,C,H,W) of the program's input; what is open is a torch.SymInt."""
+    """(B,C,H,W) of the program's input; an open size is a torch.SymInt."""
     (name,) = program.graph_signature.user_inputs
     return next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
 
@@ -123,8 +123,8 @@ def input_shape(program: torch.export.ExportedProgram) -> torch.Size:
 def compare(
     model: nn.Module, run: Callable[[Tensor], list[Tensor]], shapes: list[tuple[int, ...]], tolerance: float
 ) -> float:
-    """The largest difference of what `run` gives from what the float32 or float64 model gives, over random inputs of
-    these shapes, as a part of the model's largest output. Errors: ExportError above the tolerance."""
+    """The largest difference between the outputs of `run` and of the float32 or float64 model, over random inputs of
+    these shapes, relative to the model's largest output. Errors: ExportError above the tolerance."""
     like = next(model.parameters(), torch.zeros((), device="cpu"))
     draw, worst = torch.Generator("cpu").manual_seed(0), 0.0
     for shape in shapes:
@@ -141,14 +141,14 @@ def compare(
             if not difference <= tolerance:  # NaN too
                 raise ExportError(
                     f"the file is not kept, because its output differs from the model's by {difference:.1e} of the "
-                    f"largest at {_sizes(shape)}; allowed is {tolerance:.0e}"
+                    f"largest at {_sizes(shape)}; expected at most {tolerance:.0e}"
                 )
             worst = max(worst, difference)
     return worst
 
 
 def shapes_to_check(model: nn.Module, example: Tensor, size: Size | None, batch: int | None) -> list[tuple[int, ...]]:
-    """Without a fixed size three sizes: as exported, and odd ones, not square where the model takes such."""
+    """Without a fixed size, three: the exported one and odd ones, which are not square if the model takes that."""
     first, channels, height, width = example.shape
     square = any(getattr(module, "alignment", None) == "released" for module in model.modules())
     sizes = [(height, width), (height + 13, width + 6), (height // 2 + 5, width + 1)]
@@ -157,16 +157,16 @@ def shapes_to_check(model: nn.Module, example: Tensor, size: Size | None, batch:
 
 
 def config_of(model: nn.Module) -> dict[str, dict]:
-    """{"model": config} of a backbone, from which gspn.create_model makes it again."""
+    """{"model": config} of a backbone, for gspn.create_model to make it again."""
     return {"model": model.config} if isinstance(model, Backbone) and model.config else {}
 
 
 def as_text(metadata: Mapping | None) -> dict[str, str]:
-    """Metadata as a file holds it: text, or JSON for what is not. Errors: ExportError for what is neither."""
+    """Metadata as strings: text as it is, other values as JSON. Errors: ExportError for a value that JSON lacks."""
     text = {}
     for key, value in (metadata or {}).items():
         if not isinstance(key, str):
-            raise ExportError(f"metadata has to be named by text, got {key!r}")
+            raise ExportError(f"the names of metadata have to be strings, got {key!r}")
         try:
             text[key] = value if isinstance(value, str) else json.dumps(value)
         except TypeError as error:
@@ -175,7 +175,7 @@ def as_text(metadata: Mapping | None) -> dict[str, str]:
 
 
 def to_be_written(path: Path | str) -> Path:
-    """The path, if a file can get that name: a mistake is better told before minutes of work than after."""
+    """The path, if a file can have that name; checked before minutes of work, not after."""
     path = Path(path)
     if path.is_dir():
         raise ExportError(f"{path} is a folder, expected the name of a file")
@@ -186,7 +186,7 @@ def to_be_written(path: Path | str) -> Path:
 
 @contextmanager
 def without_notices(name: str) -> Iterator[None]:
-    """Without warnings, and without what torch logs under that name ."""
+    """In the block, there are no warnings, and torch logs nothing under that name."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)

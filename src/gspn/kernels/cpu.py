@@ -1,7 +1,7 @@
-"""The native CPU kernels: finds the shared library, checks the tensors, hands their addresses and strides to C.
+"""The native CPU kernels: finds the shared library, checks the tensors, passes their addresses and strides to C.
 
-The C++ sources lie in the folder `cpu/` beside this file. The library is looked for when it is first needed, after
-torch has loaded its OpenMP runtime, which ours then shares. Layouts are taken as they come: nothing is copied here.
+The C++ sources are in the folder `cpu/` beside this file. The library is loaded when first needed, after torch has
+loaded its OpenMP runtime, which ours then shares. It takes any layout: nothing is copied here.
 
 After a fork the child runs these kernels on one thread, whatever torch.get_num_threads() says: GNU OpenMP hangs in a
 child whose parent has used several threads. (Workers of a DataLoader set one thread anyhow.)
@@ -45,7 +45,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _find() -> Path | None:
-    # An editable install has two folders: the sources and, in site-packages, what was built.
+    # An editable install has two folders: the sources and, in site-packages, the built library.
     for folder in (Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)):
         path = folder / "libgspn_cpu.so"
         if path.exists():
@@ -90,7 +90,7 @@ def _library() -> ctypes.CDLL:
 
 
 def available() -> tuple[bool, str]:
-    """Whether the native kernels can be used, and with what instruction set, or why not."""
+    """Whether the native kernels can be used, and their instruction set, or why not."""
     library, reason = _load()
     return library is not None, reason or f"native, {supported_isas()[-1]}"
 
@@ -101,7 +101,7 @@ def supported_isas() -> tuple[str, ...]:
 
 
 def scratch_peak_bytes(*, reset: bool = False) -> int:
-    """The most scratch memory, over all threads, that the kernels have held at once since the last reset."""
+    """The peak of scratch memory, over all threads, since the last reset."""
     return _library().gspn_scratch_peak(int(reset))
 
 
@@ -114,7 +114,7 @@ def _isa_code(isa: str | None) -> int:
     if isa not in ISAS:
         raise ValueError(f"isa must be one of {ISAS}, got {isa!r}")
     if isa not in supported_isas():
-        raise ValueError(f"this machine does not support {isa}")
+        raise ValueError(f"this machine does not support {isa}, expected one of {supported_isas()}")
     return ISAS.index(isa)
 
 
@@ -157,7 +157,7 @@ def _direction_words(directions) -> tuple[int, ...]:
 
 def _check_groups(channels: int, groups: int) -> None:
     if groups == 0 or channels % groups:
-        raise ValueError(f"the number of groups must divide the number of channels: {groups}, {channels}")
+        raise ValueError(f"groups must divide the {channels} channels, got {groups}")
 
 
 def _state_dtype(x: torch.Tensor) -> torch.dtype:
@@ -199,7 +199,7 @@ def _run(function, arguments: bytes) -> None:
 def line_scan(x, weights, direction, segment=None, *, isa=None, threads=None, out=None):
     """Scan x (B, C, H, W) in one direction with weights (B, G, 3, H, W) as given; returns h (B, C, H, W).
 
-    Weights are float32 beside a 16-bit x; those of 16 bits, which do not sum to 1, are widened first.
+    Weights are float32 with a 16-bit x; 16-bit weights, which do not sum to 1, are widened first.
     """
     weights = _widened(weights)
     head = _line_scan_head(x, weights, direction, segment, isa, threads)
@@ -283,21 +283,21 @@ def propagate_backward(
     views = (*_view_bchw(x), *_view_bchw(proxy), *_NO_VIEW, *_view_bchw(grad_y), *_view_bchw(dx), *_view_bchw(dproxy))
     pointers = (*map(_pointer, projections), *map(_pointer, gradients))
     _run(_library().gspn_propagate_backward, _PROPAGATE_WORDS.pack(*head, *views, *pointers))
-    given = (weight_proj, input_proj, output_proj, skip_proj)
-    return dx, dproxy, *(None if p is None else d.to(p.dtype) for p, d in zip(given, gradients, strict=True))
+    originals = (weight_proj, input_proj, output_proj, skip_proj)
+    return dx, dproxy, *(None if p is None else d.to(p.dtype) for p, d in zip(originals, gradients, strict=True))
 
 
 def propagate_scratch_bytes(
     x, proxy, weight_proj, directions, segment=None, *, backward=False, isa=None, threads=None, workspace_mib=0
 ) -> int:
-    """The scratch memory, over all threads, that `propagate` (or its backward) takes for such arguments."""
+    """The scratch memory, over all threads, that `propagate` (or its backward) takes for these arguments."""
     head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib, int(backward))
     views = (*_view_bchw(x), *_view_bchw(proxy), *_NO_VIEW * 4)
     return _library().gspn_propagate_scratch(_PROPAGATE_WORDS.pack(*head, *views, *(0,) * 8))
 
 
 def _output(name: str, out: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`out` where the caller reuses a buffer, else a new tensor with the strides of `like`."""
+    """`out` if the caller reuses a buffer, else a new tensor with the strides of `like`."""
     if out is None:
         return torch.empty_like(like, dtype=dtype)
     _check(name, out, like.shape, dtype or like.dtype)

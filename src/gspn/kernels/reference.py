@@ -3,7 +3,7 @@
 This file defines what every other backend has to compute. The forward functions are plain torch and differentiable
 any number of times: autograd through them is the definition of the gradients. The ``*_backward`` functions are the
 same gradients written out (the adjoint of a line scan is a line scan that travels back), because autograd through
-the loop costs several times as much; ops.py calls them, and the tests hold them against autograd.
+the loop costs several times as much; dispatch.py calls them, and the tests hold them against autograd.
 
 The scan works a line at a time for all batch items, channels and places at once. Inside, maps are held line-major,
 (T, ..., P) with T lines in the order of travel and P places in a line. Directions are numbered 0 to 3: right, down,
@@ -37,8 +37,8 @@ def line_scan(x: Tensor, weights: Tensor, direction: int, segment: int | None) -
     with _no_autocast(x):
         inputs, weights = _group_lines(_state(x), weights.shape[1], direction), _weight_lines(weights, direction)
         if segment == 1 or len(inputs) == 1:
-            # No line reaches another. The gradient of the weights is 0, and exists, as on the native backends: minus an
-            # empty sum, which changes no bit of the inputs, whatever stands in the weights.
+            # No line reaches another. As on the native backends, the gradient of the weights exists and is 0: the empty
+            # sum changes no bit of the inputs, whatever the weights hold.
             inputs = inputs - weights[:0].sum()
         previous, same, following = (w.unbind(0) for w in weights.unbind(-2))
         states: list[Tensor] = []
@@ -73,8 +73,8 @@ def propagate(
     segment: int | None,
     workspace_mib: int = 0,
 ) -> Tensor:
-    """y (B,C,H,W) of x (B,C,H,W) and proxy (B,S,H,W);
-    one direction's maps are in memory at a time, whatever the workspace."""
+    """y (B,C,H,W) of x (B,C,H,W) and proxy (B,S,H,W). Memory holds one direction's maps at a time, whatever the
+    workspace."""
     with _no_autocast(x):
         dtype, x, proxy = x.dtype, _state(x), _state(proxy)
         y = torch.zeros_like(x) if skip_proj is None else _project(skip_proj, proxy) * x
@@ -93,8 +93,8 @@ def line_scan_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (B,C,H,W) and weights (B,G,3,H,W), from the gradient and the value of h (B,C,H,W).
 
-    With g_t the gradient of the line's state, g_t = grad_t + W_(t+1)^T g_(t+1), where W^T takes from place p - 1 what
-    p gave to its next place, and so on; the gradient of x is g and that of a weight is g times the state it met.
+    With g_t the gradient of the line's state, g_t = grad_t + W_(t+1)^T g_(t+1): the transpose of W moves each gradient
+    back to the place that its state came from. The gradient of x is g, and that of a weight is g times its state.
     """
     groups = weights.shape[1]
     lines = _weight_lines(weights, direction)
@@ -151,7 +151,7 @@ def propagate_backward(
     scan: Callable[..., Tensor] = gated_scan,
     scan_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = gated_scan_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, proxy and the four projections; everything between them is computed again, a direction at a time.
+    """Gradients of x, proxy and the four projections; recomputes everything between them, a direction at a time.
 
     ``scan`` and ``scan_backward`` may be another backend's: this is then its unfused form.
     """
@@ -186,7 +186,7 @@ def _state(t: Tensor) -> Tensor:
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
-    kind = x.device.type  # torch.amp.is_autocast_available would tell, but torch 2.11 cannot compile it
+    kind = x.device.type  # not torch.amp.is_autocast_available, which torch 2.11 cannot compile
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
@@ -212,7 +212,7 @@ def _group_lines(t: Tensor, groups: int, direction: int) -> Tensor:
 
 
 def _weight_lines(weights: Tensor, direction: int) -> Tensor:
-    """(B,G,3,H,W) to (T,B,G,1,3,P), 0 where the neighbour does not exist: whatever stands there is never used."""
+    """(B,G,3,H,W) to (T,B,G,1,3,P), 0 where the neighbour does not exist: the weight there is never used."""
     previous, same, following = _to_lines(_state(weights), direction).unbind(-2)
     previous, following = F.pad(previous[..., 1:], (1, 0)), F.pad(following[..., :-1], (0, 1))
     return torch.stack((previous, same, following), -2).unsqueeze(3)
@@ -222,7 +222,7 @@ def _missing(logits: Tensor, direction: int) -> Tensor:
     """(3,H,W) or a shape that broadcasts to it: whether the previous, same and next place in the line do not exist."""
     lines_are_columns = direction % 2 == 0
     places = logits.shape[-2 if lines_are_columns else -1]
-    missing = logits.new_zeros(3, places, dtype=torch.bool)  # as fake as the logits are, whatever mode is on
+    missing = logits.new_zeros(3, places, dtype=torch.bool)  # fake if the logits are, whatever mode is on
     missing[0, :1].fill_(True)
     missing[2, -1:].fill_(True)
     return missing.unsqueeze(-1 if lines_are_columns else -2)

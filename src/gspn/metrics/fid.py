@@ -179,9 +179,9 @@ def _stored(reference, extractor, split, save, strict) -> FeatureSet | None:
     if path.suffix == ".safetensors" or is_safetensors(path):  # older versions saved them under any name
         statistics, key = read_statistics(path)
         if key["network"] != extractor.digest(like=key["network"]):
-            raise OptionError(f"{reference} is of features {key['features']}, not of {extractor.name} as it is now")
+            raise OptionError(f"{reference} holds features {key['features']}, not the present {extractor.name}")
         if statistics.done < statistics.images:
-            raise DataError(f"{reference} is of {statistics.done} of {statistics.images} images: it was interrupted")
+            raise DataError(f"{reference} covers {statistics.done} of {statistics.images} images: it was interrupted")
         if strict and (refused := refusal(statistics, key["where"], None, path)):
             raise DataError(refused)
         classes = set(key.get("classes") or ()) or None

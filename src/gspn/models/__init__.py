@@ -1,5 +1,5 @@
-"""The models: classification backbones, their influence maps and released weights, the bridge to timm, and the
-class-conditional generator with its pipeline.
+"""The models: classification backbones, their influence maps and released weights, the bridge to timm, the
+class-conditional generator, its pipeline, and DiT.
 """
 
 from gspn.models.backbone import Backbone, create_model, list_models
@@ -8,11 +8,11 @@ from gspn.models.released import load_released
 
 
 def register_timm() -> None:
-    """Makes gspn_micro, gspn_tiny, gspn_small and gspn_base known to timm, as ``import gspn.models.timm`` does.
+    """Registers gspn_micro, gspn_tiny, gspn_small and gspn_base with timm, as ``import gspn.models.timm`` does.
 
     Afterwards ``timm.create_model("gspn_tiny", ...)`` works with all that timm offers; see :mod:`gspn.models.timm`.
 
-    Raises ImportError where timm is not installed.
+    Raises ImportError if timm is not installed.
     """
     import gspn.models.timm  # noqa: F401
 

@@ -1,8 +1,8 @@
 """The classification backbones: gspn_tiny, gspn_small, gspn_base of the GSPN paper, and gspn_micro for small images.
 
-Levels as in Swin: a convolutional stem, then levels of GSPN blocks with a strided convolution between them that halves
-the map and doubles the width. No size is fixed anywhere and there is no positional embedding. The methods are those
-that timm's users know (forward_features, forward_intermediates, reset_classifier and so on).
+The layout is Swin's: a convolutional stem, then levels of GSPN blocks. Between levels a strided convolution halves the
+map and doubles the width. Images may have any size, and there is no positional embedding. The methods have timm's names
+(forward_features, forward_intermediates, reset_classifier and so on).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _EVERYWHERE = {"num_classes": 1000, "in_chans": 3, "activation": "silu", "alignm
 
 
 class Level(nn.Module):
-    """Blocks of one width; ``downsample`` goes before them, None in the first level."""
+    """Blocks of one width, preceded by ``downsample``, which is None in the first level."""
 
     def __init__(self, blocks: list[GSPNBlock], in_channels: int | None, channels: int):
         super().__init__()
@@ -43,7 +43,7 @@ class Level(nn.Module):
         return x
 
 
-@torch.fx.wrap  # for torch.fx.symbolic_trace, which cannot follow it
+@torch.fx.wrap  # torch.fx.symbolic_trace cannot follow it
 def check_images(x: Tensor, in_chans: int, alignment: str) -> Tensor:
     if x.ndim != 4 or x.shape[1] != in_chans or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"the model expects images (B,{in_chans},H,W) with H, W >= 1, got {tuple(x.shape)}")
@@ -58,26 +58,26 @@ class Backbone(nn.Module):
     """A GSPN backbone with a classification head.
 
     Args:
-        num_classes: classes of the head; 0 for no head (the pooled features come out).
+        num_classes: classes of the head; 0 for no head (the output is then the pooled features).
         in_chans: channels of the image.
-        depths: blocks a level. width: channels of the first level, doubled at each next one.
-        proxy_dim, groups, scan_dim, skip, merger, backend: of :class:`gspn.GSPN2d`, in every block.
+        depths: number of blocks of each level. width: channels of the first level, doubled by each next one.
+        proxy_dim, groups, scan_dim, skip, merger, backend: those of :class:`gspn.GSPN2d`, in every block.
         global_levels: the levels (from 0) in which block i scans globally if i < 7 or (i + 1) % 7 == 0.
         segment: lines between resets in all other blocks.
         stem_stride: 1, 2 or 4.
-        global_pool: "avg", or "" for none: the head then classifies every place of the last map.
-        expansion, mlp_ratio, activation: of the block. drop_path_rate: grows linearly from 0 in the first block.
+        global_pool: "avg", or "" for no pooling: the head then classifies every pixel of the last map.
+        expansion, mlp_ratio, activation: those of the block. drop_path_rate: grows linearly from 0 in the first block.
         drop_rate: dropout before the head.
-        alignment: of :class:`gspn.GSPN2d`, in every block. In the "released" form the blocks called global scan in
-            segments of fixed length, that of the level's map at 224x224 pixels, and images have to be square.
+        alignment: that of :class:`gspn.GSPN2d`, in every block. With "released", images have to be square, and the
+            global blocks scan in segments as long as the level's map at 224x224 pixels.
 
-    Shape: images (B,in_chans,H,W), any H, W >= 1, to logits (B,num_classes), and without pooling
-    (B,num_classes,H/r,W/r), r the last level's reduction, rounded up.
+    Shape: images (B,in_chans,H,W), any H, W >= 1, to logits (B,num_classes); without pooling
+    (B,num_classes,H/r,W/r), rounded up, where r is the last level's reduction.
 
-    State dict (frozen): ``stem``, ``levels.I.downsample`` (but for I = 0), ``levels.I.blocks.J``, ``norm``, ``head``;
+    State dict (frozen): ``stem``, ``levels.I.downsample`` (except I = 0), ``levels.I.blocks.J``, ``norm``, ``head``;
     the same keys and shapes in both alignments.
 
-    Attributes: ``config`` (filled in by :func:`create_model`, which makes the same model from it again),
+    Attributes: ``config`` (set by :func:`create_model`, which makes the same model from it again),
     ``num_classes``, ``num_features``, ``feature_info`` (channels, reduction and module of every level), ``levels``,
     ``head``.
     """
@@ -164,7 +164,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def from_name(cls, name: str, **kwargs: Any) -> Self:
-        """As :func:`create_model`, of the class it is called on."""
+        """As :func:`create_model`, but returns an instance of this class."""
         arguments = _EVERYWHERE | size_of(name) | kwargs
         check_arguments(Backbone.__init__, kwargs)
         model = cls(**arguments)
@@ -174,7 +174,7 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+    if TYPE_CHECKING:  # nn.Module's is typed as Any
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -186,7 +186,7 @@ class Backbone(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Average pooling, dropout and the head; with ``pre_logits`` all but the head: (B,num_features)."""
+        """Average pooling, dropout and the head; with ``pre_logits`` no head: (B,num_features)."""
         pooled = self.global_pool == "avg"
         x = F.dropout(x.mean((-2, -1)) if pooled else x, self.drop_rate, self.training)
         if pre_logits:
@@ -236,22 +236,22 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of several levels (the feature pyramid), as timm gives them.
+        """The maps of several levels (the feature pyramid), as timm returns them.
 
         Args:
             x: (B,in_chans,H,W). indices: levels, or the number of last levels; None is all.
-            norm: applies the final norm to the last level's map in the list. stop_early: stops after the last level
-                asked for. output_fmt: "NCHW" or "NHWC". intermediates_only: returns the list alone.
+            norm: applies the final norm to the last level's map in the list. stop_early: stops after the last of
+                ``indices``. output_fmt: "NCHW" or "NHWC". intermediates_only: returns only the list.
 
         Returns:
-            the list of maps, or (final map, list); the final map is normalised unless stopped early.
+            the list of maps, or (final map, list); the final map is normalised unless the pass stopped early.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f'output_fmt has to be "NCHW" or "NHWC", got {output_fmt!r}')
         count = len(self.levels)
         listed = range(count) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
         if not all(-count <= i < count for i in listed) or not len(listed):
-            raise ValueError(f"indices has to name some of {count} levels, got {indices}")
+            raise ValueError(f"indices has to name some of the {count} levels, got {indices}")
         wanted = {i % count for i in listed}
         x, maps = self._enter(x), []
         for i, level in enumerate(self.levels):
@@ -269,7 +269,7 @@ class Backbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for ``num_classes`` classes, 0 for none; ``global_pool`` is "avg" or "" for no pooling."""
+        """Makes a new head for ``num_classes`` classes (0: no head). ``global_pool``: "avg", or "" for no pooling."""
         global_pool = self.global_pool if global_pool is None else global_pool
         if global_pool not in ("avg", ""):
             raise ValueError(f'global_pool has to be "avg" or "", got {global_pool!r}')
@@ -306,7 +306,7 @@ class Backbone(nn.Module):
 
     def _enter(self, x: Tensor) -> Tensor:
         x = check_images(x, self.in_chans, self.alignment)
-        # channels_last from here on: Linear, LN and the scan's kernels all work on channels that lie together
+        # channels_last from here on: Linear, LN and the scan's kernels are all fast on adjacent channels
         return self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
 
@@ -315,7 +315,7 @@ def create_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> Backb
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: has to be False, as there are no weights to download yet.
+        pretrained: has to be False: there are no weights to download yet.
         kwargs: ``num_classes=1000``, ``in_chans=3`` and every other argument of :class:`Backbone`.
 
     Raises ValueError for an unknown name, TypeError for an unknown argument, RuntimeError for ``pretrained=True``.
@@ -331,11 +331,11 @@ def create_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> Backb
 
 
 def no_weights(name: str) -> str:
-    """What to tell who asks for pretrained weights."""
+    """The message for ``pretrained=True``."""
     return (
-        f"there are no pretrained weights of {name} to download yet. Instead: "
-        f'gspn.load_released("FILE.pth", "{name}") reads a file of the paper\'s authors, gspn.load_run("RUN") what '
-        "gspn train has trained; pretrained=False gives random weights to train"
+        f"there are no pretrained weights of {name} to download yet. Instead, "
+        f'gspn.load_released("FILE.pth", "{name}") reads a file of the paper\'s authors, gspn.load_run("RUN") reads a '
+        "run of gspn train, and pretrained=False gives random weights to train"
     )
 
 
@@ -350,13 +350,13 @@ def list_models() -> list[str]:
 
 
 def register_model(function: Callable[[], dict]) -> Callable[[], dict]:
-    """Makes a size, a function that returns arguments of :class:`Backbone`, known under its own name."""
+    """Registers a size under the name of its function, which returns arguments of :class:`Backbone`."""
     _SIZES[function.__name__] = function
     return function
 
 
 def size_of(name: str) -> dict:
-    """The arguments of :class:`Backbone` that make the size ``name``. Raises ValueError for an unknown one."""
+    """The arguments of :class:`Backbone` for the size ``name``. Raises ValueError for an unknown name."""
     if name not in _SIZES:
         raise ValueError(unknown("model", name, list_models()))
     return _SIZES[name]()

@@ -1,4 +1,4 @@
-"""DiT, what the generator is compared with: diffusers' model, trainable from random weights as its authors train it."""
+"""DiT, the generator's rival: diffusers' model, set up for training from random weights as its authors trained it."""
 
 import copy
 
@@ -11,7 +11,7 @@ try:
     from diffusers import DiTTransformer2DModel
     from diffusers.models.embeddings import LabelEmbedding
 except ImportError as error:
-    raise ImportError(f'DiT is a model of diffusers ({error}): pip install "gspn[diffusion]"') from error
+    raise ImportError(f'DiT needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
 # width, blocks and heads of the published sizes; micro is ours, as large as GSPN-micro
 SIZES = {
@@ -40,7 +40,7 @@ def create_dit(
     """DiT with random weights: "DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2" and the like. Other arguments are
     diffusers'.
 
-    Raises ValueError for another name.
+    Raises ValueError for an unknown name.
     """
     if name not in dit_names():
         raise ValueError(unknown("DiT", name, dit_names()))
@@ -61,9 +61,9 @@ def create_dit(
 
 
 def as_published(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """The model with one embedding of timestep and class for all blocks, where diffusers gives each its own, and with
-    DiT's initial values, where diffusers leaves torch's: what modulates and predicts is 0. Sharing shows in training
-    only: published weights hold the same embedding in each block."""
+    """The model with one embedding of timestep and class for all blocks (diffusers has one for each) and with DiT's
+    initial values (diffusers keeps torch's): layers that modulate or predict start at 0. Sharing matters only in
+    training: published weights hold the same embedding in each block."""
     blocks = model.transformer_blocks
     for block in blocks:
         block.norm1.emb = blocks[0].norm1.emb
@@ -86,6 +86,6 @@ def as_published(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
 
 
 def untie(model: DiTTransformer2DModel) -> None:
-    """Gives each block an embedding of its own again: shared weights cannot be saved by save_pretrained."""
+    """Gives each block its own embedding again, because save_pretrained cannot save shared weights."""
     for block in model.transformer_blocks:
         block.norm1.emb = copy.deepcopy(block.norm1.emb)

@@ -1,4 +1,4 @@
-"""GSPN's class-conditional generator, a model of diffusers: where DiT has self-attention it has the line scan."""
+"""GSPN's class-conditional generator, a diffusers model: the line scan replaces DiT's self-attention."""
 
 import functools
 import math
@@ -48,9 +48,9 @@ class GeneratorBlock(nn.Module):
 
     Args:
         channels: C. drop_path: rate of stochastic depth. gspn: the options of :class:`gspn.GSPN2d`.
-        joins: the block first makes one map of h and the one that a block of the first half kept: Linear(2C -> C).
+        joins: the block first merges h with the output of a block in the first half: Linear(2C -> C).
 
-    Shape: (B,C,H,W), the branch h and the residual, to the same two. Source: arXiv 2501.12381, section 3.5.
+    Shape: the branch h and the residual, both (B,C,H,W), to the same two. Source: arXiv 2501.12381, section 3.5.
 
     State dict (frozen): ``join.weight``, ``join.bias``, ``norm`` (C,), ``in_proj.weight`` (C,C,1,1), ``dwconv``
     (C,1,7,7) with bias, ``gspn.*``, ``ffn.in_proj.weight``, ``ffn.dwconv.weight`` (C,1,3,3), ``ffn.out_proj.weight``.
@@ -74,31 +74,31 @@ class GeneratorBlock(nn.Module):
 
 
 class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
-    """GSPN for class-conditional diffusion, to be used as diffusers' DiTTransformer2DModel is.
+    """GSPN for class-conditional diffusion; it is used like diffusers' DiTTransformer2DModel.
 
     Patches of the noisy map become a feature map; the embeddings of timestep and class are added to it once. depth/2
-    blocks, one in the middle and depth/2 more follow, each of the last half joined with the map that its counterpart in
-    the first half gave (as in U-ViT). A final layer, modulated by the embeddings, predicts the noise and its variance.
-    There is no positional embedding and no fixed size: any H and W that are multiples of the patch.
+    blocks, a middle block and depth/2 more follow. Each of the second half is joined with the output of its counterpart
+    in the first half (as in U-ViT). A final layer, modulated by the embeddings, predicts the noise and its variance.
+    There is no positional embedding and no fixed size: H and W are any multiples of the patch.
 
     Args:
-        sample_size: side of the square map that :class:`diffusers.DiTPipeline` generates; H and W of the input decide.
-        patch_size: side of a patch in places of the map. in_channels: of the map: 4 for a VAE's latents, 1 or 3 for
-            pixels. learn_sigma: the output has twice the channels, the second half for the variance.
-        hidden_size: width D. depth: number of blocks beside the middle one, an even number.
+        sample_size: side of the square map that :class:`diffusers.DiTPipeline` generates; the model takes any H and W.
+        patch_size: side of a patch in pixels of the map. in_channels: 4 for a VAE's latents, 1 or 3 for images.
+            learn_sigma: the output has twice the channels, the second half for the variance.
+        hidden_size: width D. depth: number of blocks without the middle one, an even number.
         num_classes: the classes are 0 to num_classes - 1; num_classes itself is the null class of guidance.
-        class_dropout_prob: in training, how often a class is replaced by the null class; 0 has none.
-        segment: lines between resets of the scan in all blocks but the last ones. global_blocks: how many of the last
-            blocks scan the whole map, at any size. proxy_dim: None is D // 16. skip: the skip gate of the scan.
+        class_dropout_prob: how often training replaces a class by the null class; with 0 there is no null class.
+        segment: lines between resets of the scan, except in the last ``global_blocks`` blocks, which scan the whole map
+            at any size. proxy_dim: None is D // 16. skip: adds the scan's skip gate.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
         prediction_type: what the model is trained to predict: "epsilon", "v_prediction" or "sample". Pipelines refuse a
             scheduler that expects something else.
 
-    Shape: (B,in_channels,H,W), timesteps and class labels (B,), to (B,out_channels,H,W), in the weights' dtype; inside
-    autocast in its.
+    Shape: (B,in_channels,H,W), timesteps and class labels (B,), to (B,out_channels,H,W), in the weights' dtype, or in
+    autocast's inside it.
 
-    Raises ValueError where sizes do not fit or, on the CPU, a class is out of range. Source: arXiv 2501.12381, section
-    3.5 and the training code's sizes; the global blocks are those that the paper describes.
+    Raises ValueError if sizes do not fit or, on the CPU, a class is out of range. Source: arXiv 2501.12381, section
+    3.5, which describes the global blocks; the sizes are those of the authors' training code.
 
     State dict (frozen): ``patch_embed`` (D,in_channels,p,p) with bias, ``embed.*`` as in diffusers, ``blocks.i.*`` (see
     GeneratorBlock), ``norm`` (D,), ``modulation`` (2D,D) and ``proj_out`` (p*p*out_channels,D) with bias.
@@ -137,11 +137,11 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         if depth % 2:
             raise ValueError(f"depth has to be even, as each block of the second half has a counterpart, got {depth}")
         if not 0 <= global_blocks <= depth + 1:
-            raise ValueError(f"global_blocks has to be from 0 to the {depth + 1} blocks there are, got {global_blocks}")
+            raise ValueError(f"global_blocks has to be from 0 to {depth + 1} (all blocks), got {global_blocks}")
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob has to be at least 0 and below 1, got {class_dropout_prob}")
         if sample_size % patch_size:
-            raise ValueError(f"sample_size {sample_size} is not divisible by the patch of {patch_size}")
+            raise ValueError(f"sample_size has to be a multiple of patch_size {patch_size}, got {sample_size}")
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"prediction_type has to be epsilon, v_prediction or sample, got {prediction_type!r}")
         channels = in_channels * (1 + bool(learn_sigma))
@@ -151,7 +151,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
                 f"{out_channels}"
             )
         self.out_channels = channels
-        self.register_to_config(out_channels=channels)  # by it, pipelines see whether there is a variance
+        self.register_to_config(out_channels=channels)  # tells pipelines whether there is a variance
         self.gradient_checkpointing = False
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.embed = CombinedTimestepLabelEmbeddings(num_classes, hidden_size, class_dropout_prob)
@@ -173,9 +173,9 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         self._init_weights()
 
     def _init_weights(self):
-        """As DiT: what predicts starts at 0, embeddings from a normal of 0.02 (from one of 1, the first epochs learn
-        less); the last projection of a block is the smaller the more blocks there are, so that the residual keeps its
-        scale."""
+        """As in DiT, the layers that predict start at 0, embeddings from a normal of deviation 0.02 (with 1, the first
+        epochs learn less). The last projection of a block shrinks with the number of blocks, so that the residual keeps
+        its scale."""
         with torch.no_grad():
             for linear in (self.modulation, self.proj_out):
                 nn.init.zeros_(linear.weight)
@@ -200,15 +200,15 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> Self | Any:  # a tuple with output_loading_info=True
-        """As in diffusers. Raises ValueError where the weights are of another model or do not make up this one, which
-        diffusers fills up with random ones."""
-        told = kwargs.pop("output_loading_info", False)
+        """As in diffusers. Raises ValueError if the weights belong to another model or are incomplete; diffusers would
+        fill the gaps with random ones."""
+        with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "also has")):
             if names := sorted(info[key]):
                 shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-                raise ValueError(f"{pretrained_model_name_or_path} is of another architecture: it {what} {shown}")
-        return (model, info) if told else model
+                raise ValueError(f"{pretrained_model_name_or_path} has another architecture: it {what} {shown}")
+        return (model, info) if with_info else model
 
     def forward(
         self,
@@ -227,9 +227,10 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         if height % patch or width % patch or not height or not width:
             raise ValueError(f"H and W have to be multiples of the patch of {patch}, got {height}x{width}")
         if timestep is None or class_labels is None:
-            raise ValueError("timestep and class_labels are needed, of shape (B,)")
+            raise ValueError("timestep and class_labels have to be tensors (B,), got None")
         if cross_attention_kwargs:
-            raise ValueError(f"there is no attention that could take {sorted(cross_attention_kwargs)}")
+            names = sorted(cross_attention_kwargs)
+            raise ValueError(f"cross_attention_kwargs has to be empty, as there is no attention, got {names}")
         self._check_labels(class_labels)
 
         h = self.patch_embed(hidden_states)
@@ -251,7 +252,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         sample = F.pixel_shuffle(self.proj_out(h).permute(0, 3, 1, 2), patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+    if TYPE_CHECKING:  # nn.Module's is typed as Any
 
         def __call__(
             self,
@@ -263,7 +264,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         ) -> Transformer2DModelOutput | Any: ...
 
     def _check_labels(self, labels):
-        # Looking at labels on a GPU would make it wait; there, torch's own assertion tells.
+        # Reading labels on a GPU would stall it; there, torch's own assertion finds the wrong ones.
         if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
             return
         last = self.config.num_classes - (self.config.class_dropout_prob == 0)
@@ -274,7 +275,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
 
 
 SIZES = {
-    # Ours, for small images on a CPU. Nine blocks with short segments do not see far enough to draw a whole.
+    # Ours, for small images on a CPU. Nine blocks with short segments would not see the whole image.
     "micro": dict(hidden_size=160, depth=8, segment=None),
     "S": dict(hidden_size=368, depth=24),
     "B": dict(hidden_size=900, depth=30),
@@ -313,18 +314,18 @@ def create_generator(
     Args:
         name: "GSPN-S/2", "GSPN-B/2", "GSPN-L/2", "GSPN-XL/2" (the published sizes), the same with "/4" for patches of
             4, and "GSPN-micro/2", "GSPN-micro/4" for small images, which scan globally in all blocks.
-        pretrained: has to be False, as there are no weights to download yet.
+        pretrained: has to be False: there are no weights to download yet.
         num_classes, sample_size, in_channels, skip, config: arguments of :class:`GSPNTransformer2DModel`.
 
-    Raises ValueError for another name, RuntimeError for ``pretrained=True``, and as the model does. Parameters with
-    1000 classes, 4 channels and skip: S/2 20,151,812, B/2 144,016,356, L/2 465,230,660, XL/2 723,513,260.
+    Raises ValueError for an unknown name, RuntimeError for ``pretrained=True``, and what the model raises. Parameters
+    with 1000 classes, 4 channels and skip: S/2 20,151,812, B/2 144,016,356, L/2 465,230,660, XL/2 723,513,260.
     """
     check_arguments(GSPNTransformer2DModel.__init__, config)
     config = config_of(name) | config
     if pretrained:
         raise RuntimeError(
-            f"there are no pretrained weights of {name} to download yet. Instead: gspn.load_run('RUN') gives what "
-            "gspn train-diffusion has trained, GSPNTransformer2DModel.from_pretrained what its save_pretrained wrote; "
+            f"there are no pretrained weights of {name} to download yet. Instead, gspn.load_run('RUN') reads a run of "
+            "gspn train-diffusion, GSPNTransformer2DModel.from_pretrained reads what its save_pretrained wrote, and "
             "pretrained=False gives random weights to train"
         )
     return GSPNTransformer2DModel(

@@ -1,5 +1,5 @@
-"""What all pipelines share: which noise schedules can be sampled, how a VAE's latents are scaled, and a check that
-values are finite before they become images."""
+"""Shared by all pipelines: the check of noise schedules, the scaling of a VAE's latents, and the check that values are
+finite before they become images."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 class NotFiniteError(RuntimeError):
     """Values that should become images are infinite or NaN.
 
-    Attributes: images: the indices of the images that have such values.
+    Attributes: images: the indices of the images with such values.
     """
 
     def __init__(self, message: str, images: list[int]):
@@ -32,7 +32,7 @@ def check_finite(values: Tensor | np.ndarray, hint: str = "") -> None:
 
 def check_schedule(scheduler) -> None:
     """Raises ValueError for a scheduler of diffusers that ends in pure noise while the model predicts the noise. There
-    x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) divides by 0: infinite or NaN, or a mere sign if it is clipped."""
+    x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) divides by 0: it is infinite or NaN, or only a sign if clipped."""
     product = getattr(scheduler, "alphas_cumprod", None)
     if product is None or scheduler.config.get("prediction_type") != "epsilon" or bool((product > 0).all()):
         return
@@ -50,7 +50,7 @@ def scale_latents(z: Tensor, vae: Mapping) -> Tensor:
     """The latents that a model is trained on, from a VAE's z (B,C,h,w): (z - mean) * scaling_factor / std.
 
     Args:
-        vae: a VAE's config as diffusers has it. mean is latents_mean by channel, else shift_factor, else 0; std is
+        vae: the config of diffusers' VAE. mean is latents_mean by channel, else shift_factor, else 0; std is
             latents_std by channel, else 1.
     """
     mean, std = _statistics(z, vae)
@@ -77,11 +77,11 @@ def check_scale(vae: Mapping) -> None:
     if mean is None and std is None:
         return
     if mean is None or std is None:
-        raise ValueError("the VAE has one of latents_mean and latents_std: expected both or neither")
+        raise ValueError("the VAE has only one of latents_mean and latents_std: expected both or neither")
     if vae.get("shift_factor"):
         raise ValueError("the VAE has both shift_factor and latents_mean: expected one of them")
     if len(mean) != channels or len(std) != channels or not all(0 < each < math.inf for each in std):
         raise ValueError(
-            f"the VAE has {channels} latent channels: expected as many numbers in latents_mean and, above 0, in "
-            f"latents_std, got {list(mean)} and {list(std)}"
+            f"the VAE has {channels} latent channels: expected {channels} numbers in latents_mean and {channels} above "
+            f"0 in latents_std, got {list(mean)} and {list(std)}"
         )

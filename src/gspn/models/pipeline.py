@@ -1,4 +1,4 @@
-"""From classes to images: a pipeline of diffusers for class-conditional models, in pixels or in a VAE's latents."""
+"""From classes to images: a diffusers pipeline for class-conditional models, in pixels or in a VAE's latents."""
 
 import copy
 import inspect
@@ -31,23 +31,22 @@ except ImportError as error:
     raise ImportError(f'generation needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-TAKE_VARIANCE = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)  # those that use a learned variance
+TAKE_VARIANCE = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)  # they can use a learned variance
 
 
 class GSPNPipeline(DiffusionPipeline):
-    """Images of given classes, by GSPNTransformer2DModel or diffusers' DiTTransformer2DModel.
+    """Makes images of given classes with GSPNTransformer2DModel or diffusers' DiTTransformer2DModel.
 
     Args:
-        transformer: the model. It is in evaluation mode during a call, whatever it was in before.
-        scheduler: any of diffusers for DDPM's noise (DDPM, DDIM, DPM-Solver++, Euler, UniPC, ...) whose prediction_type
-            is the model's; DiT's is "epsilon". Others are refused, as are those for flow matching.
+        transformer: the model. During a call it is in evaluation mode.
+        scheduler: a diffusers scheduler for DDPM's noise (DDPM, DDIM, DPM-Solver++, Euler, UniPC, ...) with the model's
+            prediction_type ("epsilon" for DiT). Others, such as those for flow matching, are refused.
         vae: AutoencoderKL, whose scaling_factor, shift_factor, latents_mean and latents_std are applied; None if the
             model's maps are the pixels, in [-1, 1].
-        id2label: the classes' names, {0: "tench, Tinca tinca", ...}; a part between commas stands for its class too.
-        image_size: (H, W) in pixels of the images to make where a call says nothing else; None is the square that the
-            model's sample_size says.
+        id2label: the classes' names, {0: "tench, Tinca tinca", ...}; each part between commas names the class too.
+        image_size: the default (H, W) of images in pixels; None is the square of the model's sample_size.
 
-    ``save_pretrained`` writes all of it, ``GSPNPipeline.from_pretrained`` reads it and what DiTPipeline saved.
+    ``save_pretrained`` writes all of it. ``GSPNPipeline.from_pretrained`` reads that, and what DiTPipeline saved.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -64,31 +63,31 @@ class GSPNPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        id2label = {int(number): name for number, name in (id2label or {}).items()}  # JSON's keys are texts
+        id2label = {int(number): name for number, name in (id2label or {}).items()}  # JSON's keys are strings
         for number in id2label:
             if not 0 <= number < self.num_classes:
-                raise ValueError(f"id2label names class {number}, but there are 0 to {self.num_classes - 1}")
+                raise ValueError(f"id2label names class {number}, but classes are 0 to {self.num_classes - 1}")
         self.id2label, self.image_size = id2label, None if image_size is None else tuple(image_size)
         names = {str(number): name for number, name in id2label.items()}
         self.register_to_config(id2label=names, image_size=image_size and list(image_size))
 
-    # -- what the parts say --
+    # -- properties of the parts --
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, without the null class."""
+        """The number of classes, without the null class."""
         config = self.transformer.config
         return config["num_classes"] if "num_classes" in config else config["num_embeds_ada_norm"]
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels for a place of the model's map, in each dimension; 1 without a VAE."""
+        """The side in pixels of a pixel of the model's map; 1 without a VAE."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def get_label_ids(self, labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
-        """The numbers of classes that are given by number or name.
+        """The numbers of classes given by number or name.
 
-        Raises ValueError for a number out of range, and a name that no class or more than one has."""
+        Raises ValueError for a number out of range, and for a name of no class or of several."""
         if isinstance(labels, Tensor):
             labels = labels.tolist()
         labels = [labels] if isinstance(labels, Integral | str) else list(labels)
@@ -102,11 +101,11 @@ class GSPNPipeline(DiffusionPipeline):
         if isinstance(label, str):
             numbers = {n for n, name in self.id2label.items() if name == label} or known.get(label, set())
             if len(numbers) > 1:
-                raise ValueError(f"{label!r} is the name of the classes {sorted(numbers)}: give the number")
+                raise ValueError(f"the classes {sorted(numbers)} are all named {label!r}: pass the number")
             if not numbers:
                 names = list(self.id2label.values())
                 if not names:
-                    raise ValueError(f"there is no class {label!r}; there are no names, only numbers")
+                    raise ValueError(f"there is no class {label!r}: the classes have numbers but no names")
                 raise ValueError(unknown("class", label, names))
             return next(iter(numbers))
         if isinstance(label, bool) or not isinstance(label, Integral):
@@ -138,21 +137,21 @@ class GSPNPipeline(DiffusionPipeline):
 
         Args:
             class_labels: numbers or names of classes, or one of them.
-            guidance_scale: g in null + g * (conditional - null), on all channels of the prediction; 1 is without.
-            num_inference_steps: of the scheduler.
-            height, width: of the images in pixels: multiples of the patch (and of the VAE's factor). None, both of
-                them, is what the pipeline was made for, see image_size.
-            generator: one for all, or a list with one for each image, which then is the same in any batch.
-            latents: noise (B,C,h,w) instead of what the generator would give to begin with.
+            guidance_scale: g in null + g * (conditional - null), on all channels of the prediction; 1: no guidance.
+            num_inference_steps: the number of the scheduler's steps.
+            height, width: of the images in pixels, multiples of the patch (times the VAE's factor). None for both is
+                the pipeline's image_size.
+            generator: one for all images, or a list with one for each, which is then the same in any batch.
+            latents: noise (B,C,h,w) to start from instead of the generator's.
             eta: DDIM's, for schedulers that take it.
             output_type: "pil", "np" (B,H,W,C) or "pt" (B,C,H,W) in [0, 1], or "latent": the model's map as it is.
-            sequential_guidance: the conditional prediction and the null one after the other, not in one batch of twice
-                the size: half the memory.
+            sequential_guidance: predicts with and without the class one after the other, not in one batch of twice the
+                size; takes half the memory.
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ...}) after every step; may return
                 a dict with other latents.
         Returns: ImagePipelineOutput, or (images,) without `return_dict`.
-        Raises ValueError, before any work, for what does not fit together; NotFiniteError, a RuntimeError, where images
-        come out infinite or NaN ("latent" is not looked at).
+        Raises ValueError, before any work, for arguments that do not fit together; NotFiniteError, a RuntimeError, if
+        images are infinite or NaN ("latent" is not checked).
         """
         labels, shape = self.check_inputs(
             class_labels, guidance_scale, num_inference_steps, height, width, latents, eta, output_type
@@ -161,7 +160,7 @@ class GSPNPipeline(DiffusionPipeline):
             raise ValueError(f"expected one generator for each of {len(labels)} images, got {len(generator)}")
         wrong = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
         if wrong:
-            raise ValueError(f"a callback can get {self._callback_tensor_inputs}, not {wrong}")
+            raise ValueError(f"a callback can take {self._callback_tensor_inputs}, got {wrong}")
 
         device = self._execution_device
         scheduler, takes_variance = self._scheduler()
@@ -171,13 +170,13 @@ class GSPNPipeline(DiffusionPipeline):
         labels = torch.tensor(labels, device=device)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        # The map stays in float32 whatever the weights are in: what steps add up must not be rounded to bfloat16.
+        # The map stays in float32, whatever the weights' dtype: a sum over steps must not be rounded to bfloat16.
         latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma
 
         with _evaluating(self.transformer), self.progress_bar(total=len(scheduler.timesteps)) as bar:
             for i, t in enumerate(scheduler.timesteps):
-                given = scheduler.scale_model_input(latents, t)
-                prediction, variance = self._predict(given, t, labels, guidance_scale, sequential_guidance)
+                scaled = scheduler.scale_model_input(latents, t)
+                prediction, variance = self._predict(scaled, t, labels, guidance_scale, sequential_guidance)
                 if takes_variance:
                     prediction = torch.cat([prediction, variance], 1)
                 latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
@@ -189,7 +188,7 @@ class GSPNPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _predict(self, latents, t, labels, scale, sequential):
-        """The guided prediction and the variance (that for the class; None if none is learned), float32 (B,C,h,w)."""
+        """The guided prediction and the class's variance (no channels if none is learned), float32 (B,C,h,w)."""
 
         def model(maps, classes):
             steps = torch.as_tensor(t, device=maps.device).expand(len(maps))
@@ -237,7 +236,7 @@ class GSPNPipeline(DiffusionPipeline):
         eta: float = 0.0,
         output_type: str = "pil",
     ) -> tuple[list[int], tuple[int, int, int, int]]:
-        """Whether a call with these arguments can be done, at no cost.
+        """Checks the arguments of a call without running the model.
 
         Returns: (numbers of the classes, shape (B,C,h,w) of the maps). Raises ValueError as the call does."""
         labels = self.get_label_ids(class_labels)
@@ -251,7 +250,7 @@ class GSPNPipeline(DiffusionPipeline):
         if isinstance(scheduler, TAKE_VARIANCE):
             return scheduler, scheduler.config.variance_type in ("learned", "learned_range")
         if (scheduler.config.get("variance_type") or "").startswith("learned"):
-            # Told of a variance, the solvers cut the prediction down to three channels; it is dropped here.
+            # With a learned variance, the solvers cut the prediction to three channels, so drop it here.
             scheduler = copy.deepcopy(scheduler)
             scheduler.register_to_config(variance_type=None)
         return scheduler, False
@@ -261,19 +260,19 @@ class GSPNPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type has to be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         name, expected = type(scheduler).__name__, config.get("prediction_type", "epsilon")
-        told = scheduler.config.get("prediction_type")
-        if told is None or not hasattr(scheduler, "alphas_cumprod"):
+        actual = scheduler.config.get("prediction_type")
+        if actual is None or not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
-                f"{name} does not take the timesteps and predictions of a model trained with DDPM's noise, as this one "
-                f"is: expected DDPM, DDIM, DPM-Solver++, Euler, ... with prediction_type {expected!r}"
+                f"{name} does not take the timesteps and predictions of this model, which was trained with DDPM's "
+                f"noise: expected DDPM, DDIM, DPM-Solver++, Euler, ... with prediction_type {expected!r}"
             )
-        if told != expected:
+        if actual != expected:
             raise ValueError(
-                f"the model predicts {expected!r}, but the scheduler ({name}) has prediction_type {told!r}: make it "
+                f"the model predicts {expected!r}, but the scheduler ({name}) has prediction_type {actual!r}: make it "
                 f"with {name}.from_config(scheduler.config, prediction_type={expected!r})"
             )
         check_schedule(scheduler)
-        if told != "epsilon":  # which all of them take
+        if actual != "epsilon":  # all schedulers take epsilon
             self._try_step()
         channels = config.in_channels
         learns = config.get("out_channels") == 2 * channels
@@ -281,18 +280,18 @@ class GSPNPipeline(DiffusionPipeline):
             raise ValueError(f"out_channels has to be {channels} or {2 * channels}, got {config.out_channels}")
         if self._scheduler()[1] and not learns:
             raise ValueError(
-                f"the scheduler ({name}) takes a learned variance, but the model predicts none: give it "
+                f"the scheduler ({name}) takes a learned variance, but the model predicts none: make it with "
                 'variance_type="fixed_small"'
             )
         if self.vae is not None and self.vae.config.latent_channels != channels:
-            raise ValueError(f"the VAE has {self.vae.config.latent_channels} latent channels, the model {channels}")
+            raise ValueError(f"the VAE has {self.vae.config.latent_channels} latent channels, the model has {channels}")
         if self.vae is not None:
             check_scale(self.vae.config)
         if self.vae is None and output_type == "pil" and channels not in (1, 3):
-            raise ValueError(f"maps of {channels} channels are no picture: give a vae, or another output_type")
+            raise ValueError(f"maps of {channels} channels are no pictures: pass a vae, or another output_type")
 
     def _try_step(self):
-        """Raises ValueError if the scheduler does not take its own prediction_type, as some notice in a step only."""
+        """Raises ValueError if the scheduler refuses its own prediction_type; some do so only in a step."""
         scheduler, takes_variance = self._scheduler()
         scheduler, last = copy.deepcopy(scheduler), self.scheduler.config.num_train_timesteps
         scheduler.set_timesteps(min(4, last))
@@ -303,9 +302,9 @@ class GSPNPipeline(DiffusionPipeline):
                 scheduler.step(output, t, scheduler.scale_model_input(x, t))
         except (NotImplementedError, ValueError) as error:
             raise ValueError(
-                f"{type(scheduler).__name__} cannot make steps of the prediction_type "
-                f"{scheduler.config.prediction_type!r} that the model has: expected another scheduler, such as DDPM, "
-                f"DDIM, DPM-Solver++ or UniPC ({error})"
+                f"{type(scheduler).__name__} cannot make steps with the model's prediction_type "
+                f"{scheduler.config.prediction_type!r}: expected another scheduler, such as DDPM, DDIM, DPM-Solver++ "
+                f"or UniPC ({error})"
             ) from error
 
     def _check_numbers(self, scale, steps, eta):
@@ -324,9 +323,9 @@ class GSPNPipeline(DiffusionPipeline):
     def _map_shape(self, count, height, width, latents):
         config, factor = self.transformer.config, self.vae_scale_factor
         if not count:
-            raise ValueError("expected one class at least")
+            raise ValueError("expected at least one class, got none")
         if (height is None) != (width is None):
-            raise ValueError(f"height and width go together, got {height} and {width}")
+            raise ValueError(f"expected both height and width or neither, got {height} and {width}")
         if height is None:
             if latents is not None:
                 height, width = (side * factor for side in latents.shape[-2:])
@@ -334,19 +333,19 @@ class GSPNPipeline(DiffusionPipeline):
                 height, width = self.image_size or (config.sample_size * factor,) * 2
         unit = config.patch_size * factor
         if not all(isinstance(side, int) and side > 0 and side % unit == 0 for side in (height, width)):
-            parts = f"the patch of {config.patch_size}" + (f" times the VAE's factor of {factor}" if factor > 1 else "")
+            parts = f"the patch size {config.patch_size}" + (f" times the VAE's factor {factor}" if factor > 1 else "")
             raise ValueError(f"height and width have to be multiples of {unit}, {parts}, got {height}x{width}")
         if height != width and isinstance(self.transformer, DiTTransformer2DModel):
-            raise ValueError(f"diffusers' DiT makes square images only, got {height}x{width}")
+            raise ValueError(f"diffusers' DiT only makes square images, got {height}x{width}")
         shape = (count, config.in_channels, height // factor, width // factor)
         if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents have to be of shape {shape} for these images, got {tuple(latents.shape)}")
+            raise ValueError(f"latents have to have the shape {shape} for these images, got {tuple(latents.shape)}")
         return shape
 
 
 @contextmanager
 def _evaluating(model):
-    """Without what happens in training only, such as the dropping of labels."""
+    """In the block, the model is in evaluation mode: it drops no labels."""
     training = model.training
     model.eval()
     try:

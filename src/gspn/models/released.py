@@ -1,6 +1,6 @@
 """The weights that the paper's authors published (tiny.pth, small.pth, base.pth), in our models.
 
-Their layout is converted key by key, each one in and none left over:
+Their layout is converted key by key; no key may be missing or left over:
 
     patch_embed.{0,2,5,7}                    stem.{0,1,3,4}
     layers.I.downsample.{1,3}                levels.(I+1).downsample.{0,1}
@@ -14,10 +14,10 @@ Their layout is converted key by key, each one in and none left over:
     ... mlp.fc1, mlp.fc2                     ... mlp.0, mlp.2
     classifier.norm, classifier.head         norm, head
 
-The four directions keep their order. The authors' code scans the map as it lies, transposed, flipped along the width,
-and transposed and then flipped, always to the right: what enters these scans travels right, down, left and up on the
-map, which is the order of ``gspn.DIRECTIONS``, and the places of a line are counted alike. Hence both alignments take
-the same tensors, the "released" one to compute what the authors' code computes, the "aligned" one as a start.
+The four directions keep their order. The authors' code always scans to the right: the map as it is, transposed, flipped
+along the width, and transposed and then flipped. On the map, these scans travel right, down, left and up, in the order
+of ``gspn.DIRECTIONS``, and count the places of a line as ours do. So both alignments take the same tensors: "released"
+computes what the authors' code computes, "aligned" is a start for fine-tuning.
 """
 
 import os
@@ -35,8 +35,8 @@ from torch import Tensor
 
 from gspn.models.backbone import Backbone, create_model, list_models, size_of
 
-PARTS = ("model_ema", "model")  # where a file may hold the weights; the one that is taken if both are there comes first
-_LISTED = 8  # so many keys of each kind are written out in an error
+PARTS = ("model_ema", "model")  # where a file may hold the weights; the first is preferred
+_LISTED = 8  # keys of each kind that an error lists
 
 _RENAMED = [  # ours to theirs
     (r"^stem\.0\.", "patch_embed.0."),
@@ -76,24 +76,24 @@ def load_released(
     """A backbone with weights in the layout that the paper's authors published.
 
     Args:
-        path_or_state_dict: a file (.pth, or .safetensors with the same keys), or what such a file holds. Files are read
-            as tensors only: nothing in them is executed.
+        path_or_state_dict: a file (.pth, or .safetensors with the same keys), or its contents. Only tensors are read
+            from a file: nothing in it is executed.
         name: "gspn_tiny", "gspn_small" or "gspn_base".
-        alignment: "released" computes what the authors' code computes, and takes square images only; "aligned" puts the
-            same weights into the correct form for any size, whose outputs are others (a warning says so): a start for
-            fine-tuning.
-        part: "model" or "model_ema", where there are both; None takes "model_ema" then, with a warning.
-        num_classes: None for as many as the weights have; with any other number the head is a new one.
-        in_chans: other than 3, the stem's weights are adapted: summed for 1 channel, else repeated in turn and scaled.
+        alignment: "released" computes what the authors' code computes, and only takes square images; "aligned" puts the
+            same weights into the correct form, which takes any size. Its outputs differ (a warning says so): it is a
+            start for fine-tuning.
+        part: "model" or "model_ema", if the file has both; None then takes "model_ema", with a warning.
+        num_classes: None keeps the weights' classes and head; any other number than theirs makes a new head.
+        in_chans: if not 3, the stem's weights are adapted: summed for 1 channel, else repeated in turn and scaled.
         kwargs: other arguments of :func:`gspn.create_model`, such as ``drop_path_rate`` or ``backend``.
 
     Returns:
         the model, without activation after the depthwise convolution, as the weights were trained. ``model.config``
         says so, and makes the same form again.
 
-    Raises FileNotFoundError, and ValueError for a file that cannot be read, that holds anything else than tensors in
-    known places, that is of another size, or whose keys or shapes do not fit: the first eight of each kind are listed,
-    and how many more there are.
+    Raises FileNotFoundError, and ValueError for a file that cannot be read, that holds more than weights and known
+    settings, that has another model size, or whose keys or shapes do not fit: the error lists the first eight of each
+    kind and counts the rest.
 
     >>> import gspn
     >>> model = gspn.load_released("tiny.pth", "gspn_tiny")  # doctest: +SKIP
@@ -113,16 +113,16 @@ def load_released(
 
 
 def is_released(state: Mapping) -> bool:
-    """Whether keys are in the released layout rather than in ours."""
+    """Whether the keys have the released layout rather than ours."""
     return any(str(key).startswith(("patch_embed.", "layers.", "classifier.")) for key in state)
 
 
 def convert_released(state: Mapping[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """A state dict in the released layout as that of the model with this ``config``, but for head and channels, which
-    are those of the weights.
+    """Converts a state dict in the released layout to that of the model with this ``config``; head and channels remain
+    those of the weights.
 
-    Warns where the model is aligned: it computes something else than the weights were trained for. Raises ValueError
-    with the keys that are missing, left over or of another shape, and the size that fits, if any.
+    Warns if the model is aligned, because the weights were trained for other outputs. Raises ValueError with the keys
+    that are missing, left over or of another shape, and the model size that fits, if any.
     """
     head = state.get("classifier.head.weight")
     classes = head.shape[0] if isinstance(head, Tensor) and head.ndim == 2 else 1000
@@ -148,7 +148,7 @@ def convert_released(state: Mapping[str, Tensor], config: dict) -> dict[str, Ten
     if config["alignment"] == "aligned":
         warnings.warn(
             'released weights in alignment="aligned": outputs differ from those the weights were trained for, so '
-            'fine-tune before use; alignment="released" gives the trained ones',
+            'fine-tune before use; alignment="released" computes the trained outputs',
             stacklevel=3,
         )
     return {own: _reshape(own, state[key], ours[own].shape) for key, own in theirs.items()}
@@ -165,7 +165,7 @@ def _contents(source: str | os.PathLike | Mapping) -> Mapping:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Training scripts of this family put their settings beside the weights: read as data, whatever yacs is here.
+        # Training scripts of this family save their settings with the weights. They are read as data, without yacs.
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -174,22 +174,22 @@ def _contents(source: str | os.PathLike | Mapping) -> Mapping:
         raise ValueError(
             f"{path} holds more than tensors, or is damaged; nothing in it was executed: {reason}"
         ) from error
-    except Exception as error:  # what a damaged file makes the reader raise is not documented; nothing is executed
+    except Exception as error:  # readers do not document what a damaged file makes them raise; nothing is executed
         raise ValueError(f"{path} cannot be read as a file of weights: {error!r}") from error
     if not isinstance(contents, Mapping):
-        raise ValueError(f"{path} holds no state dict but a {type(contents).__name__}")
+        raise ValueError(f"{path} holds a {type(contents).__name__}, expected a state dict")
     return contents
 
 
 def _part(contents: Mapping, part: str | None) -> Mapping:
-    """The weights in what a file holds: under ``model`` or ``model_ema``, or as they are."""
+    """The weights among a file's contents: ``model``, ``model_ema``, or all of them."""
     there = [p for p in PARTS if isinstance(contents.get(p), Mapping)]
     if part is not None and part not in there:
-        raise ValueError(f"part {part!r} is not among the parts with weights: {', '.join(there) or 'none has a name'}")
+        raise ValueError(f"there are no weights in part {part!r}; parts with weights: {', '.join(there) or 'none'}")
     if part is None and len(there) > 1:
-        warnings.warn(f"of the parts {' and '.join(there)}, {there[0]} is taken; part= takes the other", stacklevel=3)
+        warnings.warn(f"{' and '.join(there)} both hold weights; {there[0]} is taken, part= chooses", stacklevel=3)
     weights = contents[part or there[0]] if there else contents
-    wrapped = "module."  # the name that a wrapper for several processes puts before each key
+    wrapped = "module."  # torch's wrappers for several processes put this before each key
     if weights and all(str(key).startswith(wrapped) for key in weights):
         return {key.removeprefix(wrapped): value for key, value in weights.items()}
     return weights
@@ -210,7 +210,7 @@ def _released_shape(key: str, own: Tensor) -> tuple[int, ...]:
 
 
 def _reshape(key: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    if key.endswith("weight_proj"):  # theirs: previous, same and next first, then directions, then channels
+    if key.endswith("weight_proj"):  # their order: previous, same and next; directions; channels
         directions, three, *rest = shape
         return tensor.reshape(three, directions, *rest).transpose(0, 1)
     return tensor.reshape(shape)
@@ -227,13 +227,13 @@ def _adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
 
 
 def _name_of(state: Mapping[str, Tensor]) -> str | None:
-    """The size whose width, depths and proxy_dim the weights have."""
-    blocks = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", str(key)) for key in state]
-    places = {(int(m[1]), int(m[2])) for m in blocks if m}
+    """The model size with the width, depths and proxy_dim of the weights."""
+    matches = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", str(key)) for key in state]
+    blocks = {(int(m[1]), int(m[2])) for m in matches if m}
     stem, proxy = state.get("patch_embed.5.weight"), state.get("layers.0.blocks.0.op.x_conv_down.weight")
-    if not places or not isinstance(stem, Tensor) or not isinstance(proxy, Tensor):
+    if not blocks or not isinstance(stem, Tensor) or not isinstance(proxy, Tensor):
         return None
-    depths = tuple(sum(level == i for level, _ in places) for i in range(1 + max(level for level, _ in places)))
+    depths = tuple(sum(level == i for level, _ in blocks) for i in range(1 + max(level for level, _ in blocks)))
     for name in list_models():
         size = size_of(name)
         if ((size["width"],), size["depths"], (size["proxy_dim"],)) == (stem.shape[:1], depths, proxy.shape[:1]):

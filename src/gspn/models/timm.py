@@ -1,9 +1,9 @@
-"""The bridge to timm: importing it (or ``gspn.register_timm()``) makes gspn_micro, gspn_tiny, gspn_small and gspn_base
-known there.
+"""The bridge to timm: importing it (or ``gspn.register_timm()``) registers gspn_micro, gspn_tiny, gspn_small and
+gspn_base with timm.
 
     timm.create_model("gspn_tiny", num_classes=10, features_only=True, ...)
 
-Model arguments are those of :class:`gspn.models.Backbone`, ``drop_path_rate`` by default the paper's, and timm's
+Model arguments are those of :class:`gspn.models.Backbone` (the paper's ``drop_path_rate`` by default) and timm's
 ``device``, ``dtype`` and ``img_size``. timm drops arguments that are None: write ``activation="none"``.
 
 No weights can be downloaded. Those that the paper's authors published are converted wherever timm loads weights:
@@ -12,10 +12,10 @@ No weights can be downloaded. Those that the paper's authors published are conve
     timm.create_model("gspn_tiny", checkpoint_path="tiny.pth", **form)
     timm.create_model("gspn_tiny", pretrained=True, pretrained_cfg_overlay={"file": "tiny.pth"}, num_classes=10, **form)
 
-The second adapts the head and the channels of the stem. A file that holds the authors' settings too, which timm does
-not read, has to be converted: ``torch.save(gspn.load_released(FILE, NAME).state_dict(), OTHER)``.
+The second call adapts the head and the channels of the stem. timm cannot read a file that also holds the authors'
+settings: convert it with ``torch.save(gspn.load_released(FILE, NAME).state_dict(), OTHER)``.
 
-timm's own scripts run with the models registered first:
+To run timm's own scripts, register the models first:
 
     python -c "import gspn, runpy, sys; gspn.register_timm(); sys.argv.pop(0); \\
         runpy.run_path(sys.argv[0], run_name='__main__')" train.py DATA --model gspn_tiny
@@ -48,7 +48,7 @@ except ModuleNotFoundError as error:
         f'the bridge to timm needs timm, which the extra "timm" installs: pip install "gspn[timm]" ({error})'
     ) from error
 
-# torch.fx, with which timm and torchvision extract features, sees a block as one node: its checks need real sizes
+# timm and torchvision extract features with torch.fx, which has to see a block as one node: its checks need real sizes
 register_notrace_module(GSPNBlock)
 register_notrace_function(check_images)
 
@@ -56,14 +56,14 @@ __all__ = ["TimmBackbone", "checkpoint_filter_fn", "default_cfgs"]
 
 
 class TimmBackbone(Backbone):
-    """A backbone with what timm alone asks of a model, beside the methods that all backbones have."""
+    """A backbone with the methods that only timm needs."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_convert_in_place)  # the scripts' --checkpoint knows no filter
+        self.register_load_state_dict_pre_hook(_convert_in_place)  # the scripts' --checkpoint applies no filter
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Tells timm the size (``timm.models.get_model_input_config``); nothing in the model depends on it.
+        """Records the size for ``timm.models.get_model_input_config``; nothing in the model depends on it.
 
         Raises ValueError for a size that is not square in the released alignment.
         """
@@ -75,7 +75,7 @@ class TimmBackbone(Backbone):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the levels after the last of ``indices``, as timm defines it; returns the indices from the start."""
+        """Removes the levels after the last of ``indices``, as timm does; returns the indices from the start."""
         taken, last = feature_take_indices(len(self.levels), indices)
         shortened = last < len(self.levels) - 1
         self.levels = self.levels[: last + 1]
@@ -90,14 +90,14 @@ class TimmBackbone(Backbone):
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: Backbone) -> Mapping[str, Tensor]:
-    """Weights in the released layout as a state dict of ``model``, but for head and channels; others as they are.
+    """Converts weights in the released layout to the keys of ``model``, except head and channels; leaves others alone.
 
-    Raises ValueError where weights do not fit, or the model has an activation, which they were not trained with.
+    Raises ValueError if the weights do not fit, or if the model has an activation: they were trained without one.
     """
     if not is_released(state_dict):
         return state_dict
     if not model.config:
-        raise ValueError("released weights do not fit a model whose levels have been pruned: load them before")
+        raise ValueError("released weights do not fit a model whose levels have been pruned: load them before pruning")
     if model.config["activation"] is not None:
         raise ValueError(
             f'released weights were trained without activation, got "{model.config["activation"]}"; create the model '
@@ -134,7 +134,7 @@ def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
     source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if pretrained and not (source.has_weights or source.state_dict):
         raise RuntimeError(
-            f"{no_weights(name)}. With timm the authors' file is read by "
+            f"{no_weights(name)}. To read the authors' file with timm: "
             f'timm.create_model("{name}", pretrained=True, pretrained_cfg_overlay={{"file": "FILE.pth"}}, '
             'alignment="released", activation="none")'
         )

@@ -30,7 +30,7 @@ def open_vae(where: str | Path) -> AutoencoderKL:
     try:
         config = AutoencoderKL.load_config(name, subfolder=within, local_files_only=offline)
         if config.get("_class_name") != "AutoencoderKL":
-            raise OptionError(f"{where} is of the class {config.get('_class_name')}, expected an AutoencoderKL")
+            raise OptionError(f"{where} holds a {config.get('_class_name')}, expected an AutoencoderKL")
         vae, found = AutoencoderKL.from_pretrained(
             name, subfolder=within, use_safetensors=True, output_loading_info=True, local_files_only=offline
         )

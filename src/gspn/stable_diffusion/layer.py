@@ -123,7 +123,7 @@ class GSPNAttention(nn.Module):
             y = module(y)
         return y
 
-    if TYPE_CHECKING:  # nn.Module's takes and gives Any
+    if TYPE_CHECKING:  # nn.Module's is typed as Any
 
         def __call__(
             self,

@@ -1,4 +1,4 @@
-"""Starting from trained weights (`--init-from`): from a run, a file of weights, or a published checkpoint."""
+"""Starting from trained weights (`--init-from`) of a run, a file of weights, or a published checkpoint."""
 
 import warnings
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ class Source:
     """Trained weights.
 
     Attributes:
-        where: what to call them. weights: tensors by name.
-        name, model_args: of the model they are of, where that is known, but for classes and channels.
-        class_names: those that the head tells apart; None where that is not known.
-        data: where the data were that it was trained on.
+        where: their name in messages. weights: tensors by name.
+        name, model_args: the model's, without classes and channels; None if unknown.
+        class_names: the classes of the head; None if unknown.
+        data: where the training data were.
     """
 
     where: str
@@ -35,16 +35,16 @@ class Source:
     data: str | None = None
 
     def digest(self, like: str | None = None) -> str:
-        """A digest of the weights, of which model they are, and its classes; in the scheme of `like`, which it is to be
-        compared with."""
+        """A digest of the weights, their model and its classes, in the scheme of `like`, a digest to compare it
+        with."""
         about = {"model": self.name, "arguments": dict(self.model_args or {}), "class_names": self.class_names}
         return digest([*tensors_of(self.weights), about], like)
 
 
 def open_source(path: str | Path, model: str | None, model_args: Mapping, channels: int | None = None) -> Source:
-    """The weights in a run folder (its best checkpoint, averaged where it has averages), in a .safetensors file with
-    the names of our models, or in a published checkpoint (.pth), whose `model` has to be said and whose stem can be
-    made one for `channels` other than 3.
+    """The weights in a run folder (the averaged ones of its best checkpoint, if it has them), in a .safetensors file
+    with the names of our models, or in a published checkpoint (.pth). The last needs the name `model`, and its stem can
+    be converted to `channels` other than 3.
 
     Errors: RunError, OptionError."""
     path = Path(path)
@@ -53,7 +53,7 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
         arguments = dict(classifier.run.config["model"])
         name = arguments.pop("name")
         if model not in (None, name):
-            raise OptionError(f"init_from: the run {path} is of a {name}, so --model cannot be {model}")
+            raise OptionError(f"init_from: the run {path} has a {name}, expected a {model} (--model)")
         for own in ("num_classes", "in_chans", "backend"):
             arguments.pop(own, None)
         weights, data = classifier.model.state_dict(), classifier.run.config["data"]["where"]
@@ -66,13 +66,13 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
     if not path.is_file():
         raise OptionError(f"init_from: there is no {path}; expected a run folder, a .safetensors or a .pth file")
     if model is None:
-        raise OptionError(f"init_from: {path} does not say of which model it is; say it with --model")
+        raise OptionError(f"init_from: {path} does not say which model its weights have; name it with --model")
     arguments = {
         name: value for name, value in model_args.items() if name not in ("num_classes", "in_chans", "activation")
     }
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "fine-tune before use" is what happens next
+            warnings.simplefilter("ignore", UserWarning)  # "fine-tune before use": that comes next
             published = load_released(path, model, in_chans=channels or 3, **{"alignment": "aligned", **arguments})
     except (OSError, ValueError, TypeError) as error:
         raise OptionError(f"init_from: {error}") from error
@@ -82,22 +82,22 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
 
 @torch.no_grad()
 def start_from(source: Source, model: nn.Module, class_names: list[str], data: str) -> str:
-    """Copies the weights into a model. Its head stays new unless the source tells the same classes, by name and order.
-    Names that are bare numbers, as data without names have them, are the same classes in the same `data` only.
+    """Copies the weights into a model. Its head stays new unless the source has the same classes, by name and order.
+    Names that are bare numbers (data without names have them) only count as the same if the `data` are the same.
 
-    Returns: a note on what became of the head. Errors: OptionError names what does not fit."""
+    Returns: a note that says whether the head is new. Errors: OptionError names what does not fit."""
     own = model.state_dict()
     (head,) = (name for name, module in model.named_modules() if module is model.get_classifier())
     named = not all(name.isdecimal() for name in class_names)
     keep_head = source.class_names == class_names and (named or source.data == data)
     body = {name for name in own if keep_head or not name.startswith(f"{head}.")}
     problems = [f"{name} is missing there" for name in sorted(body - set(source.weights))]
-    problems += [f"{name} is not of {type(model).__name__}" for name in source.weights if name not in own]
+    problems += [f"{type(model).__name__} has no {name}" for name in source.weights if name not in own]
     for name in (n for n in own if n in body and n in source.weights):  # in the model's order, the same in every run
         theirs, mine = tuple(source.weights[name].shape), tuple(own[name].shape)
         if theirs != mine and name.startswith("stem.0") and theirs[1:2] != mine[1:2] and theirs[2:] == mine[2:]:
             raise OptionError(
-                f"init_from: the model of {source.where} takes {theirs[1]} channels, these images have {mine[1]}; "
+                f"init_from: the model of {source.where} takes {theirs[1]} channels, but the images have {mine[1]}; "
                 f"--channels {theirs[1]} converts them"
             )
         if theirs != mine:

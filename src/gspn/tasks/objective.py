@@ -1,13 +1,13 @@
-"""What a diffusion model is trained for: the squared error of its prediction, and the bound that teaches its variance.
+"""The loss of a diffusion model: the squared error of its prediction, and the bound that teaches its variance.
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise,  t uniform in 0 .. T-1, a_t the cumulative product of 1 - beta
     loss = mean |prediction - target|^2 + L_vlb
 
 The target is the noise (epsilon), sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v_prediction) or x_0 (sample). L_vlb, in bits
 per value, is the Kullback-Leibler divergence of q(x_{t-1} | x_t, x_0) from the model's step, and at t = 0 the negative
-log-likelihood of x_0 as a value of 8 bits. It learns the variance only: the prediction enters it without gradient.
+log-likelihood of x_0 as an 8-bit value. It only trains the variance: the prediction enters it without gradient.
 
-Sources: arXiv 2102.09672 (hybrid loss, learned variance), 2212.09748 (DiT, which weighs both terms alike).
+Sources: arXiv 2102.09672 (hybrid loss, learned variance), 2212.09748 (DiT, which weights both terms equally).
 """
 
 import math
@@ -17,15 +17,15 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-HALF = 1 / 255  # half the distance of two values of an 8-bit image in [-1, 1]
+HALF = 1 / 255  # half the step between two values of an 8-bit image in [-1, 1]
 
 
 def make_scheduler(prediction_type: str = "epsilon", *, learn_sigma: bool = True, clip: bool = False, **config):
-    """The DDPMScheduler of a training; its config is kept in the run. clip: samples lie in [-1, 1], as pixels do."""
+    """The DDPMScheduler for training; the run keeps its config. clip: samples are clipped to [-1, 1], as pixels are."""
     kind = "learned_range" if learn_sigma else "fixed_small"
     steps = config.get("num_train_timesteps", 1000)
     if config.get("beta_schedule", "linear") in ("linear", "scaled_linear"):
-        # 1e-4 to 0.02 are meant for 1000 steps; with fewer, an image would not become noise
+        # 1e-4 to 0.02 are for 1000 steps; in fewer, an image would not become noise
         config = {"beta_start": 1e-4 * 1000 / steps, "beta_end": 0.02 * 1000 / steps} | config
     return DDPMScheduler(prediction_type=prediction_type, variance_type=kind, clip_sample=clip, **config)
 
@@ -46,7 +46,7 @@ class Objective:
         product = torch.cumprod(1 - betas, 0)
         before = torch.cat([product.new_ones(1), product[:-1]])
         variance = betas * (1 - before) / (1 - product)
-        # At t = 0 the posterior has no variance, of which there is no logarithm: it gets the next one's.
+        # At t = 0 the posterior's variance is 0 and has no logarithm: it takes that of t = 1.
         smallest = torch.cat([variance[1:2], variance[1:]]) if self.steps > 1 else betas
         self.tables = {
             "signal": product.sqrt(),
@@ -58,7 +58,7 @@ class Objective:
         }
 
     def table(self, name: str, timestep: Tensor, like: Tensor) -> Tensor:
-        """The constants `name` of the timesteps (B,), in float32, to be multiplied with maps such as `like`."""
+        """The constants `name` at the timesteps (B,), in float32, shaped to multiply maps such as `like`."""
         values = self.tables[name]
         if values.device != like.device:
             values = self.tables[name] = values.to(like.device, torch.float32)
@@ -69,10 +69,10 @@ class Objective:
         return self.table("signal", timestep, start) * start + self.table("noise", timestep, start) * noise
 
     def losses(self, output: Tensor, start: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """(squared error, L_vlb in bits), each (B,), the mean over an item's values.
+        """(squared error, L_vlb in bits), each (B,), means over an item's values.
 
         Args:
-            output: the model's, (B,C,H,W), or (B,2C,H,W) with the variance; without it L_vlb is 0.
+            output: the model's, (B,C,H,W), or (B,2C,H,W) with the variance; without the variance L_vlb is 0.
             start, noise: (B,C,H,W). timestep: (B,).
         """
         channels = start.shape[1]
@@ -88,12 +88,14 @@ class Objective:
         if output.shape[1] == channels:
             return error, torch.zeros_like(error)
         if output.shape[1] != 2 * channels:
-            raise ValueError(f"a model of {channels} channels gives these or twice as many, got {output.shape[1]}")
+            raise ValueError(
+                f"the output for {channels} channels has to have {channels} or {2 * channels}, got {output.shape[1]}"
+            )
         bound = self.bound(prediction.detach(), output[:, channels:], start, noise, timestep)
         return error, bound.flatten(1).mean(1)
 
     def bound(self, prediction: Tensor, variance: Tensor, start: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """L_vlb of every value, in bits. `variance`: the model's, -1 for the smallest and 1 for the largest one."""
+        """L_vlb of every value, in bits. `variance`: the model's, from -1 (the smallest) to 1 (the largest)."""
         signal, spread = self.table("signal", timestep, start), self.table("noise", timestep, start)
         x = signal * start + spread * noise
         expected = {
@@ -115,8 +117,8 @@ class Objective:
 
 
 def negative_log_likelihood(value: Tensor, distribution: Normal) -> Tensor:
-    """In nats, of an 8-bit `value` in [-1, 1]: the probability of the interval that is rounded to it, which at the two
-    ends is open."""
+    """The negative log-likelihood in nats of an 8-bit `value` in [-1, 1], which stands for the interval that is rounded
+    to it; at both ends the interval is open."""
     upper, lower = distribution.cdf(value + HALF), distribution.cdf(value - HALF)
     upper = torch.where(value > 0.999, torch.ones_like(upper), upper)
     lower = torch.where(value < -0.999, torch.zeros_like(lower), lower)

@@ -1,5 +1,5 @@
-"""Stable Diffusion as distillation needs it: opened from a folder or the hub, images as latents, captions as what the
-UNet is conditioned on. SD-1.5, SD-2 and SDXL differ here, and nowhere else.
+"""Stable Diffusion for distillation: opens a pipeline from a folder or the hub, and turns images into latents and
+captions into the UNet's conditions. SD-1.5, SD-2 and SDXL differ only in this file.
 """
 
 import json
@@ -24,8 +24,8 @@ from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffu
 from gspn.tasks.objective import Objective
 
 CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
-CONDITIONS = ("text", "pooled", "ids")  # what a UNet is conditioned on; the last two of SDXL only
-# What of a scheduler's config says what noise is; the rest is of sampling, or of the diffusers that wrote it.
+CONDITIONS = ("text", "pooled", "ids")  # of a UNet; only SDXL has the last two
+# The entries of a scheduler's config that define the noise; the rest is about sampling or the version of diffusers.
 SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -40,22 +40,22 @@ WARN_OF_LENGTHS = (
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
     "transformers.tokenization_utils_base",
 )
-MULTIPLE = 8  # of which diffusers' pipelines take sizes
-LOOKED_AT = 1000  # captions whose length is looked at
+MULTIPLE = 8  # diffusers' pipelines require sides divisible by it
+LOOKED_AT = 1000  # captions whose length is checked
 
 
 class TextToImage:
-    """A text-to-image pipeline of diffusers, of which nothing is trained here.
+    """A text-to-image pipeline of diffusers, with all its weights frozen.
 
     Args:
         pipe: StableDiffusionPipeline or StableDiffusionXLPipeline, its VAE in float32, the rest in any one dtype.
-        where: what to call it. cache: what images and captions become is kept in memory.
+        where: its name in messages. cache: keeps the encoded images and captions in memory.
 
     Attributes:
-        unet, vae: the pipeline's. objective: Objective of its noise schedule, with its prediction type.
-        path: `where` as an absolute path, or the name if it is none.
+        unet, vae: the pipeline's. objective: the Objective of its noise schedule and prediction type.
+        path: `where` as an absolute path, or as it is if it is a name.
 
-    Errors: OptionError for what cannot be trained on.
+    Errors: OptionError for a pipeline that cannot be trained on.
     """
 
     def __init__(self, pipe: DiffusionPipeline, where: str | Path, *, cache: bool = False):
@@ -68,8 +68,8 @@ class TextToImage:
         unet, latents = self.unet.config, self.vae.config.latent_channels
         if {unet.in_channels, unet.out_channels} != {latents}:
             raise OptionError(
-                f"the UNet of {where} takes {unet.in_channels} channels and gives {unet.out_channels}, its VAE has "
-                f"{latents}: expected a text-to-image model, no inpainting or the like"
+                f"the UNet of {where} takes {unet.in_channels} channels and returns {unet.out_channels}, but its VAE "
+                f"has {latents}: expected a text-to-image model, not one for inpainting or the like"
             )
         if unet.time_cond_proj_dim is not None:
             raise OptionError(
@@ -82,8 +82,8 @@ class TextToImage:
             )
         if "beta_schedule" not in pipe.scheduler.config:
             raise OptionError(
-                f"the scheduler of {where}, {type(pipe.scheduler).__name__}, has no betas: expected one of diffusion, "
-                "not of flow matching or EDM"
+                f"the scheduler of {where}, {type(pipe.scheduler).__name__}, has no betas: expected one for diffusion, "
+                "not for flow matching or EDM"
             )
         try:
             check_scale(self.vae.config)
@@ -101,10 +101,10 @@ class TextToImage:
     # -- sizes --
 
     def native_size(self) -> tuple[int, int]:
-        """(H, W) in pixels that the UNet was made for. Errors: OptionError where its config does not say."""
+        """The UNet's own (H, W) in pixels. Errors: OptionError if its config does not say."""
         size = self.unet.config.sample_size
         if size is None:
-            raise OptionError(f"the UNet of {self.path} does not say what size it was made for: size is needed")
+            raise OptionError(f"the UNet of {self.path} has no sample_size in its config: pass a size")
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
@@ -114,11 +114,12 @@ class TextToImage:
         if any(length % multiple for length in size):
             raise OptionError(f"size must be divisible by {multiple}, got {size[0]}x{size[1]}")
 
-    # -- what a batch becomes --
+    # -- from a batch to latents, conditions and predictions --
 
     @torch.no_grad()
     def latents(self, images: Tensor, *, draw: bool = True) -> Tensor:
-        """float32 (B,C,h,w): of images (B,3,H,W) in [-1, 1] a sample of the VAE's posterior, or its mean, scaled."""
+        """Scaled latents, float32 (B,C,h,w), of images (B,3,H,W) in [-1, 1]: a draw from the VAE's posterior, or its
+        mean."""
         mean, std = self._by_item(self._posterior, images, lambda image: digest([image]))
         z = mean + std * torch.randn_like(std) if draw else mean
         return scale_latents(z, self.vae.config)
@@ -129,11 +130,10 @@ class TextToImage:
 
     @torch.no_grad()
     def conditions(self, captions: Sequence[str | None], size: tuple[int, int]) -> dict[str, Tensor]:
-        """What the UNet is conditioned on, on its device: "text" (B,L,D); of SDXL also "pooled" (B,P) and "ids" (B,6).
+        """The UNet's conditions, on its device: "text" (B,L,D); for SDXL also "pooled" (B,P) and "ids" (B,6).
 
-        None is what the pipeline takes for the unconditional half of guidance: the empty text or, as SDXL is
-        configured, zeros. SDXL is told what the pipeline tells it by default: that an image had this size from the
-        beginning and was not cropped.
+        A caption None becomes the unconditional half of guidance: the empty text or, if SDXL is configured so, zeros.
+        SDXL's "ids" are the pipeline's defaults: the image originally had this size and was not cropped.
         """
         dropped = torch.tensor([caption is None for caption in captions], device=self.unet.device)
         encoded = self._by_item(self._texts, [caption or "" for caption in captions], lambda caption: caption)
@@ -153,7 +153,7 @@ class TextToImage:
         return self._encoded(texts, guided=False)[::2]
 
     def _encoded(self, texts, guided):
-        """(text, its unconditional half) of the pipeline and, of SDXL, both pooled too."""
+        """The pipeline's (text, its unconditional half) and, for SDXL, the pooled form of both."""
         with lengths_untold(), self._without_autocast():
             return self.pipe.encode_prompt(
                 prompt=texts,
@@ -163,8 +163,8 @@ class TextToImage:
             )
 
     def _by_item(self, encode, items, key):
-        """The tensors that `encode` makes of a batch; with a cache, of each item by itself, so that to the last bit
-        they do not depend on the batch in which it came first."""
+        """The tensors that `encode` makes of a batch. With a cache it encodes each item alone, so that no bit depends
+        on the batch in which the item came first."""
         with self._without_autocast():
             if self.cache is None:
                 return encode(items)
@@ -179,7 +179,7 @@ class TextToImage:
         return torch.autocast(self.unet.device.type, enabled=False)
 
     def predict(self, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        """The UNet's prediction (B,C,h,w) for x_t, t (B,) and what `conditions` gave."""
+        """The UNet's prediction (B,C,h,w) for x_t, t (B,) and the result of `conditions`."""
         dtype = self.unet.dtype
         added = None
         if self.is_xl:
@@ -192,11 +192,11 @@ class TextToImage:
             return_dict=False,
         )[0]
 
-    # -- what it is --
+    # -- identity --
 
     def digest(self, like: str | None = None) -> str:
-        """A digest of the models' weights and settings, of the tokenizers' words and of the noise schedule, in the
-        scheme of `like`; to be called before the UNet is swapped."""
+        """A digest of the models' weights and settings, the tokenizers' vocabularies and the noise schedule, in the
+        scheme of `like`. Call it before the UNet is swapped."""
         schedule = {key: self.objective.scheduler.config.get(key) for key in SCHEDULE}
         parts, models = [json.dumps(schedule, sort_keys=True, default=list)], sorted(self._models().items())
         for part, model in models:
@@ -213,14 +213,13 @@ class TextToImage:
         longer = sum(length > most for length in lengths)
         if not longer:
             return None
-        what = f"{longer} of {len(lengths)} captions looked at have more than the {most} tokens"
+        what = f"{longer} of the first {len(lengths)} captions have more than the {most} tokens"
         return f"{what} that the text encoder takes: the rest is cut off"
 
 
 @contextmanager
 def lengths_untold():
-    """In the block, diffusers and transformers do not warn of texts that are too long, as they do of each text in each
-    batch; `too_long` tells it once."""
+    """In the block, diffusers and transformers do not warn about each text that is too long; `too_long` says it once."""
     loggers = [logging.getLogger(name) for name in WARN_OF_LENGTHS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -238,7 +237,7 @@ def open_text_to_image(
     """A Stable Diffusion pipeline, on the CPU.
 
     Args:
-        where: a folder that save_pretrained made, or a name on the Hugging Face hub; weights from safetensors only.
+        where: a folder written by save_pretrained, or a name on the Hugging Face hub; only safetensors files are read.
         precision: "fp32", or "bf16" for all but the VAE in bfloat16. variant: of the files, such as "fp16".
         cache: see TextToImage.
     Errors: OptionError.
@@ -246,7 +245,7 @@ def open_text_to_image(
     path = Path(where).expanduser()
     name = str(path) if path.exists() else str(where)
     problem = None if path.exists() else out_of_reach(name, "model_index.json")
-    offline = problem is not None  # then what is kept of it is taken
+    offline = problem is not None  # then the local copy is used
     try:
         found = DiffusionPipeline.load_config(name, local_files_only=offline).get("_class_name")
         if found not in CLASSES:

@@ -94,7 +94,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
         accelerator: of make_accelerator. console: rich's, for the progress; None is silent.
         checkpoint: of Run.load_checkpoint, to resume from.
     Errors: TrainingError if the loss is not finite or memory does not suffice; SaveError if the disk is full; DataError
-        if a process that reads images dies; RunError if the checkpoint is of another training.
+        if a process that reads images dies; RunError if the checkpoint belongs to another training.
     """
     frozen = frozen_modules(model, options.freeze or ())
     model = distribute(model, options.fsdp, accelerator)

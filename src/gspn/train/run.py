@@ -112,7 +112,7 @@ class Run:
 
     def _set_earlier_aside(self):
         """The checkpoints move first and config.json last. So after any crash, .earlier with a config.json is complete,
-        and the files beside it are of a training without a best checkpoint."""
+        and the files beside it belong to a training without a best checkpoint."""
         earlier = self.path / EARLIER
         with self._moving("set the earlier run aside in"):
             if self.has_checkpoint("best"):

@@ -51,7 +51,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies weights and buffers by name. Errors: RunError names what is missing, unknown or of another shape."""
     state = model.state_dict()
     problems = [f"{name} is missing" for name in state if name not in tensors]
-    problems += [f"{name} is not of this model" for name in tensors if name not in state]
+    problems += [f"the model has no {name}" for name in tensors if name not in state]
     problems += [
         f"{name} has the shape {tuple(tensors[name].shape)}, expected {tuple(own.shape)}"
         for name, own in state.items()
