@@ -219,7 +219,7 @@ class TextToImage:
 
 @contextmanager
 def lengths_untold():
-    """In the block, diffusers and transformers do not warn about each text that is too long; `too_long` says it once."""
+    """In the block, diffusers and transformers do not warn of each text that is too long: `too_long` says it once."""
     loggers = [logging.getLogger(name) for name in WARN_OF_LENGTHS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
