@@ -1,4 +1,4 @@
-"""The pictures that the commands draw."""
+"""Text in the pictures that the commands draw: names of classes, ticks."""
 
 import pytest
 import torch
