@@ -96,6 +96,7 @@ def encode_images(
     with readable_errors():
         check_data(data)
         _check_vae(vae)
+        from gspn.data.unreadable import warning_of
         from gspn.sampling.encode import encode
         from gspn.train.loop import make_accelerator
 
@@ -130,9 +131,7 @@ def encode_images(
             counts = ", ".join(f"{count:,} ({name})" for name, count in images.items())
             out.print(f"in {folder}: {counts} latents of {'x'.join(map(str, shape))}", markup=False, highlight=False)
         if latents.unreadable:
-            shown = "".join(f"\n  {problem}" for problem in latents.unreadable[:20])
-            more = "\n  ..." if len(latents.unreadable) > 20 else ""
-            warn([f"{len(latents.unreadable)} images that could not be read are left out:{shown}{more}"])
+            warn([warning_of(latents.unreadable)])
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Text in the pictures that the commands draw: names of classes, ticks."""
+"""The pictures that the commands draw."""
 
 import pytest
 import torch
