@@ -32,6 +32,19 @@ def with_dollars(figure):
     return [text for text in figure.findobj(Text) if "$" in text.get_text()]
 
 
+def test_names_that_begin_alike_are_told_apart(drawn, tmp_path):
+    names = ["an owl", *(f"a picture of an animal, number {i}" for i in (1, 2))]
+    metrics = {"size": (8, 8), "images": 4, "split": "val", "top1": 0.5, "ece": 0.1, "reliability": []}
+    plots.confusion(tmp_path / "c.png", outcome().confusion(3), names, metrics)
+    shown = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert shown == ["an owl", "a pictur… number 1", "a pictur… number 2"]
+    assert max(map(len, shown)) <= 18
+    split = Split([0, 1, 2, 0], names, pixels=torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    plots.predictions(tmp_path / "p.png", split, outcome(), Preprocessing(1, (8, 8), (0.5,), (0.5,)), names, "val")
+    titles = [text.get_text() for text in drawn[1].findobj(Text) if "(60%)" in text.get_text()]
+    assert "a pi…ber 1 (60%)\nis an owl" in titles and "a pi…ber 2 (60%)" in titles
+
+
 def test_names_of_classes_are_no_formulas(drawn, tmp_path):
     """matplotlib reads what stands between two dollars as a formula: "$5 (60%) is $10", and fails for the third."""
     pixels = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)

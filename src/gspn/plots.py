@@ -1,6 +1,7 @@
 """Pictures: learning curves, predictions on test images, confusion, where one pixel's context comes from, samples."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,15 +149,16 @@ def predictions(path, split, outcome, preprocessing, class_names, split_name):
         fontsize=12,
     )
     axes.axis("off")
+    guesses, labels = _shortened(class_names, 10), _shortened(class_names, 14)
     for cell, row in enumerate(shown):
         left, top = cell % COLUMNS, cell // COLUMNS * (tall + 0.32) + 0.32
         extent = (left + 0.04, left + 0.96, top + tall * 0.92, top)
         pixels = preprocessing(split.image(int(outcome.index[row])))
         axes.imshow(_shown(pixels), cmap="gray", vmin=0, vmax=255, extent=extent)
-        label, guess = class_names[int(outcome.label[row])], class_names[int(outcome.top[row, 0])]
-        title, colour = f"{_short(guess, 10)} ({float(outcome.probability[row, 0]):.0%})", "black"
+        guess, label = guesses[int(outcome.top[row, 0])], labels[int(outcome.label[row])]
+        title, colour = f"{guess} ({float(outcome.probability[row, 0]):.0%})", "black"
         if not right[row]:
-            title, colour = f"{title}\nis {_short(label)}", RED
+            title, colour = f"{title}\nis {label}", RED
             frame = dict(edgecolor=RED, linewidth=3, fill=False)
             axes.add_patch(Rectangle((extent[0], top), 0.92, tall * 0.92, **frame))
         axes.text(left + 0.5, top - 0.03, title, fontsize=8, color=colour, ha="center", va="bottom", **AS_IT_IS)
@@ -172,7 +174,7 @@ def confusion(path, matrix, class_names, metrics):
         path: of the PNG. matrix: of Outcome.confusion, int64 (K, K). metrics: of classification.evaluate.
     """
     K = len(class_names)
-    names = [_short(name, 18) for name in class_names] if K <= 40 else []
+    names = _shortened(class_names, 18) if K <= 40 else []
     side, margin = min(max(0.42 * K, 4.2), 12), 0.08 * max(map(len, names), default=0)  # inches
     figure = Figure(figsize=(side + margin + 5.6, side + margin + 0.9), layout="constrained")
     axes, reliability = figure.subplots(1, 2, width_ratios=(side + margin + 1.2, 4.2))
@@ -216,8 +218,16 @@ def _shown(pixels):
     return (pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy()
 
 
-def _short(name, length=14):
-    return name if len(name) <= length else name[: length - 1] + "…"
+def _shortened(names, length):
+    """The names, cut to `length` characters. Of those that begin alike both ends are kept, which tell them apart."""
+    begin = Counter(name[: length - 1] for name in names)
+    cut, short = (length - 1) // 2, []
+    for name in names:
+        if len(name) > length:
+            alike = begin[name[: length - 1]] > 1
+            name = f"{name[:cut]}…{name[cut + 1 - length :]}" if alike else name[: length - 1] + "…"
+        short.append(name)
+    return short
 
 
 def context(path, classifier, image, place=None, block=None):

@@ -184,9 +184,14 @@ def evaluate(
         data_set = open_data(data, **open_options)
     chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
     chosen = chosen.relabelled(class_names)
-    # Which images were held out of data without an evaluation split follows from the whole of the data.
-    recorded, compared = trained_on.get("fingerprint"), (name == "val") if own else (name == "all" and split is None)
-    compared = compared and "all" in data_set.splits and recorded is not None
+    # Which images were held out of data without an evaluation split follows from the whole of the data. To compare
+    # these all of them are read.
+    recorded = trained_on.get("fingerprint")
+    compared = "all" in data_set.splits and recorded is not None
+    if own:
+        compared = compared and name == "val"
+    else:
+        compared = compared and name == "all" and split is None and data_set.kind == trained_on.get("kind")
     same = data_set.fingerprint(recorded, console) == recorded if compared else None
     converts = channels is not None or own or trained_on.get("converts", False)
     if not converts and chosen.channels() != preprocessing.channels:
