@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -430,14 +431,14 @@ def test_the_command(pictures, vae, tmp_path):
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("{")]
     assert json.loads(line)["images"] == {"test": 3, "train": 12} and "5.png" in result.stderr
     for flags, message in (
-        (["--size", "9"], "size must be divisible by 2, by which the VAE shrinks images, got 9x9"),
-        (["--size", "8x"], "--size takes N or HxW in pixels, got '8x'"),
-        (["--size", "8", "--dtype", "fp8"], "dtype must be fp32 or bf16 or fp16, got 'fp8'"),
-        (["--size", "8", "--precision", "fp16"], "precision must be fp32 or bf16, got 'fp16'"),
-        (["--size", "8", "--shard-size", "0"], "shard_size must be from 1 on, got 0"),
-        (["--size", "8", "--batch-size", "0"], "batch_size must be from 1 on, got 0"),
-        (["--size", "8", "--split", "val"], "has no split 'val'; it has train, test"),
-        (["--size", "8"], "begun otherwise: with dtype fp16, not fp32"),
+        (["--size", "9"], r"size .* 2\b.* 9x9"),
+        (["--size", "8x"], "--size .*'8x'"),
+        (["--size", "8", "--dtype", "fp8"], "dtype .*'fp8'"),
+        (["--size", "8", "--precision", "fp16"], "precision .*'fp16'"),
+        (["--size", "8", "--shard-size", "0"], "shard_size .* 0"),
+        (["--size", "8", "--batch-size", "0"], "batch_size .* 0"),
+        (["--size", "8", "--split", "val"], "split 'val'.*train, test"),
+        (["--size", "8"], "dtype fp16, not fp32"),
     ):
         result = CliRunner().invoke(app, [*command, *flags])
-        assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+        assert result.exit_code == 2 and re.search(message, " ".join(result.output.split())), result.output
