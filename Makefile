@@ -9,12 +9,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 MAIN := $(PYTEST) -n 2
 WITH_TIMM := PYTHONPATH=.timm $(PYTEST)
 WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST)
+CPU_SOURCES := $(wildcard src/gspn/kernels/cpu/*.* src/gspn/kernels/cpu/*/*.*)
 TRITON_TESTS := $(wildcard tests/kernels/test_triton*.py)
 
 .PHONY: quickstart test test-all lint clean
 
 # Reinstalls where sources that are compiled, or what is depended on, have changed; Python sources are used in place.
-.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/gspn/kernels/cpu/*)
+.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(CPU_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,onnx,diffusion,dev]"
 	touch $@
@@ -41,6 +42,7 @@ test test-all: .venv/.installed .timm/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPU_SOURCES)
 
 clean:
 	rm -rf .venv .timm build dist runs

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def test_the_library_needs_neither_torch_nor_python():
     assert not [name for name in needed if "torch" in name or "python" in name or "c10" in name]
 
 
+def test_a_source_distribution_holds_every_source(tmp_path, monkeypatch):
+    build = pytest.importorskip("scikit_build_core.build")
+    monkeypatch.chdir(ROOT)
+    with tarfile.open(tmp_path / build.build_sdist(str(tmp_path))) as archive:
+        found = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "src/gspn/kernels/cpu").rglob("*.*")}
+    assert {"src/gspn/kernels/cpu/scan/tiles.h", "src/gspn/kernels/cpu/propagate/gemm.h"} <= sources <= found
+
+
 @pytest.mark.slow
 def test_installation_without_a_compiler(tmp_path):
     """The package installs where CMake finds no compiler, and says what is missing."""
@@ -90,7 +100,7 @@ def test_installation_without_a_compiler(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     site = next((tmp_path / "venv").glob("lib*/python*/site-packages/gspn"))
-    assert not list(site.rglob("*.so")) and not list(site.rglob("*.cpp"))
+    assert not [path for ending in ("*.so", "*.cpp", "*.h") for path in site.rglob(ending)]
     assert (site / "__init__.pyi").exists() and (site / "py.typed").exists()
     code = "import gspn; print(gspn.__file__); print(gspn.available_backends()['cpu'])"
     environment["PYTHONPATH"] = os.pathsep.join([str(site.parent), environment["PYTHONPATH"]])

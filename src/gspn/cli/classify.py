@@ -115,8 +115,6 @@ def _refuse(problems, options):
 def show(options):
     """Draw where the context of one pixel of IMAGE comes from, in each direction and merged."""
     image, picture = options.image, options.out or options.run / f"context-{options.image.stem}.png"
-    if reason := missing(image):
-        raise OptionError(f"{image} cannot be read as an image: {reason}")
     from gspn.files import check_absent
 
     check_absent(picture, overwrite=options.overwrite)

@@ -23,7 +23,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 _VIEW = 7  # words of a GspnView
 _NO_VIEW = (0,) * _VIEW
 _SCAN_WORDS = struct.Struct(f"={15 + 8 * _VIEW}q")  # GspnScanArgs in cpu/api.h
-_PROPAGATE_WORDS = struct.Struct(f"={17 + 6 * _VIEW + 8}q")  # GspnPropagateArgs in cpu/propagate_api.h
+_PROPAGATE_WORDS = struct.Struct(f"={17 + 6 * _VIEW + 8}q")  # GspnPropagateArgs in cpu/api.h
 _STATUS = {1: "out of memory for scratch buffers", 2: "bad argument"}  # GspnStatus in cpu/api.h
 
 

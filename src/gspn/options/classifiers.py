@@ -15,7 +15,7 @@ from gspn.options.base import (
     parse_sizes,
 )
 from gspn.options.training import DATA_HELP, ReadOptions
-from gspn.places import OptionError, check_named, check_run
+from gspn.places import OptionError, check_named, check_run, missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,8 @@ class ShowOptions(WriteOptions, RunOptions):
 
     def check_paths(self):
         super().check_paths()
-        if not self.image.exists():
-            raise OptionError(f"{self.image} cannot be read as an image: there is no such file")
+        if reason := missing(self.image):
+            raise OptionError(f"{self.image} cannot be read as an image: {reason}")
 
 
 # The options of `gspn export` that only some formats have, and these formats.

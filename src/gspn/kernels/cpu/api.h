@@ -15,8 +15,8 @@ enum GspnStatus { GSPN_OK = 0, GSPN_NO_MEMORY = 1, GSPN_BAD_ARGUMENT = 2 };
 // A tensor: where it lies and its strides in elements. A tensor without some of these axes has stride 0 there.
 // "channel" is the group axis of the weights; "neighbour" is the axis of size 3 (previous, same, next place).
 struct GspnView {
-  void* data;
-  int64_t batch, direction, channel, neighbour, row, column;
+    void* data;
+    int64_t batch, direction, channel, neighbour, row, column;
 };
 
 // line_scan and gated_scan. The state is double for double maps, else float. In line_scan weights are used as they are
@@ -24,12 +24,40 @@ struct GspnView {
 // the directions are summed, is of the state's. dweights is of the state's type if channels share weights, in whose
 // gradients they are summed, else of the weights'.
 struct GspnScanArgs {
-  int64_t isa, threads;
-  int64_t gated;                  // 1: gated_scan, 0: line_scan
-  int64_t dtype;                  // GspnDtype of the maps
-  int64_t batch, directions, channels, groups, height, width;
-  int64_t segment;                // lines between two resets of the state; 0: never
-  int64_t direction[4];
-  GspnView x, gate, weights, h;
-  GspnView grad_h, dx, dgate, dweights;  // backward only
+    int64_t isa, threads;
+    int64_t gated;  // 1: gated_scan, 0: line_scan
+    int64_t dtype;  // GspnDtype of the maps
+    int64_t batch, directions, channels, groups, height, width;
+    int64_t segment;  // lines between two resets of the state; 0: never
+    int64_t direction[4];
+    GspnView x, gate, weights, h;
+    GspnView grad_h, dx, dgate, dweights;  // backward only
+};
+
+// propagate: the projection-fused propagation.
+//
+//     y = sum over d of (output_proj[d] proxy) * h_d + (skip_proj proxy) * x
+//     h_d[p,t] = wl h_d[p-1,t-1] + wm h_d[p,t-1] + wr h_d[p+1,t-1] + (input_proj[d] proxy)[p,t] x[p,t]
+//
+// with wl, wm, wr the normalised sigmoids of weight_proj[d] proxy. Nothing of the size of the projected maps is ever
+// written: they live in the first-level cache, a strip of pixels at a time.
+//
+// Maps have the type `dtype` (their views' direction and neighbour strides are not used). Projections and their
+// gradients are contiguous float (double where dtype is GSPN_FLOAT64). Gradients are overwritten, never added to.
+struct GspnPropagateArgs {
+    int64_t isa, threads;
+    int64_t backward;                   // for propagate_scratch only
+    int64_t dtype;                      // GspnDtype
+    int64_t batch, channels, features;  // features: channels of the proxy
+    int64_t groups, height, width;
+    int64_t segment;    // lines between two resets of the state; 0: never
+    int64_t workspace;  // bytes of scratch that more threads may not exceed; 0: 256 MiB
+    int64_t directions, direction[4];
+    GspnView x, proxy;
+    GspnView y;                                                    // forward only
+    GspnView grad_y, dx, dproxy;                                   // backward only
+    const void* weight_proj;                                       // (D,3,G,S), D directions, S features
+    const void *input_proj, *output_proj;                          // (D,C,S)
+    const void* skip_proj;                                         // (C,S) or null
+    void *dweight_proj, *dinput_proj, *doutput_proj, *dskip_proj;  // backward only
 };

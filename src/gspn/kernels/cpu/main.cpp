@@ -1,7 +1,6 @@
 // Entry points: choose the instruction set, run the tasks on threads, own the scratch memory.
 #include "api.h"
 #include "parallel.h"
-#include "propagate_api.h"
 
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -11,46 +10,46 @@
 #else
 #define GSPN_FOR_EACH_ISA(X) X(gspn_portable)
 #endif
-#define GSPN_DECLARE(isa)                                \
-  namespace isa {                                        \
-  int64_t scan_forward(const GspnScanArgs&);             \
-  int64_t scan_backward(const GspnScanArgs&);            \
-  int64_t propagate(const GspnPropagateArgs&);           \
-  int64_t propagate_backward(const GspnPropagateArgs&);  \
-  int64_t propagate_scratch(const GspnPropagateArgs&);   \
-  }
+#define GSPN_DECLARE(isa)                                 \
+    namespace isa {                                       \
+    int64_t scan_forward(const GspnScanArgs&);            \
+    int64_t scan_backward(const GspnScanArgs&);           \
+    int64_t propagate(const GspnPropagateArgs&);          \
+    int64_t propagate_backward(const GspnPropagateArgs&); \
+    int64_t propagate_scratch(const GspnPropagateArgs&);  \
+    }
 GSPN_FOR_EACH_ISA(GSPN_DECLARE)
 
 namespace {
 
 struct Kernels {
-  int64_t (*scan_forward)(const GspnScanArgs&);
-  int64_t (*scan_backward)(const GspnScanArgs&);
-  int64_t (*propagate)(const GspnPropagateArgs&);
-  int64_t (*propagate_backward)(const GspnPropagateArgs&);
-  int64_t (*propagate_scratch)(const GspnPropagateArgs&);
+    int64_t (*scan_forward)(const GspnScanArgs&);
+    int64_t (*scan_backward)(const GspnScanArgs&);
+    int64_t (*propagate)(const GspnPropagateArgs&);
+    int64_t (*propagate_backward)(const GspnPropagateArgs&);
+    int64_t (*propagate_scratch)(const GspnPropagateArgs&);
 };
 #define GSPN_TABLE(isa) \
-  {isa::scan_forward, isa::scan_backward, isa::propagate, isa::propagate_backward, isa::propagate_scratch},
+    {isa::scan_forward, isa::scan_backward, isa::propagate, isa::propagate_backward, isa::propagate_scratch},
 const Kernels kernels[] = {GSPN_FOR_EACH_ISA(GSPN_TABLE)};
 
 int64_t best_isa() {
 #ifdef GSPN_X86
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return GSPN_ISA_PORTABLE;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return avx512 ? GSPN_ISA_AVX512 : GSPN_ISA_AVX2;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return GSPN_ISA_PORTABLE;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return avx512 ? GSPN_ISA_AVX512 : GSPN_ISA_AVX2;
 #else
-  return GSPN_ISA_PORTABLE;
+    return GSPN_ISA_PORTABLE;
 #endif
 }
 
 // Null if this machine does not have the instruction set.
 const Kernels* kernels_for(int64_t isa) {
-  static const int64_t best = best_isa();
-  if (isa == GSPN_ISA_BEST) isa = best;
-  return isa >= 0 && isa <= best ? &kernels[isa] : nullptr;
+    static const int64_t best = best_isa();
+    if (isa == GSPN_ISA_BEST) isa = best;
+    return isa >= 0 && isa <= best ? &kernels[isa] : nullptr;
 }
 
 // ---- scratch -------------------------------------------------------------------------------------------------------
@@ -60,47 +59,47 @@ constexpr int64_t kPage = 4096, kHugePage = int64_t(2) << 20;
 int64_t scratch_now = 0, scratch_peak = 0;  // bytes over all threads; atomic
 
 void count_scratch(int64_t change) {
-  const int64_t now = __atomic_add_fetch(&scratch_now, change, __ATOMIC_RELAXED);
-  int64_t peak = __atomic_load_n(&scratch_peak, __ATOMIC_RELAXED);
-  while (now > peak &&
-         !__atomic_compare_exchange_n(&scratch_peak, &peak, now, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
+    const int64_t now = __atomic_add_fetch(&scratch_now, change, __ATOMIC_RELAXED);
+    int64_t peak = __atomic_load_n(&scratch_peak, __ATOMIC_RELAXED);
+    while (now > peak &&
+           !__atomic_compare_exchange_n(&scratch_peak, &peak, now, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
 }
 
 // A buffer that grows and is kept: fresh memory costs a page fault for every page, often more than the kernel does.
 class Buffer {
- public:
-  ~Buffer() { release(); }
+public:
+    ~Buffer() { release(); }
 
-  char* reserve(int64_t bytes) {
-    if (bytes <= size_) return data_;
-    release();
-    const int64_t page = bytes >= 2 * kHugePage ? kHugePage : kPage, rounded = (bytes + page - 1) / page * page;
-    void* data = nullptr;
-    if (posix_memalign(&data, size_t(page), size_t(rounded)) != 0) return nullptr;
+    char* reserve(int64_t bytes) {
+        if (bytes <= size_) return data_;
+        release();
+        const int64_t page = bytes >= 2 * kHugePage ? kHugePage : kPage, rounded = (bytes + page - 1) / page * page;
+        void* data = nullptr;
+        if (posix_memalign(&data, size_t(page), size_t(rounded)) != 0) return nullptr;
 #ifdef MADV_HUGEPAGE
-    if (page == kHugePage) madvise(data, size_t(rounded), MADV_HUGEPAGE);
+        if (page == kHugePage) madvise(data, size_t(rounded), MADV_HUGEPAGE);
 #endif
-    data_ = static_cast<char*>(data);
-    size_ = rounded;
-    count_scratch(size_);
-    return data_;
-  }
+        data_ = static_cast<char*>(data);
+        size_ = rounded;
+        count_scratch(size_);
+        return data_;
+    }
 
-  void trim() {
-    if (size_ > kKeepBytes) release();
-  }
+    void trim() {
+        if (size_ > kKeepBytes) release();
+    }
 
- private:
-  void release() {
-    free(data_);
-    count_scratch(-size_);
-    data_ = nullptr;
-    size_ = 0;
-  }
+private:
+    void release() {
+        free(data_);
+        count_scratch(-size_);
+        data_ = nullptr;
+        size_ = 0;
+    }
 
-  char* data_ = nullptr;
-  int64_t size_ = 0;
+    char* data_ = nullptr;
+    int64_t size_ = 0;
 };
 
 thread_local Buffer task_buffer, whole_call_buffer;
@@ -111,39 +110,39 @@ thread_local int64_t threads_to_trim = 0;  // of the call that this thread is ma
 namespace gspn {
 
 int64_t parallel_for(int64_t tasks, int64_t threads, int64_t scratch_bytes, TaskBody body, const void* context) {
-  if (tasks <= 0) return GSPN_OK;
-  if (threads > tasks) threads = tasks;
-  if (scratch_bytes > kKeepBytes && threads > threads_to_trim) threads_to_trim = threads;
-  if (threads <= 1) {
-    char* scratch = task_buffer.reserve(scratch_bytes + 1);
-    if (!scratch) return GSPN_NO_MEMORY;
-    for (int64_t task = 0; task < tasks; task++) body(context, task, scratch);
-    return GSPN_OK;
-  }
-  int64_t status = GSPN_OK;
-#pragma omp parallel num_threads(int(threads))
-  {
-    char* scratch = task_buffer.reserve(scratch_bytes + 1);
-    if (!scratch) __atomic_store_n(&status, int64_t(GSPN_NO_MEMORY), __ATOMIC_RELAXED);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) {
-      if (scratch) body(context, task, scratch);
+    if (tasks <= 0) return GSPN_OK;
+    if (threads > tasks) threads = tasks;
+    if (scratch_bytes > kKeepBytes && threads > threads_to_trim) threads_to_trim = threads;
+    if (threads <= 1) {
+        char* scratch = task_buffer.reserve(scratch_bytes + 1);
+        if (!scratch) return GSPN_NO_MEMORY;
+        for (int64_t task = 0; task < tasks; task++) body(context, task, scratch);
+        return GSPN_OK;
     }
-  }
-  return status;
+    int64_t status = GSPN_OK;
+#pragma omp parallel num_threads(int(threads))
+    {
+        char* scratch = task_buffer.reserve(scratch_bytes + 1);
+        if (!scratch) __atomic_store_n(&status, int64_t(GSPN_NO_MEMORY), __ATOMIC_RELAXED);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) {
+            if (scratch) body(context, task, scratch);
+        }
+    }
+    return status;
 }
 
 char* call_buffer(int64_t bytes) { return whole_call_buffer.reserve(bytes + 1); }
 
 void end_call() {
-  whole_call_buffer.trim();
-  if (threads_to_trim <= 1) {
-    task_buffer.trim();
-  } else {
+    whole_call_buffer.trim();
+    if (threads_to_trim <= 1) {
+        task_buffer.trim();
+    } else {
 #pragma omp parallel num_threads(int(threads_to_trim))
-    task_buffer.trim();
-  }
-  threads_to_trim = 0;
+        task_buffer.trim();
+    }
+    threads_to_trim = 0;
 }
 
 }  // namespace gspn
@@ -158,19 +157,19 @@ GSPN_EXPORT int64_t gspn_best_isa(void) { return best_isa(); }
 
 // The most scratch memory held at once since the last reset, in bytes, over all threads.
 GSPN_EXPORT int64_t gspn_scratch_peak(int64_t reset) {
-  const int64_t peak = __atomic_load_n(&scratch_peak, __ATOMIC_RELAXED);
-  if (reset) __atomic_store_n(&scratch_peak, __atomic_load_n(&scratch_now, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
-  return peak;
+    const int64_t peak = __atomic_load_n(&scratch_peak, __ATOMIC_RELAXED);
+    if (reset) __atomic_store_n(&scratch_peak, __atomic_load_n(&scratch_now, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
+    return peak;
 }
 
 #define GSPN_ENTRY(name, Args)                          \
-  GSPN_EXPORT int64_t gspn_##name(const Args* args) {   \
-    const Kernels* chosen = kernels_for(args->isa);     \
-    if (!chosen) return GSPN_BAD_ARGUMENT;              \
-    const int64_t result = chosen->name(*args);         \
-    gspn::end_call();                                   \
-    return result;                                      \
-  }
+    GSPN_EXPORT int64_t gspn_##name(const Args* args) { \
+        const Kernels* chosen = kernels_for(args->isa); \
+        if (!chosen) return GSPN_BAD_ARGUMENT;          \
+        const int64_t result = chosen->name(*args);     \
+        gspn::end_call();                               \
+        return result;                                  \
+    }
 GSPN_ENTRY(scan_forward, GspnScanArgs)
 GSPN_ENTRY(scan_backward, GspnScanArgs)
 GSPN_ENTRY(propagate, GspnPropagateArgs)

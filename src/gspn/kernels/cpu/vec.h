@@ -27,8 +27,12 @@ namespace {
 
 // Types
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
 
 constexpr int kVectorBytes = 4 * GSPN_LANES;
 typedef float vf __attribute__((vector_size(4 * GSPN_LANES)));
@@ -38,11 +42,15 @@ typedef uint32_t vu32 __attribute__((vector_size(4 * GSPN_LANES)));
 typedef int64_t vi64 __attribute__((vector_size(4 * GSPN_LANES)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * GSPN_LANES)));  // as many as float lanes: 16-bit storage
 
+template <class A, class V> struct ComputedAs {
+    typedef A acc;
+    typedef V vec;
+};
 template <class T> struct Traits;
-template <> struct Traits<float>  { typedef float acc;  typedef vf vec; };
-template <> struct Traits<bf16>   { typedef float acc;  typedef vf vec; };
-template <> struct Traits<fp16>   { typedef float acc;  typedef vf vec; };
-template <> struct Traits<double> { typedef double acc; typedef vd vec; };
+template <> struct Traits<float> : ComputedAs<float, vf> {};
+template <> struct Traits<bf16> : ComputedAs<float, vf> {};
+template <> struct Traits<fp16> : ComputedAs<float, vf> {};
+template <> struct Traits<double> : ComputedAs<double, vd> {};
 template <class T> using Acc = typename Traits<T>::acc;
 template <class T> using VecOf = typename Traits<T>::vec;
 template <class T> constexpr int kLanes = kVectorBytes / (int)sizeof(Acc<T>);
@@ -95,7 +103,11 @@ GSPN_INLINE vu16 narrow_fp16(vf v) {
 // Loads and stores, anywhere in memory: load(p), store(p, v), and for the first n lanes only load_n, store_n (the
 // other lanes read as 0)
 
-template <class V, class P> GSPN_INLINE V load_bits(const P* p) { V v; __builtin_memcpy(&v, p, sizeof v); return v; }
+template <class V, class P> GSPN_INLINE V load_bits(const P* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
 template <class V, class P> GSPN_INLINE void store_bits(P* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
 GSPN_INLINE vf load(const float* p) { return load_bits<vf>(p); }
@@ -148,10 +160,12 @@ GSPN_INLINE void store_n(fp16* p, vf v, int n) { store_bits_n(p, narrow_fp16(v),
 
 // All lanes or the first n, decided at compile time: for loops whose last step is partial.
 template <bool PARTIAL, class T> GSPN_INLINE VecOf<T> load_if(const T* p, int n) {
-    if constexpr (PARTIAL) return load_n(p, n); else return load(p);
+    if constexpr (PARTIAL) return load_n(p, n);
+    else return load(p);
 }
 template <bool PARTIAL, class T> GSPN_INLINE void store_if(T* p, VecOf<T> v, int n) {
-    if constexpr (PARTIAL) store_n(p, v, n); else store(p, v);
+    if constexpr (PARTIAL) store_n(p, v, n);
+    else store(p, v);
 }
 
 // One element of storage, exactly as the vectors convert it
@@ -234,7 +248,9 @@ GSPN_INLINE vd reciprocal(vd q) { return 1.0 / q; }
 // Lists of lane numbers for shuffles
 template <int... I> struct Lanes {};
 template <int N, int... I> struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
-template <int... I> struct MakeLanes<0, I...> { typedef Lanes<I...> type; };
+template <int... I> struct MakeLanes<0, I...> {
+    typedef Lanes<I...> type;
+};
 
 // Lane j is p[j % R]: one broadcasting load for any power of two R.
 template <int R, class A, int... I> GSPN_INLINE VecOf<A> repeat_lanes(const A* p, Lanes<I...>) {
@@ -272,15 +288,14 @@ template <int STEP, class V, int... I> GSPN_INLINE void exchange(V& a, V& b, Lan
 
 template <int STEP, class V> GSPN_INLINE void transpose_round(V* v) {
     constexpr int n = sizeof(V) / sizeof(v[0][0]);
-    _Pragma("GCC unroll 16") for (int i = 0; i < n; i++)
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++)
         if (!(i & STEP)) exchange<STEP>(v[i], v[i + STEP], typename MakeLanes<n>::type{});
     if constexpr (STEP > 1) transpose_round<STEP / 2>(v);
 }
 
 // v[i][j] <-> v[j][i] for a square of lanes x lanes elements
-template <class V> GSPN_INLINE void transpose(V* v) {
-    transpose_round<(int)(sizeof(V) / sizeof(v[0][0])) / 2>(v);
-}
+template <class V> GSPN_INLINE void transpose(V* v) { transpose_round<(int)(sizeof(V) / sizeof(v[0][0])) / 2>(v); }
 
 }  // namespace
 }  // namespace GSPN_NS

@@ -109,7 +109,7 @@ def _backward(work, piece, proxy, projections, grad, entered, adjoint, dx, dprox
     return strip and strip.left
 
 
-def _bytes_each(x, weight_proj, count, gate_bytes, backward) -> int:
+def _workspace_bytes_per_pixel(x, weight_proj, count, gate_bytes, backward) -> int:
     """Workspace for a pixel of `count` directions: projections (with the skip's), their features and h, and with
     `backward` the gradients of all of these and of what the scans take in."""
     channels, narrow, wide = x.shape[1], x.element_size(), state_dtype(x.dtype).itemsize
@@ -125,9 +125,10 @@ def _images_at_once(x, weight_proj, count, workspace_mib, *, backward) -> int:
     lines; in equal parts."""
     batch, channels, height, width = x.shape
     narrow, wide = x.element_size(), state_dtype(x.dtype).itemsize
-    together = _bytes_each(x, weight_proj, count, narrow, backward)
-    alone = _bytes_each(x, weight_proj, 1, narrow, backward) + channels * wide * (wide > narrow and not backward)
-    strip = _bytes_each(x, weight_proj, 1, narrow if backward else wide, backward)
+    together = _workspace_bytes_per_pixel(x, weight_proj, count, narrow, backward)
+    sums = channels * wide * (wide > narrow and not backward)
+    alone = _workspace_bytes_per_pixel(x, weight_proj, 1, narrow, backward) + sums
+    strip = _workspace_bytes_per_pixel(x, weight_proj, 1, narrow if backward else wide, backward)
     sizes = (height * width * together, height * width * alone, LINES * max(height, width) * strip)
     images = next((n for n in ((workspace_mib << 20) // max(size, 1) for size in sizes) if n), 1)
     return -(-batch // -(-batch // min(images, batch))) if batch else 1
@@ -179,12 +180,12 @@ class _Work(NamedTuple):
         batch, channels, height, width = x.shape
         narrow, wide = x.element_size(), state_dtype(x.dtype).itemsize
         pixels, room = batch * height * width, workspace_mib << 20
-        if pixels * _bytes_each(x, weight_proj, len(directions), narrow, backward) <= room:
+        if pixels * _workspace_bytes_per_pixel(x, weight_proj, len(directions), narrow, backward) <= room:
             return cls(x, directions, segment, True, None, False, x.dtype)
         sums = wide > narrow and not backward
-        if pixels * (_bytes_each(x, weight_proj, 1, narrow, backward) + sums * channels * wide) <= room:
+        if pixels * (_workspace_bytes_per_pixel(x, weight_proj, 1, narrow, backward) + sums * channels * wide) <= room:
             return cls(x, directions, segment, False, None, sums, x.dtype)
-        one = _bytes_each(x, weight_proj, 1, narrow if backward else wide, backward)
+        one = _workspace_bytes_per_pixel(x, weight_proj, 1, narrow if backward else wide, backward)
         longest = max(width if d % 2 else height for d in directions)
         lines = max(room // max(batch * longest * one, 1), 1)
         if segment is not None and segment <= lines:

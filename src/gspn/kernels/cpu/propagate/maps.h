@@ -1,8 +1,7 @@
 // Moving rows of pixels between maps of any strides and the packed form that the kernels work on: for each pixel one
 // vector with the values of (up to) as many channels as it has lanes.
 #pragma once
-#include "api.h"
-#include "vec.h"
+#include "common.h"
 
 namespace GSPN_NS {
 namespace {
@@ -17,11 +16,10 @@ constexpr int64_t kPixelsAhead = 16;
 
 // Channels lie side by side (channels_last): one load for each pixel.
 template <class T>
-static void pack_adjacent_channels(
-    const T* from, int64_t column, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
+void pack_adjacent_channels(const T* from, int64_t column, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
     if (n == kLanes<T>)
         for (int64_t i = 0; i < pixels; i++) {
-            __builtin_prefetch(from + (i + kPixelsAhead) * column);
+            prefetch(from + (i + kPixelsAhead) * column);
             store(to + i * step, load(from + i * column));
         }
     else
@@ -30,14 +28,13 @@ static void pack_adjacent_channels(
 
 // Pixels lie side by side (channels_first): squares of lanes x lanes are transposed in registers.
 template <class T>
-static void pack_adjacent_pixels(
-    const T* from, int64_t channel, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
+void pack_adjacent_pixels(const T* from, int64_t channel, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
     constexpr int L = kLanes<T>;
     for (int64_t i = 0; i < pixels; i += L) {
-        const int m = pixels - i < L ? (int)(pixels - i) : L;
+        const int m = int(min(L, pixels - i));
         VecOf<T> square[L];
         for (int c = 0; c < L; c++) {
-            if (c >= n) square[c] = zero<VecOf<T>>();
+            if (c >= n) square[c] = VecOf<T>{};
             else if (m == L) square[c] = load(from + c * channel + i);
             else square[c] = load_n(from + c * channel + i, m);
         }
@@ -49,7 +46,7 @@ static void pack_adjacent_pixels(
 // n channels (at most the lanes) of a row of pixels, `step` elements apart in `to`; of every pixel `width` lanes are
 // written, those beyond n with 0.
 template <class T>
-static __attribute__((noinline)) void pack_row(
+__attribute__((noinline)) void pack_row(
     const T* from, int64_t channel, int64_t column, int n, int width, int64_t pixels, Acc<T>* to, int64_t step) {
     if (channel == 1 || n == 1) return pack_adjacent_channels(from, column, n, width, pixels, to, step);
     if (column == 1) return pack_adjacent_pixels(from, channel, n, width, pixels, to, step);
@@ -59,20 +56,20 @@ static __attribute__((noinline)) void pack_row(
 
 // The way back; `from` holds whole vectors, `step` elements apart, one for each pixel.
 template <class T>
-static __attribute__((noinline)) void unpack_row(
+__attribute__((noinline)) void unpack_row(
     const Acc<T>* from, int64_t step, T* to, int64_t channel, int64_t column, int n, int64_t pixels) {
     constexpr int L = kLanes<T>;
     if (channel == 1) {
         if (n == L)
             for (int64_t i = 0; i < pixels; i++) {
-                __builtin_prefetch(to + (i + kPixelsAhead) * column, 1);
+                prefetch_write(to + (i + kPixelsAhead) * column);
                 store(to + i * column, load(from + i * step));
             }
         else
             for (int64_t i = 0; i < pixels; i++) store_n(to + i * column, load(from + i * step), n);
     } else if (column == 1) {
         for (int64_t i = 0; i < pixels; i += L) {
-            const int m = pixels - i < L ? (int)(pixels - i) : L;
+            const int m = int(min(L, pixels - i));
             VecOf<T> square[L];
             for (int j = 0; j < L; j++) square[j] = load(from + (i + (j < m ? j : 0)) * step);
             transpose(square);
@@ -91,16 +88,14 @@ static __attribute__((noinline)) void unpack_row(
 // are compiled for two accumulator types instead of four data types.
 
 template <class T> GSPN_INLINE T* row_of(const GspnView& map, int64_t image, int64_t channel, int64_t row) {
-    return (T*)map.data + image * map.batch + channel * map.channel + row * map.row;
+    return static_cast<T*>(map.data) + image * map.batch + channel * map.channel + row * map.row;
 }
 
 template <class A>
-static void pack_map_row(
+void pack_map_row(
     int64_t dtype, const GspnView& map, int64_t image, int64_t channel, int64_t row, int n, int width, int64_t pixels,
     A* to, int64_t step) {
-    const auto pack = [&](auto* first) {
-        pack_row(first, map.channel, map.column, n, width, pixels, to, step);
-    };
+    const auto pack = [&](auto* first) { pack_row(first, map.channel, map.column, n, width, pixels, to, step); };
     if constexpr (sizeof(A) == 8) pack(row_of<const double>(map, image, channel, row));
     else if (dtype == GSPN_BFLOAT16) pack(row_of<const bf16>(map, image, channel, row));
     else if (dtype == GSPN_FLOAT16) pack(row_of<const fp16>(map, image, channel, row));
@@ -108,7 +103,7 @@ static void pack_map_row(
 }
 
 template <class A>
-static void unpack_map_row(
+void unpack_map_row(
     int64_t dtype, const A* from, int64_t step, const GspnView& map, int64_t image, int64_t channel, int64_t row, int n,
     int64_t pixels) {
     const auto unpack = [&](auto* first) { unpack_row(from, step, first, map.channel, map.column, n, pixels); };

@@ -1,0 +1,381 @@
+// propagate, backward. Nothing but x and the proxy comes from the forward: in every direction the states are computed
+// again (of one block of channels at a time), then the lines are scanned backwards, and the gradients of the projected
+// maps go, strip by strip out of the first-level cache, into those of the projections and of the proxy.
+//
+// Sums over images, blocks and directions must not depend on which thread comes first. So work is dealt out in advance
+// to a team of workers, and what several workers add to has a copy for each of them, added up in order at the end.
+#pragma once
+#include "propagate/forward.h"
+
+namespace GSPN_NS {
+namespace {
+
+constexpr int64_t kBackwardStrip = 32;
+
+// The backward scan needs the projected maps again. From this many features on it is faster to keep those of a
+// direction than to project twice, as long as they fit the second-level cache about.
+constexpr int64_t kKeepFeatures = 12, kKeepMapsBytes = int64_t(4) << 20;
+
+template <int OUT, bool START, class A>
+void backward_strip(
+    int64_t n, bool first, bool last, const A* maps, const A* now, const A* before, A* message,
+    Carried<VecOf<A>>& carried, const A* x, const A* grad_y, A* dmaps, A* dx, int64_t step) {
+    constexpr int L = kLanes<A>, columns = columns_of(OUT, START);
+    if (first && last && n == 1)
+        return backward_pixel<START, kOnly, OUT>(maps, now, before, message, carried, x, grad_y, dmaps, dx);
+    Carried<VecOf<A>> c = carried;  // a copy of its own stays in registers
+    int64_t i = 0;
+    if (first) backward_pixel<START, kFirst, OUT>(maps, now, before, message, c, x, grad_y, dmaps, dx), i = 1;
+    for (; i < n - last; i++) {
+        const int64_t m = i * columns * L, s = i * L, at = i * step;
+        backward_pixel<START, kInside, OUT>(
+            maps + m, now + s, before + s, message + s, c, x + at, grad_y + at, dmaps + m, dx + at);
+    }
+    if (last) {
+        const int64_t m = i * columns * L, s = i * L, at = i * step;
+        backward_pixel<START, kLast, OUT>(
+            maps + m, now + s, before + s, message + s, c, x + at, grad_y + at, dmaps + m, dx + at);
+    }
+    carried = c;
+}
+
+// Lanes without a channel multiply 0 by whatever the proxy is; a NaN must not get from there into the proxy's gradient.
+template <class A> void clear_lanes(int64_t vectors, int lanes, A* p) {
+    constexpr int L = kLanes<A>;
+    for (int64_t i = 0; i < vectors; i++)
+        for (int c = lanes; c < L; c++) p[i * L + c] = 0;
+}
+
+template <class A> struct Backward {
+    static constexpr int L = kLanes<A>;
+
+    // The team: worker i of `images` has images i, i + images, ...; it has a range of blocks and a range of directions.
+    struct Team {
+        int64_t images, blocks, parts;
+        int64_t workers() const { return images * blocks * parts; }
+        int64_t proxy_copies() const { return blocks * parts; }
+    };
+
+    Call<A>& call;
+    const bool keep;  // projected maps, of all lines of a direction
+    Team team;
+    A* dw = nullptr;        // [worker among images][scan][block][features][columns][lanes]
+    A* dproxy = nullptr;    // [worker among blocks and parts][image of the round][row][column][lanes of the features]
+    A* dx_parts = nullptr;  // [image of the round][block][part][packed block], where there are parts
+
+    struct Scratch {
+        A *x, *grad_y, *dx, *h, *message, *maps, *dmaps, *w, *wt;
+        Scratch(const Backward& self, Carver carver) {
+            const Call<A>& call = self.call;
+            x = carver.take<A>(call.packed_size());
+            grad_y = carver.take<A>(call.packed_size());
+            dx = carver.take<A>(self.team.parts > 1 ? 0 : call.packed_size());
+            h = carver.take<A>(call.pixels * L);
+            message = carver.take<A>(max(call.height, call.width) * L);
+            maps = carver.take<A>(self.maps_size());
+            dmaps = carver.take<A>(kBackwardStrip * kMapsOfPixel);
+            w = carver.take<A>(call.w_size());
+            wt = carver.take<A>(call.wt_size());
+            bytes = carver.used;
+        }
+        int64_t bytes;
+    };
+
+    explicit Backward(Call<A>& p) : call(p), keep(keep_maps(p)), team{1, 1, 1} {
+        int64_t threads = call.useful_threads();
+        choose_team(threads);
+        while (threads > 1 && scratch_bytes(1) > call.workspace() - call.round_bytes()) choose_team(--threads);
+    }
+
+    static constexpr int64_t kMapsOfPixel = Call<A>::kMostColumns * L;
+    static bool keep_maps(const Call<A>& call) {
+        return call.features.count >= kKeepFeatures &&
+               call.pixels * kMapsOfPixel * int64_t(sizeof(A)) <= kKeepMapsBytes;
+    }
+    int64_t maps_size() const { return (keep ? call.pixels : max(kForwardStrip, kBackwardStrip)) * kMapsOfPixel; }
+
+    // The split that is ready first; among equals the one with the smallest buffers.
+    void choose_team(int64_t threads) {
+        int64_t best_time = INT64_MAX, best_bytes = INT64_MAX;
+        Team best = {1, 1, 1};
+        for (int64_t images = 1; images <= min(threads, max(1, call.batch)); images++)
+            for (int64_t blocks = 1; blocks <= min(threads / images, call.blocks); blocks++)
+                for (int64_t parts = 1; parts <= min(threads / images / blocks, call.directions); parts++) {
+                    int64_t time = 4 * ceil_div(call.batch, images) * ceil_div(call.blocks, blocks) *
+                                   ceil_div(call.directions, parts);
+                    if (parts > 1) time += time / 4;  // for the copies that parts of the directions write and add up
+                    team = {images, blocks, parts};
+                    const int64_t bytes = time <= best_time ? scratch_bytes(images) : 0;
+                    if (time > best_time || (time == best_time && bytes >= best_bytes)) continue;
+                    best = team, best_time = time, best_bytes = bytes;
+                }
+        team = best;
+    }
+
+    int64_t dw_at(int i, int64_t block) const {
+        const int64_t scans_before = (kNeighbours + 2) * i + (call.skip && i > 0);
+        const int64_t columns_before = call.blocks * scans_before + block * call.columns(i);
+        return columns_before * call.features.count * L;
+    }
+    int64_t dw_size() const { return dw_at(call.directions, 0); }
+    int64_t dproxy_size() const { return call.pixels * call.features.lanes(); }
+
+    __attribute__((noinline)) int64_t shared_bytes(int64_t images, Carver carver) {
+        dw = carver.take<A>(team.images * dw_size());
+        call.packed_proxy = carver.take<A>(call.packed_proxy_size(images));
+        dproxy = carver.take<A>(team.proxy_copies() * images * dproxy_size());
+        dx_parts = carver.take<A>(team.parts > 1 ? images * call.blocks * team.parts * call.packed_size() : 0);
+        return carver.used;
+    }
+    __attribute__((noinline)) int64_t scratch_bytes(int64_t images) {
+        return shared_bytes(images, Carver{nullptr}) + team.workers() * Scratch(*this, Carver{nullptr}).bytes;
+    }
+
+    // Images of a round: as many as the shared buffers may hold, but one for each worker
+    int64_t round_images() {
+        const int64_t fixed = shared_bytes(0, Carver{nullptr});
+        const int64_t each = shared_bytes(1, Carver{nullptr}) - fixed;
+        return max(1, min(call.batch, max(team.images, call.round_bytes() / each / team.images * team.images)));
+    }
+
+    int64_t run() {
+        const int64_t round = round_images(), threads = team.workers();
+        char* buffer = gspn::call_buffer(shared_bytes(round, Carver{nullptr}));
+        if (!buffer) return GSPN_NO_MEMORY;
+        shared_bytes(round, Carver{buffer});
+        const int64_t bytes = Scratch(*this, Carver{nullptr}).bytes;
+        int64_t status = GSPN_OK;
+        do {  // even without any image, for the gradients of the projections
+            call.count = min(round, call.batch - call.first);
+            status = pack_proxies(call, threads);
+            if (status == GSPN_OK) status = gspn::parallel_for(threads, threads, bytes, worker_task, this);
+            if (status == GSPN_OK) status = write_round(threads);
+            call.first += round;
+        } while (call.first < call.batch && status == GSPN_OK);
+        if (status == GSPN_OK) status = write_projections(threads);
+        return status;
+    }
+
+    // One worker's share of a round
+
+    static void worker_task(const void* context, int64_t worker, char* memory) {
+        const Backward& self = *static_cast<const Backward*>(context);
+        const Call<A>& call = self.call;
+        const Team& team = self.team;
+        const int64_t part = worker % team.parts, among_blocks = worker / team.parts % team.blocks;
+        const int64_t among_images = worker / team.parts / team.blocks;
+        const int begin = int(call.directions * part / team.parts);
+        const int end = int(call.directions * (part + 1) / team.parts);
+        const int64_t first_block = call.blocks * among_blocks / team.blocks;
+        const int64_t end_block = call.blocks * (among_blocks + 1) / team.blocks;
+
+        A* const dw = self.dw + among_images * self.dw_size();
+        if (call.first == 0)
+            for (int i = begin; i < end; i++) {
+                const int64_t from = self.dw_at(i, first_block), to = self.dw_at(i, end_block);
+                fill_zero(dw + from, to - from);
+            }
+        for (int64_t image = among_images; image < call.count; image += team.images) {
+            A* const dproxy = self.dproxy + ((worker % team.proxy_copies()) * call.count + image) * self.dproxy_size();
+            fill_zero(dproxy, self.dproxy_size());
+            for (int64_t block = first_block; block < end_block; block++) {
+                Scratch scratch(self, Carver{memory});
+                if (team.parts > 1)
+                    scratch.dx =
+                        self.dx_parts + ((image * call.blocks + block) * team.parts + part) * call.packed_size();
+                self.scan(Block{call.first + image, block, dw, dproxy, scratch}, begin, end);
+            }
+        }
+    }
+
+    // One block of one image, and where its gradients go
+    struct Block {
+        int64_t image, block;
+        A *dw, *dproxy;
+        Scratch scratch;
+    };
+
+    // The directions begin .. end - 1. Rows are packed and written as they are scanned where the direction allows.
+    void scan(const Block& b, int begin, int end) const {
+        const Scratch& scratch = b.scratch;
+        const bool pack_whole = call.scans[begin].horizontal;
+        const bool unpack_whole = call.scans[end - 1].horizontal;
+        if (pack_whole)
+            for (int64_t row = 0; row < call.height; row++) {
+                call.pack_block_row(call.args.x, b.image, b.block, row, scratch.x);
+                call.pack_block_row(call.args.grad_y, b.image, b.block, row, scratch.grad_y);
+            }
+        for (int i = begin; i < end; i++) {
+            pack_projections(call, i, b.block, scratch.w);
+            transpose_projections(call, i, scratch.w, scratch.wt);
+            scale_logits(call, i, scratch.w);
+            const Geometry& g = call.scans[i];
+            const bool pack_here = i == begin && !pack_whole;
+            const bool unpack_here = i == end - 1 && team.parts == 1 && !unpack_whole;
+            const Output output = i > begin ? kAdd : call.skip && i == 0 ? kSetWithSkip : kSet;
+            for (int64_t t = 0; t < g.lines; t++) {
+                if (pack_here) call.pack_block_row(call.args.x, b.image, b.block, g.index(t), scratch.x);
+                state_line(b, i, t, output);
+            }
+            fill_zero(scratch.message, g.places * L);
+            for (int64_t t = g.lines - 1; t >= 0; t--) {
+                if (pack_here) call.pack_block_row(call.args.grad_y, b.image, b.block, g.index(t), scratch.grad_y);
+                line_back(b, i, t, output);
+                if (unpack_here) call.unpack_block_row(call.args.dx, b.image, b.block, g.index(t), scratch.dx);
+            }
+        }
+        if (unpack_whole && team.parts == 1)
+            for (int64_t row = 0; row < call.height; row++)
+                call.unpack_block_row(call.args.dx, b.image, b.block, row, scratch.dx);
+    }
+
+    // The states of line t again
+    void state_line(const Block& b, int i, int64_t t, Output output) const {
+        const bool start = call.scans[i].starts_segment(t);
+        if (!keep) start ? state_line<kNone, true, false>(b, i, t) : state_line<kNone, false, false>(b, i, t);
+        else if (output == kSetWithSkip)
+            start ? state_line<kSetWithSkip, true, true>(b, i, t) : state_line<kSetWithSkip, false, true>(b, i, t);
+        else start ? state_line<kSet, true, true>(b, i, t) : state_line<kSet, false, true>(b, i, t);
+    }
+
+    // MAPS: the output whose maps are projected
+    template <int MAPS, bool START, bool KEEP> void state_line(const Block& b, int i, int64_t t) const {
+        const Geometry& g = call.scans[i];
+        const int64_t at = g.offset(t, call.pitch * L, L), from = START ? 0 : g.places * L;
+        A* const h = b.scratch.h + t * g.places * L;
+        A* const maps = b.scratch.maps + (KEEP ? t * g.places * kMapsOfPixel : 0);
+        forward_line<kNone, START, columns_of(MAPS, START), KEEP>(
+            g.places, line_projection(call, b.image, b.scratch.w, i, t), maps, h - from, h, b.scratch.x + at,
+            b.scratch.dx + at, g.place_stride(call.pitch * L, L), ahead_of(call, g));
+    }
+
+    void line_back(const Block& b, int i, int64_t t, Output output) const {
+        const bool start = call.scans[i].starts_segment(t);
+        if (output == kAdd) start ? line_back<kAdd, true>(b, i, t) : line_back<kAdd, false>(b, i, t);
+        else if (output == kSet) start ? line_back<kSet, true>(b, i, t) : line_back<kSet, false>(b, i, t);
+        else start ? line_back<kSetWithSkip, true>(b, i, t) : line_back<kSetWithSkip, false>(b, i, t);
+    }
+
+    // Strip by strip: scan, and pass the gradients on
+    template <int OUT, bool START> void line_back(const Block& b, int i, int64_t t) const {
+        constexpr int columns = columns_of(OUT, START);
+        const Geometry& g = call.scans[i];
+        const Scratch& s = b.scratch;
+        const LineProjection<A> projection = line_projection(call, b.image, b.scratch.w, i, t);
+        const int64_t proxy_step = projection.proxy_step, features = projection.features, w_step = projection.w_step;
+        const int64_t step = g.place_stride(call.pitch * L, L), at = g.offset(t, call.pitch * L, L);
+        const int64_t row = call.width * call.features.lanes();
+        const int64_t dproxy_step = g.place_stride(row, call.features.lanes());
+        const A* const h = s.h + t * g.places * L;
+        const A* const before = START ? h : h - g.places * L;
+        A* const dproxy = b.dproxy + g.offset(t, row, call.features.lanes());
+        A* const dw = b.dw + dw_at(i, b.block) + (START ? kNeighbours * L : 0);
+        const int lanes = call.lanes_of(b.block);
+
+        const Ahead ahead = ahead_of(call, g);
+        const int64_t ahead_dproxy = ahead.map / L * call.features.lanes();
+        Carried<VecOf<A>> carried = {};
+        for (int64_t p = 0; p < g.places; p += kBackwardStrip) {
+            const int64_t n = min(kBackwardStrip, g.places - p), q = at + p * step;
+            if (ahead.map) {
+                prefetch_places(s.x + q - ahead.map, step, n);
+                prefetch_places(s.grad_y + q - ahead.map, step, n);
+                prefetch_places(s.dx + q - ahead.map, step, n);
+                prefetch_places(projection.proxy + p * proxy_step - ahead.proxy, proxy_step, n);
+                prefetch_places(dproxy + p * dproxy_step - ahead_dproxy, dproxy_step, n);
+            }
+            A* const maps = s.maps + (keep ? t * g.places * kMapsOfPixel + p * columns * L : 0);
+            if (!keep) projection.template project_strip<columns, START>(p, n, maps);
+            backward_strip<OUT, START>(
+                n, p == 0, p + n == g.places, maps, h + p * L, before + p * L, s.message + p * L, carried, s.x + q,
+                s.grad_y + q, s.dmaps, s.dx + q, step);
+            if (lanes < L) clear_lanes(n * columns, lanes, s.dmaps);
+            project_grad<columns>(n, projection.proxy + p * proxy_step, proxy_step, features, s.dmaps, dw, w_step);
+            proxy_grad(
+                call.features, n, s.dmaps, columns, call.columns(i), s.wt, dproxy + p * dproxy_step, dproxy_step);
+        }
+    }
+
+    // Adding up and writing
+
+    int64_t write_round(int64_t threads) {
+        const int64_t proxy_threads = threads_for(call.count * dproxy_size() * team.proxy_copies(), threads);
+        int64_t status = gspn::parallel_for(
+            call.count * call.height, proxy_threads, sizeof(A) * call.width * L, proxy_row_task, this);
+        if (status == GSPN_OK && team.parts > 1)
+            status = gspn::parallel_for(call.count * call.blocks, threads, 0, parts_task, this);
+        return status;
+    }
+
+    int64_t write_projections(int64_t threads) {
+        threads = threads_for(dw_size() * team.images, threads);
+        return gspn::parallel_for(call.directions, threads, 0, projections_task, this);
+    }
+
+    static void proxy_row_task(const void* context, int64_t task, char* memory) {
+        const Backward& self = *static_cast<const Backward*>(context);
+        const Call<A>& call = self.call;
+        const int64_t lanes = call.features.lanes(), size = call.count * self.dproxy_size();
+        const int64_t image = call.first + task / call.height, row = task % call.height;
+        A* const sum = self.dproxy + task * call.width * lanes;
+        A* const packed = reinterpret_cast<A*>(memory);
+        for (int64_t at = 0; at < call.width * lanes && self.team.proxy_copies() > 1; at += L) {
+            VecOf<A> v = load(sum + at);
+            for (int64_t copy = 1; copy < self.team.proxy_copies(); copy++) v = v + load(sum + copy * size + at);
+            store(sum + at, v);
+        }
+        for (int64_t s = 0; s < call.features.count; s += L) {
+            const int n = int(min(L, call.features.count - s));
+            for (int64_t x = 0; x < call.width; x++)
+                for (int c = 0; c < n; c++) packed[x * L + c] = call.features.sum_feature(sum + x * lanes, s + c);
+            unpack_map_row(call.args.dtype, packed, L, call.args.dproxy, image, s, row, n, call.width);
+        }
+    }
+
+    static void parts_task(const void* context, int64_t task, char*) {
+        const Backward& self = *static_cast<const Backward*>(context);
+        const Call<A>& call = self.call;
+        A* const parts = self.dx_parts + task * self.team.parts * call.packed_size();
+        call.sum_parts(call.args.dx, call.first + task / call.blocks, task % call.blocks, self.team.parts, parts);
+    }
+
+    // The gradients of one direction's projections: added up over the workers that had images of their own, then, of
+    // the logits, over the channels of a group
+    static void projections_task(const void* context, int64_t task, char*) {
+        const Backward& self = *static_cast<const Backward*>(context);
+        const Call<A>& call = self.call;
+        const int i = int(task);
+        self.sum_copies(self.dw + self.dw_at(i, 0), self.dw_at(i, call.blocks) - self.dw_at(i, 0));
+        for (int column = 0; column < call.columns(i); column++)
+            for (int64_t block = 0; block < call.blocks; block++) {
+                const A* from = self.dw + self.dw_at(i, block) + column * L;
+                const int64_t step = call.columns(i) * L, features = call.features.count;
+                if (column < kNeighbours && call.args.groups < call.channels)
+                    self.add_to_groups(from, step, i, column, block);
+                else
+                    unpack_row(
+                        from, step, call.dprojection(i, column, block * L), features, 1, call.lanes_of(block),
+                        features);
+            }
+    }
+
+    void sum_copies(A* sum, int64_t size) const {
+        for (int64_t copy = 1; copy < team.images; copy++) {
+            const A* from = sum + copy * dw_size();
+            for (int64_t at = 0; at < size; at += L) store(sum + at, load(sum + at) + load(from + at));
+        }
+    }
+
+    void add_to_groups(const A* from, int64_t step, int i, int column, int64_t block) const {
+        const int64_t per_group = call.channels / call.args.groups;
+        for (int64_t c = 0; c < call.lanes_of(block); c++) {
+            const int64_t channel = block * L + c;
+            A* to = call.dprojection(i, column, channel);
+            for (int64_t s = 0; s < call.features.count; s++)
+                to[s] = (channel % per_group ? to[s] : 0) + from[s * step + c];
+        }
+    }
+};
+
+}  // namespace
+}  // namespace GSPN_NS

@@ -1,0 +1,238 @@
+// propagate, forward. A task is one block of channels of one image (and, where there are few of these, a part of the
+// directions): the block of x is packed once, its directions are scanned one after the other into a packed block of
+// the output, and this is written once.
+#pragma once
+#include "propagate/call.h"
+
+namespace GSPN_NS {
+namespace {
+
+constexpr int64_t kForwardStrip = 40;  // pixels whose projected maps are in the first-level cache at a time
+
+// Columns of projected maps that a line takes: no output gate where only the state is wanted
+constexpr int columns_of(int out, bool start) {
+    return (start ? 0 : kNeighbours) + (out == kNone ? 1 : out == kSetWithSkip ? 3 : 2);
+}
+
+// A line of one place. Not inlined, so that it shares no computation with the strips: where a product is computed
+// decides whether it is fused with an addition, and the states of the backward scan are those of the forward scan.
+template <bool START, int OUT, class A>
+__attribute__((noinline)) void forward_only_pixel(const A* maps, const A* before, A* now, const A* x, A* out) {
+    VecOf<A> prev{};
+    forward_pixel<START, kOnly, OUT>(maps, before, now, prev, x, out);
+}
+
+// A strip of a line. `before` and `now` may be the same memory.
+template <int OUT, bool START, int COLUMNS, class A>
+void forward_strip(
+    int64_t n, bool first, bool last, const A* maps, const A* before, A* now, VecOf<A>& prev, const A* x, A* out,
+    int64_t step) {
+    constexpr int L = kLanes<A>;
+    if (first && last && n == 1) return forward_only_pixel<START, OUT>(maps, before, now, x, out);
+    VecOf<A> p = prev;  // a copy of its own stays in a register
+    int64_t i = 0;
+    if (first) forward_pixel<START, kFirst, OUT>(maps, before, now, p, x, out), i = 1;
+    for (; i < n - last; i++)
+        forward_pixel<START, kInside, OUT>(
+            maps + i * COLUMNS * L, before + i * L, now + i * L, p, x + i * step, out + i * step);
+    if (last)
+        forward_pixel<START, kLast, OUT>(
+            maps + i * COLUMNS * L, before + i * L, now + i * L, p, x + i * step, out + i * step);
+    prev = p;
+}
+
+// What the projected maps of a line come from. Steps are elements, between two places and between two features.
+template <class A> struct LineProjection {
+    const A* proxy;
+    int64_t proxy_step, features;
+    const A* w;
+    int64_t w_step;
+
+    template <int COLUMNS, bool START> void project_strip(int64_t p, int64_t n, A* maps) const {
+        const A* columns = w + (START ? kNeighbours * kLanes<A> : 0);
+        project<COLUMNS>(n, proxy + p * proxy_step, proxy_step, features, columns, w_step, maps);
+    }
+};
+
+// Elements from a place to the same place of a line that will be scanned soon; 0 for no prefetching
+struct Ahead {
+    int64_t map, proxy;
+};
+
+// Towards the second-level cache: n places `step` elements apart
+template <class A> GSPN_INLINE void prefetch_places(const A* p, int64_t step, int64_t n) {
+    for (int64_t i = 0; i < n; i++) __builtin_prefetch(p + i * step, 0, 2);
+}
+
+// One line: strips of projected maps, each used while it is in the cache; with KEEP, those of the whole line are kept.
+template <int OUT, bool START, int COLUMNS, bool KEEP, class A>
+void forward_line(
+    int64_t places, const LineProjection<A>& projection, A* maps, const A* before, A* now, const A* x, A* out,
+    int64_t step, const Ahead& ahead) {
+    constexpr int L = kLanes<A>;
+    VecOf<A> prev{};
+    for (int64_t p = 0; p < places; p += kForwardStrip) {
+        const int64_t n = min(kForwardStrip, places - p), at = p * step;
+        A* const strip = maps + (KEEP ? p * COLUMNS * L : 0);
+        if (ahead.map) {
+            prefetch_places(x + at + ahead.map, step, n);
+            if (OUT != kNone) prefetch_places(out + at + ahead.map, step, n);
+            prefetch_places(projection.proxy + p * projection.proxy_step + ahead.proxy, projection.proxy_step, n);
+        }
+        projection.template project_strip<COLUMNS, START>(p, n, strip);
+        forward_strip<OUT, START, COLUMNS>(
+            n, p == 0, p + n == places, strip, before + p * L, now + p * L, prev, x + at, out + at, step);
+    }
+}
+
+template <class A> LineProjection<A> line_projection(const Call<A>& call, int64_t image, const A* w, int i, int64_t t) {
+    const int64_t row = call.proxy_row(), column = call.proxy_column();
+    const Geometry& g = call.scans[i];
+    return {
+        call.proxy_of(image) + g.offset(t, row, column), g.place_stride(row, column), call.features.count, w,
+        call.columns(i) * kLanes<A>};
+}
+
+// Columns of a large map lie too far apart for the hardware's prefetching
+template <class A> Ahead ahead_of(const Call<A>& call, const Geometry& g) {
+    constexpr int64_t lines = 2, small = int64_t(1) << 20;
+    if (!g.horizontal || call.packed_size() * int64_t(sizeof(A)) < small) return {0, 0};
+    const int64_t ahead = g.reverse ? -lines : lines;
+    return {ahead * kLanes<A>, ahead * call.proxy_column()};
+}
+
+template <class A> struct Forward {
+    static constexpr int L = kLanes<A>;
+
+    Call<A>& call;
+    int64_t threads, parts;  // parts: tasks that share the directions of a block
+    A* part_outputs;         // [image of the round][block][part][packed block], where parts > 1
+
+    struct Scratch {
+        A *x, *out, *state, *maps, *w;
+        Scratch(const Forward& self, Carver carver) {
+            const Call<A>& call = self.call;
+            x = carver.take<A>(call.packed_size());
+            out = carver.take<A>(self.parts > 1 ? 0 : call.packed_size());
+            state = carver.take<A>(max(call.height, call.width) * L);
+            maps = carver.take<A>(kForwardStrip * (kNeighbours + 3) * L);
+            w = carver.take<A>(call.w_size());
+            bytes = carver.used;
+        }
+        int64_t bytes;
+    };
+
+    explicit Forward(Call<A>& p) : call(p), threads(p.useful_threads()), parts(1), part_outputs(nullptr) {
+        choose_parts();
+        while (threads > 1 && scratch_bytes(1) > call.workspace() - call.round_bytes()) {
+            threads--;
+            choose_parts();
+        }
+    }
+
+    // Parts of the directions for different threads, where that ends earlier
+    void choose_parts() {
+        const int64_t tasks = call.batch * call.blocks;
+        int64_t best = INT64_MAX;
+        for (int64_t n = 1; n <= call.directions; n++) {
+            const int64_t time = ceil_div(tasks * n, threads) * ceil_div(call.directions, n);
+            if (time < best) best = time, parts = n;
+            if (tasks >= threads) break;  // partial outputs cost memory
+        }
+    }
+
+    int64_t shared_bytes(int64_t images, Carver carver) {
+        call.packed_proxy = carver.take<A>(call.packed_proxy_size(images));
+        part_outputs = carver.take<A>(parts > 1 ? images * call.blocks * parts * call.packed_size() : 0);
+        return carver.used;
+    }
+    int64_t scratch_bytes(int64_t images) {
+        return shared_bytes(images, Carver{nullptr}) + threads * Scratch(*this, Carver{nullptr}).bytes;
+    }
+
+    // Images of a round: as many as the shared buffers may hold
+    int64_t round_images() {
+        const int64_t fixed = shared_bytes(0, Carver{nullptr});
+        const int64_t each = shared_bytes(1, Carver{nullptr}) - fixed;
+        return max(1, min(call.batch, call.round_bytes() / max(1, each)));
+    }
+
+    int64_t run() {
+        const int64_t round = round_images();
+        char* buffer = gspn::call_buffer(shared_bytes(round, Carver{nullptr}));
+        if (!buffer) return GSPN_NO_MEMORY;
+        shared_bytes(round, Carver{buffer});
+        int64_t status = GSPN_OK;
+        for (call.first = 0; call.first < call.batch && status == GSPN_OK; call.first += round) {
+            call.count = min(round, call.batch - call.first);
+            status = pack_proxies(call, threads);
+            const int64_t bytes = Scratch(*this, Carver{nullptr}).bytes;
+            const int64_t tasks = call.count * call.blocks * parts;
+            if (status == GSPN_OK) status = gspn::parallel_for(tasks, threads, bytes, scan_task, this);
+            if (status == GSPN_OK && parts > 1)
+                status = gspn::parallel_for(call.count * call.blocks, threads, 0, sum_task, this);
+        }
+        return status;
+    }
+
+    static void scan_task(const void* context, int64_t task, char* memory) {
+        const Forward& self = *static_cast<const Forward*>(context);
+        Scratch scratch(self, Carver{memory});
+        if (self.parts > 1) scratch.out = self.part_outputs + task * self.call.packed_size();
+        const int64_t part = task % self.parts, block = task / self.parts % self.call.blocks;
+        const int64_t image = self.call.first + task / self.parts / self.call.blocks, n = self.call.directions;
+        self.scan(image, block, int(n * part / self.parts), int(n * (part + 1) / self.parts), scratch);
+    }
+
+    // The directions begin .. end - 1 of one block of one image
+    void scan(int64_t image, int64_t block, int begin, int end, const Scratch& scratch) const {
+        const bool pack_whole = call.scans[begin].horizontal;
+        const bool unpack_whole = parts == 1 && call.scans[end - 1].horizontal;
+        if (pack_whole)
+            for (int64_t row = 0; row < call.height; row++)
+                call.pack_block_row(call.args.x, image, block, row, scratch.x);
+        for (int i = begin; i < end; i++) {
+            pack_projections(call, i, block, scratch.w);
+            scale_logits(call, i, scratch.w);
+            const Geometry& g = call.scans[i];
+            const bool pack_here = i == begin && !pack_whole;
+            const bool unpack_here = i == end - 1 && parts == 1 && !unpack_whole;
+            const Output output = i > begin ? kAdd : call.skip && i == 0 ? kSetWithSkip : kSet;
+            for (int64_t t = 0; t < g.lines; t++) {
+                if (pack_here) call.pack_block_row(call.args.x, image, block, g.index(t), scratch.x);
+                scan_line(image, i, t, output, scratch);
+                if (unpack_here) call.unpack_block_row(call.args.y, image, block, g.index(t), scratch.out);
+            }
+        }
+        if (unpack_whole)
+            for (int64_t row = 0; row < call.height; row++)
+                call.unpack_block_row(call.args.y, image, block, row, scratch.out);
+    }
+
+    void scan_line(int64_t image, int i, int64_t t, Output output, const Scratch& scratch) const {
+        const bool start = call.scans[i].starts_segment(t);
+        if (output == kAdd) start ? line<kAdd, true>(image, i, t, scratch) : line<kAdd, false>(image, i, t, scratch);
+        else if (output == kSet)
+            start ? line<kSet, true>(image, i, t, scratch) : line<kSet, false>(image, i, t, scratch);
+        else start ? line<kSetWithSkip, true>(image, i, t, scratch) : line<kSetWithSkip, false>(image, i, t, scratch);
+    }
+
+    template <int OUT, bool START> void line(int64_t image, int i, int64_t t, const Scratch& scratch) const {
+        const Geometry& g = call.scans[i];
+        const int64_t at = g.offset(t, call.pitch * L, L);
+        forward_line<OUT, START, columns_of(OUT, START), false>(
+            g.places, line_projection(call, image, scratch.w, i, t), scratch.maps, scratch.state, scratch.state,
+            scratch.x + at, scratch.out + at, g.place_stride(call.pitch * L, L), ahead_of(call, g));
+    }
+
+    // The output of one block of one image out of the parts
+    static void sum_task(const void* context, int64_t task, char*) {
+        const Forward& self = *static_cast<const Forward*>(context);
+        const Call<A>& call = self.call;
+        A* const parts = self.part_outputs + task * self.parts * call.packed_size();
+        call.sum_parts(call.args.y, call.first + task / call.blocks, task % call.blocks, self.parts, parts);
+    }
+};
+
+}  // namespace
+}  // namespace GSPN_NS
