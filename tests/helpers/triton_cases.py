@@ -139,7 +139,7 @@ def assert_within_budget(got, eager, exact, factor: float = 2.0, floor: float | 
 
 
 def force(patch, mode) -> None:
-    """Makes propagate work on all directions "together", on "each" by itself, or in strips of so many lines."""
+    """Makes propagate work on all directions "together", on "each" by itself, or in bands of so many lines."""
     from gspn.kernels.triton import pieces
     from gspn.kernels.triton.launch import state_dtype
 

@@ -36,7 +36,8 @@ def compile_scan(
     plan = Plan(*plan)
     groups, members, _ = blocks(plan, channels, share)
     constants = dict(
-        SHARE=share, NG=plan.strips, R=plan.places, BCW=groups, GB=members, HALO=plan.halo, CHAINED=chained,
+        SHARE=share, STRIPS=plan.strips, PLACES=plan.places, GROUPS=groups, MEMBERS=members, HALO=plan.halo,
+        CHAINED=chained,
         GATED=gated, NORMALIZED=gated, ALIGN=math.gcd(channels, 16), ALIGN_LOGITS=math.gcd(channels // share, 16),
         STATE=_STATE[value], INDEX=tl.int32, STAGES=plan.stages, H_DENSE=True,
     )  # fmt: skip

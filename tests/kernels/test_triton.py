@@ -210,11 +210,11 @@ PROPAGATES = [
     (Case(1, 2, 2, 3, 1, directions=(0, 3), dtype=BF16), "each", True),
     (Case(1, 2, 2, 3, 2, directions=(0, 3), dtype=BF16, layout="sliced"), "together", True),
     (Case(1, 2, 2, 3, 2, directions=(1, 0), dtype=FP16), "each", True),
-    (Case(2, 2, 3, 5, 1, directions=(2, 0)), 2, True),  # the state is carried from strip to strip
+    (Case(2, 2, 3, 5, 1, directions=(2, 0)), 2, True),  # the state is carried from band to band
     (Case(1, 2, 5, 2, 2, directions=(1, 3), dtype=FP64, layout="channels_first"), 2, True),
-    (Case(1, 1, 3, 4, 1, directions=(0, 1)), 1, True),  # a strip for each line
-    (Case(1, 2, 2, 5, 1, directions=(0, 2), segment=2), 2, False),  # strips along segments carry nothing
-    (Case(1, 2, 2, 7, 2, directions=(2,), segment=4), 3, True),  # segments end within strips
+    (Case(1, 1, 3, 4, 1, directions=(0, 1)), 1, True),  # a band for each line
+    (Case(1, 2, 2, 5, 1, directions=(0, 2), segment=2), 2, False),  # bands along segments carry nothing
+    (Case(1, 2, 2, 7, 2, directions=(2,), segment=4), 3, True),  # segments end within bands
     (Case(1, 2, 2, 4, 2, directions=(0, 2), dtype=BF16), 2, True),
 ]
 
@@ -256,24 +256,24 @@ def test_pieces_fit_the_workspace(mib, segment, dtype, backward):
             assert needed <= mib << 20 or piece.lines == 1, (piece, needed)
             assert piece.origin == covered
             covered += (piece.total or 1) if piece.lines is None else piece.lines
-            if work.strip_lines and segment and not work.carries:
+            if work.band_lines and segment and not work.carries:
                 assert piece.origin % segment == 0
         assert piece.lines is None or covered == piece.total == (width if number % 2 == 0 else height)
     assert work.together == (mib == 100000)
     if mib == 0:
-        assert work.strip_lines == 1
+        assert work.band_lines == 1
 
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_images_at_once(dtype, backward):
-    """As many as fit with all directions, in equal parts, else with one, else a single one in strips."""
+    """As many as fit with all directions, in equal parts, else with one, else a single one in bands."""
     x, weight_proj = torch.empty(16, 24, 32, 32, dtype=dtype), torch.empty(4, 3, 24, 8)
     workspaces = (0, 4, 10, 20, 1000)
     images = [pieces._images_at_once(x, weight_proj, 4, mib, backward=backward) for mib in workspaces]
     for mib, count in zip(workspaces, images, strict=True):
         work = pieces._Work.choose(x[:count], weight_proj, list(ALL), None, mib, backward=backward)
-        assert (work.strip_lines is not None) == (mib == 0), mib
+        assert (work.band_lines is not None) == (mib == 0), mib
         assert work.together or mib < 10
     assert images[0] == 1 and images[-1] == 16 and images == sorted(images)
 

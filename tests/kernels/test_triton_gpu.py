@@ -47,10 +47,10 @@ def _native(monkeypatch):
 
 
 @triton.jit
-def _crossing(low, high, before, after, NG: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr):
-    group, member = tl.arange(0, BCW)[None, :, None], tl.arange(0, GB)[None, None, :]
-    at = (tl.arange(0, NG)[:, None, None] * BCW + group) * GB + member
-    found_before, found_after = kernels._cross(tl.load(low + at), tl.load(high + at), NG, BCW, GB)
+def _crossing(low, high, before, after, STRIPS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr):
+    group, member = tl.arange(0, GROUPS)[None, :, None], tl.arange(0, MEMBERS)[None, None, :]
+    at = (tl.arange(0, STRIPS)[:, None, None] * GROUPS + group) * MEMBERS + member
+    found_before, found_after = kernels._cross(tl.load(low + at), tl.load(high + at), STRIPS, GROUPS, MEMBERS)
     tl.store(before + at, found_before)
     tl.store(after + at, found_after)
 
@@ -322,7 +322,7 @@ def _peak(function) -> tuple[int, object]:
 
 
 @gpu_only
-@pytest.mark.parametrize("mib", [4, 24, 64, 512])  # strips, strips, one direction at a time, all together
+@pytest.mark.parametrize("mib", [4, 24, 64, 512])  # bands, bands, one direction at a time, all together
 def test_propagate_keeps_to_its_workspace(mib):
     case = Case(1, 64, 192, 256, 64, dtype=BF16)
     *problem, grad = propagate_problem(case, 16, True, DEVICE)
@@ -337,7 +337,7 @@ def test_propagate_keeps_to_its_workspace(mib):
     def backward():
         return torch.autograd.grad(gspn.propagate(*leaves, workspace_mib=mib), leaves, grad)
 
-    # beside the workspace: y, dx and dproxy in both dtypes, and the state that enters each strip
+    # beside the workspace: y, dx and dproxy in both dtypes, and the state that enters each band
     lines = (mib << 20) // 600_000
     states = 256 * 64 * 4 * -(-256 // lines)
     peak, _ = _peak(backward)
@@ -348,7 +348,7 @@ def test_propagate_keeps_to_its_workspace(mib):
 @gpu_only
 def test_a_map_of_16k_by_8k_pixels_seen_by_a_diffusion_model():
     if torch.cuda.mem_get_info()[0] < 12 << 30:
-        pytest.skip("needs 12 GB")
+        pytest.skip("needs 12 MEMBERS")
     *problem, _ = propagate_problem(Case(2, 640, 512, 1024, 1, dtype=BF16), 16, True, DEVICE)
     peak, y = _peak(lambda: gspn.propagate(*problem))
     assert y.isfinite().all() and peak <= (256 << 20) + y.nbytes + (64 << 20), f"{peak >> 20} MiB"
@@ -358,7 +358,7 @@ def test_a_map_of_16k_by_8k_pixels_seen_by_a_diffusion_model():
 def test_more_than_two_to_the_31_elements():
     """The far end of such maps, where the last segment starts anew, against the same lines by themselves."""
     if torch.cuda.mem_get_info()[0] < 60 << 30:
-        pytest.skip("needs 60 GB")
+        pytest.skip("needs 60 MEMBERS")
     channels, size, segment = 640, 1840, 20
     assert channels * size * size > 1 << 31
     draw = lambda c: torch.randn(size, size, c, device=DEVICE, dtype=BF16)  # noqa: E731

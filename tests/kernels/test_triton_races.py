@@ -185,7 +185,7 @@ def _propagate(mode, *directions, channels=1, **rest):
 
 _merger = _propagate("together", 1, channels=3)  # an elementwise tile has four then
 _each = _propagate("each", 0, 1)
-_strips = _propagate(2, 2)
+_bands = _propagate(2, 2)
 
 
 class Mistake(NamedTuple):
@@ -239,21 +239,27 @@ MISTAKES = [
         "",
         _tiles,
     ),
-    Mistake("a weight before the line", "device", "tl.where(first, 0.0, eb * ec)", "eb * ec", _plain),
+    Mistake("a weight before the line", "device", "tl.where(first, 0.0, e_same * e_next)", "e_same * e_next", _plain),
     Mistake("a place too many", "device", "return place < P\n", "return place <= P\n", _plain, 2),
     Mistake("a line's ends are neighbours", "device", "return low, high", "return high, low", _nan_at_the_end),
     Mistake(
-        "a gradient beneath the floor", "device", "a.to(STATE) < FLOOR", "a.to(STATE) < 2 * FLOOR", _beneath_the_floor
+        "a gradient beneath the floor",
+        "device",
+        "a_prev.to(STATE) < FLOOR",
+        "a_prev.to(STATE) < 2 * FLOOR",
+        _beneath_the_floor,
     ),
     Mistake("gradients of parts, then of their sum", "device", "if not PARTIAL:", "if True:", _parts),
     Mistake("parts in one place", "device", "dlogits += part * part_stride", "dlogits += 0 * part_stride", _parts),
-    Mistake("a gradient of the weight that is not one", "device", "wp * (1.0 - q * (eb * ed))", "wp", _plain),
+    Mistake(
+        "a gradient of the weight that is not one", "device", "w_prev * (1.0 - q * (e_same * e_next))", "w_prev", _plain
+    ),
     Mistake("one Newton step too few", "device", "q * (1.0 - value * q)", "q * 1e-3", _plain),
     Mistake(
         "the neighbours' weights exchanged",
         "device",
-        "z + wp * previous + b[r].to(STATE) * same + wf * following",
-        "z + wf * previous + b[r].to(STATE) * same + wp * following",
+        "z + w_prev * previous + a_same[r].to(STATE) * same + w_next * following",
+        "z + w_next * previous + a_same[r].to(STATE) * same + w_prev * following",
         _line_scan,
     ),
     Mistake("state in place", "launch", "else between[1 - n % 2]", "else between[n % 2]", _tiles),
@@ -267,20 +273,20 @@ MISTAKES = [
     Mistake("channels beyond the last", "merge", "(pixel < size) & (c < unit * ALIGN)", "pixel < size", _merger),
     Mistake("the skip's gradient", "merge", "total += dy * tl.load(skip", "total += tl.load(skip", _merger),
     Mistake("one part of several", "merge", "tl.static_range(PARTS)", "tl.static_range(1)", _parts),
-    Mistake("strips forget", "pieces", "projections, total, left)", "projections, total, None)", _strips),
+    Mistake("bands forget", "pieces", "projections, total, state)", "projections, total, None)", _bands),
     Mistake(
-        "strips forget the adjoint", "pieces", "state_before, adjoint, *grads", "state_before, None, *grads", _strips
+        "bands forget the adjoint", "pieces", "state_before, adjoint, *grads", "state_before, None, *grads", _bands
     ),
     Mistake(
-        "strips from the other end",
+        "bands from the other end",
         "pieces",
         "self.total - self.origin - self.lines if self.reverse else self.origin",
         "self.origin",
-        _strips,
+        _bands,
     ),
-    Mistake("no line before the strip", "pieces", "line.copy_(strip.entered", "(strip.entered", _strips),
+    Mistake("no line before the band", "pieces", "line.copy_(band.state_in", "(band.state_in", _bands),
 ]
-QUICK = {"members beyond a group", "state in place", "before and after exchanged", "strips forget the adjoint"}
+QUICK = {"members beyond a group", "state in place", "before and after exchanged", "bands forget the adjoint"}
 PLACES = {"device": (launch, "device"), "merge": (launch, "merging"), "launch": (backend, "launch")}
 
 

@@ -2,9 +2,9 @@
 
 How a scan program works. It owns some channels of one image in one direction, a range of lines and all places of a
 line (or a tile of them), and walks over the lines with the state h in registers, in float32 (float64 for float64).
-Places are dealt out in strips: place = g * R + r, where g runs over a tensor axis (the lanes) and r is unrolled in the
-program, so that most neighbours are the same lane's own; what crosses from strip to strip is fetched by one gather of
-the strips' borders a line. Channels are innermost in memory, so that a load is a vector of channels whatever the
+Places are dealt out in strips: place = g * PLACES + r, where g runs over a tensor axis (the lanes) and r is unrolled in
+the program, so that most neighbours are the same lane's own. What crosses from strip to strip is fetched by one gather
+of the strips' borders a line. Channels are innermost in memory, so that a load is a vector of channels whatever the
 direction; a direction is nothing but two strides and a sign. A step first issues all its loads, then computes: loads
 written beside their use would leave too few bytes in flight.
 
@@ -15,10 +15,17 @@ HALO lines. After those the state goes through memory to the next launch (CHAINE
 Rules that make the kernels testable without a GPU: no launch reads what it writes, every element has one writer, and
 there are no atomics. So results do not depend on the order of programs, and are the same bit for bit in every run.
 
-Words: SHARE channels share weights; a program has BCW groups and GB channels of each. ALIGN is a number of elements
-by which every stride and the number of channels are divisible; they are passed divided by it, so that the compiler
-knows, and loads whole vectors, while sizes are not specialised on: another height, width or segment compiles nothing.
-Within a map positions are numbers of the type INDEX, 64 bits only where a map has 2^31 elements or more.
+Names. A program has STRIPS strips of PLACES places each, GROUPS groups of channels that share weights and MEMBERS
+channels of each group, of which there are SHARE. T lines and P places make a map; t and place count them.
+    a_, e_, w_, dw_   logits, inverse sigmoids, weights, gradients of the weights
+    _prev _same _next of the previous, the same and the next place of the line before
+    NAME_t, NAME_p    the step of a tensor from line to line and from place to place (l: logits, u: output_gate)
+    NAME_at           where in a tensor the program's places are
+    NAME_b ... NAME_w the strides of a tensor (B,D,K,H,W)
+ALIGN is a number of elements by which every stride and the number of channels are divisible. They are passed divided by
+it: so the compiler knows, and loads whole vectors. It does not specialise on sizes: another height, width or segment
+compiles nothing. Within a map positions are numbers of the type INDEX, 64 bits only where a map has 2^31 elements or
+more.
 """
 
 import triton
@@ -46,22 +53,22 @@ SIZES = [  # for which the compiler is to make no versions of their own (such as
 def _locate(directions, count, blocks, tiles, segments):
     """What this program is about: block of channels, tile of places, which direction of the call, segment, image.
     `directions` holds 4 bits for each of the `count` directions of this launch: its index in the call, its number."""
-    left = tl.program_id(0)
-    block = left % blocks
-    left = left // blocks
-    tile = left % tiles
-    left = left // tiles
-    bits = directions >> (4 * (left % count))
-    left = left // count
-    return block, tile, bits & 3, left % segments, left // segments, (bits & 4) == 0, (bits >> 3) & 1
+    rest = tl.program_id(0)
+    block = rest % blocks
+    rest = rest // blocks
+    tile = rest % tiles
+    rest = rest // tiles
+    bits = directions >> (4 * (rest % count))
+    rest = rest // count
+    return block, tile, bits & 3, rest % segments, rest // segments, (bits & 4) == 0, (bits >> 3) & 1
 
 
 @triton.jit
-def _channels(block, channels, SHARE: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr):
+def _channels(block, channels, SHARE: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr):
     """Of a block: its groups, its channels, which of them exist, and its number within a group that has several."""
-    parts: tl.constexpr = (SHARE + GB - 1) // GB
-    group = (block // parts) * BCW + tl.arange(0, BCW)[None, :, None]
-    member = (block % parts) * GB + tl.arange(0, GB)[None, None, :]
+    parts: tl.constexpr = (SHARE + MEMBERS - 1) // MEMBERS
+    group = (block // parts) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
+    member = (block % parts) * MEMBERS + tl.arange(0, MEMBERS)[None, None, :]
     group_exists = group < channels // SHARE
     return group, group * SHARE + member, group_exists, (member < SHARE) & group_exists, block % parts
 
@@ -95,17 +102,18 @@ def _owned(place, first, own, P, HALO: tl.constexpr):
 
 
 @triton.jit
-def _cross(low, high, NG: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr):
+def _cross(low, high, STRIPS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr):
     """The highest place of the strip before and the lowest of the strip after. At the ends of the line, where weights
     are zero, the place's own value: another's could be NaN, which zero times is."""
-    if NG == 1:
+    if STRIPS == 1:
         return low, high
     else:
-        g = tl.arange(0, NG)[:, None, None]
+        g = tl.arange(0, STRIPS)[:, None, None]
         side = tl.arange(0, 2)[None, None, None, :]
-        source = tl.where(side == 0, tl.minimum(g[:, :, :, None] + 1, NG - 1), tl.maximum(g[:, :, :, None] - 1, 0))
-        after, before = tl.split(tl.gather(tl.join(low, high), tl.broadcast_to(source, (NG, BCW, GB, 2)), 0))
-        return tl.where(g == 0, low, before), tl.where(g == NG - 1, high, after)
+        source = tl.where(side == 0, tl.minimum(g[:, :, :, None] + 1, STRIPS - 1), tl.maximum(g[:, :, :, None] - 1, 0))
+        source = tl.broadcast_to(source, (STRIPS, GROUPS, MEMBERS, 2))
+        after, before = tl.split(tl.gather(tl.join(low, high), source, 0))
+        return tl.where(g == 0, low, before), tl.where(g == STRIPS - 1, high, after)
 
 
 @triton.jit
@@ -122,12 +130,12 @@ def _reciprocal(value):
 
 
 @triton.jit
-def normalize(ea, eb, ec, first, last):
+def normalize(e_prev, e_same, e_next, first, last):
     """The weights of the previous and the next place from the inverse sigmoids; that of the same place is what is
     missing to one, and is not formed: so weights sum to one exactly."""
-    previous = tl.where(first, 0.0, eb * ec)
-    following = tl.where(last, 0.0, ea * eb)
-    q = _reciprocal(previous + ea * ec + following)
+    previous = tl.where(first, 0.0, e_same * e_next)
+    following = tl.where(last, 0.0, e_prev * e_same)
+    q = _reciprocal(previous + e_prev * e_next + following)
     return previous * q, following * q
 
 
@@ -140,8 +148,8 @@ def scan_forward(
     logits_k, logits_h, logits_w, h_b, h_d, h_h, h_w,
     height, width, unit, maps, directions, count, segment, origin, state_places, first, lines, own, blocks, tiles,
     segments,
-    SHARE: tl.constexpr, NG: tl.constexpr, R: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr, HALO: tl.constexpr,
-    CHAINED: tl.constexpr, GATED: tl.constexpr, NORMALIZED: tl.constexpr, ALIGN: tl.constexpr,
+    SHARE: tl.constexpr, STRIPS: tl.constexpr, PLACES: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+    HALO: tl.constexpr, CHAINED: tl.constexpr, GATED: tl.constexpr, NORMALIZED: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_LOGITS: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr,
     X_DENSE: tl.constexpr, GATE_DENSE: tl.constexpr, H_DENSE: tl.constexpr,
 ):  # fmt: skip
@@ -150,14 +158,14 @@ def scan_forward(
     before them from state_in and after them to state_out (B, maps, state_places, C); else a program has a segment."""
     block, tile, which, part_of_scan, image, horizontal, reverse = _locate(directions, count, blocks, tiles, segments)
     channels = unit * ALIGN
-    group, c, group_exists, c_exists, _ = _channels(block, channels, SHARE, BCW, GB)
+    group, c, group_exists, c_exists, _ = _channels(block, channels, SHARE, GROUPS, MEMBERS)
     T = tl.where(horizontal, width, height)
     P = tl.where(horizontal, height, width)
     begin = first if CHAINED else part_of_scan * segment
     end = tl.where(tile * own < P, tl.minimum(begin + (lines if CHAINED else segment), T), begin)
 
     image = image.to(tl.int64)
-    place = tile * own - HALO + tl.arange(0, NG)[:, None, None] * R  # of r = 0
+    place = tile * own - HALO + tl.arange(0, STRIPS)[:, None, None] * PLACES  # of r = 0
     x_t, x_p = _steps(x_h, x_w, horizontal, width, unit, INDEX, X_DENSE)
     h_t, h_p = _steps(h_h, h_w, horizontal, width, unit, INDEX, H_DENSE)
     l_t, l_p = _steps(logits_h, logits_w, horizontal, width, unit, INDEX, False)
@@ -175,21 +183,21 @@ def scan_forward(
 
     state_at = ((image * maps + which) * state_places + place) * channels + c
     states = ()
-    for r in tl.static_range(R):
+    for r in tl.static_range(PLACES):
         if CHAINED:
             enters = _exists(place + r, P, HALO) & c_exists & (place * 0 + (origin + begin) % segment > 0)
             states = states + (tl.load(state_in + state_at + r * channels, enters, 0.0),)
         else:
-            states = states + (tl.zeros((NG, BCW, GB), STATE),)
+            states = states + (tl.zeros((STRIPS, GROUPS, MEMBERS), STATE),)
 
     for t in tl.range(begin, end, num_stages=STAGES):
         at = t + reverse * (T - 1 - 2 * t)
         inputs = ()
         gates = ()
-        a = ()
-        b = ()
-        d = ()
-        for r in tl.static_range(R):
+        a_prev = ()
+        a_same = ()
+        a_next = ()
+        for r in tl.static_range(PLACES):
             exists = _exists(place + r, P, HALO)
             line = logits + (l_at + (at * l_t + r * l_p) * ALIGN_LOGITS)
             inputs = inputs + (tl.load(x + (x_at + (at * x_t + r * x_p) * ALIGN), exists & c_exists, 0.0),)
@@ -197,34 +205,34 @@ def scan_forward(
                 gates = gates + (
                     tl.load(gate + (gate_at + (at * gate_t + r * gate_p) * ALIGN), exists & c_exists, 0.0),
                 )
-            a = a + (tl.load(line, exists & group_exists, 0.0),)
-            b = b + (tl.load(line + l_k, exists & group_exists, 0.0),)
-            d = d + (tl.load(line + 2 * l_k, exists & group_exists, 0.0),)
-        before, after = _cross(states[0], states[R - 1], NG, BCW, GB)
+            a_prev = a_prev + (tl.load(line, exists & group_exists, 0.0),)
+            a_same = a_same + (tl.load(line + l_k, exists & group_exists, 0.0),)
+            a_next = a_next + (tl.load(line + 2 * l_k, exists & group_exists, 0.0),)
+        before, after = _cross(states[0], states[PLACES - 1], STRIPS, GROUPS, MEMBERS)
         goes_on = (place * 0 + ((origin + t) % segment if CHAINED else t - begin)) > 0
         new = ()
-        for r in tl.static_range(R):
+        for r in tl.static_range(PLACES):
             own_place = place + r
             z = inputs[r].to(STATE)
             if GATED:
                 z = z * gates[r].to(STATE)
             same = states[r]
             previous = before if r == 0 else states[r - 1]
-            following = after if r == R - 1 else states[r + 1]
+            following = after if r == PLACES - 1 else states[r + 1]
             first_place = own_place == 0
             last_place = own_place == P - 1
             if NORMALIZED:
-                ea = inverse_sigmoid(a[r].to(STATE))
-                eb = inverse_sigmoid(b[r].to(STATE))
-                ed = inverse_sigmoid(d[r].to(STATE))
-                wp, wf = normalize(ea, eb, ed, first_place, last_place)
-                value = (wp * (previous - same) + (wf * (following - same) + same)) + z
+                e_prev = inverse_sigmoid(a_prev[r].to(STATE))
+                e_same = inverse_sigmoid(a_same[r].to(STATE))
+                e_next = inverse_sigmoid(a_next[r].to(STATE))
+                w_prev, w_next = normalize(e_prev, e_same, e_next, first_place, last_place)
+                value = (w_prev * (previous - same) + (w_next * (following - same) + same)) + z
             else:
                 previous = tl.where(first_place, 0.0, previous)
                 following = tl.where(last_place, 0.0, following)
-                wp = tl.where(first_place, 0.0, a[r].to(STATE))
-                wf = tl.where(last_place, 0.0, d[r].to(STATE))
-                value = z + wp * previous + b[r].to(STATE) * same + wf * following
+                w_prev = tl.where(first_place, 0.0, a_prev[r].to(STATE))
+                w_next = tl.where(last_place, 0.0, a_next[r].to(STATE))
+                value = z + w_prev * previous + a_same[r].to(STATE) * same + w_next * following
             value = tl.where(goes_on, value, z)  # whatever the weights of a first line are, even NaN
             exists = _owned(own_place, tile * own, own, P, HALO) & c_exists
             tl.store(h + (h_at + (at * h_t + r * h_p) * ALIGN), value.to(h.dtype.element_ty), exists)
@@ -232,7 +240,7 @@ def scan_forward(
         states = new
 
     if CHAINED:
-        for r in tl.static_range(R):
+        for r in tl.static_range(PLACES):
             leaves = _owned(place + r, tile * own, own, P, HALO) & c_exists
             tl.store(state_out + state_at + r * channels, states[r], leaves)
 
@@ -245,8 +253,8 @@ def scan_backward(
     part_stride, total,
     height, width, unit, maps, directions, count, segment, origin, state_places, first, lines, own, blocks, tiles,
     segments,
-    SHARE: tl.constexpr, NG: tl.constexpr, R: tl.constexpr, BCW: tl.constexpr, GB: tl.constexpr, HALO: tl.constexpr,
-    CHAINED: tl.constexpr, GATED: tl.constexpr, NORMALIZED: tl.constexpr, ALIGN: tl.constexpr,
+    SHARE: tl.constexpr, STRIPS: tl.constexpr, PLACES: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+    HALO: tl.constexpr, CHAINED: tl.constexpr, GATED: tl.constexpr, NORMALIZED: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_LOGITS: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr, PARTIAL: tl.constexpr,
     GRAD_DENSE: tl.constexpr, H_DENSE: tl.constexpr, DLOGITS_ALIKE: tl.constexpr,
 ):  # fmt: skip
@@ -259,14 +267,14 @@ def scan_backward(
     the lines of the whole map where this is a part of one, else 0, and h must then have one line before line 0."""
     block, tile, which, part_of_scan, image, horizontal, reverse = _locate(directions, count, blocks, tiles, segments)
     channels = unit * ALIGN
-    group, c, group_exists, c_exists, part = _channels(block, channels, SHARE, BCW, GB)
+    group, c, group_exists, c_exists, part = _channels(block, channels, SHARE, GROUPS, MEMBERS)
     T = tl.where(horizontal, width, height)
     P = tl.where(horizontal, height, width)
     begin = first if CHAINED else part_of_scan * segment
     end = tl.where(tile * own < P, tl.minimum(begin + (lines if CHAINED else segment), T), begin)
 
     image = image.to(tl.int64)
-    place = tile * own - HALO + tl.arange(0, NG)[:, None, None] * R  # of r = 0
+    place = tile * own - HALO + tl.arange(0, STRIPS)[:, None, None] * PLACES  # of r = 0
     g_t, g_p = _steps(0, 0, horizontal, width, unit, INDEX, True)
     grad_t, grad_p = _steps(grad_h, grad_w, horizontal, width, unit, INDEX, GRAD_DENSE)
     h_t, h_p = _steps(h_h, h_w, horizontal, width, unit, INDEX, H_DENSE)
@@ -294,15 +302,15 @@ def scan_backward(
 
     state_at = ((image * maps + which) * state_places + place) * channels + c
     carried = ()  # what the line after gives to this one
-    for r in tl.static_range(R):
+    for r in tl.static_range(PLACES):
         if CHAINED:
             after_end = (origin + end) % segment > 0 and origin + end < tl.where(total > 0, total, T)
             enters = _exists(place + r, P, HALO) & c_exists & (place * 0 + after_end.to(tl.int32) > 0)
             carried = carried + (tl.load(state_in + state_at + r * channels, enters, 0.0),)
         else:
-            carried = carried + (tl.zeros((NG, BCW, GB), STATE),)
+            carried = carried + (tl.zeros((STRIPS, GROUPS, MEMBERS), STATE),)
 
-    strip = tl.arange(0, NG)[:, None, None]
+    strip = tl.arange(0, STRIPS)[:, None, None]
     for i in tl.range(begin, end, num_stages=STAGES):
         t = begin + end - 1 - i
         at = t + reverse * (T - 1 - 2 * t)
@@ -310,26 +318,26 @@ def scan_backward(
         goes_on = (place * 0 + (origin + t) % segment) > 0
         grads = ()
         gates = ()
-        a = ()
-        b = ()
-        d = ()
+        a_prev = ()
+        a_same = ()
+        a_next = ()
         met = ()
-        for r in tl.static_range(R):
+        for r in tl.static_range(PLACES):
             exists = _exists(place + r, P, HALO)
             line = logits + (l_at + (at * l_t + r * l_p) * ALIGN_LOGITS)
             grads = grads + (tl.load(grad + (grad_at + (at * grad_t + r * grad_p) * ALIGN), exists & c_exists, 0.0),)
             if GATED:
                 gates = gates + (tl.load(output_gate + (u_at + (at * u_t + r * u_p) * ALIGN), exists & c_exists, 0.0),)
-            a = a + (tl.load(line, exists & group_exists, 0.0),)
-            b = b + (tl.load(line + l_k, exists & group_exists, 0.0),)
-            d = d + (tl.load(line + 2 * l_k, exists & group_exists, 0.0),)
-        for r in tl.static_range(R + 2):
+            a_prev = a_prev + (tl.load(line, exists & group_exists, 0.0),)
+            a_same = a_same + (tl.load(line + l_k, exists & group_exists, 0.0),)
+            a_next = a_next + (tl.load(line + 2 * l_k, exists & group_exists, 0.0),)
+        for r in tl.static_range(PLACES + 2):
             exists = (place + (r - 1) >= 0) & (place + (r - 1) < P) & goes_on & c_exists
             met = met + (tl.load(h + (h_at + (at_met * h_t + (r - 1) * h_p) * ALIGN), exists, 0.0),)
         to_previous = ()
         to_same = ()
         to_following = ()
-        for r in tl.static_range(R):
+        for r in tl.static_range(PLACES):
             own_place = place + r
             first_place = own_place == 0
             last_place = own_place == P - 1
@@ -340,62 +348,69 @@ def scan_backward(
             exists = _owned(own_place, tile * own, own, P, HALO)
             tl.store(g + (g_at + (at * g_t + r * g_p) * ALIGN), value.to(g.dtype.element_ty), exists & c_exists)
 
-            dp = value * met[r].to(STATE)
-            ds = value * met[r + 1].to(STATE)
-            df = value * met[r + 2].to(STATE)
-            if GB > 1:
-                dp = tl.sum(dp, 2, keep_dims=True)
-                ds = tl.sum(ds, 2, keep_dims=True)
-                df = tl.sum(df, 2, keep_dims=True)
+            dw_prev = value * met[r].to(STATE)
+            dw_same = value * met[r + 1].to(STATE)
+            dw_next = value * met[r + 2].to(STATE)
+            if MEMBERS > 1:
+                dw_prev = tl.sum(dw_prev, 2, keep_dims=True)
+                dw_same = tl.sum(dw_same, 2, keep_dims=True)
+                dw_next = tl.sum(dw_next, 2, keep_dims=True)
             if NORMALIZED:
-                ea = inverse_sigmoid(a[r].to(STATE))
-                eb = inverse_sigmoid(b[r].to(STATE))
-                ed = inverse_sigmoid(d[r].to(STATE))
-                wp, wf = normalize(ea, eb, ed, first_place, last_place)
+                e_prev = inverse_sigmoid(a_prev[r].to(STATE))
+                e_same = inverse_sigmoid(a_same[r].to(STATE))
+                e_next = inverse_sigmoid(a_next[r].to(STATE))
+                w_prev, w_next = normalize(e_prev, e_same, e_next, first_place, last_place)
                 if not PARTIAL:
-                    dp, ds, df = logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a[r], b[r], d[r], STATE)
-                part_previous = wp * value
-                part_following = wf * value
+                    dw_prev, dw_same, dw_next = logit_gradients(
+                        dw_prev, dw_same, dw_next, w_prev, w_next, e_prev, e_same, e_next,
+                        a_prev[r], a_same[r], a_next[r], STATE,
+                    )  # fmt: skip
+                part_previous = w_prev * value
+                part_following = w_next * value
                 part_same = value - part_previous - part_following
             else:
-                dp = tl.where(first_place, 0.0, dp)
-                df = tl.where(last_place, 0.0, df)
-                part_previous = tl.where(first_place, 0.0, a[r].to(STATE) * value)
-                part_following = tl.where(last_place, 0.0, d[r].to(STATE) * value)
-                part_same = b[r].to(STATE) * value
+                dw_prev = tl.where(first_place, 0.0, dw_prev)
+                dw_next = tl.where(last_place, 0.0, dw_next)
+                part_previous = tl.where(first_place, 0.0, a_prev[r].to(STATE) * value)
+                part_following = tl.where(last_place, 0.0, a_next[r].to(STATE) * value)
+                part_same = a_same[r].to(STATE) * value
             out = dlogits + (dl_at + (at * dl_t + r * dl_p) * ALIGN_LOGITS)
-            tl.store(out, dp.to(dlogits.dtype.element_ty), exists & group_exists)
-            tl.store(out + dl_k, ds.to(dlogits.dtype.element_ty), exists & group_exists)
-            tl.store(out + 2 * dl_k, df.to(dlogits.dtype.element_ty), exists & group_exists)
+            tl.store(out, dw_prev.to(dlogits.dtype.element_ty), exists & group_exists)
+            tl.store(out + dl_k, dw_same.to(dlogits.dtype.element_ty), exists & group_exists)
+            tl.store(out + 2 * dl_k, dw_next.to(dlogits.dtype.element_ty), exists & group_exists)
             to_previous = to_previous + (part_previous,)
             to_same = to_same + (part_same,)
             to_following = to_following + (part_following,)
-        before, after = _cross(to_previous[0], to_following[R - 1], NG, BCW, GB)
+        before, after = _cross(to_previous[0], to_following[PLACES - 1], STRIPS, GROUPS, MEMBERS)
         before = tl.where(strip > 0, before, 0.0)
-        after = tl.where(strip < NG - 1, after, 0.0)
+        after = tl.where(strip < STRIPS - 1, after, 0.0)
         new = ()
-        for r in tl.static_range(R):
-            total_here = to_same[r] + (after if r == R - 1 else to_previous[r + 1])
+        for r in tl.static_range(PLACES):
+            total_here = to_same[r] + (after if r == PLACES - 1 else to_previous[r + 1])
             total_here = total_here + (before if r == 0 else to_following[r - 1])
             new = new + (tl.where(goes_on, total_here, 0.0) if CHAINED else total_here,)
         carried = new
 
     if CHAINED:
-        for r in tl.static_range(R):
+        for r in tl.static_range(PLACES):
             leaves = _owned(place + r, tile * own, own, P, HALO) & c_exists
             tl.store(state_out + state_at + r * channels, carried[r], leaves)
 
 
 @triton.jit
-def logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a, b, d, STATE: tl.constexpr):
+def logit_gradients(
+    dw_prev, dw_same, dw_next, w_prev, w_next, e_prev, e_same, e_next, a_prev, a_same, a_next, STATE: tl.constexpr
+):
     """Gradients of the three logits from those of the weights: w_k (1 - s_k) (dw_k - sum_j w_j dw_j), s_k = 1 / e_k;
     zero beneath the floor. dw of a neighbour that does not exist must be finite; its weight is zero."""
-    mean = ds + (wp * (dp - ds) + wf * (df - ds))
-    product = ea * eb
-    q = _reciprocal(product * ed)
-    zero = tl.zeros_like(dp)
+    mean = dw_same + (w_prev * (dw_prev - dw_same) + w_next * (dw_next - dw_same))
+    product = e_prev * e_same
+    q = _reciprocal(product * e_next)
+    zero = tl.zeros_like(dw_prev)
     return (
-        tl.where(a.to(STATE) < FLOOR, zero, wp * (1.0 - q * (eb * ed)) * (dp - mean)),
-        tl.where(b.to(STATE) < FLOOR, zero, (1.0 - wp - wf) * (1.0 - q * (ea * ed)) * (ds - mean)),
-        tl.where(d.to(STATE) < FLOOR, zero, wf * (1.0 - q * product) * (df - mean)),
+        tl.where(a_prev.to(STATE) < FLOOR, zero, w_prev * (1.0 - q * (e_same * e_next)) * (dw_prev - mean)),
+        tl.where(
+            a_same.to(STATE) < FLOOR, zero, (1.0 - w_prev - w_next) * (1.0 - q * (e_prev * e_next)) * (dw_same - mean)
+        ),
+        tl.where(a_next.to(STATE) < FLOOR, zero, w_next * (1.0 - q * product) * (dw_next - mean)),
     )

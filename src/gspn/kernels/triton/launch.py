@@ -24,21 +24,21 @@ _TILE, _CHANNELS = 2048, 32  # elements of a tile of the elementwise kernels, an
 _ENDLESS = 1 << 30  # the segment of a global scan
 
 
-class Strip(NamedTuple):
+class Band(NamedTuple):
     """Lines of a map in one direction that are scanned by themselves.
 
     Attributes:
         origin: number of the first line in the map, in the order of the scan.
         total: lines of the map.
-        entered: (B, 1, P, C) the state before the first line, in the state's dtype; in the
+        state_in: (B, 1, P, C) the state before the first line, in the state's dtype; in the
             backward scan the adjoint after the last line. It is not read where a segment starts.
-        left: where to put the one that the next strip is entered with.
+        state_out: where to put the one that the next band is entered with.
     """
 
     origin: int
     total: int
-    entered: Tensor
-    left: Tensor
+    state_in: Tensor
+    state_out: Tensor
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,7 +79,7 @@ def empty_maps(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def scan(
     x: Tensor, gate: Tensor | None, logits: Tensor, h: Tensor, directions: Sequence[int], segment: int | None,
-    *, strip: Strip | None = None, plan: Plan | None = None,
+    *, band: Band | None = None, plan: Plan | None = None,
 ) -> None:  # fmt: skip
     """Fills h (B,D,C,H,W) with the scans of x (B,C,H,W). With gate (B,D,C,H,W), of gate * x under the normalised logits
     (B,D,G,3,H,W); without, the logits are the weights."""
@@ -87,9 +87,9 @@ def scan(
     align_logits, logits_strides = _strides(_of_logits(logits), size=logits.shape[2])
     index = _index(x, h, logits, gate)
     for cut in _cuts(x, logits, directions, segment, plan, backward=False):
-        for launch in cut.launches(x, len(directions), segment, strip, backward=False):
+        for launch in cut.launches(x, len(directions), segment, band, backward=False):
             device.scan_forward[launch.grid](
-                x, x if gate is None else gate, logits, h, launch.entered, launch.left,
+                x, x if gate is None else gate, logits, h, launch.state_in, launch.state_out,
                 *x_strides, *gate_strides, *logits_strides, *h_strides,
                 x.shape[2], x.shape[3], x.shape[1] // align, *launch.numbers, **launch.constants,
                 GATED=gate is not None, NORMALIZED=gate is not None, ALIGN=align, ALIGN_LOGITS=align_logits,
@@ -99,14 +99,14 @@ def scan(
 
 def scan_backward(
     grad: Tensor, output_gate: Tensor | None, logits: Tensor, h: Tensor, dlogits: Tensor, directions: Sequence[int],
-    segment: int | None, *, normalized: bool, strip: Strip | None = None, plan: Plan | None = None,
+    segment: int | None, *, normalized: bool, band: Band | None = None, plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """g (B,D,C,H,W) in the state's dtype, the gradient of what goes into the scans of which grad (B,D,C,H,W), times the
     output gates if given, is the gradient of h; and fills dlogits, which is that of the weights unless `normalized`."""
     batch, count, channels, height, width = grad.shape
     like_x, groups = grad[:, 0], logits.shape[2]
     g = empty_maps(like_x, count, state_dtype(h.dtype))
-    of_h = tuple(h.stride(d) for d in (0, 1, 3, 4)) if strip else _of_maps(h)  # one line has a line before it
+    of_h = tuple(h.stride(d) for d in (0, 1, 3, 4)) if band else _of_maps(h)  # one line has a line before it
     align, grad_strides, gate_strides, h_strides = _strides(_of_maps(grad), _of_maps(output_gate), of_h, size=channels)
     cuts = _cuts(like_x, logits, directions, segment, plan, backward=True)
     parts, out = max((cut.parts for cut in cuts), default=1), dlogits
@@ -117,11 +117,12 @@ def scan_backward(
     align_logits, logits_strides, out_strides = _strides(_of_logits(logits), _of_logits(out), size=groups)
     index = _index(grad, h, logits, out, g, output_gate)
     for cut in cuts:
-        for launch in cut.launches(like_x, count, segment, strip, backward=True):
+        for launch in cut.launches(like_x, count, segment, band, backward=True):
             device.scan_backward[launch.grid](
-                grad, grad if output_gate is None else output_gate, logits, h, g, out, launch.entered, launch.left,
+                grad, grad if output_gate is None else output_gate, logits, h, g, out,
+                launch.state_in, launch.state_out,
                 *grad_strides, *gate_strides, *logits_strides, *h_strides, *out_strides,
-                partial.stride(0) if parts > 1 else 0, strip.total if strip else 0,
+                partial.stride(0) if parts > 1 else 0, band.total if band else 0,
                 height, width, channels // align, *launch.numbers, **launch.constants,
                 GATED=output_gate is not None, NORMALIZED=normalized, ALIGN=align, ALIGN_LOGITS=align_logits,
                 PARTIAL=parts > 1, INDEX=index, GRAD_DENSE=_dense(grad), H_DENSE=_dense(h),
@@ -139,8 +140,8 @@ def scan_backward(
 
 class _Launch(NamedTuple):
     grid: tuple[int]
-    entered: Tensor
-    left: Tensor
+    state_in: Tensor
+    state_out: Tensor
     numbers: tuple[int, ...]  # maps to segments, of the kernel's arguments
     constants: dict
 
@@ -162,10 +163,10 @@ class _Cut(NamedTuple):
         """Blocks that a group of channels is spread over."""
         return -(-self.share // self.members)
 
-    def launches(self, x: Tensor, maps: int, segment: int | None, strip: Strip | None, backward: bool):
+    def launches(self, x: Tensor, maps: int, segment: int | None, band: Band | None, backward: bool):
         batch, channels, height, width = x.shape
         dtype, step = state_dtype(x.dtype), self.plan.halo or self.lines
-        chained = strip is not None or (step < self.lines and (segment is None or segment > step))
+        chained = band is not None or (step < self.lines and (segment is None or segment > step))
         period = segment or _ENDLESS
         length = step if chained else min(period, self.lines)
         segments = 1 if chained else -(-self.lines // length)
@@ -177,20 +178,20 @@ class _Cut(NamedTuple):
                 torch.empty(batch, maps, max(height, width), channels, dtype=dtype, device=x.device) for _ in "ab"
             ]
         constants = dict(
-            SHARE=self.share, NG=self.plan.strips, R=self.plan.places, BCW=self.groups, GB=self.members,
-            HALO=self.plan.halo, CHAINED=chained, STATE=_TYPES[dtype], STAGES=self.plan.stages,
+            SHARE=self.share, STRIPS=self.plan.strips, PLACES=self.plan.places, GROUPS=self.groups,
+            MEMBERS=self.members, HALO=self.plan.halo, CHAINED=chained, STATE=_TYPES[dtype], STAGES=self.plan.stages,
             num_warps=self.plan.warps,
         )  # fmt: skip
         grid = (self.blocks * tiles * len(self.numbered) * segments * batch,)
         for n, first in enumerate(reversed(firsts) if backward else firsts):
-            entered = strip.entered if strip and n == 0 else between[n % 2]
-            left = strip.left if strip and n == len(firsts) - 1 else between[1 - n % 2]
+            state_in = band.state_in if band and n == 0 else between[n % 2]
+            state_out = band.state_out if band and n == len(firsts) - 1 else between[1 - n % 2]
             numbers = (
                 maps, pack_directions(self.numbered), len(self.numbered), period if chained else length,
-                strip.origin if strip else 0, self.places if strip else max(height, width), first, length,
+                band.origin if band else 0, self.places if band else max(height, width), first, length,
                 self.plan.own, self.blocks, tiles, segments,
             )  # fmt: skip
-            yield _Launch(grid, entered, left, numbers, constants)
+            yield _Launch(grid, state_in, state_out, numbers, constants)
 
 
 def _cuts(x, logits, directions, segment, chosen, backward) -> list[_Cut]:

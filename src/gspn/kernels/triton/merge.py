@@ -11,16 +11,16 @@ from gspn.kernels.triton.device import SIZES, inverse_sigmoid, logit_gradients, 
 @triton.jit
 def _pixels(height, width, unit, chunks, ALIGN: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr):
     """A tile of PIXELS pixels of an image times BC channels: image, row, column, channel, and which exist."""
-    left = tl.program_id(0)
-    c = (left % chunks) * BC + tl.arange(0, BC)[None, :]
-    left = left // chunks
+    rest = tl.program_id(0)
+    c = (rest % chunks) * BC + tl.arange(0, BC)[None, :]
+    rest = rest // chunks
     size = height * width
     tiles = (size + PIXELS - 1) // PIXELS
-    pixel = (left % tiles) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    pixel = (rest % tiles) * PIXELS + tl.arange(0, PIXELS)[:, None]
     row = pixel // width
     column = pixel - row * width
     exists = (pixel < size) & (c < unit * ALIGN)
-    return (left // tiles).to(tl.int64), row.to(tl.int64), column.to(tl.int64), c, exists
+    return (rest // tiles).to(tl.int64), row.to(tl.int64), column.to(tl.int64), c, exists
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -41,32 +41,34 @@ def finish_logits(
     horizontal = direction % 2 == 0
     place = tl.where(horizontal, i, j)
     last = tl.where(horizontal, height, width) - 1
-    dp = tl.zeros((PIXELS, BC), STATE)
-    ds = tl.zeros((PIXELS, BC), STATE)
-    df = tl.zeros((PIXELS, BC), STATE)
+    dw_prev = tl.zeros((PIXELS, BC), STATE)
+    dw_same = tl.zeros((PIXELS, BC), STATE)
+    dw_next = tl.zeros((PIXELS, BC), STATE)
     for part in tl.static_range(PARTS):
         from_part = at + part * part_stride.to(tl.int64)
-        dp += tl.load(from_part, exists, 0.0)
-        ds += tl.load(from_part + groups, exists, 0.0)
-        df += tl.load(from_part + 2 * groups, exists, 0.0)
+        dw_prev += tl.load(from_part, exists, 0.0)
+        dw_same += tl.load(from_part + groups, exists, 0.0)
+        dw_next += tl.load(from_part + 2 * groups, exists, 0.0)
     if NORMALIZED:
         line = image * logits_b + which * logits_d.to(tl.int64) + i * logits_h
         line = logits + (line + j * logits_w) * ALIGN + g
         k = logits_k.to(tl.int64) * ALIGN
-        a = tl.load(line, exists, 0.0)
-        b = tl.load(line + k, exists, 0.0)
-        d = tl.load(line + 2 * k, exists, 0.0)
-        ea = inverse_sigmoid(a.to(STATE))
-        eb = inverse_sigmoid(b.to(STATE))
-        ed = inverse_sigmoid(d.to(STATE))
-        wp, wf = normalize(ea, eb, ed, place == 0, place == last)
-        dp, ds, df = logit_gradients(dp, ds, df, wp, wf, ea, eb, ed, a, b, d, STATE)
+        a_prev = tl.load(line, exists, 0.0)
+        a_same = tl.load(line + k, exists, 0.0)
+        a_next = tl.load(line + 2 * k, exists, 0.0)
+        e_prev = inverse_sigmoid(a_prev.to(STATE))
+        e_same = inverse_sigmoid(a_same.to(STATE))
+        e_next = inverse_sigmoid(a_next.to(STATE))
+        w_prev, w_next = normalize(e_prev, e_same, e_next, place == 0, place == last)
+        dw_prev, dw_same, dw_next = logit_gradients(
+            dw_prev, dw_same, dw_next, w_prev, w_next, e_prev, e_same, e_next, a_prev, a_same, a_next, STATE
+        )
     out = image * dlogits_b + which * dlogits_d.to(tl.int64) + i * dlogits_h
     out = dlogits + (out + j * dlogits_w) * ALIGN + g
     dk = dlogits_k.to(tl.int64) * ALIGN
-    tl.store(out, dp.to(dlogits.dtype.element_ty), exists)
-    tl.store(out + dk, ds.to(dlogits.dtype.element_ty), exists)
-    tl.store(out + 2 * dk, df.to(dlogits.dtype.element_ty), exists)
+    tl.store(out, dw_prev.to(dlogits.dtype.element_ty), exists)
+    tl.store(out + dk, dw_same.to(dlogits.dtype.element_ty), exists)
+    tl.store(out + 2 * dk, dw_next.to(dlogits.dtype.element_ty), exists)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -1,8 +1,8 @@
 """propagate on the GPU: projections by matrix products, scans, and the merger, piece by piece in a bounded workspace.
 
 A piece is all directions of as many images as fit the workspace, else one direction of them; where one image does not
-fit, strips of lines of one direction, between which the state of the scan is carried. The gradient is computed in the
-same kind of pieces from x and proxy alone: for strips, a first pass finds the state that each is entered with, then
+fit, bands of lines of one direction, between which the state of the scan is carried. The gradient is computed in the
+same kind of pieces from x and proxy alone: for bands, a first pass finds the state that each is entered with, then
 they are scanned back.
 
 Rounding. Projections and gates are held in the dtype of x as long as the parts of all directions are summed up in
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gspn.kernels.triton import launch
 from gspn.kernels.triton.launch import (
+    Band,
     Merged,
-    Strip,
     channels_inside,
     empty_like_channels_last,
     empty_maps,
@@ -26,7 +26,7 @@ from gspn.kernels.triton.launch import (
     state_dtype,
 )
 
-LINES = 16  # of a strip, if there is a choice: a gradient keeps a state in float32 for each strip
+LINES = 16  # of a band, if there is a choice: a gradient keeps a state in float32 for each band
 
 
 def propagate(
@@ -44,22 +44,22 @@ def propagate(
             work = _Work.choose(some, weight_proj, directions, segment, workspace_mib, backward=False)
             total = empty_like_channels_last(some, 1, state_dtype(x.dtype)) if work.wide_sum else out
             for pieces in work.passes() if x.numel() else ():
-                left = None
+                state = None
                 for piece in pieces:
-                    left = _forward(work, piece, features, projections, total, left)
+                    state = _forward(work, piece, features, projections, total, state)
             if total is not out:
                 out.copy_(total)
         return y
 
 
-def _forward(work, piece, proxy, projections, total, entered) -> Tensor | None:
+def _forward(work, piece, proxy, projections, total, state_in) -> Tensor | None:
     """Adds a piece to `total`; the state that it leaves with, where it was entered with one. What it holds beside is
     given back when it returns."""
-    strip, x = work.strip(piece, entered), piece.of(work.x)
+    band, x = work.band(piece, state_in), piece.of(work.x)
     maps = _Maps.project(piece, proxy, *projections, work.gate_dtype)
-    h = work.scan(piece, maps, strip)
+    h = work.scan(piece, maps, band)
     launch.merge(h, maps.output_gate, maps.skip, x, piece.of(total), add=not piece.opens)
-    return strip and strip.left
+    return band and band.state_out
 
 
 def propagate_backward(
@@ -67,7 +67,7 @@ def propagate_backward(
     skip_proj: Tensor | None, directions: list[int], segment: int | None, workspace_mib: int = 256,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of x, proxy and the four projections. Beside the workspace this holds the proxy's gradient in float32,
-    and where one image does not fit, dx of one in float32 and for each strip the state that the scan enters it with.
+    and where one image does not fit, dx of one in float32 and for each band the state that the scan enters it with.
     What lies between the products has the dtype of x: gradients of float32 projections beside 16-bit maps are as exact
     as those of linear layers under autocast."""
     projections = (weight_proj, input_proj, output_proj, skip_proj)
@@ -93,20 +93,20 @@ def propagate_backward(
         return dx, dproxy.to(proxy.dtype), *projection_grads
 
 
-def _backward(work, piece, proxy, projections, grad, entered, adjoint, dx, dproxy, found) -> Tensor | None:
+def _backward(work, piece, proxy, projections, grad, state_in, adjoint, dx, dproxy, found) -> Tensor | None:
     """Adds what a piece gives to the gradients; the adjoint that it leaves with, where it was entered with one."""
     maps = _Maps.project(piece, proxy, *projections, work.gate_dtype)
-    h = work.scan(piece, maps, work.strip(piece, entered))
-    dmaps, dy, strip = maps.alike(), piece.of(grad), work.strip(piece, adjoint)
+    h = work.scan(piece, maps, work.band(piece, state_in))
+    dmaps, dy, band = maps.alike(), piece.of(grad), work.band(piece, adjoint)
     g = launch.scan_backward(
         dy[:, None].expand(-1, len(piece.indices), -1, -1, -1), maps.output_gate, maps.logits, h, dmaps.logits,
-        piece.directions, work.segment, normalized=True, strip=strip,
+        piece.directions, work.segment, normalized=True, band=band,
     )  # fmt: skip
     merged = Merged(dy, h, maps.skip, dmaps.output_gate, dmaps.skip)
     x, dx = piece.of(work.x), piece.of(dx)
     launch.merge_backward(g, maps.input_gate, x, dx, dmaps.input_gate, merged, add=not piece.opens)
     _add_gradients(piece, maps, dmaps, piece.of(dproxy), *found)
-    return strip and strip.left
+    return band and band.state_out
 
 
 def _workspace_bytes_per_pixel(x, weight_proj, count, gate_bytes, backward) -> int:
@@ -121,21 +121,21 @@ def _workspace_bytes_per_pixel(x, weight_proj, count, gate_bytes, backward) -> i
 
 
 def _images_at_once(x, weight_proj, count, workspace_mib, *, backward) -> int:
-    """Images that are worked on together: as many as fit with all directions, else with one, else with strips of LINES
+    """Images that are worked on together: as many as fit with all directions, else with one, else with bands of LINES
     lines; in equal parts."""
     batch, channels, height, width = x.shape
     narrow, wide = x.element_size(), state_dtype(x.dtype).itemsize
     together = _workspace_bytes_per_pixel(x, weight_proj, count, narrow, backward)
     sums = channels * wide * (wide > narrow and not backward)
     alone = _workspace_bytes_per_pixel(x, weight_proj, 1, narrow, backward) + sums
-    strip = _workspace_bytes_per_pixel(x, weight_proj, 1, narrow if backward else wide, backward)
-    sizes = (height * width * together, height * width * alone, LINES * max(height, width) * strip)
+    band = _workspace_bytes_per_pixel(x, weight_proj, 1, narrow if backward else wide, backward)
+    sizes = (height * width * together, height * width * alone, LINES * max(height, width) * band)
     images = next((n for n in ((workspace_mib << 20) // max(size, 1) for size in sizes) if n), 1)
     return -(-batch // -(-batch // min(images, batch))) if batch else 1
 
 
 class _Piece(NamedTuple):
-    """All lines of some directions of the call, or a strip of lines of one."""
+    """All lines of some directions of the call, or a band of lines of one."""
 
     indices: range  # in the call's directions
     directions: list[int]
@@ -170,13 +170,13 @@ class _Work(NamedTuple):
     directions: list[int]
     segment: int | None
     together: bool  # all directions in one piece
-    strip_lines: int | None  # of a piece, if directions are cut into strips
+    band_lines: int | None  # of a piece, if directions are cut into bands
     wide_sum: bool  # the directions' parts are summed up in the state's dtype, which y has not
     gate_dtype: torch.dtype
 
     @classmethod
     def choose(cls, x, weight_proj, directions, segment, workspace_mib, *, backward) -> "_Work":
-        """All directions together, or one after the other, or in strips of lines: what fits."""
+        """All directions together, or one after the other, or in bands of lines: what fits."""
         batch, channels, height, width = x.shape
         narrow, wide = x.element_size(), state_dtype(x.dtype).itemsize
         pixels, room = batch * height * width, workspace_mib << 20
@@ -194,12 +194,12 @@ class _Work(NamedTuple):
 
     @property
     def single(self) -> bool:
-        return self.together or (self.strip_lines is None and len(self.directions) == 1)
+        return self.together or (self.band_lines is None and len(self.directions) == 1)
 
     @property
     def carries(self) -> bool:
-        """Whether the state of a scan crosses the borders of strips."""
-        return self.strip_lines is not None and (self.segment is None or self.strip_lines % self.segment > 0)
+        """Whether the state of a scan crosses the borders of bands."""
+        return self.band_lines is not None and (self.segment is None or self.band_lines % self.segment > 0)
 
     def passes(self) -> Iterator[Iterator[_Piece]]:
         """The pieces, in the order of the scan, for each direction or for all together."""
@@ -207,47 +207,47 @@ class _Work(NamedTuple):
             yield iter([_Piece(range(len(self.directions)), list(self.directions))])
             return
         for index, direction in enumerate(self.directions):
-            yield self._strips(index, direction)
+            yield self._bands(index, direction)
 
-    def _strips(self, index, direction):
+    def _bands(self, index, direction):
         total = self.x.shape[-1 if direction % 2 == 0 else -2]
-        step = self.strip_lines or total
+        step = self.band_lines or total
         for origin in range(0, total, step):
-            lines = min(step, total - origin) if self.strip_lines else None
+            lines = min(step, total - origin) if self.band_lines else None
             yield _Piece(range(index, index + 1), [direction], origin, lines, total)
 
-    def strip(self, piece: _Piece, entered: Tensor | None) -> Strip | None:
-        """What the scan of a strip needs to know; None where it stands alone. The first one is entered with nothing."""
+    def band(self, piece: _Piece, state_in: Tensor | None) -> Band | None:
+        """What the scan of a band needs to know; None where it stands alone. The first one is entered with nothing."""
         if not self.carries:
             return None
         batch, channels, height, width = self.x.shape
         places = height if piece.axis == -1 else width
-        left = self.x.new_empty(batch, 1, places, channels, dtype=state_dtype(self.x.dtype))
-        return Strip(piece.origin, piece.total, left if entered is None else entered, left)
+        state_out = self.x.new_empty(batch, 1, places, channels, dtype=state_dtype(self.x.dtype))
+        return Band(piece.origin, piece.total, state_out if state_in is None else state_in, state_out)
 
     def entered(self, pieces: list[_Piece], proxy: Tensor, projections) -> list[Tensor | None]:
         """The state that each piece is entered with, found by a scan of its own; None where they stand alone."""
         states: list[Tensor | None] = [None] * len(pieces)
         for n, piece in enumerate(pieces[:-1] if self.carries else ()):
-            strip = self.strip(piece, states[n])
-            self.scan(piece, _Maps.project(piece, proxy, *projections, self.gate_dtype), strip)
-            states[n + 1] = strip.left
+            band = self.band(piece, states[n])
+            self.scan(piece, _Maps.project(piece, proxy, *projections, self.gate_dtype), band)
+            states[n + 1] = band.state_out
         return states
 
-    def scan(self, piece: _Piece, maps: "_Maps", strip: Strip | None) -> Tensor:
-        """h (B,D,C,H,W) of a piece, in the state's dtype. In a strip the state that it was entered with lies in memory
+    def scan(self, piece: _Piece, maps: "_Maps", band: Band | None) -> Tensor:
+        """h (B,D,C,H,W) of a piece, in the state's dtype. In a band the state that it was entered with lies in memory
         where the line before would, for the gradients of the first line's weights."""
         x = piece.of(self.x)
-        if strip is None or piece.origin == 0:
+        if band is None or piece.origin == 0:
             h = empty_maps(x, len(piece.indices), state_dtype(x.dtype))
         else:
             shape = list(x.shape)
             shape[piece.axis] += 1
-            longer = empty_maps(x.new_empty(()).expand(shape), 1, strip.entered.dtype)
+            longer = empty_maps(x.new_empty(()).expand(shape), 1, band.state_in.dtype)
             line = longer.narrow(piece.axis, piece.lines if piece.reverse else 0, 1)
-            line.copy_(strip.entered.transpose(2, 3).unsqueeze(piece.axis))
+            line.copy_(band.state_in.transpose(2, 3).unsqueeze(piece.axis))
             h = longer.narrow(piece.axis, 0 if piece.reverse else 1, piece.lines)
-        launch.scan(x, maps.input_gate, maps.logits, h, piece.directions, self.segment, strip=strip)
+        launch.scan(x, maps.input_gate, maps.logits, h, piece.directions, self.segment, band=band)
         return h
 
 
