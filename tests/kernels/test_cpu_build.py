@@ -72,6 +72,13 @@ def test_the_library_needs_neither_torch_nor_python():
     assert not [name for name in needed if "torch" in name or "python" in name or "c10" in name]
 
 
+@needs_library
+def test_the_fuzzer_starts_from_anywhere(tmp_path):
+    command = [sys.executable, ROOT / "tests/tools/fuzz_cpu.py", "--cases", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and "2 cases, 0 failures" in result.stdout, result.stderr
+
+
 def test_a_source_distribution_holds_every_source(tmp_path, monkeypatch):
     build = pytest.importorskip("scikit_build_core.build")
     monkeypatch.chdir(ROOT)

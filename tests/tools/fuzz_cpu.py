@@ -21,6 +21,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from test_cpu_scan import (
     DTYPES,
     TOLERANCE,

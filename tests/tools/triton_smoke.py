@@ -7,10 +7,13 @@ Ends with 1 if a result is wrong. Every tensor gets memory of its own, so that w
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.triton_cases import Case, check_line_scans, check_propagate, check_scans, force
 
 from gspn.kernels.triton.launch import INTERPRETED
