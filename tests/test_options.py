@@ -141,6 +141,17 @@ def test_export_options_that_exclude_each_other(values, told):
     assert ExportOptions.read({"run": "x", "onnx": True, "out": "M.ONNX"}).batch is None
 
 
+def test_a_tilde_is_the_home(monkeypatch):
+    """A shell leaves it in --out=~/x, and a folder called ~ is what a user removes the home with."""
+    monkeypatch.setenv("HOME", "/home/me")
+    options = ShowOptions.read({"run": "~/run", "image": "~nobody-of-that-name/a", "out": "~/b.png"})
+    assert [str(path) for path in (options.run, options.image, options.out)] == [
+        "/home/me/run",
+        "~nobody-of-that-name/a",
+        "/home/me/b.png",
+    ]
+
+
 def test_a_help_shows_what_the_presets_fill_in():
     shown = {one.name: one.annotation.__metadata__[0].show_default for one in flags(GeneratorOptions)}
     assert shown["ema"] == "0.999 for pixels, 0.9999 for latents" and shown["weight_decay"] == "0.0"

@@ -223,7 +223,7 @@ def _of_files(folders):
 
 def _nothing_of_use(path, images, found):
     if images:
-        return f"{listed(found.names(images), 'image', 'images')}, but no class folders, whose parent is to be given"
+        return f"{listed(found.names(images), 'image', 'images')}, but no class folders: give the folder that has them"
     there = sorted(f.name for f in path.iterdir())
     return f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
 

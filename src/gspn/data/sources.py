@@ -78,7 +78,8 @@ def with_held_out(splits: dict[str, Split], fraction: float) -> tuple[dict[str, 
     if not len(held_out):
         return splits, []
     splits["val"] = everything.subset(held_out)
-    return splits, [f"no evaluation split: {len(held_out)} of {len(everything)} images are held out for it"]
+    count = f"{len(held_out)} of {len(everything)} images {'is' if len(held_out) == 1 else 'are'}"
+    return splits, [f"no evaluation split: {count} held out for it"]
 
 
 def hold_out(labels: Sequence[int], fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -170,7 +170,16 @@ def parse_interval(value):
     return text
 
 
-_PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse_text, Path: Path, list: list}
+def parse_path(value):
+    """A Path, with ~ expanded: a shell leaves it in `--out=~/x`."""
+    path = Path(value)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user; whoever looks for the path says so
+        return path
+
+
+_PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse_text, Path: parse_path, list: list}
 
 # -- sets of options --
 
