@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import random_problem
+from helpers.problems import random_problem
 
 import gspn
 

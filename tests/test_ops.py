@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import pixel_loop, random_problem
+from helpers.problems import pixel_loop, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

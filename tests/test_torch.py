@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_problem
+from helpers.problems import random_problem
 from torch import nn
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
