@@ -105,15 +105,15 @@ class Variant(nn.Module):
 
 
 REMEDIES = {  # the most telling first: the study goes through them in this order
-    "gspn-normed": ("+ both", dict()),
-    "gspn-normed-thirds": ("both, weights 1/3", dict(thirds=True)),
-    "gspn-forget": ("both, forgets", dict(forget="yes")),
-    "gspn-forget-thirds": ("both, forgets, weights 1/3", dict(forget="yes", thirds=True)),
+    "gspn-normed": ("GSPN, both normed", dict()),
+    "gspn-normed-thirds": ("GSPN, both normed, weights 1/3", dict(thirds=True)),
+    "gspn-forget": ("GSPN, both normed, forgets", dict(forget="yes")),
+    "gspn-forget-thirds": ("GSPN, both normed, forgets, weights 1/3", dict(forget="yes", thirds=True)),
     "gspn-g8": ("GSPN, 8 groups", dict(normed_proxy=False, normed_output=False)),
-    "gspn-output": ("+ normed output and SiLU gate", dict(normed_proxy=False)),
-    "gspn-proxy": ("+ normed proxy", dict(normed_output=False)),
-    "gspn-normed-scale4": ("both, logits times 4", dict(scale=4.0)),
-    "gspn-forget-tied": ("both, forgets, input times 1 - r", dict(forget="tied")),
-    "gspn-forget-fixed": ("both, forgets at fixed rates", dict(forget="fixed")),
-    "gspn-forget-scale4": ("both, forgets, logits times 4", dict(forget="yes", scale=4.0)),
+    "gspn-output": ("GSPN, output normed, SiLU gate", dict(normed_proxy=False)),
+    "gspn-proxy": ("GSPN, proxy normed", dict(normed_output=False)),
+    "gspn-normed-scale4": ("GSPN, both normed, logits times 4", dict(scale=4.0)),
+    "gspn-forget-tied": ("GSPN, both normed, forgets, input times 1 - r", dict(forget="tied")),
+    "gspn-forget-fixed": ("GSPN, both normed, forgets at fixed rates", dict(forget="fixed")),
+    "gspn-forget-scale4": ("GSPN, both normed, forgets, logits times 4", dict(forget="yes", scale=4.0)),
 }
