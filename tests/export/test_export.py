@@ -120,11 +120,8 @@ class EvenOrOdd(nn.Module):
         return x + 1 if x.shape[-1] % 2 else x
 
 
-@pytest.mark.parametrize(
-    "memory_format",
-    [FORMATS[0], pytest.param(FORMATS[1], marks=pytest.mark.slow)],
-    ids=["channels first", "channels last"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["channels first", "channels last"])
 def test_one_graph_of_a_model_serves_every_resolution(memory_format):
     model = gspn.create_model("gspn_micro", **TINY)
     check_at_many_sizes(model, 1, memory_format, "aot_eager", False)

@@ -70,6 +70,7 @@ def test_the_file_is_usable_without_torch_and_gspn(run):
         assert name == expected["name"] and abs(float(probability) - expected["probability"]) < 2e-4
 
 
+@pytest.mark.slow
 def test_a_fixed_size_in_half_precision_elsewhere(run, tmp_path):
     file = tmp_path / "half.onnx"
     code, out, err = gspn_command(

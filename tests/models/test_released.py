@@ -295,6 +295,7 @@ def test_the_released_alignment_takes_square_images_only(little):
         gspn.load_released(little.state_dict(), "gspn_tiny", activation="silu")
 
 
+@pytest.mark.slow
 def test_it_can_be_fine_tuned(little):
     """A head for two classes of noise learns them, with gradient checkpointing and drop path."""
     torch.manual_seed(0)

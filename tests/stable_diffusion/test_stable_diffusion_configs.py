@@ -134,6 +134,7 @@ def test_times_are_extrapolated_by_the_laws_that_they_follow():
     assert not stable_diffusion_report._cells(rows, "512x512", "attention")[0].startswith("~")
 
 
+@pytest.mark.slow
 def test_the_benchmark_is_rehearsed_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     command = ["stable_diffusion", "speed", "--rehearse", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [*command, "--sizes", "64", "128x96"])

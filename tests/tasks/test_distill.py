@@ -345,6 +345,7 @@ def test_what_is_learned_nears_the_teacher(bases, photos, tmp_path):
     assert len(warnings) == 1 and "1 unreadable image" in warnings[0] and "7.png" in warnings[0]
 
 
+@pytest.mark.slow
 def test_sdxl_in_bfloat16_after_a_fit(bases, photos, tmp_path):
     options = dict(
         form="qkv", segment=2, fit=2, fit_maps=8, precision="bf16", gradient_checkpointing=True, accumulate=2
