@@ -105,15 +105,15 @@ class Variant(nn.Module):
 
 
 REMEDIES = {  # the most telling first: the study goes through them in this order
-    "gspn-normed": ("GSPN, both normed", dict()),
-    "gspn-normed-thirds": ("GSPN, both normed, weights 1/3", dict(thirds=True)),
-    "gspn-forget": ("GSPN, both normed, forgets", dict(forget="yes")),
-    "gspn-forget-thirds": ("GSPN, both normed, forgets, weights 1/3", dict(forget="yes", thirds=True)),
+    "gspn-normed": ("GSPN, both normalised", dict()),
+    "gspn-normed-thirds": ("GSPN, both normalised, weights 1/3", dict(thirds=True)),
+    "gspn-forget": ("GSPN, both normalised, forgets", dict(forget="yes")),
+    "gspn-forget-thirds": ("GSPN, both normalised, forgets, weights 1/3", dict(forget="yes", thirds=True)),
     "gspn-g8": ("GSPN, 8 groups", dict(normed_proxy=False, normed_output=False)),
-    "gspn-output": ("GSPN, output normed, SiLU gate", dict(normed_proxy=False)),
-    "gspn-proxy": ("GSPN, proxy normed", dict(normed_output=False)),
-    "gspn-normed-scale4": ("GSPN, both normed, logits times 4", dict(scale=4.0)),
-    "gspn-forget-tied": ("GSPN, both normed, forgets, input times 1 - r", dict(forget="tied")),
-    "gspn-forget-fixed": ("GSPN, both normed, forgets at fixed rates", dict(forget="fixed")),
-    "gspn-forget-scale4": ("GSPN, both normed, forgets, logits times 4", dict(forget="yes", scale=4.0)),
+    "gspn-output": ("GSPN, normalised output, SiLU gate", dict(normed_proxy=False)),
+    "gspn-proxy": ("GSPN, normalised proxy", dict(normed_output=False)),
+    "gspn-normed-scale4": ("GSPN, both normalised, logits times 4", dict(scale=4.0)),
+    "gspn-forget-tied": ("GSPN, both normalised, forgets, input times 1 - r", dict(forget="tied")),
+    "gspn-forget-fixed": ("GSPN, both normalised, forgets at fixed rates", dict(forget="fixed")),
+    "gspn-forget-scale4": ("GSPN, both normalised, forgets, logits times 4", dict(forget="yes", scale=4.0)),
 }

@@ -10,10 +10,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
-from benchmarks.quality.mixers.study import RESULTS, SEEDS, STEPS, Run, best_rate, read
+from benchmarks.quality.mixers.study import RATES, RESULTS, SEEDS, STEPS, Run, best_rate, read
 from benchmarks.quality.mixers.tasks import TASKS
 
 OURS = "gspn-global"  # what the others are compared with
+REMEDIES = (
+    "Remedies (remedies.py). Their channels share weights in 8 groups, which those of GSPN global do not: compare them "
+    "with *GSPN, 8 groups*."
+)
 _PALETTE = "#9aa0a6 #e07b22 #c62828 #ef9a9a #3a8f5c #1b5e20 #8d6e63 #2f6db3 #85aede #5e35b1 #00acc1".split()
 COLOURS = dict(zip([n for n, c in CONTENDERS.items() if not (c.remedy or c.why_not)], _PALETTE, strict=True))
 
@@ -169,7 +173,7 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS) -> str:
                 rates_table(done, task.name, form, steps),
             ]
             if remedies.keys() - {OURS}:
-                parts += ["GSPN with one thing changed at a time (remedies.py):", main_table(remedies, task)]
+                parts += [REMEDIES, main_table(remedies, task)]
     text = "\n\n".join(parts) + "\n"
     stem.with_suffix(".md").write_text(text)
     return text
@@ -183,7 +187,8 @@ def _about(done: dict[Run, dict], steps: int) -> str:
     lines = [
         f"Runs: {len(chosen)}, each {steps} steps of {chosen[0]['batch'] if chosen else 0} examples on one core, by "
         f"benchmarks/quality/mixers. Machine: {'; '.join(machines)}. Commits: {', '.join(commits)}. The learning rate "
-        "is the one of those tried with the least loss on held-out training photos.",
+        f"is the one of those tried with the least loss on held-out training photos. Finished means {len(RATES)} rates "
+        f"and {len(SEEDS)} seeds; with fewer a row is a first look.",
         *(f"- {c.title}: {c.why_not}" for c in CONTENDERS.values() if c.why_not),
     ]
     return "\n\n".join(lines)
