@@ -14,6 +14,7 @@ import gspn
 
 GROUPS = 8  # channel groups that share propagation weights; 64 (every channel its own) costs much more to try
 PROXY = 8
+LEVEL = -2.0  # logits so low that sigmoids are nearly exponentials: weights that sum to 1 are then a softmax
 LONGEST = 64  # lines: the memory of the group that forgets least, as the layer starts
 
 
@@ -24,7 +25,10 @@ class Variant(nn.Module):
         normed_proxy: RMSNorm of the proxy, from which weights and gates are projected.
         normed_output: N is RMSNorm over the channels, and the output is multiplied by a SiLU gate; else N is the
             identity and there is no such gate.
-        thirds: the weights of the neighbours are fixed at 1/3 each.
+        thirds: the logits do not depend on the input; without `rays` each weight is 1/3.
+        rays: a learned bias of the logits, which starts at LEVEL for one of the three neighbours and this much lower for
+            the others; a third of the groups starts with each. A state then moves along a ray instead of spreading out,
+            so that neighbours of a line differ and it matters which one is taken. 0: no bias.
         forget: "no": rows sum to 1. "yes": rows sum to r = sigmoid(projection of the proxy + bias), and the biases
             start such that the groups remember 2 to LONGEST lines. "tied": the input is multiplied by 1 - r as well, so
             that a state is a weighted mean of the inputs. "fixed": as "yes", but r does not depend on the input.
@@ -39,6 +43,7 @@ class Variant(nn.Module):
         normed_proxy: bool = True,
         normed_output: bool = True,
         thirds: bool = False,
+        rays: float = 0.0,
         forget: str = "no",
         scale: float = 1.0,
         groups: int = GROUPS,
@@ -60,6 +65,10 @@ class Variant(nn.Module):
         if thirds:
             self.weight_proj = None
             self.register_buffer("no_logits", torch.zeros(count, 3, groups, proxy_dim), persistent=False)
+        self.ray_bias = None
+        if rays:
+            others = 1 - F.one_hot(torch.arange(groups) % 3, 3).T  # (3,groups)
+            self.ray_bias = nn.Parameter((LEVEL - rays * others).repeat(count, 1, 1))
         self.input_proj, self.output_proj, self.skip_proj = (projection(width) for _ in range(3))
         if forget != "no":
             remembered = torch.logspace(1, math.log2(LONGEST), groups, base=2)
@@ -72,8 +81,16 @@ class Variant(nn.Module):
         weight_proj = self.no_logits if self.thirds else self.weight_proj * self.scale
         merge = 1 / len(gspn.DIRECTIONS)
         if self.forget == "no":
-            output_proj, skip_proj = self.output_proj * merge, self.skip_proj.sum(0) * merge
-            y = gspn.propagate(x, proxy, weight_proj, self.input_proj, output_proj, skip_proj)
+            input_proj, output_proj, skip_proj = (
+                self.input_proj,
+                self.output_proj * merge,
+                self.skip_proj.sum(0) * merge,
+            )
+            if self.ray_bias is not None:  # a proxy channel that is 1 everywhere turns a column of weights into a bias
+                proxy = torch.cat([proxy, torch.ones_like(proxy[:, :1])], 1)
+                weight_proj = torch.cat([weight_proj, self.ray_bias.unsqueeze(-1)], -1)
+                input_proj, output_proj, skip_proj = (F.pad(p, (0, 1)) for p in (input_proj, output_proj, skip_proj))
+            y = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj)
         else:
             y = merge * self._forgetting(x, proxy, weight_proj)
         y = self.norm(y.permute(0, 2, 3, 1))
@@ -105,14 +122,16 @@ class Variant(nn.Module):
 
 
 REMEDIES = {  # the most telling first: the study goes through them in this order
+    "gspn-g8": ("GSPN, 8 groups", dict(normed_proxy=False, normed_output=False)),
     "gspn-normed": ("GSPN, both normalised", dict()),
     "gspn-normed-thirds": ("GSPN, both normalised, weights 1/3", dict(thirds=True)),
-    "gspn-forget": ("GSPN, both normalised, forgets", dict(forget="yes")),
-    "gspn-forget-thirds": ("GSPN, both normalised, forgets, weights 1/3", dict(forget="yes", thirds=True)),
-    "gspn-g8": ("GSPN, 8 groups", dict(normed_proxy=False, normed_output=False)),
+    "gspn-rays": ("GSPN, both normalised, rays", dict(rays=3.0)),
+    "gspn-rays-fixed": ("GSPN, both normalised, rays whatever the input", dict(rays=3.0, thirds=True)),
+    "gspn-normed-scale4": ("GSPN, both normalised, logits times 4", dict(scale=4.0)),
     "gspn-output": ("GSPN, normalised output, SiLU gate", dict(normed_proxy=False)),
     "gspn-proxy": ("GSPN, normalised proxy", dict(normed_output=False)),
-    "gspn-normed-scale4": ("GSPN, both normalised, logits times 4", dict(scale=4.0)),
+    "gspn-forget": ("GSPN, both normalised, forgets", dict(forget="yes")),
+    "gspn-forget-thirds": ("GSPN, both normalised, forgets, weights 1/3", dict(forget="yes", thirds=True)),
     "gspn-forget-tied": ("GSPN, both normalised, forgets, input times 1 - r", dict(forget="tied")),
     "gspn-forget-fixed": ("GSPN, both normalised, forgets at fixed rates", dict(forget="fixed")),
     "gspn-forget-scale4": ("GSPN, both normalised, forgets, logits times 4", dict(forget="yes", scale=4.0)),
