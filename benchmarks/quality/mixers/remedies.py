@@ -26,9 +26,9 @@ class Variant(nn.Module):
         normed_output: N is RMSNorm over the channels, and the output is multiplied by a SiLU gate; else N is the
             identity and there is no such gate.
         thirds: the logits do not depend on the input; without `rays` each weight is 1/3.
-        rays: a learned bias of the logits, which starts at LEVEL for one of the three neighbours and this much lower for
-            the others; a third of the groups starts with each. A state then moves along a ray instead of spreading out,
-            so that neighbours of a line differ and it matters which one is taken. 0: no bias.
+        rays: a learned bias of the logits, which starts at LEVEL for one of the three neighbours and this much lower
+            for the others; a third of the groups starts with each. A state then moves along a ray instead of spreading
+            out, so that neighbours of a line differ and it matters which one is taken. 0: no bias.
         forget: "no": rows sum to 1. "yes": rows sum to r = sigmoid(projection of the proxy + bias), and the biases
             start such that the groups remember 2 to LONGEST lines. "tied": the input is multiplied by 1 - r as well, so
             that a state is a weighted mean of the inputs. "fixed": as "yes", but r does not depend on the input.
