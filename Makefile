@@ -5,10 +5,10 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Three processes, for some packages change what others do. timm needs torchvision, and where that can be found
 # accelerate, datasets and transformers behave differently: both stand in .timm, beside .venv. Triton is an interpreter
-# or not for a whole process. The last two have few tests, and start no workers.
+# or not for a whole process. The second has so few tests that workers would only cost time.
 MAIN := $(PYTEST) -n 2
 WITH_TIMM := PYTHONPATH=.timm $(PYTEST)
-WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST)
+WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST) -n 2
 CPU_SOURCES := $(wildcard src/gspn/kernels/cpu/*.* src/gspn/kernels/cpu/*/*.*)
 TRITON_TESTS := $(wildcard tests/kernels/test_triton*.py)
 
