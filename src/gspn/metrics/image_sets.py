@@ -64,7 +64,8 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
     Args:
         where: a folder that `gspn sample` made, a folder of image files, an npz file (ARRAYS), or DATA as
             labelled.open_data takes it with its `open_options`.
-        part: the split of DATA. None: `preferred` if DATA has it, else the one that evaluation takes.
+        part: the split of DATA. None: `preferred` if DATA has it, else the one that evaluation takes; a note says
+            which images these are where DATA has no evaluation split.
     Errors: DataError says what was found and what was expected; RunError if samples are missing from their folder.
     """
     refuse_latents(where)
@@ -79,7 +80,7 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
         data = open_data(where, **open_options)
         wanted = preferred if part is None and preferred in data.splits else part
         split, name = data.for_evaluation(wanted)
-        notes = list(data.notes)
+        notes = list(data.notes) if part or "all" not in data.splits else [*data.left_out, _taken(data, split, name)]
 
         def parts():
             yield from data.identity()
@@ -89,6 +90,14 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
     if split.class_names is not None and NO_CLASS not in present:
         classes = {split.class_names[i] for i in present}
     return ImageSet(split, str(where), name, parts, notes, classes)
+
+
+def _taken(data, split, name):
+    """A note on which images of data without an evaluation split are compared, where the user chose no split."""
+    if name == "all":
+        held_out = "; the split val holds those that a training leaves out" if "val" in data.splits else ""
+        return f"no evaluation split: all {len(split)} images are compared, also those for training{held_out}"
+    return f"no evaluation split: {len(split)} of {len(data.splits['all'])} images, those for training, are compared"
 
 
 def _without_splits(path):
