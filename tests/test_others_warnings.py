@@ -6,12 +6,16 @@ import warnings
 
 import pytest
 import torch
+from helpers.diffusion import generator_run
+from helpers.stable_diffusion import tiny_sd
 from torch.utils.data import DataLoader
 
 from gspn.data import loader as module
 from gspn.data.images import Preprocessing
 from gspn.data.labelled import open_data
 from gspn.data.loader import batches, make_loader, workers_note
+from gspn.sampling.generators import load_pipeline
+from gspn.tasks.text_to_image import open_text_to_image
 from gspn.train.loop import make_accelerator, with_strides
 
 
@@ -42,6 +46,23 @@ def test_the_strides_of_sides_of_length_1_become_the_parameters():
     assert other.stride() == (4, 4, 2, 1) and torch.equal(other, gradient) and other.data_ptr() == gradient.data_ptr()
     turned = torch.arange(12.0).view(3, 1, 2, 2).transpose(2, 3)
     assert with_strides((4, 4, 2, 1), turned) is turned  # its values lie elsewhere: that warning is right
+
+
+def _bars(capsys, load, where):
+    load(where)
+    return [line for line in capsys.readouterr().err.splitlines() if "Loading" in line]
+
+
+@pytest.mark.parametrize("load", [open_text_to_image, load_pipeline])
+def test_bars_of_loading_appear_on_a_terminal_only(load, tmp_path, capsys, monkeypatch):
+    if load is open_text_to_image:
+        tiny_sd().save_pretrained(tmp_path / "pipeline")
+    else:
+        load_pipeline(generator_run(tmp_path / "run")[0].path).save_pretrained(tmp_path / "pipeline")
+    capsys.readouterr()
+    assert _bars(capsys, load, tmp_path / "pipeline") == []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert _bars(capsys, load, tmp_path / "pipeline")  # the libraries' own, as before
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Progress of long work: a bar on a terminal, elsewhere lines, so that a log or a pipe shows that it is alive."""
 
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 FIRST = 5.0  # seconds until the first line, if a step is done by then
@@ -109,6 +111,22 @@ class Progress:
         if first:
             return ", ".join([*parts, passed, f"about {duration(now - self._start + left)} in all"])
         return ", ".join([*parts, f"about {duration(left)} left"])
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """In the block, diffusers and transformers draw their bars of loading only if stderr is a terminal. A bar in a log
+    or a pipe is a long line of control characters, and Progress says there what is done."""
+    names = ("diffusers.utils.logging", "transformers.utils.logging")
+    libraries = [sys.modules[name] for name in names if name in sys.modules]
+    hidden = [] if sys.stderr.isatty() else [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in hidden:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in hidden:
+            library.enable_progress_bar()
 
 
 def duration(seconds: float) -> str:

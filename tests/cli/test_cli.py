@@ -15,6 +15,7 @@ from gspn import plots as pictures
 from gspn.cli import app
 from gspn.cli.training import arguments_of
 from gspn.data.labelled import open_data
+from gspn.metrics.features import load_extractor
 from gspn.options import TASKS, read_file
 from gspn.train.run import Run
 
@@ -124,6 +125,15 @@ def test_the_run_folder_of_a_file_may_be_in_the_home(monkeypatch, tmp_path):
     (tmp_path / "options.yaml").write_text("data: digits\nout: ~/runs/first\n")
     data, run, _ = arguments_of(TASKS["classification"], None, None, None, tmp_path / "options.yaml", {})
     assert (data, run) == ("digits", tmp_path / "runs" / "first")
+
+
+def test_a_run_in_the_home_is_resumed_and_gives_features(monkeypatch, run):
+    monkeypatch.setenv("HOME", str(run.parent))
+    code, _, err = gspn_command("train", f"--resume=~/{run.name}", "--epochs", 1000)
+    assert code == 2 and "epochs" in err and "resumed" in err  # it was found, and refuses another length
+    code, _, err = gspn_command("train", "digits", "--config=~/gone.yaml")
+    assert code == 2 and str(run.parent / "gone.yaml") in err
+    assert load_extractor(f"classifier:~/{run.name}").class_names == Run.open(f"~/{run.name}").config["class_names"]
 
 
 @pytest.mark.parametrize("name", ["n" * 300, f"./{'n' * 300}", "~nobody-of-that-name/x"])

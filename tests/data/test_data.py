@@ -109,7 +109,7 @@ def test_training_images_never_stand_in_for_an_evaluation_split(tmp_path):
     data = open_data(tmp_path)
     assert data.splits.keys() == {"train", "all"}
     for refused in (data.for_training, lambda: data.for_evaluation(trained_on=data.where)):
-        with pytest.raises(DataError, match="no evaluation split, .* 2 images"):
+        with pytest.raises(DataError, match=r"no evaluation split, .* 2 images"):
             refused()
     assert data.for_evaluation(trained_on="elsewhere")[1] == "all"
 
@@ -124,7 +124,9 @@ def test_folder_with_splits(tmp_path, name):
     assert evaluation.relabelled(train.class_names).labels.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("classes, problem", [(("train", "bus"), "train folder"), (("training", "testing"), "parts of")])
+@pytest.mark.parametrize(
+    "classes, problem", [(("train", "bus"), "train folder"), (("training", "testing"), "parts of")]
+)
 def test_classes_called_like_splits_work_where_the_message_says(tmp_path, classes, problem):
     for name in classes:
         write_images(tmp_path / "photos" / name, 4)

@@ -10,13 +10,14 @@ from rich.console import Console
 
 from gspn import plots as pictures
 from gspn.data.images import UNREADABLE
-from gspn.data.labelled import DataError, location, open_data
+from gspn.data.labelled import DataError, open_data
 from gspn.data.latent_folder import refuse_latents
 from gspn.data.loader import batches, make_loader, workers_note
 from gspn.data.unreadable import warning_of
 from gspn.files import check_absent, make_folder, write_json
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions
+from gspn.places import location
 from gspn.progress import Progress
 from gspn.runs import load_classifier
 from gspn.train.loop import autocast, make_accelerator

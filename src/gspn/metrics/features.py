@@ -3,6 +3,7 @@ metrics then name.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,12 +64,13 @@ def load_extractor(name: str) -> Extractor:
         RunError for a run that cannot be used.
     """
     if name == "inception" or name.startswith("inception,"):
-        return _inception(name, name.removeprefix("inception").removeprefix(","))
+        return _inception(name, os.path.expanduser(name.removeprefix("inception").removeprefix(",")))
     kind, _, rest = name.partition(":")
     if kind == "classifier" and rest:
         return _classifier(name, rest)
     if kind == "timm" and rest:
-        return _timm(name, *rest.partition(",")[::2])
+        model, _, file = rest.partition(",")
+        return _timm(name, model, os.path.expanduser(file))
     raise OptionError(f"unknown features {name!r}; expected {KINDS}")
 
 

@@ -67,8 +67,8 @@ class SampleArguments(SampleOptions):
     vae: str | None = option(None, "Where the VAE of a run of latents is now, if it was moved.", metavar="PATH|NAME")
 
     def check_paths(self):
-        if not (self.run.expanduser() / "model_index.json").exists():  # a saved pipeline has one
-            check_run(self.run.expanduser())
+        if not (self.run / "model_index.json").exists():  # a saved pipeline has one
+            check_run(self.run)
         check_vae(self.vae)
 
 

@@ -15,6 +15,7 @@ from gspn.models.pipeline import GSPNPipeline
 from gspn.names import unknown
 from gspn.options import OptionError
 from gspn.options.generators import SCHEDULERS
+from gspn.progress import bars_on_terminals_only
 from gspn.sampling.vae import check_vae, open_vae, scale_of
 from gspn.train.run import Run, RunError
 
@@ -98,7 +99,8 @@ def _saved_pipeline(path):
         name = GSPNPipeline.load_config(path).get("_class_name")
         if name not in ("GSPNPipeline", "DiTPipeline"):
             raise RunError(f"{path} holds a {name}, expected a GSPNPipeline")
-        return GSPNPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+        with bars_on_terminals_only():
+            return GSPNPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         if isinstance(error, RunError):
             raise

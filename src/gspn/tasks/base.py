@@ -146,7 +146,7 @@ def start(
         overwrite: an earlier run in `out` may be replaced. console: rich's, or None for silence.
     Returns: what Setup.train returns. Errors: BusyError, DataError, OptionError, RunError, SaveError, TrainingError.
     """
-    accelerator, spec = make_accelerator(), setup_class.spec
+    accelerator, spec, out = make_accelerator(), setup_class.spec, Path(out).expanduser()
     say = speaker(accelerator, console)
     options = options.located()  # so that the run's options.yaml means the same in every working directory
     Run.check_free(out, overwrite)
@@ -210,7 +210,7 @@ def resume(
     Returns and errors: as for `start`; OptionError also for options that change the result, RunError also where data,
     checkpoint and run do not belong together.
     """
-    spec = setup_class.spec
+    spec, path = setup_class.spec, Path(path).expanduser()
     options = changed(Run.open(path).config, changes or {}, spec)
     if options.tensorboard:
         check_tensorboard()

@@ -168,7 +168,7 @@ class Run:
     @classmethod
     def open(cls, path: Path | str) -> "Run":
         """Opens an existing run. Errors: RunError if there is none, or it is damaged or written by a newer gspn."""
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
