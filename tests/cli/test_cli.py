@@ -179,6 +179,7 @@ MISSING = {
     "show {run} gone.png": "gone.png",
     "export gone --onnx": "gone/config.json",
     "train ./gone": "./gone",
+    "train {run}s": "did you mean {run}?",
     "train --resume gone": "gone/config.json",
     "train digits --resume gone": "gone/config.json",
     "train digits --init-from gone": "gone",
@@ -220,7 +221,7 @@ print(json.dumps(["torch" in sys.modules, [[result.exit_code, result.stdout, res
     result = subprocess.run([sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, check=True)
     imported, answers = json.loads(result.stdout)
     for line, missing, (code, out, err) in zip(lines, told.values(), answers, strict=True):
-        assert code == 2 and missing in err and out == "", (line, err)
+        assert code == 2 and missing.format(run=run) in err and out == "", (line, err)
     assert not imported and not list(tmp_path.iterdir())
 
 

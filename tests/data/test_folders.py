@@ -12,10 +12,11 @@ from rich.console import Console
 
 from gspn import plots as pictures
 from gspn.data.captions import open_captions
-from gspn.data.folders import alike, by_split, counts, scan, walk
+from gspn.data.folders import by_split, counts, scan, walk
 from gspn.data.labelled import DataError, open_data
 from gspn.files import SaveError
 from gspn.metrics.classification import evaluate
+from gspn.places import alike
 from gspn.tasks.classify import train_classifier
 
 

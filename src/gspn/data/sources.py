@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gspn.data.folders import alike
 from gspn.data.images import DataError, Split
 from gspn.data.tables import TABLES
-from gspn.places import ON_A_HUB
+from gspn.places import ON_A_HUB, alike
 
 Read = tuple[dict[str, Split], list[str]]  # splits by name, and notes for the user
 

@@ -211,7 +211,9 @@ def resume(
     checkpoint and run do not belong together.
     """
     spec, path = setup_class.spec, Path(path).expanduser()
-    options = changed(Run.open(path).config, changes or {}, spec)
+    begun = Run.open(path)
+    begun.check_task(spec.name)
+    options = changed(begun.config, changes or {}, spec)
     if options.tensorboard:
         check_tensorboard()
     accelerator = make_accelerator()
@@ -282,8 +284,6 @@ def readable(path):
 
 def changed(config: Mapping, changes: Mapping[str, Any], spec: TaskSpec) -> LoopOptions:
     """The options of a run of the task `spec`, with `changes`. Errors: OptionError, RunError."""
-    if config.get("task") != spec.name:
-        raise RunError(f"this is a run of {config.get('task')}, expected {spec.name}")
     if not isinstance(config.get("options"), dict):
         raise RunError("the run's config.json is damaged or foreign: it holds no options")
     saved = spec.options.read(config["options"], "the run's config.json: ")
