@@ -250,7 +250,7 @@ def test_show(run, digit_files, tmp_path):
         (["train", "digits", "--class-names", "a,b"], "2 class names were given for 10 classes"),
         (["train", "digits", "--precision", "fp8"], "precision must be fp32 or bf16, got 'fp8'"),
         (["train", "digits", "--epochs", "-1"], "epochs must be from 1"),
-        (["train", "digits", "--val-fraction", "1"], "between 0 and 1"),
+        (["train", "digits", "--val-fraction", "1"], "val_fraction must be above 0 and below 1, got 1.0"),
         (["eval", "/no/such/run", "digits"], "/no/such/run is no run"),
         (["predict", "/no/such/run", "x.png"], "/no/such/run is no run"),
         (["train"], "Missing argument 'DATA'"),

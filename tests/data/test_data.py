@@ -153,7 +153,7 @@ def test_folder_faults(tmp_path):
         open_data("/nowhere/at/all")
     with pytest.raises(DataError, match="unknown kind"):
         open_data(tmp_path / "notes.doc")
-    with pytest.raises(DataError, match=r"0 and 1.*2"):
+    with pytest.raises(DataError, match=r"val_fraction .* got 2"):
         open_data("digits", val_fraction=2)
 
 

@@ -63,7 +63,7 @@ def check_one_kind(path: Path, kinds: dict[str, object]) -> None:
 def check_fraction(fraction: float) -> None:
     """Raises DataError unless 0 < fraction < 1."""
     if not 0 < fraction < 1:
-        raise DataError(f"the part to hold out must lie between 0 and 1, got {fraction}")
+        raise DataError(f"val_fraction must be above 0 and below 1, got {fraction}")
 
 
 def with_held_out(splits: dict[str, Split], fraction: float) -> tuple[dict[str, Split], list[str]]:
