@@ -21,9 +21,14 @@ class RunError(ValueError):
     """A run folder that does not exist, is damaged, is something else, or would be overwritten."""
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with its ~ replaced by the home. The ~ of an unknown user stays; `missing` says why."""
+    return Path(os.path.expanduser(path))
+
+
 def location(data: str | Path) -> str:
-    """By what to recognize DATA: the absolute path, or the name if no such path exists."""
-    path = Path(data).expanduser()
+    """What identifies DATA: the absolute path, or the name if no such path exists."""
+    path = expanded(data)
     return str(path.resolve()) if path.exists() else str(data)
 
 
@@ -94,7 +99,7 @@ def check_named(where: str | Path, what: str, expected: str) -> None:
 def alike(path: Path) -> str:
     """For a path that does not exist: " (did you mean ...?)" with those of similar names beside it, or ""."""
     try:
-        names = [name for name in os.listdir(os.path.expanduser(path.parent)) if not name.startswith(".")]
+        names = [name for name in os.listdir(expanded(path.parent)) if not name.startswith(".")]
     except (OSError, ValueError):
         return ""
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.75)

@@ -115,18 +115,25 @@ class Progress:
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """In the block, diffusers and transformers draw their bars of loading only if stderr is a terminal. A bar in a log
-    or a pipe is a long line of control characters, and Progress says there what is done."""
-    names = ("diffusers.utils.logging", "transformers.utils.logging")
-    libraries = [sys.modules[name] for name in names if name in sys.modules]
-    hidden = [] if sys.stderr.isatty() else [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in hidden:
-        library.disable_progress_bar()
+    """In the block, Hugging Face's libraries draw their bars of loading only if stderr is a terminal. A bar in a log or
+    a pipe is a long line of control characters, and Progress says there what is done."""
+    restore: list[Callable[[], None]] = []
+    if not sys.stderr.isatty():
+        for name in ("diffusers.utils.logging", "transformers.utils.logging"):
+            library = sys.modules.get(name)
+            if library is not None and library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                restore.append(library.enable_progress_bar)
+        datasets = sys.modules.get("datasets")
+        if datasets is not None and datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is None:  # else the user decides
+            if not datasets.are_progress_bars_disabled():
+                datasets.disable_progress_bars()
+                restore.append(datasets.enable_progress_bars)
     try:
         yield
     finally:
-        for library in hidden:
-            library.enable_progress_bar()
+        for enable in restore:
+            enable()
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import gspn
-from gspn import plots as pictures
+from gspn import plots
 from gspn.cli import app
 from gspn.cli.training import arguments_of
 from gspn.data.labelled import open_data
@@ -265,7 +265,7 @@ def test_user_errors_are_one_message_and_exit_code_2(arguments, message, tmp_pat
 
 def test_a_runs_options_repeat_it(run, tmp_path, monkeypatch):
     for name in ("curves", "predictions", "context"):
-        monkeypatch.setattr(pictures, name, lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args: None)
     code, out, err = gspn_command("train", "--config", run / "options.yaml", "--out", tmp_path / "again")
     assert code == 0, err
     assert (

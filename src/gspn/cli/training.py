@@ -11,8 +11,7 @@ import typer
 from gspn.cli.app import app, out, readable_errors, takes_options, warn
 from gspn.extras import need
 from gspn.options import OptionError, TaskSpec, read_file
-from gspn.options.base import parse_path
-from gspn.places import check_named, check_run
+from gspn.places import check_named, check_run, expanded
 
 ConfigFile = Annotated[
     Path | None,
@@ -57,7 +56,7 @@ def add_command(spec: TaskSpec, report=report_files):
         overrides: dict,
     ):
         with readable_errors():
-            config, resume = (path and parse_path(path) for path in (config, resume))
+            config, resume = (path and expanded(path) for path in (config, resume))
             if resume is None:
                 data, run, options = arguments_of(spec, argument, data, run, config, overrides)
             else:
@@ -98,4 +97,4 @@ def arguments_of(spec, argument, data, run, config, overrides):
     options.check_paths()
     check_named(data, "DATA" if argument is None else "data", spec.data_help)
     run = run or Path("runs") / f"{Path(data).name or 'data'}-{spec.label(options)}"
-    return data, parse_path(run), options
+    return data, expanded(run), options

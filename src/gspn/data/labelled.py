@@ -19,12 +19,13 @@ from gspn.data.class_folders import class_folders
 from gspn.data.folders import is_image, walk
 from gspn.data.idx import IDX, idx_folder
 from gspn.data.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
+from gspn.data.latent_folder import refuse_latents
 from gspn.data.shards import read_shards
 from gspn.data.sources import check_fraction, check_one_kind, hold_out, read_source, with_held_out
 from gspn.data.tables import TABLES, load_tables
 from gspn.digests import Content, digest, is_earlier
 from gspn.files import shown
-from gspn.places import location
+from gspn.places import expanded, location
 from gspn.progress import Progress
 
 KINDS = (
@@ -141,9 +142,10 @@ def open_data(
     Errors: DataError says what was found and what was expected.
     """
     data = str(data)
-    path = Path(data).expanduser()
+    path = expanded(data)
     columns = dict(image_column=image_column, label_column=label_column, streaming=streaming)
     check_fraction(val_fraction)
+    refuse_latents(data)
     if data == "digits":
         if path.exists():
             raise DataError("`digits` is the embedded data set, but ./digits exists too: for that, write ./digits")

@@ -10,7 +10,7 @@ import numpy as np
 
 from gspn.data.images import DataError, Split
 from gspn.data.tables import TABLES
-from gspn.places import ON_A_HUB, alike
+from gspn.places import ON_A_HUB, alike, expanded
 
 Read = tuple[dict[str, Split], list[str]]  # splits by name, and notes for the user
 
@@ -31,7 +31,7 @@ def read_source(
     Returns: (kind, splits, notes).
     Errors: DataError where `data` is nothing that can be read, or where a split is empty.
     """
-    path = Path(data).expanduser()
+    path = expanded(data)
     if path.is_dir():
         kind, splits, notes = folder(path)
     elif path.is_file() and path.suffix == ".tar":

@@ -12,9 +12,9 @@ from rich.console import Console
 from gspn.data.folders import is_image, scan, walk
 from gspn.data.images import DataError, Numbered, Split, listed
 from gspn.data.labelled import ImageFiles, open_data
-from gspn.data.latent_folder import refuse_latents
 from gspn.digests import Content, digest
 from gspn.options import OptionError
+from gspn.places import expanded
 from gspn.progress import Progress
 from gspn.sampling.sample_folder import ABOUT, Samples
 
@@ -68,8 +68,7 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
             which images these are where DATA has no evaluation split.
     Errors: DataError says what was found and what was expected; RunError if samples are missing from their folder.
     """
-    refuse_latents(where)
-    path = Path(where).expanduser()
+    path = expanded(where)
     found = _without_splits(path)
     if found is not None:
         if part is not None:

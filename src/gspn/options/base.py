@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import typer
 import yaml
 
 from gspn.names import guess, unknown
-from gspn.places import OptionError, location
+from gspn.places import OptionError, expanded, location
 
 REQUIRED = MISSING  # the default of an option that has to be given
 FAR = 1.25  # times the size that a model was trained at: beyond, and below 1 / FAR, results are clearly worse
@@ -172,9 +171,8 @@ def parse_interval(value):
 
 
 def parse_path(value):
-    """A Path, with ~ expanded, which a shell leaves in `--out=~/x`. That of an unknown user stays: whoever looks for
-    the path says so."""
-    return Path(os.path.expanduser(value))
+    """A Path, with ~ expanded, which a shell leaves in `--out=~/x`."""
+    return expanded(value)
 
 
 _PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse_text, Path: parse_path, list: list}

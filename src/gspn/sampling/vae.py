@@ -11,7 +11,7 @@ from gspn.data.hub import out_of_reach
 from gspn.digests import digest, settings, tensors_of
 from gspn.models.latents import check_scale
 from gspn.options import OptionError
-from gspn.places import location
+from gspn.places import expanded, location
 from gspn.progress import bars_on_terminals_only
 
 
@@ -23,7 +23,7 @@ def open_vae(where: str | Path) -> AutoencoderKL:
             Face hub. Weights are read from safetensors only.
     Errors: OptionError.
     """
-    path = Path(where).expanduser()
+    path = expanded(where)
     within = "vae" if not (path / "config.json").exists() and (path / "vae" / "config.json").exists() else None
     name = str(path) if path.exists() else str(where)
     problem = None if path.exists() else out_of_reach(name, "config.json")

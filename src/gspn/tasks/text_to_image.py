@@ -18,7 +18,7 @@ from gspn.data.hub import out_of_reach
 from gspn.digests import digest, settings, tensors_of
 from gspn.models.latents import check_scale, check_schedule, scale_latents
 from gspn.options import OptionError
-from gspn.places import location
+from gspn.places import expanded, location
 from gspn.progress import bars_on_terminals_only
 from gspn.sampling.generators import named_scheduler
 from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -243,7 +243,7 @@ def open_text_to_image(
         cache: see TextToImage.
     Errors: OptionError.
     """
-    path = Path(where).expanduser()
+    path = expanded(where)
     name = str(path) if path.exists() else str(where)
     problem = None if path.exists() else out_of_reach(name, "model_index.json")
     offline = problem is not None  # then the local copy is used
