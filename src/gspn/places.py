@@ -43,7 +43,7 @@ def no_run(path: Path) -> RunError:
 def _found(path):
     """What is at a path where a run was expected, and what takes that."""
     if not path.exists():
-        return "nothing is there"
+        return f"nothing is there{alike(path)}"
     if not path.is_dir():
         return "it is a file"
     if (path / "model_index.json").exists():

@@ -176,6 +176,7 @@ MISSING = {
     "predict gone x.png": "gone/config.json",
     "eval gone digits": "gone/config.json",
     "eval {run} ./gone": "./gone",
+    "eval {run}s digits": "did you mean {run}?",
     "show {run} gone.png": "gone.png",
     "export gone --onnx": "gone/config.json",
     "train ./gone": "./gone",

@@ -170,7 +170,7 @@ def _open_npz(path):
     labels = np.asarray(labels)
     if labels.shape != (pixels.shape[0],) or labels.dtype.kind not in "iu":
         raise DataError(f"arr_1 of {path} is {labels.dtype} {labels.shape}; expected {ARRAYS}")
-    notes = ["classes are told by number only"] if "arr_1" in members else []
+    notes = ["the file gives numbers of classes, but no names"] if "arr_1" in members else []
     return Split(labels.astype(np.int64), None, read=pixels, names=Numbered(f"{path}, image")), notes
 
 
