@@ -100,7 +100,7 @@ def test_folders_of_files_and_arrays_are_the_same_images(pictures):
         assert result["frechet_distance"] == classes["frechet_distance"]
         assert result["samples"]["split"] is None and result["samples"]["images"] == 36
     assert [result["accuracy"] for result in results] == [None, 1, None]
-    assert any("by number only" in note for note in results[1]["notes"])
+    assert any("numbers of classes" in note for note in results[1]["notes"])
     with pytest.raises(OptionError, match=r"splits.*'train'"):
         compare(flat, pictures.real, samples_split="train")
     (flat / "more").mkdir()
