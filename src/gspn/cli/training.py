@@ -30,8 +30,8 @@ def report_files(spec, path, run, warnings):
     if run:
         warn(warnings)
         files = ["checkpoints", "options.yaml", "metrics.jsonl", *spec.written, *spec.drawn]
-        there = ", ".join(name for name in files if any(run.path.glob(name)))
-        out.print(f"in {run.path}: {there}; {spec.taken_by.format(run.path)}", markup=False, highlight=False)
+        there = [name.partition("/")[0] for name in files if any(run.path.glob(name))]
+        out.print(f"in {run.path}: {', '.join(there)}; {spec.taken_by.format(run.path)}", markup=False, highlight=False)
 
 
 def add_command(spec: TaskSpec, report=report_files):
