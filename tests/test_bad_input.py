@@ -8,7 +8,7 @@ from helpers.problems import random_problem
 
 import gspn
 
-X, PROXY, WEIGHT, ENTRY, EXIT, SKIP = range(6)
+X, PROXY, WEIGHT_PROJ, INPUT_PROJ, OUTPUT_PROJ, SKIP_PROJ = range(6)
 
 
 def replaced(index, value):
@@ -29,10 +29,10 @@ def replaced(index, value):
         (PROXY, torch.randn(1, 3, 5, 4), ValueError, r"proxy.*\(1, any, 4, 5\).*\(1, 3, 5, 4\)"),
         (PROXY, torch.randn(1, 2, 4, 5), ValueError, r"weight_proj.*\(4, 3, any, 2\).*\(4, 3, 6, 3\)"),
         (PROXY, torch.randn(1, 3, 4, 5, device="meta"), ValueError, r"proxy.*cpu.*meta"),
-        (WEIGHT, torch.randn(4, 3, 4, 3), ValueError, r"4 groups.*6 channels"),
-        (WEIGHT, torch.randn(3, 3, 6, 3), ValueError, r"weight_proj.*\(4, 3, any, 3\)"),
-        (ENTRY, torch.randn(4, 5, 3), ValueError, r"input_proj \(D,C,S\).*\(4, 6, 3\).*\(4, 5, 3\)"),
-        (SKIP, torch.randn(4, 6, 3), ValueError, r"skip_proj.*2 dimensions"),
+        (WEIGHT_PROJ, torch.randn(4, 3, 4, 3), ValueError, r"4 groups.*6 channels"),
+        (WEIGHT_PROJ, torch.randn(3, 3, 6, 3), ValueError, r"weight_proj.*\(4, 3, any, 3\)"),
+        (INPUT_PROJ, torch.randn(4, 5, 3), ValueError, r"input_proj \(D,C,S\).*\(4, 6, 3\).*\(4, 5, 3\)"),
+        (SKIP_PROJ, torch.randn(4, 6, 3), ValueError, r"skip_proj.*2 dimensions"),
     ],
 )
 def test_propagate(index, value, error, message):

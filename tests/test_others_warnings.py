@@ -3,15 +3,23 @@
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from helpers.diffusion import generator_run
+from helpers.stable_diffusion import tiny_sd
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from gspn.data import loader as module
 from gspn.data.images import Preprocessing
 from gspn.data.labelled import open_data
 from gspn.data.loader import batches, make_loader, workers_note
+from gspn.sampling.generators import load_pipeline
+from gspn.tasks.text_to_image import open_text_to_image
 from gspn.train.loop import make_accelerator, with_strides
 
 
@@ -42,6 +50,32 @@ def test_the_strides_of_sides_of_length_1_become_the_parameters():
     assert other.stride() == (4, 4, 2, 1) and torch.equal(other, gradient) and other.data_ptr() == gradient.data_ptr()
     turned = torch.arange(12.0).view(3, 1, 2, 2).transpose(2, 3)
     assert with_strides((4, 4, 2, 1), turned) is turned  # its values lie elsewhere: that warning is right
+
+
+def _save_table(file):
+    images = [Image.new("L", (8, 8), grey) for grey in range(4)]
+    Dataset.from_dict({"image": images, "label": [0, 1, 0, 1]}).cast_column("image", ImageFeature()).to_parquet(file)
+
+
+@pytest.mark.parametrize(
+    "load, save",
+    [
+        (open_text_to_image, lambda path: tiny_sd().save_pretrained(path)),
+        (load_pipeline, lambda path: load_pipeline(generator_run(path / "run")[0].path).save_pretrained(path)),
+        (partial(open_data, label_column="label"), _save_table),
+    ],
+    ids=["stable diffusion", "generator", "table"],
+)
+def test_bars_of_loading_appear_on_a_terminal_only(load, save, tmp_path, capsys, monkeypatch):
+    paths = tmp_path / "1.parquet", tmp_path / "2.parquet"  # a table is only loaded once
+    for path in paths:
+        save(path)
+    capsys.readouterr()
+    load(paths[0])
+    assert "%|" not in (told := capsys.readouterr().err) and "examples/s" not in told
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    load(paths[1])
+    assert "%|" in (told := capsys.readouterr().err) or "examples/s" in told  # the libraries' own, as before
 
 
 @pytest.mark.slow

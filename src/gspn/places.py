@@ -2,6 +2,7 @@
 none.
 """
 
+import difflib
 import json
 import os
 import re
@@ -20,9 +21,14 @@ class RunError(ValueError):
     """A run folder that does not exist, is damaged, is something else, or would be overwritten."""
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with its ~ replaced by the home. The ~ of an unknown user stays; `missing` says why."""
+    return Path(os.path.expanduser(path))
+
+
 def location(data: str | Path) -> str:
-    """By what to recognize DATA: the absolute path, or the name if no such path exists."""
-    path = Path(data).expanduser()
+    """What identifies DATA: the absolute path, or the name if no such path exists."""
+    path = expanded(data)
     return str(path.resolve()) if path.exists() else str(data)
 
 
@@ -37,7 +43,7 @@ def no_run(path: Path) -> RunError:
 def _found(path):
     """What is at a path where a run was expected, and what takes that."""
     if not path.exists():
-        return "nothing is there"
+        return f"nothing is there{alike(path)}"
     if not path.is_dir():
         return "it is a file"
     if (path / "model_index.json").exists():
@@ -80,7 +86,7 @@ def check_run(path: str | Path) -> None:
 def check_file(path: str | Path, what: str, expected: str) -> None:
     """Raises OptionError unless `path` exists; `what` is the option that named it."""
     if reason := missing(path):
-        reason = f"there is no {path}" if reason == NOTHING else f"{path} cannot be opened: {reason}"
+        reason = f"there is no {path}{alike(Path(path))}" if reason == NOTHING else f"{path} cannot be opened: {reason}"
         raise OptionError(f"{what}: {reason}; expected {expected}")
 
 
@@ -88,6 +94,16 @@ def check_named(where: str | Path, what: str, expected: str) -> None:
     """Raises OptionError for what does not exist and cannot be a name on the hub."""
     if not ON_A_HUB.fullmatch(str(where)) or missing(where) not in (None, NOTHING):
         check_file(where, what, expected)
+
+
+def alike(path: Path) -> str:
+    """For a path that does not exist: " (did you mean ...?)" with those of similar names beside it, or ""."""
+    try:
+        names = [name for name in os.listdir(expanded(path.parent)) if not name.startswith(".")]
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.75)
+    return f" (did you mean {' or '.join(str(path.parent / name) for name in close)}?)" if close else ""
 
 
 def missing(path: str | Path) -> str | None:

@@ -1,8 +1,10 @@
 """Progress of long work: a bar on a terminal, elsewhere lines, so that a log or a pipe shows that it is alive."""
 
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 FIRST = 5.0  # seconds until the first line, if a step is done by then
@@ -109,6 +111,29 @@ class Progress:
         if first:
             return ", ".join([*parts, passed, f"about {duration(now - self._start + left)} in all"])
         return ", ".join([*parts, f"about {duration(left)} left"])
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """In the block, Hugging Face's libraries draw their bars of loading only if stderr is a terminal. A bar in a log or
+    a pipe is a long line of control characters, and Progress says there what is done."""
+    restore: list[Callable[[], None]] = []
+    if not sys.stderr.isatty():
+        for name in ("diffusers.utils.logging", "transformers.utils.logging"):
+            library = sys.modules.get(name)
+            if library is not None and library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                restore.append(library.enable_progress_bar)
+        datasets = sys.modules.get("datasets")
+        if datasets is not None and datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is None:  # else the user decides
+            if not datasets.are_progress_bars_disabled():
+                datasets.disable_progress_bars()
+                restore.append(datasets.enable_progress_bars)
+    try:
+        yield
+    finally:
+        for enable in restore:
+            enable()
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gspn.data.images import Preprocessing, decode, upright
 from gspn.models import Backbone, create_model
 from gspn.options import OptionError
+from gspn.places import expanded
 from gspn.train.run import Run, RunError
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def load_run(
         raise OptionError(f"task has to be {' or '.join(TASKS)}, got {task!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise OptionError(f"dtype has to be a floating-point dtype, got {dtype}")
-    path = Path(path).expanduser()
+    path = expanded(path)
     found = Run.open(path).check_task(*TASKS if task is None else (task,))
     if found == "diffusion":
         from gspn.sampling.generators import load_pipeline

@@ -11,10 +11,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import gspn
-from gspn import plots as pictures
+from gspn import plots
 from gspn.cli import app
 from gspn.cli.training import arguments_of
 from gspn.data.labelled import open_data
+from gspn.metrics.features import load_extractor
 from gspn.options import TASKS, read_file
 from gspn.train.run import Run
 
@@ -126,6 +127,15 @@ def test_the_run_folder_of_a_file_may_be_in_the_home(monkeypatch, tmp_path):
     assert (data, run) == ("digits", tmp_path / "runs" / "first")
 
 
+def test_a_run_in_the_home_is_resumed_and_gives_features(monkeypatch, run):
+    monkeypatch.setenv("HOME", str(run.parent))
+    code, _, err = gspn_command("train", f"--resume=~/{run.name}", "--epochs", 1000)
+    assert code == 2 and "epochs" in err and "resumed" in err  # it was found, and refuses another length
+    code, _, err = gspn_command("train", "digits", "--config=~/gone.yaml")
+    assert code == 2 and str(run.parent / "gone.yaml") in err
+    assert load_extractor(f"classifier:~/{run.name}").class_names == Run.open(f"~/{run.name}").config["class_names"]
+
+
 @pytest.mark.parametrize("name", ["n" * 300, f"./{'n' * 300}", "~nobody-of-that-name/x"])
 def test_paths_that_the_system_refuses(run, digit_files, name, tmp_path):
     """A name that is too long, the home of an unknown user: one line, as for a folder without permission."""
@@ -166,9 +176,11 @@ MISSING = {
     "predict gone x.png": "gone/config.json",
     "eval gone digits": "gone/config.json",
     "eval {run} ./gone": "./gone",
+    "eval {run}s digits": "did you mean {run}?",
     "show {run} gone.png": "gone.png",
     "export gone --onnx": "gone/config.json",
     "train ./gone": "./gone",
+    "train {run}s": "did you mean {run}?",
     "train --resume gone": "gone/config.json",
     "train digits --resume gone": "gone/config.json",
     "train digits --init-from gone": "gone",
@@ -210,7 +222,7 @@ print(json.dumps(["torch" in sys.modules, [[result.exit_code, result.stdout, res
     result = subprocess.run([sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, check=True)
     imported, answers = json.loads(result.stdout)
     for line, missing, (code, out, err) in zip(lines, told.values(), answers, strict=True):
-        assert code == 2 and missing in err and out == "", (line, err)
+        assert code == 2 and missing.format(run=run) in err and out == "", (line, err)
     assert not imported and not list(tmp_path.iterdir())
 
 
@@ -239,7 +251,7 @@ def test_show(run, digit_files, tmp_path):
         (["train", "digits", "--class-names", "a,b"], "2 class names were given for 10 classes"),
         (["train", "digits", "--precision", "fp8"], "precision must be fp32 or bf16, got 'fp8'"),
         (["train", "digits", "--epochs", "-1"], "epochs must be from 1"),
-        (["train", "digits", "--val-fraction", "1"], "between 0 and 1"),
+        (["train", "digits", "--val-fraction", "1"], "val_fraction must be above 0 and below 1, got 1.0"),
         (["eval", "/no/such/run", "digits"], "/no/such/run is no run"),
         (["predict", "/no/such/run", "x.png"], "/no/such/run is no run"),
         (["train"], "Missing argument 'DATA'"),
@@ -254,7 +266,7 @@ def test_user_errors_are_one_message_and_exit_code_2(arguments, message, tmp_pat
 
 def test_a_runs_options_repeat_it(run, tmp_path, monkeypatch):
     for name in ("curves", "predictions", "context"):
-        monkeypatch.setattr(pictures, name, lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args: None)
     code, out, err = gspn_command("train", "--config", run / "options.yaml", "--out", tmp_path / "again")
     assert code == 0, err
     assert (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gspn.data import augment as recipe
+from gspn.data import augment
 from gspn.data.augment import PRESETS, Augmentation, Mixing, preset_for, seeded
 from gspn.data.images import Preprocessing
 from gspn.options import OptionError
@@ -18,14 +18,14 @@ NOT_HERE = "timm is not there: install gspn[imagenet]"
 
 @pytest.fixture
 def without_timm(monkeypatch):
-    monkeypatch.setattr(recipe, "timm_problem", lambda: NOT_HERE)
+    monkeypatch.setattr(augment, "timm_problem", lambda: NOT_HERE)
 
 
 # -- presets --
 
 
 def test_presets_by_kind_size_and_number_of_images(monkeypatch):
-    monkeypatch.setattr(recipe, "timm_problem", lambda: None)
+    monkeypatch.setattr(augment, "timm_problem", lambda: None)
     assert preset_for("digits", (8, 8), 1438, "gspn_micro")[0] == "digits"
     assert preset_for("idx", (28, 28), 60000, "gspn_micro") == ("idx", PRESETS["idx"], [])
     assert preset_for("folder", (64, 64), 1852, "gspn_micro")[0] == "small"
@@ -59,7 +59,7 @@ def test_asking_for_what_needs_timm_names_the_extra(without_timm):
 
 
 def test_faults_of_options(monkeypatch):
-    monkeypatch.setattr(recipe, "timm_problem", lambda: None)
+    monkeypatch.setattr(augment, "timm_problem", lambda: None)
     with pytest.raises(OptionError, match=r"RandAugment.*'x9'"):
         Augmentation(rand_augment="x9")
     options = SimpleNamespace(mixup=0.8, cutmix=0.0, batch_size=33)

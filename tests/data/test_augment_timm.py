@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.training import TINY
 
-from gspn import plots as pictures
+from gspn import plots
 from gspn.data.augment import Augmentation, Mixing
 from gspn.data.images import UNREADABLE, Numbered, Preprocessing, Split
 from gspn.data.loader import make_loader
@@ -139,7 +139,7 @@ def test_mixing_draws_one_number_of_torchs_and_none_of_the_others():
 
 def test_a_run_with_the_whole_recipe_repeats_bit_for_bit(tmp_path, monkeypatch):
     for name in ("curves", "predictions", "context"):
-        monkeypatch.setattr(pictures, name, lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args: None)
     split = photos(count=40)
     for i in range(40):
         (tmp_path / "data" / "abcde"[i % 5]).mkdir(parents=True, exist_ok=True)

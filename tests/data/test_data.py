@@ -103,6 +103,17 @@ def test_folder_of_classes_is_split_the_same_way_each_time(tmp_path):
     assert len(data.for_evaluation("train")[0]) == 24
 
 
+def test_training_images_never_stand_in_for_an_evaluation_split(tmp_path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, 1)
+    data = open_data(tmp_path)
+    assert data.splits.keys() == {"train", "all"}
+    for refused in (data.for_training, lambda: data.for_evaluation(trained_on=data.where)):
+        with pytest.raises(DataError, match=r"no evaluation split, .* 2 images"):
+            refused()
+    assert data.for_evaluation(trained_on="elsewhere")[1] == "all"
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
 def test_folder_with_splits(tmp_path, name):
     write_images(tmp_path / "train" / "cat", 4)
@@ -111,6 +122,21 @@ def test_folder_with_splits(tmp_path, name):
     train, evaluation, _ = open_data(tmp_path).for_training()
     assert len(train) == 8 and len(evaluation) == 3
     assert evaluation.relabelled(train.class_names).labels.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "classes, problem", [(("train", "bus"), "train folder"), (("training", "testing"), "parts of")]
+)
+def test_classes_called_like_splits_work_where_the_message_says(tmp_path, classes, problem):
+    for name in classes:
+        write_images(tmp_path / "photos" / name, 4)
+    with pytest.raises(DataError, match=f"{problem}.* {tmp_path}/photos/train/CLASS/IMAGE"):
+        open_data(tmp_path / "photos")
+    (tmp_path / "photos").rename(tmp_path / "classes")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "classes").rename(tmp_path / "photos" / "train")
+    train, _, _ = open_data(tmp_path / "photos").for_training()
+    assert train.class_names == sorted(classes) and len(train) == 6
 
 
 def test_folder_faults(tmp_path):
@@ -127,7 +153,7 @@ def test_folder_faults(tmp_path):
         open_data("/nowhere/at/all")
     with pytest.raises(DataError, match="unknown kind"):
         open_data(tmp_path / "notes.doc")
-    with pytest.raises(DataError, match=r"0 and 1.*2"):
+    with pytest.raises(DataError, match=r"val_fraction .* got 2"):
         open_data("digits", val_fraction=2)
 
 

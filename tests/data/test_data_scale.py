@@ -11,7 +11,7 @@ import torch
 from helpers.training import TINY
 from PIL import Image
 
-from gspn import plots as pictures
+from gspn import plots
 from gspn.data import images, tables
 from gspn.data.augment import Augmentation
 from gspn.data.images import UNREADABLE, Preprocessing, generator
@@ -289,7 +289,7 @@ def test_unreadable_images_in_shards_and_streams_are_marked(tmp_path):
 
 def test_training_and_evaluation_on_shards_and_on_a_stream(tmp_path, streamed, monkeypatch):
     for name in ("curves", "predictions", "context"):
-        monkeypatch.setattr(pictures, name, lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args: None)
     options = dict(model_args=TINY, epochs=1, batch_size=10, workers=1, augment="shift", flip=True)
     shards = write_shards(tmp_path / "shards")
     for name, data, count in (("shards", shards, 8), ("stream", streamed, 10)):

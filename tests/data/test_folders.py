@@ -10,12 +10,13 @@ from helpers.training import tiny_options
 from PIL import Image
 from rich.console import Console
 
-from gspn import plots as pictures
+from gspn import plots
 from gspn.data.captions import open_captions
-from gspn.data.folders import alike, by_split, counts, scan, walk
+from gspn.data.folders import by_split, counts, scan, walk
 from gspn.data.labelled import DataError, open_data
 from gspn.files import SaveError
 from gspn.metrics.classification import evaluate
+from gspn.places import alike
 from gspn.tasks.classify import train_classifier
 
 
@@ -450,7 +451,7 @@ def test_labels_of_tables(tmp_path, parquet):
 
 
 def test_names_that_are_not_utf8_train_and_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "context", lambda *args: None)
+    monkeypatch.setattr(plots, "context", lambda *args: None)
     data = tmp_path / "data\udce9"
     try:
         write(data, *(f"{name}/{i}\udcff.png" for name in ("caf\udce9", "dog") for i in range(8)))

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from helpers.training import TINY
 
-from gspn import plots as pictures
+from gspn import plots
 from gspn.options import OptionError, Options
 from gspn.options.diffusion import GeneratorOptions
 from gspn.tasks.classify import resume_classifier, train_classifier
@@ -75,7 +75,7 @@ def main(folder):
         seed(value)
 
     slow = dict.fromkeys(("curves", "predictions", "context", "losses"), lambda *args: None)  # slower than the training
-    with patch.multiple(pictures, **slow), patch.object(loop, "seed_everything", recording):
+    with patch.multiple(plots, **slow), patch.object(loop, "seed_everything", recording):
         return trained(folder) | {"seeds": seeds}
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import threading
 import time
 
@@ -325,24 +326,26 @@ def test_same_result_every_time():
 def test_bad_arguments():
     x, gate, logits, grad = problem(1, 4, 2, 3, 5, dtype=torch.float32)
     h = cpu.gated_scan(x, gate, logits, ALL)
-    for wrong in (logits.double(), logits.bfloat16(), logits.to("meta")):
-        with pytest.raises(TypeError):
+    for wrong, told in ((logits.double(), "float64"), (logits.bfloat16(), "bfloat16"), (logits.to("meta"), "meta")):
+        with pytest.raises(TypeError, match=f"logits .*{told}"):
             cpu.gated_scan(x, gate, wrong, ALL)
-    for wrong in (logits[:, :, :, :2], logits[..., 1:], logits[:, :3], logits[:, :, :1].expand(1, 4, 3, 3, 3, 5)):
-        with pytest.raises(ValueError):
+    for wrong in (logits[:, :, :, :2], logits[..., 1:], logits[:, :3]):
+        with pytest.raises(ValueError, match=rf"logits .* got {re.escape(str(tuple(wrong.shape)))}"):
             cpu.gated_scan(x, gate, wrong, ALL)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"groups .* 4 channels, got 3"):
+        cpu.gated_scan(x, gate, logits[:, :, :1].expand(1, 4, 3, 3, 3, 5), ALL)
+    with pytest.raises(TypeError, match=r"grad.* got torch\.float64"):
         cpu.gated_scan_backward(grad.double(), x, gate, logits, h, ALL)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"x .* got torch\.int32"):
         cpu.gated_scan(x.int(), gate, logits, ALL)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"directions .* got \[0, 1, 2, 4\]"):
         cpu.gated_scan(x, gate, logits, [0, 1, 2, 4])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"segment .* got 0"):
         cpu.line_scan(x, logits[:, 0], 0, 0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"direction .* got 5"):
         cpu.line_scan(x, logits[:, 0], 5)
     for isa in ("sse9", "AVX2", ""):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=rf"isa .* got {isa!r}"):
             cpu.line_scan(x, logits[:, 0], 0, isa=isa)
 
 

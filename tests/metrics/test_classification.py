@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from gspn import plots as pictures
+from gspn import plots
 from gspn.cli import app
 from gspn.data.images import UNREADABLE
 from gspn.data.labelled import Data, DataError
@@ -73,7 +73,7 @@ def run(tmp_path_factory):
     options = Options(model_args=TINY, epochs=2, batch_size=64, lr=1e-2, ema=0.8, workers=0)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("curves", "predictions", "context"):
-            patch.setattr(pictures, name, lambda *args: None)  # they take longer than the training
+            patch.setattr(plots, name, lambda *args: None)  # they take longer than the training
         return train_classifier("digits", path, options)[0]
 
 
@@ -108,7 +108,7 @@ def test_other_sizes_and_what_is_written(run, tmp_path):
 
 def test_data_that_changed_or_moved_since_hold_out_others_than_one_expects(colours, tmp_path, monkeypatch):
     for name in ("curves", "predictions", "context"):
-        monkeypatch.setattr(pictures, name, lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args: None)
     run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(batch_size=16))
 
     def warned(what, data=colours, **more):

@@ -75,9 +75,9 @@ def test_moments_do_not_depend_on_batches_and_bear_a_large_mean():
         moments.add(rows)
     assert np.allclose(moments.covariance().numpy(), np.cov(x.numpy(), rowvar=False), rtol=1e-8)
     assert torch.allclose(moments.mean, x.mean(0), rtol=1e-13, atol=0)
+    one = Moments.empty(2)
+    one.add(torch.zeros(1, 2))
     with pytest.raises(ValueError, match=r"two images.* 1"):
-        one = Moments.empty(2)
-        one.add(torch.zeros(1, 2))
         one.covariance()
 
 

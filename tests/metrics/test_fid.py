@@ -67,6 +67,11 @@ def test_the_training_images_are_the_reference_and_evaluation_s_the_samples(pict
     result = compare(pictures.real, pictures.real)
     assert (result["samples"]["split"], result["reference"]["split"]) == ("all", "train")
     assert (result["samples"]["images"], result["reference"]["images"]) == (60, 54)
+    told = [note for note in result["notes"] if "no evaluation split" in note]
+    assert [note.partition(":")[0] for note in told] == ["the samples", "the reference"]
+    assert "all 60 images" in told[0] and "for training" in told[0] and "54 of 60 images, those for training" in told[1]
+    chosen = compare(pictures.real, pictures.real, samples_split="val", split="train")["notes"]
+    assert sum("6 of 60 images are held out" in note for note in chosen) == 2
     with pytest.raises(DataError, match="split 'test'"):
         compare(pictures.drawn, pictures.real, split="test")
 
@@ -95,7 +100,7 @@ def test_folders_of_files_and_arrays_are_the_same_images(pictures):
         assert result["frechet_distance"] == classes["frechet_distance"]
         assert result["samples"]["split"] is None and result["samples"]["images"] == 36
     assert [result["accuracy"] for result in results] == [None, 1, None]
-    assert any("by number only" in note for note in results[1]["notes"])
+    assert any("numbers of classes" in note for note in results[1]["notes"])
     with pytest.raises(OptionError, match=r"splits.*'train'"):
         compare(flat, pictures.real, samples_split="train")
     (flat / "more").mkdir()

@@ -16,8 +16,7 @@ from gspn.models.dit import create_dit
 from gspn.models.pipeline import GSPNPipeline
 from gspn.options import OptionError
 from gspn.options.generators import SCHEDULERS
-from gspn.sampling import sample as module
-from gspn.sampling.generators import load_pipeline
+from gspn.sampling.generators import load_pipeline, named_scheduler
 from gspn.sampling.sample import sample
 from gspn.sampling.vae import describe_vae
 from gspn.train.run import Run, RunError
@@ -129,7 +128,7 @@ def test_sources_that_are_none(tmp_path, run):
 def test_schedulers_keep_the_noise_and_the_prediction(more):
     own = ddpm(**more)  # the rest is DDPM's default, which is not that of each of the others
     for name in SCHEDULERS:
-        made = module.named_scheduler(name, own)
+        made = named_scheduler(name, own)
         assert made.config.prediction_type == own.config.prediction_type
         torch.testing.assert_close(made.alphas_cumprod.float(), own.alphas_cumprod)
         made.set_timesteps(10)
@@ -142,7 +141,7 @@ def test_solvers_clip_where_ddpm_does(name):
     """What an untrained model predicts at the first step is far from an image."""
     predicted = []
     for clip in (True, False):
-        scheduler = module.named_scheduler(name, ddpm(clip_sample=clip))
+        scheduler = named_scheduler(name, ddpm(clip_sample=clip))
         scheduler.set_timesteps(5)
         scheduler._init_step_index(scheduler.timesteps[0])
         noise = torch.linspace(-3, 3, 48).view(1, 3, 4, 4)

@@ -9,7 +9,7 @@ import torch
 from helpers.training import TINY, same, tiny_options
 from PIL import Image
 
-from gspn import plots as pictures
+from gspn import plots
 from gspn.data.labelled import DataError, open_data
 from gspn.files import write_json
 from gspn.metrics.classification import evaluate
@@ -70,7 +70,7 @@ def test_checkpoints_read_back(digits_run):
 
 def test_same_seed_same_run(colours, tmp_path, monkeypatch):
     for picture in ("curves", "predictions", "context"):
-        monkeypatch.setattr(pictures, picture, lambda *args: None)  # they take longer than the training
+        monkeypatch.setattr(plots, picture, lambda *args: None)  # they take longer than the training
     args = dict(TINY, drop_path_rate=0.3, depths=[2], width=8)
     options = dict(model_args=args, epochs=2, batch_size=8, augment="crop", flip=True)
     for name, seed in (("one", 5), ("two", 5), ("other", 6)):
@@ -103,7 +103,7 @@ def test_predict_agrees_with_evaluation(digits_run):
 @pytest.mark.slow
 def test_compiled_and_channels_last_change_nothing_but_rounding(tmp_path, monkeypatch):
     for picture in ("curves", "predictions", "context"):
-        monkeypatch.setattr(pictures, picture, lambda *args: None)
+        monkeypatch.setattr(plots, picture, lambda *args: None)
     options = dict(batch_size=359, lr=1e-2)
     plain = train_classifier("digits", tmp_path / "plain", tiny_options(**options))[0]
     fast = train_classifier("digits", tmp_path / "fast", tiny_options(compile=True, channels_last=True, **options))[0]
@@ -279,8 +279,8 @@ def test_presets_and_small_inputs():
 def test_picture_of_the_context_at_a_place(digits_run, tmp_path):
     classifier = load_classifier(digits_run[0].path)
     image = open_data("digits").splits["test"].image(0)
-    pictures.context(tmp_path / "a.png", classifier, image, (0, 7), block=0)
+    plots.context(tmp_path / "a.png", classifier, image, (0, 7), block=0)
     assert (tmp_path / "a.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match=r"pixel.*8x8"):
-        pictures.context(tmp_path / "b.png", classifier, image, (8, 0))
+        plots.context(tmp_path / "b.png", classifier, image, (8, 0))
     assert os.listdir(tmp_path) == ["a.png"]

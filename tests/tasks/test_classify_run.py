@@ -16,7 +16,7 @@ from gspn.metrics.classification import evaluate
 from gspn.options import OptionError, Options
 from gspn.runs import load_classifier
 from gspn.tasks.classify import train_classifier
-from gspn.train import run as checkpoint
+from gspn.train import run as run_folder
 from gspn.train.loop import TrainingError
 from gspn.train.run import FORMAT, Run, RunError
 
@@ -281,7 +281,7 @@ def test_second_crash_between_the_renames_loses_nothing_either(tmp_path, monkeyp
 def test_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
     run = Run.create(tmp_path / "run", {"task": "x"})
     run.save_checkpoint("last", {"model": {"w": torch.zeros(3)}}, {"epoch": 0})
-    load, count = checkpoint.load_file, [0]
+    load, count = run_folder.load_file, [0]
 
     def load_while_training_goes_on(file):
         count[0] += 1
@@ -289,7 +289,7 @@ def test_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatc
             run.save_checkpoint("last", {"model": {"w": torch.full((3,), float(count[0]))}}, {"epoch": count[0]})
         return load(file)
 
-    monkeypatch.setattr(checkpoint, "load_file", load_while_training_goes_on)
+    monkeypatch.setattr(run_folder, "load_file", load_while_training_goes_on)
     tensors, state = run.load_checkpoint("last")
     assert state["epoch"] == 2 and (tensors["model"]["w"] == 2).all()
 

@@ -6,7 +6,7 @@ from helpers.training import TINY, same, tiny_options
 from safetensors.torch import save_file
 
 import gspn
-from gspn import plots as pictures
+from gspn import plots
 from gspn.options import OptionError
 from gspn.runs import load_classifier
 from gspn.tasks.classify import train_classifier
@@ -17,7 +17,7 @@ from gspn.train.run import RunError
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     for name in ("curves", "predictions", "context"):
-        monkeypatch.setattr(pictures, name, lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args: None)
 
 
 def from_run(run, **more):

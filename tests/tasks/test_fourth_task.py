@@ -68,7 +68,7 @@ SPEC = TaskSpec(
     options=FourthOptions,
     data_help="The digits.",
     label=lambda options: "fourth",
-    written=("masks.txt",),
+    written=("masks.txt", "pictures/*.txt"),
     taken_by="nobody takes it",
 )
 
@@ -99,6 +99,8 @@ class Setup(base.Setup):
         task = Fourth(held_out, Unreadable({"train": self.train_split, "evaluation": self.eval_split}))
         loader = make_loader(self.train_split, PREPROCESSING, options.batch_size, train=True)
         (run.run.path / "masks.txt").write_text("a mask")
+        (run.run.path / "pictures").mkdir(exist_ok=True)
+        (run.run.path / "pictures" / "1.txt").write_text("a picture")
         run.loop(task, loader, options)
         return run.run, []
 
@@ -118,7 +120,7 @@ def test_a_task_needs_its_own_files_only(command, tmp_path):
     run = tmp_path / "run"
     result = command("digits", "--out", run)
     assert result.exit_code == 0, result.output
-    assert "one layer" in result.stdout and "masks.txt" in result.stdout and "nobody" in result.stdout
+    assert "one layer" in result.stdout and "masks.txt, pictures; nobody" in result.stdout.replace("\n", " ")
     assert Run.open(run).config["task"] == "fourth" and Run.open(run).metrics[0]["images"] == 359
     result = command("--resume", run, "--workers", 0)
     assert result.exit_code == 0 and "nothing" in result.stdout

@@ -14,8 +14,7 @@ import torch
 from helpers.training import TINY, other_byte, same, tiny_options, tree
 from rich.console import Console
 
-from gspn import files
-from gspn import plots as pictures
+from gspn import files, plots
 from gspn.data.images import mixed_seed
 from gspn.data.labelled import open_data
 from gspn.files import BusyError, writing
@@ -23,7 +22,7 @@ from gspn.options import OptionError, Options
 from gspn.runs import load_classifier
 from gspn.tasks.classify import resume_classifier, train_classifier
 from gspn.train import loop
-from gspn.train import run as checkpoint
+from gspn.train import run as run_folder
 from gspn.train.loop import TrainingError
 from gspn.train.run import Run, RunError
 
@@ -40,7 +39,7 @@ OPTIONS = dict(
     workers=0,
 )
 STEPS = {  # of writing a checkpoint: where a process kills itself
-    "writes a tensor file": (checkpoint, "save_tensors"),
+    "writes a tensor file": (run_folder, "save_tensors"),
     "waits for the disk": (files, "_sync"),
     "renames a folder": (os, "rename"),
     "renames a file": (os, "replace"),
@@ -51,14 +50,14 @@ STEPS = {  # of writing a checkpoint: where a process kills itself
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     for name in PICTURES:  # they take longer than the training
-        monkeypatch.setattr(pictures, name, lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args: None)
 
 
 def work(path, step=None, count=0):
     """In a process of its own: trains, or goes on; kills itself before the `count`-th time of a step of STEPS."""
     torch.set_num_threads(1)
     for name in PICTURES:
-        setattr(pictures, name, lambda *args: None)
+        setattr(plots, name, lambda *args: None)
     if step is not None:
         module, name = STEPS[step]
         real, left = getattr(module, name), [count]

@@ -40,7 +40,7 @@ def readable_errors():
             raise
         fail(message, 2)
     except (OSError, RuntimeError, ValueError) as error:
-        from gspn.data.labelled import DataError
+        from gspn.data.images import DataError
         from gspn.export import ExportError  # here, as they import torch
         from gspn.files import BusyError, ExistsError, SaveError
         from gspn.train.loop import TrainingError

@@ -118,9 +118,8 @@ def show(options):
     from gspn.files import check_absent
 
     check_absent(picture, overwrite=options.overwrite)
-    from gspn import plots as pictures
-    from gspn.data.images import decode
-    from gspn.data.labelled import DataError
+    from gspn import plots
+    from gspn.data.images import DataError, decode
     from gspn.runs import load_classifier
 
     classifier = load_classifier(options.run, options.checkpoint)
@@ -129,7 +128,7 @@ def show(options):
     except Exception as error:  # Pillow raises anything on damaged files
         raise DataError(f"{image} cannot be read as an image: {error}") from error
     try:
-        pictures.context(picture, classifier, opened, options.place, options.block)
+        plots.context(picture, classifier, opened, options.place, options.block)
     except ValueError as error:  # no such pixel or block
         raise OptionError(str(error)) from error
     out.print(f"wrote {picture}", markup=False, highlight=False)

@@ -11,7 +11,7 @@ import typer
 from gspn.cli.app import app, out, readable_errors, takes_options, warn
 from gspn.extras import need
 from gspn.options import OptionError, TaskSpec, read_file
-from gspn.places import check_named, check_run
+from gspn.places import check_named, check_run, expanded
 
 ConfigFile = Annotated[
     Path | None,
@@ -30,8 +30,8 @@ def report_files(spec, path, run, warnings):
     if run:
         warn(warnings)
         files = ["checkpoints", "options.yaml", "metrics.jsonl", *spec.written, *spec.drawn]
-        there = ", ".join(name for name in files if any(run.path.glob(name)))
-        out.print(f"in {run.path}: {there}; {spec.taken_by.format(run.path)}", markup=False, highlight=False)
+        there = [name.partition("/")[0] for name in files if any(run.path.glob(name))]
+        out.print(f"in {run.path}: {', '.join(there)}; {spec.taken_by.format(run.path)}", markup=False, highlight=False)
 
 
 def add_command(spec: TaskSpec, report=report_files):
@@ -56,6 +56,7 @@ def add_command(spec: TaskSpec, report=report_files):
         overrides: dict,
     ):
         with readable_errors():
+            config, resume = (path and expanded(path) for path in (config, resume))
             if resume is None:
                 data, run, options = arguments_of(spec, argument, data, run, config, overrides)
             else:
@@ -96,4 +97,4 @@ def arguments_of(spec, argument, data, run, config, overrides):
     options.check_paths()
     check_named(data, "DATA" if argument is None else "data", spec.data_help)
     run = run or Path("runs") / f"{Path(data).name or 'data'}-{spec.label(options)}"
-    return data, Path(run).expanduser(), options
+    return data, expanded(run), options

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from gspn.data.folders import is_image, walk
-from gspn.data.images import SPLIT_NAMES, USUAL_CAPTIONS, Split, listed
-from gspn.data.labelled import Data, DataError, ImageFiles
+from gspn.data.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Split, listed
+from gspn.data.labelled import Data, ImageFiles
 from gspn.data.shards import json_caption, read_captioned
 from gspn.data.sources import check_fraction, check_one_kind, read_source, with_held_out
 from gspn.data.tables import TABLES, load_captioned

@@ -75,18 +75,24 @@ def _splits(found):
         if all(PART.fullmatch(name) for name in folders):
             raise DataError(
                 f"{path} holds {listed(list(folders), 'folder', 'folders')}, which sounds like parts of a data set, "
-                f"not like classes: expected parts to be called {', '.join(SPLIT_NAMES)}; rename them"
+                f"not like classes: expected parts to be called {', '.join(SPLIT_NAMES)}; rename them, or, if they are "
+                f"classes, {_as_classes(path)}"
             )
         return {"train": path}
     strange = [name for name in folders if name not in SPLIT_NAMES]
     if strange:
         raise DataError(
             f"{path} has a train folder beside {listed(strange, 'folder', 'folders')}: expected either class "
-            f"folders only, or only {', '.join(SPLIT_NAMES)}"
+            f"folders only, or only {', '.join(SPLIT_NAMES)}; if train is a class, {_as_classes(path)}"
         )
     if len({SPLIT_NAMES[name] for name in folders}) < len(folders):
         raise DataError(f"{path} has two folders for one split: {', '.join(folders)}")
     return {SPLIT_NAMES[name]: folder for name, folder in folders.items()}
+
+
+def _as_classes(path):
+    """What to do where the name of a class is that of a split."""
+    return f"move all classes into a new folder {path / 'train'}, as {path / 'train'}/CLASS/IMAGE"
 
 
 def _refuse_links_to_each_other(found, roots):

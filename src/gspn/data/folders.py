@@ -7,7 +7,6 @@
 - What is left out is listed, for a note to the user.
 """
 
-import difflib
 import os
 import re
 from collections import deque
@@ -148,13 +147,3 @@ def by_split(root: Path, files: list[Path], one: str, many: str) -> dict[str, li
             f"{', '.join(SPLIT_NAMES)} in each name, or in none"
         )
     return {name or "train": of_one for name, of_one in of_split.items()}
-
-
-def alike(path: Path) -> str:
-    """For a path that does not exist: " (did you mean ...?)" with those of similar names beside it, or ""."""
-    try:
-        names = [each for each in os.listdir(path.parent) if counts(each)]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.75)
-    return f" (did you mean {' or '.join(str(path.parent / name) for name in close)}?)" if close else ""

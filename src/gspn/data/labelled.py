@@ -19,12 +19,13 @@ from gspn.data.class_folders import class_folders
 from gspn.data.folders import is_image, walk
 from gspn.data.idx import IDX, idx_folder
 from gspn.data.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
+from gspn.data.latent_folder import refuse_latents
 from gspn.data.shards import read_shards
 from gspn.data.sources import check_fraction, check_one_kind, hold_out, read_source, with_held_out
 from gspn.data.tables import TABLES, load_tables
 from gspn.digests import Content, digest, is_earlier
 from gspn.files import shown
-from gspn.places import location
+from gspn.places import expanded, location
 from gspn.progress import Progress
 
 KINDS = (
@@ -58,12 +59,15 @@ class Data:
         if "train" not in self.splits:
             raise DataError(f"{self.where} has no train split, only {', '.join(self.splits)}")
         if not {"val", "test"} & set(self.splits):
-            raise DataError(
-                f"{self.where} has no evaluation split, and none can be held out of {len(self.splits['train'])} images "
-                "with one image a class: expected two images of some class at least, or a val or test split"
-            )
+            raise self._no_evaluation_split()
         name = "val" if "val" in self.splits else "test"
         return self.splits["train"], self.splits[name], name
+
+    def _no_evaluation_split(self):
+        return DataError(
+            f"{self.where} has no evaluation split, and none can be held out of {len(self.splits['train'])} images "
+            "with one image a class: expected two images of some class at least, or a val or test split"
+        )
 
     def fingerprint(self, like: str | None = None, console: Console | None = None) -> str:
         """A digest of the images, labels, captions and class names, wherever the data lie. Every file is read, in
@@ -101,16 +105,18 @@ class Data:
 
     def for_evaluation(self, split: str | None = None, trained_on: str | None = None) -> tuple[Split, str]:
         """(split, its name): the split asked for; else test, else val. A held-out val is only for a run that was
-        `trained_on` these data; any other run is evaluated on "all"."""
+        `trained_on` these data; any other run is evaluated on "all". Errors: DataError if there is no such split."""
         if split is not None:
             split = SPLIT_NAMES.get(split, split)
             if split not in self.splits:
                 raise DataError(f"{self.where} has no split {split!r}; it has {', '.join(self.splits)}")
             return self.splits[split], split
-        preferred = ["test", "val", "train"]
+        preferred = ["test", "val"]
         if "all" in self.splits and trained_on != self.where:
-            preferred = ["test", "all"]
-        name = next(name for name in preferred if name in self.splits)
+            preferred = ["all"]
+        name = next((name for name in preferred if name in self.splits), None)
+        if name is None:
+            raise self._no_evaluation_split()
         return self.splits[name], name
 
 
@@ -136,9 +142,10 @@ def open_data(
     Errors: DataError says what was found and what was expected.
     """
     data = str(data)
-    path = Path(data).expanduser()
+    path = expanded(data)
     columns = dict(image_column=image_column, label_column=label_column, streaming=streaming)
     check_fraction(val_fraction)
+    refuse_latents(data)
     if data == "digits":
         if path.exists():
             raise DataError("`digits` is the embedded data set, but ./digits exists too: for that, write ./digits")

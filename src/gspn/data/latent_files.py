@@ -16,8 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gspn.data.images import TOGETHER
-from gspn.data.labelled import DataError
+from gspn.data.images import TOGETHER, DataError
 from gspn.data.latent_folder import is_latents
 from gspn.digests import digest
 from gspn.files import check_format

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from gspn.data.labelled import DataError
+from gspn.data.images import DataError
+from gspn.places import expanded
 
 KIND = "latents"  # in its config.json
 
@@ -11,7 +12,7 @@ KIND = "latents"  # in its config.json
 def is_latents(path: str | Path) -> bool:
     """Whether `gspn encode` made or began the folder."""
     try:
-        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((expanded(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("kind") == KIND

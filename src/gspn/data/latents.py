@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_convert
 
 from gspn.data.folders import counts
-from gspn.data.images import Split, generator, listed
-from gspn.data.labelled import Data, DataError
+from gspn.data.images import DataError, Split, generator, listed
+from gspn.data.labelled import Data
 from gspn.data.latent_files import Shards, identity, read_config
 from gspn.data.latent_folder import KIND
 from gspn.data.loader import PROBLEM, EpochSampler, Loader
 from gspn.data.sources import with_held_out
 from gspn.digests import Content
 from gspn.models.latents import scale_latents
+from gspn.places import expanded
 
 
 @dataclass(kw_only=True)
@@ -119,7 +120,7 @@ def open_latents(folder: str | Path, *, val_fraction: float = 0.1) -> LatentData
     Returns: LatentData, its kind "latents", with the splits of the data, without the images that could not be read.
     Errors: DataError names the shards that are missing, damaged or of other latents.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     config = read_config(folder)
     shards = {name: Shards(folder, config, name) for name in config["splits"]}
     missing = [each.path(number).name for each in shards.values() for number in each.missing()]

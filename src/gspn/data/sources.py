@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gspn.data.folders import alike
 from gspn.data.images import DataError, Split
 from gspn.data.tables import TABLES
-from gspn.places import ON_A_HUB
+from gspn.places import ON_A_HUB, alike, expanded
 
 Read = tuple[dict[str, Split], list[str]]  # splits by name, and notes for the user
 
@@ -32,7 +31,7 @@ def read_source(
     Returns: (kind, splits, notes).
     Errors: DataError where `data` is nothing that can be read, or where a split is empty.
     """
-    path = Path(data).expanduser()
+    path = expanded(data)
     if path.is_dir():
         kind, splits, notes = folder(path)
     elif path.is_file() and path.suffix == ".tar":
@@ -64,7 +63,7 @@ def check_one_kind(path: Path, kinds: dict[str, object]) -> None:
 def check_fraction(fraction: float) -> None:
     """Raises DataError unless 0 < fraction < 1."""
     if not 0 < fraction < 1:
-        raise DataError(f"the part to hold out must lie between 0 and 1, got {fraction}")
+        raise DataError(f"val_fraction must be above 0 and below 1, got {fraction}")
 
 
 def with_held_out(splits: dict[str, Split], fraction: float) -> tuple[dict[str, Split], list[str]]:

@@ -16,6 +16,7 @@ from gspn.data.folders import Found, by_split
 from gspn.data.hub import out_of_reach
 from gspn.data.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Numbered, Split, decode, labelled, listed
 from gspn.digests import Content, Earlier
+from gspn.progress import bars_on_terminals_only
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 CLASSES = re.compile(r"u?int\d+|float\d+|bool|(large_)?string")  # types of columns that can hold classes
@@ -104,16 +105,17 @@ def _load(source, path, streaming, found, hint):
     if streaming and source == "disk":
         raise DataError(f"{name} was made by save_to_disk, which is read in place: it needs no streaming")
     try:
-        if source == "disk":
-            loaded = datasets.load_from_disk(name)
-        elif path is not None and path.is_file():
-            loaded = datasets.load_dataset(source, data_files=name, streaming=streaming)
-        elif path is not None:
-            source, files = _in_folder(source, found, notes)
-            loaded = datasets.load_dataset(source, data_files=files, streaming=streaming)
-        else:
-            with _reaching(source):
-                loaded = datasets.load_dataset(source, streaming=streaming)
+        with bars_on_terminals_only():
+            if source == "disk":
+                loaded = datasets.load_from_disk(name)
+            elif path is not None and path.is_file():
+                loaded = datasets.load_dataset(source, data_files=name, streaming=streaming)
+            elif path is not None:
+                source, files = _in_folder(source, found, notes)
+                loaded = datasets.load_dataset(source, data_files=files, streaming=streaming)
+            else:
+                with _reaching(source):
+                    loaded = datasets.load_dataset(source, streaming=streaming)
     except DataError:
         raise
     except Exception as error:  # `datasets` raises its own, its file systems', the hub's and arrow's exceptions

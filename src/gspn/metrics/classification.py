@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from gspn import plots as pictures
-from gspn.data.images import UNREADABLE
-from gspn.data.labelled import DataError, location, open_data
-from gspn.data.latent_folder import refuse_latents
+from gspn import plots
+from gspn.data.images import UNREADABLE, DataError
+from gspn.data.labelled import open_data
 from gspn.data.loader import batches, make_loader, workers_note
 from gspn.data.unreadable import warning_of
 from gspn.files import check_absent, make_folder, write_json
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions
+from gspn.places import location
 from gspn.progress import Progress
 from gspn.runs import load_classifier
 from gspn.train.loop import autocast, make_accelerator
@@ -164,7 +164,6 @@ def evaluate(
     Errors: DataError, ExistsError, OptionError, RunError, SaveError.
     """
     EvalOptions.check(batch_size=batch_size, workers=workers)
-    refuse_latents(data)
     classifier = load_classifier(path, checkpoint)
     preprocessing, class_names, config = classifier.preprocessing, classifier.classes, classifier.run.config
     trained_size = preprocessing.size
@@ -218,7 +217,7 @@ def evaluate(
         table, picture = evaluation_files(out, preprocessing.size)
         make_folder(table.parent)
         write_json(table, metrics)
-        pictures.confusion(picture, confusion, class_names, metrics)
+        plots.confusion(picture, confusion, class_names, metrics)
     far = far_from(preprocessing.size, trained_size, f"the model of {path} was trained at")
     told = [*data_set.left_out, *filter(None, [far, workers_note(workers, chosen)])]
     if own and same is False:

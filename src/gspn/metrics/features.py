@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gspn.digests import digest, settings, tensors_of
 from gspn.options import OptionError
+from gspn.places import expanded
 from gspn.runs import load_classifier
 
 KINDS = (
@@ -63,12 +64,14 @@ def load_extractor(name: str) -> Extractor:
         RunError for a run that cannot be used.
     """
     if name == "inception" or name.startswith("inception,"):
-        return _inception(name, name.removeprefix("inception").removeprefix(","))
+        _, _, file = name.partition(",")
+        return _inception(name, file and str(expanded(file)))
     kind, _, rest = name.partition(":")
     if kind == "classifier" and rest:
         return _classifier(name, rest)
     if kind == "timm" and rest:
-        return _timm(name, *rest.partition(",")[::2])
+        model, _, file = rest.partition(",")
+        return _timm(name, model, file and str(expanded(file)))
     raise OptionError(f"unknown features {name!r}; expected {KINDS}")
 
 

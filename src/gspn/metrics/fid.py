@@ -27,6 +27,7 @@ from gspn.metrics.image_sets import ARRAYS, NO_CLASS, ImageSet, open_images
 from gspn.metrics.image_statistics import Statistics, Work, is_safetensors, read_statistics, refusal, save_statistics
 from gspn.options import OptionError
 from gspn.options.generators import FidOptions
+from gspn.places import expanded
 from gspn.progress import Progress
 from gspn.train.loop import make_accelerator
 
@@ -83,7 +84,7 @@ def evaluate_samples(
     accelerator, notes = make_accelerator(), []
     main = accelerator.is_main_process
     extractor = features if isinstance(features, Extractor) else load_extractor(features)
-    cache, save = (None if path is None else Path(path).expanduser() for path in (cache, save))
+    cache, save = (None if path is None else expanded(path) for path in (cache, save))
 
     # 1. what is compared: two sets of images, or images and a file of the reference's statistics
     stored = _stored(reference, extractor, split, save, strict)
@@ -175,7 +176,7 @@ def _holds(file: Path, key: dict) -> bool:
 
 def _stored(reference, extractor, split, save, strict) -> FeatureSet | None:
     """The reference if it is a file of statistics. Errors: DataError, OptionError if they are of something else."""
-    path, stored = Path(reference).expanduser(), None
+    path, stored = expanded(reference), None
     if path.suffix == ".safetensors" or is_safetensors(path):  # older versions saved them under any name
         statistics, key = read_statistics(path)
         if key["network"] != extractor.digest(like=key["network"]):

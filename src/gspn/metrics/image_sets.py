@@ -12,9 +12,9 @@ from rich.console import Console
 from gspn.data.folders import is_image, scan, walk
 from gspn.data.images import DataError, Numbered, Split, listed
 from gspn.data.labelled import ImageFiles, open_data
-from gspn.data.latent_folder import refuse_latents
 from gspn.digests import Content, digest
 from gspn.options import OptionError
+from gspn.places import expanded
 from gspn.progress import Progress
 from gspn.sampling.sample_folder import ABOUT, Samples
 
@@ -64,11 +64,11 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
     Args:
         where: a folder that `gspn sample` made, a folder of image files, an npz file (ARRAYS), or DATA as
             labelled.open_data takes it with its `open_options`.
-        part: the split of DATA. None: `preferred` if DATA has it, else the one that evaluation takes.
+        part: the split of DATA. None: `preferred` if DATA has it, else the one that evaluation takes; a note says
+            which images these are where DATA has no evaluation split.
     Errors: DataError says what was found and what was expected; RunError if samples are missing from their folder.
     """
-    refuse_latents(where)
-    path = Path(where).expanduser()
+    path = expanded(where)
     found = _without_splits(path)
     if found is not None:
         if part is not None:
@@ -79,7 +79,7 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
         data = open_data(where, **open_options)
         wanted = preferred if part is None and preferred in data.splits else part
         split, name = data.for_evaluation(wanted)
-        notes = list(data.notes)
+        notes = list(data.notes) if part or "all" not in data.splits else [*data.left_out, _taken(data, split, name)]
 
         def parts():
             yield from data.identity()
@@ -89,6 +89,14 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
     if split.class_names is not None and NO_CLASS not in present:
         classes = {split.class_names[i] for i in present}
     return ImageSet(split, str(where), name, parts, notes, classes)
+
+
+def _taken(data, split, name):
+    """A note on which images of data without an evaluation split are compared, where the user chose no split."""
+    if name == "all":
+        held_out = "; the split val holds those that a training leaves out" if "val" in data.splits else ""
+        return f"no evaluation split: all {len(split)} images are compared, also those for training{held_out}"
+    return f"no evaluation split: {len(split)} of {len(data.splits['all'])} images, those for training, are compared"
 
 
 def _without_splits(path):
@@ -162,7 +170,7 @@ def _open_npz(path):
     labels = np.asarray(labels)
     if labels.shape != (pixels.shape[0],) or labels.dtype.kind not in "iu":
         raise DataError(f"arr_1 of {path} is {labels.dtype} {labels.shape}; expected {ARRAYS}")
-    notes = ["classes are told by number only"] if "arr_1" in members else []
+    notes = ["the file gives numbers of classes, but no names"] if "arr_1" in members else []
     return Split(labels.astype(np.int64), None, read=pixels, names=Numbered(f"{path}, image")), notes
 
 

@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from gspn.names import guess, unknown
-from gspn.places import OptionError, location
+from gspn.places import OptionError, expanded, location
 
 REQUIRED = MISSING  # the default of an option that has to be given
 FAR = 1.25  # times the size that a model was trained at: beyond, and below 1 / FAR, results are clearly worse
@@ -171,12 +171,8 @@ def parse_interval(value):
 
 
 def parse_path(value):
-    """A Path, with ~ expanded: a shell leaves it in `--out=~/x`."""
-    path = Path(value)
-    try:
-        return path.expanduser()
-    except RuntimeError:  # no such user; whoever looks for the path says so
-        return path
+    """A Path, with ~ expanded, which a shell leaves in `--out=~/x`."""
+    return expanded(value)
 
 
 _PARSERS = {int: parse_whole, float: parse_number, bool: parse_truth, str: parse_text, Path: parse_path, list: list}
@@ -191,7 +187,8 @@ class OptionSet:
     Attributes:
         presets: by the kind of data, the values of options that are None; the help shows them.
         panel: the heading in the help of the options that the class has, unless a base gives them one.
-        plain: only flags set the options, no file: a bool that is False has no --no-, and messages name the flag.
+        plain: only flags set the options, no file: a bool that is False has no --no-, and the message about a value
+            that cannot be read names the flag.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})

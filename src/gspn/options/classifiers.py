@@ -76,7 +76,7 @@ class ShowOptions(WriteOptions, RunOptions):
 
     image: Path = option(REQUIRED, "An image file.", metavar="IMAGE", argument=True)
     place: tuple | None = option(
-        None, "The pixel, in the model's input. Default: the center.", parse=parse_position, metavar="ROW,COL"
+        None, "The pixel, in the model's input. Default: the centre.", parse=parse_position, metavar="ROW,COL"
     )
     block: int | str | None = option(
         None,

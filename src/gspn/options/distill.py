@@ -18,7 +18,7 @@ class CaptionOptions(OptionSet):
 
     size: tuple | None = option(
         None,
-        "Size in pixels to which images are resized and center-cropped: N or HxW. Default: that of BASE.",
+        "Size in pixels to which images are resized and centre-cropped: N or HxW. Default: that of BASE.",
         parse=parse_size,
         metavar="N|HxW",
     )

@@ -67,8 +67,8 @@ class SampleArguments(SampleOptions):
     vae: str | None = option(None, "Where the VAE of a run of latents is now, if it was moved.", metavar="PATH|NAME")
 
     def check_paths(self):
-        if not (self.run.expanduser() / "model_index.json").exists():  # a saved pipeline has one
-            check_run(self.run.expanduser())
+        if not (self.run / "model_index.json").exists():  # a saved pipeline has one
+            check_run(self.run)
         check_vae(self.vae)
 
 
@@ -123,7 +123,7 @@ class FidOptions(WriteOptions, ReadOptions):
         None, "Size at which to compare. Default: that of the reference.", parse=parse_size, metavar="N|HxW"
     )
     split: str | None = option(None, "Split of the reference. Default: train.")
-    samples_split: str | None = option(None, "Split of samples that are DATA. Default: test, else val.")
+    samples_split: str | None = option(None, "Split of samples that are DATA. Default: test, else val, else all.")
     batch_size: int = option(64, "Images per batch.", low=1, high=1_000_000)
     cache: Path | None = option(
         None, "Cache of statistics, keyed by a digest of the images. Default: ~/.cache/gspn/fid.", metavar="FOLDER"

@@ -6,8 +6,9 @@ from typing import ClassVar
 from gspn.options.base import OptionSet, option, parse_interval, parse_names, parse_size
 
 DATA_HELP = (
-    "`digits` (embedded), a folder of class folders with images, a folder of MNIST-format idx files, or anything that "
-    "Hugging Face datasets loads: a folder made by save_to_disk, a parquet, arrow, csv or json file, a name on the hub."
+    "`digits` (embedded), a folder of class folders with images, a folder of MNIST-format idx files, tar files "
+    "(webdataset), or anything that Hugging Face datasets loads: a folder made by save_to_disk, a parquet, arrow, csv "
+    "or json file, a name on the hub."
 )
 
 

@@ -21,15 +21,16 @@ from torch import Tensor
 from torch.utils.data import default_convert
 
 import gspn
-from gspn.data.images import SPLIT_NAMES, UNREADABLE, Preprocessing, Split
-from gspn.data.labelled import Data, DataError, open_data
+from gspn.data.images import SPLIT_NAMES, UNREADABLE, DataError, Preprocessing, Split
+from gspn.data.labelled import Data, open_data
 from gspn.data.latent_files import ABOUT, DTYPES, FORMAT, DamagedShard, Shards, identity, read_config
-from gspn.data.latent_folder import KIND, refuse_latents
+from gspn.data.latent_folder import KIND
 from gspn.data.latents import LatentData, open_latents
 from gspn.data.loader import ImageDataset, Loader, batches, workers_note
 from gspn.files import LOCK, atomic, is_temporary, remove, save_tensors, write_json, writing
 from gspn.options import OptionError
 from gspn.options.generators import EncodeOptions
+from gspn.places import expanded
 from gspn.progress import Progress, duration
 from gspn.sampling.vae import describe_vae, latent_shape, open_vae
 from gspn.train.loop import autocast, is_out_of_memory, make_accelerator
@@ -74,8 +75,7 @@ def encode(
     """
     EncodeOptions.check(size=size, dtype=dtype, precision=precision, shard_size=shard_size)
     EncodeOptions.check(batch_size=batch_size, workers=workers)
-    refuse_latents(data)
-    accelerator, out = make_accelerator(), Path(out).expanduser()
+    accelerator, out = make_accelerator(), expanded(out)
     main = accelerator.is_main_process
     console = console if main else None
     with Progress(f"opening {data}", console=console):

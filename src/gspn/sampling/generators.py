@@ -15,6 +15,8 @@ from gspn.models.pipeline import GSPNPipeline
 from gspn.names import unknown
 from gspn.options import OptionError
 from gspn.options.generators import SCHEDULERS
+from gspn.places import expanded
+from gspn.progress import bars_on_terminals_only
 from gspn.sampling.vae import check_vae, open_vae, scale_of
 from gspn.train.run import Run, RunError
 
@@ -44,7 +46,7 @@ def load_pipeline(source: str | Path, checkpoint: str = "last", vae: str | Path 
         vae: where the VAE is now, if it was moved since the training; see vae.open_vae.
     Errors: RunError; OptionError if the VAE cannot be loaded, or is not the one whose latents were trained on.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if (path / "model_index.json").exists():
         if vae is not None:
             raise OptionError(f"vae is for a run, but {path} is a saved pipeline, which holds all that it needs")
@@ -98,7 +100,8 @@ def _saved_pipeline(path):
         name = GSPNPipeline.load_config(path).get("_class_name")
         if name not in ("GSPNPipeline", "DiTPipeline"):
             raise RunError(f"{path} holds a {name}, expected a GSPNPipeline")
-        return GSPNPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+        with bars_on_terminals_only():
+            return GSPNPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         if isinstance(error, RunError):
             raise
@@ -118,7 +121,7 @@ def export_pipeline(
 
     Args: see load_pipeline. overwrite: an existing pipeline may be replaced.
     Errors: those of load_pipeline; ExistsError, or RunError if something else is there; SaveError."""
-    out = Path(out).expanduser()
+    out = expanded(out)
     check_absent(out, overwrite=overwrite)
     if out.exists() and not (out / "model_index.json").exists():
         raise RunError(f"{out} is there and holds no pipeline (no model_index.json): choose another folder")

@@ -20,6 +20,7 @@ from gspn.files import make_folder, remove, write_json, writing
 from gspn.models.latents import NotFiniteError
 from gspn.options import OptionError, far_from
 from gspn.options.generators import PER_CLASS, SampleOptions
+from gspn.places import expanded
 from gspn.plots import GRID_CLASSES, GRID_COLUMNS, draw_grid, save_picture
 from gspn.progress import Progress
 from gspn.sampling.generators import load_pipeline, named_scheduler
@@ -49,7 +50,7 @@ def sample(
         finite.
     """
     options = options or SampleOptions()
-    accelerator, out = make_accelerator(), Path(out).expanduser()
+    accelerator, out = make_accelerator(), expanded(out)
     pipeline = load_pipeline(source, checkpoint, vae)
     wanted, notes = _plan(pipeline, out, options)
     pipeline.set_progress_bar_config(disable=True)

@@ -8,10 +8,11 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
 from gspn.data.hub import out_of_reach
-from gspn.data.labelled import location
 from gspn.digests import digest, settings, tensors_of
 from gspn.models.latents import check_scale
 from gspn.options import OptionError
+from gspn.places import expanded, location
+from gspn.progress import bars_on_terminals_only
 
 
 def open_vae(where: str | Path) -> AutoencoderKL:
@@ -22,7 +23,7 @@ def open_vae(where: str | Path) -> AutoencoderKL:
             Face hub. Weights are read from safetensors only.
     Errors: OptionError.
     """
-    path = Path(where).expanduser()
+    path = expanded(where)
     within = "vae" if not (path / "config.json").exists() and (path / "vae" / "config.json").exists() else None
     name = str(path) if path.exists() else str(where)
     problem = None if path.exists() else out_of_reach(name, "config.json")
@@ -31,9 +32,10 @@ def open_vae(where: str | Path) -> AutoencoderKL:
         config = AutoencoderKL.load_config(name, subfolder=within, local_files_only=offline)
         if config.get("_class_name") != "AutoencoderKL":
             raise OptionError(f"{where} holds a {config.get('_class_name')}, expected an AutoencoderKL")
-        vae, found = AutoencoderKL.from_pretrained(
-            name, subfolder=within, use_safetensors=True, output_loading_info=True, local_files_only=offline
-        )
+        with bars_on_terminals_only():
+            vae, found = AutoencoderKL.from_pretrained(
+                name, subfolder=within, use_safetensors=True, output_loading_info=True, local_files_only=offline
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, OptionError):
             raise

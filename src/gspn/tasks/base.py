@@ -22,14 +22,13 @@ import torch
 from rich.console import Console
 
 import gspn
-from gspn.data.images import Preprocessing, Split
-from gspn.data.labelled import Data, DataError, open_data
-from gspn.data.latent_folder import refuse_latents
+from gspn.data.images import DataError, Preprocessing, Split
+from gspn.data.labelled import Data, open_data
 from gspn.data.loader import Loader, workers_note
 from gspn.files import writing
 from gspn.metrics.classification import OPEN_OPTIONS
 from gspn.options import LoopOptions, OptionError, TaskSpec, file_text
-from gspn.places import location
+from gspn.places import expanded, location
 from gspn.progress import Progress
 from gspn.train.board import check_tensorboard
 from gspn.train.loop import Position, Task, make_accelerator, train
@@ -146,7 +145,7 @@ def start(
         overwrite: an earlier run in `out` may be replaced. console: rich's, or None for silence.
     Returns: what Setup.train returns. Errors: BusyError, DataError, OptionError, RunError, SaveError, TrainingError.
     """
-    accelerator, spec = make_accelerator(), setup_class.spec
+    accelerator, spec, out = make_accelerator(), setup_class.spec, expanded(out)
     say = speaker(accelerator, console)
     options = options.located()  # so that the run's options.yaml means the same in every working directory
     Run.check_free(out, overwrite)
@@ -210,8 +209,10 @@ def resume(
     Returns and errors: as for `start`; OptionError also for options that change the result, RunError also where data,
     checkpoint and run do not belong together.
     """
-    spec = setup_class.spec
-    options = changed(Run.open(path).config, changes or {}, spec)
+    spec, path = setup_class.spec, expanded(path)
+    begun = Run.open(path)
+    begun.check_task(spec.name)
+    options = changed(begun.config, changes or {}, spec)
     if options.tensorboard:
         check_tensorboard()
     accelerator = make_accelerator()
@@ -282,8 +283,6 @@ def readable(path):
 
 def changed(config: Mapping, changes: Mapping[str, Any], spec: TaskSpec) -> LoopOptions:
     """The options of a run of the task `spec`, with `changes`. Errors: OptionError, RunError."""
-    if config.get("task") != spec.name:
-        raise RunError(f"this is a run of {config.get('task')}, expected {spec.name}")
     if not isinstance(config.get("options"), dict):
         raise RunError("the run's config.json is damaged or foreign: it holds no options")
     saved = spec.options.read(config["options"], "the run's config.json: ")
@@ -327,7 +326,6 @@ def new_model(setup: Setup, device: torch.device) -> torch.nn.Module:
 
 def open_with(data, options):
     """labelled.open_data with the options that are for it."""
-    refuse_latents(data)
     return open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
 
 

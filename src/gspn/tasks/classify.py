@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from gspn import plots as pictures
+from gspn import plots
 from gspn.data.augment import SMALL, Augmentation, Mixing, preset_for
-from gspn.data.images import UNREADABLE, Preprocessing, Split
-from gspn.data.labelled import Data, DataError
+from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split
+from gspn.data.labelled import Data
 from gspn.data.loader import make_loader
 from gspn.data.unreadable import Unreadable
 from gspn.metrics.classification import classify, progress, warnings_of
@@ -195,11 +195,11 @@ class Setup(BaseSetup):
             outcome = classify(classifier.model.to(accelerator.device), eval_loader, preprocessing, accelerator, bar)
         metrics = outcome.metrics(class_names)
         if run := training.run:
-            pictures.curves(run)
+            plots.curves(run)
             path, split = run.path / "predictions.png", self.eval_split
-            pictures.predictions(path, split, outcome, preprocessing, class_names, self.eval_name)
+            plots.predictions(path, split, outcome, preprocessing, class_names, self.eval_name)
             first = int(outcome.index[outcome.label != UNREADABLE][0])
-            pictures.context(run.path / "context.png", classifier, split.image(first))
+            plots.context(run.path / "context.png", classifier, split.image(first))
         return classifier.run, metrics, warnings_of(metrics, list(task.unreadable.problems.values()))
 
 

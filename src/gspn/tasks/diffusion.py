@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from rich.console import Console
 from torch import Tensor
 
-from gspn import plots as pictures
+from gspn import plots
 from gspn.data.augment import Augmentation
 from gspn.data.images import UNREADABLE, Preprocessing, Split, generator
 from gspn.data.latent_folder import is_latents
@@ -273,7 +273,7 @@ class Setup(BaseSetup):
         )
         training.loop(task, self.loader(self.train_split, train=True), options)
         if run:
-            pictures.losses(run)
+            plots.losses(run)
         problems = list(task.unreadable.problems.values())
         return run, [warning_of(problems)] if problems else []
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from gspn import plots as pictures
+from gspn import plots
 from gspn.data.augment import Augmentation
 from gspn.data.captions import open_captions
 from gspn.data.images import Preprocessing, Split, mixed_seed
@@ -227,7 +227,7 @@ class Setup(BaseSetup):
         )
         training.loop(task, self.loader(self.train_split, train=True), options)
         if run:
-            pictures.distillation(run)
+            plots.distillation(run)
         problems = list(task.unreadable.problems.values())
         return run, [warning_of(problems)] if problems else []
 

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspn.data.images import UNREADABLE, generator
-from gspn.data.labelled import DataError
+from gspn.data.images import UNREADABLE, DataError, generator
 from gspn.data.unreadable import Unreadable
 
 

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gspn.data.hub import out_of_reach
-from gspn.data.labelled import location
 from gspn.digests import digest, settings, tensors_of
 from gspn.models.latents import check_scale, check_schedule, scale_latents
 from gspn.options import OptionError
+from gspn.places import expanded, location
+from gspn.progress import bars_on_terminals_only
 from gspn.sampling.generators import named_scheduler
 from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline
 from gspn.tasks.objective import Objective
@@ -242,7 +243,7 @@ def open_text_to_image(
         cache: see TextToImage.
     Errors: OptionError.
     """
-    path = Path(where).expanduser()
+    path = expanded(where)
     name = str(path) if path.exists() else str(where)
     problem = None if path.exists() else out_of_reach(name, "model_index.json")
     offline = problem is not None  # then the local copy is used
@@ -254,14 +255,15 @@ def open_text_to_image(
             {} if found == "StableDiffusionXLPipeline" else {"safety_checker": None, "requires_safety_checker": False}
         )
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        pipe = CLASSES[found].from_pretrained(
-            name,
-            use_safetensors=True,
-            variant=variant,
-            dtype={"default": dtype, "vae": torch.float32},
-            local_files_only=offline,
-            **more,
-        )
+        with bars_on_terminals_only():
+            pipe = CLASSES[found].from_pretrained(
+                name,
+                use_safetensors=True,
+                variant=variant,
+                dtype={"default": dtype, "vae": torch.float32},
+                local_files_only=offline,
+                **more,
+            )
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         if isinstance(error, OptionError):
             raise

@@ -42,7 +42,7 @@ from gspn.files import (
 )
 from gspn.names import guess
 from gspn.options import TASKS
-from gspn.places import EARLIER, RunError, config_or_none, no_run
+from gspn.places import EARLIER, RunError, config_or_none, expanded, no_run
 
 __all__ = ["EARLIER", "Run", "RunError"]
 
@@ -168,7 +168,7 @@ class Run:
     @classmethod
     def open(cls, path: Path | str) -> "Run":
         """Opens an existing run. Errors: RunError if there is none, or it is damaged or written by a newer gspn."""
-        path = Path(path)
+        path = expanded(path)
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
