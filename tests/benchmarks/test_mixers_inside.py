@@ -103,10 +103,17 @@ def test_leverage_by_hand():
     gated = torch.full((2, 1, 3, 2), 2.0)
     found = inside.leverage(inside.Pass(None, weights, None, None, gated, state))
     assert found["chosen"] == pytest.approx(3 / 2)  # the mean weights 1/2, 0, 1/2 give 3, the photos' own 0 and 6
-    assert found["choice"] == pytest.approx(math.sqrt(6 / 15))  # 3, 0, 3 of 0, 3, 6
+    assert found["choice"] == {"1": pytest.approx(math.sqrt(6 / 15))}  # 3, 0, 3 of 0, 3, 6
     assert found["neighbours"] == pytest.approx(1.5 / torch.tensor([0.0, 3, 6, 0, 0, 0]).std(correction=0).item())
     same = inside.leverage(inside.Pass(None, weights[:1].repeat(2, 1, 1, 1, 1), None, None, gated, state))
     assert same["chosen"] == 0
+
+
+def test_states_further_apart():
+    """A line of 0, 1, 2, 3, 4: places 2 apart around the middle hold 0, 2, 4."""
+    state = torch.arange(5.0).view(1, 1, 5, 1).expand(1, 1, 5, 2)
+    assert inside.three_states(state, 2).flatten().tolist() == [0, 2, 4]
+    assert inside.three_states(state)[0, 0, :, :, 0].tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
 
 
 def _parts(call):

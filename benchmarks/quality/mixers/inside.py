@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gspn
 from benchmarks.quality.mixers.contenders import DEPTH, Backbone
 
+APART = (1, 2, 4)  # places; the scan's neighbours are 1 apart
 INFLUENCED = 48  # photos over which the influence of the gated inputs on one state is averaged
 
 
@@ -180,26 +181,32 @@ def by_line(state: Tensor) -> list[float]:
     return state.square().mean((0, 1, 2)).sqrt().tolist()
 
 
-def leverage(found: Pass) -> dict[str, float]:
+def three_states(state: Tensor, apart: int = 1) -> Tensor:
+    """The states (B,C,P,T) of the line before at p - apart, p and p + apart: (B,C,3,P-2*apart,T-1)."""
+    before = state[..., :-1]
+    return torch.stack([before[..., : -2 * apart, :], before[..., apart:-apart, :], before[..., 2 * apart :, :]], 2)
+
+
+def leverage(found: Pass) -> dict[str, Any]:
     """What the weights can do: they choose among three states of the line before, so only differences count.
 
     neighbours: mean |h[i] - h[i+1]| along a line, over the standard deviation of h, mean over channels.
-    choice: size of the three states' deviations from their mean, over that of the states (both RMS).
+    choice: size of the three states' deviations from their mean, over that of the states (both RMS); and what it would
+        be if the neighbours were 2 or 4 places apart.
     chosen: size of sum over k of (w_k - mean w_k) h_k, over that of the gated input that is added at the same place:
         how much the part of the weights that depends on the input moves the state in one line.
     """
     state, groups = found.state, found.weights.shape[1]
     steps = (state[..., 1:, :] - state[..., :-1, :]).abs().mean((0, 2, 3))
     deviation = state.var((0, 2, 3), correction=0).sqrt()
-    before = state[..., :-1]
-    three = torch.stack([before[..., :-2, :], before[..., 1:-1, :], before[..., 2:, :]], 2)  # (B,C,3,P-2,T-1)
+    three = {apart: three_states(state, apart) for apart in APART if 2 * apart < state.shape[-2]}
     weights = inner(found.weights)[..., 1:]
     varying = weights - weights.mean((0, -2, -1), keepdim=True)
-    chosen = (three.unflatten(1, (groups, -1)) * varying.unsqueeze(2)).sum(3)
+    chosen = (three[1].unflatten(1, (groups, -1)) * varying.unsqueeze(2)).sum(3)
     return {
         "neighbours": (steps / deviation.clamp(min=1e-30)).mean().item(),
-        "choice": rms(three - three.mean(2, keepdim=True)) / max(rms(three), 1e-30),
-        "chosen": rms(chosen) / max(rms(inner(found.gated)[..., 1:]), 1e-30),
+        "choice": {str(apart): rms(h - h.mean(2, keepdim=True)) / rms(h) for apart, h in three.items()},
+        "chosen": rms(chosen) / rms(inner(found.gated)[..., 1:]),
     }
 
 
