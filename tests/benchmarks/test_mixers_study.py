@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.quality.mixers import contenders, report, study, tasks
+from benchmarks.quality.mixers import contenders, remedies, report, study, tasks
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
 from benchmarks.quality.mixers.study import Run
 
@@ -211,3 +211,18 @@ def test_unknown_names_are_refused():
         contenders.backbone("dw9", "bare", 10, True, seed=0)
     with pytest.raises(ValueError, match="'naked'"):
         contenders.backbone("dw7", "naked", 10, True, seed=0)
+
+
+def test_neighbours_that_are_apart():
+    """Places 2 apart become neighbours, odd sizes are padded, and the maps come back as they were."""
+    maps = torch.randn(2, 3, 5, 7)
+    found = remedies.interleaved(maps, 2)
+    assert found.shape == (8, 3, 3, 4) and torch.equal(found[1, :, :, :3], maps[0][:, ::2, 1::2])
+    assert torch.equal(found[1, :, :, 3], torch.zeros(3, 3))
+    assert torch.equal(remedies.together(found, 2, (5, 7)), maps)
+    mixer = remedies.Variant(8, apart=(1, 2), block=3)
+    x = torch.randn(1, 4, 6, 8)
+    changed = x.clone()
+    changed[0, 0, 0] += 1
+    reached = (mixer(changed) - mixer(x)).abs().amax(-1)[0] > 0
+    assert reached[::2, ::2].all() and reached.sum() == 6

@@ -290,12 +290,13 @@ def with_mean(call: Call, part: str, means: Means) -> Call:
 
 
 def of_another_photo(call: Call, part: str) -> Call:
-    """One part comes from the photo before in the batch: as spread out as ever, but of no use to this one."""
+    """One part comes from the photo half a batch away: as spread out as ever, but of no use to this one."""
     size = call.proxy.shape[1]
+    other = call.proxy.roll(max(1, len(call.proxy) // 2), 0)
     widened = {
         name: F.pad(getattr(call, name), (size, 0) if name == PARTS[part] else (0, size)) for name in PARTS.values()
     }
-    return call._replace(proxy=torch.cat([call.proxy, call.proxy.roll(1, 0)], 1), **widened)
+    return call._replace(proxy=torch.cat([call.proxy, other], 1), **widened)
 
 
 def thirds(call: Call) -> Call:

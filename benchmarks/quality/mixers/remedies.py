@@ -5,6 +5,7 @@ it, it does; the variants that forget scan with weights made here, which takes a
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,26 @@ GROUPS = 8  # channel groups that share propagation weights; 64 (every channel i
 PROXY = 8
 LEVEL = -2.0  # logits so low that sigmoids are nearly exponentials: weights that sum to 1 are then a softmax
 LONGEST = 64  # lines: the memory of the group that forgets least, as the layer starts
+
+
+def interleaved(maps: Tensor, apart: int) -> Tensor:
+    """(B,C,H,W) to (B*apart^2,C,H/apart,W/apart): every apart-th place of every apart-th line is a map of its own. The
+    sides are padded with zeros to a multiple."""
+    if apart == 1:
+        return maps
+    maps = F.pad(maps, (0, -maps.shape[-1] % apart, 0, -maps.shape[-2] % apart))
+    batch, channels, height, width = maps.shape
+    maps = maps.reshape(batch, channels, height // apart, apart, width // apart, apart)
+    return maps.permute(0, 3, 5, 1, 2, 4).reshape(-1, channels, height // apart, width // apart)
+
+
+def together(maps: Tensor, apart: int, size: tuple[int, int]) -> Tensor:
+    """The inverse of `interleaved`, for maps (H,W) of this size."""
+    if apart == 1:
+        return maps
+    _, channels, height, width = maps.shape
+    maps = maps.view(-1, apart, apart, channels, height, width).permute(0, 3, 4, 1, 5, 2)
+    return maps.reshape(-1, channels, height * apart, width * apart)[..., : size[0], : size[1]]
 
 
 class Variant(nn.Module):
@@ -33,7 +54,9 @@ class Variant(nn.Module):
             start such that the groups remember 2 to LONGEST lines. "tied": the input is multiplied by 1 - r as well, so
             that a state is a weighted mean of the inputs. "fixed": as "yes", but r does not depend on the input.
         scale: of the logits.
-        average: the state is divided by the number of lines, as GSPN2d's `average` does.
+        apart: the three neighbours are the places this far apart in the line this many lines before, which hold more
+            different states than those next to each other; by block, over and over.
+        block: the block's number.
     """
 
     def __init__(
@@ -48,9 +71,12 @@ class Variant(nn.Module):
         scale: float = 1.0,
         groups: int = GROUPS,
         proxy_dim: int = PROXY,
+        apart: Sequence[int] = (1,),
+        block: int = 0,
     ):
         super().__init__()
         count = len(gspn.DIRECTIONS)
+        self.apart = apart[block % len(apart)]
         self.forget, self.scale, self.thirds = forget, scale, thirds
         self.into, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.proxy = nn.Linear(width, proxy_dim, bias=False)
@@ -90,7 +116,9 @@ class Variant(nn.Module):
                 proxy = torch.cat([proxy, torch.ones_like(proxy[:, :1])], 1)
                 weight_proj = torch.cat([weight_proj, self.ray_bias.unsqueeze(-1)], -1)
                 input_proj, output_proj, skip_proj = (F.pad(p, (0, 1)) for p in (input_proj, output_proj, skip_proj))
-            y = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj)
+            folded = (interleaved(maps, self.apart) for maps in (x, proxy))
+            y = gspn.propagate(*folded, weight_proj, input_proj, output_proj, skip_proj)
+            y = together(y, self.apart, x.shape[-2:])
         else:
             y = merge * self._forgetting(x, proxy, weight_proj)
         y = self.norm(y.permute(0, 2, 3, 1))
@@ -128,6 +156,7 @@ REMEDIES = {  # the most telling first: the study goes through them in this orde
     "gspn-rays": ("GSPN, both normalised, rays", dict(rays=3.0)),
     "gspn-rays-fixed": ("GSPN, both normalised, rays whatever the input", dict(rays=3.0, thirds=True)),
     "gspn-normed-scale4": ("GSPN, both normalised, logits times 4", dict(scale=4.0)),
+    "gspn-apart": ("GSPN, both normalised, neighbours 4 apart in every other block", dict(apart=(1, 4))),
     "gspn-output": ("GSPN, normalised output, SiLU gate", dict(normed_proxy=False)),
     "gspn-proxy": ("GSPN, normalised proxy", dict(normed_output=False)),
     "gspn-forget": ("GSPN, both normalised, forgets", dict(forget="yes")),
