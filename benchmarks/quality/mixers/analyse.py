@@ -24,7 +24,7 @@ from benchmarks.quality.mixers.tasks import TASKS, Photos, Task
 
 INSIDE = RESULTS / "inside"  # not among the runs, which the study reads
 SETTINGS = {"classes": ("1", "2"), "far": ("32", "128")}  # where figures are taken, and the largest that is tested
-PHOTOS = {"figures": 300, "growth": 100, "test": 1_000, "largest": 500}
+PHOTOS = {"figures": 300, "growth": 100, "test": 1_000, "largest": 300}
 GRADIENTS = 16  # batches
 FROM_PROXY = ("weight_proj", "input_proj", "output_proj", "skip_proj", "ray_bias")
 
@@ -151,10 +151,10 @@ def main():
     torch.set_num_threads(1)
     task = TASKS[arguments.task](Photos.open(arguments.photos))
     out = arguments.out or INSIDE / f"{task.name}-bare.json"
-    content = json.loads(out.read_text()) if out.exists() else {}
     for name in arguments.contenders:
         run = Run(task.name, "bare", name, arguments.rate, arguments.seed, arguments.steps)
         found = look_into(run, task, arguments.models)
+        content = json.loads(out.read_text()) if out.exists() else {}  # another process may have written meanwhile
         content[name] = found | {"environment": harness.environment()}
         harness.write_json(out, content, quiet=True)
         print(f"{time.strftime('%H:%M')} {out}: {name}", flush=True)

@@ -230,6 +230,10 @@ FIGURES: dict[str, Callable[[dict], list[float]]] = {
 }  # fmt: skip
 
 
+def _trained(name: str, content: dict) -> str:
+    return f"{CONTENDERS[name].title}, {content['steps']} steps"
+
+
 def figures_table(inside: dict[str, dict]) -> str:
     """A row a figure, a column a contender: mean over the blocks, and the least and the largest block."""
     rows = []
@@ -239,7 +243,8 @@ def figures_table(inside: dict[str, dict]) -> str:
             values = figure(content)
             cells.append(f"{statistics.fmean(values):.3g} ({min(values):.2g} to {max(values):.2g})")
         rows.append([title, *cells])
-    return _markdown(["mean of the blocks (least to largest)", *(CONTENDERS[name].title for name in inside)], rows)
+    titles = [_trained(name, content) for name, content in inside.items()]
+    return _markdown(["mean of the blocks (least to largest)", *titles], rows)
 
 
 def replaced_table(inside: dict[str, dict]) -> str:
@@ -247,7 +252,7 @@ def replaced_table(inside: dict[str, dict]) -> str:
     header, columns = ["replaced in every block"], []
     for name, content in inside.items():
         for setting, found in content["replaced"].items():
-            header.append(f"{CONTENDERS[name].title}, at {setting}")
+            header.append(f"{_trained(name, content)}, at {setting} ({found['nothing']['examples']} photos)")
             columns.append({what: measured["accuracy"] for what, measured in found.items()})
     rows = [[what, *(f"{100 * column[what]:.1f}" for column in columns)] for what in columns[0]]
     return _markdown(header, rows)
@@ -261,7 +266,7 @@ def inside_picture(inside: dict[str, dict], path: Path) -> None:
     names = [what for what in next(iter(inside.values()))["replaced"][settings[0]] if what != "nothing"]
     gradients = {"weights": "weight_proj", "input gate": "input_proj", "output gate": "output_proj"}
     for i, (name, content) in enumerate(inside.items()):
-        style = {"color": f"C{i}", "label": CONTENDERS[name].title}
+        style = {"color": f"C{i}", "label": _trained(name, content)}
         shift, thickness = (i - (count - 1) / 2) * 0.8 / count, 0.8 / count
         found = content["replaced"][settings[0]]
         losses = [100 * (found[what]["accuracy"] - found["nothing"]["accuracy"]) for what in names]
@@ -306,8 +311,8 @@ def inside_section(inside: dict[str, dict], stem: Path, name: str) -> list[str]:
         f"Backbones of seed {first['seed']}, rate {first['rate']:g}, by analyse.py on {first['photos']['figures']} "
         "test photos. Figures of a direction are means over the four. A state can only choose among three neighbours "
         "of the line before, so its weights count for as much as these differ (*choice*) and as they vary (*chosen*). "
-        f"Replacements are made in all blocks at once, without retraining, on {first['photos']['test']} test photos "
-        f"(at {first['settings'][1]}: {first['photos']['largest']}); the same photos for all, test accuracy in %.",
+        "Replacements are made in all blocks at once, without retraining; test accuracy in %, on the same photos for "
+        "all rows of a column.",
         replaced_table(inside),
         f"![Inside]({picture.name})",
         figures_table(inside),

@@ -3,6 +3,7 @@
 python -m benchmarks.quality.mixers.study --photos FOLDER --minutes 60    makes missing runs, the most important first
 python -m benchmarks.quality.mixers.study --photos FOLDER --list          says what is done and what is missing
 python -m benchmarks.quality.mixers.report                                tables and pictures of the finished runs
+python -m benchmarks.quality.mixers.analyse                               looks into trained models, see there
 
 FOLDER holds CIFAR-10 as tables with the splits train and test. The command may be stopped at any time and started
 again: only complete runs are written.
