@@ -202,9 +202,10 @@ def test_a_model_is_trained_kept_and_looked_into(task, tmp_path):
     assert file.read_bytes() == before and not trained.training
 
     stem = tmp_path / "report"
-    found["replaced"]["1"]["weights are 1/3"]["accuracy"] = 0.427
+    usual = found["replaced"]["1"]["nothing"]["loss"]
+    found["replaced"]["1"]["weights are 1/3"] |= {"accuracy": 0.427, "loss": usual + 0.25}
     text = report.report({}, stem, inside={"classes-bare": {"gspn-g8": found}})
-    assert "| weights are 1/3 | 42.7 |" in text and (tmp_path / "report-inside-classes-bare.png").exists()
+    assert "| weights are 1/3 | 42.7 (+0.250) |" in text and (tmp_path / "report-inside-classes-bare.png").exists()
     mean = sum(block["x"]["std"] for block in found["blocks"]) / contenders.DEPTH
     assert f"| x, deviation | {mean:.3g} (" in text
 

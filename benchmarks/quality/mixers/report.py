@@ -197,6 +197,10 @@ FIGURES: dict[str, Callable[[dict], list[float]]] = {
     ],
     "state over x, first line": _of_directions(lambda b, d: d["state by line"][0] / b["x"]["rms"]),
     "state over x, last line": _of_directions(lambda b, d: d["state by line"][-1] / b["x"]["rms"]),
+    "state over x at the largest size, last line": lambda content: [
+        statistics.fmean(lines[-1] for lines in block["state by line, largest"].values()) / block["x"]["rms"]
+        for block in content["blocks"]
+    ],
     "reach: drift sideways over the longest way, in places": _of_directions(lambda b, d: d["influence"]["drift"][-1]),
     "reach: deviation of this drift over images": _of_directions(lambda b, d: d["influence"]["drift by input"][-1]),
     "reach: spread sideways over the longest way": _of_directions(lambda b, d: d["influence"]["spread"][-1]),
@@ -248,13 +252,14 @@ def figures_table(inside: dict[str, dict]) -> str:
 
 
 def replaced_table(inside: dict[str, dict]) -> str:
-    """A row a replacement, two columns a contender: at the usual setting and at the largest."""
+    """A row a replacement, two columns a contender, at the usual setting and at the largest: accuracy and loss."""
     header, columns = ["replaced in every block"], []
     for name, content in inside.items():
         for setting, found in content["replaced"].items():
             header.append(f"{_trained(name, content)}, at {setting} ({found['nothing']['examples']} photos)")
-            columns.append({what: measured["accuracy"] for what, measured in found.items()})
-    rows = [[what, *(f"{100 * column[what]:.1f}" for column in columns)] for what in columns[0]]
+            loss = found["nothing"]["loss"]
+            columns.append({n: f"{100 * m['accuracy']:.1f} ({m['loss'] - loss:+.3f})" for n, m in found.items()})
+    rows = [[what, *(column[what] for column in columns)] for what in columns[0]]
     return _markdown(header, rows)
 
 
@@ -282,7 +287,7 @@ def inside_picture(inside: dict[str, dict], path: Path) -> None:
             statistics.geometric_mean(_gradient("trained", "relative", projection)(content))
             for projection in gradients.values()
         ]
-        learnt.bar([j + shift for j in range(len(sizes))], sizes, thickness, color=style["color"])
+        learnt.plot(range(len(sizes)), sizes, "o", ms=9, color=style["color"])  # no bars: a logarithm has no foot
     lost.set(title=f"Test accuracy without retraining, at {settings[0]}: change in points", xlabel="points")
     lost.set_yticks(range(len(names)), names, fontsize=8)
     lost.invert_yaxis()
@@ -297,7 +302,8 @@ def inside_picture(inside: dict[str, dict], path: Path) -> None:
     learnt.set_xticks(range(len(gradients)), gradients)
     for axes in (lost, chosen, grown, learnt):
         axes.spines[["top", "right"]].set_visible(False)
-    lost.legend(fontsize=8, frameon=False)
+    learnt.margins(0.2)
+    figure.legend(*lost.get_legend_handles_labels(), loc="outside upper center", ncols=count, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -311,8 +317,8 @@ def inside_section(inside: dict[str, dict], stem: Path, name: str) -> list[str]:
         f"Backbones of seed {first['seed']}, rate {first['rate']:g}, by analyse.py on {first['photos']['figures']} "
         "test photos. Figures of a direction are means over the four. A state can only choose among three neighbours "
         "of the line before, so its weights count for as much as these differ (*choice*) and as they vary (*chosen*). "
-        "Replacements are made in all blocks at once, without retraining; test accuracy in %, on the same photos for "
-        "all rows of a column.",
+        "Replacements are made in all blocks at once, without retraining: test accuracy in % and change "
+        "of the loss, on the same photos for all rows of a column.",
         replaced_table(inside),
         f"![Inside]({picture.name})",
         figures_table(inside),
