@@ -184,7 +184,7 @@ CONTENDERS = {
         "photos, where these took 0.8 to 1.2 under the same load), which makes two hours or more of every run",
     ),
 } | {
-    name: Contender(title, lambda width, block, options=options: Variant(width, block=block, **options), remedy=True)
+    name: Contender(title, lambda width, block, options=options: Variant(width, **options), remedy=True)
     for name, (title, options) in REMEDIES.items()
 }
 

@@ -5,7 +5,6 @@ it, it does; the variants that forget scan with weights made here, which takes a
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +18,21 @@ LEVEL = -2.0  # logits so low that sigmoids are nearly exponentials: weights tha
 LONGEST = 64  # lines: the memory of the group that forgets least, as the layer starts
 
 
-def interleaved(maps: Tensor, apart: int) -> Tensor:
-    """(B,C,H,W) to (B*apart^2,C,H/apart,W/apart): every apart-th place of every apart-th line is a map of its own. The
-    sides are padded with zeros to a multiple."""
-    if apart == 1:
-        return maps
-    maps = F.pad(maps, (0, -maps.shape[-1] % apart, 0, -maps.shape[-2] % apart))
-    batch, channels, height, width = maps.shape
-    maps = maps.reshape(batch, channels, height // apart, apart, width // apart, apart)
-    return maps.permute(0, 3, 5, 1, 2, 4).reshape(-1, channels, height // apart, width // apart)
-
-
-def together(maps: Tensor, apart: int, size: tuple[int, int]) -> Tensor:
-    """The inverse of `interleaved`, for maps (H,W) of this size."""
-    if apart == 1:
-        return maps
-    _, channels, height, width = maps.shape
-    maps = maps.view(-1, apart, apart, channels, height, width).permute(0, 3, 4, 1, 5, 2)
-    return maps.reshape(-1, channels, height * apart, width * apart)[..., : size[0], : size[1]]
+def repeated_means(x: Tensor, proxy: Tensor, input_proj: Tensor, output_proj: Tensor) -> Tensor:
+    """What every line but one adds to the merged output of the four directions, if each line adds the mean of the
+    gated input over the map: (B,C,H,W). Where rows sum to 1, a constant comes through the scan as the number of lines
+    times the constant, whatever the weights are."""
+    height, width = x.shape[-2:]
+    moments = torch.einsum("bshw,bchw->bcs", proxy, x) / (height * width)
+    result = torch.zeros_like(x)
+    for i, direction in enumerate(gspn.DIRECTIONS):
+        mean = (moments * input_proj[i]).sum(-1)  # (B,C)
+        along_rows = direction in ("right", "left")
+        lines = torch.arange(width if along_rows else height, dtype=x.dtype, device=x.device)  # before each
+        lines = lines if direction in ("right", "down") else lines.flip(0)
+        lines = lines if along_rows else lines.unsqueeze(-1)
+        result = result + torch.einsum("bcs,bshw->bchw", mean.unsqueeze(-1) * output_proj[i], proxy * lines)
+    return result
 
 
 class Variant(nn.Module):
@@ -54,9 +50,11 @@ class Variant(nn.Module):
             start such that the groups remember 2 to LONGEST lines. "tied": the input is multiplied by 1 - r as well, so
             that a state is a weighted mean of the inputs. "fixed": as "yes", but r does not depend on the input.
         scale: of the logits.
-        apart: the three neighbours are the places this far apart in the line this many lines before, which hold more
-            different states than those next to each other; by block, over and over.
-        block: the block's number.
+        level: of a learned bias of all logits without rays, as it starts; LEVEL makes the weights' changes larger than
+            0 does. 0: no bias.
+        centred: the mean of the gated input over the map is taken once instead of once in each line: the state is the
+            scan of what differs from this mean, plus the mean. Rows that sum to 1 let nobody choose how much of the
+            mean arrives, which is most of a state after some lines and grows with the map.
     """
 
     def __init__(
@@ -69,15 +67,14 @@ class Variant(nn.Module):
         rays: float = 0.0,
         forget: str = "no",
         scale: float = 1.0,
+        level: float = 0.0,
+        centred: bool = False,
         groups: int = GROUPS,
         proxy_dim: int = PROXY,
-        apart: Sequence[int] = (1,),
-        block: int = 0,
     ):
         super().__init__()
         count = len(gspn.DIRECTIONS)
-        self.apart = apart[block % len(apart)]
-        self.forget, self.scale, self.thirds = forget, scale, thirds
+        self.forget, self.scale, self.thirds, self.centred = forget, scale, thirds, centred
         self.into, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.proxy = nn.Linear(width, proxy_dim, bias=False)
         self.proxy_norm = nn.RMSNorm(proxy_dim) if normed_proxy else nn.Identity()
@@ -92,9 +89,9 @@ class Variant(nn.Module):
             self.weight_proj = None
             self.register_buffer("no_logits", torch.zeros(count, 3, groups, proxy_dim), persistent=False)
         self.ray_bias = None
-        if rays:
+        if rays or level:
             others = 1 - F.one_hot(torch.arange(groups) % 3, 3).T  # (3,groups)
-            self.ray_bias = nn.Parameter((LEVEL - rays * others).repeat(count, 1, 1))
+            self.ray_bias = nn.Parameter(((level or LEVEL) - rays * others).repeat(count, 1, 1))
         self.input_proj, self.output_proj, self.skip_proj = (projection(width) for _ in range(3))
         if forget != "no":
             remembered = torch.logspace(1, math.log2(LONGEST), groups, base=2)
@@ -116,9 +113,8 @@ class Variant(nn.Module):
                 proxy = torch.cat([proxy, torch.ones_like(proxy[:, :1])], 1)
                 weight_proj = torch.cat([weight_proj, self.ray_bias.unsqueeze(-1)], -1)
                 input_proj, output_proj, skip_proj = (F.pad(p, (0, 1)) for p in (input_proj, output_proj, skip_proj))
-            folded = (interleaved(maps, self.apart) for maps in (x, proxy))
-            y = gspn.propagate(*folded, weight_proj, input_proj, output_proj, skip_proj)
-            y = together(y, self.apart, x.shape[-2:])
+            y = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj)
+            y = y - repeated_means(x, proxy, input_proj, output_proj) if self.centred else y
         else:
             y = merge * self._forgetting(x, proxy, weight_proj)
         y = self.norm(y.permute(0, 2, 3, 1))
@@ -156,7 +152,12 @@ REMEDIES = {  # the most telling first: the study goes through them in this orde
     "gspn-rays": ("GSPN, both normalised, rays", dict(rays=3.0)),
     "gspn-rays-fixed": ("GSPN, both normalised, rays whatever the input", dict(rays=3.0, thirds=True)),
     "gspn-normed-scale4": ("GSPN, both normalised, logits times 4", dict(scale=4.0)),
-    "gspn-apart": ("GSPN, both normalised, neighbours 4 apart in every other block", dict(apart=(1, 4))),
+    "gspn-sharp": ("GSPN, both normalised, logits times 4 at level -3", dict(scale=4.0, level=-3.0)),
+    "gspn-sharp-centred": (
+        "GSPN, both normalised, logits times 4 at level -3, centred",
+        dict(scale=4.0, level=-3.0, centred=True),
+    ),
+    "gspn-centred-thirds": ("GSPN, both normalised, centred, weights 1/3", dict(centred=True, thirds=True)),
     "gspn-output": ("GSPN, normalised output, SiLU gate", dict(normed_proxy=False)),
     "gspn-proxy": ("GSPN, normalised proxy", dict(normed_output=False)),
     "gspn-forget": ("GSPN, both normalised, forgets", dict(forget="yes")),
