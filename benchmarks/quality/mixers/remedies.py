@@ -158,6 +158,7 @@ REMEDIES = {  # the most telling first: the study goes through them in this orde
         dict(scale=4.0, level=-3.0, centred=True),
     ),
     "gspn-centred": ("GSPN, both normalised, centred", dict(centred=True)),
+    "gspn-centred-alone": ("GSPN, centred", dict(centred=True, normed_proxy=False, normed_output=False)),
     "gspn-centred-thirds": ("GSPN, both normalised, centred, weights 1/3", dict(centred=True, thirds=True)),
     "gspn-output": ("GSPN, normalised output, SiLU gate", dict(normed_proxy=False)),
     "gspn-proxy": ("GSPN, normalised proxy", dict(normed_output=False)),
