@@ -12,6 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
+from benchmarks.quality.mixers.inside import LEVERS
 from benchmarks.quality.mixers.study import RATES, RESULTS, SEEDS, STEPS, Run, best_rate, read
 from benchmarks.quality.mixers.tasks import TASKS
 
@@ -215,6 +216,11 @@ FIGURES: dict[str, Callable[[dict], list[float]]] = {
     "change of a block's output with weights of 1/3": _change("weights are 1/3"),
     "change of a block's output with mean weights": _change("weights are their mean"),
     "change of a block's output with another photo's weights": _change("weights of another photo"),
+} | {
+    f"lever: change with mean weights, {title}": (
+        lambda content, title=title: [block["levers"][title] for block in content["blocks"]]
+    )
+    for title in (f"{name}{end}" for name in LEVERS for end in ("", ", centred"))
 } | {
     title: figure
     for when in ("start", "trained")
