@@ -315,6 +315,7 @@ def inside_picture(inside: dict[str, dict], path: Path) -> None:
 
 def inside_section(inside: dict[str, dict], stem: Path, name: str) -> list[str]:
     """The parts of the report on what analyse.py found in one task's models; draws the picture."""
+    inside = {contender: inside[contender] for contender in CONTENDERS if contender in inside}
     picture = stem.with_name(f"{stem.name}-inside-{name}.png")
     inside_picture(inside, picture)
     first = next(iter(inside.values()))
