@@ -319,10 +319,13 @@ def inside_section(inside: dict[str, dict], stem: Path, name: str) -> list[str]:
     picture = stem.with_name(f"{stem.name}-inside-{name}.png")
     inside_picture(inside, picture)
     first = next(iter(inside.values()))
+    numbers = lambda what: ", ".join(str(what(content)) for content in inside.values())  # noqa: E731
     return [
         f"## What the trained layers look like: {name}",
-        f"Backbones of seed {first['seed']}, rate {first['rate']:g}, by analyse.py on {first['photos']['figures']} "
-        "test photos. Figures of a direction are means over the four. A state can only choose among three neighbours "
+        f"Backbones of seed {first['seed']}, rate {first['rate']:g}, by analyse.py. Figures are of the first "
+        f"{numbers(lambda c: c['photos']['figures'])} test photos, gradients of "
+        f"{numbers(lambda c: c['gradient batches'])} batches (noise alone agrees to one over the root of that). "
+        "Figures of a direction are means over the four. A state can only choose among three neighbours "
         "of the line before, so its weights count for as much as these differ (*choice*) and as they vary (*chosen*). "
         "Replacements are made in all blocks at once, without retraining: test accuracy in % and change "
         "of the loss, on the same photos for all rows of a column.",
