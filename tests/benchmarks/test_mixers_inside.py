@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 from safetensors.torch import load_file
 
 import gspn
-from benchmarks.quality.mixers import analyse, contenders, inside, report, study, tasks
+from benchmarks.quality.mixers import analyse, contenders, inside, remedies, report, study, tasks
 from benchmarks.quality.mixers.study import Run
 
 COUNTS = {"figures": 4, "growth": 2, "test": 8, "largest": 4}
@@ -160,6 +160,21 @@ def test_parts_that_are_taken_out(call):
     changes = inside.output_changes(call, means)
     assert changes["nothing"] == 0
     assert changes["no skip"] == pytest.approx(inside.rms(skip) / inside.rms(run["nothing"]), rel=1e-4)
+
+
+def test_levers(call):
+    """Weights that do not depend on the input move nothing; a level moves softmax weights, a mean taken once does not
+    move them but what they are compared with."""
+    found = inside.levers(call)
+    usual, mean = call(), inside.with_mean(call, "weights", inside.means(call))()
+    assert found["as it is"] == pytest.approx(inside.rms(mean - usual) / inside.rms(usual), rel=1e-4)
+    once = usual - remedies.repeated_means(call.x, call.proxy, call.input_proj, call.output_proj)
+    ratio = found["as it is, centred"] / found["as it is"]
+    assert ratio == pytest.approx(inside.rms(usual) / inside.rms(once), rel=1e-4)
+    low = inside.one_pass(inside.at_level(call, -14.0, 2.0), 0)
+    logits = 2 * inside.one_pass(call, 0).logits
+    assert torch.allclose(inside.inner(low.weights), inside.inner(logits.softmax(2)), atol=2e-3)  # 1 - s is not quite 1
+    assert max(inside.levers(inside.thirds(call)).values()) < 1e-5
 
 
 def test_gradients_of_equal_batches_agree_fully(task):

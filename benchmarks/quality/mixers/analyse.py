@@ -110,7 +110,7 @@ def look_into(
     calls = inside.calls_of(trained, photos_of(task, usual, counts["figures"]))
     means = [inside.means(call) for call in calls]
     blocks = [
-        inside.figures(call) | {"output changes": inside.output_changes(call, mean)}
+        inside.figures(call) | {"output changes": inside.output_changes(call, mean), "levers": inside.levers(call)}
         for call, mean in zip(calls, means, strict=True)
     ]
     for block, call in zip(blocks, inside.calls_of(trained, photos_of(task, largest, counts["growth"])), strict=True):

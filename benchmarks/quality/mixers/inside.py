@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gspn
 from benchmarks.quality.mixers.contenders import DEPTH, Backbone
+from benchmarks.quality.mixers.remedies import repeated_means
 
 APART = (1, 2, 4)  # places; the scan's neighbours are 1 apart
+LEVERED = 100  # photos for the levers
 INFLUENCED = 48  # photos over which the influence of the gated inputs on one state is averaged
 
 
@@ -332,6 +334,36 @@ REPLACEMENTS: dict[str, Callable[[Call, Means], Call]] = {
     "only along rows": lambda call, means: along(call, 0),
     "only along columns": lambda call, means: along(call, 1),
 }
+
+
+def at_level(call: Call, level: float, scale: float) -> Call:
+    """The logits times `scale`, plus `level`: far below 0 sigmoids are exponentials, and the weights a softmax."""
+    changed = with_constant(call, "weights", torch.full(call.weight_proj.shape[:3], level))
+    weight_proj = torch.cat([scale * call.weight_proj, changed.weight_proj[..., -1:]], -1)
+    return changed._replace(weight_proj=weight_proj)
+
+
+LEVERS = {
+    "as it is": lambda call: call,
+    "logits times 4": lambda call: at_level(call, 0.0, 4.0),
+    "logits at level -3": lambda call: at_level(call, -3.0, 1.0),
+    "logits times 4 at level -3": lambda call: at_level(call, -3.0, 4.0),
+}
+
+
+@torch.no_grad()
+def levers(call: Call) -> dict[str, float]:
+    """By how much the input-dependent part of the weights would move a block's output, over its size (both RMS), if
+    the layer were another one with the same input and projections; `centred`, if the mean of the gated input over the
+    map came once instead of once in each line (remedies.py)."""
+    call, found = call._replace(x=call.x[:LEVERED], proxy=call.proxy[:LEVERED]), {}
+    for name, change in LEVERS.items():
+        changed = change(call)
+        usual = changed()
+        moved = rms(with_mean(changed, "weights", means(changed))() - usual)
+        centred = usual - repeated_means(call.x, call.proxy, call.input_proj, call.output_proj)
+        found |= {name: moved / rms(usual), f"{name}, centred": moved / rms(centred)}
+    return found
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
+from benchmarks.quality.mixers.inside import LEVERS
 from benchmarks.quality.mixers.study import RATES, RESULTS, SEEDS, STEPS, Run, best_rate, read
 from benchmarks.quality.mixers.tasks import TASKS
 
@@ -216,6 +217,11 @@ FIGURES: dict[str, Callable[[dict], list[float]]] = {
     "change of a block's output with mean weights": _change("weights are their mean"),
     "change of a block's output with another photo's weights": _change("weights of another photo"),
 } | {
+    f"lever: change with mean weights, {title}": (
+        lambda content, title=title: [block["levers"][title] for block in content["blocks"]]
+    )
+    for title in (f"{name}{end}" for name in LEVERS for end in ("", ", centred"))
+} | {
     title: figure
     for when in ("start", "trained")
     for title, figure in (
@@ -309,13 +315,17 @@ def inside_picture(inside: dict[str, dict], path: Path) -> None:
 
 def inside_section(inside: dict[str, dict], stem: Path, name: str) -> list[str]:
     """The parts of the report on what analyse.py found in one task's models; draws the picture."""
+    inside = {contender: inside[contender] for contender in CONTENDERS if contender in inside}
     picture = stem.with_name(f"{stem.name}-inside-{name}.png")
     inside_picture(inside, picture)
     first = next(iter(inside.values()))
+    numbers = lambda what: ", ".join(str(what(content)) for content in inside.values())  # noqa: E731
     return [
         f"## What the trained layers look like: {name}",
-        f"Backbones of seed {first['seed']}, rate {first['rate']:g}, by analyse.py on {first['photos']['figures']} "
-        "test photos. Figures of a direction are means over the four. A state can only choose among three neighbours "
+        f"Backbones of seed {first['seed']}, rate {first['rate']:g}, by analyse.py. Figures are of the first "
+        f"{numbers(lambda c: c['photos']['figures'])} test photos, gradients of "
+        f"{numbers(lambda c: c['gradient batches'])} batches (noise alone agrees to one over the root of that). "
+        "Figures of a direction are means over the four. A state can only choose among three neighbours "
         "of the line before, so its weights count for as much as these differ (*choice*) and as they vary (*chosen*). "
         "Replacements are made in all blocks at once, without retraining: test accuracy in % and change "
         "of the loss, on the same photos for all rows of a column.",
