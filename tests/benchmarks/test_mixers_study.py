@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
+import gspn
+
 pytest.importorskip("matplotlib")
 
-from benchmarks.quality.mixers import contenders, report, study, tasks
+from benchmarks.quality.mixers import contenders, remedies, report, study, tasks
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
 from benchmarks.quality.mixers.study import Run
 
@@ -211,3 +213,30 @@ def test_unknown_names_are_refused():
         contenders.backbone("dw9", "bare", 10, True, seed=0)
     with pytest.raises(ValueError, match="'naked'"):
         contenders.backbone("dw7", "naked", 10, True, seed=0)
+
+
+def test_the_mean_of_the_gated_input_is_taken_once():
+    """The state is the scan of the deviations from the mean, plus the mean."""
+    torch.manual_seed(0)
+    x, proxy = torch.randn(2, 4, 5, 7), torch.randn(2, 3, 5, 7)
+    weight_proj, input_proj, output_proj = torch.randn(4, 3, 2, 3), torch.randn(4, 4, 3), torch.randn(4, 4, 3)
+    expected = torch.zeros_like(x)
+    for i, direction in enumerate(gspn.DIRECTIONS):
+        logits, gate, output_gate = (
+            torch.einsum("...s,bshw->b...hw", p[i], proxy) for p in (weight_proj, input_proj, output_proj)
+        )
+        weights = gspn.normalize_weights(logits.transpose(1, 2), direction=direction)
+        gated = gate * x
+        mean = gated.mean((2, 3), keepdim=True)
+        expected += output_gate * (gspn.line_scan(gated - mean, weights, direction=direction) + mean)
+    found = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj)
+    found = found - remedies.repeated_means(x, proxy, input_proj, output_proj)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_logits_start_at_the_level_that_is_asked_for():
+    bias = remedies.Variant(8, level=-3.0).ray_bias
+    assert bias.shape == (4, 3, 8) and (bias == -3).all()
+    rays = remedies.Variant(8, rays=3.0).ray_bias[0, :, 1]  # of the group that starts with the same place
+    assert rays.tolist() == [remedies.LEVEL - 3, remedies.LEVEL, remedies.LEVEL - 3]
+    assert remedies.Variant(8).ray_bias is None

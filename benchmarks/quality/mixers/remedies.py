@@ -18,6 +18,23 @@ LEVEL = -2.0  # logits so low that sigmoids are nearly exponentials: weights tha
 LONGEST = 64  # lines: the memory of the group that forgets least, as the layer starts
 
 
+def repeated_means(x: Tensor, proxy: Tensor, input_proj: Tensor, output_proj: Tensor) -> Tensor:
+    """What every line but one adds to the merged output of the four directions, if each line adds the mean of the
+    gated input over the map: (B,C,H,W). Where rows sum to 1, a constant comes through the scan as the number of lines
+    times the constant, whatever the weights are."""
+    height, width = x.shape[-2:]
+    moments = torch.einsum("bshw,bchw->bcs", proxy, x) / (height * width)
+    result = torch.zeros_like(x)
+    for i, direction in enumerate(gspn.DIRECTIONS):
+        mean = (moments * input_proj[i]).sum(-1)  # (B,C)
+        along_rows = direction in ("right", "left")
+        lines = torch.arange(width if along_rows else height, dtype=x.dtype, device=x.device)  # before each
+        lines = lines if direction in ("right", "down") else lines.flip(0)
+        lines = lines if along_rows else lines.unsqueeze(-1)
+        result = result + torch.einsum("bcs,bshw->bchw", mean.unsqueeze(-1) * output_proj[i], proxy * lines)
+    return result
+
+
 class Variant(nn.Module):
     """out(N(sum over directions of u h + skip x) * SiLU(gate z)) with x = into(z), h the scan of lambda x.
 
@@ -33,7 +50,11 @@ class Variant(nn.Module):
             start such that the groups remember 2 to LONGEST lines. "tied": the input is multiplied by 1 - r as well, so
             that a state is a weighted mean of the inputs. "fixed": as "yes", but r does not depend on the input.
         scale: of the logits.
-        average: the state is divided by the number of lines, as GSPN2d's `average` does.
+        level: of a learned bias of all logits without rays, as it starts; LEVEL makes the weights' changes larger than
+            0 does. 0: no bias.
+        centred: the mean of the gated input over the map is taken once instead of once in each line: the state is the
+            scan of what differs from this mean, plus the mean. Rows that sum to 1 let nobody choose how much of the
+            mean arrives, which is most of a state after some lines and grows with the map.
     """
 
     def __init__(
@@ -46,12 +67,14 @@ class Variant(nn.Module):
         rays: float = 0.0,
         forget: str = "no",
         scale: float = 1.0,
+        level: float = 0.0,
+        centred: bool = False,
         groups: int = GROUPS,
         proxy_dim: int = PROXY,
     ):
         super().__init__()
         count = len(gspn.DIRECTIONS)
-        self.forget, self.scale, self.thirds = forget, scale, thirds
+        self.forget, self.scale, self.thirds, self.centred = forget, scale, thirds, centred
         self.into, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.proxy = nn.Linear(width, proxy_dim, bias=False)
         self.proxy_norm = nn.RMSNorm(proxy_dim) if normed_proxy else nn.Identity()
@@ -66,9 +89,9 @@ class Variant(nn.Module):
             self.weight_proj = None
             self.register_buffer("no_logits", torch.zeros(count, 3, groups, proxy_dim), persistent=False)
         self.ray_bias = None
-        if rays:
+        if rays or level:
             others = 1 - F.one_hot(torch.arange(groups) % 3, 3).T  # (3,groups)
-            self.ray_bias = nn.Parameter((LEVEL - rays * others).repeat(count, 1, 1))
+            self.ray_bias = nn.Parameter(((level or LEVEL) - rays * others).repeat(count, 1, 1))
         self.input_proj, self.output_proj, self.skip_proj = (projection(width) for _ in range(3))
         if forget != "no":
             remembered = torch.logspace(1, math.log2(LONGEST), groups, base=2)
@@ -91,6 +114,7 @@ class Variant(nn.Module):
                 weight_proj = torch.cat([weight_proj, self.ray_bias.unsqueeze(-1)], -1)
                 input_proj, output_proj, skip_proj = (F.pad(p, (0, 1)) for p in (input_proj, output_proj, skip_proj))
             y = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj)
+            y = y - repeated_means(x, proxy, input_proj, output_proj) if self.centred else y
         else:
             y = merge * self._forgetting(x, proxy, weight_proj)
         y = self.norm(y.permute(0, 2, 3, 1))
@@ -128,6 +152,14 @@ REMEDIES = {  # the most telling first: the study goes through them in this orde
     "gspn-rays": ("GSPN, both normalised, rays", dict(rays=3.0)),
     "gspn-rays-fixed": ("GSPN, both normalised, rays whatever the input", dict(rays=3.0, thirds=True)),
     "gspn-normed-scale4": ("GSPN, both normalised, logits times 4", dict(scale=4.0)),
+    "gspn-sharp": ("GSPN, both normalised, logits times 4 at level -3", dict(scale=4.0, level=-3.0)),
+    "gspn-sharp-centred": (
+        "GSPN, both normalised, logits times 4 at level -3, centred",
+        dict(scale=4.0, level=-3.0, centred=True),
+    ),
+    "gspn-centred": ("GSPN, both normalised, centred", dict(centred=True)),
+    "gspn-centred-alone": ("GSPN, centred", dict(centred=True, normed_proxy=False, normed_output=False)),
+    "gspn-centred-thirds": ("GSPN, both normalised, centred, weights 1/3", dict(centred=True, thirds=True)),
     "gspn-output": ("GSPN, normalised output, SiLU gate", dict(normed_proxy=False)),
     "gspn-proxy": ("GSPN, normalised proxy", dict(normed_output=False)),
     "gspn-forget": ("GSPN, both normalised, forgets", dict(forget="yes")),

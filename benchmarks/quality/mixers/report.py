@@ -4,12 +4,15 @@ python -m benchmarks.quality.mixers.report [--runs FOLDER] [--out STEM]      wri
 """
 
 import argparse
+import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
+from benchmarks.quality.mixers.inside import LEVERS
 from benchmarks.quality.mixers.study import RATES, RESULTS, SEEDS, STEPS, Run, best_rate, read
 from benchmarks.quality.mixers.tasks import TASKS
 
@@ -149,8 +152,191 @@ def settings_picture(runs: dict[str, list[dict]], task, form: str, path: Path) -
     figure.savefig(path, dpi=120)
 
 
-def report(done: dict[Run, dict], stem: Path, steps: int = STEPS) -> str:
-    """Writes STEM.md and the pictures beside it; gives the text."""
+# -- inside trained layers --
+
+
+def _of_directions(what: Callable[[dict, dict], float]) -> Callable[[dict], list[float]]:
+    """A figure of every block: the mean over its directions of what is said of (block, direction)."""
+    return lambda content: [
+        statistics.fmean(what(block, direction) for direction in block["directions"].values())
+        for block in content["blocks"]
+    ]
+
+
+def _of_projections(what: Callable[[dict, str], float]) -> Callable[[dict], list[float]]:
+    return lambda content: [what(content, str(block)) for block in range(len(content["blocks"]))]
+
+
+def _gradient(when: str, what: str, name: str) -> Callable[[dict], list[float]]:
+    return _of_projections(lambda content, block: content["gradients"][when][f"{block}.{name}"][what])
+
+
+def _change(name: str) -> Callable[[dict], list[float]]:
+    return lambda content: [block["output changes"][name] for block in content["blocks"]]
+
+
+CHOSEN = "chosen: what the input's part of the weights moves the state in one line, over what the input adds"
+FIGURES: dict[str, Callable[[dict], list[float]]] = {
+    "x, deviation": lambda content: [block["x"]["std"] for block in content["blocks"]],
+    "proxy, deviation": lambda content: [block["proxy"]["std"] for block in content["blocks"]],
+    "logits, deviation over the pixels of an image": _of_directions(lambda b, d: d["logits"]["pixels"]),
+    "logits, deviation of the images' means": _of_directions(lambda b, d: d["logits"]["images"]),
+    "logits, part of their differences that depends on the input": _of_directions(lambda b, d: d["logits by input"]),
+    "weights, deviation": _of_directions(lambda b, d: d["weights"]["std"]),
+    "weights, part of their deviation from 1/3 that depends on the input": _of_directions(
+        lambda b, d: d["weights by input"]
+    ),
+    "weights, entropy over log 3": _of_directions(lambda b, d: d["entropy"]),
+    "weights, mean of the largest": _of_directions(lambda b, d: d["largest"]),
+    "input gate, deviation": _of_directions(lambda b, d: d["input gate"]["std"]),
+    "input gate, size of its mean": _of_directions(lambda b, d: d["input gate"]["mean"]),
+    "output gate, deviation": _of_directions(lambda b, d: d["output gate"]["std"]),
+    "output gate, size of its mean": _of_directions(lambda b, d: d["output gate"]["mean"]),
+    "skip gate, deviation": lambda content: [block["skip gate"]["std"] for block in content["blocks"]],
+    "size of the scan's part over that of the skip's": lambda content: [
+        block["scan's part"] / block["skip's part"] for block in content["blocks"]
+    ],
+    "state over x, first line": _of_directions(lambda b, d: d["state by line"][0] / b["x"]["rms"]),
+    "state over x, last line": _of_directions(lambda b, d: d["state by line"][-1] / b["x"]["rms"]),
+    "state over x at the largest size, last line": lambda content: [
+        statistics.fmean(lines[-1] for lines in block["state by line, largest"].values()) / block["x"]["rms"]
+        for block in content["blocks"]
+    ],
+    "reach: drift sideways over the longest way, in places": _of_directions(lambda b, d: d["influence"]["drift"][-1]),
+    "reach: deviation of this drift over images": _of_directions(lambda b, d: d["influence"]["drift by input"][-1]),
+    "reach: spread sideways over the longest way": _of_directions(lambda b, d: d["influence"]["spread"][-1]),
+    "reach: variance of white noise that is left after 4 lines": _of_directions(
+        lambda b, d: d["influence"]["kept"][4]
+    ),
+    "reach: the same over the longest way": _of_directions(lambda b, d: d["influence"]["kept"][-1]),
+    "difference of neighbours in a line over the deviation": _of_directions(lambda b, d: d["neighbours"]),
+    "choice: deviation of the three states over their size": _of_directions(lambda b, d: d["choice"]["1"]),
+    "choice, if the neighbours were 4 places apart": _of_directions(lambda b, d: d["choice"]["4"]),
+    CHOSEN: _of_directions(lambda b, d: d["chosen"]),
+    "change of a block's output with weights of 1/3": _change("weights are 1/3"),
+    "change of a block's output with mean weights": _change("weights are their mean"),
+    "change of a block's output with another photo's weights": _change("weights of another photo"),
+} | {
+    f"lever: change with mean weights, {title}": (
+        lambda content, title=title: [block["levers"][title] for block in content["blocks"]]
+    )
+    for title in (f"{name}{end}" for name in LEVERS for end in ("", ", centred"))
+} | {
+    title: figure
+    for when in ("start", "trained")
+    for title, figure in (
+        (f"gradient over its projection, {when}: weights", _gradient(when, "relative", "weight_proj")),
+        (f"gradient over its projection, {when}: input gate", _gradient(when, "relative", "input_proj")),
+        (f"gradient over its projection, {when}: output gate", _gradient(when, "relative", "output_proj")),
+        (f"an element of the weights' gradient, {when}", _gradient(when, "element", "weight_proj")),
+        (f"agreement of batches on the gradient, {when}: weights", _gradient(when, "agreement", "weight_proj")),
+        (f"agreement of batches on the gradient, {when}: input gate", _gradient(when, "agreement", "input_proj")),
+    )
+} | {
+    f"moved in training, over the start: {title}": _of_projections(
+        lambda content, block, name=name: content["moved"][f"{block}.{name}"]
+    )
+    for title, name in (("weights", "weight_proj"), ("input gate", "input_proj"), ("output gate", "output_proj"))
+}  # fmt: skip
+
+
+def _trained(name: str, content: dict) -> str:
+    return f"{CONTENDERS[name].title}, {content['steps']} steps"
+
+
+def figures_table(inside: dict[str, dict]) -> str:
+    """A row a figure, a column a contender: mean over the blocks, and the least and the largest block."""
+    rows = []
+    for title, figure in FIGURES.items():
+        cells = []
+        for content in inside.values():
+            values = figure(content)
+            cells.append(f"{statistics.fmean(values):.3g} ({min(values):.2g} to {max(values):.2g})")
+        rows.append([title, *cells])
+    titles = [_trained(name, content) for name, content in inside.items()]
+    return _markdown(["mean of the blocks (least to largest)", *titles], rows)
+
+
+def replaced_table(inside: dict[str, dict]) -> str:
+    """A row a replacement, two columns a contender, at the usual setting and at the largest: accuracy and loss."""
+    header, columns = ["replaced in every block"], []
+    for name, content in inside.items():
+        for setting, found in content["replaced"].items():
+            header.append(f"{_trained(name, content)}, at {setting} ({found['nothing']['examples']} photos)")
+            loss = found["nothing"]["loss"]
+            columns.append({n: f"{100 * m['accuracy']:.1f} ({m['loss'] - loss:+.3f})" for n, m in found.items()})
+    rows = [[what, *(column[what] for column in columns)] for what in columns[0]]
+    return _markdown(header, rows)
+
+
+def inside_picture(inside: dict[str, dict], path: Path) -> None:
+    """What is lost by each replacement; what the weights move; how states grow; how strongly the weights learn."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    (lost, chosen), (grown, learnt) = figure.subplots(2, 2)
+    count, settings = len(inside), next(iter(inside.values()))["settings"]
+    names = [what for what in next(iter(inside.values()))["replaced"][settings[0]] if what != "nothing"]
+    gradients = {"weights": "weight_proj", "input gate": "input_proj", "output gate": "output_proj"}
+    for i, (name, content) in enumerate(inside.items()):
+        style = {"color": f"C{i}", "label": _trained(name, content)}
+        shift, thickness = (i - (count - 1) / 2) * 0.8 / count, 0.8 / count
+        found = content["replaced"][settings[0]]
+        losses = [100 * (found[what]["accuracy"] - found["nothing"]["accuracy"]) for what in names]
+        lost.barh([j + shift for j in range(len(names))], losses, thickness, **style)
+        blocks = FIGURES[CHOSEN](content)
+        chosen.bar([j + shift for j in range(len(blocks))], [100 * value for value in blocks], thickness, **style)
+        for block in content["blocks"]:
+            lines = zip(*block["state by line, largest"].values(), strict=True)
+            sizes = [statistics.fmean(line) / block["x"]["rms"] for line in lines]
+            grown.plot(range(1, len(sizes) + 1), sizes, lw=1.2, **style)
+            style["label"] = None
+        sizes = [
+            statistics.geometric_mean(_gradient("trained", "relative", projection)(content))
+            for projection in gradients.values()
+        ]
+        learnt.plot(range(len(sizes)), sizes, "o", ms=9, color=style["color"])  # no bars: a logarithm has no foot
+    lost.set(title=f"Test accuracy without retraining, at {settings[0]}: change in points", xlabel="points")
+    lost.set_yticks(range(len(names)), names, fontsize=8)
+    lost.invert_yaxis()
+    chosen.set(
+        title="What the input-dependent part of the weights\nmoves a state in one line",
+        xlabel="block",
+        ylabel="% of what the gated input adds",
+        xticks=range(len(next(iter(inside.values()))["blocks"])),
+    )
+    grown.set(title=f"Size of the state, at {settings[1]}, each block", xlabel="line", ylabel="state over x (RMS)")
+    learnt.set(title="Gradient over its projection, trained", yscale="log", ylabel="ratio of norms")
+    learnt.set_xticks(range(len(gradients)), gradients)
+    for axes in (lost, chosen, grown, learnt):
+        axes.spines[["top", "right"]].set_visible(False)
+    learnt.margins(0.2)
+    figure.legend(*lost.get_legend_handles_labels(), loc="outside upper center", ncols=count, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def inside_section(inside: dict[str, dict], stem: Path, name: str) -> list[str]:
+    """The parts of the report on what analyse.py found in one task's models; draws the picture."""
+    inside = {contender: inside[contender] for contender in CONTENDERS if contender in inside}
+    picture = stem.with_name(f"{stem.name}-inside-{name}.png")
+    inside_picture(inside, picture)
+    first = next(iter(inside.values()))
+    numbers = lambda what: ", ".join(str(what(content)) for content in inside.values())  # noqa: E731
+    return [
+        f"## What the trained layers look like: {name}",
+        f"Backbones of seed {first['seed']}, rate {first['rate']:g}, by analyse.py. Figures are of the first "
+        f"{numbers(lambda c: c['photos']['figures'])} test photos, gradients of "
+        f"{numbers(lambda c: c['gradient batches'])} batches (noise alone agrees to one over the root of that). "
+        "Figures of a direction are means over the four. A state can only choose among three neighbours "
+        "of the line before, so its weights count for as much as these differ (*choice*) and as they vary (*chosen*). "
+        "Replacements are made in all blocks at once, without retraining: test accuracy in % and change "
+        "of the loss, on the same photos for all rows of a column.",
+        replaced_table(inside),
+        f"![Inside]({picture.name})",
+        figures_table(inside),
+    ]
+
+
+def report(done: dict[Run, dict], stem: Path, steps: int = STEPS, inside: dict[str, dict] | None = None) -> str:
+    """Writes STEM.md and the pictures beside it; gives the text. `inside` holds files of analyse.py by their stems."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     parts = ["# What the mixer is worth in one small backbone", _about(done, steps)]
     for task in TASKS.values():
@@ -174,6 +360,8 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS) -> str:
             ]
             if remedies.keys() - {OURS}:
                 parts += [REMEDIES, main_table(remedies, task)]
+    for name, content in (inside or {}).items():
+        parts += inside_section(content, stem, name)
     text = "\n\n".join(parts) + "\n"
     stem.with_suffix(".md").write_text(text)
     return text
@@ -202,7 +390,8 @@ def main():
     done = read(arguments.runs)
     if not done:
         parser.error(f"found no runs in {arguments.runs}: make them with benchmarks.quality.mixers.study")
-    report(done, arguments.out)
+    inside = {file.stem: json.loads(file.read_text()) for file in sorted((arguments.runs / "inside").glob("*.json"))}
+    report(done, arguments.out, inside=inside)
     print(f"wrote {arguments.out}.md from {len(done)} runs")
 
 

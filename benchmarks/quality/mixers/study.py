@@ -3,6 +3,7 @@
 python -m benchmarks.quality.mixers.study --photos FOLDER --minutes 60    makes missing runs, the most important first
 python -m benchmarks.quality.mixers.study --photos FOLDER --list          says what is done and what is missing
 python -m benchmarks.quality.mixers.report                                tables and pictures of the finished runs
+python -m benchmarks.quality.mixers.analyse                               looks into trained models, see there
 
 FOLDER holds CIFAR-10 as tables with the splits train and test. The command may be stopped at any time and started
 again: only complete runs are written.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.harness import harness
@@ -62,8 +64,11 @@ def rate_at(step: int, run: Run) -> float:
     return run.rate * warm * 0.5 * (1 + math.cos(math.pi * step / run.steps))
 
 
-def train(run: Run, task: Task, examples: dict[str, int], batch_size: int = BATCH) -> dict:
-    """Trains and measures; returns the content of the run's file. Times are those of the thread's own CPU clock."""
+def train(run: Run, task: Task, examples: dict[str, int], batch_size: int = BATCH, models: Path | None = None) -> dict:
+    """Trains and measures; returns the content of the run's file. Times are those of the thread's own CPU clock.
+
+    The trained weights are kept in the folder `models`, where there is one, as STEM.safetensors.
+    """
     model = backbone(run.contender, run.form, task.outputs, task.pooled, run.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -91,6 +96,9 @@ def train(run: Run, task: Task, examples: dict[str, int], batch_size: int = BATC
             looks.append({"step": step + 1, "cpu_seconds": round(seconds, 2), **found})
             print(f"      step {step + 1}: {_number(found)}", flush=True)
     training_wall = time.perf_counter() - wall
+    if models is not None:
+        models.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), models / f"{run.stem}.safetensors")
     result = {
         **run._asdict(),
         "parameters": count(model),
@@ -201,9 +209,17 @@ def keep(run: Run, content: dict, folder: Path) -> None:
 
 
 def work(
-    folder: Path, photos: Photos, minutes: float, examples: dict[str, int], only: Collection[str] = CONTENDERS
+    folder: Path,
+    photos: Photos,
+    minutes: float,
+    examples: dict[str, int],
+    only: Collection[str] = CONTENDERS,
+    models: Path | None = None,
 ) -> int:
-    """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs."""
+    """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs.
+
+    Trained weights are kept in the folder `models`, where there is one.
+    """
     end, made = time.monotonic() + 60 * minutes, 0
     environment = harness.environment()  # once: later edits do not change the code that runs
     environment["uncommitted_changes"] = bool(harness._git("status", "--porcelain", "src", "benchmarks/quality/mixers"))
@@ -216,7 +232,7 @@ def work(
         start = time.monotonic()
         environment |= {"load_before": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
         print(f"{time.strftime('%H:%M')} {what}: {run.stem}", flush=True)
-        content = train(run, TASKS[run.task](photos), examples)
+        content = train(run, TASKS[run.task](photos), examples, models=models)
         environment["load_after"] = os.getloadavg()[0]
         keep(run, content | {"environment": environment}, folder)
         made += 1
@@ -246,6 +262,7 @@ def main():
         metavar="MIXER",
         help="only these, so that two processes can share the work",
     )
+    parser.add_argument("--models", type=Path, help="keep the trained weights in this folder (default: keep none)")
     parser.add_argument("--list", action="store_true", help="list what is missing and train nothing")
     arguments = parser.parse_args()
     if arguments.list:
@@ -256,7 +273,7 @@ def main():
     if arguments.photos is None:
         parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
     torch.set_num_threads(1)
-    work(arguments.out, Photos.open(arguments.photos), arguments.minutes, EXAMPLES, arguments.only)
+    work(arguments.out, Photos.open(arguments.photos), arguments.minutes, EXAMPLES, arguments.only, arguments.models)
 
 
 if __name__ == "__main__":
