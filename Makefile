@@ -5,25 +5,26 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Three processes, for some packages change what others do. timm needs torchvision, and where that can be found
 # accelerate, datasets and transformers behave differently: both stand in .timm, beside .venv. Triton is an interpreter
-# or not for a whole process. The last two have few tests, and start no workers.
+# or not for a whole process. The second has so few tests that workers would only cost time.
 MAIN := $(PYTEST) -n 2
 WITH_TIMM := PYTHONPATH=.timm $(PYTEST)
-WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST)
+WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST) -n 2
 CPU_SOURCES := $(wildcard src/gspn/kernels/cpu/*.* src/gspn/kernels/cpu/*/*.*)
 TRITON_TESTS := $(wildcard tests/kernels/test_triton*.py)
 
 .PHONY: quickstart test test-all lint clean
 
 # Reinstalls where sources that are compiled, or what is depended on, have changed; Python sources are used in place.
+# --no-compile: bytecode of the few modules that are imported is made then; that of all takes a minute and a half.
 .venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(CPU_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,onnx,diffusion,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[train,onnx,diffusion,dev]"
 	touch $@
 
 # Without dependencies: a resolver might replace torch by a build of several gigabytes.
 .timm/.installed: .venv/.installed
 	rm -rf .timm
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target .timm timm torchvision
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps --target .timm timm torchvision
 	touch $@
 
 quickstart: .venv/.installed

@@ -37,7 +37,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path`, for a file or a folder. If the block succeeds, it is synced and renamed to
     `path`. If anything fails, it is removed, `path` stays as it was, and SaveError says why."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    temporary = _temporary(path)
     try:
         remove(temporary)
         yield temporary
@@ -51,11 +51,29 @@ def atomic(path: Path | str) -> Iterator[Path]:
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         remove(temporary, quietly=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise SaveError(f"cannot write {path}: {reason}. What was saved there before is untouched.") from error
+        raise _cannot_write(path, error) from error
     except BaseException:
         remove(temporary, quietly=True)
         raise
+
+
+def check_writable(path: Path | str) -> None:
+    """Raises SaveError if no file can be written to the folder of `path`; for work that takes long before it writes."""
+    temporary = _temporary(Path(path))
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _temporary(path):
+    return path.with_name(f".{path.name}{TEMPORARY}")
+
+
+def _cannot_write(path, error):
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return SaveError(f"cannot write {path}: {reason}. What was saved there before is untouched.")
 
 
 def check_absent(*paths: Path | str, overwrite: bool = False) -> None:

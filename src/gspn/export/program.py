@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
+from gspn.files import check_writable
 from gspn.layers import GSPN2d
 from gspn.models import Backbone
 
@@ -181,6 +182,7 @@ def to_be_written(path: Path | str) -> Path:
         raise ExportError(f"{path} is a folder, expected the name of a file")
     if not path.parent.is_dir():
         raise ExportError(f"there is no folder {path.parent} to write {path.name} into")
+    check_writable(path)
     return path
 
 
