@@ -8,12 +8,13 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn.kernels.reference import no_autocast
 from gspn.layers_released import propagate_released, scan_released, turn_back
 from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment
 
 # torch.fx.symbolic_trace cannot follow code that depends on sizes and layouts. Each function wrapped here and below is
 # one node of its graphs.
-for _name in ("propagate", "average_over_lines"):
+for _name in ("propagate", "average_over_lines", "repeated_means"):
     torch.fx.wrap(_name)
 
 
@@ -87,6 +88,43 @@ def average_over_lines(
     return torch.stack([projection / n for projection, n in zip(output_proj.unbind(0), lines, strict=True)])
 
 
+def lines_before(directions: Sequence[str], size: tuple[int, int], segment: int | None, like: Tensor) -> Tensor:
+    """(D,H,W): how many lines the scan of each direction has passed since it last reset, when it comes to a pixel of a
+    (H,W) map; in the dtype and on the device of `like`."""
+    height, width = size
+    found = []
+    for direction in directions:
+        along_rows = direction in ("right", "left")
+        lines = torch.arange(width if along_rows else height, device=like.device)
+        lines = lines if segment is None else lines % segment
+        lines = lines if direction in ("right", "down") else lines.flip(0)
+        lines = lines if along_rows else lines.unsqueeze(-1)
+        found.append(lines.to(like.dtype).expand(height, width))
+    return torch.stack(found)
+
+
+def repeated_means(
+    x: Tensor,
+    proxy: Tensor,
+    input_proj: Tensor,
+    output_proj: Tensor,
+    directions: Sequence[str],
+    segment: int | None,
+) -> Tensor:
+    """What `center` takes from the merged output: sum over directions of output gate * lines passed * mean over the map
+    of the gated input, (B,C,H,W). Rows of weights sum to 1, so a constant in the gated input arrives as often as there
+    are lines, whatever the weights are."""
+    height, width = x.shape[-2:]
+    with no_autocast(x):
+        pixels = proxy.flatten(2).mT  # (B,N,S)
+        moments = x.flatten(2) @ pixels / (height * width)  # (B,C,S)
+        means = torch.einsum("bcs,dcs->bdc", moments, input_proj)
+        lines = lines_before(directions, (height, width), segment, x).flatten(1)  # (D,N)
+        counted = (lines.mT.unsqueeze(-1) * pixels.unsqueeze(2)).flatten(2)  # (B,N,D*S)
+        gates = torch.einsum("bdc,dcs->bdsc", means, output_proj).flatten(1, 2)  # (B,D*S,C)
+        return (counted @ gates).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
 class GSPN2d(nn.Module):
     """The GSPN unit: context from the whole feature map at linear cost, instead of self-attention.
 
@@ -108,6 +146,10 @@ class GSPN2d(nn.Module):
         merger: "learned" (one scalar for each direction) or "mean". Both start at 1/D for D directions.
         average: divides h[d] by the number of lines that its scan passes before it resets: H, W or the segment. A
             global scan's output then does not grow with the map. Use it if maps may be larger than in training.
+        center: takes the mean over the map once instead of once in each line, h[d] = scan(g - mean g) + mean g for the
+            gated input g. Rows of weights sum to 1, so without it the mean arrives from every line, whatever the
+            weights are: after some lines it is most of the state, and on a larger map more of it than in training. Data
+            of 16 bits are scanned in float32.
         proxy_norm: divides the proxy by its root mean square over the S channels (RMSNorm, a learned scale for each),
             so that weights and gates depend on what a pixel shows and not on how large the features are.
         gated_norm: y becomes RMSNorm(y) * SiLU(gate_proj x), over the scanned channels (K, before `expand`). The output
@@ -149,6 +191,7 @@ class GSPN2d(nn.Module):
         skip: bool = True,
         merger: str = "learned",
         average: bool = False,
+        center: bool = False,
         proxy_norm: bool = False,
         gated_norm: bool = False,
         directions: Sequence[str] = DIRECTIONS,
@@ -169,7 +212,8 @@ class GSPN2d(nn.Module):
             raise ValueError(f'merger has to be "learned" or "mean", got {merger!r}')
         if alignment not in ("aligned", "released"):
             raise ValueError(f'alignment has to be "aligned" or "released", got {alignment!r}')
-        for name, value in {"average": average, "proxy_norm": proxy_norm, "gated_norm": gated_norm}.items():
+        parts = {"average": average, "center": center, "proxy_norm": proxy_norm, "gated_norm": gated_norm}
+        for name, value in parts.items():
             if value and alignment == "released":
                 raise ValueError(f'{name}=True needs alignment="aligned": the released form has no such part')
         check_backend(backend)
@@ -177,7 +221,7 @@ class GSPN2d(nn.Module):
         count = len(direction_indices(directions))
         self.channels, self.proxy_dim, self.groups, self.scan_dim = channels, proxy_dim, groups, scan_dim
         self.segment, self.directions, self.backend = segment, tuple(directions), backend
-        self.alignment, self.average = alignment, average
+        self.alignment, self.average, self.center = alignment, average, center
         self.proxy_proj = Pointwise(channels, proxy_dim)
         self.weight_proj = nn.Parameter(torch.empty(count, 3, groups, proxy_dim))
         self.input_proj = nn.Parameter(torch.empty(count, scanned, proxy_dim))
@@ -239,17 +283,16 @@ class GSPN2d(nn.Module):
         else:
             output_proj, skip_proj = self._merged_projections(x.shape[-2:])
             run = propagate
-        return run(
-            x,
-            proxy,
-            self.weight_proj,
-            self.input_proj,
-            output_proj,
-            skip_proj,
-            directions=self.directions,
-            segment=self.segment,
-            backend=self.backend,
-        )
+        tensors = (x, proxy, self.weight_proj, self.input_proj, output_proj, skip_proj)
+        if self.center:  # a difference of large numbers, which 16 bits would not survive
+            exact = torch.promote_types(x.dtype, torch.float32)
+            tensors = tuple(None if t is None else t.to(exact) for t in tensors)
+        y = run(*tensors, directions=self.directions, segment=self.segment, backend=self.backend)
+        if self.center:
+            scanned, proxy, _, input_proj, output_proj, _ = tensors
+            repeated = repeated_means(scanned, proxy, input_proj, output_proj, self.directions, self.segment)
+            y = (y - repeated).to(x.dtype)
+        return y
 
     def _scan(self, gated: Tensor, logits: Tensor) -> Tensor:
         """h (B,D,K,H,W) of the gated inputs (B,D,K,H,W) and logits (B,D,G,3,H,W)."""
@@ -275,8 +318,12 @@ class GSPN2d(nn.Module):
             gate = logits.new_zeros(logits.shape[0], len(self.directions), *scanned.shape[1:])
             gate.requires_grad_()
             (arriving,) = torch.autograd.grad(self._scan(gate, logits)[..., row, column].sum(), gate)
+        passed = arriving
+        if self.center:
+            lines = lines_before(self.directions, (height, width), self.segment, arriving)[:, row, column]
+            passed = arriving - lines.view(-1, 1, 1, 1) / (height * width)
         out_gate = project(self._merged_projections((height, width))[0])[..., row, column, None, None]
-        parts = out_gate * arriving * project(self.input_proj)
+        parts = out_gate * passed * project(self.input_proj)
         if self.skip_proj is not None:
             parts[..., row, column] += project(self._scaled(self.skip_proj))[..., row, column]
         if self.alignment == "released":
@@ -297,8 +344,9 @@ class GSPN2d(nn.Module):
         extent = "global" if self.segment is None else f"segment={self.segment}"
         scan = f", scan_dim={self.scan_dim}" if self.scan_dim else ""
         form = ", released" if self.alignment == "released" else ""
-        average = ", average" if self.average else ""  # the norms are modules, which the representation lists
-        return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}{form}{average}"
+        form += ", average" if self.average else ""  # the norms are modules, which the representation lists
+        form += ", center" if self.center else ""
+        return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}{form}"
 
 
 class StridedConv2d(nn.Conv2d):
