@@ -1,5 +1,7 @@
 """The GSPN unit and the block: what they compute, their state dict, and where context comes from."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -7,10 +9,15 @@ from torch import nn
 import gspn
 from gspn.layers import DropPath, GlobalResponseNorm, GSPNBlock
 
+IMPROVED = dict(center=True, proxy_norm=True, gated_norm=True)
+
 
 def unit_by_convolutions(layer, x):
     """The unit as the paper draws it: 1x1 convolutions, four gated scans, a merger; no folding of any kind."""
     z, proxy = layer.reduce(x), layer.proxy_proj(x)
+    root_mean_square = lambda m: (m.square().mean(1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
+    if layer.proxy_norm is not None:
+        proxy = proxy / root_mean_square(proxy) * layer.proxy_norm.weight.view(-1, 1, 1)
     conv = lambda w: nn.functional.conv2d(proxy, w.reshape(-1, layer.proxy_dim, 1, 1))  # noqa: E731
     merger = layer.merger if layer.merger is not None else torch.full((len(layer.directions),), 0.25)
     y = torch.zeros_like(z)
@@ -18,11 +25,16 @@ def unit_by_convolutions(layer, x):
         logits = conv(layer.weight_proj[i]).unflatten(1, (3, layer.groups)).transpose(1, 2)
         weights = gspn.normalize_weights(logits, direction=direction)
         gated = conv(layer.input_proj[i]) * z
-        h = gspn.line_scan(gated, weights, direction=direction, segment=layer.segment, backend="reference")
+        mean = gated.mean((2, 3), keepdim=True) if layer.center else 0.0
+        h = gspn.line_scan(gated - mean, weights, direction=direction, segment=layer.segment, backend="reference")
+        h = h + mean
         out = conv(layer.output_proj[i]) * h
         if layer.skip_proj is not None:
             out = out + conv(layer.skip_proj[i]) * z
         y = y + merger[i] * out
+    if layer.norm is not None:
+        gate = layer.gate_proj(x)
+        y = y / root_mean_square(y) * layer.norm.weight.view(-1, 1, 1) * gate * torch.sigmoid(gate)
     return layer.expand(y)
 
 
@@ -36,12 +48,18 @@ def unit_by_convolutions(layer, x):
         {"scan_dim": 4},
         {"skip": False, "merger": "mean"},
         {"merger": "mean"},
+        {"center": True},
+        {"center": True, "segment": 4, "groups": 3, "skip": False, "directions": ("up", "left", "right")},
+        {"proxy_norm": True},
+        {"gated_norm": True, "segment": 2},
+        IMPROVED | {"scan_dim": 4},
     ],
 )
 def test_the_unit_is_what_the_paper_draws(options, backend):
     layer = gspn.GSPN2d(12, backend=backend, **options)
-    if layer.merger is not None:
-        nn.init.normal_(layer.merger)
+    for parameter in (layer.merger, *(m.weight for m in (layer.proxy_norm, layer.norm) if m is not None)):
+        if parameter is not None:
+            nn.init.normal_(parameter)
     x = torch.randn(2, 12, 6, 9)
     torch.testing.assert_close(layer(x), unit_by_convolutions(layer, x), rtol=1e-4, atol=1e-5)
 
@@ -73,19 +91,37 @@ def test_frozen_state_dict():
         "reduce.weight": (6, 12, 1, 1),
         "expand.weight": (12, 6, 1, 1),
     }
+    normed = names(scan_dim=6, proxy_norm=True, gated_norm=True)
+    assert {name: normed[name] for name in normed.keys() - names(scan_dim=6).keys()} == {
+        "proxy_norm.weight": (5,),
+        "norm.weight": (6,),
+        "gate_proj.weight": (6, 12, 1, 1),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (31, 2)])
-def test_any_size_and_floating_dtype(dtype, size, backend):
-    layer = gspn.GSPN2d(8, backend=backend).to(dtype)
+@pytest.mark.parametrize("options", [{}, IMPROVED])
+def test_any_size_and_floating_dtype(dtype, size, options, backend):
+    layer = gspn.GSPN2d(8, backend=backend, **options).to(dtype)
     x = torch.randn(2, 8, *size, dtype=dtype, requires_grad=True)
     y = layer(x)
     y.sum().backward()
     assert y.shape == x.shape and y.dtype == dtype and x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{}, {"segment": 1}, {"alignment": "released"}, {"scan_dim": 2}, {"average": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"segment": 1},
+        {"alignment": "released"},
+        {"scan_dim": 2},
+        {"average": True},
+        IMPROVED,
+        IMPROVED | {"scan_dim": 2},
+    ],
+)
 @pytest.mark.parametrize("shape", [(2, 4, 1, 1), (0, 4, 1, 1), (0, 4, 3, 3)])
 def test_every_parameter_has_a_gradient_at_every_size(shape, options, backend):
     layer = gspn.GSPN2d(4, proxy_dim=2, backend=backend, **options)
@@ -102,8 +138,9 @@ def test_context_inside_inference_mode():
         assert torch.equal(got, want) and not want.requires_grad
 
 
-def test_memory_format_is_kept(backend):
-    layer = gspn.GSPN2d(8, backend=backend)
+@pytest.mark.parametrize("options", [{}, IMPROVED])
+def test_memory_format_is_kept(options, backend):
+    layer = gspn.GSPN2d(8, backend=backend, **options)
     x = torch.randn(2, 8, 6, 5)
     last = layer(x.to(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last) and layer(x).is_contiguous()
@@ -118,8 +155,12 @@ def test_no_positional_embedding_and_no_fixed_size():
     torch.testing.assert_close(shifted, layer(x)[..., 2:8, 2:8], rtol=1e-4, atol=1e-5)
 
 
-def test_context_sums_to_one_a_line_and_is_the_jacobian():
-    layer = gspn.GSPN2d(4, proxy_dim=3).double()
+@pytest.mark.parametrize("options", [{}, IMPROVED])
+def test_context_sums_to_one_a_line_and_is_the_jacobian(options):
+    layer = gspn.GSPN2d(4, proxy_dim=3, **options).double()
+    for norm in (layer.proxy_norm, layer.norm):
+        if norm is not None:
+            nn.init.normal_(norm.weight)
     x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
     context = layer.context(x, 2, 3)
     assert context.directions.shape == (2, 4, 6, 7) and context.merged.shape == (2, 6, 7)
@@ -127,11 +168,11 @@ def test_context_sums_to_one_a_line_and_is_the_jacobian():
     for lines, count in ((right.sum(1), 4), (left.sum(1).flip(-1), 4), (down.sum(2), 3), (up.sum(2).flip(-1), 4)):
         torch.testing.assert_close(lines[:, :count], torch.ones_like(lines[:, :count]))
         assert (lines[:, count:] == 0).all()
-    # merged: with the gates held still, the layer is linear, and this is the size of its Jacobian at the place
-    proxy = layer.proxy_proj(x[:1])
-    output, skip = layer._merged_projections()
+    # merged: with the gates held still, the layer is linear, and this is the size of its Jacobian at the pixel
+    proxy = layer._proxy(x[:1])
     frozen = x[:1].clone().requires_grad_()
-    y = gspn.propagate(frozen, proxy, layer.weight_proj, layer.input_proj, output, skip, backend="reference")
+    y = layer._propagate(frozen, proxy)
+    y = y * (layer(x[:1]) / y).detach()  # what norm and gate multiply by; 1 without them
     (jacobian,) = torch.autograd.grad(y[..., 2, 3].sum(), frozen)
     torch.testing.assert_close(context.merged[0].double(), jacobian[0].abs().mean(0), rtol=1e-4, atol=1e-6)
 
@@ -250,13 +291,39 @@ def test_average_divides_each_direction_by_its_lines(segment):
         torch.testing.assert_close(merged * min(lines, segment or lines), whole)
         assert merged.shape == (2, 4, 7) and (merged > 0).any()
         assert averaged.extra_repr() == f"{plain.extra_repr()}, average"
-    with pytest.raises(ValueError, match=r"average.*aligned"):
-        gspn.GSPN2d(6, average=True, alignment="released")
 
 
-def test_with_average_a_constant_map_gives_no_more_at_larger_sizes():
+@pytest.mark.parametrize("option", ["average", "center", "proxy_norm", "gated_norm"])
+def test_the_released_form_has_no_such_part(option):
+    with pytest.raises(ValueError, match=f"{option}.*aligned"):
+        gspn.GSPN2d(6, alignment="released", **{option: True})
+
+
+@pytest.mark.parametrize("option", ["average", "center", "gated_norm"])
+def test_a_constant_map_gives_no_more_at_larger_sizes(option):
     torch.manual_seed(0)
-    layer = gspn.GSPN2d(6, average=True, skip=False, backend="reference")
+    layer = gspn.GSPN2d(6, skip=False, backend="reference", **{option: True})
     pixel = torch.randn(1, 6, 1, 1)
     small, large = (layer(pixel.expand(1, 6, n, n)).mean((2, 3)) for n in (8, 64))
     torch.testing.assert_close(large, small, rtol=0.15, atol=0)
+    plain = gspn.GSPN2d(6, skip=False, backend="reference")
+    small, large = (plain(pixel.expand(1, 6, n, n)).mean((2, 3)).abs() for n in (8, 64))
+    assert (large > 5 * small).all()
+
+
+def test_a_normed_proxy_does_not_depend_on_the_size_of_the_features():
+    layer = gspn.GSPN2d(8, proxy_norm=True).double()
+    x = torch.randn(1, 8, 5, 6, dtype=torch.float64)
+    # weights and gates stay as they are, so the layer is linear in the scale of x
+    torch.testing.assert_close(layer(100 * x), 100 * layer(x), rtol=1e-3, atol=1e-3)
+
+
+def test_norms_in_autocast():
+    layer = gspn.GSPN2d(8, **IMPROVED)
+    x = torch.randn(2, 8, 5, 6)
+    with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16):
+        warnings.simplefilter("error")  # of torch, where RMSNorm's input and weight have different dtypes
+        y = layer(x)
+        y.sum().backward()
+    assert y.dtype == torch.float32 and all(p.grad.isfinite().all() for p in layer.parameters())
+    torch.testing.assert_close(y, layer(x), rtol=0.05, atol=0.05)

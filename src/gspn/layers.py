@@ -8,12 +8,13 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn.kernels.reference import no_autocast
 from gspn.layers_released import propagate_released, scan_released, turn_back
 from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment
 
 # torch.fx.symbolic_trace cannot follow code that depends on sizes and layouts. Each function wrapped here and below is
 # one node of its graphs.
-for _name in ("propagate", "average_over_lines"):
+for _name in ("propagate", "average_over_lines", "repeated_means"):
     torch.fx.wrap(_name)
 
 
@@ -25,6 +26,7 @@ class Context(NamedTuple):
             mean over channels. It is non-negative; in a global layer it sums to 1 over each line that has a path.
         merged: (B,H,W), the share of each pixel in the layer's output there: magnitude of the sum over directions of
             merger * output gate * weight * input gate, mean over channels; the skip gate counts at the pixel itself.
+            With `gated_norm` each channel counts times what norm and gate multiply it by there.
     """
 
     directions: Tensor
@@ -50,6 +52,22 @@ class Pointwise(nn.Conv2d):
         return _pointwise(x, self.weight)
 
 
+class RMSNorm2d(nn.RMSNorm):
+    """RMSNorm over the channels of (B,C,H,W), x / sqrt(mean of x**2 + eps) * weight; keeps channels_last and the dtype.
+
+    The mean is taken in float32 where x has 16 bits.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__(channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # in autocast x may have 16 bits beside a float32 weight, which the fused form does not take
+        return F.rms_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight.to(x.dtype), self.eps).permute(
+            0, 3, 1, 2
+        )
+
+
 @torch.fx.wrap
 def _check_map(x: Tensor, channels: int, alignment: str) -> None:
     if x.ndim != 4 or x.shape[1] != channels or x.shape[2] == 0 or x.shape[3] == 0:
@@ -70,6 +88,43 @@ def average_over_lines(
     return torch.stack([projection / n for projection, n in zip(output_proj.unbind(0), lines, strict=True)])
 
 
+def lines_before(directions: Sequence[str], size: tuple[int, int], segment: int | None, like: Tensor) -> Tensor:
+    """(D,H,W): how many lines the scan of each direction has passed since it last reset, when it comes to a pixel of a
+    (H,W) map; in the dtype and on the device of `like`."""
+    height, width = size
+    found = []
+    for direction in directions:
+        along_rows = direction in ("right", "left")
+        lines = torch.arange(width if along_rows else height, device=like.device)
+        lines = lines if segment is None else lines % segment
+        lines = lines if direction in ("right", "down") else lines.flip(0)
+        lines = lines if along_rows else lines.unsqueeze(-1)
+        found.append(lines.to(like.dtype).expand(height, width))
+    return torch.stack(found)
+
+
+def repeated_means(
+    x: Tensor,
+    proxy: Tensor,
+    input_proj: Tensor,
+    output_proj: Tensor,
+    directions: Sequence[str],
+    segment: int | None,
+) -> Tensor:
+    """What `center` takes from the merged output: sum over directions of output gate * lines passed * mean over the map
+    of the gated input, (B,C,H,W). Rows of weights sum to 1, so a constant in the gated input arrives as often as there
+    are lines, whatever the weights are."""
+    height, width = x.shape[-2:]
+    with no_autocast(x):
+        pixels = proxy.flatten(2).mT  # (B,N,S)
+        moments = x.flatten(2) @ pixels / (height * width)  # (B,C,S)
+        means = torch.einsum("bcs,dcs->bdc", moments, input_proj)
+        lines = lines_before(directions, (height, width), segment, x).flatten(1)  # (D,N)
+        counted = (lines.mT.unsqueeze(-1) * pixels.unsqueeze(2)).flatten(2)  # (B,N,D*S)
+        gates = torch.einsum("bdc,dcs->bdsc", means, output_proj).flatten(1, 2)  # (B,D*S,C)
+        return (counted @ gates).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
 class GSPN2d(nn.Module):
     """The GSPN unit: context from the whole feature map at linear cost, instead of self-attention.
 
@@ -77,8 +132,8 @@ class GSPN2d(nn.Module):
         y = sum over directions d of merger[d] * ((output_proj[d] proxy) * h[d] + (skip_proj[d] proxy) * x)
         h[d] = line scan of (input_proj[d] proxy) * x with weights normalised from weight_proj[d] proxy
 
-    All projections are linear and without bias. There is no norm, activation, residual or positional embedding inside,
-    and no size is fixed: any H, W >= 1.
+    All projections are linear and without bias. Without `proxy_norm` and `gated_norm` there is no norm, activation,
+    residual or positional embedding inside. No size is fixed: any H, W >= 1.
 
     Args:
         channels: C, of input and output.
@@ -91,6 +146,14 @@ class GSPN2d(nn.Module):
         merger: "learned" (one scalar for each direction) or "mean". Both start at 1/D for D directions.
         average: divides h[d] by the number of lines that its scan passes before it resets: H, W or the segment. A
             global scan's output then does not grow with the map. Use it if maps may be larger than in training.
+        center: takes the mean over the map once instead of once in each line, h[d] = scan(g - mean g) + mean g for the
+            gated input g. Rows of weights sum to 1, so without it the mean arrives from every line, whatever the
+            weights are: after some lines it is most of the state, and on a larger map more of it than in training. Data
+            of 16 bits are scanned in float32.
+        proxy_norm: divides the proxy by its root mean square over the S channels (RMSNorm, a learned scale for each),
+            so that weights and gates depend on what a pixel shows and not on how large the features are.
+        gated_norm: y becomes RMSNorm(y) * SiLU(gate_proj x), over the scanned channels (K, before `expand`). The output
+            then does not grow with the map either. It adds C * K parameters.
         directions: some of ``gspn.DIRECTIONS``.
         alignment: "aligned", or "released" for the form in which the paper's authors trained their published weights
             (:func:`gspn.load_released`): weights and gates are not turned with the map, see layers_released.py. It only
@@ -102,7 +165,8 @@ class GSPN2d(nn.Module):
 
     State dict (frozen): ``proxy_proj.weight`` (S,C,1,1), ``weight_proj`` (D,3,G,S), ``input_proj``, ``output_proj``,
     ``skip_proj`` (D,K,S) with K = scan_dim or C, ``merger`` (D,), ``reduce.weight`` (K,C,1,1), ``expand.weight``
-    (C,K,1,1); without an option, its entries are absent.
+    (C,K,1,1), ``proxy_norm.weight`` (S,), ``norm.weight`` (K,), ``gate_proj.weight`` (K,C,1,1); without an option, its
+    entries are absent.
 
     Raises ValueError if sizes, groups or names do not fit. Source: arXiv 2501.12381, section 3.4; scan_dim and
     groups: arXiv 2512.07884.
@@ -127,6 +191,9 @@ class GSPN2d(nn.Module):
         skip: bool = True,
         merger: str = "learned",
         average: bool = False,
+        center: bool = False,
+        proxy_norm: bool = False,
+        gated_norm: bool = False,
         directions: Sequence[str] = DIRECTIONS,
         alignment: str = "aligned",
         backend: str | None = None,
@@ -145,14 +212,16 @@ class GSPN2d(nn.Module):
             raise ValueError(f'merger has to be "learned" or "mean", got {merger!r}')
         if alignment not in ("aligned", "released"):
             raise ValueError(f'alignment has to be "aligned" or "released", got {alignment!r}')
-        if average and alignment == "released":
-            raise ValueError('average=True needs alignment="aligned": the released form does not average')
+        parts = {"average": average, "center": center, "proxy_norm": proxy_norm, "gated_norm": gated_norm}
+        for name, value in parts.items():
+            if value and alignment == "released":
+                raise ValueError(f'{name}=True needs alignment="aligned": the released form has no such part')
         check_backend(backend)
         validate_segment(segment)
         count = len(direction_indices(directions))
         self.channels, self.proxy_dim, self.groups, self.scan_dim = channels, proxy_dim, groups, scan_dim
         self.segment, self.directions, self.backend = segment, tuple(directions), backend
-        self.alignment, self.average = alignment, average
+        self.alignment, self.average, self.center = alignment, average, center
         self.proxy_proj = Pointwise(channels, proxy_dim)
         self.weight_proj = nn.Parameter(torch.empty(count, 3, groups, proxy_dim))
         self.input_proj = nn.Parameter(torch.empty(count, scanned, proxy_dim))
@@ -161,12 +230,15 @@ class GSPN2d(nn.Module):
         self.register_parameter("merger", nn.Parameter(torch.empty(count)) if merger == "learned" else None)
         self.reduce = Pointwise(channels, scan_dim) if scan_dim else nn.Identity()
         self.expand = Pointwise(scan_dim, channels) if scan_dim else nn.Identity()
+        self.proxy_norm = RMSNorm2d(proxy_dim) if proxy_norm else None
+        self.norm = RMSNorm2d(scanned) if gated_norm else None
+        self.gate_proj = Pointwise(channels, scanned) if gated_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the projections as torch does a 1x1 convolution, the merger's scalars with 1/D."""
-        for module in (self.proxy_proj, self.reduce, self.expand):
-            if isinstance(module, Pointwise):
+        """Initialises the projections as torch does a 1x1 convolution, the merger's scalars with 1/D, norms with 1."""
+        for module in (self.proxy_proj, self.reduce, self.expand, self.gate_proj, self.proxy_norm, self.norm):
+            if isinstance(module, Pointwise | RMSNorm2d):
                 module.reset_parameters()
         for projection in (self.weight_proj, self.input_proj, self.output_proj, self.skip_proj):
             if projection is not None:
@@ -189,11 +261,18 @@ class GSPN2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_map(x, self.channels, self.alignment)
-        return self.expand(self._propagate(self.reduce(x), self.proxy_proj(x)))
+        y = self._propagate(self.reduce(x), self._proxy(x))
+        if self.norm is not None:
+            y = F.silu(self.gate_proj(x)) * self.norm(y)  # in this order it has the memory format of x
+        return self.expand(y)
 
     if TYPE_CHECKING:  # nn.Module's is typed as Any
 
         def __call__(self, x: Tensor) -> Tensor: ...
+
+    def _proxy(self, x: Tensor) -> Tensor:
+        proxy = self.proxy_proj(x)
+        return proxy if self.proxy_norm is None else self.proxy_norm(proxy)
 
     def _propagate(self, x: Tensor, proxy: Tensor) -> Tensor:
         """The merged directions (B,K,H,W) of x (B,K,H,W) and proxy (B,S,H,W)."""
@@ -204,17 +283,16 @@ class GSPN2d(nn.Module):
         else:
             output_proj, skip_proj = self._merged_projections(x.shape[-2:])
             run = propagate
-        return run(
-            x,
-            proxy,
-            self.weight_proj,
-            self.input_proj,
-            output_proj,
-            skip_proj,
-            directions=self.directions,
-            segment=self.segment,
-            backend=self.backend,
-        )
+        tensors = (x, proxy, self.weight_proj, self.input_proj, output_proj, skip_proj)
+        if self.center:  # a difference of large numbers, which 16 bits would not survive
+            exact = torch.promote_types(x.dtype, torch.float32)
+            tensors = tuple(None if t is None else t.to(exact) for t in tensors)
+        y = run(*tensors, directions=self.directions, segment=self.segment, backend=self.backend)
+        if self.center:
+            scanned, proxy, _, input_proj, output_proj, _ = tensors
+            repeated = repeated_means(scanned, proxy, input_proj, output_proj, self.directions, self.segment)
+            y = (y - repeated).to(x.dtype)
+        return y
 
     def _scan(self, gated: Tensor, logits: Tensor) -> Tensor:
         """h (B,D,K,H,W) of the gated inputs (B,D,K,H,W) and logits (B,D,G,3,H,W)."""
@@ -232,7 +310,7 @@ class GSPN2d(nn.Module):
         height, width = x.shape[-2:]
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"the pixel ({row}, {column}) is not on the {height}x{width} feature map")
-        proxy, scanned = self.proxy_proj(x).float(), self.reduce(x)
+        proxy, scanned = self._proxy(x).float(), self.reduce(x)
         project = lambda p: torch.einsum("...s,bshw->b...hw", p.float(), proxy)  # noqa: E731
         logits = project(self.weight_proj).transpose(2, 3)
         # A scan is linear in its gated input: the gradient of the state at (row, column) is the weight of each pixel.
@@ -240,13 +318,23 @@ class GSPN2d(nn.Module):
             gate = logits.new_zeros(logits.shape[0], len(self.directions), *scanned.shape[1:])
             gate.requires_grad_()
             (arriving,) = torch.autograd.grad(self._scan(gate, logits)[..., row, column].sum(), gate)
+        passed = arriving
+        if self.center:
+            lines = lines_before(self.directions, (height, width), self.segment, arriving)[:, row, column]
+            passed = arriving - lines.view(-1, 1, 1, 1) / (height * width)
         out_gate = project(self._merged_projections((height, width))[0])[..., row, column, None, None]
-        parts = out_gate * arriving * project(self.input_proj)
+        parts = out_gate * passed * project(self.input_proj)
         if self.skip_proj is not None:
             parts[..., row, column] += project(self._scaled(self.skip_proj))[..., row, column]
         if self.alignment == "released":
             arriving, parts = (turn_back(maps, self.directions) for maps in (arriving, parts))
-        return Context(arriving.mean(2), parts.sum(1).abs().mean(1))
+        parts = parts.sum(1)
+        if self.norm is not None:
+            y = (parts * scanned).sum((2, 3), keepdim=True)
+            gate = F.silu(self.gate_proj(x[..., row : row + 1, column : column + 1]))
+            scale = torch.rsqrt(y.square().mean(1, keepdim=True) + self.norm.eps)
+            parts = parts * scale * self.norm.weight.view(-1, 1, 1) * gate
+        return Context(arriving.mean(2), parts.abs().mean(1))
 
     def __prepare_scriptable__(self):
         """torch.jit.script asks this of every module inside the one that it compiles."""
@@ -256,8 +344,9 @@ class GSPN2d(nn.Module):
         extent = "global" if self.segment is None else f"segment={self.segment}"
         scan = f", scan_dim={self.scan_dim}" if self.scan_dim else ""
         form = ", released" if self.alignment == "released" else ""
-        average = ", average" if self.average else ""
-        return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}{form}{average}"
+        form += ", average" if self.average else ""  # the norms are modules, which the representation lists
+        form += ", center" if self.center else ""
+        return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}{form}"
 
 
 class StridedConv2d(nn.Conv2d):

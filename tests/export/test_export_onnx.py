@@ -104,7 +104,12 @@ def test_every_operator_in_every_form_at_every_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"directions": ("up", "left")}, {"segment": 2, "scan_dim": 4, "skip": False, "merger": "mean"}]
+    "options",
+    [
+        {"directions": ("up", "left")},
+        {"segment": 2, "scan_dim": 4, "skip": False, "merger": "mean"},
+        {"center": True, "proxy_norm": True, "gated_norm": True},
+    ],
 )
 def test_the_layer(tmp_path, options):
     layer = gspn.GSPN2d(8, groups=None if "scan_dim" in options else 4, **options)

@@ -34,7 +34,7 @@ def normalize_weights(logits: Tensor, direction: int) -> Tensor:
 
 def line_scan(x: Tensor, weights: Tensor, direction: int, segment: int | None) -> Tensor:
     """h (B,C,H,W) of gated input x (B,C,H,W) and weights (B,G,3,H,W)."""
-    with _no_autocast(x):
+    with no_autocast(x):
         inputs, weights = _group_lines(_state(x), weights.shape[1], direction), _weight_lines(weights, direction)
         if segment == 1 or len(inputs) == 1:
             # No line reaches another. As on the native backends, the gradient of the weights exists and is 0: the empty
@@ -54,7 +54,7 @@ def line_scan(x: Tensor, weights: Tensor, direction: int, segment: int | None) -
 
 def gated_scan(x: Tensor, input_gate: Tensor, logits: Tensor, directions: list[int], segment: int | None) -> Tensor:
     """h (B,D,C,H,W) of x (B,C,H,W), input_gate (B,D,C,H,W) and logits (B,D,G,3,H,W)."""
-    with _no_autocast(x):
+    with no_autocast(x):
         states = [
             line_scan(_state(x) * _state(input_gate[:, i]), normalize_weights(logits[:, i], d), d, segment)
             for i, d in enumerate(directions)
@@ -75,7 +75,7 @@ def propagate(
 ) -> Tensor:
     """y (B,C,H,W) of x (B,C,H,W) and proxy (B,S,H,W). Memory holds one direction's maps at a time, whatever the
     workspace."""
-    with _no_autocast(x):
+    with no_autocast(x):
         dtype, x, proxy = x.dtype, _state(x), _state(proxy)
         y = torch.zeros_like(x) if skip_proj is None else _project(skip_proj, proxy) * x
         for i, d in enumerate(directions):
@@ -155,7 +155,7 @@ def propagate_backward(
 
     ``scan`` and ``scan_backward`` may be another backend's: this is then its unfused form.
     """
-    with _no_autocast(x):
+    with no_autocast(x):
         dy, values, features = _state(grad), _state(x), _state(proxy)
         grad_x, grad_proxy, grad_skip = torch.zeros_like(values), torch.zeros_like(features), None
         if skip_proj is not None:
@@ -185,7 +185,7 @@ def _state(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager:
+def no_autocast(x: Tensor) -> AbstractContextManager:
     kind = x.device.type  # not torch.amp.is_autocast_available, which torch 2.11 cannot compile
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
