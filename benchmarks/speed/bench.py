@@ -6,6 +6,7 @@ OUT gets the results, and a picture beside it has its name.
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def main():
     parser.add_argument("--dtype", default="fp32", choices=list(suites.DTYPES))
     parser.add_argument("--last-forward", type=int, default=suites.LAST_SIDE, help="growth: the largest side")
     parser.add_argument("--last-training", type=int, default=suites.LAST_SIDE, help="growth: the largest side")
+    parser.add_argument("--after", type=Path, help="growth: go on from the largest map in these results")
     options = parser.parse_args()
     about = harness.environment()
     console = Console(soft_wrap=True)
@@ -46,6 +48,7 @@ def main():
         dtype=options.dtype,
         save=save,
         last_sides={"forward": options.last_forward, "training": options.last_training},
+        earlier=json.loads(options.after.read_text()) if options.after else None,
         console=console,
     )
     with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:

@@ -102,7 +102,8 @@ def _growth(part, results):
             axes.set_title(f"{what}, {SIZES[told]}", fontsize=10, loc="left")
             axes.set_ylabel("milliseconds" if key == "ms" else "peak beyond the inputs, MiB")
             _plain(axes)
-            axes.legend(frameon=False, fontsize=8, title="p, cost ~ pixels^p", title_fontsize=8, loc="upper left")
+            if axes.lines:
+                axes.legend(frameon=False, fontsize=8, title="p, cost ~ pixels^p", title_fontsize=8, loc="upper left")
             sides = sorted({case["side"] for case in part["cases"]})
             axes.set_xticks([side**2 for side in sides], [f"{side}²" for side in sides], fontsize=8)
             axes.xaxis.set_minor_locator(NullLocator())
