@@ -20,6 +20,7 @@ def main():
 
     from benchmarks.harness import harness
     from gspn.bench import suites
+    from gspn.bench.contenders import CONTENDERS
     from gspn.bench.figures import draw
     from gspn.bench.measuring import Cpu
     from gspn.bench.tables import reasons, tables
@@ -32,7 +33,8 @@ def main():
     parser.add_argument("--dtype", default="fp32", choices=list(suites.DTYPES))
     parser.add_argument("--last-forward", type=int, default=suites.LAST_SIDE, help="growth: the largest side")
     parser.add_argument("--last-training", type=int, default=suites.LAST_SIDE, help="growth: the largest side")
-    parser.add_argument("--after", type=Path, help="growth: go on from the largest map in these results")
+    parser.add_argument("--after", type=Path, help="growth: measure what these results lack")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="NAME", help="growth: these contenders")
     options = parser.parse_args()
     about = harness.environment()
     console = Console(soft_wrap=True)
@@ -48,6 +50,7 @@ def main():
         dtype=options.dtype,
         save=save,
         last_sides={"forward": options.last_forward, "training": options.last_training},
+        only=options.only,
         earlier=json.loads(options.after.read_text()) if options.after else None,
         console=console,
     )

@@ -72,6 +72,7 @@ class Session:
     start: float = field(default_factory=lambda: time.monotonic())
     end: float = 0.0
     grown: list = field(default_factory=list)  # cases of growth that were measured earlier
+    only: list = field(default_factory=list)  # contenders of growth; all, if empty
 
     @property
     def left(self) -> float:
@@ -115,6 +116,7 @@ class Session:
         if not calls:
             return {}
         rounds = min(ROUNDS[1], max(ROUNDS[0], int(seconds / max(sum(once[name] for name in calls), 1e-6))))
+        self.tell("all take turns" if len(calls) > 1 else next(iter(calls)))
         samples = self.machine.rounds(calls, rounds, once)
         rows = summary(samples, ours)
         return {name: {"samples": [round(s, 9) for s in samples[name]], **rows[name]} for name in samples}
@@ -132,12 +134,13 @@ def run(
     dtype: str = "fp32",
     save: Callable[[dict], None] = lambda results: None,
     last_sides: dict[str, int] | None = None,
+    only: list[str] | None = None,
     earlier: dict | None = None,
     console=None,
 ) -> dict:
     """Measures the suites within about `minutes` and returns the results, which `save` also gets after each case. In
-    `growth` the map grows to `last_sides` in each pass, by default as far as it fits; with the results of an `earlier`
-    run, which become a part of these, it goes on from the largest map there.
+    `growth` the map grows to `last_sides` in each pass, by default as far as it fits, for all contenders or `only`
+    some; what the results of an `earlier` run have becomes a part of these and is not measured again.
 
     Errors: WrongResult where GSPN's layer does not agree with the reference."""
     on_cpu = machine.device.type == "cpu"
@@ -150,7 +153,7 @@ def run(
         last = dict.fromkeys(PASSES, LAST_SIDE) | (last_sides or {})
         head |= {"earlier": {key: earlier[key] for key in ("machine", "left out")}} if earlier else {}
         session = Session(machine, DTYPES[dtype], progress, save, head | {"left out": []}, last)
-        session.grown = earlier["growth"]["cases"] if earlier else []
+        session.grown, session.only = earlier["growth"]["cases"] if earlier else [], only or []
         todo = list(suites)
         while todo:
             part = WEIGHTS[todo[0]] / sum(WEIGHTS[name] for name in todo)
@@ -271,32 +274,34 @@ def _expected(session, name, shape, told):
 def growth(session: Session) -> None:
     """Time and peak memory of one layer against the size of the map, until time or memory do not suffice."""
     part = session.results["growth"] = {"channels": CHANNELS, "parameters": parameters(CHANNELS)}
-    part |= {"cases": list(session.grown), "exponents": {}, "crossovers": {}}
-    side = max([FIRST_SIDE, *(2 * case["side"] for case in session.grown)])
-    running = [(told, name) for told in PASSES for name in CONTENDERS]
+    part |= {"cases": copy.deepcopy(session.grown), "exponents": {}, "crossovers": {}}
+    found = {(case["pass"], case["side"]): case["contenders"] for case in part["cases"]}
+    running = [(told, name) for told in PASSES for name in session.only or CONTENDERS]
     known: dict[tuple, tuple[float, float | None]] = {}  # of the map before: seconds of a call, MiB
-    if session.grown:
-        last = [case for case in session.grown if 2 * case["side"] == side]
-        rows = {(case["pass"], name): row for case in last for name, row in case["contenders"].items()}
-        running, known = [*rows], {key: (row["ms"][1] / 1e3, row["extra_mib"]) for key, row in rows.items()}
-    _fit(part)
+    side = FIRST_SIDE
     while running:
-        running = _still_running(session, running, known, side)
+        there = [(told, name) for told, name in running if name in found.get((told, side), ())]
+        new = _still_running(session, [case for case in running if case not in there], known, side)
         for told in PASSES:
-            names = [name for case, name in running if case == told]
-            if not names:
-                continue
-            found = _grown(session, names, side, told, known)
-            if found:
-                part["cases"].append({"side": side, "pass": told, "contenders": found})
+            names = [name for case, name in new if case == told]
+            measured = _grown(session, names, side, told, known) if names else {}
+            if measured and (told, side) not in found:
+                found[told, side] = {}
+                part["cases"].append({"side": side, "pass": told, "contenders": found[told, side]})
+            if measured:
+                found[told, side].update(measured)
                 _fit(part)
                 session.save(session.results)
-            running = [case for case in running if case[0] != told or case[1] in found]
+            new = [case for case in new if case[0] != told or case[1] in measured]
+        for told, name in there:
+            row = found[told, side][name]
+            known[told, name] = row["ms"][1] / 1e3, row["extra_mib"]
+        running = new + there
         side *= 2
 
 
 def _still_running(session, running, known, side):
-    """The cases that go on to a map of `side`; of the others it is noted why they end."""
+    """Those of the running cases that go on to a map of `side`; of the others it is noted why they end."""
     running = [case for case in running if side <= session.last_sides[case[0]]]
     grown = {case: 4 ** CONTENDERS[case[1]].power for case in running}
     costs = {case: CALLS * known[case][0] * grown[case] if case in known else 0.0 for case in running}

@@ -22,7 +22,7 @@ class BenchOptions(WriteOptions, OptionSet):
         None,
         "What to measure: layer (typical feature maps), growth (cost against the size of the map), models (whole "
         "networks). Default: all three.",
-        metavar="[layer|growth|models]...",
+        metavar="SUITE...",
         argument=True,
     )
     minutes: float = option(
