@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--dtype", default="fp32", choices=list(suites.DTYPES))
     parser.add_argument("--last-forward", type=int, default=suites.LAST_SIDE, help="growth: the largest side")
     parser.add_argument("--last-training", type=int, default=suites.LAST_SIDE, help="growth: the largest side")
-    parser.add_argument("--after", type=Path, help="growth: measure what these results lack")
+    parser.add_argument("--after", nargs="+", type=Path, default=[], help="growth: measure what these results lack")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="NAME", help="growth: these contenders")
     options = parser.parse_args()
     about = harness.environment()
@@ -51,7 +51,7 @@ def main():
         save=save,
         last_sides={"forward": options.last_forward, "training": options.last_training},
         only=options.only,
-        earlier=json.loads(options.after.read_text()) if options.after else None,
+        earlier=[json.loads(path.read_text()) for path in options.after],
         console=console,
     )
     with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:

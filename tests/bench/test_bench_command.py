@@ -60,9 +60,10 @@ def test_a_new_folder_in_runs_by_default(tmp_path, monkeypatch):
         (["--minutes", 0], "minutes must be from 0.1 to 100000, got 0.0"),
         (["--minutes", "nan"], "minutes must be from 0.1"),
         (["--threads", 0], "threads must be from 1"),
+        (["--threads", 100_000], "the cores of this machine, got 100000"),
         (["--dtype", "fp8"], "dtype must be fp32, bf16 or fp16, got 'fp8'"),
         (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
-        (["--device", "cuda", "--threads", 2], "--threads is for the CPU"),
+        (["--device", "cuda", "--threads", 1], "--threads is for the CPU"),
     ],
 )
 def test_wrong_options(arguments, message, tmp_path, monkeypatch):

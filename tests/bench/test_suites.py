@@ -193,7 +193,7 @@ def test_a_wrong_layer_is_not_timed(small, monkeypatch):
 
 def test_growth_adds_what_earlier_results_lack(small):
     first = run("growth", only=[OURS], last_sides={"forward": 4, "training": 2})
-    second = run("growth", only=[OURS, "attention"], last_sides={"forward": 8, "training": 2}, earlier=first)
+    second = run("growth", only=[OURS, "attention"], last_sides={"forward": 8, "training": 2}, earlier=[first])
     cases = [(case["side"], case["pass"]) for case in second["growth"]["cases"]]
     assert cases == [(2, "forward"), (2, "training"), (4, "forward"), (8, "forward")]
     for case, before in zip(second["growth"]["cases"], first["growth"]["cases"], strict=False):
@@ -203,7 +203,12 @@ def test_growth_adds_what_earlier_results_lack(small):
     assert "ratio" not in second["growth"]["cases"][0]["contenders"]["attention"]
     assert second["growth"]["exponents"]["forward"][OURS]["time"] == 0.0
     assert first["growth"]["exponents"]["forward"][OURS]["time"] is None
-    assert second["earlier"]["machine"] == first["machine"]
+    other = run("growth", only=["attention"], last_sides={"forward": 4, "training": 1})
+    joined = run("growth", last_sides={"forward": 1, "training": 1}, earlier=[first, other])["growth"]["cases"]
+    assert [(case["side"], list(case["contenders"])) for case in joined] == [
+        (2, [OURS, "attention"]), (2, [OURS]), (4, [OURS, "attention"]),
+    ]  # fmt: skip
+    assert second["earlier"][0]["machine"] == first["machine"]
 
 
 @pytest.mark.parametrize("dtype", suites.DTYPES)

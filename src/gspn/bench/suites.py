@@ -135,12 +135,12 @@ def run(
     save: Callable[[dict], None] = lambda results: None,
     last_sides: dict[str, int] | None = None,
     only: list[str] | None = None,
-    earlier: dict | None = None,
+    earlier: list[dict] | None = None,
     console=None,
 ) -> dict:
     """Measures the suites within about `minutes` and returns the results, which `save` also gets after each case. In
     `growth` the map grows to `last_sides` in each pass, by default as far as it fits, for all contenders or `only`
-    some; what the results of an `earlier` run have becomes a part of these and is not measured again.
+    some; what the results of `earlier` runs have becomes a part of these and is not measured again.
 
     Errors: WrongResult where GSPN's layer does not agree with the reference."""
     on_cpu = machine.device.type == "cpu"
@@ -151,9 +151,13 @@ def run(
     head["clock"] = "CUDA events" if not on_cpu else "CPU time" if machine.threads == 1 else "wall time"
     with Progress("measuring", round(60 * minutes), "seconds", console=console) as progress:
         last = dict.fromkeys(PASSES, LAST_SIDE) | (last_sides or {})
-        head |= {"earlier": {key: earlier[key] for key in ("machine", "left out")}} if earlier else {}
+        earlier = earlier or []
+        head |= (
+            {"earlier": [{key: each[key] for key in ("machine", "left out")} for each in earlier]} if earlier else {}
+        )
         session = Session(machine, DTYPES[dtype], progress, save, head | {"left out": []}, last)
-        session.grown, session.only = earlier["growth"]["cases"] if earlier else [], only or []
+        session.grown = [case for each in earlier for case in each["growth"]["cases"]]
+        session.only = only or []
         todo = list(suites)
         while todo:
             part = WEIGHTS[todo[0]] / sum(WEIGHTS[name] for name in todo)
@@ -274,8 +278,12 @@ def _expected(session, name, shape, told):
 def growth(session: Session) -> None:
     """Time and peak memory of one layer against the size of the map, until time or memory do not suffice."""
     part = session.results["growth"] = {"channels": CHANNELS, "parameters": parameters(CHANNELS)}
-    part |= {"cases": copy.deepcopy(session.grown), "exponents": {}, "crossovers": {}}
-    found = {(case["pass"], case["side"]): case["contenders"] for case in part["cases"]}
+    found: dict[tuple, dict] = {}
+    for case in session.grown:
+        found.setdefault((case["pass"], case["side"]), {}).update(case["contenders"])
+    cases = [{"side": side, "pass": told, "contenders": row} for (told, side), row in found.items()]
+    part |= {"cases": cases, "exponents": {}, "crossovers": {}}
+    _fit(part)
     running = [(told, name) for told in PASSES for name in session.only or CONTENDERS]
     known: dict[tuple, tuple[float, float | None]] = {}  # of the map before: seconds of a call, MiB
     side = FIRST_SIDE
@@ -377,6 +385,8 @@ def crossover(sides: list[int], ratios: list[float]) -> float | None:
 
 
 def _fit(part):
+    """The cases in order, with exponents and crossovers."""
+    part["cases"].sort(key=lambda case: (case["side"], PASSES.index(case["pass"])))
     for told in PASSES:
         part["exponents"][told], part["crossovers"][told] = _fits(part["cases"], told)
 

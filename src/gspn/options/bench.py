@@ -1,5 +1,6 @@
 """The options of `gspn bench`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -31,7 +32,7 @@ class BenchOptions(WriteOptions, OptionSet):
     device: str | None = option(
         None, "cpu or cuda. Default: cuda if torch finds such a device.", choices=("cpu", "cuda")
     )
-    threads: int | None = option(None, "Threads on the CPU. Default: as many as torch chooses.", low=1, high=4096)
+    threads: int | None = option(None, "Threads on the CPU. Default: as many as torch chooses.", low=1)
     dtype: str = option("fp32", "Dtype of weights and data: fp32, bf16 or fp16.", choices=("fp32", "bf16", "fp16"))
     out: Path | None = option(
         None, "The folder for bench.json and the pictures. Default: a new one, runs/bench-DATE-TIME.", metavar="FOLDER"
@@ -42,6 +43,8 @@ class BenchOptions(WriteOptions, OptionSet):
         for suite in self.suites or ():
             if suite not in SUITES:
                 raise OptionError(unknown("suite", suite, SUITES))
+        if self.threads is not None and self.threads > (cores := os.cpu_count() or self.threads):
+            raise OptionError(f"threads must be from 1 to {cores}, the cores of this machine, got {self.threads}")
         if self.device == "cuda" and self.threads is not None:
             raise OptionError("--threads is for the CPU, not for --device cuda")
 
