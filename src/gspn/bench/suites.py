@@ -43,6 +43,7 @@ CHANNELS, FIRST_SIDE, LAST_SIDE = 64, 16, 16384  # of the growing map
 CHECKED = 64  # sides up to which GSPN is compared with the reference, which takes long on larger maps
 PASSES = "forward", "training"
 ROUNDS = 3, 9  # the fewest and the most
+SLOW = 60.0  # seconds of a round of all contenders beyond which there is only one
 CALLS = 2 + ROUNDS[0]  # of a slow case: for memory, to warm up, in rounds
 SHARE = 0.8  # of the free memory that a case may be expected to take
 SIDES = (224, 384, 512, 1024)  # of the images for models
@@ -115,7 +116,8 @@ class Session:
         """The times of each; `seconds` is about what all rounds may take, but for the fewest."""
         if not calls:
             return {}
-        rounds = min(ROUNDS[1], max(ROUNDS[0], int(seconds / max(sum(once[name] for name in calls), 1e-6))))
+        each = max(sum(once[name] for name in calls), 1e-6)
+        rounds = 1 if each > SLOW else min(ROUNDS[1], max(ROUNDS[0], int(seconds / each)))
         self.tell("all take turns" if len(calls) > 1 else next(iter(calls)))
         samples = self.machine.rounds(calls, rounds, once)
         rows = summary(samples, ours)
