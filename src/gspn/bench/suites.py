@@ -493,5 +493,5 @@ def _models_at(session, names, side, known, counted):
             calls[name], once[name], rows[name] = measured
             known[name] = once[name], counted[name]
     for name, times in session.timed(calls, once, max(session.left, 0) / 4, "gspn_tiny").items():
-        rows[name] |= times | {"images/s": round(1e3 * batch / times["ms"][1], 2)}
+        rows[name] |= times | {"images/s": float(f"{1e3 * batch / times['ms'][1]:.4g}")}
     return rows
