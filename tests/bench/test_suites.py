@@ -9,7 +9,7 @@ import torch
 
 from gspn.bench import figures, suites, tables
 from gspn.bench.contenders import CONTENDERS, OURS, Contender
-from gspn.bench.measuring import Cpu, WrongResult
+from gspn.bench.measuring import Cpu, Gpu, WrongResult
 
 
 class Machine(Cpu):
@@ -116,6 +116,42 @@ def test_everything_is_measured_saved_and_drawn(small, tmp_path):
     assert figures.draw(results, tmp_path) == ["layer.png", "growth.png", "models.png"]
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("layer", "growth", "models"))
     assert [table.row_count for table in tables.tables(results)] == [7, 7, 7, 2]
+
+
+class OnGpu(Gpu):
+    """A GPU that is not there: tensors have shapes only."""
+
+    device = torch.device("meta")
+
+    def __init__(self):
+        self.looked = 0
+
+    def rounds(self, calls, rounds, once):
+        return {name: [1e-3] * rounds for name in calls}
+
+    def wait(self):
+        pass
+
+    def free_mib(self):
+        return 1e9
+
+    def extra_mib(self, run):
+        self.looked += 1
+        return 3.0
+
+
+def test_on_a_gpu_memory_is_read_in_this_process(small, monkeypatch):
+    monkeypatch.setattr(suites, "BATCH", {"meta": 16})
+    monkeypatch.setattr(suites, "environment", lambda: {"cpu": "a CPU", "gpu": "NVIDIA X"})
+    monkeypatch.setattr(suites, "check_layer", lambda module, x: None)
+    monkeypatch.setattr(suites, "in_own_process", None)
+    machine = OnGpu()
+    results = run("layer", "growth", "models", machine=machine, last_sides={"forward": 4, "training": 4})
+    assert results["title"] == "NVIDIA X" and results["threads"] is None and results["clock"] == "CUDA events"
+    assert results["layer"][0]["shape"] == (16, 8, 4, 6)
+    assert results["growth"]["cases"][3]["contenders"]["attention"]["extra_mib"] == 3.0
+    assert results["models"]["cases"][1]["models"]["gspn_micro"]["images/s"] == 16_000
+    assert machine.looked == 4 * len(CONTENDERS) + 2
 
 
 def test_nothing_is_begun_when_the_time_is_up(small, tmp_path):
