@@ -10,15 +10,11 @@ import torch
 
 import gspn
 
-# timm imports torchvision, whose published Linux build is for CUDA. With a CPU torch its operators do not load, and it
-# needs their schemas to be imported, because it has fake rules for them. Only the Makefile's copy gets them here.
+# Only the Makefile's copy of timm gets operators that its torchvision lacks.
 if (Path(__file__).parent.parent / ".timm").resolve() in (Path(p).resolve() for p in sys.path):
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from benchmarks.harness import operators
+
+    operators.define()
 
 # CI needs the CPU kernel; where it cannot be built, its tests are skipped by name.
 HERE = [name for name in ("reference", "cpu") if name == "reference" or gspn.available_backends()[name].available]

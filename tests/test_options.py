@@ -12,6 +12,7 @@ from gspn.metrics.classification import evaluate
 from gspn.metrics.fid import evaluate_samples
 from gspn.models.dit import create_dit
 from gspn.options import OptionError, Options, file_text, flags, parse_model_args, read_file
+from gspn.options.bench import BenchOptions
 from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
 from gspn.options.diffusion import GeneratorOptions
 from gspn.options.distill import DistillOptions
@@ -20,6 +21,7 @@ from gspn.sampling.encode import encode
 
 TRAININGS = [Options, GeneratorOptions, DistillOptions]
 PLAIN = [EvalOptions, PredictOptions, ShowOptions, ExportOptions, SampleArguments, EncodeOptions, FidOptions]
+PLAIN += [BenchOptions]
 
 
 def test_options_that_cannot_be():

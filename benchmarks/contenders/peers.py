@@ -9,40 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gspn
+from gspn.bench import contenders
+from gspn.bench.contenders import OnMaps
 from gspn.kernels import cpu
 
 
-def heads_of(channels: int) -> int:
-    """Heads of 64 channels, or of the next larger size that divides the width."""
-    return next(n for n in range(max(1, channels // 64), 0, -1) if channels % n == 0)
+def Attention(channels: int) -> nn.Module:
+    """Self-attention over all pixels, heads of 64 channels, no bias."""
+    return OnMaps(contenders.Attention(channels, bias=False))
 
 
-class Attention(nn.Module):
-    """Self-attention over all pixels: qkv and output projections, torch's scaled_dot_product_attention."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.heads = heads_of(channels)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.out = nn.Linear(channels, channels, bias=False)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = self.mix(q, k, v).transpose(1, 2).reshape(batch, height, width, channels)
-        return self.out(mixed).permute(0, 3, 1, 2)
-
-
-class LinearAttention(Attention):
-    """Linear attention (elu + 1 features, arXiv 2006.16236) with the same projections: the nearest rival on a CPU."""
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-        return (q @ (k.transpose(-1, -2) @ v)) / (q @ k.sum(-2).unsqueeze(-1))
+def LinearAttention(channels: int) -> nn.Module:
+    """Linear attention with the same projections: the nearest rival on a CPU."""
+    return OnMaps(contenders.LinearAttention(channels, bias=False))
 
 
 class Unfused(nn.Module):

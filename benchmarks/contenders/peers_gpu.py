@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 import gspn
-from benchmarks.contenders.peers import Attention, heads_of
+from gspn.bench.contenders import Attention, OnMaps, heads_of
 
 BLOCK = 256  # threads and elements of a program of the kernels below
 STATE = 64  # of the Mamba scans: state channels a head
@@ -155,7 +155,7 @@ class FlaLinearAttention(Attention):
     """Linear attention by flash-linear-attention's chunked kernel, which is always causal: here in raster order."""
 
     def __init__(self, channels: int):
-        super().__init__(channels)
+        super().__init__(channels, bias=False)
         self.kernel = importlib.import_module("fla.ops.linear_attn").chunk_linear_attn
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class MambaSelectiveScan(FourRasterScans):
 
 
 PACKAGED: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
-    "linear attention (fla, causal)": ("fla.ops.linear_attn", FlaLinearAttention),
+    "linear attention (fla, causal)": ("fla.ops.linear_attn", lambda channels: OnMaps(FlaLinearAttention(channels))),
     "Mamba-2 scan (fla)": ("fla.ops.simple_gla", FlaMamba2),
     "Mamba scan (mamba_ssm)": ("mamba_ssm.ops.selective_scan_interface", MambaSelectiveScan),
 }

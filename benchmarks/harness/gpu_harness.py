@@ -7,8 +7,6 @@ launches may bound are measured twice: as a user calls them, and replayed from a
 """
 
 import gc
-import random
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -17,110 +15,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import harness
+from gspn.bench import measuring
+from gspn.bench.measuring import MIB, Call, DeviceLost, Gpu, WrongResult
+
+__all__ = [
+    "MIB", "Call", "DeviceLost", "Gpu", "Rehearsal", "Results", "WrongResult", "attempt", "best_ms",
+    "copy_bandwidth", "interleaved", "measure", "wrong_results",
+]  # fmt: skip
 
 REHEARSAL = "rehearsal on the CPU, not a measurement"
 WRONG = "not measured: wrong"
 LAUNCH_BOUND = 2e-3  # seconds below which a call is also replayed from a CUDA graph
-MIB = 2**20
-Call = Callable[[], object]
-
-
-class DeviceLost(RuntimeError):
-    """This process can no longer use the device; a new process can."""
-
-
-class WrongResult(AssertionError):
-    """A contender computes something else. It is not timed, and the benchmark ends with an error."""
-
-
-class Gpu:
-    """The current CUDA device."""
-
-    device = torch.device("cuda")
-    rehearsal = False
-
-    def __init__(self):
-        cache = torch.cuda.get_device_properties().L2_cache_size
-        self._other = torch.zeros(max(64 * MIB, 2 * cache) // 4, device=self.device)
-        self._sink = torch.zeros((), device=self.device)
-
-    def cool(self) -> None:
-        """Fills the L2 cache with data that no contender uses, none of it dirty."""
-        torch.sum(self._other, 0, out=self._sink)
-
-    def round(self, calls: list[tuple[str, Call]]) -> dict[str, float]:
-        """Seconds of one call of each, in the given order, each with a cold cache."""
-        events = {}
-        for name, run in calls:
-            self.cool()
-            events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[name][0].record()
-            run()
-            events[name][1].record()
-        torch.cuda.synchronize()
-        return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
-
-    def graph(self, run: Call) -> Call:
-        """The call as one replay of a CUDA graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
-
-    def extra_mib(self, run: Call) -> float:
-        """Peak of one call above what was allocated before it; what the call returns counts."""
-        gc.collect()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return round((torch.cuda.max_memory_allocated() - before) / MIB, 1)
-
-    def free(self) -> None:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def check(self) -> None:
-        """Raises DeviceLost where an earlier error has made the device unusable for this process."""
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise DeviceLost(str(error)) from error
-
-    def describe(self) -> dict:
-        """Name, memory and driver, and the present clocks as nvidia-smi reports them."""
-        properties = torch.cuda.get_device_properties()
-        fields = (
-            "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
-        )
-        told = {}
-        try:
-            asked = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id=GPU-{properties.uuid}"]
-            line = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-            told = dict(zip(fields.split(","), (v.strip() for v in line.split(",")), strict=True))
-        except (OSError, subprocess.SubprocessError, ValueError, AttributeError) as error:
-            told = {"nvidia-smi": f"failed: {error}"}
-        return {
-            "name": properties.name,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mib": properties.L2_cache_size // MIB,
-            "cuda": torch.version.cuda or torch.version.hip,
-        } | told
-
-    def memory_gib(self) -> float:
-        return torch.cuda.get_device_properties().total_memory / 2**30
-
-    @property
-    def processors(self) -> int:
-        return torch.cuda.get_device_properties().multi_processor_count
 
 
 class Rehearsal:
@@ -161,18 +66,8 @@ class Rehearsal:
 
 
 def interleaved(machine, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call, one sample in each round for each contender; every round has a new random order."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls.items()), random.Random(0)
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            shuffle.shuffle(order)
-            for name, seconds in machine.round(order).items():
-                samples[name].append(seconds)
-    finally:
-        gc.enable()
-    return samples
+    """Seconds of a call, one sample in each round for each contender."""
+    return measuring.in_turns(machine.round, calls, rounds)
 
 
 def attempt(machine, run: Call) -> tuple[object, str | None]:

@@ -11,9 +11,9 @@ import torch
 
 import gspn
 from benchmarks.contenders import peers, peers_gpu
-from benchmarks.contenders.peers import heads_of
 from benchmarks.harness import gpu_harness, harness
 from benchmarks.speed import cases_gpu
+from gspn.bench.contenders import heads_of
 
 SLOWEST_ATTENTION = 2.0  # estimated seconds of a call above which attention is not measured
 

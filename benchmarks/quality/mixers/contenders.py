@@ -11,8 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import gspn
 from benchmarks.quality.mixers.remedies import REMEDIES, Variant
+from gspn.bench.contenders import (
+    Attention,
+    Depthwise,
+    GatedConvolution,
+    Gspn,
+    ReluLinearAttention,
+    ReluLinearAttentionConvolution,
+    on_maps,
+)
 
 WIDTH, DEPTH, PATCH = 64, 4, 2
 PARAMETERS = 190_000  # of every backbone with ten outputs, as nearly as whole inner widths allow
@@ -21,6 +29,7 @@ FORMS = (
     "bare",
     "conv",
 )  # bare: nothing but the mixer mixes pixels; conv: so does a 3x3 depthwise convolution in the MLP
+HEADS = 4  # of softmax attention
 POSITIONS = 16  # side of the grid of learned positions, which is resized to other maps
 
 
@@ -32,76 +41,6 @@ class Pointwise(nn.Linear):
 
     def __init__(self, width: int):
         super().__init__(width, width)
-
-
-class Depthwise(nn.Module):
-    """A depthwise convolution between two projections."""
-
-    def __init__(self, width: int, kernel: int = 7):
-        super().__init__()
-        self.into, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.convolution = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(_on_maps(self.convolution, self.into(x)))
-
-
-class GatedConvolution(nn.Module):
-    """MambaOut's token mixer (arXiv 2405.07992): out(GELU(g) * DWConv7x7(v)), where [g, v] is a projection of x."""
-
-    def __init__(self, width: int, kernel: int = 7):
-        super().__init__()
-        self.into, self.out = nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.convolution = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.into(x).chunk(2, -1)
-        return self.out(F.gelu(gate) * _on_maps(self.convolution, value))
-
-
-class Attention(nn.Module):
-    """Softmax attention over all tokens."""
-
-    def __init__(self, width: int, heads: int = 4):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B,heads,N,D) to (B,heads,N,D)."""
-        return F.scaled_dot_product_attention(q, k, v)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        qkv = self.qkv(x).view(batch, height * width, 3, self.heads, channels // self.heads)
-        mixed = self.mix(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(x.shape)
-        return self.out(mixed + self.local(qkv[:, :, 2].reshape(x.shape)))
-
-    def local(self, v: Tensor) -> Tensor | float:
-        """What is added to the mixed values, from v (B,H,W,C)."""
-        return 0.0
-
-
-class LinearAttention(Attention):
-    """ReLU linear attention: y = phi(q) (phi(k)^T v) / (phi(q) sum phi(k)), phi = ReLU."""
-
-    def __init__(self, width: int, heads: int = 2):
-        super().__init__(width, heads)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = F.relu(q), F.relu(k)
-        return (q @ (k.mT @ v)) / (q @ k.sum(-2).unsqueeze(-1) + 1e-6)
-
-
-class LinearAttentionConvolution(LinearAttention):
-    """LiT's mixer (arXiv 2501.12976): ReLU linear attention with few heads, plus a 5x5 depthwise convolution of v."""
-
-    def __init__(self, width: int, kernel: int = 5):
-        super().__init__(width)
-        self.convolution = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
-
-    def local(self, v: Tensor) -> Tensor:
-        return _on_maps(self.convolution, v)
 
 
 class Mamba(nn.Module):
@@ -122,24 +61,6 @@ class Mamba(nn.Module):
         rows, rows_back, columns, columns_back = y.split(batch)
         by_rows = (rows + rows_back.flip(1)).unflatten(1, (height, width))
         return by_rows + (columns + columns_back.flip(1)).unflatten(1, (width, height)).transpose(1, 2)
-
-
-class Gspn(nn.Module):
-    """GSPN2d between two projections; where it scans in fewer channels, its own projections take their place."""
-
-    def __init__(self, width: int, **options):
-        super().__init__()
-        compact = options.get("scan_dim") is not None
-        self.into, self.out = (nn.Identity() if compact else nn.Linear(width, width) for _ in range(2))
-        self.scan = gspn.GSPN2d(width, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(_on_maps(self.scan, self.into(x)))
-
-
-def _on_maps(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A layer for (B,C,H,W), applied to (B,H,W,C)."""
-    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 # -- the contenders --
@@ -163,11 +84,11 @@ PAPER_SEGMENT = 2  # of the local blocks of the paper's classification models
 CONTENDERS = {
     "none": Contender("none", lambda width, block: Pointwise(width)),
     "dw7": Contender("depthwise 7x7", lambda width, block: Depthwise(width)),
-    "attention-pos": Contender("attention, positions", lambda width, block: Attention(width), positions=True),
-    "attention": Contender("attention", lambda width, block: Attention(width)),
-    "linear": Contender("ReLU linear attention", lambda width, block: LinearAttention(width)),
+    "attention-pos": Contender("attention, positions", lambda width, block: Attention(width, HEADS), positions=True),
+    "attention": Contender("attention", lambda width, block: Attention(width, HEADS)),
+    "linear": Contender("ReLU linear attention", lambda width, block: ReluLinearAttention(width)),
     "linear-dw5": Contender(
-        "ReLU linear attention + dw 5x5 (LiT)", lambda width, block: LinearAttentionConvolution(width)
+        "ReLU linear attention + dw 5x5 (LiT)", lambda width, block: ReluLinearAttentionConvolution(width)
     ),
     "gated-conv": Contender("gated convolution (MambaOut)", lambda width, block: GatedConvolution(width)),
     "gspn-global": Contender("GSPN global", lambda width, block: Gspn(width)),
@@ -206,7 +127,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
-        x = x if self.convolution is None else _on_maps(self.convolution, x)
+        x = x if self.convolution is None else on_maps(self.convolution, x)
         return self.out(F.gelu(x))
 
 

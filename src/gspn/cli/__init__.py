@@ -1,5 +1,6 @@
 """The `gspn` command. training.py makes the commands that train, from the TaskSpec of each task; classify.py has the
-commands around classifiers, generate.py those around generators; app.py is what they share.
+commands around classifiers, generate.py those around generators, bench.py the one that measures; app.py is what they
+share.
 """
 
 from gspn.extras import need
@@ -9,6 +10,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"gspn: {error}") from None
 
+from gspn.cli import bench as bench  # it adds its command
 from gspn.cli import classify, training
 from gspn.cli import generate as generate  # it adds its commands
 from gspn.cli.app import app, main
