@@ -85,7 +85,7 @@ def _layer(cases, results):
 def _growth(part, results):
     figure = Figure(figsize=(13, 8.4), layout="constrained")
     figure.suptitle(f"One layer of {part['channels']} channels on {results['title']}, against the size of the map")
-    panels = figure.subplots(2, 2, sharex=True)
+    panels = figure.subplots(2, 2, sharex="col")
     for column, told in enumerate(PASSES):
         rows = [case for case in part["cases"] if case["pass"] == told]
         for axes, key in zip(panels[:, column], ("ms", "extra_mib"), strict=True):
@@ -104,7 +104,7 @@ def _growth(part, results):
             _plain(axes)
             if axes.lines:
                 axes.legend(frameon=False, fontsize=8, title="p, cost ~ pixels^p", title_fontsize=8, loc="upper left")
-            sides = sorted({case["side"] for case in part["cases"]})
+            sides = [row["side"] for row in rows]
             axes.set_xticks([side**2 for side in sides], [f"{side}²" for side in sides], fontsize=8)
             axes.xaxis.set_minor_locator(NullLocator())
             if key == "extra_mib":
