@@ -21,7 +21,7 @@ REMEDIES = (
     "Remedies (remedies.py). Their channels share weights in 8 groups, which those of GSPN global do not: compare them "
     "with *GSPN, 8 groups*."
 )
-_PALETTE = "#9aa0a6 #e07b22 #c62828 #ef9a9a #3a8f5c #1b5e20 #8d6e63 #2f6db3 #85aede #5e35b1 #00acc1".split()
+_PALETTE = "#9aa0a6 #e07b22 #c62828 #ef9a9a #3a8f5c #1b5e20 #8d6e63 #2f6db3 #85aede #5e35b1 #0b2e63 #00acc1".split()
 COLOURS = dict(zip([n for n, c in CONTENDERS.items() if not (c.remedy or c.why_not)], _PALETTE, strict=True))
 
 
