@@ -17,9 +17,10 @@ from benchmarks.quality.mixers.study import RATES, RESULTS, SEEDS, STEPS, Run, b
 from benchmarks.quality.mixers.tasks import TASKS
 
 OURS = "gspn-global"  # what the others are compared with
+CONTROL = "gspn-g8"  # what the remedies are compared with
 REMEDIES = (
-    "Remedies (remedies.py). Their channels share weights in 8 groups, which those of GSPN global do not: compare them "
-    "with *GSPN, 8 groups*."
+    "Remedies (remedies.py). Their channels share weights in 8 groups, which those of GSPN global do not, so the "
+    "difference is from *GSPN, 8 groups*."
 )
 _PALETTE = "#9aa0a6 #e07b22 #c62828 #ef9a9a #3a8f5c #1b5e20 #8d6e63 #2f6db3 #85aede #5e35b1 #0b2e63 #00acc1".split()
 COLOURS = dict(zip([n for n, c in CONTENDERS.items() if not (c.remedy or c.why_not)], _PALETTE, strict=True))
@@ -61,22 +62,25 @@ def _shown(value: float, deviation: float | None, what: str, sign: bool = False)
     return text if deviation is None else f"{text} ± {deviation * scale:.{digits}f}"
 
 
-def main_table(runs: dict[str, list[dict]], task) -> str:
-    """A row a contender: at the usual setting with the difference from ours, then at every other setting."""
+def main_table(runs: dict[str, list[dict]], task, ours: str = OURS) -> str:
+    """A row a contender: held-out loss, test at the usual setting with the difference from `ours`, every other
+    setting."""
     what, others = task.better, [s for s in task.settings if s != task.usual]
     unit = "%" if what == "accuracy" else what
-    header = ["mixer", "parameters", "rate", "seeds", f"test, {unit}", "minus GSPN global", *others]
+    header = ["mixer", "parameters", "rate", "seeds", "held-out loss", f"test, {unit}"]
+    header += [f"minus {CONTENDERS[ours].title}", *others]
     rows = []
-    ours = _by_seed(runs[OURS], task.usual, what) if OURS in runs else {}
+    compared = _by_seed(runs[ours], task.usual, what) if ours in runs else {}
     for name, content in runs.items():
         values = _by_seed(content, task.usual, what)
-        difference = paired(ours, values) if name != OURS else None
+        difference = paired(compared, values) if name != ours else None
         rows.append(
             [
                 CONTENDERS[name].title,
                 f"{content[0]['parameters']:,}",
                 f"{content[0]['rate']:g}",
                 str(len(content)),
+                _shown(*mean_and_deviation([c["val"]["loss"] for c in content]), "loss"),
                 _shown(*mean_and_deviation(list(values.values())), what),
                 _shown(*difference, what, sign=True) if difference else "",
                 *(_shown(*mean_and_deviation(list(_by_seed(content, s, what).values())), what) for s in others),
@@ -345,21 +349,24 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS, inside: dict[s
             if not found:
                 continue
             runs = {mixer: content for mixer, content in found.items() if not CONTENDERS[mixer].remedy}
-            remedies = {mixer: content for mixer, content in found.items() if mixer == OURS or mixer not in runs}
+            remedies = {mixer: content for mixer, content in found.items() if mixer not in runs}
             name = f"{stem.name}-{task.name}-{form}"
-            curves_picture(runs, task, form, stem.with_name(f"{name}-curves.png"))
-            settings_picture(runs, task, form, stem.with_name(f"{name}-settings.png"))
             parts += [
                 f"## {task.name}, {form}",
-                f"{task.about} Mean ± standard deviation over the seeds; the difference from GSPN global is paired by "
-                "seed, ± its standard error.",
-                main_table(runs, task),
-                f"![Curves]({name}-curves.png) ![Settings]({name}-settings.png)",
+                f"{task.about} Mean ± standard deviation over the seeds; a difference is paired by seed, ± its "
+                "standard error.",
+            ]
+            if runs:
+                curves_picture(runs, task, form, stem.with_name(f"{name}-curves.png"))
+                settings_picture(runs, task, form, stem.with_name(f"{name}-settings.png"))
+                pictures = f"![Curves]({name}-curves.png) ![Settings]({name}-settings.png)"
+                parts += [main_table(runs, task), pictures]
+            if remedies:
+                parts += [REMEDIES, main_table(remedies, task, CONTROL)]
+            parts += [
                 "Loss on the held-out examples by learning rate, first seed:",
                 rates_table(done, task.name, form, steps),
             ]
-            if remedies.keys() - {OURS}:
-                parts += [REMEDIES, main_table(remedies, task)]
     for name, content in (inside or {}).items():
         parts += inside_section(content, stem, name)
     text = "\n\n".join(parts) + "\n"
