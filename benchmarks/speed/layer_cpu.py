@@ -165,6 +165,24 @@ def scaling(rounds):
     return rows
 
 
+def layer_options(rounds):
+    """What the options of the layer cost beside the plain layer: one thread, float32."""
+    torch.set_num_threads(1)
+    norms = dict(proxy_norm=True, gated_norm=True)
+    forms = {"gspn": {}, "center": dict(center=True), "norms": norms, "center and norms": norms | dict(center=True)}
+    rows = []
+    for size in (SIZES[i] for i in (0, 1, 3)):
+        _, x = problem(size, torch.float32)
+        layers = {name: gspn.GSPN2d(size[1], proxy_dim=size[4], **form) for name, form in forms.items()}
+        for name, call in (("forward", harness.eval_call), ("train", harness.train_call)):
+            calls = {form: call(layer, x) for form, layer in layers.items()}
+            row = {"size (B,C,H,W,S)": size, "pass": name}
+            rows.append(row | {"1 thread": harness.summary(harness.interleaved(calls, rounds, 1), "gspn")})
+            ratios = ", ".join(f"{form} {v['ratio'][1]:.2f}x" for form, v in rows[-1]["1 thread"].items())
+            print(size, name, ratios, flush=True)
+    return rows
+
+
 def memory(size, dtype_name, train):
     """Peak MiB beyond the inputs and the parameters, each contender in a process of its own, one thread."""
     names = ["gspn", "reference", "unfused", "unfused, tuned", "linear attention", "attention"]
@@ -207,13 +225,15 @@ def main():
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--crossover", action="store_true", help="only gradients, over S: fused against unfused")
     parser.add_argument("--scaling", action="store_true", help="only the layer, on two threads against one")
+    parser.add_argument("--options", action="store_true", help="only the layer, with its options against without")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         memory_of(*json.loads(options.memory_of[0]), options.memory_of[1])
         return
-    if options.crossover or options.scaling:
-        rows = crossover(options.rounds) if options.crossover else scaling(options.rounds)
+    if options.crossover or options.scaling or options.options:
+        run = crossover if options.crossover else scaling if options.scaling else layer_options
+        rows = run(options.rounds)
         harness.write_json(options.out, {"environment": harness.environment(), "rounds": options.rounds, "cases": rows})
         return
     content = {"what": "GSPN layer, all contenders with their projections", "environment": harness.environment()}
