@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 from safetensors.torch import load_file
 
 import gspn
-from benchmarks.quality.mixers import analyse, contenders, inside, remedies, report, study, tasks
+from benchmarks.quality.mixers import analyse, contenders, inside, report, study, tasks
 from benchmarks.quality.mixers.study import Run
 
 COUNTS = {"figures": 4, "growth": 2, "test": 8, "largest": 4}
@@ -168,7 +168,9 @@ def test_levers(call):
     found = inside.levers(call)
     usual, mean = call(), inside.with_mean(call, "weights", inside.means(call))()
     assert found["as it is"] == pytest.approx(inside.rms(mean - usual) / inside.rms(usual), rel=1e-4)
-    once = usual - remedies.repeated_means(call.x, call.proxy, call.input_proj, call.output_proj)
+    once = usual - gspn.layers.repeated_means(
+        call.x, call.proxy, call.input_proj, call.output_proj, gspn.DIRECTIONS, None
+    )
     ratio = found["as it is, centred"] / found["as it is"]
     assert ratio == pytest.approx(inside.rms(usual) / inside.rms(once), rel=1e-4)
     low = inside.one_pass(inside.at_level(call, -14.0, 2.0), 0)

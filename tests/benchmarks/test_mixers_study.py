@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 
-import gspn
-
 pytest.importorskip("matplotlib")
 
 from benchmarks.quality.mixers import contenders, remedies, report, study, tasks
@@ -200,7 +198,10 @@ def test_the_report_of_two_contenders(tmp_path):
     text = report.report(study.read(tmp_path), tmp_path / "out" / "report")
     row = next(line for line in text.splitlines() if line.startswith("| depthwise 7x7") and "190,000" in line)
     cells = [cell.strip() for cell in row.split("|")]
-    assert cells[4:7] == ["3", "45.00 ± 2.65", "-3.00 ± 0.58"]  # differences -4, -3, -2: deviation 1, over sqrt(3)
+    assert cells[4] == "3" and cells[6:8] == [
+        "45.00 ± 2.65",
+        "-3.00 ± 0.58",
+    ]  # differences -4, -3, -2: deviation 1, over sqrt(3)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "report.md",
         "report-classes-bare-curves.png",
@@ -213,25 +214,6 @@ def test_unknown_names_are_refused():
         contenders.backbone("dw9", "bare", 10, True, seed=0)
     with pytest.raises(ValueError, match="'naked'"):
         contenders.backbone("dw7", "naked", 10, True, seed=0)
-
-
-def test_the_mean_of_the_gated_input_is_taken_once():
-    """The state is the scan of the deviations from the mean, plus the mean."""
-    torch.manual_seed(0)
-    x, proxy = torch.randn(2, 4, 5, 7), torch.randn(2, 3, 5, 7)
-    weight_proj, input_proj, output_proj = torch.randn(4, 3, 2, 3), torch.randn(4, 4, 3), torch.randn(4, 4, 3)
-    expected = torch.zeros_like(x)
-    for i, direction in enumerate(gspn.DIRECTIONS):
-        logits, gate, output_gate = (
-            torch.einsum("...s,bshw->b...hw", p[i], proxy) for p in (weight_proj, input_proj, output_proj)
-        )
-        weights = gspn.normalize_weights(logits.transpose(1, 2), direction=direction)
-        gated = gate * x
-        mean = gated.mean((2, 3), keepdim=True)
-        expected += output_gate * (gspn.line_scan(gated - mean, weights, direction=direction) + mean)
-    found = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj)
-    found = found - remedies.repeated_means(x, proxy, input_proj, output_proj)
-    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_logits_start_at_the_level_that_is_asked_for():

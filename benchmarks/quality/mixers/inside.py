@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gspn
 from benchmarks.quality.mixers.contenders import DEPTH, Backbone
-from benchmarks.quality.mixers.remedies import repeated_means
+from gspn.layers import repeated_means
 
 APART = (1, 2, 4)  # places; the scan's neighbours are 1 apart
 LEVERED = 100  # photos for the levers
@@ -355,13 +355,13 @@ LEVERS = {
 def levers(call: Call) -> dict[str, float]:
     """By how much the input-dependent part of the weights would move a block's output, over its size (both RMS), if
     the layer were another one with the same input and projections; `centred`, if the mean of the gated input over the
-    map came once instead of once in each line (remedies.py)."""
+    map came once instead of once in each line (GSPN2d: center)."""
     call, found = call._replace(x=call.x[:LEVERED], proxy=call.proxy[:LEVERED]), {}
     for name, change in LEVERS.items():
         changed = change(call)
         usual = changed()
         moved = rms(with_mean(changed, "weights", means(changed))() - usual)
-        centred = usual - repeated_means(call.x, call.proxy, call.input_proj, call.output_proj)
+        centred = usual - repeated_means(call.x, call.proxy, call.input_proj, call.output_proj, gspn.DIRECTIONS, None)
         found |= {name: moved / rms(usual), f"{name}, centred": moved / rms(centred)}
     return found
 

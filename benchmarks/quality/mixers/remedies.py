@@ -11,28 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gspn
+from gspn.layers import repeated_means
 
 GROUPS = 8  # channel groups that share propagation weights; 64 (every channel its own) costs much more to try
 PROXY = 8
 LEVEL = -2.0  # logits so low that sigmoids are nearly exponentials: weights that sum to 1 are then a softmax
 LONGEST = 64  # lines: the memory of the group that forgets least, as the layer starts
-
-
-def repeated_means(x: Tensor, proxy: Tensor, input_proj: Tensor, output_proj: Tensor) -> Tensor:
-    """What every line but one adds to the merged output of the four directions, if each line adds the mean of the
-    gated input over the map: (B,C,H,W). Where rows sum to 1, a constant comes through the scan as the number of lines
-    times the constant, whatever the weights are."""
-    height, width = x.shape[-2:]
-    moments = torch.einsum("bshw,bchw->bcs", proxy, x) / (height * width)
-    result = torch.zeros_like(x)
-    for i, direction in enumerate(gspn.DIRECTIONS):
-        mean = (moments * input_proj[i]).sum(-1)  # (B,C)
-        along_rows = direction in ("right", "left")
-        lines = torch.arange(width if along_rows else height, dtype=x.dtype, device=x.device)  # before each
-        lines = lines if direction in ("right", "down") else lines.flip(0)
-        lines = lines if along_rows else lines.unsqueeze(-1)
-        result = result + torch.einsum("bcs,bshw->bchw", mean.unsqueeze(-1) * output_proj[i], proxy * lines)
-    return result
 
 
 class Variant(nn.Module):
@@ -114,7 +98,7 @@ class Variant(nn.Module):
                 weight_proj = torch.cat([weight_proj, self.ray_bias.unsqueeze(-1)], -1)
                 input_proj, output_proj, skip_proj = (F.pad(p, (0, 1)) for p in (input_proj, output_proj, skip_proj))
             y = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj)
-            y = y - repeated_means(x, proxy, input_proj, output_proj) if self.centred else y
+            y = y - repeated_means(x, proxy, input_proj, output_proj, gspn.DIRECTIONS, None) if self.centred else y
         else:
             y = merge * self._forgetting(x, proxy, weight_proj)
         y = self.norm(y.permute(0, 2, 3, 1))
