@@ -168,8 +168,7 @@ def scaling(rounds):
 def layer_options(rounds):
     """What the options of the layer cost beside the plain layer: one thread, float32."""
     torch.set_num_threads(1)
-    norms = dict(proxy_norm=True, gated_norm=True)
-    forms = {"gspn": {}, "center": dict(center=True), "norms": norms, "center and norms": norms | dict(center=True)}
+    forms = {"gspn": {}, "average": dict(average=True), "center": dict(center=True)}
     rows = []
     for size in (SIZES[i] for i in (0, 1, 3)):
         _, x = problem(size, torch.float32)

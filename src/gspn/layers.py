@@ -26,7 +26,6 @@ class Context(NamedTuple):
             mean over channels. It is non-negative; in a global layer it sums to 1 over each line that has a path.
         merged: (B,H,W), the share of each pixel in the layer's output there: magnitude of the sum over directions of
             merger * output gate * weight * input gate, mean over channels; the skip gate counts at the pixel itself.
-            With `gated_norm` each channel counts times what norm and gate multiply it by there.
     """
 
     directions: Tensor
@@ -50,22 +49,6 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return _pointwise(x, self.weight)
-
-
-class RMSNorm2d(nn.RMSNorm):
-    """RMSNorm over the channels of (B,C,H,W), x / sqrt(mean of x**2 + eps) * weight; keeps channels_last and the dtype.
-
-    The mean is taken in float32 where x has 16 bits.
-    """
-
-    def __init__(self, channels: int, eps: float = 1e-6):
-        super().__init__(channels, eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # in autocast x may have 16 bits beside a float32 weight, which the fused form does not take
-        return F.rms_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight.to(x.dtype), self.eps).permute(
-            0, 3, 1, 2
-        )
 
 
 @torch.fx.wrap
@@ -132,8 +115,8 @@ class GSPN2d(nn.Module):
         y = sum over directions d of merger[d] * ((output_proj[d] proxy) * h[d] + (skip_proj[d] proxy) * x)
         h[d] = line scan of (input_proj[d] proxy) * x with weights normalised from weight_proj[d] proxy
 
-    All projections are linear and without bias. Without `proxy_norm` and `gated_norm` there is no norm, activation,
-    residual or positional embedding inside. No size is fixed: any H, W >= 1.
+    All projections are linear and without bias. There is no norm, activation, residual or positional embedding inside,
+    and no size is fixed: any H, W >= 1.
 
     Args:
         channels: C, of input and output.
@@ -150,10 +133,6 @@ class GSPN2d(nn.Module):
             gated input g. Rows of weights sum to 1, so without it the mean arrives from every line, whatever the
             weights are: after some lines it is most of the state, and on a larger map more of it than in training. Data
             of 16 bits are scanned in float32.
-        proxy_norm: divides the proxy by its root mean square over the S channels (RMSNorm, a learned scale for each),
-            so that weights and gates depend on what a pixel shows and not on how large the features are.
-        gated_norm: y becomes RMSNorm(y) * SiLU(gate_proj x), over the scanned channels (K, before `expand`). The output
-            then does not grow with the map either. It adds C * K parameters.
         directions: some of ``gspn.DIRECTIONS``.
         alignment: "aligned", or "released" for the form in which the paper's authors trained their published weights
             (:func:`gspn.load_released`): weights and gates are not turned with the map, see layers_released.py. It only
@@ -165,8 +144,7 @@ class GSPN2d(nn.Module):
 
     State dict (frozen): ``proxy_proj.weight`` (S,C,1,1), ``weight_proj`` (D,3,G,S), ``input_proj``, ``output_proj``,
     ``skip_proj`` (D,K,S) with K = scan_dim or C, ``merger`` (D,), ``reduce.weight`` (K,C,1,1), ``expand.weight``
-    (C,K,1,1), ``proxy_norm.weight`` (S,), ``norm.weight`` (K,), ``gate_proj.weight`` (K,C,1,1); without an option, its
-    entries are absent.
+    (C,K,1,1); without an option, its entries are absent.
 
     Raises ValueError if sizes, groups or names do not fit. Source: arXiv 2501.12381, section 3.4; scan_dim and
     groups: arXiv 2512.07884.
@@ -192,8 +170,6 @@ class GSPN2d(nn.Module):
         merger: str = "learned",
         average: bool = False,
         center: bool = False,
-        proxy_norm: bool = False,
-        gated_norm: bool = False,
         directions: Sequence[str] = DIRECTIONS,
         alignment: str = "aligned",
         backend: str | None = None,
@@ -212,8 +188,7 @@ class GSPN2d(nn.Module):
             raise ValueError(f'merger has to be "learned" or "mean", got {merger!r}')
         if alignment not in ("aligned", "released"):
             raise ValueError(f'alignment has to be "aligned" or "released", got {alignment!r}')
-        parts = {"average": average, "center": center, "proxy_norm": proxy_norm, "gated_norm": gated_norm}
-        for name, value in parts.items():
+        for name, value in {"average": average, "center": center}.items():
             if value and alignment == "released":
                 raise ValueError(f'{name}=True needs alignment="aligned": the released form has no such part')
         check_backend(backend)
@@ -230,15 +205,12 @@ class GSPN2d(nn.Module):
         self.register_parameter("merger", nn.Parameter(torch.empty(count)) if merger == "learned" else None)
         self.reduce = Pointwise(channels, scan_dim) if scan_dim else nn.Identity()
         self.expand = Pointwise(scan_dim, channels) if scan_dim else nn.Identity()
-        self.proxy_norm = RMSNorm2d(proxy_dim) if proxy_norm else None
-        self.norm = RMSNorm2d(scanned) if gated_norm else None
-        self.gate_proj = Pointwise(channels, scanned) if gated_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the projections as torch does a 1x1 convolution, the merger's scalars with 1/D, norms with 1."""
-        for module in (self.proxy_proj, self.reduce, self.expand, self.gate_proj, self.proxy_norm, self.norm):
-            if isinstance(module, Pointwise | RMSNorm2d):
+        """Initialises the projections as torch does a 1x1 convolution, the merger's scalars with 1/D."""
+        for module in (self.proxy_proj, self.reduce, self.expand):
+            if isinstance(module, Pointwise):
                 module.reset_parameters()
         for projection in (self.weight_proj, self.input_proj, self.output_proj, self.skip_proj):
             if projection is not None:
@@ -261,18 +233,11 @@ class GSPN2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_map(x, self.channels, self.alignment)
-        y = self._propagate(self.reduce(x), self._proxy(x))
-        if self.norm is not None:
-            y = F.silu(self.gate_proj(x)) * self.norm(y)  # in this order it has the memory format of x
-        return self.expand(y)
+        return self.expand(self._propagate(self.reduce(x), self.proxy_proj(x)))
 
     if TYPE_CHECKING:  # nn.Module's is typed as Any
 
         def __call__(self, x: Tensor) -> Tensor: ...
-
-    def _proxy(self, x: Tensor) -> Tensor:
-        proxy = self.proxy_proj(x)
-        return proxy if self.proxy_norm is None else self.proxy_norm(proxy)
 
     def _propagate(self, x: Tensor, proxy: Tensor) -> Tensor:
         """The merged directions (B,K,H,W) of x (B,K,H,W) and proxy (B,S,H,W)."""
@@ -310,7 +275,7 @@ class GSPN2d(nn.Module):
         height, width = x.shape[-2:]
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"the pixel ({row}, {column}) is not on the {height}x{width} feature map")
-        proxy, scanned = self._proxy(x).float(), self.reduce(x)
+        proxy, scanned = self.proxy_proj(x).float(), self.reduce(x)
         project = lambda p: torch.einsum("...s,bshw->b...hw", p.float(), proxy)  # noqa: E731
         logits = project(self.weight_proj).transpose(2, 3)
         # A scan is linear in its gated input: the gradient of the state at (row, column) is the weight of each pixel.
@@ -328,13 +293,7 @@ class GSPN2d(nn.Module):
             parts[..., row, column] += project(self._scaled(self.skip_proj))[..., row, column]
         if self.alignment == "released":
             arriving, parts = (turn_back(maps, self.directions) for maps in (arriving, parts))
-        parts = parts.sum(1)
-        if self.norm is not None:
-            y = (parts * scanned).sum((2, 3), keepdim=True)
-            gate = F.silu(self.gate_proj(x[..., row : row + 1, column : column + 1]))
-            scale = torch.rsqrt(y.square().mean(1, keepdim=True) + self.norm.eps)
-            parts = parts * scale * self.norm.weight.view(-1, 1, 1) * gate
-        return Context(arriving.mean(2), parts.abs().mean(1))
+        return Context(arriving.mean(2), parts.sum(1).abs().mean(1))
 
     def __prepare_scriptable__(self):
         """torch.jit.script asks this of every module inside the one that it compiles."""
@@ -344,7 +303,7 @@ class GSPN2d(nn.Module):
         extent = "global" if self.segment is None else f"segment={self.segment}"
         scan = f", scan_dim={self.scan_dim}" if self.scan_dim else ""
         form = ", released" if self.alignment == "released" else ""
-        form += ", average" if self.average else ""  # the norms are modules, which the representation lists
+        form += ", average" if self.average else ""
         form += ", center" if self.center else ""
         return f"{self.channels}, proxy_dim={self.proxy_dim}, groups={self.groups}{scan}, {extent}{form}"
 

@@ -108,7 +108,7 @@ def test_every_operator_in_every_form_at_every_size(tmp_path):
     [
         {"directions": ("up", "left")},
         {"segment": 2, "scan_dim": 4, "skip": False, "merger": "mean"},
-        {"center": True, "proxy_norm": True, "gated_norm": True},
+        {"center": True},
     ],
 )
 def test_the_layer(tmp_path, options):

@@ -97,10 +97,7 @@ CONTENDERS = {
     "gspn-hybrid": Contender(
         "GSPN hybrid (paper's)", lambda width, block: Gspn(width, segment=PAPER_SEGMENT if block < DEPTH // 2 else None)
     ),
-    "gspn-improved": Contender(
-        "GSPN global, centred and normalised",
-        lambda width, block: Gspn(width, center=True, proxy_norm=True, gated_norm=True),
-    ),
+    "gspn-center": Contender("GSPN global, centred", lambda width, block: Gspn(width, center=True)),
     "gspn-compact": Contender("GSPN compact (scan in 16)", lambda width, block: Gspn(width, scan_dim=16)),
     "mamba": Contender(
         "Mamba, four orders",

@@ -61,8 +61,7 @@ class Backbone(nn.Module):
         num_classes: classes of the head; 0 for no head (the output is then the pooled features).
         in_chans: channels of the image.
         depths: number of blocks of each level. width: channels of the first level, doubled by each next one.
-        proxy_dim, groups, scan_dim, skip, merger, center, proxy_norm, gated_norm, backend: those of
-            :class:`gspn.GSPN2d`, in every block.
+        proxy_dim, groups, scan_dim, skip, merger, center, backend: those of :class:`gspn.GSPN2d`, in every block.
         global_levels: the levels (from 0) in which block i scans globally if i < 7 or (i + 1) % 7 == 0.
         segment: lines between resets in all other blocks.
         stem_stride: 1, 2 or 4.
@@ -103,8 +102,6 @@ class Backbone(nn.Module):
         skip: bool = True,
         merger: str = "learned",
         center: bool = False,
-        proxy_norm: bool = False,
-        gated_norm: bool = False,
         alignment: str = "aligned",
         drop_rate: float = 0.0,
         global_pool: str = "avg",
@@ -150,8 +147,6 @@ class Backbone(nn.Module):
                     skip=skip,
                     merger=merger,
                     center=center,
-                    proxy_norm=proxy_norm,
-                    gated_norm=gated_norm,
                     alignment=alignment,
                     backend=backend,
                 )
