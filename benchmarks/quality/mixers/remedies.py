@@ -131,6 +131,11 @@ class Variant(nn.Module):
 
 REMEDIES = {  # the most telling first: the study goes through them in this order
     "gspn-g8": ("GSPN, 8 groups", dict(normed_proxy=False, normed_output=False)),
+    "gspn-centred-alone": ("GSPN, centred", dict(centred=True, normed_proxy=False, normed_output=False)),
+    "gspn-centred-alone-thirds": (
+        "GSPN, centred, weights 1/3",
+        dict(centred=True, thirds=True, normed_proxy=False, normed_output=False),
+    ),
     "gspn-normed": ("GSPN, both normalised", dict()),
     "gspn-normed-thirds": ("GSPN, both normalised, weights 1/3", dict(thirds=True)),
     "gspn-rays": ("GSPN, both normalised, rays", dict(rays=3.0)),
@@ -142,7 +147,6 @@ REMEDIES = {  # the most telling first: the study goes through them in this orde
         dict(scale=4.0, level=-3.0, centred=True),
     ),
     "gspn-centred": ("GSPN, both normalised, centred", dict(centred=True)),
-    "gspn-centred-alone": ("GSPN, centred", dict(centred=True, normed_proxy=False, normed_output=False)),
     "gspn-centred-thirds": ("GSPN, both normalised, centred, weights 1/3", dict(centred=True, thirds=True)),
     "gspn-output": ("GSPN, normalised output, SiLU gate", dict(normed_proxy=False)),
     "gspn-proxy": ("GSPN, normalised proxy", dict(normed_output=False)),

@@ -34,7 +34,12 @@ BATCH = 64
 WARM_UP = 0.1  # of the steps
 DECAY = 0.05
 FIRST = ("none", "dw7", "attention-pos", "gspn-global", "linear-dw5")  # enough to tell whether a remedy is worth having
-WATCHED = ("gspn-g8", "gspn-normed", "gspn-normed-thirds", "gspn-rays")  # remedies that are run with every seed
+WATCHED = (
+    "gspn-g8",
+    "gspn-centred-alone",
+    "gspn-centred-alone-thirds",
+    "gspn-centred",
+)  # remedies that are run with every seed
 SLOW = "forget"  # remedies so named scan outside the fused kernel, four times as slow: they wait
 LOOKS = 6  # at the held-out examples while training
 EXAMPLES = {"look": 1_000, "val": 5_000, "test": 10_000, "setting": 2_000}
