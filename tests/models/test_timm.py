@@ -12,7 +12,7 @@ import gspn
 timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.timm
 
-from test_released import LITTLE, SIZES, SNIPPETS, full_size, load_little, released_model  # noqa: E402
+from test_released import LITTLE, SIZES, WITH_TIMM, full_size, load_little, released_model  # noqa: E402
 from timm.data import Mixup, resolve_data_config  # noqa: E402
 from timm.loss import SoftTargetCrossEntropy  # noqa: E402
 from timm.models import get_model_input_config, group_parameters, load_checkpoint, model_parameters  # noqa: E402
@@ -201,8 +201,8 @@ def test_the_documentation_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(full_size().state_dict(), "tiny.pth")
     found = {}
-    exec(SNIPPETS[2], found)
-    assert len(SNIPPETS) == 3 and found["pyramid"].feature_info.channels() == [192, 384, 768]
+    exec(WITH_TIMM, found)
+    assert found["pyramid"].feature_info.channels() == [192, 384, 768]
     features = found["adapted"].eval().forward_features(torch.ones(1, 1, 32, 32))
     torch.testing.assert_close(features, found["trained"].eval().forward_features(torch.ones(1, 3, 32, 32)))
 
