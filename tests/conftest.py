@@ -12,9 +12,9 @@ import gspn
 
 # Only the Makefile's copy of timm gets operators that its torchvision lacks.
 if (Path(__file__).parent.parent / ".timm").resolve() in (Path(p).resolve() for p in sys.path):
-    from benchmarks.harness import operators
+    from benchmarks.harness import torchvision_schemas
 
-    operators.define()
+    torchvision_schemas.define()
 
 # CI needs the CPU kernel; where it cannot be built, its tests are skipped by name.
 HERE = [name for name in ("reference", "cpu") if name == "reference" or gspn.available_backends()[name].available]

@@ -10,9 +10,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import operators
+from benchmarks.harness import torchvision_schemas
 
-operators.define()  # also in the processes that measure memory, which import this module first
+torchvision_schemas.define()  # also in the processes that measure memory, which import this module first
 
 
 def main():

@@ -105,7 +105,9 @@ def look_into(
     """All figures of one trained backbone."""
     start, trained = open_model(run, task, models)
     if "0.weight_proj" not in projections(trained):
-        raise ValueError(f"the weights of {run.contender!r} do not depend on the input: expected a mixer whose do")
+        raise ValueError(
+            f"the weights of {run.contender!r} do not depend on the input: expected a mixer whose weights do"
+        )
     usual, largest = SETTINGS[task.name]
     calls = inside.calls_of(trained, photos_of(task, usual, counts["figures"]))
     means = [inside.means(call) for call in calls]
