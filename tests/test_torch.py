@@ -14,15 +14,17 @@ EVERY = [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("skip", [True, False])
-def test_opcheck_propagate(layout, skip):
+@pytest.mark.parametrize(("skip", "centered"), [(True, False), (False, True)])
+def test_opcheck_propagate(layout, skip, centered):
     problem = random_problem(2, 4, 5, 7, 3, dtype=torch.float32, skip=skip)
+    center = torch.randn(2, 4, 4, requires_grad=True) if centered else None
     x, proxy = (t.to(memory_format=layout) for t in problem[:2])
     arguments = [None if t is None else t.requires_grad_() for t in (x, proxy, *problem[2:])]
-    opcheck(torch.ops.gspn.propagate, (*arguments, EVERY, 3, 256, ""))
+    opcheck(torch.ops.gspn.propagate, (*arguments, EVERY, 3, 256, center, ""))
     grad = torch.randn(2, 4, 5, 7).to(memory_format=layout)
     detached = [None if t is None else t.detach() for t in arguments]
-    opcheck(torch.ops.gspn.propagate_backward, (grad, *detached, EVERY, None, 256, ""))
+    center = torch.randn(2, 4, 4) if centered else None
+    opcheck(torch.ops.gspn.propagate_backward, (grad, *detached, EVERY, None, 256, center, ""))
 
 
 def test_opcheck_scans():
@@ -84,6 +86,10 @@ def test_vmap_over_data_and_over_parameters():
     many = torch.randn(3, *x.shape, dtype=torch.float64)
     got = torch.vmap(lambda one: gspn.propagate(one, proxy, *projections))(many)
     torch.testing.assert_close(got, torch.stack([gspn.propagate(one, proxy, *projections) for one in many]))
+    centers = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    call = lambda one, center: gspn.propagate(one, proxy, *projections, center=center)  # noqa: E731
+    expected = torch.stack([call(one, center) for one, center in zip(many, centers, strict=True)])
+    torch.testing.assert_close(torch.vmap(call)(many, centers), expected)
     gates = torch.randn(3, *projections[1].shape, dtype=torch.float64)
     call = lambda gate: gspn.propagate(x, proxy, projections[0], gate, *projections[2:])  # noqa: E731
     torch.testing.assert_close(torch.vmap(call)(gates), torch.stack([call(g) for g in gates]))
@@ -270,8 +276,8 @@ def test_the_default_dtype_and_device_change_nothing(dtype, backend):
 
     def results():
         problem = [t.float() for t in (x, x)] + [torch.ones(4, 3, 4, 4).float(), *[torch.ones(4, 4, 4).float()] * 2]
-        arguments = (x, *problem, None, [0, 1, 2, 3], None, 256, backend)
-        gradients = torch.ops.gspn.propagate_backward(*arguments)  # the last is empty: there is no skip
+        arguments = (x, *problem, None, [0, 1, 2, 3], None, 256, None, backend)
+        gradients = torch.ops.gspn.propagate_backward(*arguments)  # the last two are empty: no skip, no center
         return [layer(x), model(images), *layer.context(x, 1, 2), *gradients]
 
     wanted = results()

@@ -157,14 +157,16 @@ def _gated_scan_gradient(ctx, grad):
 
 
 def _propagate_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:6])  # neither gates nor states: the backward pass computes them again
-    ctx.options = inputs[6:]
+    *tensors, ctx.directions, ctx.segment, ctx.workspace_mib, center, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, center)  # neither gates nor states: the backward pass computes them again
 
 
 def _propagate_gradient(ctx, grad):
-    saved = ctx.saved_tensors  # read once: gradient checkpointing returns them a single time
-    grads = torch.ops.gspn.propagate_backward(grad, *saved, *ctx.options)
-    return *grads[:5], None if saved[5] is None else grads[5], None, None, None, None
+    *tensors, center = ctx.saved_tensors  # read once: gradient checkpointing returns them a single time
+    options = (ctx.directions, ctx.segment, ctx.workspace_mib, center, ctx.backend)
+    *grads, skip_grad, center_grad = torch.ops.gspn.propagate_backward(grad, *tensors, *options)
+    skip_grad = None if tensors[-1] is None else skip_grad
+    return *grads, skip_grad, None, None, None, None if center is None else center_grad, None
 
 
 def _no_second_derivative(ctx, *grads):
@@ -177,7 +179,7 @@ def _no_second_derivative(ctx, *grads):
 # vmap
 
 
-def _vmap(name: str, batched: int) -> Callable:
+def _vmap(name: str, batched: list[int]) -> Callable:
     """Folds the mapped dimension into the batch if every mapped tensor has a batch, else calls once for each entry."""
     operator = getattr(torch.ops.gspn, name)
 
@@ -185,12 +187,12 @@ def _vmap(name: str, batched: int) -> Callable:
         size = info.batch_size
         mapped = [isinstance(a, Tensor) and d is not None for a, d in zip(args, in_dims, strict=True)]
         moved = [a.movedim(d, 0) if m else a for a, d, m in zip(args, in_dims, mapped, strict=True)]
-        if not any(mapped[batched:]):
-            folded = [
-                (a if m else a.expand(size, *a.shape)).flatten(0, 1)
-                for a, m in zip(moved[:batched], mapped[:batched], strict=True)
-            ]
-            results = operator(*folded, *moved[batched:])
+        if not any(m for i, m in enumerate(mapped) if i not in batched):
+            folded = list(moved)
+            for i in batched:
+                if moved[i] is not None:
+                    folded[i] = (moved[i] if mapped[i] else moved[i].expand(size, *moved[i].shape)).flatten(0, 1)
+            results = operator(*folded)
             unfold = [r.unflatten(0, (size, -1)) for r in ((results,) if isinstance(results, Tensor) else results)]
         else:
             calls = [operator(*(a[i] if m else a for a, m in zip(moved, mapped, strict=True))) for i in range(size)]
@@ -242,8 +244,8 @@ class Op(NamedTuple):
     Attributes:
         schema: its arguments and results. The argument `backend` comes last; "" picks by device.
         outputs: for each output the argument whose shape, dtype and memory format it has.
-        batched: the number of first arguments with a batch dimension; if vmap maps only these, every output has one
-            too. 0 if an output sums over the batch.
+        batched: the arguments with a batch dimension; if vmap maps only these, every output has one too. Empty if an
+            output sums over the batch.
         flops: counts FLOPs from the arguments' shapes.
         gradient, save: autograd's formula, and the function that keeps its inputs; None if there is no second
             derivative.
@@ -251,19 +253,20 @@ class Op(NamedTuple):
 
     schema: str
     outputs: tuple[str, ...]
-    batched: int
+    batched: tuple[str, ...]
     flops: Callable[..., int]
     gradient: Callable = _no_second_derivative
     save: Callable | None = None
 
 
 _SCAN = "int[] directions, int? segment"
+_PROPAGATE = f"{_SCAN}, int workspace_mib, Tensor? center"
 _INPUTS = "Tensor x, Tensor proxy, Tensor weight_proj, Tensor input_proj, Tensor output_proj, Tensor? skip_proj"
 _OPS = {
     "line_scan": Op(
         "(Tensor x, Tensor weights, int direction, int? segment, str backend) -> Tensor",
         outputs=("x",),
-        batched=2,
+        batched=("x", "weights"),
         flops=_line_scan_flops,
         gradient=_line_scan_gradient,
         save=_line_scan_save,
@@ -271,13 +274,13 @@ _OPS = {
     "line_scan_backward": Op(
         "(Tensor grad, Tensor weights, Tensor h, int direction, int? segment, str backend) -> (Tensor, Tensor)",
         outputs=("h", "weights"),
-        batched=3,
+        batched=("grad", "weights", "h"),
         flops=_line_scan_backward_flops,
     ),
     "gated_scan": Op(
         f"(Tensor x, Tensor input_gate, Tensor logits, {_SCAN}, str backend) -> Tensor",
         outputs=("input_gate",),
-        batched=3,
+        batched=("x", "input_gate", "logits"),
         flops=_gated_scan_flops,
         gradient=_gated_scan_gradient,
         save=_gated_scan_save,
@@ -286,22 +289,22 @@ _OPS = {
         f"(Tensor grad, Tensor x, Tensor input_gate, Tensor logits, Tensor h, {_SCAN}, str backend)"
         " -> (Tensor, Tensor, Tensor)",
         outputs=("x", "input_gate", "logits"),
-        batched=5,
+        batched=("grad", "x", "input_gate", "logits", "h"),
         flops=_gated_scan_backward_flops,
     ),
     "propagate": Op(
-        f"({_INPUTS}, {_SCAN}, int workspace_mib, str backend) -> Tensor",
+        f"({_INPUTS}, {_PROPAGATE}, str backend) -> Tensor",
         outputs=("x",),
-        batched=2,
+        batched=("x", "proxy", "center"),
         flops=_propagate_flops,
         gradient=_propagate_gradient,
         save=_propagate_save,
     ),
     "propagate_backward": Op(
-        f"(Tensor grad, {_INPUTS}, {_SCAN}, int workspace_mib, str backend)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        outputs=("x", "proxy", "weight_proj", "input_proj", "output_proj", "skip_proj"),
-        batched=0,
+        f"(Tensor grad, {_INPUTS}, {_PROPAGATE}, str backend)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        outputs=("x", "proxy", "weight_proj", "input_proj", "output_proj", "skip_proj", "center"),
+        batched=(),
         flops=_propagate_backward_flops,
     ),
 }
@@ -317,7 +320,8 @@ def _register(name: str, op: Op) -> None:
     _library.impl(name, _implementation(name, templates, None), "CompositeExplicitAutograd")
     torch.library.register_fake(f"gspn::{name}", _fake(templates), lib=_library)
     torch.library.register_autograd(f"gspn::{name}", op.gradient, setup_context=op.save, lib=_library)
-    torch.library.register_vmap(f"gspn::{name}", _vmap(name, op.batched), lib=_library)
+    batched = [arguments.index(argument) for argument in op.batched]
+    torch.library.register_vmap(f"gspn::{name}", _vmap(name, batched), lib=_library)
     register_flop_formula(operator)(op.flops)
 
 

@@ -14,7 +14,7 @@ from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, p
 
 # torch.fx.symbolic_trace cannot follow code that depends on sizes and layouts. Each function wrapped here and below is
 # one node of its graphs.
-for _name in ("propagate", "average_over_lines", "repeated_means"):
+for _name in ("propagate", "average_over_lines", "input_means"):
     torch.fx.wrap(_name)
 
 
@@ -86,26 +86,13 @@ def lines_before(directions: Sequence[str], size: tuple[int, int], segment: int 
     return torch.stack(found)
 
 
-def repeated_means(
-    x: Tensor,
-    proxy: Tensor,
-    input_proj: Tensor,
-    output_proj: Tensor,
-    directions: Sequence[str],
-    segment: int | None,
-) -> Tensor:
-    """What `center` takes from the merged output: sum over directions of output gate * lines passed * mean over the map
-    of the gated input, (B,C,H,W). Rows of weights sum to 1, so a constant in the gated input arrives as often as there
-    are lines, whatever the weights are."""
-    height, width = x.shape[-2:]
+def input_means(x: Tensor, proxy: Tensor, input_proj: Tensor) -> Tensor:
+    """The mean over the map of each direction's gated input (input_proj[d] proxy) * x, (B,D,C), from the second moments
+    of x and proxy: no gated input is made. float32 for 16-bit data: a scan adds up the mean's rounding line by line."""
+    exact = torch.promote_types(x.dtype, torch.float32)
     with no_autocast(x):
-        pixels = proxy.flatten(2).mT  # (B,N,S)
-        moments = x.flatten(2) @ pixels / (height * width)  # (B,C,S)
-        means = torch.einsum("bcs,dcs->bdc", moments, input_proj)
-        lines = lines_before(directions, (height, width), segment, x).flatten(1)  # (D,N)
-        counted = (lines.mT.unsqueeze(-1) * pixels.unsqueeze(2)).flatten(2)  # (B,N,D*S)
-        gates = torch.einsum("bdc,dcs->bdsc", means, output_proj).flatten(1, 2)  # (B,D*S,C)
-        return (counted @ gates).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        moments = x.flatten(2).to(exact) @ proxy.flatten(2).mT.to(exact) / (x.shape[-2] * x.shape[-1])  # (B,C,S)
+        return torch.einsum("bcs,dcs->bdc", moments, input_proj.to(exact))
 
 
 class GSPN2d(nn.Module):
@@ -131,8 +118,7 @@ class GSPN2d(nn.Module):
             global scan's output then does not grow with the map. Use it if maps may be larger than in training.
         center: takes the mean over the map once instead of once in each line, h[d] = scan(g - mean g) + mean g for the
             gated input g. Rows of weights sum to 1, so without it the mean arrives from every line, whatever the
-            weights are: after some lines it is most of the state, and on a larger map more of it than in training. Data
-            of 16 bits are scanned in float32.
+            weights are: after some lines it is most of the state, and on a larger map more of it than in training.
         directions: some of ``gspn.DIRECTIONS``.
         alignment: "aligned", or "released" for the form in which the paper's authors trained their published weights
             (:func:`gspn.load_released`): weights and gates are not turned with the map, see layers_released.py. It only
@@ -249,15 +235,8 @@ class GSPN2d(nn.Module):
             output_proj, skip_proj = self._merged_projections(x.shape[-2:])
             run = propagate
         tensors = (x, proxy, self.weight_proj, self.input_proj, output_proj, skip_proj)
-        if self.center:  # a difference of large numbers, which 16 bits would not survive
-            exact = torch.promote_types(x.dtype, torch.float32)
-            tensors = tuple(None if t is None else t.to(exact) for t in tensors)
-        y = run(*tensors, directions=self.directions, segment=self.segment, backend=self.backend)
-        if self.center:
-            scanned, proxy, _, input_proj, output_proj, _ = tensors
-            repeated = repeated_means(scanned, proxy, input_proj, output_proj, self.directions, self.segment)
-            y = (y - repeated).to(x.dtype)
-        return y
+        options = {"center": input_means(x, proxy, self.input_proj)} if self.center else {}
+        return run(*tensors, **options, directions=self.directions, segment=self.segment, backend=self.backend)
 
     def _scan(self, gated: Tensor, logits: Tensor) -> Tensor:
         """h (B,D,K,H,W) of the gated inputs (B,D,K,H,W) and logits (B,D,G,3,H,W)."""

@@ -163,6 +163,7 @@ def propagate(
     output_proj: Tensor,
     skip_proj: Tensor | None = None,
     *,
+    center: Tensor | None = None,
     directions: Sequence[str] = DIRECTIONS,
     segment: int | None = None,
     workspace_mib: int = 256,
@@ -173,6 +174,7 @@ def propagate(
         y = sum over d of (output_proj[d] proxy) * h[d] + (skip_proj proxy) * x
         h[d] = gated_scan of x with input gate input_proj[d] proxy and logits weight_proj[d] proxy
 
+    With ``center``, center[d] is taken from the gated input in every line that does not start a segment.
     A product of a projection and the proxy is a 1x1 convolution from S channels. Native kernels compute it while they
     scan and never write weights or gates to memory; only x and the proxy are kept for the gradients.
 
@@ -183,6 +185,9 @@ def propagate(
         input_proj, output_proj: (D,C,S), to the input gate lambda and the output gate u. A merger's scalars are
             multiplied into output_proj by the caller.
         skip_proj: (C,S), to the skip gate d, or None for no skip.
+        center: (B,D,C), what to take from the gated input of each direction, or None. Weights sum to 1, so for the mean
+            m of the gated input over the map h[d] = m + (the scan of what differs from m): a mean arrives once, instead
+            of once in each line. float32, or float64 with float64 x.
         directions: D of ``DIRECTIONS``, each at most once.
         segment, backend: as in :func:`line_scan`.
         workspace_mib: MiB of scratch memory that a native kernel may use for more threads or larger pieces. It always
@@ -208,6 +213,8 @@ def propagate(
         projections["skip_proj"] = skip_proj
     for name, projection in projections.items():
         _check_tensor(name, projection, expected[name])
+    if center is not None:
+        _check_tensor("center", center, "(B,D,C)")
     count, (batch, channels, *size), features = len(indices), x.shape, proxy.shape[1]
     if features == 0:
         raise ValueError(f"proxy (B,S,H,W) has to have S >= 1, got {tuple(proxy.shape)}")
@@ -223,13 +230,19 @@ def propagate(
     (proxy,) = _same_dtype(x, proxy=proxy)
     cast = _same_dtype(x, **projections, float32_beside_16_bit=True)
     _check_devices(x, proxy=proxy, **projections)
+    if center is not None:
+        _check_shape("center", center, "(B,D,C)", (batch, count, channels))
+        _check_devices(x, center=center)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        if center.dtype != exact:
+            raise TypeError(f"center has to be {exact} beside x {x.dtype}, got {center.dtype}")
     weight_proj, input_proj, output_proj, *rest = cast
     skip_proj, segment = (rest[0] if rest else None), validate_segment(segment)
     tensors = (x, proxy, weight_proj, input_proj, output_proj, skip_proj)
     if _validate_backend(backend, x) == "reference":
-        return in_format_of(x, reference.propagate(*tensors, indices, segment))
-    _check_native(*tensors)
-    return torch.ops.gspn.propagate(*tensors, indices, segment, workspace_mib, backend or "")
+        return in_format_of(x, reference.propagate(*tensors, indices, segment, center=center))
+    _check_native(*tensors, center)
+    return torch.ops.gspn.propagate(*tensors, indices, segment, workspace_mib, center, backend or "")
 
 
 # Checks: each says what was got and what was expected.

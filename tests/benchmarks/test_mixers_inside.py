@@ -30,7 +30,7 @@ def call():
     torch.manual_seed(0)
     x, proxy = torch.randn(3, 4, 6, 5), torch.randn(3, 2, 6, 5)
     projections = (torch.randn(4, 3, 2, 2), torch.randn(4, 4, 2), torch.randn(4, 4, 2), torch.randn(4, 2))
-    return inside.Call(x, proxy, *projections, [0, 1, 2, 3], None, 256, "")
+    return inside.Call(x, proxy, *projections, [0, 1, 2, 3], None, 256, None, "")
 
 
 def test_the_calls_are_those_of_the_blocks():
@@ -59,6 +59,18 @@ def test_a_pass_is_the_scan_turned_to_the_right(call):
         assert torch.allclose(found.state, inside.turned(state, i), atol=1e-5)
         weights = inside.turned(gspn.normalize_weights(logits, direction=direction), i)
         assert torch.allclose(found.weights, weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("segment", [None, 2])
+def test_the_passes_of_a_centred_call_make_its_output(call, segment):
+    call = call._replace(segment=segment, center=gspn.layers.input_means(call.x, call.proxy, call.input_proj))
+    expected = inside.project(call.skip_proj, call.proxy) * call.x
+    for i in call.directions:
+        found = inside.one_pass(call, i)
+        part = found.output_gate * found.state
+        part = part.flip(-1) if i >= 2 else part
+        expected = expected + (part if i % 2 == 0 else part.transpose(-1, -2))
+    torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_deviations_over_pixels_and_images_apart():
@@ -168,11 +180,9 @@ def test_levers(call):
     found = inside.levers(call)
     usual, mean = call(), inside.with_mean(call, "weights", inside.means(call))()
     assert found["as it is"] == pytest.approx(inside.rms(mean - usual) / inside.rms(usual), rel=1e-4)
-    once = usual - gspn.layers.repeated_means(
-        call.x, call.proxy, call.input_proj, call.output_proj, gspn.DIRECTIONS, None
-    )
+    once = call._replace(center=gspn.layers.input_means(call.x, call.proxy, call.input_proj))
     ratio = found["as it is, centred"] / found["as it is"]
-    assert ratio == pytest.approx(inside.rms(usual) / inside.rms(once), rel=1e-4)
+    assert ratio == pytest.approx(inside.rms(usual) / inside.rms(once()), rel=1e-4)
     low = inside.one_pass(inside.at_level(call, -14.0, 2.0), 0)
     logits = 2 * inside.one_pass(call, 0).logits
     assert torch.allclose(inside.inner(low.weights), inside.inner(logits.softmax(2)), atol=2e-3)  # 1 - s is not quite 1

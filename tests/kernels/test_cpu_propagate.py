@@ -1,6 +1,6 @@
 """propagate and its gradients in the native CPU kernel, against a loop over lines in torch that is written out here.
 
-The loop is differentiable, so autograd through it, in float64, is what the six gradients are held against. Results are
+The loop is differentiable, so autograd through it, in float64, is what the gradients are held against. Results are
 written into memory that was filled with NaN, and the kernels' scratch memory has seen NaN before.
 """
 
@@ -16,7 +16,7 @@ from gspn.kernels import cpu
 pytestmark = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
 
 ISAS = cpu.supported_isas() if cpu.available()[0] else ()
-NAMES = ("x", "proxy", "weight_proj", "input_proj", "output_proj", "skip_proj")
+NAMES = ("x", "proxy", "weight_proj", "input_proj", "output_proj", "skip_proj", "center")
 ALL = (0, 1, 2, 3)
 LAYOUTS = ("channels_first", "channels_last", "sliced", "transposed")
 
@@ -31,37 +31,39 @@ class Case(NamedTuple):
     directions: tuple[int, ...] = ALL
     segment: int | None = None
     skip: bool = True
+    centered: bool = False
 
     def __str__(self):
-        shape = f"{self.batch}x{self.channels}x{self.height}x{self.width}"
-        return f"{shape}-S{self.features}-G{self.groups}-{''.join(map(str, self.directions))}-K{self.segment}"
+        shape, ways = f"{self.batch}x{self.channels}x{self.height}x{self.width}", "".join(map(str, self.directions))
+        return f"{shape}-S{self.features}-G{self.groups}-{ways}-K{self.segment}{'-centered' * self.centered}"
 
 
 CASES = [
     Case(1, 1, 1, 1, 1),
-    Case(2, 5, 1, 13, 3, segment=2),
+    Case(2, 5, 1, 13, 3, segment=2, centered=True),
     Case(1, 5, 11, 1, 20, groups=1),
     Case(2, 17, 5, 7, 3),
-    Case(1, 40, 13, 4, 8, groups=20, segment=3, skip=False),
+    Case(2, 17, 5, 7, 3, centered=True),
+    Case(1, 40, 13, 4, 8, groups=20, segment=3, skip=False, centered=True),
     Case(1, 40, 7, 11, 1, groups=2, directions=(2,), segment=4),
-    Case(2, 33, 9, 31, 16, groups=1, segment=4),
+    Case(2, 33, 9, 31, 16, groups=1, segment=4, centered=True),
     Case(3, 16, 17, 3, 20, directions=(3, 0, 1), segment=1),
-    Case(1, 18, 6, 19, 12, groups=9, directions=(1, 3), segment=7),
+    Case(1, 18, 6, 19, 12, groups=9, directions=(1, 3), segment=7, centered=True),
     Case(1, 20, 3, 67, 5, directions=(2, 0), segment=100, skip=False),
-    Case(1, 16, 43, 2, 36, directions=(1,)),
+    Case(1, 16, 43, 2, 36, directions=(1,), centered=True),
 ]
 # Enough work for several threads: many blocks of channels; one block, so that directions are dealt out; several images.
 BUSY = [
-    Case(1, 40, 24, 37, 20),
+    Case(1, 40, 24, 37, 20, centered=True),
     Case(1, 4, 64, 80, 7, segment=5),
-    Case(5, 12, 20, 21, 16, groups=3, directions=(0, 1, 3)),
+    Case(5, 12, 20, 21, 16, groups=3, directions=(0, 1, 3), centered=True),
 ]
 
 
 # ---- the definition --------------------------------------------------------------------------------------------------
 
 
-def definition(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None):
+def definition(x, proxy, weight_proj, input_proj, output_proj, skip_proj, center, directions, segment=None):
     channels = x.shape[1]
     project = lambda w, proxy: torch.einsum("cs,bs...->bc...", w, proxy)  # noqa: E731
     y = torch.zeros_like(x) if skip_proj is None else project(skip_proj, proxy) * x
@@ -79,7 +81,8 @@ def definition(x, proxy, weight_proj, input_proj, output_proj, skip_proj, direct
                 zero = torch.zeros_like(h[..., :1])
                 from_previous = torch.cat((zero, previous[..., 1:] * h[..., :-1]), -1)
                 from_next = torch.cat((following[..., :-1] * h[..., 1:], zero), -1)
-                h = inputs[t] + from_previous + same * h + from_next
+                taken = 0 if center is None else center[:, i, :, None]
+                h = (inputs[t] - taken) + from_previous + same * h + from_next
             states[t] = h
         y = y + project(output_proj[i], proxy) * torch.stack(states, scan_axis)
     return y
@@ -116,11 +119,13 @@ def gradients(grad_y, *inputs, directions, segment):
 def problem(case, dtype=torch.float32, seed=0):
     """grad_y, inputs (maps rounded to dtype; all float64), and in float64 y and the gradients."""
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    b, c, h, w, s, groups, directions, segment, skip = case
+    b, c, h, w, s, groups, directions, segment, skip, centered = case
     d, groups = len(directions), c if groups is None else groups
     grad_y, x, proxy = (draw(b, n, h, w).to(dtype).double() for n in (c, c, s))
     projections = [draw(d, 3, groups, s), draw(d, c, s), draw(d, c, s), draw(c, s) if skip else None]
     inputs = [x, proxy, *(None if p is None else (p / s**0.5).float().double() for p in projections)]
+    gated = torch.einsum("dcs,bshw->bdchw", inputs[3], proxy) * x[:, None]
+    inputs.append(gated.mean((3, 4)).float().double() if centered else None)
     y, grads = gradients(grad_y, *inputs, directions=directions, segment=segment)
     return grad_y, inputs, y, grads
 
@@ -161,16 +166,29 @@ def _one_thread_for_the_definition():
     torch.set_num_threads(threads)
 
 
+def forward(inputs, directions, segment=None, **options):
+    *inputs, center = inputs
+    return cpu.propagate(*inputs, list(directions), segment, center=center, **options)
+
+
+def backward(grad_y, inputs, directions, segment=None, **options):
+    *inputs, center = inputs
+    return cpu.propagate_backward(grad_y, *inputs, list(directions), segment, center=center, **options)
+
+
+def equal(found, expected):
+    pairs = zip(found, expected, strict=True)
+    return all(torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else a is b for a, b in pairs)
+
+
 def run(case, dtype=torch.float32, layout="channels_first", seed=0, **options):
     grad_y, inputs, y, grads = problem(case, dtype, seed)
     arguments = cast(inputs, dtype)
     arguments[:2] = [lay(t, layout) for t in arguments[:2]]
     out = lay(torch.full_like(y, torch.nan, dtype=dtype), layout)
-    found = cpu.propagate(*arguments, list(case.directions), case.segment, out=out, **options)
+    found = forward(arguments, case.directions, case.segment, out=out, **options)
     assert found is out and found.dtype == dtype
-    found_grads = cpu.propagate_backward(
-        lay(grad_y.to(dtype), layout), *arguments, list(case.directions), case.segment, **options
-    )
+    found_grads = backward(lay(grad_y.to(dtype), layout), arguments, case.directions, case.segment, **options)
     for t, d in zip(arguments, found_grads, strict=True):
         assert (t is None and d is None) or (d.shape == t.shape and d.dtype == t.dtype)
     return found, found_grads, y, grads
@@ -191,8 +209,8 @@ def test_float64_gives_the_definition(case, isa):
 
 @functools.cache
 def eager_errors(case, seeds):
-    """Of y and the six gradients, the largest error of the definition run in float32."""
-    worst = [0.0] * 7
+    """Of y and the gradients, the largest error of the definition run in float32."""
+    worst = [0.0] * 8
     for seed in range(seeds):
         grad_y, inputs, expected, expected_grads = problem(case, seed=seed)
         arguments = cast(inputs, torch.float32)
@@ -236,35 +254,35 @@ def test_several_threads(case, isa, dtype):
         first = run(case, dtype, layout, isa=isa, threads=threads)
         again = run(case, dtype, layout, isa=isa, threads=threads)
         for d, a, e in zip((first[0], *first[1]), (again[0], *again[1]), (first[2], *first[3]), strict=True):
-            assert torch.equal(d, a)  # deterministic for a given number of threads
-            assert error(d, e) < tolerance
+            # deterministic for a given number of threads
+            assert d is a is None or (torch.equal(d, a) and error(d, e) < tolerance)
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[6]], ids=str)
+@pytest.mark.parametrize("case", [CASES[4], CASES[7]], ids=str)
 def test_a_long_segment_is_global(case):
     longest = max(case.height, case.width)
     for segment in (longest, longest + 5):
         whole, cut = (run(case._replace(segment=k)) for k in (None, segment))
-        assert torch.equal(whole[0], cut[0])
-        assert all(torch.equal(a, b) for a, b in zip(whole[1], cut[1], strict=True))
+        assert equal((whole[0], *whole[1]), (cut[0], *cut[1]))
 
 
 def test_batch_of_nothing():
-    case = Case()
+    case = Case(centered=True)
     _, inputs, _, _ = problem(case)
-    x, proxy, *projections = cast(inputs, torch.float32)
-    y = cpu.propagate(x[:0], proxy[:0], *projections, list(ALL))
+    x, proxy, *projections, center = cast(inputs, torch.float32)
+    inputs = [x[:0], proxy[:0], *projections, center[:0]]
+    y = forward(inputs, ALL)
     assert y.shape == (0, *x.shape[1:])
-    dx, dproxy, *grads = cpu.propagate_backward(x[:0], x[:0], proxy[:0], *projections, list(ALL))
-    assert dx.shape == (0, *x.shape[1:]) and dproxy.shape == (0, *proxy.shape[1:])
+    dx, dproxy, *grads, dcenter = backward(x[:0], inputs, ALL)
+    assert dx.shape == (0, *x.shape[1:]) and dproxy.shape == (0, *proxy.shape[1:]) and dcenter.shape == (0, 4, 17)
     assert all((d == 0).all() for d in grads)
 
 
 def test_16_bit_projections_keep_their_type():
-    case = CASES[3]
+    case = CASES[4]
     grad_y, inputs, _, _ = problem(case, torch.bfloat16)
     arguments = [t.bfloat16() for t in inputs]
-    grads = cpu.propagate_backward(grad_y.bfloat16(), *arguments, list(ALL))
+    grads = backward(grad_y.bfloat16(), arguments, ALL)
     _, expected = gradients(grad_y, *[t.double() for t in arguments], directions=ALL, segment=None)
     assert all(d.dtype == torch.bfloat16 and error(d, e) < 5e-3 for d, e in zip(grads, expected, strict=True))
 
@@ -280,12 +298,12 @@ def test_saturated_logits(isa):
     weight_proj = steps[torch.cartesian_prod(*[torch.arange(4)] * 3)].T.reshape(1, 3, 64, 1)
     x, one = torch.randn(1, 64, 6, 5), torch.ones(1, 64, 1)
     for direction in ALL:
-        arguments = (x, proxy, weight_proj, one, one, None)
+        arguments = (x, proxy, weight_proj, one, one, None, None)
         expected, grads = gradients(
             x.double(), *[t if t is None else t.double() for t in arguments], directions=[direction], segment=None
         )
-        assert error(cpu.propagate(*arguments, [direction], isa=isa), expected) < 1e-6
-        found = cpu.propagate_backward(x, *arguments, [direction], isa=isa)
+        assert error(forward(arguments, [direction], isa=isa), expected) < 1e-6
+        found = backward(x, arguments, [direction], isa=isa)
         assert all(d is None or error(d, e) < 2e-6 for d, e in zip(found, grads, strict=True))
         assert (found[2][weight_proj == -40] == 0).all() and (found[2][weight_proj == -28] != 0).any()
 
@@ -311,12 +329,12 @@ def test_large_values_do_not_overflow_on_the_way(isa):
     assert torch.allclose(y / 1e35, torch.arange(1.0, 10.0).expand(shape), rtol=1e-5)
 
 
-POISONS = ("x", "proxy", "weight_proj", "input_proj", "output_proj", "grad_y")
+POISONS = ("x", "proxy", "weight_proj", "input_proj", "output_proj", "center", "grad_y")
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", POISONS)
-@pytest.mark.parametrize("case", [CASES[3]._replace(height=9, segment=4), CASES[4], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [CASES[4]._replace(height=9, segment=4), CASES[5], CASES[9]], ids=str)
 def test_nan_and_infinity_go_where_they_go_in_the_definition(case, where, poison):
     for isa in ISAS:
         grad_y, inputs, _, _ = problem(case)
@@ -326,11 +344,11 @@ def test_nan_and_infinity_go_where_they_go_in_the_definition(case, where, poison
         poisoned[where].view(-1)[poisoned[where].numel() // 2] = poison
         grad_y, inputs = poisoned.pop("grad_y"), list(poisoned.values())
         expected, expected_grads = gradients(grad_y, *inputs, directions=case.directions, segment=case.segment)
-        y = cpu.propagate(*inputs, list(case.directions), case.segment, isa=isa)
+        y = forward(inputs, case.directions, case.segment, isa=isa)
         assert_same_finiteness(y, expected)
         if poison == poison and where != "grad_y":
             continue  # what an infinity leaves behind in a gradient depends on the order of the products
-        grads = cpu.propagate_backward(grad_y, *inputs, list(case.directions), case.segment, isa=isa)
+        grads = backward(grad_y, inputs, case.directions, case.segment, isa=isa)
         for name, d, e in zip(NAMES, grads, expected_grads, strict=True):
             if d is not None:
                 assert torch.equal(d.isfinite(), e.isfinite()), (isa, name)
@@ -348,8 +366,8 @@ def test_scratch_that_has_seen_nan_leaves_no_trace(isa):
     for case in (*CASES, *BUSY):
         _, inputs, _, _ = problem(case)
         bad = [None if t is None else torch.full_like(t, torch.nan) for t in cast(inputs, torch.float32)]
-        cpu.propagate(*bad, list(case.directions), case.segment, isa=isa, threads=2)
-        cpu.propagate_backward(bad[0], *bad, list(case.directions), case.segment, isa=isa, threads=2)
+        forward(bad, case.directions, case.segment, isa=isa, threads=2)
+        backward(bad[0], bad, case.directions, case.segment, isa=isa, threads=2)
         y, grads, expected, expected_grads = run(case, isa=isa, threads=2)
         for d, e in zip((y, *grads), (expected, *expected_grads), strict=True):
             assert d is None or error(d, e) < 2e-6
@@ -372,18 +390,18 @@ def test_a_small_workspace_runs_fewer_threads_and_images_at_a_time(case):
         assert alone <= tight < roomy and tight <= max(1 << 20, alone)
     y, grads, expected, expected_grads = run(case, threads=8, workspace_mib=1)
     for d, e in zip((y, *grads), (expected, *expected_grads), strict=True):
-        assert error(d, e) < 1e-6
+        assert d is None or error(d, e) < 1e-6
 
 
 def test_calls_from_several_python_threads():
-    cases = [CASES[3], CASES[6], BUSY[0], BUSY[1]]
+    cases = [CASES[4], CASES[7], BUSY[0], BUSY[1]]
     expected = [run(case, threads=1) for case in cases]
     wrong = []
 
     def work(case, alone):
         for _ in range(5):
             y, grads, _, _ = run(case, threads=1)
-            if not all(torch.equal(a, b) for a, b in zip((y, *grads), (alone[0], *alone[1]), strict=True)):
+            if not equal((y, *grads), (alone[0], *alone[1])):
                 wrong.append(case)
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(cases, expected, strict=True)]
@@ -399,11 +417,11 @@ def test_gradcheck_of_the_native_code():
         @staticmethod
         def forward(ctx, *inputs):
             ctx.save_for_backward(*inputs)
-            return cpu.propagate(*inputs, [0, 3], 2)
+            return forward(inputs, [0, 3], 2)
 
         @staticmethod
         def backward(ctx, grad_y):
-            return cpu.propagate_backward(grad_y, *ctx.saved_tensors, [0, 3], 2)
+            return backward(grad_y, ctx.saved_tensors, [0, 3], 2)
 
-    _, inputs, _, _ = problem(Case(1, 3, 4, 5, 2, directions=(0, 3), segment=2), torch.float64)
+    _, inputs, _, _ = problem(Case(1, 3, 4, 5, 2, directions=(0, 3), segment=2, centered=True), torch.float64)
     assert torch.autograd.gradcheck(Propagate.apply, [t.clone().requires_grad_() for t in inputs])

@@ -51,12 +51,16 @@ def relaid(t: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return view.copy_(t)
 
 
-def propagate_loop(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment):
+def propagate_loop(x, proxy, weight_proj, input_proj, output_proj, skip_proj, center, directions, segment):
     project = lambda p: torch.einsum("...s,bshw->b...hw", p, proxy)  # noqa: E731
     y = 0 if skip_proj is None else project(skip_proj) * x
     for i, d in enumerate(directions):
         weights = normalize(project(weight_proj[i]).transpose(1, 2), d)
-        y = y + project(output_proj[i]) * loop(project(input_proj[i]) * x, weights, d, segment)
+        lines = torch.arange(x.shape[2 if d % 2 else 3])
+        lines = lines.flip(0) if d >= 2 else lines
+        goes_on = (lines % (segment or len(lines)) > 0)[:, None] if d % 2 else lines % (segment or len(lines)) > 0
+        gated = project(input_proj[i]) * x - goes_on * center[:, i, :, None, None]
+        y = y + project(output_proj[i]) * loop(gated, weights, d, segment)
     return y
 
 
@@ -101,9 +105,13 @@ def run_case(seed: int) -> list[tuple[str, float, float]]:
         if not skip:
             tensors.pop()
         inputs = [relaid(t, rng) for t in tensors[:2]] + tensors[2:] + [None] * (not skip)
-        y = cpu.propagate(*inputs, directions, segment, **options)
-        found = [y, *cpu.propagate_backward(relaid(grad, rng), *inputs, directions, segment, **options)]
-        function = lambda *a: propagate_loop(*a, *[None] * (not skip), directions, segment)  # noqa: E731
+        center = torch.randn(batch, many, channels, generator=draw).to(torch.promote_types(dtype, torch.float32))
+        center *= rng.random() < 0.5
+        y = cpu.propagate(*inputs, directions, segment, center=center, **options)
+        grads = cpu.propagate_backward(relaid(grad, rng), *inputs, directions, segment, center=center, **options)
+        found = [y, *(g for g in grads if g is not None)]
+        tensors.append(center)
+        function = lambda *a: propagate_loop(*a[:-1], *[None] * (not skip), a[-1], directions, segment)  # noqa: E731
         slack = 5.0  # sums over pixels and features
     expected = with_gradients(function, [t.double() for t in tensors], grad.double())
     name = f"seed {seed}: {op} {dtype} {(batch, channels, groups, height, width)} {directions} {segment} {options}"

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gspn
 from benchmarks.quality.mixers.contenders import DEPTH, Backbone
-from gspn.layers import repeated_means
+from gspn.layers import input_means
 
 APART = (1, 2, 4)  # places; the scan's neighbours are 1 apart
 LEVERED = 100  # photos for the levers
@@ -36,6 +36,7 @@ class Call(NamedTuple):
     directions: list[int]
     segment: int | None
     workspace_mib: int
+    center: Tensor | None  # (B,D,C)
     backend: str
 
     def __call__(self) -> Tensor:
@@ -76,10 +77,12 @@ def calls_of(model: Backbone, batches: list[Tensor]) -> list[Call]:
             f"expected {DEPTH} calls of gspn.propagate for each batch, one in each block, got {calls.count} for "
             f"{len(batches)} batches: only mixers that scan by that operator can be looked into"
         )
-    return [
-        seen[0]._replace(x=torch.cat([call.x for call in seen]), proxy=torch.cat([call.proxy for call in seen]))
-        for seen in calls.seen
-    ]
+    found = []
+    for seen in calls.seen:
+        center = None if seen[0].center is None else torch.cat([call.center for call in seen])
+        x, proxy = torch.cat([call.x for call in seen]), torch.cat([call.proxy for call in seen])
+        found.append(seen[0]._replace(x=x, proxy=proxy, center=center))
+    return found
 
 
 # -- one direction of a call --
@@ -115,6 +118,10 @@ def one_pass(call: Call, index: int) -> Pass:
     weights = gspn.normalize_weights(logits, direction="right")
     input_gate, output_gate = (project(p[index], proxy) for p in (call.input_proj, call.output_proj))
     gated = input_gate * x
+    if call.center is not None:
+        lines = torch.arange(gated.shape[-1])
+        goes_on = (lines if call.segment is None else lines % call.segment) > 0
+        gated = gated - goes_on * call.center[:, index, :, None, None]
     state = gspn.line_scan(gated, weights, direction="right", segment=call.segment)
     return Pass(logits, weights, input_gate, output_gate, gated, state)
 
@@ -361,7 +368,7 @@ def levers(call: Call) -> dict[str, float]:
         changed = change(call)
         usual = changed()
         moved = rms(with_mean(changed, "weights", means(changed))() - usual)
-        centred = usual - repeated_means(call.x, call.proxy, call.input_proj, call.output_proj, gspn.DIRECTIONS, None)
+        centred = call._replace(center=input_means(call.x, call.proxy, call.input_proj))()
         found |= {name: moved / rms(usual), f"{name}, centred": moved / rms(centred)}
     return found
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gspn
-from gspn.layers import repeated_means
+from gspn.layers import input_means
 
 GROUPS = 8  # channel groups that share propagation weights; 64 (every channel its own) costs much more to try
 PROXY = 8
@@ -97,8 +97,8 @@ class Variant(nn.Module):
                 proxy = torch.cat([proxy, torch.ones_like(proxy[:, :1])], 1)
                 weight_proj = torch.cat([weight_proj, self.ray_bias.unsqueeze(-1)], -1)
                 input_proj, output_proj, skip_proj = (F.pad(p, (0, 1)) for p in (input_proj, output_proj, skip_proj))
-            y = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj)
-            y = y - repeated_means(x, proxy, input_proj, output_proj, gspn.DIRECTIONS, None) if self.centred else y
+            center = input_means(x, proxy, input_proj) if self.centred else None
+            y = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj, center=center)
         else:
             y = merge * self._forgetting(x, proxy, weight_proj)
         y = self.norm(y.permute(0, 2, 3, 1))

@@ -35,8 +35,8 @@ def symbols() -> dict:
     }
 
 
-def _propagate_symbol(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment, *_):
-    inputs = (x, proxy, weight_proj, input_proj, output_proj, skip_proj)
+def _propagate_symbol(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment, _, center, *__):
+    inputs = (x, proxy, weight_proj, input_proj, output_proj, skip_proj, center)
     return _symbol("propagate", inputs, directions, segment, like=x)
 
 
@@ -114,7 +114,7 @@ class _Expansion:
         self.frames: dict[int, dict[str, Value]] = {}
 
     def propagate(self) -> Value:
-        _, proxy, weight_proj, *gate_projs, skip_proj = [*self.inputs, None][:6]
+        _, proxy, weight_proj, *gate_projs, skip_proj, center = [*self.inputs, None, None][:7]
         groups, features = weight_proj.shape[2:]
         proxy_lines, merged = {}, {}
         for i, direction in enumerate(self.directions):
@@ -124,9 +124,12 @@ class _Expansion:
             parts = [self.entry(p, i) for p in (weight_proj, *gate_projs)] + ([] if skip_proj is None else [skip_proj])
             rows = [self.cast(self.reshape(part, -1, features), self.state) for part in parts]
             matrix = self.nodes.add("Transpose", self.nodes.add("Concat", *rows, axis=0), perm=[1, 0])
-            merged.setdefault(axis, []).append(
-                self.scan(direction, groups, [proxy_lines[axis]], matrix=matrix, skip=skip_proj is not None)
-            )
+            taken = None
+            if center is not None:  # (B,C) to (B,1,C), beside lines (B,P,C)
+                taken = self.nodes.add("Unsqueeze", self.entry(center, i, axis=1), self.nodes.constant([1]))
+            skips = skip_proj is not None
+            h = self.scan(direction, groups, [proxy_lines[axis]], matrix=matrix, skip=skips, center=taken)
+            merged.setdefault(axis, []).append(h)
             skip_proj = None  # only the first direction adds it
         return self.nodes.sum([self.from_lines(self.nodes.sum(maps), axis) for axis, maps in merged.items()])
 
@@ -189,9 +192,9 @@ class _Expansion:
                 "one": nodes.constant(1.0, self.state),
                 "floor": nodes.constant(LOGIT_FLOOR, self.state),
             }
-            if self.segment:
-                line = nodes.add("Mod", nodes.add("Range", zero, count, one), nodes.constant(self.segment))
-                frame["continues"] = nodes.add("Cast", line, to=DataType.BOOL)
+            line = nodes.add("Range", zero, count, one)
+            line = nodes.add("Mod", line, nodes.constant(self.segment)) if self.segment else line
+            frame["continues"] = nodes.add("Cast", line, to=DataType.BOOL)
             self.frames[axis] = frame
         return self.frames[axis]
 
@@ -205,16 +208,19 @@ class _Expansion:
         *,
         matrix: Value | None = None,
         skip: bool = False,
+        center: Value | None = None,
         normalize: bool = True,
     ) -> Value:
         """One direction: h (T,B,P,C), or with a matrix the output gate times h.
 
         ``others`` are the inputs by lines beside x: the proxy, which the ``matrix`` (S,N) projects to logits, input
         gate, output gate and, with ``skip``, skip gate; or the logits and the input gate; or only the weights.
+        ``center`` (B,1,C) is taken from the gated input of each line that continues from the one before.
         """
         axis, body = direction % 2, _Nodes(f"{self.nodes.prefix}/{direction}", outside=self.nodes)
         frame, h = self.frame(axis), Value(name=f"{body.prefix}/h")
-        by_line = [frame["x"], *others] + ([frame["continues"]] if self.segment else [])
+        marked = bool(self.segment) or center is not None
+        by_line = [frame["x"], *others] + ([frame["continues"]] if marked else [])
         lines = [Value(name=f"{body.prefix}/line_{i}") for i in range(len(by_line))]
         x, *rest = (self.cast(line, self.state, body) for line in lines[: 1 + len(others)])
         if matrix is not None:
@@ -224,12 +230,14 @@ class _Expansion:
         weights, *gates = rest
         before = body.add("Where", lines[-1], h, frame["zero"]) if self.segment else h
         entering = body.add("Mul", gates[0], x) if gates else x
+        if center is not None:
+            entering = body.add("Sub", entering, body.add("Where", lines[-1], center, frame["zero"]))
         after = self.step(body, frame, before, entering, weights, groups, normalize)
         y = body.add("Mul", gates[1], after) if matrix is not None else body.add("Identity", after)
         if skip:
             y = body.add("Add", y, body.add("Mul", gates[2], x))
         graph = ir.Graph([h, *lines], [after, y], nodes=body, name=f"{body.prefix}/body")
-        ways = [int(direction >= 2)] * (1 + len(others)) + [0] * bool(self.segment)  # segments count from the start
+        ways = [int(direction >= 2)] * (1 + len(others)) + [0] * marked  # segments count from the start
         outputs = self.nodes.add(
             "Scan",
             frame["start"],

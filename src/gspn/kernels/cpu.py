@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 3  # GSPN_ABI_VERSION in cpu/api.h
+ABI_VERSION = 4  # GSPN_ABI_VERSION in cpu/api.h
 ISAS = ("portable", "avx2", "avx512")  # GspnIsa in cpu/api.h, worst first
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # GspnDtype in cpu/api.h
 _VIEW = 7  # words of a GspnView
 _NO_VIEW = (0,) * _VIEW
 _SCAN_WORDS = struct.Struct(f"={15 + 8 * _VIEW}q")  # GspnScanArgs in cpu/api.h
-_PROPAGATE_WORDS = struct.Struct(f"={17 + 6 * _VIEW + 8}q")  # GspnPropagateArgs in cpu/api.h
+_PROPAGATE_WORDS = struct.Struct(f"={17 + 6 * _VIEW + 10}q")  # GspnPropagateArgs in cpu/api.h
 _STATUS = {1: "out of memory for scratch buffers", 2: "bad argument"}  # GspnStatus in cpu/api.h
 
 
@@ -253,29 +253,31 @@ def gated_scan_backward(
 
 
 def propagate(
-    x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None, workspace_mib=0,
+    x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None, workspace_mib=0, center=None,
     *, isa=None, threads=None, out=None,
 ):  # fmt: skip
     """Scan with gates and weights projected from proxy (B, S, H, W) on the way; returns y (B, C, H, W).
 
     weight_proj (D, 3, G, S), input_proj and output_proj (D, C, S), skip_proj (C, S) or None; of any floating dtype.
+    center (B, D, C), or None, is taken from the gated input of each line that has a line before it.
     workspace_mib limits the scratch memory by running fewer threads; 0 is 256 MiB.
     """
-    projections = _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions)
+    projections = _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, center, directions)
     head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib)
     y = _output("out", out, x)
     views = (*_view_bchw(x), *_view_bchw(proxy), *_view_bchw(y), *_NO_VIEW * 3)
-    pointers = (*map(_pointer, projections), 0, 0, 0, 0)
+    pointers = (*map(_pointer, projections), 0, 0, 0, 0, 0)
     _run(_library().gspn_propagate, _PROPAGATE_WORDS.pack(*head, *views, *pointers))
     return y
 
 
 def propagate_backward(
     grad_y, x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment=None, workspace_mib=0,
-    *, isa=None, threads=None,
+    center=None, *, isa=None, threads=None,
 ):  # fmt: skip
-    """Gradients of `propagate`, for x, proxy, weight_proj, input_proj, output_proj and skip_proj (None if that is)."""
-    projections = _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions)
+    """Gradients of `propagate`, for x, proxy, weight_proj, input_proj, output_proj, skip_proj and center; None for each
+    of the last two that is None."""
+    projections = _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, center, directions)
     head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib, backward=1)
     _check("grad_y", grad_y, x.shape, x.dtype)
     dx, dproxy = torch.empty_like(x), torch.empty_like(proxy)
@@ -283,7 +285,7 @@ def propagate_backward(
     views = (*_view_bchw(x), *_view_bchw(proxy), *_NO_VIEW, *_view_bchw(grad_y), *_view_bchw(dx), *_view_bchw(dproxy))
     pointers = (*map(_pointer, projections), *map(_pointer, gradients))
     _run(_library().gspn_propagate_backward, _PROPAGATE_WORDS.pack(*head, *views, *pointers))
-    originals = (weight_proj, input_proj, output_proj, skip_proj)
+    originals = (weight_proj, input_proj, output_proj, skip_proj, center)
     return dx, dproxy, *(None if p is None else d.to(p.dtype) for p, d in zip(originals, gradients, strict=True))
 
 
@@ -293,7 +295,7 @@ def propagate_scratch_bytes(
     """The scratch memory, over all threads, that `propagate` (or its backward) takes for these arguments."""
     head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib, int(backward))
     views = (*_view_bchw(x), *_view_bchw(proxy), *_NO_VIEW * 4)
-    return _library().gspn_propagate_scratch(_PROPAGATE_WORDS.pack(*head, *views, *(0,) * 8))
+    return _library().gspn_propagate_scratch(_PROPAGATE_WORDS.pack(*head, *views, *(0,) * 10))
 
 
 def _output(name: str, out: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -337,8 +339,10 @@ def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions) -> list[torch.Tensor | None]:
-    """The projections as the kernel takes them: contiguous and of the state's dtype. They are small."""
+def _projections(
+    x, proxy, weight_proj, input_proj, output_proj, skip_proj, center, directions
+) -> list[torch.Tensor | None]:
+    """The projections and center as the kernel takes them: contiguous and of the state's dtype. They are small."""
     channels, features, count, groups = x.shape[1], proxy.shape[1], len(directions), weight_proj.shape[2]
     state = _state_dtype(x)
     found = []
@@ -347,6 +351,7 @@ def _projections(x, proxy, weight_proj, input_proj, output_proj, skip_proj, dire
         ("input_proj", input_proj, (count, channels, features)),
         ("output_proj", output_proj, (count, channels, features)),
         ("skip_proj", skip_proj, (channels, features)),
+        ("center", center, (x.shape[0], count, channels)),
     ):
         if tensor is not None:
             tensor = tensor.detach().to(state).contiguous()

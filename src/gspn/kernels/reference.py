@@ -72,15 +72,19 @@ def propagate(
     directions: list[int],
     segment: int | None,
     workspace_mib: int = 0,
+    center: Tensor | None = None,
 ) -> Tensor:
-    """y (B,C,H,W) of x (B,C,H,W) and proxy (B,S,H,W). Memory holds one direction's maps at a time, whatever the
-    workspace."""
+    """y (B,C,H,W) of x (B,C,H,W) and proxy (B,S,H,W), with center (B,D,C) taken from the gated input of every line that
+    another one comes before. Memory holds one direction's maps at a time, whatever the workspace."""
     with no_autocast(x):
         dtype, x, proxy = x.dtype, _state(x), _state(proxy)
         y = torch.zeros_like(x) if skip_proj is None else _project(skip_proj, proxy) * x
         for i, d in enumerate(directions):
             weights = normalize_weights(_project(weight_proj[i], proxy).transpose(1, 2), d)
-            h = line_scan(_project(input_proj[i], proxy) * x, weights, d, segment)
+            gated = _project(input_proj[i], proxy) * x
+            if center is not None:
+                gated = gated - _goes_on(x, d, segment) * center[:, i, :, None, None]
+            h = line_scan(gated, weights, d, segment)
             y = torch.addcmul(y, _project(output_proj[i], proxy), h)
         return y.to(dtype)
 
@@ -148,10 +152,11 @@ def propagate_backward(
     directions: list[int],
     segment: int | None,
     workspace_mib: int = 0,
+    center: Tensor | None = None,
     scan: Callable[..., Tensor] = gated_scan,
     scan_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = gated_scan_backward,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, proxy and the four projections; recomputes everything between them, a direction at a time.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, proxy, the four projections and center; recomputes what lies between, a direction at a time.
 
     ``scan`` and ``scan_backward`` may be another backend's: this is then its unfused form.
     """
@@ -162,20 +167,28 @@ def propagate_backward(
             grad_x += _project(skip_proj, features) * dy
             grad_skip = _projection_gradient(dy * values, features, skip_proj)
             grad_proxy += _unproject(skip_proj, dy * values)
+        ones, grad_center = torch.ones_like(values), []
         found: list[list[Tensor]] = [[], [], []]
         for i, d in enumerate(directions):
             projections = (weight_proj[i], input_proj[i], output_proj[i])
             logits, gate, output_gate = (_project(p, features) for p in projections)
-            logits, gate = logits.transpose(1, 2)[:, None], gate[:, None]  # (B,1,G,3,H,W), (B,1,C,H,W)
-            h = scan(values, gate, logits, [d], segment)
+            logits, gated = logits.transpose(1, 2)[:, None], (gate * values)[:, None]  # (B,1,G,3,H,W), (B,1,C,H,W)
+            if center is not None:
+                gated = gated - _goes_on(values, d, segment) * center[:, i, None, :, None, None]
+            h = scan(ones, gated, logits, [d], segment)
             grad_h = (dy * output_gate)[:, None]
-            part, grad_gate, grad_logits = scan_backward(grad_h, values, gate, logits, h, [d], segment)
-            grad_x += part
-            maps = (grad_logits[:, 0].transpose(1, 2), grad_gate[:, 0], dy * h[:, 0])
+            _, g, grad_logits = scan_backward(grad_h, ones, gated, logits, h, [d], segment)
+            g = g[:, 0]  # the gradient of the gated input
+            grad_x += g * gate
+            if center is not None:
+                grad_center.append(-(g * _goes_on(values, d, segment)).sum((-2, -1)))
+            maps = (grad_logits[:, 0].transpose(1, 2), g * values, dy * h[:, 0])
             for grads, projection, grad_map in zip(found, projections, maps, strict=True):
                 grads.append(_projection_gradient(grad_map, features, projection))
                 grad_proxy += _unproject(projection, grad_map)
-        return grad_x.to(x.dtype), grad_proxy.to(proxy.dtype), *(torch.stack(grads) for grads in found), grad_skip
+        projections = (*(torch.stack(grads) for grads in found), grad_skip)
+        centers = None if center is None else torch.stack(grad_center, 1).to(center.dtype)
+        return grad_x.to(x.dtype), grad_proxy.to(proxy.dtype), *projections, centers
 
 
 # The pieces
@@ -192,6 +205,15 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 def _starts_segment(t: int, segment: int | None) -> bool:
     return t == 0 or (segment is not None and t % segment == 0)
+
+
+def _goes_on(like: Tensor, direction: int, segment: int | None) -> Tensor:
+    """(H,W) or a shape that broadcasts to it, of like's dtype: 1 in the lines that have a line before them, else 0."""
+    axis = -1 if direction % 2 == 0 else -2
+    lines = torch.arange(like.shape[axis], device=like.device)
+    lines = lines.flip(0) if direction >= 2 else lines
+    goes_on = (lines if segment is None else lines % segment) > 0
+    return goes_on.to(like.dtype) if axis == -1 else goes_on.to(like.dtype).unsqueeze(-1)
 
 
 def _to_lines(t: Tensor, direction: int) -> Tensor:

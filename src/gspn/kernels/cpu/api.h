@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GSPN_ABI_VERSION 3
+#define GSPN_ABI_VERSION 4
 
 enum GspnDtype { GSPN_FLOAT32 = 0, GSPN_BFLOAT16 = 1, GSPN_FLOAT16 = 2, GSPN_FLOAT64 = 3 };
 enum GspnIsa { GSPN_ISA_BEST = -1, GSPN_ISA_PORTABLE = 0, GSPN_ISA_AVX2 = 1, GSPN_ISA_AVX512 = 2 };
@@ -37,12 +37,13 @@ struct GspnScanArgs {
 // propagate: the projection-fused propagation.
 //
 //     y = sum over d of (output_proj[d] proxy) * h_d + (skip_proj proxy) * x
-//     h_d[p,t] = wl h_d[p-1,t-1] + wm h_d[p,t-1] + wr h_d[p+1,t-1] + (input_proj[d] proxy)[p,t] x[p,t]
+//     h_d[p,t] = wl h_d[p-1,t-1] + wm h_d[p,t-1] + wr h_d[p+1,t-1] + (input_proj[d] proxy)[p,t] x[p,t] - center[d]
 //
-// with wl, wm, wr the normalised sigmoids of weight_proj[d] proxy. Nothing of the size of the projected maps is ever
+// with wl, wm, wr the normalised sigmoids of weight_proj[d] proxy. The line that starts a segment has the gated input
+// alone, without the earlier states and without center. Nothing of the size of the projected maps is ever
 // written: they live in the first-level cache, a strip of pixels at a time.
 //
-// Maps have the type `dtype` (their views' direction and neighbour strides are not used). Projections and their
+// Maps have the type `dtype` (their views' direction and neighbour strides are not used). Projections, center and their
 // gradients are contiguous float (double where dtype is GSPN_FLOAT64). Gradients are overwritten, never added to.
 struct GspnPropagateArgs {
     int64_t isa, threads;
@@ -59,5 +60,7 @@ struct GspnPropagateArgs {
     const void* weight_proj;                                       // (D,3,G,S), D directions, S features
     const void *input_proj, *output_proj;                          // (D,C,S)
     const void* skip_proj;                                         // (C,S) or null
+    const void* center;                                            // (B,D,C) or null
     void *dweight_proj, *dinput_proj, *doutput_proj, *dskip_proj;  // backward only
+    void* dcenter;                                                 // backward only
 };

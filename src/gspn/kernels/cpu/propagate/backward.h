@@ -64,7 +64,7 @@ template <class A> struct Backward {
     A* dx_parts = nullptr;  // [image of the round][block][part][packed block], where there are parts
 
     struct Scratch {
-        A *x, *grad_y, *dx, *h, *message, *maps, *dmaps, *w, *wt;
+        A *x, *grad_y, *dx, *h, *message, *sum, *maps, *dmaps, *w, *wt;
         Scratch(const Backward& self, Carver carver) {
             const Call<A>& call = self.call;
             x = carver.take<A>(call.packed_size());
@@ -72,6 +72,7 @@ template <class A> struct Backward {
             dx = carver.take<A>(self.team.parts > 1 ? 0 : call.packed_size());
             h = carver.take<A>(call.pixels * L);
             message = carver.take<A>(max(call.height, call.width) * L);
+            sum = carver.take<A>(L);  // of the gradients of the gated inputs of a scan
             maps = carver.take<A>(self.maps_size());
             dmaps = carver.take<A>(kBackwardStrip * kMapsOfPixel);
             w = carver.take<A>(call.w_size());
@@ -218,11 +219,16 @@ template <class A> struct Backward {
                 state_line(b, i, t, output);
             }
             fill_zero(scratch.message, g.places * L);
+            fill_zero(scratch.sum, L);
             for (int64_t t = g.lines - 1; t >= 0; t--) {
                 if (pack_here) call.pack_block_row(call.args.grad_y, b.image, b.block, g.index(t), scratch.grad_y);
                 line_back(b, i, t, output);
                 if (unpack_here) call.unpack_block_row(call.args.dx, b.image, b.block, g.index(t), scratch.dx);
             }
+            if (call.args.dcenter)
+                store_n(
+                    static_cast<A*>(call.args.dcenter) + call.center_at(b.image, i, b.block), -load(scratch.sum),
+                    call.lanes_of(b.block));
         }
         if (unpack_whole && team.parts == 1)
             for (int64_t row = 0; row < call.height; row++)
@@ -245,8 +251,9 @@ template <class A> struct Backward {
         A* const h = b.scratch.h + t * g.places * L;
         A* const maps = b.scratch.maps + (KEEP ? t * g.places * kMapsOfPixel : 0);
         forward_line<kNone, START, columns_of(MAPS, START), KEEP>(
-            g.places, line_projection(call, b.image, b.scratch.w, i, t), maps, h - from, h, b.scratch.x + at,
-            b.scratch.dx + at, g.place_stride(call.pitch * L, L), ahead_of(call, g));
+            g.places, line_projection(call, b.image, b.scratch.w, i, t), maps, h - from, h,
+            call.center_of(b.image, i, b.block), b.scratch.x + at, b.scratch.dx + at, g.place_stride(call.pitch * L, L),
+            ahead_of(call, g));
     }
 
     void line_back(const Block& b, int i, int64_t t, Output output) const {
@@ -294,6 +301,7 @@ template <class A> struct Backward {
             proxy_grad(
                 call.features, n, s.dmaps, columns, call.columns(i), s.wt, dproxy + p * dproxy_step, dproxy_step);
         }
+        store(s.sum, load(s.sum) + carried.sum);  // a sum of sums of lines: less rounding than one sum
     }
 
     // Adding up and writing

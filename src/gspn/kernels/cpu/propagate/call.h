@@ -98,6 +98,15 @@ template <class A> struct Call {
             static_cast<A*>(args.dskip_proj), i, column, channel);
     }
 
+    // What is taken from the gated input of scan i, for a block of channels of an image
+    int64_t center_at(int64_t image, int i, int64_t block) const {
+        return (image * directions + source[i]) * channels + block * L;
+    }
+    VecOf<A> center_of(int64_t image, int i, int64_t block) const {
+        const A* const center = static_cast<const A*>(args.center);
+        return center ? load_n(center + center_at(image, i, block), lanes_of(block)) : VecOf<A>{};
+    }
+
     // The proxy of an image of the current round as [row][column][features]
     int64_t proxy_row() const { return proxy_in_place ? args.proxy.row : width * features.count; }
     int64_t proxy_column() const { return proxy_in_place ? args.proxy.column : features.count; }

@@ -17,27 +17,28 @@ constexpr int columns_of(int out, bool start) {
 // A line of one place. Not inlined, so that it shares no computation with the strips: where a product is computed
 // decides whether it is fused with an addition, and the states of the backward scan are those of the forward scan.
 template <bool START, int OUT, class A>
-__attribute__((noinline)) void forward_only_pixel(const A* maps, const A* before, A* now, const A* x, A* out) {
+__attribute__((noinline)) void forward_only_pixel(
+    const A* maps, const A* before, A* now, VecOf<A> center, const A* x, A* out) {
     VecOf<A> prev{};
-    forward_pixel<START, kOnly, OUT>(maps, before, now, prev, x, out);
+    forward_pixel<START, kOnly, OUT>(maps, before, now, prev, center, x, out);
 }
 
 // A strip of a line. `before` and `now` may be the same memory.
 template <int OUT, bool START, int COLUMNS, class A>
 void forward_strip(
-    int64_t n, bool first, bool last, const A* maps, const A* before, A* now, VecOf<A>& prev, const A* x, A* out,
-    int64_t step) {
+    int64_t n, bool first, bool last, const A* maps, const A* before, A* now, VecOf<A>& prev, VecOf<A> center,
+    const A* x, A* out, int64_t step) {
     constexpr int L = kLanes<A>;
-    if (first && last && n == 1) return forward_only_pixel<START, OUT>(maps, before, now, x, out);
+    if (first && last && n == 1) return forward_only_pixel<START, OUT>(maps, before, now, center, x, out);
     VecOf<A> p = prev;  // a copy of its own stays in a register
     int64_t i = 0;
-    if (first) forward_pixel<START, kFirst, OUT>(maps, before, now, p, x, out), i = 1;
+    if (first) forward_pixel<START, kFirst, OUT>(maps, before, now, p, center, x, out), i = 1;
     for (; i < n - last; i++)
         forward_pixel<START, kInside, OUT>(
-            maps + i * COLUMNS * L, before + i * L, now + i * L, p, x + i * step, out + i * step);
+            maps + i * COLUMNS * L, before + i * L, now + i * L, p, center, x + i * step, out + i * step);
     if (last)
         forward_pixel<START, kLast, OUT>(
-            maps + i * COLUMNS * L, before + i * L, now + i * L, p, x + i * step, out + i * step);
+            maps + i * COLUMNS * L, before + i * L, now + i * L, p, center, x + i * step, out + i * step);
     prev = p;
 }
 
@@ -67,8 +68,8 @@ template <class A> GSPN_INLINE void prefetch_places(const A* p, int64_t step, in
 // One line: strips of projected maps, each used while it is in the cache; with KEEP, those of the whole line are kept.
 template <int OUT, bool START, int COLUMNS, bool KEEP, class A>
 void forward_line(
-    int64_t places, const LineProjection<A>& projection, A* maps, const A* before, A* now, const A* x, A* out,
-    int64_t step, const Ahead& ahead) {
+    int64_t places, const LineProjection<A>& projection, A* maps, const A* before, A* now, VecOf<A> center, const A* x,
+    A* out, int64_t step, const Ahead& ahead) {
     constexpr int L = kLanes<A>;
     VecOf<A> prev{};
     for (int64_t p = 0; p < places; p += kForwardStrip) {
@@ -81,7 +82,7 @@ void forward_line(
         }
         projection.template project_strip<COLUMNS, START>(p, n, strip);
         forward_strip<OUT, START, COLUMNS>(
-            n, p == 0, p + n == places, strip, before + p * L, now + p * L, prev, x + at, out + at, step);
+            n, p == 0, p + n == places, strip, before + p * L, now + p * L, prev, center, x + at, out + at, step);
     }
 }
 
@@ -200,7 +201,7 @@ template <class A> struct Forward {
             const Output output = i > begin ? kAdd : call.skip && i == 0 ? kSetWithSkip : kSet;
             for (int64_t t = 0; t < g.lines; t++) {
                 if (pack_here) call.pack_block_row(call.args.x, image, block, g.index(t), scratch.x);
-                scan_line(image, i, t, output, scratch);
+                scan_line(image, block, i, t, output, scratch);
                 if (unpack_here) call.unpack_block_row(call.args.y, image, block, g.index(t), scratch.out);
             }
         }
@@ -209,20 +210,25 @@ template <class A> struct Forward {
                 call.unpack_block_row(call.args.y, image, block, row, scratch.out);
     }
 
-    void scan_line(int64_t image, int i, int64_t t, Output output, const Scratch& scratch) const {
+    void scan_line(int64_t image, int64_t block, int i, int64_t t, Output output, const Scratch& scratch) const {
         const bool start = call.scans[i].starts_segment(t);
-        if (output == kAdd) start ? line<kAdd, true>(image, i, t, scratch) : line<kAdd, false>(image, i, t, scratch);
+        if (output == kAdd)
+            start ? line<kAdd, true>(image, block, i, t, scratch) : line<kAdd, false>(image, block, i, t, scratch);
         else if (output == kSet)
-            start ? line<kSet, true>(image, i, t, scratch) : line<kSet, false>(image, i, t, scratch);
-        else start ? line<kSetWithSkip, true>(image, i, t, scratch) : line<kSetWithSkip, false>(image, i, t, scratch);
+            start ? line<kSet, true>(image, block, i, t, scratch) : line<kSet, false>(image, block, i, t, scratch);
+        else
+            start ? line<kSetWithSkip, true>(image, block, i, t, scratch)
+                  : line<kSetWithSkip, false>(image, block, i, t, scratch);
     }
 
-    template <int OUT, bool START> void line(int64_t image, int i, int64_t t, const Scratch& scratch) const {
+    template <int OUT, bool START>
+    void line(int64_t image, int64_t block, int i, int64_t t, const Scratch& scratch) const {
         const Geometry& g = call.scans[i];
         const int64_t at = g.offset(t, call.pitch * L, L);
         forward_line<OUT, START, columns_of(OUT, START), false>(
             g.places, line_projection(call, image, scratch.w, i, t), scratch.maps, scratch.state, scratch.state,
-            scratch.x + at, scratch.out + at, g.place_stride(call.pitch * L, L), ahead_of(call, g));
+            call.center_of(image, i, block), scratch.x + at, scratch.out + at, g.place_stride(call.pitch * L, L),
+            ahead_of(call, g));
     }
 
     // The output of one block of one image out of the parts

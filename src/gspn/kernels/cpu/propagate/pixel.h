@@ -24,11 +24,13 @@ template <class A> GSPN_INLINE Triple<VecOf<A>> load_logits(const A* columns) {
 // Forward. `before` and `now` are the states of the line before and of this line at this place, possibly the same
 // memory; `prev` is the line before's state at the previous place and moves on.
 template <bool START, int END, int OUT, class A>
-GSPN_INLINE void forward_pixel(const A* columns, const A* before, A* now, VecOf<A>& prev, const A* x, A* out) {
+GSPN_INLINE void forward_pixel(
+    const A* columns, const A* before, A* now, VecOf<A>& prev, VecOf<A> center, const A* x, A* out) {
     typedef VecOf<A> V;
     constexpr int L = kLanes<A>, gates = START ? 0 : kNeighbours * L;
     V h = load(columns + gates) * load(x);
     if constexpr (!START) {
+        h = h - center;
         const Triple<V> w = normalise(load_logits(columns), AtEnd<END>{}).weights;
         const V same = load(before);
         if constexpr (!(END & kFirst)) h = fma(w.prev, prev, h);
@@ -49,6 +51,7 @@ GSPN_INLINE void forward_pixel(const A* columns, const A* before, A* now, VecOf<
 template <class V> struct Carried {
     V prev;              // the state of the line before at the previous place
     V to_prev, to_same;  // the messages so far of this line to the previous place and to this one
+    V sum;               // of the gradients of the gated inputs, which center is taken from
 };
 
 // Backward. `message` holds what the line after has sent to this place, and is overwritten, one place behind, by what
@@ -76,6 +79,7 @@ GSPN_INLINE void backward_pixel(
         if constexpr (!(END & kFirst)) mean = fma(w.prev, prev, mean);
         if constexpr (!(END & kLast)) mean = fma(w.next, next, mean);
         carried.prev = same;
+        carried.sum = carried.sum + g;
 
         // d w_k / d a_k = w_k (1 - sigmoid(a_k)): the clamped logits have none
         constexpr A highest = A(-kLowestLogit * kLog2e);
