@@ -89,7 +89,8 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         num_classes: the classes are 0 to num_classes - 1; num_classes itself is the null class of guidance.
         class_dropout_prob: how often training replaces a class by the null class; with 0 there is no null class.
         segment: lines between resets of the scan, except in the last ``global_blocks`` blocks, which scan the whole map
-            at any size. proxy_dim: None is D // 16. skip: adds the scan's skip gate.
+            at any size. proxy_dim: None is D // 16. skip: adds the scan's skip gate. center: takes the mean over the map
+            once instead of in each line (:class:`gspn.GSPN2d`).
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
         prediction_type: what the model is trained to predict: "epsilon", "v_prediction" or "sample". Pipelines refuse a
             scheduler that expects something else.
@@ -124,6 +125,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         global_blocks: int = 2,
         proxy_dim: int | None = None,
         skip: bool = True,
+        center: bool = False,
         drop_path: float = 0.0,
         prediction_type: str = "epsilon",
     ):
@@ -164,6 +166,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
                 proxy_dim=proxy_dim,
                 segment=None if i > depth - global_blocks else segment,
                 skip=skip,
+                center=center,
             )
             for i in range(depth + 1)
         )
