@@ -292,7 +292,8 @@ def test_bad_configs(config, message):
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
-    model = tiny_generator(segment=None, proxy_dim=3, skip=False, prediction_type="v_prediction", learn_sigma=False)
+    options = dict(segment=None, proxy_dim=3, skip=False, center=True)
+    model = tiny_generator(**options, prediction_type="v_prediction", learn_sigma=False)
     model.save_pretrained(tmp_path)
     loaded, info = GSPNTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] == [] and not loaded.training
@@ -302,6 +303,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     }
     given = inputs()
     assert torch.equal(loaded(**given).sample, model(**given).sample)
+    plain = GSPNTransformer2DModel.from_pretrained(tmp_path, center=False)
+    assert not torch.equal(plain(**given).sample, model(**given).sample)
     half = GSPNTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
 
