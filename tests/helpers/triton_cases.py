@@ -105,7 +105,7 @@ def propagate_problem(case: Case, features: int, skip: bool, device: str = "cpu"
     return [make(channels), make(features), *projections, draw(channels, features) if skip else None, make(channels)]
 
 
-def center_of(case: Case, x, proxy, input_proj) -> Tensor | None:
+def center_of(case: Case, x, proxy, weight_proj, input_proj, *_) -> Tensor | None:
     """What a layer with center=True gives to propagate: the means of the gated input, (B,D,C)."""
     return input_means(x, proxy, input_proj) if case.centered else None
 
@@ -224,7 +224,7 @@ def check_propagate(
     *problem, grad = propagate_problem(case, features, skip, device)
     if exact_weights:
         problem[2:] = [None if p is None else p.float() + torch.randn_like(p.float()) * 1e-3 for p in problem[2:]]
-    center = center_of(case, problem[0], problem[1], problem[3])
+    center = center_of(case, *problem)
     options = (list(case.directions), case.segment)
     got = [triton.propagate(*problem, *options, workspace_mib, center)]
     grads = triton.propagate_backward(grad, *problem, *options, workspace_mib, center)
@@ -239,7 +239,7 @@ def check_public(name: str, case: Case, device: str, features: int = 8) -> None:
     options = dict(directions=[gspn.DIRECTIONS[d] for d in case.directions], segment=case.segment)
     if name == "propagate":
         *problem, grad = propagate_problem(case, features, True, device)
-        problem.append(center_of(case, problem[0], problem[1], problem[3]))
+        problem.append(center_of(case, *problem))
         plain = lambda *tensors: unfused(*tensors, case.directions, case.segment)  # noqa: E731
         found = [with_gradients(lambda *t: gspn.propagate(*t[:-1], center=t[-1], **options), problem, grad)]
         found += [with_gradients(plain, tensors, grad) for tensors in (problem, wide(problem))]

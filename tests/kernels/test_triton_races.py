@@ -210,7 +210,7 @@ MISTAKES = [
     Mistake("before and after exchanged", "device", "after, before = tl.split", "before, after = tl.split", _plain),
     Mistake("no end of the strips", "device", "tl.maximum(g[:, :, :, None] - 1, 0)", "g[:, :, :, None] - 1", _plain),
     Mistake("no reset", "device", "value = tl.where(goes_on, value, z)", "value = value", _tiles_and_segments),
-    Mistake("the first line centred", "device", "taken = tl.where(goes_on, mean, 0.0)", "taken = mean", _bands),
+    Mistake("the first line centred", "device", "(goes_on, value, z)", "(goes_on, value, entering)", _bands),
     Mistake(
         "no clamp", "device", "tl.maximum(logit, FLOOR, propagate_nan=tl.PropagateNan.ALL)", "logit", _beneath_the_floor
     ),
@@ -259,8 +259,8 @@ MISTAKES = [
     Mistake(
         "the neighbours' weights exchanged",
         "device",
-        "z + w_prev * previous + a_same[r].to(STATE) * same + w_next * following",
-        "z + w_next * previous + a_same[r].to(STATE) * same + w_prev * following",
+        "entering + w_prev * previous + a_same[r].to(STATE) * same + w_next * following",
+        "entering + w_next * previous + a_same[r].to(STATE) * same + w_prev * following",
         _line_scan,
     ),
     Mistake("state in place", "launch", "else between[1 - n % 2]", "else between[n % 2]", _tiles),

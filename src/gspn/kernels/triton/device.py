@@ -215,16 +215,13 @@ def scan_forward(
             a_next = a_next + (tl.load(line + 2 * l_k, exists & group_exists, 0.0),)
         before, after = _cross(states[0], states[PLACES - 1], STRIPS, GROUPS, MEMBERS)
         goes_on = (place * 0 + ((origin + t) % segment if CHAINED else t - begin)) > 0
-        if CENTERED:
-            taken = tl.where(goes_on, mean, 0.0)
         new = ()
         for r in tl.static_range(PLACES):
             own_place = place + r
             z = inputs[r].to(STATE)
             if GATED:
                 z = z * gates[r].to(STATE)
-            if CENTERED:
-                z = z - taken
+            entering = z - mean if CENTERED else z
             same = states[r]
             previous = before if r == 0 else states[r - 1]
             following = after if r == PLACES - 1 else states[r + 1]
@@ -235,13 +232,13 @@ def scan_forward(
                 e_same = inverse_sigmoid(a_same[r].to(STATE))
                 e_next = inverse_sigmoid(a_next[r].to(STATE))
                 w_prev, w_next = normalize(e_prev, e_same, e_next, first_place, last_place)
-                value = (w_prev * (previous - same) + (w_next * (following - same) + same)) + z
+                value = (w_prev * (previous - same) + (w_next * (following - same) + same)) + entering
             else:
                 previous = tl.where(first_place, 0.0, previous)
                 following = tl.where(last_place, 0.0, following)
                 w_prev = tl.where(first_place, 0.0, a_prev[r].to(STATE))
                 w_next = tl.where(last_place, 0.0, a_next[r].to(STATE))
-                value = z + w_prev * previous + a_same[r].to(STATE) * same + w_next * following
+                value = entering + w_prev * previous + a_same[r].to(STATE) * same + w_next * following
             value = tl.where(goes_on, value, z)  # whatever the weights of a first line are, even NaN
             exists = _owned(own_place, tile * own, own, P, HALO) & c_exists
             tl.store(h + (h_at + (at * h_t + r * h_p) * ALIGN), value.to(h.dtype.element_ty), exists)

@@ -33,8 +33,8 @@ def propagate(
     x: Tensor, proxy: Tensor, weight_proj: Tensor, input_proj: Tensor, output_proj: Tensor, skip_proj: Tensor | None,
     directions: list[int], segment: int | None, workspace_mib: int = 256, center: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y (B,C,H,W) of x (B,C,H,W), proxy (B,S,H,W) and center (B,D,C), in a workspace of about `workspace_mib` MiB beside
-    them, or as much as one line of one direction takes."""
+    """y (B,C,H,W) of x (B,C,H,W), proxy (B,S,H,W) and center (B,D,C), in a workspace of about `workspace_mib` MiB
+    beside them, or as much as one line of one direction takes."""
     projections = (weight_proj, input_proj, output_proj, skip_proj)
     with on(x), torch.autocast(x.device.type, enabled=False):
         x, proxy = channels_inside(x, 1), channels_inside(proxy, 1)
