@@ -15,6 +15,7 @@ from torch import Tensor
 
 import gspn
 from gspn.kernels import reference
+from gspn.layers import input_means
 
 ALL = (0, 1, 2, 3)
 FLOOR = {torch.float64: 64, torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
@@ -38,12 +39,13 @@ class Case(NamedTuple):
     directions: tuple[int, ...] = ALL
     dtype: torch.dtype = torch.float32
     layout: str = "channels_last"  # or channels_first, sliced, transposed, projected
+    centered: bool = False  # propagate gets a center
 
     def __str__(self):
         size = f"{self.batch}x{self.channels}x{self.height}x{self.width}-G{self.groups}"
         directions = "".join("rdlu"[d] for d in self.directions)
         segment = "" if self.segment is None else f"-K{self.segment}"
-        return f"{size}{segment}-{directions}-{NAMES[self.dtype]}-{self.layout}"
+        return f"{size}{segment}-{directions}-{NAMES[self.dtype]}-{self.layout}{'-centered' * self.centered}"
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def laid_out(layout: str, *shape: int, dim: int, dtype: torch.dtype, device: str
 
 def scan_problem(case: Case, device: str = "cpu") -> list[Tensor]:
     """x, input_gate, logits, and a gradient of h, for gated_scan."""
-    batch, channels, height, width, groups, _, directions, dtype, layout = case
+    batch, channels, height, width, groups, _, directions, dtype, layout, _ = case
     count = len(directions)
     make = lambda dim, *shape: laid_out(layout, *shape, dim=dim, dtype=dtype, device=device)  # noqa: E731
     grad = make(2, batch, count, channels, height, width)
@@ -95,7 +97,7 @@ def scan_problem(case: Case, device: str = "cpu") -> list[Tensor]:
 
 def propagate_problem(case: Case, features: int, skip: bool, device: str = "cpu") -> list[Tensor | None]:
     """x, proxy, weight_proj, input_proj, output_proj and skip_proj, and a gradient of y."""
-    batch, channels, height, width, groups, _, directions, dtype, layout = case
+    batch, channels, height, width, groups, _, directions, dtype, layout, _ = case
     make = lambda n: laid_out(layout, batch, n, height, width, dim=1, dtype=dtype, device=device)  # noqa: E731
     draw = lambda *shape: (torch.randn(*shape) / features**0.5).to(device, dtype)  # noqa: E731
     count = len(directions)
@@ -103,12 +105,36 @@ def propagate_problem(case: Case, features: int, skip: bool, device: str = "cpu"
     return [make(channels), make(features), *projections, draw(channels, features) if skip else None, make(channels)]
 
 
-def unfused(x, proxy, weight_proj, input_proj, output_proj, skip_proj, directions, segment) -> Tensor:
-    """What propagate computes, by its definition, every map in the dtype of x. Differentiable."""
+def center_of(case: Case, x, proxy, weight_proj, input_proj, *_) -> Tensor | None:
+    """What a layer with center=True gives to propagate: the means of the gated input, (B,D,C)."""
+    return input_means(x, proxy, input_proj) if case.centered else None
+
+
+def unfused(x, proxy, weight_proj, input_proj, output_proj, skip_proj, center, directions, segment) -> Tensor:
+    """What propagate computes, by its definition, every map in the dtype of x, and what center is subtracted from as
+    exact as center. Differentiable."""
     project = lambda p: torch.einsum("...s,bshw->b...hw", p, proxy.to(p.dtype)).to(x.dtype)  # noqa: E731
     logits = project(weight_proj).transpose(2, 3)
-    y = project(output_proj) * reference.gated_scan(x, project(input_proj), logits, list(directions), segment)
+    if center is None:
+        h = reference.gated_scan(x, project(input_proj), logits, list(directions), segment)
+    else:
+        gated = project(input_proj).to(center.dtype) * x[:, None].to(center.dtype)
+        gated = torch.stack([_centered(gated[:, i], center[:, i], d, segment) for i, d in enumerate(directions)], 1)
+        ones = torch.ones_like(gated[:, 0])
+        h = reference.gated_scan(ones, gated, logits, list(directions), segment).to(x.dtype)
+    y = project(output_proj) * h
     return y.sum(1) if skip_proj is None else y.sum(1) + project(skip_proj) * x
+
+
+def _centered(gated: Tensor, center: Tensor, direction: int, segment: int | None) -> Tensor:
+    """The gated input (B,C,H,W) of a direction, line by line, less center (B,C) where a line comes before."""
+    axis = 3 if direction % 2 == 0 else 2
+    lines = list(gated.unbind(axis))
+    order = range(len(lines)) if direction < 2 else range(len(lines) - 1, -1, -1)
+    for step, t in enumerate(order):
+        if step % (segment or len(lines)) > 0:
+            lines[t] = lines[t] - center[..., None]
+    return torch.stack(lines, axis)
 
 
 def with_gradients(function, tensors: list[Tensor | None], grad: Tensor) -> list[Tensor]:
@@ -198,9 +224,11 @@ def check_propagate(
     *problem, grad = propagate_problem(case, features, skip, device)
     if exact_weights:
         problem[2:] = [None if p is None else p.float() + torch.randn_like(p.float()) * 1e-3 for p in problem[2:]]
+    center = center_of(case, *problem)
     options = (list(case.directions), case.segment)
-    got = [triton.propagate(*problem, *options, workspace_mib)]
-    grads = triton.propagate_backward(grad, *problem, *options, workspace_mib)
+    got = [triton.propagate(*problem, *options, workspace_mib, center)]
+    grads = triton.propagate_backward(grad, *problem, *options, workspace_mib, center)
+    problem.append(center)
     got += [g for g, t in zip(grads, problem, strict=True) if t is not None]
     plain = lambda *tensors: unfused(*tensors, *options)  # noqa: E731
     assert_within_budget(got, with_gradients(plain, problem, grad), with_gradients(plain, wide(problem), grad))
@@ -211,8 +239,9 @@ def check_public(name: str, case: Case, device: str, features: int = 8) -> None:
     options = dict(directions=[gspn.DIRECTIONS[d] for d in case.directions], segment=case.segment)
     if name == "propagate":
         *problem, grad = propagate_problem(case, features, True, device)
+        problem.append(center_of(case, *problem))
         plain = lambda *tensors: unfused(*tensors, case.directions, case.segment)  # noqa: E731
-        found = [with_gradients(lambda *tensors: gspn.propagate(*tensors, **options), problem, grad)]
+        found = [with_gradients(lambda *t: gspn.propagate(*t[:-1], center=t[-1], **options), problem, grad)]
         found += [with_gradients(plain, tensors, grad) for tensors in (problem, wide(problem))]
         return assert_within_budget(*found)
     *problem, grad = scan_problem(case, device)

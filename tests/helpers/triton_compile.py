@@ -29,8 +29,9 @@ TARGETS = {
 
 
 def compile_scan(
-    target, backward, value, plan, share=1, channels=64, gated=True, chained=False, partial=None, merged=False
-):
+    target, backward, value, plan, share=1, channels=64, gated=True, chained=False, partial=None, merged=False,
+    centered=False,
+):  # fmt: skip
     """The compiled scan_forward or scan_backward with these launch parameters, for maps of dtype `value`; `merged` is
     the backward scan as propagate runs it, with output gates and h in the state's dtype."""
     plan = Plan(*plan)
@@ -46,8 +47,8 @@ def compile_scan(
         constants.update(GATED=merged, PARTIAL=partial, GRAD_DENSE=True, DLOGITS_ALIKE=not partial)
         wide = {"g"} | ({"dlogits"} if partial else set()) | ({"h"} if merged else set())
         return _compile(device.scan_backward, target, value, constants, wide, plan.warps)
-    constants.update(X_DENSE=True, GATE_DENSE=True)
-    return _compile(device.scan_forward, target, value, constants, set(), plan.warps)
+    constants.update(CENTERED=centered, X_DENSE=True, GATE_DENSE=True)
+    return _compile(device.scan_forward, target, value, constants, {"center"} if centered else set(), plan.warps)
 
 
 def compile_elementwise(target, kernel, value, **constants):

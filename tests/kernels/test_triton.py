@@ -27,7 +27,7 @@ from helpers.triton_cases import (  # noqa: E402
 
 from gspn.kernels import reference  # noqa: E402
 from gspn.kernels import triton as backend  # noqa: E402
-from gspn.kernels.triton import pieces  # noqa: E402
+from gspn.kernels.triton import launch, pieces  # noqa: E402
 from gspn.kernels.triton.launch import INTERPRETED  # noqa: E402
 from gspn.kernels.triton.plan import Plan, plan  # noqa: E402
 
@@ -165,10 +165,11 @@ def test_empty(sizes):
     assert [t.shape for t in (h, *grads)] == [t.shape for t in (gate, x, gate, logits)]
     if channels:
         weights = [torch.randn(4, 3, channels, 2), *torch.randn(2, 4, channels, 2), torch.randn(channels, 2)]
-        proxy = torch.randn(batch, 2, height, width)
-        assert backend.propagate(x, proxy, *weights, list(ALL), None).shape == x.shape
-        grads = backend.propagate_backward(x, x, proxy, *weights, list(ALL), None)
-        assert [g.shape for g in grads] == [t.shape for t in (x, proxy, *weights)]
+        proxy, center = torch.randn(batch, 2, height, width), torch.randn(batch, 4, channels)
+        options = (list(ALL), None, 256, center)
+        assert backend.propagate(x, proxy, *weights, *options).shape == x.shape
+        grads = backend.propagate_backward(x, x, proxy, *weights, *options)
+        assert [g.shape for g in grads] == [t.shape for t in (x, proxy, *weights, center)]
         assert not any(g.any() for g in grads[2:])
 
 
@@ -184,6 +185,18 @@ def test_nan_goes_where_the_reference_lets_it(plan):
     got = backend.gated_scan_backward(grad, *problem, expected, *options, plan=plan)
     for a, b in zip(got, reference.gated_scan_backward(grad, *problem, expected, *options), strict=True):
         assert (a.isnan() | ~b.isnan()).all()  # NaN is never lost
+
+
+@pytest.mark.parametrize("plan", [Plan(2, 2, 2, 1, 1), Plan(4, 1, 2, 1, 1, 1)], ids=str)
+def test_nan_in_a_center_spares_lines_that_start_a_segment(plan):
+    """And NaN in the weights of these lines spares them still."""
+    x, gate, logits, _ = scan_problem(Case(1, 2, 4, 3, 2, directions=(1,)))
+    center, h = torch.zeros(1, 1, 2), launch.empty_maps(x, 1, torch.float32)
+    center[0, 0, 1] = logits[:, :, :, :, 0] = float("nan")
+    launch.scan(x, gate, logits, h, [1], 3, center=center, plan=plan)
+    expected = torch.zeros(h.shape, dtype=torch.bool)
+    expected[0, 0, 1, 1:3] = True
+    assert torch.equal(h.isnan(), expected)
 
 
 def test_logits_beneath_the_floor_have_no_gradient_and_make_no_nan():
@@ -204,17 +217,17 @@ def test_logits_beneath_the_floor_have_no_gradient_and_make_no_nan():
 
 
 PROPAGATES = [
-    (Case(1, 2, 3, 4, 2), "together", True),
+    (Case(1, 2, 3, 4, 2, segment=3, centered=True), "together", True),  # of one axis two segments, of the other one
     (Case(2, 3, 3, 2, 1, directions=(3, 0)), "together", False),
     (Case(1, 2, 3, 4, 2, directions=(2, 1)), "each", True),
-    (Case(1, 2, 2, 3, 1, directions=(0, 3), dtype=BF16), "each", True),
+    (Case(1, 2, 2, 3, 1, directions=(0, 3), dtype=BF16, centered=True), "each", True),
     (Case(1, 2, 2, 3, 2, directions=(0, 3), dtype=BF16, layout="sliced"), "together", True),
     (Case(1, 2, 2, 3, 2, directions=(1, 0), dtype=FP16), "each", True),
-    (Case(2, 2, 3, 5, 1, directions=(2, 0)), 2, True),  # the state is carried from band to band
-    (Case(1, 2, 5, 2, 2, directions=(1, 3), dtype=FP64, layout="channels_first"), 2, True),
+    (Case(2, 2, 3, 5, 1, directions=(2, 0), centered=True), 2, True),  # the state is carried from band to band
+    (Case(1, 2, 5, 2, 2, directions=(1, 3), dtype=FP64, layout="channels_first", centered=True), 2, True),
     (Case(1, 1, 3, 4, 1, directions=(0, 1)), 1, True),  # a band for each line
-    (Case(1, 2, 2, 5, 1, directions=(0, 2), segment=2), 2, False),  # bands along segments carry nothing
-    (Case(1, 2, 2, 7, 2, directions=(2,), segment=4), 3, True),  # segments end within bands
+    (Case(1, 2, 2, 5, 1, directions=(0, 2), segment=2, centered=True), 2, False),  # bands along segments carry nothing
+    (Case(1, 2, 2, 7, 2, directions=(2,), segment=4, centered=True), 3, True),  # segments end within bands
     (Case(1, 2, 2, 4, 2, directions=(0, 2), dtype=BF16), 2, True),
 ]
 
@@ -232,7 +245,7 @@ def test_propagate_with_projections_wider_than_the_maps(monkeypatch):
 
 def test_propagate_image_by_image(monkeypatch):
     monkeypatch.setattr(pieces, "_images_at_once", lambda *_, **__: 1)
-    check_propagate(Case(2, 2, 2, 3, 1, directions=(2,), dtype=BF16))
+    check_propagate(Case(2, 2, 2, 3, 1, directions=(2,), dtype=BF16, centered=True))
 
 
 @pytest.mark.parametrize("backward", [False, True])

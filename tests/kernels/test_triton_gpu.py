@@ -13,7 +13,16 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from helpers.triton_cases import ALL, Case, check_public, check_scans, nan_filled, propagate_problem, scan_problem  # noqa: E402
+from helpers.triton_cases import (  # noqa: E402
+    ALL,
+    Case,
+    center_of,
+    check_public,
+    check_scans,
+    nan_filled,
+    propagate_problem,
+    scan_problem,
+)
 
 import gspn  # noqa: E402
 from gspn import dispatch  # noqa: E402
@@ -143,12 +152,14 @@ TOYS = [Case(1, 2, 2, 3, 1, directions=(0, 3), segment=2), Case(1, 2, 3, 2, 2, d
 
 
 def _operator_cases():
-    """Every size in bfloat16 and in one other dtype: each kernel takes seconds to compile on the first run."""
+    """Every size in bfloat16 and in one other dtype, one of them centred: each kernel takes seconds to compile on the
+    first run."""
     for number, case in enumerate(SIZES if ON_GPU else TOYS):
         other = (FP32, FP16, FP64)[number % 3]
         for dtype in (BF16, other) if ON_GPU else (FP32,):
             yield "gated_scan", case._replace(dtype=dtype)
-            yield "propagate", case._replace(dtype=dtype, layout=case.layout.replace("projected", "sliced"))
+            layout, centered = case.layout.replace("projected", "sliced"), (dtype == BF16) == (number % 2 == 0)
+            yield "propagate", case._replace(dtype=dtype, layout=layout, centered=centered)
         yield "line_scan", case._replace(dtype=(other, BF16)[number % 2])
 
 
@@ -158,24 +169,35 @@ def test_operators(name, case):
         check_public(name, case, DEVICE)
 
 
+def _propagate(*tensors, **options):
+    *tensors, center = tensors
+    return gspn.propagate(*tensors, center=center, **options)
+
+
 def _layer(*tensors, **options):
-    return torch.relu(gspn.propagate(*tensors, **options))
+    return torch.relu(_propagate(*tensors, **options))
+
+
+def _centered(case, features):
+    """x, proxy, the projections and center, and a gradient of y."""
+    *problem, grad = propagate_problem(case, features, True, DEVICE)
+    problem.append(center_of(case._replace(centered=True), *problem))
+    return [t.requires_grad_() for t in problem], grad
 
 
 def _small(dtype=FP32, height=24, width=20, directions=ALL):
     """A problem that the tests below share, and a gradient."""
     case = Case(2, 24, height, width, 8, dtype=dtype, directions=directions)
     case = case if ON_GPU else Case(1, 2, 2, 2, 1, dtype=dtype, directions=(0, 1)[: len(directions)])
-    *problem, grad = propagate_problem(case, 4, True, DEVICE)
-    names = [gspn.DIRECTIONS[d] for d in case.directions]
-    return [t.requires_grad_() for t in problem], grad, names
+    problem, grad = _centered(case, 4)
+    return problem, grad, [gspn.DIRECTIONS[d] for d in case.directions]
 
 
 def test_the_same_bits_in_every_run():
     problem, grad, names = _small(BF16)
     found = []
     for _ in range(20 if ON_GPU else 2):
-        y = gspn.propagate(*problem, directions=names)
+        y = _propagate(*problem, directions=names)
         found.append([y.detach(), *torch.autograd.grad(y, problem, grad)])
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
@@ -186,8 +208,8 @@ def test_opcheck(name):
     case = Case(1, 8, 9, 6, 4, directions=(0, 1)) if ON_GPU else Case(1, 1, 2, 1, 1, directions=(0,))
     directions = list(case.directions)
     if name == "propagate":
-        *problem, grad = propagate_problem(case, 2, True, DEVICE)
-        options, backward = (directions, None, 256, "triton"), (grad, *problem)
+        (*problem, center), grad = _centered(case, 2)
+        options, backward = (directions, None, 256, center, "triton"), (grad, *problem)
     else:
         *problem, grad = scan_problem(case, DEVICE)
         options = (directions, None, "triton")
@@ -197,9 +219,8 @@ def test_opcheck(name):
             options, backward = (0, None, "triton"), (grad, problem[1], grad.clone())
     operator = getattr(torch.ops.gspn, name).default
     torch.library.opcheck(operator, (*(t.requires_grad_() for t in problem), *options))
-    torch.library.opcheck(
-        getattr(torch.ops.gspn, f"{name}_backward").default, (*(t.detach() for t in backward), *options)
-    )
+    given = [t.detach() if isinstance(t, torch.Tensor) else t for t in (*backward, *options)]
+    torch.library.opcheck(getattr(torch.ops.gspn, f"{name}_backward").default, tuple(given))
 
 
 def test_compile():
@@ -218,29 +239,29 @@ def test_autocast():
     problem, _, names = _small()
     narrow = [problem[0].detach().bfloat16(), problem[1].detach(), *(p.detach() for p in problem[2:])]
     with torch.autocast(DEVICE, dtype=BF16):
-        y = gspn.propagate(*narrow, directions=names)
-        scanned = gspn.propagate(*(t.detach() for t in problem), directions=names)
-    expected = gspn.propagate(narrow[0], narrow[1].bfloat16(), *narrow[2:], directions=names)
+        y = _propagate(*narrow, directions=names)
+        scanned = _propagate(*(t.detach() for t in problem), directions=names)
+    expected = _propagate(narrow[0], narrow[1].bfloat16(), *narrow[2:], directions=names)
     assert y.dtype == BF16 and torch.equal(y, expected)
-    assert torch.equal(scanned, gspn.propagate(*(t.detach() for t in problem), directions=names))
+    assert torch.equal(scanned, _propagate(*(t.detach() for t in problem), directions=names))
 
 
 @gpu_only
 def test_two_streams():
     """Launches go to the current stream: the input is only there once that stream has worked for a while."""
     problem, grad, names = _small(height=64, width=64)
-    expected = torch.autograd.grad(gspn.propagate(*problem, directions=names), problem, grad)
+    expected = torch.autograd.grad(_propagate(*problem, directions=names), problem, grad)
     torch.cuda.synchronize()
     one, other = torch.cuda.Stream(), torch.cuda.Stream()
     late = torch.full_like(problem[0], float("nan"))
     torch.cuda.synchronize()
     with torch.cuda.stream(other):
-        busy = gspn.propagate(*problem, directions=names)
+        busy = _propagate(*problem, directions=names)
     with torch.cuda.stream(one):
         torch.cuda._sleep(200_000_000)
         late.copy_(problem[0].detach())
         tensors = [late.requires_grad_(), *problem[1:]]
-        got = torch.autograd.grad(gspn.propagate(*tensors, directions=names), tensors, grad)
+        got = torch.autograd.grad(_propagate(*tensors, directions=names), tensors, grad)
     torch.cuda.synchronize()
     assert busy.isfinite().all()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -251,7 +272,7 @@ def test_cuda_graph():
     problem, grad, names = _small()
 
     def step():
-        y = gspn.propagate(*problem, directions=names)
+        y = _propagate(*problem, directions=names)
         return [y.detach(), *torch.autograd.grad(y, problem, grad)]
 
     side = torch.cuda.Stream()
@@ -286,9 +307,8 @@ def test_other_sizes_compile_nothing(groups):
 
     def run(batch, height, width, segment):
         case = Case(batch, 24, height, width, groups, segment=segment)
-        *problem, grad = propagate_problem(case, 8, True, DEVICE)
-        problem = [t.requires_grad_() for t in problem]
-        torch.autograd.grad(gspn.propagate(*problem, segment=segment), problem, grad)
+        problem, grad = _centered(case, 8)
+        torch.autograd.grad(_propagate(*problem, segment=segment), problem, grad)
 
     run(2, 30, 31, None)
     before = _variants()
@@ -301,9 +321,9 @@ def test_other_sizes_compile_nothing(groups):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_the_current_one():
     problem, _, names = _small()
-    expected = gspn.propagate(*problem, directions=names)
+    expected = _propagate(*problem, directions=names)
     with torch.cuda.device(0):
-        y = gspn.propagate(*(t.detach().to("cuda:1") for t in problem), directions=names)
+        y = _propagate(*(t.detach().to("cuda:1") for t in problem), directions=names)
     assert y.device.index == 1 and torch.equal(y.cpu(), expected.detach().cpu())
 
 
@@ -325,17 +345,17 @@ def _peak(function) -> tuple[int, object]:
 @pytest.mark.parametrize("mib", [4, 24, 64, 512])  # bands, bands, one direction at a time, all together
 def test_propagate_keeps_to_its_workspace(mib):
     case = Case(1, 64, 192, 256, 64, dtype=BF16)
-    *problem, grad = propagate_problem(case, 16, True, DEVICE)
+    leaves, grad = _centered(case, 16)
+    problem = [t.detach() for t in leaves]
     y_bytes = problem[0].nbytes
-    peak, y = _peak(lambda: gspn.propagate(*problem, workspace_mib=mib))
+    peak, y = _peak(lambda: _propagate(*problem, workspace_mib=mib))
     bound = 1.1 * (mib << 20) + y_bytes + (4 << 20)
     assert peak <= bound, f"{peak >> 20} MiB beside x; {bound / 2**20:.0f} expected at most"
-    exact = gspn.propagate(*(t.double() for t in problem), backend="reference")
+    exact = _propagate(*(t.double() for t in problem), backend="reference")
     assert (y.double() - exact).abs().max() <= 0.03 * exact.abs().max()
-    leaves = [t.requires_grad_() for t in problem]
 
     def backward():
-        return torch.autograd.grad(gspn.propagate(*leaves, workspace_mib=mib), leaves, grad)
+        return torch.autograd.grad(_propagate(*leaves, workspace_mib=mib), leaves, grad)
 
     # beside the workspace: y, dx and dproxy in both dtypes, and the state that enters each band
     lines = (mib << 20) // 600_000

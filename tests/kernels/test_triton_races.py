@@ -184,8 +184,8 @@ def _propagate(mode, *directions, channels=1, **rest):
 
 
 _merger = _propagate("together", 1, channels=3)  # an elementwise tile has four then
-_each = _propagate("each", 0, 1)
-_bands = _propagate(2, 2)
+_each = _propagate("each", 0, 1, centered=True)
+_bands = _propagate(2, 2, centered=True)
 
 
 class Mistake(NamedTuple):
@@ -210,6 +210,7 @@ MISTAKES = [
     Mistake("before and after exchanged", "device", "after, before = tl.split", "before, after = tl.split", _plain),
     Mistake("no end of the strips", "device", "tl.maximum(g[:, :, :, None] - 1, 0)", "g[:, :, :, None] - 1", _plain),
     Mistake("no reset", "device", "value = tl.where(goes_on, value, z)", "value = value", _tiles_and_segments),
+    Mistake("the first line centred", "device", "(goes_on, value, z)", "(goes_on, value, entering)", _bands),
     Mistake(
         "no clamp", "device", "tl.maximum(logit, FLOOR, propagate_nan=tl.PropagateNan.ALL)", "logit", _beneath_the_floor
     ),
@@ -258,8 +259,8 @@ MISTAKES = [
     Mistake(
         "the neighbours' weights exchanged",
         "device",
-        "z + w_prev * previous + a_same[r].to(STATE) * same + w_next * following",
-        "z + w_next * previous + a_same[r].to(STATE) * same + w_prev * following",
+        "entering + w_prev * previous + a_same[r].to(STATE) * same + w_next * following",
+        "entering + w_next * previous + a_same[r].to(STATE) * same + w_prev * following",
         _line_scan,
     ),
     Mistake("state in place", "launch", "else between[1 - n % 2]", "else between[n % 2]", _tiles),
@@ -283,6 +284,23 @@ MISTAKES = [
         "self.total - self.origin - self.lines if self.reverse else self.origin",
         "self.origin",
         _bands,
+    ),
+    Mistake(
+        "the first direction's center",
+        "pieces",
+        "self.center[:, piece.indices.start : piece.indices.stop]",
+        "self.center[:, :1]",
+        _each,
+    ),
+    Mistake(
+        "center's gradient: a band's first line",
+        "pieces",
+        "lines = piece.origin + torch.arange",
+        "lines = torch.arange",
+        _bands,
+    ),
+    Mistake(
+        "center's gradient: the last line", "pieces", "starts.flip(0) if direction >= 2 else starts", "starts", _bands
     ),
     Mistake("no line before the band", "pieces", "line.copy_(band.state_in", "(band.state_in", _bands),
 ]

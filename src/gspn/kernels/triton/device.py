@@ -142,20 +142,23 @@ def normalize(e_prev, e_same, e_next, first, last):
 # ---- scans -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=SIZES)
+# center may be a part of the call's (one direction, some images), which starts anywhere: one version for all of them.
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["center"])
 def scan_forward(
-    x, gate, logits, h, state_in, state_out, x_b, x_h, x_w, gate_b, gate_d, gate_h, gate_w, logits_b, logits_d,
+    x, gate, center, logits, h, state_in, state_out, x_b, x_h, x_w, gate_b, gate_d, gate_h, gate_w, logits_b, logits_d,
     logits_k, logits_h, logits_w, h_b, h_d, h_h, h_w,
     height, width, unit, maps, directions, count, segment, origin, state_places, first, lines, own, blocks, tiles,
     segments,
     SHARE: tl.constexpr, STRIPS: tl.constexpr, PLACES: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
-    HALO: tl.constexpr, CHAINED: tl.constexpr, GATED: tl.constexpr, NORMALIZED: tl.constexpr, ALIGN: tl.constexpr,
-    ALIGN_LOGITS: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr,
+    HALO: tl.constexpr, CHAINED: tl.constexpr, GATED: tl.constexpr, CENTERED: tl.constexpr, NORMALIZED: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_LOGITS: tl.constexpr, STATE: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr,
     X_DENSE: tl.constexpr, GATE_DENSE: tl.constexpr, H_DENSE: tl.constexpr,
 ):  # fmt: skip
-    """h of x, gate and logits. GATED: the input is gate * x, else x. NORMALIZED: logits are to be normalised, else they
-    are the weights. CHAINED: lines [first, first + lines) of a scan whose line 0 is line `origin` of its map, the state
-    before them from state_in and after them to state_out (B, maps, state_places, C); else a program has a segment."""
+    """h of x, gate and logits. GATED: the input is gate * x, else x. CENTERED: center (B, maps, C), contiguous, is
+    subtracted from the input of every line that has a line before it in its segment. NORMALIZED: logits are to be
+    normalised, else they are the weights. CHAINED: lines [first, first + lines) of a scan whose line 0 is line `origin`
+    of its map, the state before them from state_in and after them to state_out (B, maps, state_places, C); else a
+    program has a segment."""
     block, tile, which, part_of_scan, image, horizontal, reverse = _locate(directions, count, blocks, tiles, segments)
     channels = unit * ALIGN
     group, c, group_exists, c_exists, _ = _channels(block, channels, SHARE, GROUPS, MEMBERS)
@@ -180,6 +183,8 @@ def scan_forward(
         gate_t, gate_p = _steps(gate_h, gate_w, horizontal, width, unit, INDEX, GATE_DENSE)
         gate += (image * gate_b + which * gate_d.to(tl.int64)) * ALIGN
         gate_at = place * gate_p * ALIGN + c
+    if CENTERED:
+        mean = tl.load(center + (image * maps + which) * channels + c, c_exists, 0.0).to(STATE)
 
     state_at = ((image * maps + which) * state_places + place) * channels + c
     states = ()
@@ -216,6 +221,7 @@ def scan_forward(
             z = inputs[r].to(STATE)
             if GATED:
                 z = z * gates[r].to(STATE)
+            entering = z - mean if CENTERED else z
             same = states[r]
             previous = before if r == 0 else states[r - 1]
             following = after if r == PLACES - 1 else states[r + 1]
@@ -226,13 +232,13 @@ def scan_forward(
                 e_same = inverse_sigmoid(a_same[r].to(STATE))
                 e_next = inverse_sigmoid(a_next[r].to(STATE))
                 w_prev, w_next = normalize(e_prev, e_same, e_next, first_place, last_place)
-                value = (w_prev * (previous - same) + (w_next * (following - same) + same)) + z
+                value = (w_prev * (previous - same) + (w_next * (following - same) + same)) + entering
             else:
                 previous = tl.where(first_place, 0.0, previous)
                 following = tl.where(last_place, 0.0, following)
                 w_prev = tl.where(first_place, 0.0, a_prev[r].to(STATE))
                 w_next = tl.where(last_place, 0.0, a_next[r].to(STATE))
-                value = z + w_prev * previous + a_same[r].to(STATE) * same + w_next * following
+                value = entering + w_prev * previous + a_same[r].to(STATE) * same + w_next * following
             value = tl.where(goes_on, value, z)  # whatever the weights of a first line are, even NaN
             exists = _owned(own_place, tile * own, own, P, HALO) & c_exists
             tl.store(h + (h_at + (at * h_t + r * h_p) * ALIGN), value.to(h.dtype.element_ty), exists)

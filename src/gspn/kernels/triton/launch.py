@@ -79,21 +79,24 @@ def empty_maps(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def scan(
     x: Tensor, gate: Tensor | None, logits: Tensor, h: Tensor, directions: Sequence[int], segment: int | None,
-    *, band: Band | None = None, plan: Plan | None = None,
+    *, center: Tensor | None = None, band: Band | None = None, plan: Plan | None = None,
 ) -> None:  # fmt: skip
     """Fills h (B,D,C,H,W) with the scans of x (B,C,H,W). With gate (B,D,C,H,W), of gate * x under the normalised logits
-    (B,D,G,3,H,W); without, the logits are the weights."""
+    (B,D,G,3,H,W); without, the logits are the weights. center (B,D,C) is subtracted from the input of every line that
+    has a line before it in its segment."""
     align, x_strides, gate_strides, h_strides = _strides(_of_map(x), _of_maps(gate), _of_maps(h), size=x.shape[1])
     align_logits, logits_strides = _strides(_of_logits(logits), size=logits.shape[2])
     index = _index(x, h, logits, gate)
+    means = x if center is None else center.contiguous()
     for cut in _cuts(x, logits, directions, segment, plan, backward=False):
         for launch in cut.launches(x, len(directions), segment, band, backward=False):
             device.scan_forward[launch.grid](
-                x, x if gate is None else gate, logits, h, launch.state_in, launch.state_out,
+                x, x if gate is None else gate, means, logits, h, launch.state_in, launch.state_out,
                 *x_strides, *gate_strides, *logits_strides, *h_strides,
                 x.shape[2], x.shape[3], x.shape[1] // align, *launch.numbers, **launch.constants,
-                GATED=gate is not None, NORMALIZED=gate is not None, ALIGN=align, ALIGN_LOGITS=align_logits,
-                INDEX=index, X_DENSE=_dense(x), GATE_DENSE=gate is not None and _dense(gate), H_DENSE=_dense(h),
+                GATED=gate is not None, CENTERED=center is not None, NORMALIZED=gate is not None, ALIGN=align,
+                ALIGN_LOGITS=align_logits, INDEX=index, X_DENSE=_dense(x),
+                GATE_DENSE=gate is not None and _dense(gate), H_DENSE=_dense(h),
             )  # fmt: skip
 
 

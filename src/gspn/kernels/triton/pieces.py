@@ -31,17 +31,18 @@ LINES = 16  # of a band, if there is a choice: a gradient keeps a state in float
 
 def propagate(
     x: Tensor, proxy: Tensor, weight_proj: Tensor, input_proj: Tensor, output_proj: Tensor, skip_proj: Tensor | None,
-    directions: list[int], segment: int | None, workspace_mib: int = 256,
+    directions: list[int], segment: int | None, workspace_mib: int = 256, center: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y (B,C,H,W) of x (B,C,H,W) and proxy (B,S,H,W), in a workspace of about `workspace_mib` MiB beside them, or as
-    much as one line of one direction takes."""
+    """y (B,C,H,W) of x (B,C,H,W), proxy (B,S,H,W) and center (B,D,C), in a workspace of about `workspace_mib` MiB
+    beside them, or as much as one line of one direction takes."""
     projections = (weight_proj, input_proj, output_proj, skip_proj)
     with on(x), torch.autocast(x.device.type, enabled=False):
         x, proxy = channels_inside(x, 1), channels_inside(proxy, 1)
         y = empty_like_channels_last(x, 1)
         images = _images_at_once(x, weight_proj, len(directions), workspace_mib, backward=False)
-        for some, features, out in zip(*(t.split(images) for t in (x, proxy, y)), strict=True):
+        for some, features, out, means in _split(images, x, proxy, y, center):
             work = _Work.choose(some, weight_proj, directions, segment, workspace_mib, backward=False)
+            work = work._replace(center=means)
             total = empty_like_channels_last(some, 1, state_dtype(x.dtype)) if work.wide_sum else out
             for pieces in work.passes() if x.numel() else ():
                 state = None
@@ -65,35 +66,38 @@ def _forward(work, piece, proxy, projections, total, state_in) -> Tensor | None:
 def propagate_backward(
     grad: Tensor, x: Tensor, proxy: Tensor, weight_proj: Tensor, input_proj: Tensor, output_proj: Tensor,
     skip_proj: Tensor | None, directions: list[int], segment: int | None, workspace_mib: int = 256,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of x, proxy and the four projections. Beside the workspace this holds the proxy's gradient in float32,
-    and where one image does not fit, dx of one in float32 and for each band the state that the scan enters it with.
-    What lies between the products has the dtype of x: gradients of float32 projections beside 16-bit maps are as exact
-    as those of linear layers under autocast."""
+    center: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, proxy, the four projections and center. Beside the workspace this holds the proxy's gradient in
+    float32, and where one image does not fit, dx of one in float32 and for each band the state that the scan enters it
+    with. What lies between the products has the dtype of x: gradients of float32 projections beside 16-bit maps are as
+    exact as those of linear layers under autocast."""
     projections = (weight_proj, input_proj, output_proj, skip_proj)
     with on(x), torch.autocast(x.device.type, enabled=False):
         grad, x, proxy = (channels_inside(t, 1) for t in (grad, x, proxy))
         state, dx = state_dtype(x.dtype), empty_like_channels_last(x, 1)
         dproxy = empty_like_channels_last(proxy, 1, state).zero_()
         found = [None if p is None else torch.zeros_like(p, dtype=state) for p in projections]
+        dcenter = None if center is None else torch.zeros_like(center, dtype=state)
         images = _images_at_once(x, weight_proj, len(directions), workspace_mib, backward=True)
-        parts = (t.split(images) for t in (x, proxy, grad, dx, dproxy))
-        for some, features, dy, out, dfeatures in zip(*parts, strict=True):
+        parts = _split(images, x, proxy, grad, dx, dproxy, center, dcenter)
+        for some, features, dy, out, dfeatures, means, dmeans in parts:
             work = _Work.choose(some, weight_proj, directions, segment, workspace_mib, backward=True)
+            work = work._replace(center=means)
             total = out if work.single else empty_like_channels_last(some, 1, state)
             for pieces in work.passes() if x.numel() else ():
                 pieces = list(pieces)
                 entered, adjoint = work.entered(pieces, features, projections), None
                 for piece, state_before in zip(reversed(pieces), reversed(entered), strict=True):
-                    grads = (total, dfeatures, found)
+                    grads = (total, dfeatures, found, dmeans)
                     adjoint = _backward(work, piece, features, projections, dy, state_before, adjoint, *grads)
             if total is not out:
                 out.copy_(total)
-        projection_grads = (None if p is None else f.to(p.dtype) for p, f in zip(projections, found, strict=True))
-        return dx, dproxy.to(proxy.dtype), *projection_grads
+        others = zip((*projections, center), (*found, dcenter), strict=True)
+        return dx, dproxy.to(proxy.dtype), *(None if t is None else f.to(t.dtype) for t, f in others)
 
 
-def _backward(work, piece, proxy, projections, grad, state_in, adjoint, dx, dproxy, found) -> Tensor | None:
+def _backward(work, piece, proxy, projections, grad, state_in, adjoint, dx, dproxy, found, dcenter) -> Tensor | None:
     """Adds what a piece gives to the gradients; the adjoint that it leaves with, where it was entered with one."""
     maps = _Maps.project(piece, proxy, *projections, work.gate_dtype)
     h = work.scan(piece, maps, work.band(piece, state_in))
@@ -106,7 +110,15 @@ def _backward(work, piece, proxy, projections, grad, state_in, adjoint, dx, dpro
     x, dx = piece.of(work.x), piece.of(dx)
     launch.merge_backward(g, maps.input_gate, x, dx, dmaps.input_gate, merged, add=not piece.opens)
     _add_gradients(piece, maps, dmaps, piece.of(dproxy), *found)
+    if dcenter is not None:
+        _add_center_gradient(piece, g, work.segment, dcenter)
     return band and band.state_out
+
+
+def _split(images: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """So many images of each tensor at a time; None for a tensor that is None. The first one is not None."""
+    absent = [None] * len(tensors[0].split(images))
+    return zip(*(absent if t is None else t.split(images) for t in tensors), strict=True)
 
 
 def _workspace_bytes_per_pixel(x, weight_proj, count, gate_bytes, backward) -> int:
@@ -173,6 +185,7 @@ class _Work(NamedTuple):
     band_lines: int | None  # of a piece, if directions are cut into bands
     wide_sum: bool  # the directions' parts are summed up in the state's dtype, which y has not
     gate_dtype: torch.dtype
+    center: Tensor | None = None  # (B,D,C), for all directions of the call
 
     @classmethod
     def choose(cls, x, weight_proj, directions, segment, workspace_mib, *, backward) -> "_Work":
@@ -247,7 +260,8 @@ class _Work(NamedTuple):
             line = longer.narrow(piece.axis, piece.lines if piece.reverse else 0, 1)
             line.copy_(band.state_in.transpose(2, 3).unsqueeze(piece.axis))
             h = longer.narrow(piece.axis, 0 if piece.reverse else 1, piece.lines)
-        launch.scan(x, maps.input_gate, maps.logits, h, piece.directions, self.segment, band=band)
+        center = None if self.center is None else self.center[:, piece.indices.start : piece.indices.stop]
+        launch.scan(x, maps.input_gate, maps.logits, h, piece.directions, self.segment, center=center, band=band)
         return h
 
 
@@ -325,6 +339,16 @@ def _add_gradients(piece, maps, dmaps, dproxy, dweight_proj, dinput_proj, doutpu
     doutput_proj[chosen] += parts[1].view_as(doutput_proj[chosen])
     if maps.skip is not None:
         dskip_proj += parts[2]
+
+
+def _add_center_gradient(piece: _Piece, g: Tensor, segment: int | None, dcenter: Tensor) -> None:
+    """Subtracts from dcenter (B,D,C) the sum of g (B,D,C,H,W), the gradient of a piece's gated input, over the lines
+    that center was subtracted from."""
+    for of_direction, index, direction in zip(g.unbind(1), piece.indices, piece.directions, strict=True):
+        sums = of_direction.sum(-2 if direction % 2 == 0 else -1)  # of each line: (B,C,T)
+        lines = piece.origin + torch.arange(sums.shape[-1], device=g.device)
+        starts = (lines if segment is None else lines % segment) == 0
+        dcenter[:, index] -= sums.masked_fill(starts.flip(0) if direction >= 2 else starts, 0).sum(-1)
 
 
 def _two_parts(projection: Tensor, dtype: torch.dtype) -> Tensor:
