@@ -42,7 +42,7 @@ def test_opcheck_scans():
 @pytest.mark.slow
 def test_compile_whole_graph_with_dynamic_sizes():
     torch._dynamo.reset()
-    layer = gspn.GSPN2d(8, segment=3)
+    layer = gspn.GSPN2d(8, segment=3, center=True)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     counter = torch._dynamo.utils.counters
     for height, width in ((5, 7), (9, 4), (12, 12)):
@@ -71,7 +71,7 @@ def test_compile_a_whole_model():
 
 
 def test_export_with_dynamic_height_and_width():
-    layer = gspn.GSPN2d(8, scan_dim=4)
+    layer = gspn.GSPN2d(8, scan_dim=4, center=True)
     auto = torch.export.Dim.AUTO
     exported = torch.export.export(layer, (torch.randn(2, 8, 6, 9),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
     nodes = [n.target for n in exported.graph.nodes if "gspn" in str(n.target)]

@@ -39,6 +39,9 @@ class Variant(nn.Module):
         centred: the mean of the gated input over the map is taken once instead of once in each line: the state is the
             scan of what differs from this mean, plus the mean. Rows that sum to 1 let nobody choose how much of the
             mean arrives, which is most of a state after some lines and grows with the map.
+        ramp: with `centred`, how often the mean arrives on top of that from first line to last, a learned number
+            for each direction and channel, as it starts: (t / T) ramp times at line t of T. A state then tells how far
+            its line is from the border, at any size. None: no such part.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Variant(nn.Module):
         scale: float = 1.0,
         level: float = 0.0,
         centred: bool = False,
+        ramp: float | None = None,
         groups: int = GROUPS,
         proxy_dim: int = PROXY,
     ):
@@ -64,6 +68,8 @@ class Variant(nn.Module):
         self.proxy_norm = nn.RMSNorm(proxy_dim) if normed_proxy else nn.Identity()
         self.gate = nn.Linear(width, width) if normed_output else None
         self.norm = nn.RMSNorm(width) if normed_output else nn.Identity()
+
+        self.ramp = None if ramp is None else nn.Parameter(torch.full((count, width), ramp))
 
         def projection(*shape):
             return nn.Parameter(torch.empty(count, *shape, proxy_dim).uniform_(-(proxy_dim**-0.5), proxy_dim**-0.5))
@@ -98,6 +104,9 @@ class Variant(nn.Module):
                 weight_proj = torch.cat([weight_proj, self.ray_bias.unsqueeze(-1)], -1)
                 input_proj, output_proj, skip_proj = (F.pad(p, (0, 1)) for p in (input_proj, output_proj, skip_proj))
             center = input_means(x, proxy, input_proj) if self.centred else None
+            if self.ramp is not None:
+                lines = [x.shape[3 if direction in ("right", "left") else 2] for direction in gspn.DIRECTIONS]
+                center = center * (1 - self.ramp / self.ramp.new_tensor(lines).unsqueeze(-1))
             y = gspn.propagate(x, proxy, weight_proj, input_proj, output_proj, skip_proj, center=center)
         else:
             y = merge * self._forgetting(x, proxy, weight_proj)
@@ -132,6 +141,10 @@ class Variant(nn.Module):
 REMEDIES = {  # the most telling first: the study goes through them in this order
     "gspn-g8": ("GSPN, 8 groups", dict(normed_proxy=False, normed_output=False)),
     "gspn-centred-alone": ("GSPN, centred", dict(centred=True, normed_proxy=False, normed_output=False)),
+    "gspn-centred-ramp": (
+        "GSPN, centred, ramp",
+        dict(centred=True, ramp=1.0, normed_proxy=False, normed_output=False),
+    ),
     "gspn-centred-alone-thirds": (
         "GSPN, centred, weights 1/3",
         dict(centred=True, thirds=True, normed_proxy=False, normed_output=False),
