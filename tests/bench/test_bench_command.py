@@ -9,14 +9,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gspn.bench import suites
+from gspn.bench import measuring, suites
 from gspn.cli import app
+
+IN_OWN_PROCESS = suites.in_own_process
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(suites, "LAYERS", ((8, 4, 6),))
     monkeypatch.setattr(suites, "time", SimpleNamespace(monotonic=lambda: 100.0))  # none passes
+    monkeypatch.setattr(suites, "in_own_process", lambda function, *arguments: 1.5)  # each takes seconds to import
+    monkeypatch.setattr(measuring.gc, "collect", lambda: 0)  # half a second each, before every round
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -27,7 +31,8 @@ def bench(*arguments):
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_results_pictures_and_a_table(tmp_path):
+def test_results_pictures_and_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "in_own_process", IN_OWN_PROCESS)
     code, out, err = bench("layer", "--threads", 1, "--minutes", 0.5, "--out", tmp_path / "new")
     assert code == 0 and not err, err
     results = json.loads((tmp_path / "new" / "bench.json").read_text())
