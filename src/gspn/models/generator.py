@@ -89,7 +89,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         num_classes: the classes are 0 to num_classes - 1; num_classes itself is the null class of guidance.
         class_dropout_prob: how often training replaces a class by the null class; with 0 there is no null class.
         segment: lines between resets of the scan, except in the last ``global_blocks`` blocks, which scan the whole map
-            at any size. proxy_dim: None is D // 16. skip: adds the scan's skip gate. center: takes the mean over the map
+            at any size. proxy_dim: None is D // 16. skip: adds the scan's skip gate. center: takes the map's mean
             once instead of in each line (:class:`gspn.GSPN2d`).
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
         prediction_type: what the model is trained to predict: "epsilon", "v_prediction" or "sample". Pipelines refuse a
