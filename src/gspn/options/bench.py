@@ -32,7 +32,9 @@ class BenchOptions(WriteOptions, OptionSet):
     device: str | None = option(
         None, "cpu or cuda. Default: cuda if torch finds such a device.", choices=("cpu", "cuda")
     )
-    threads: int | None = option(None, "Measure the CPU, with this many threads. Default: as many as torch chooses.", low=1)
+    threads: int | None = option(
+        None, "Measure the CPU, with so many threads. Default: as many as torch chooses.", low=1
+    )
     dtype: str = option("fp32", "Dtype of weights and data: fp32, bf16 or fp16.", choices=("fp32", "bf16", "fp16"))
     out: Path | None = option(
         None, "The folder for bench.json and the pictures. Default: a new one, runs/bench-DATE-TIME.", metavar="FOLDER"
