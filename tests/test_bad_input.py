@@ -59,6 +59,24 @@ def test_options(options, error, message):
         gspn.propagate(*random_problem(1, 6, 4, 5, 3), **options)
 
 
+@pytest.mark.parametrize(
+    ("center", "error", "message"),
+    [
+        ([1.0], TypeError, r"center.*tensor \(B,D,C\).*list"),
+        (torch.randn(4, 6), ValueError, r"center.*3 dimensions"),
+        (torch.randn(1, 3, 6), ValueError, r"center \(B,D,C\).*\(1, 4, 6\).*\(1, 3, 6\)"),
+        (torch.randn(1, 4, 6).double(), TypeError, r"center.*torch.float32.*torch.float64"),
+        (torch.randn(1, 4, 6, device="meta"), ValueError, r"center.*cpu.*meta"),
+    ],
+)
+def test_center(center, error, message):
+    with pytest.raises(error, match=message):
+        gspn.propagate(*random_problem(1, 6, 4, 5, 3, dtype=torch.float32), center=center)
+    problem = [t.bfloat16() for t in random_problem(1, 6, 4, 5, 3)]
+    with pytest.raises(TypeError, match=r"center.*float32 beside x torch.bfloat16.*bfloat16"):
+        gspn.propagate(*problem, center=torch.randn(1, 4, 6).bfloat16())
+
+
 def test_a_proxy_of_no_channels():
     problem = random_problem(1, 6, 4, 5, 0)
     with pytest.raises(ValueError, match=r"S >= 1.*\(1, 0, 4, 5\)"):

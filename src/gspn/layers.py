@@ -8,7 +8,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspn.kernels.reference import no_autocast
+from gspn.kernels.reference import lines_before, no_autocast
 from gspn.layers_released import propagate_released, scan_released, turn_back
 from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment
 
@@ -69,21 +69,6 @@ def average_over_lines(
     lines = [size[1] if direction in ("right", "left") else size[0] for direction in directions]
     lines = [n if segment is None else min(segment, n) for n in lines]
     return torch.stack([projection / n for projection, n in zip(output_proj.unbind(0), lines, strict=True)])
-
-
-def lines_before(directions: Sequence[str], size: tuple[int, int], segment: int | None, like: Tensor) -> Tensor:
-    """(D,H,W): how many lines the scan of each direction has passed since it last reset, when it comes to a pixel of a
-    (H,W) map; in the dtype and on the device of `like`."""
-    height, width = size
-    found = []
-    for direction in directions:
-        along_rows = direction in ("right", "left")
-        lines = torch.arange(width if along_rows else height, device=like.device)
-        lines = lines if segment is None else lines % segment
-        lines = lines if direction in ("right", "down") else lines.flip(0)
-        lines = lines if along_rows else lines.unsqueeze(-1)
-        found.append(lines.to(like.dtype).expand(height, width))
-    return torch.stack(found)
 
 
 def input_means(x: Tensor, proxy: Tensor, input_proj: Tensor) -> Tensor:
@@ -265,7 +250,8 @@ class GSPN2d(nn.Module):
             (arriving,) = torch.autograd.grad(self._scan(gate, logits)[..., row, column].sum(), gate)
         passed = arriving
         if self.center:
-            lines = lines_before(self.directions, (height, width), self.segment, arriving)[:, row, column]
+            passes = (lines_before(arriving, d, self.segment) for d in direction_indices(self.directions))
+            lines = torch.stack([n.expand(height, width)[row, column] for n in passes])
             passed = arriving - lines.view(-1, 1, 1, 1) / (height * width)
         out_gate = project(self._merged_projections((height, width))[0])[..., row, column, None, None]
         parts = out_gate * passed * project(self.input_proj)

@@ -174,7 +174,7 @@ def propagate(
         y = sum over d of (output_proj[d] proxy) * h[d] + (skip_proj proxy) * x
         h[d] = gated_scan of x with input gate input_proj[d] proxy and logits weight_proj[d] proxy
 
-    With ``center``, center[d] is taken from the gated input in every line that does not start a segment.
+    With ``center``, center[d] is subtracted from the gated input of every line that does not start a segment.
     A product of a projection and the proxy is a 1x1 convolution from S channels. Native kernels compute it while they
     scan and never write weights or gates to memory; only x and the proxy are kept for the gradients.
 
@@ -185,9 +185,9 @@ def propagate(
         input_proj, output_proj: (D,C,S), to the input gate lambda and the output gate u. A merger's scalars are
             multiplied into output_proj by the caller.
         skip_proj: (C,S), to the skip gate d, or None for no skip.
-        center: (B,D,C), what to take from the gated input of each direction, or None. Weights sum to 1, so for the mean
-            m of the gated input over the map h[d] = m + (the scan of what differs from m): a mean arrives once, instead
-            of once in each line. float32, or float64 with float64 x.
+        center: (B,D,C), what is subtracted from the gated input of each direction, or None. float32, or float64 with
+            float64 x. With the mean m of the gated input over the map, h[d] is m plus the scan of the differences from
+            m, because weights sum to 1: the mean arrives once, instead of once from each line.
         directions: D of ``DIRECTIONS``, each at most once.
         segment, backend: as in :func:`line_scan`.
         workspace_mib: MiB of scratch memory that a native kernel may use for more threads or larger pieces. It always

@@ -216,6 +216,20 @@ def test_unknown_names_are_refused():
         contenders.backbone("dw7", "naked", 10, True, seed=0)
 
 
+def test_a_ramp_as_long_as_the_map_is_the_layer_that_is_not_centred():
+    torch.manual_seed(0)
+    z, plain = torch.randn(2, 5, 5, 8), remedies.Variant(8, normed_output=False)
+    ramp = remedies.Variant(8, normed_output=False, centred=True, ramp=5.0)
+    ramp.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(ramp(z), plain(z), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        ramp.ramp.zero_()
+    centred = remedies.Variant(8, normed_output=False, centred=True)
+    centred.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(ramp(z), centred(z))
+    assert not torch.allclose(centred(z), plain(z), atol=1e-3)
+
+
 def test_logits_start_at_the_level_that_is_asked_for():
     bias = remedies.Variant(8, level=-3.0).ray_bias
     assert bias.shape == (4, 3, 8) and (bias == -3).all()

@@ -16,6 +16,7 @@ import gspn
 from gspn.export import ExportError, export_onnx
 from gspn.export.onnx import DEFAULT_OPSET, OLDEST_OPSET
 from gspn.files import SaveError
+from gspn.layers import input_means
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -66,19 +67,21 @@ class EveryOperator(nn.Module):
     def projected(self, proxy, *shape):
         return torch.einsum("...s,bshw->b...hw", self.parameters_of(*shape, self.FEATURES), proxy)
 
-    def propagate(self, x, directions, segment, groups, skip):
+    def propagate(self, x, directions, segment, groups, skip, centered=False):
         proxy, count, draw = self.proxy(x), len(directions), self.parameters_of
         gates = [draw(count, self.CHANNELS, self.FEATURES), draw(count, self.CHANNELS, self.FEATURES) + 1]
         skip_proj = draw(self.CHANNELS, self.FEATURES) if skip else None
         weights = 40 * draw(count, 3, groups, self.FEATURES)  # logits beyond the floor of -28 too
-        return gspn.propagate(x, proxy, weights, *gates, skip_proj, directions=directions, segment=segment)
+        center = input_means(x, proxy, gates[0]) if centered else None
+        options = dict(center=center, directions=directions, segment=segment)
+        return gspn.propagate(x, proxy, weights, *gates, skip_proj, **options)
 
     def forward(self, x):
         proxy, channels = self.proxy(x), self.CHANNELS
         outputs = [
             self.propagate(x, gspn.DIRECTIONS, None, channels, True),
-            self.propagate(x, ("left",), 3, 1, False),
-            self.propagate(x, ("up", "down"), 2, 2, True),
+            self.propagate(x, ("left",), 3, 1, False, centered=True),
+            self.propagate(x, ("up", "down"), 2, 2, True, centered=True),
             self.propagate(x, ("down", "right", "up"), 1, 3, False),
         ]
         for directions, segment, groups in ((("up", "right"), 2, 3), (("left",), None, channels), (("down",), 4, 1)):

@@ -39,9 +39,8 @@ class Variant(nn.Module):
         centred: the mean of the gated input over the map is taken once instead of once in each line: the state is the
             scan of what differs from this mean, plus the mean. Rows that sum to 1 let nobody choose how much of the
             mean arrives, which is most of a state after some lines and grows with the map.
-        ramp: with `centred`, how often the mean arrives on top of that from first line to last, a learned number
-            for each direction and channel, as it starts: (t / T) ramp times at line t of T. A state then tells how far
-            its line is from the border, at any size. None: no such part.
+        ramp: with `centred`, where a learned number r for each direction and channel starts: line t of T has r t / T
+            times the mean besides. So a state tells how far its line is from the border, at any size. None: no r.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class Variant(nn.Module):
         self.proxy_norm = nn.RMSNorm(proxy_dim) if normed_proxy else nn.Identity()
         self.gate = nn.Linear(width, width) if normed_output else None
         self.norm = nn.RMSNorm(width) if normed_output else nn.Identity()
-
         self.ramp = None if ramp is None else nn.Parameter(torch.full((count, width), ramp))
 
         def projection(*shape):

@@ -207,13 +207,18 @@ def _starts_segment(t: int, segment: int | None) -> bool:
     return t == 0 or (segment is not None and t % segment == 0)
 
 
-def _goes_on(like: Tensor, direction: int, segment: int | None) -> Tensor:
-    """(H,W) or a shape that broadcasts to it, of like's dtype: 1 in the lines that have a line before them, else 0."""
+def lines_before(like: Tensor, direction: int, segment: int | None) -> Tensor:
+    """How many lines a scan over like's map (..., H, W) has passed since it last reset: (W,) or (H,1)."""
     axis = -1 if direction % 2 == 0 else -2
     lines = torch.arange(like.shape[axis], device=like.device)
+    lines = lines if segment is None else lines % segment
     lines = lines.flip(0) if direction >= 2 else lines
-    goes_on = (lines if segment is None else lines % segment) > 0
-    return goes_on.to(like.dtype) if axis == -1 else goes_on.to(like.dtype).unsqueeze(-1)
+    return lines if axis == -1 else lines.unsqueeze(-1)
+
+
+def _goes_on(like: Tensor, direction: int, segment: int | None) -> Tensor:
+    """1 in the lines that have a line before them in their segment, else 0; in like's dtype."""
+    return (lines_before(like, direction, segment) > 0).to(like.dtype)
 
 
 def _to_lines(t: Tensor, direction: int) -> Tensor:
