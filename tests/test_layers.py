@@ -276,6 +276,12 @@ def test_average_divides_each_direction_by_its_lines(segment):
 
 
 @pytest.mark.parametrize("option", ["average", "center"])
+def test_switches_are_true_or_false(option):
+    with pytest.raises(TypeError, match=f"{option}.*'False'"):
+        gspn.GSPN2d(6, **{option: "False"})
+
+
+@pytest.mark.parametrize("option", ["average", "center"])
 def test_the_released_form_has_no_such_part(option):
     with pytest.raises(ValueError, match=f"{option}.*aligned"):
         gspn.GSPN2d(6, alignment="released", **{option: True})

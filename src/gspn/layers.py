@@ -118,8 +118,8 @@ class GSPN2d(nn.Module):
     ``skip_proj`` (D,K,S) with K = scan_dim or C, ``merger`` (D,), ``reduce.weight`` (K,C,1,1), ``expand.weight``
     (C,K,1,1); without an option, its entries are absent.
 
-    Raises ValueError if sizes, groups or names do not fit. Source: arXiv 2501.12381, section 3.4; scan_dim and
-    groups: arXiv 2512.07884.
+    Raises ValueError if sizes, groups or names do not fit, TypeError if average or center is no bool. Source:
+    arXiv 2501.12381, section 3.4; scan_dim and groups: arXiv 2512.07884.
 
     >>> import torch, gspn
     >>> layer = gspn.GSPN2d(96, backend="reference")
@@ -161,6 +161,8 @@ class GSPN2d(nn.Module):
         if alignment not in ("aligned", "released"):
             raise ValueError(f'alignment has to be "aligned" or "released", got {alignment!r}')
         for name, value in {"average": average, "center": center}.items():
+            if not isinstance(value, bool):  # the text "false" would be true
+                raise TypeError(f"{name} has to be True or False, got {value!r}")
             if value and alignment == "released":
                 raise ValueError(f'{name}=True needs alignment="aligned": the released form has no such part')
         check_backend(backend)
