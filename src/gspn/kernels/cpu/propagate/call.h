@@ -4,7 +4,7 @@
 #include "common.h"
 #include "parallel.h"
 #include "propagate/gemm.h"
-#include "propagate/maps.h"
+#include "maps.h"
 #include "propagate/pixel.h"
 
 namespace GSPN_NS {
