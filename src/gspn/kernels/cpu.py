@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ABI_VERSION = 5  # GSPN_ABI_VERSION in cpu/api.h
-DEPTHWISE_KERNELS = (3, 5, 7)  # those that cpu/depthwise/ is compiled for
+DEPTHWISE_KERNELS = (5, 7)  # those that cpu/depthwise/ is compiled for
 ISAS = ("portable", "avx2", "avx512")  # GspnIsa in cpu/api.h, worst first
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # GspnDtype in cpu/api.h
@@ -305,7 +305,7 @@ def propagate_scratch_bytes(
 
 def depthwise_dweight(grad_y, x, kernel, *, isa=None, threads=None):
     """The gradient (C, 1, kernel, kernel) of the weight of a depthwise convolution y of x, both (B, C, H, W), whose
-    channels lie side by side; stride 1, padding kernel // 2, a kernel of 3, 5 or 7. It is float32 for 16-bit maps."""
+    channels lie side by side; stride 1, padding kernel // 2, a kernel of 5 or 7. It is float32 for 16-bit maps."""
     _check_x(x)
     _check("grad_y", grad_y, x.shape, x.dtype)
     if kernel not in DEPTHWISE_KERNELS:

@@ -34,7 +34,7 @@ class GatedFeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.in_proj = Pointwise(channels, channels)
-        self.dwconv = DepthwiseConv2d(channels, 3, bias=False)
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.out_proj = Pointwise(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:

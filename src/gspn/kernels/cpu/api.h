@@ -66,8 +66,8 @@ struct GspnPropagateArgs {
 };
 
 // The gradient of the weight (C,1,kernel,kernel) of a depthwise convolution with stride 1 that keeps the size of the
-// map, so with padding kernel/2. Maps have the type `dtype` and channels that lie side by side; the kernel is 3, 5 or
-// 7. dweight is contiguous float (double where dtype is GSPN_FLOAT64), and is overwritten, never added to.
+// map, so with padding kernel/2. Maps have the type `dtype` and channels that lie side by side; the kernel is 5 or 7.
+// dweight is contiguous float (double where dtype is GSPN_FLOAT64), and is overwritten, never added to.
 struct GspnDepthwiseArgs {
     int64_t isa, threads;
     int64_t dtype;  // GspnDtype

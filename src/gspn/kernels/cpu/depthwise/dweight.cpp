@@ -124,10 +124,7 @@ template <class A> void sum_ranges(const void* context, int64_t block, char*) {
 }
 
 template <class A> int64_t run(const GspnDepthwiseArgs& args) {
-    const AddRow<A> add = args.kernel == 3   ? add_row<3, A>
-                          : args.kernel == 5 ? add_row<5, A>
-                          : args.kernel == 7 ? add_row<7, A>
-                                             : nullptr;
+    const AddRow<A> add = args.kernel == 5 ? add_row<5, A> : args.kernel == 7 ? add_row<7, A> : nullptr;
     if (!add || args.x.channel != 1 || args.grad_y.channel != 1) return GSPN_BAD_ARGUMENT;
     Job<A> job(args, add);
     job.parts =
