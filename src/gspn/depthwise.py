@@ -13,20 +13,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gspn.kernels import cpu
 
-# An operator, so that what autograd does with a backward pass (is_grads_batched) works on it.
-_library = torch.library.Library("gspn", "FRAGMENT")
-_library.define("depthwise_dweight(Tensor grad, Tensor x, int kernel) -> Tensor")
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def _channels_side_by_side(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
-
-
-def _dweight(grad: Tensor, x: Tensor, kernel: int) -> Tensor:
-    return cpu.depthwise_dweight(_channels_side_by_side(grad), _channels_side_by_side(x), kernel).to(x.dtype)
-
-
-_library.impl("depthwise_dweight", _dweight, "CPU")
 
 
 def _eager() -> bool:
@@ -42,8 +33,11 @@ def _eager() -> bool:
 
 
 def _on_cpu(t: Tensor) -> bool:
-    """Whether it is a tensor with memory on the CPU: no proxy, fake tensor or other subclass."""
-    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.layout == torch.strided
+    """Whether it is a tensor with memory on the CPU: no proxy, fake tensor or other subclass, and not what autograd's
+    is_grads_batched passes."""
+    if type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.layout != torch.strided:
+        return False
+    return not torch._C._dispatch_keys(t).has(_BATCHED)
 
 
 def _torch_gradients(grad, x, weight, has_bias, wanted, *, padding, groups):
@@ -75,7 +69,7 @@ class _Depthwise(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             dx = _torch_gradients(grad, x, weight, False, (True, False, False), **geometry)[0]
         if ctx.needs_input_grad[1]:
-            dweight = torch.ops.gspn.depthwise_dweight(grad, x, weight.shape[-1])
+            dweight = cpu.depthwise_dweight(grad, _channels_side_by_side(x), weight.shape[-1]).to(x.dtype)
         if ctx.needs_input_grad[2]:  # torch's convolution_backward would compute the weight's gradient along with it
             dbias = grad.sum((0, 2, 3))
         return dx, dweight, dbias

@@ -173,5 +173,5 @@ def test_what_the_kernel_cannot_read_is_refused():
         cpu.depthwise_dweight(x, x.contiguous(), 7)
     with pytest.raises(ValueError, match=r"grad_y must have shape \(2, 6, 5, 4\)"):
         cpu.depthwise_dweight(x[:1], x, 7)
-    with pytest.raises(TypeError, match="grad_y must be torch.float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"grad_y must be torch\.float32, got torch\.float64"):
         cpu.depthwise_dweight(x.double(), x, 7)
