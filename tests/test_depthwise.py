@@ -135,12 +135,18 @@ def test_second_derivatives(calls):
     x = map_of(2, 3, 4, 3, dtype=torch.float64)
     inputs = (x, *[p.detach().requires_grad_() for p in conv.parameters()])
 
-    def call(x, weight, bias):
-        return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (x,))
+    def call(*inputs, module=conv):
+        return torch.func.functional_call(module, dict(zip(("weight", "bias"), inputs[1:], strict=True)), inputs[:1])
 
-    assert torch.autograd.gradcheck(call, inputs)
-    assert calls
+    assert torch.autograd.gradcheck(call, inputs) and calls
+    # gradgradcheck passes over gradients that have lost their graph
     assert torch.autograd.gradgradcheck(call, inputs)
+    second = []
+    for module in (conv, plain(conv)):
+        first = torch.autograd.grad(call(*inputs, module=module).pow(3).sum(), inputs, create_graph=True)
+        assert all(g.requires_grad for g in first)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    torch.testing.assert_close(*second)
 
 
 @needs_kernel

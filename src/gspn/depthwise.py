@@ -83,7 +83,7 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or not self._ours(x):
+        if not self._ours(x):
             return super().forward(x)
         tensors = [x, self.weight, self.bias]
         if torch.is_autocast_enabled("cpu"):
@@ -92,11 +92,11 @@ class DepthwiseConv2d(nn.Conv2d):
         return _Depthwise.apply(*tensors)
 
     def _ours(self, x: Tensor) -> bool:
-        if not (torch.is_grad_enabled() and _eager() and cpu.available()[0]):
+        if not (_eager() and torch.is_grad_enabled() and cpu.available()[0]):
             return False
         weight, (kernel, _) = self.weight, self.kernel_size
         tensors = (x, weight) if self.bias is None else (x, weight, self.bias)
-        if not (all(map(_on_cpu, tensors)) and weight.requires_grad):
+        if not all(map(_on_cpu, tensors)):
             return False
         # Someone may have set another geometry since __init__.
         geometry = (self.stride, self.padding, self.dilation, self.padding_mode)
