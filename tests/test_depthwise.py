@@ -188,6 +188,16 @@ def test_autocast(dtype, calls):
 
 
 @needs_kernel
+def test_autocast_around_the_backward_pass_changes_nothing():
+    conv, x = DepthwiseConv2d(17, 7).half(), map_of(2, 17, 5, 9, dtype=torch.float16)
+    y = conv(x)
+    grads = torch.autograd.grad(y, (x, *conv.parameters()), torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = torch.autograd.grad(y, (x, *conv.parameters()), torch.ones_like(y))
+    assert all(map(torch.equal, grads, again))
+
+
+@needs_kernel
 def test_batched_gradients():
     conv, x = DepthwiseConv2d(6, 7), map_of(2, 6, 5, 9)
     grads = torch.randn(3, 2, 6, 5, 9)

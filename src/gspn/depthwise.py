@@ -65,7 +65,8 @@ class _Depthwise(torch.autograd.Function):
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0] and grad.dtype.itemsize == 2:
             # The same sums, for which torch takes two to three times as long in bfloat16, and more in float16
-            dx = F.conv2d(grad, weight.flip(2, 3), **geometry)
+            with torch.autocast("cpu", enabled=False):  # whatever is on by now
+                dx = F.conv2d(grad, weight.flip(2, 3), **geometry)
         elif ctx.needs_input_grad[0]:
             dx = _torch_gradients(grad, x, weight, False, (True, False, False), **geometry)[0]
         if ctx.needs_input_grad[1]:
