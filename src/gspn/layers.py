@@ -8,6 +8,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn.depthwise import DepthwiseConv2d
 from gspn.kernels.reference import lines_before, no_autocast
 from gspn.layers_released import propagate_released, scan_released, turn_back
 from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment
@@ -384,7 +385,7 @@ class GSPNBlock(nn.Module):
         inner, hidden = int(channels * expansion), int(channels * mlp_ratio)
         self.norm1 = nn.LayerNorm(channels)
         self.in_proj = nn.Linear(channels, inner, bias=False)
-        self.dwconv = nn.Conv2d(inner, inner, 7, padding=3, groups=inner, bias=False)
+        self.dwconv = DepthwiseConv2d(inner, 7, bias=False)
         self.activation = nn.SiLU() if activation else nn.Identity()
         self.gspn = GSPN2d(inner, **gspn)
         self.norm = nn.LayerNorm(inner)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 4  # GSPN_ABI_VERSION in cpu/api.h
+ABI_VERSION = 5  # GSPN_ABI_VERSION in cpu/api.h
+DEPTHWISE_KERNELS = (5, 7)  # those that cpu/depthwise/ is compiled for
 ISAS = ("portable", "avx2", "avx512")  # GspnIsa in cpu/api.h, worst first
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # GspnDtype in cpu/api.h
@@ -24,6 +25,7 @@ _VIEW = 7  # words of a GspnView
 _NO_VIEW = (0,) * _VIEW
 _SCAN_WORDS = struct.Struct(f"={15 + 8 * _VIEW}q")  # GspnScanArgs in cpu/api.h
 _PROPAGATE_WORDS = struct.Struct(f"={17 + 6 * _VIEW + 10}q")  # GspnPropagateArgs in cpu/api.h
+_DEPTHWISE_WORDS = struct.Struct(f"={8 + 2 * _VIEW + 1}q")  # GspnDepthwiseArgs in cpu/api.h
 _STATUS = {1: "out of memory for scratch buffers", 2: "bad argument"}  # GspnStatus in cpu/api.h
 
 
@@ -65,7 +67,10 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native library cannot be loaded: {error}"
     if version != ABI_VERSION:
         return None, f"the native library has ABI version {version}, expected {ABI_VERSION}: install gspn again"
-    for name in ("scan_forward", "scan_backward", "propagate", "propagate_backward", "propagate_scratch"):
+    for name in (
+        *("scan_forward", "scan_backward", "propagate", "propagate_backward", "propagate_scratch"),
+        "depthwise_dweight",
+    ):
         function = getattr(library, f"gspn_{name}")
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_char_p]
     library.gspn_best_isa.restype = ctypes.c_int64
@@ -296,6 +301,23 @@ def propagate_scratch_bytes(
     head = _propagate_head(x, proxy, weight_proj, directions, segment, isa, threads, workspace_mib, int(backward))
     views = (*_view_bchw(x), *_view_bchw(proxy), *_NO_VIEW * 4)
     return _library().gspn_propagate_scratch(_PROPAGATE_WORDS.pack(*head, *views, *(0,) * 10))
+
+
+def depthwise_dweight(grad_y, x, kernel, *, isa=None, threads=None):
+    """The gradient (C, 1, kernel, kernel) of the weight of a depthwise convolution y of x, both (B, C, H, W), whose
+    channels lie side by side; stride 1, padding kernel // 2, a kernel of 5 or 7. It is float32 for 16-bit maps."""
+    _check_x(x)
+    _check("grad_y", grad_y, x.shape, x.dtype)
+    if kernel not in DEPTHWISE_KERNELS:
+        raise ValueError(f"the kernel must be one of {DEPTHWISE_KERNELS}, got {kernel}")
+    for name, tensor in (("x", x), ("grad_y", grad_y)):
+        if tensor.stride(1) != 1:
+            raise ValueError(f"{name} must have channels side by side (channels_last), got strides {tensor.stride()}")
+    dweight = x.new_empty(x.shape[1], 1, kernel, kernel, dtype=_state_dtype(x))
+    head = (_isa_code(isa), _thread_count(threads), _DTYPES[x.dtype], *x.shape, kernel)
+    words = (*head, *_view_bchw(x), *_view_bchw(grad_y), dweight.data_ptr())
+    _run(_library().gspn_depthwise_dweight, _DEPTHWISE_WORDS.pack(*words))
+    return dweight
 
 
 def _output(name: str, out: torch.Tensor | None, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn.depthwise import DepthwiseConv2d
 from gspn.layers import DropPath, GSPN2d, LayerNorm2d, Pointwise
 from gspn.names import check_arguments, unknown
 
@@ -62,7 +63,7 @@ class GeneratorBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm = LayerNorm2d(channels)
         self.in_proj = Pointwise(channels, channels)
-        self.dwconv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.dwconv = DepthwiseConv2d(channels, 7)
         self.gspn = GSPN2d(channels, **gspn)
         self.ffn = GatedFeedForward(channels)
 

@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GSPN_ABI_VERSION 4
+#define GSPN_ABI_VERSION 5
 
 enum GspnDtype { GSPN_FLOAT32 = 0, GSPN_BFLOAT16 = 1, GSPN_FLOAT16 = 2, GSPN_FLOAT64 = 3 };
 enum GspnIsa { GSPN_ISA_BEST = -1, GSPN_ISA_PORTABLE = 0, GSPN_ISA_AVX2 = 1, GSPN_ISA_AVX512 = 2 };
@@ -63,4 +63,15 @@ struct GspnPropagateArgs {
     const void* center;                                            // (B,D,C) or null
     void *dweight_proj, *dinput_proj, *doutput_proj, *dskip_proj;  // backward only
     void* dcenter;                                                 // backward only
+};
+
+// The gradient of the weight (C,1,kernel,kernel) of a depthwise convolution with stride 1 that keeps the size of the
+// map, so with padding kernel/2. Maps have the type `dtype` and channels that lie side by side; the kernel is 5 or 7.
+// dweight is contiguous float (double where dtype is GSPN_FLOAT64), and is overwritten, never added to.
+struct GspnDepthwiseArgs {
+    int64_t isa, threads;
+    int64_t dtype;  // GspnDtype
+    int64_t batch, channels, height, width, kernel;
+    GspnView x, grad_y;
+    void* dweight;
 };

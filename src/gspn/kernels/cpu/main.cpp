@@ -17,6 +17,7 @@
     int64_t propagate(const GspnPropagateArgs&);          \
     int64_t propagate_backward(const GspnPropagateArgs&); \
     int64_t propagate_scratch(const GspnPropagateArgs&);  \
+    int64_t depthwise_dweight(const GspnDepthwiseArgs&);  \
     }
 GSPN_FOR_EACH_ISA(GSPN_DECLARE)
 
@@ -28,9 +29,11 @@ struct Kernels {
     int64_t (*propagate)(const GspnPropagateArgs&);
     int64_t (*propagate_backward)(const GspnPropagateArgs&);
     int64_t (*propagate_scratch)(const GspnPropagateArgs&);
+    int64_t (*depthwise_dweight)(const GspnDepthwiseArgs&);
 };
-#define GSPN_TABLE(isa) \
-    {isa::scan_forward, isa::scan_backward, isa::propagate, isa::propagate_backward, isa::propagate_scratch},
+#define GSPN_TABLE(isa)                                               \
+    {isa::scan_forward,       isa::scan_backward,     isa::propagate, \
+     isa::propagate_backward, isa::propagate_scratch, isa::depthwise_dweight},
 const Kernels kernels[] = {GSPN_FOR_EACH_ISA(GSPN_TABLE)};
 
 int64_t best_isa() {
@@ -175,3 +178,4 @@ GSPN_ENTRY(scan_backward, GspnScanArgs)
 GSPN_ENTRY(propagate, GspnPropagateArgs)
 GSPN_ENTRY(propagate_backward, GspnPropagateArgs)
 GSPN_ENTRY(propagate_scratch, GspnPropagateArgs)  // returns bytes
+GSPN_ENTRY(depthwise_dweight, GspnDepthwiseArgs)

@@ -2,9 +2,9 @@
 // projections and where everything lies in memory. Shared by forward and backward.
 #pragma once
 #include "common.h"
+#include "maps.h"
 #include "parallel.h"
 #include "propagate/gemm.h"
-#include "propagate/maps.h"
 #include "propagate/pixel.h"
 
 namespace GSPN_NS {
