@@ -63,6 +63,31 @@ def colours(tmp_path):
     return tmp_path / "data"
 
 
+# -- segmentation --
+
+
+@pytest.fixture(scope="session")
+def masked(tmp_path_factory):
+    """A folder with 20 images and masks, see helpers.masks."""
+    from helpers.masks import make_masked
+
+    return make_masked(tmp_path_factory.mktemp("data") / "shapes", 20)
+
+
+@pytest.fixture(scope="session")
+def masked_run(tmp_path_factory, masked):
+    """The Run of a tiny segmenter trained on them."""
+    from helpers.masks import masked_options
+
+    from gspn.tasks import base
+    from gspn.tasks.segment import Setup
+
+    chosen = masked_options(epochs=10, min_scale=1.0, max_scale=1.0, val_fraction=0.2, class_weights="balanced")
+    run, warnings = base.start(Setup, masked, tmp_path_factory.mktemp("runs") / "shapes", chosen)
+    assert warnings == []
+    return run
+
+
 # -- latents; their modules are imported inside, because they need an extra --
 
 

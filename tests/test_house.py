@@ -16,7 +16,7 @@ import gspn
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 # Each may import those before it.
 CORE = "names progress extras digests files kernels dispatch registration ops depthwise layers_released layers".split()
-CORE += ["models", "stable_diffusion", "export"]
+CORE += ["memory", "models", "stable_diffusion", "export"]
 LAYERS = [*CORE, *"places options data train plots sampling runs metrics tasks bench cli".split()]
 BASE = {"torch", "numpy", "safetensors", "gspn", "filelock", "lazy_loader"}
 
@@ -99,6 +99,7 @@ def test_public_names():
         "__version__",
         "available_backends",
         "create_model",
+        "create_segmenter",
         "export_aoti",
         "export_onnx",
         "export_program",

@@ -36,6 +36,8 @@ REVEALED = {
     'gspn.create_generator("GSPN-S/2")': "gspn.models.generator.GSPNTransformer2DModel",
     "gspn.swap(unet)": "gspn.stable_diffusion.swap.Swap",
     'gspn.load_run("a", task="classification").classes': "list[str]",
+    'gspn.load_run("a", task="segmentation").classes.names': "tuple[str, ...]",
+    'gspn.create_segmenter("gspn_tiny", num_classes=3)(x)': "torch._tensor.Tensor",
     'gspn.load_run("a", task="diffusion")': "gspn.models.pipeline.GSPNPipeline",
     "gspn.export_onnx": "def (",
     "gspn.__version__": "str",

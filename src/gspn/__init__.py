@@ -21,6 +21,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "create_model",
+    "create_segmenter",
     "export_aoti",
     "export_onnx",
     "export_program",

@@ -7,7 +7,7 @@ from . import ops as ops
 from . import train as train
 from .export import export_aoti, export_onnx, export_program
 from .layers import GSPN2d
-from .models import create_model, list_models, load_released, register_timm
+from .models import create_model, create_segmenter, list_models, load_released, register_timm
 from .models.generator import GSPNTransformer2DModel as GSPNTransformer2DModel
 from .models.generator import create_generator as create_generator
 from .models.pipeline import GSPNPipeline as GSPNPipeline
@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "create_model",
+    "create_segmenter",
     "export_aoti",
     "export_onnx",
     "export_program",

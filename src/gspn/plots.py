@@ -27,6 +27,7 @@ COLUMNS, ROWS, WRONG = 8, 5, 8  # the grid of predictions, and how many wrong on
 GRID_COLUMNS, GRID_CLASSES = 10, 60  # of a grid of samples: the most images of a class, and the most classes
 GRID_SIDES = 96, 256  # pixels: smaller images are enlarged to the first by a whole factor, larger ones are shrunk
 GAP, LETTERS, INK, PAPER = 4, 20, "black", "white"
+PAIRS, PAIR_SIDE = 5, 320  # images with truth and prediction in a picture, and the pixels of their longer side
 AS_IT_IS = {"parse_math": False}  # for text with names of classes, in which matplotlib would read $...$ as a formula
 
 
@@ -43,14 +44,16 @@ def save_picture(path: Path | str, picture: Image.Image) -> None:
         picture.save(temporary, format="png")
 
 
-def curves(run):
-    """Draws RUN/curves.png from the run's metrics: losses, and accuracy with the best epoch marked."""
+def curves(run, shown={"top1": "top-1", "top5": "top-5"}):  # noqa: B006
+    """Draws RUN/curves.png from the run's metrics: losses, and accuracy with the best epoch marked.
+
+    Args: shown: names of metrics, with what they are called; the best checkpoint has the largest of the first one."""
     rows = run.metrics
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     marker = "o" if len(rows) < 3 else None
-    smoothing = run.config["options"]["label_smoothing"]
+    smoothing = run.config["options"].get("label_smoothing")
     smoothed = f" (label smoothing {smoothing:g})" if smoothing else ""
     loss.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker, label=f"training{smoothed}")
     loss.plot(epochs, [row["val_loss"] for row in rows], color=ORANGE, marker=marker, label="validation")
@@ -60,12 +63,14 @@ def curves(run):
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_locator(NullLocator())
 
-    top1 = [row["top1"] for row in rows]
-    best = max(range(len(rows)), key=lambda i: (top1[i], -rows[i]["val_loss"]))  # as the loop chooses
-    accuracy.plot(epochs, top1, color=ORANGE, marker=marker, label="top-1")
-    if all(row["top5"] is not None for row in rows):
-        accuracy.plot(epochs, [row["top5"] for row in rows], color=GREY, linestyle="--", marker=marker, label="top-5")
-    accuracy.plot([epochs[best]], [top1[best]], "o", color=RED, label=f"best: {top1[best]:.2%}, epoch {epochs[best]}")
+    first, second = shown
+    main = [row[first] for row in rows]
+    best = max(range(len(rows)), key=lambda i: (main[i], -rows[i]["val_loss"]))  # as the loop chooses
+    accuracy.plot(epochs, main, color=ORANGE, marker=marker, label=shown[first])
+    if all(row[second] is not None for row in rows):
+        other = [row[second] for row in rows]
+        accuracy.plot(epochs, other, color=GREY, linestyle="--", marker=marker, label=shown[second])
+    accuracy.plot([epochs[best]], [main[best]], "o", color=RED, label=f"best: {main[best]:.2%}, epoch {epochs[best]}")
     accuracy.set(title="Validation accuracy", xlabel="epoch")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     accuracy.legend(frameon=False, loc="lower right")
@@ -173,25 +178,13 @@ def confusion(path, matrix, class_names, metrics):
     Args:
         path: of the PNG. matrix: of Outcome.confusion, int64 (K, K). metrics: of classification.evaluate.
     """
-    K = len(class_names)
-    names = _shortened(class_names, 18) if K <= 40 else []
-    side, margin = min(max(0.42 * K, 4.2), 12), 0.08 * max(map(len, names), default=0)  # inches
+    side, margin = _matrix_size(class_names)
     figure = Figure(figsize=(side + margin + 5.6, side + margin + 0.9), layout="constrained")
     axes, reliability = figure.subplots(1, 2, width_ratios=(side + margin + 1.2, 4.2))
-    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    image = axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # a root scale: rare mistakes show
-    figure.colorbar(image, ax=axes, shrink=0.7, format=PercentFormatter(1))
+    _matrix(figure, axes, matrix, class_names)
     height, width = metrics["size"]
     title = f"{metrics['images']:,} {metrics['split']} images at {height}x{width}: top-1 {metrics['top1']:.2%}"
     axes.set_title(title, fontsize=11, loc="left")
-    axes.set(xlabel="taken for", ylabel="class")
-    if names:
-        axes.set_xticks(range(K), names, rotation=90, fontsize=8, **AS_IT_IS)
-        axes.set_yticks(range(K), names, fontsize=8, **AS_IT_IS)
-    if K <= 20:
-        for i, j in matrix.nonzero().tolist():
-            colour = "white" if share[i, j] > 0.4 else "black"
-            axes.text(j, i, f"{share[i, j]:.0%}", ha="center", va="center", fontsize=7, color=colour)
 
     rows = metrics["reliability"]
     left, width = [row["from"] for row in rows], [row["to"] - row["from"] for row in rows]
@@ -207,6 +200,29 @@ def confusion(path, matrix, class_names, metrics):
         axis.set_major_formatter(PercentFormatter(1, 0))
     reliability.spines[["top", "right"]].set_visible(False)
     save(figure, path)
+
+
+def _matrix_size(class_names):
+    """Inches: the side of a confusion matrix, and the margin for its names."""
+    names = _shortened(class_names, 18) if len(class_names) <= 40 else []
+    return min(max(0.42 * len(class_names), 4.2), 12), 0.08 * max(map(len, names), default=0)
+
+
+def _matrix(figure, axes, matrix, class_names):
+    """Draws a confusion matrix, in parts of a class."""
+    K = len(class_names)
+    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    image = axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # a root scale: rare mistakes show
+    figure.colorbar(image, ax=axes, shrink=0.7, format=PercentFormatter(1))
+    axes.set(xlabel="taken for", ylabel="class")
+    if K <= 40:
+        names = _shortened(class_names, 18)
+        axes.set_xticks(range(K), names, rotation=90, fontsize=8, **AS_IT_IS)
+        axes.set_yticks(range(K), names, fontsize=8, **AS_IT_IS)
+    if K <= 20:
+        for i, j in matrix.nonzero().tolist():
+            colour = "white" if share[i, j] > 0.4 else "black"
+            axes.text(j, i, f"{share[i, j]:.0%}", ha="center", va="center", fontsize=7, color=colour)
 
 
 def _spaced(rows, count):
@@ -372,3 +388,108 @@ def _name_lines(name):
     at = name.rfind(" ", 0, LETTERS + 1)
     first, second = (name[:at], name[at + 1 :]) if at > 0 else (name[:LETTERS], name[LETTERS:])
     return [first, second if len(second) <= LETTERS else second[: LETTERS - 1] + "…"]
+
+
+# -- segmentation --
+
+
+def pixel_confusion(path, matrix, class_names, metrics):
+    """Draws the confusion matrix of pixels, in parts of the pixels of a class, with the IoU of each class.
+
+    Args:
+        path: of the PNG. matrix: int64 (K, K). metrics: of metrics.segmentation, with "split" and "scale".
+    """
+    side, margin = _matrix_size(class_names)
+    figure = Figure(figsize=(side + margin + 4.6, side + margin + 1.1), layout="constrained")
+    axes, bars = figure.subplots(1, 2, width_ratios=(side + margin + 1.2, 3.2))
+    _matrix(figure, axes, matrix, class_names)
+    at = "" if metrics["scale"] == 1 else f" at {metrics['scale']:g} times their size"
+    axes.set_title(f"Pixels of {metrics['images']:,} {metrics['split']} images{at}", fontsize=11, loc="left")
+    iou = [metrics["iou"][name] for name in class_names]
+    bars.barh(range(len(iou)), [value or 0 for value in iou], color=BLUE)
+    for row, value in enumerate(iou if len(iou) <= 40 else ()):
+        text = "no pixel" if value is None else f"{value:.1%}"
+        bars.text((value or 0) + 0.01, row, text, va="center", fontsize=8)
+    bars.set(xlim=(0, 1.15), ylim=(len(iou) - 0.5, -0.5), xlabel="IoU")
+    bars.set_yticks([])
+    bars.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    bars.set_title(f"mean IoU {metrics['miou']:.2%}", fontsize=11)
+    bars.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def pairs(path, split, predictions, classes, metrics):
+    """Draws images of a split with their truth and their prediction, and a legend.
+
+    Args:
+        path: of the PNG. split: images.MaskedSplit. predictions: {index: uint8 (H, W) of class numbers}.
+        classes: mask_classes.Classes. metrics: with "split", "images" and "miou".
+    """
+    if predictions:
+        title = f"{metrics['images']:,} {metrics['split']} images, mean IoU {metrics['miou']:.2%}"
+        save_picture(path, pairs_picture(split, predictions, classes, title))
+
+
+def pairs_picture(split, predictions, classes, title="image, truth, prediction") -> Image.Image:
+    """The picture that `pairs` saves."""
+    rows, counts = [], np.zeros(256, np.int64)
+    for index in sorted(predictions):
+        image, truth = split.pair(index, classes.numbers)
+        columns = [image.convert("RGB"), *(Image.fromarray(classes.coloured(m)) for m in (truth, predictions[index]))]
+        for numbers in (truth, predictions[index]):
+            counts += np.bincount(numbers.ravel(), minlength=256)
+        rows.append([_pair_sized(each) for each in columns])
+    width, height = (max(row[0].size[side] for row in rows) for side in (0, 1))
+    there = [(name, classes.colours[i]) for i, name in enumerate(classes.names) if counts[i]]
+    there += [("ignored", (0, 0, 0))] if counts[255] else []
+    legend = _legend(there, 16)
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 14)
+    top, across = 2 * GAP + sum(font.getmetrics()), width + GAP
+    size = GAP + 3 * across + legend.width, max(top + len(rows) * (height + GAP), top + legend.height)
+    picture = Image.new("RGB", size, PAPER)
+    heading = f"{title}: image, truth, prediction" if "truth" not in title else title
+    ImageDraw.Draw(picture).text((GAP, GAP), heading, INK, font)
+    for y, row in enumerate(rows):
+        for x, cell in enumerate(row):
+            picture.paste(cell, (GAP + x * across, top + y * (height + GAP)))
+    picture.paste(legend, (GAP + 3 * across, top))
+    return picture
+
+
+def _pair_sized(image):
+    """A cell of `pairs`, at most PAIR_SIDE wide and high; classes keep their colours."""
+    scale = PAIR_SIDE / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
+def overlay(image, numbers, classes) -> Image.Image:
+    """An image with the colours of its mask laid over it, and a legend with the share of each class beside it.
+
+    Args:
+        image: PIL. numbers: uint8 (H, W) of class numbers. classes: mask_classes.Classes.
+    """
+    laid = Image.blend(image.convert("RGB"), Image.fromarray(classes.coloured(numbers)), 0.5)
+    share = np.bincount(numbers.ravel(), minlength=len(classes)) / numbers.size
+    order = [i for i in np.argsort(-share).tolist() if share[i] > 0]
+    rows = [(f"{classes.names[i]}  {share[i]:.1%}", classes.colours[i]) for i in order]
+    legend = _legend(rows, min(max(14, max(image.size) // 40), laid.height // (2 * len(rows)) + 6))
+    picture = Image.new("RGB", (laid.width + legend.width, max(laid.height, legend.height)), PAPER)
+    picture.paste(laid, (0, 0))
+    picture.paste(legend, (laid.width, 0))
+    return picture
+
+
+def _legend(rows, size) -> Image.Image:
+    """A column of (name, colour), in letters of `size` pixels."""
+    font = ImageFont.truetype(findfont("DejaVu Sans"), max(8, size))
+    line, gap = sum(font.getmetrics()) + size // 3, max(GAP, size // 2)
+    names = _shortened([name for name, _ in rows], 32)
+    width = line + 3 * gap + math.ceil(max(map(font.getlength, names), default=0))
+    legend = Image.new("RGB", (width, 2 * gap + line * len(rows)), PAPER)
+    draw = ImageDraw.Draw(legend)
+    for number, (name, (_, colour)) in enumerate(zip(names, rows, strict=True)):
+        top = gap + number * line
+        draw.rectangle((gap, top + line // 8, gap + line * 3 // 4, top + line * 7 // 8), colour, INK)
+        draw.text((2 * gap + line * 3 // 4, top + line / 2), name, INK, font, anchor="lm")
+    return legend

@@ -1,16 +1,22 @@
 """From a run folder back to Python: `gspn.load_run`, and the classifier that it and the commands use."""
 
 import os
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from gspn.data.images import Preprocessing, decode, upright
-from gspn.models import Backbone, create_model
+from gspn.data.images import Preprocessing, decode, upright, with_channels
+from gspn.data.mask_classes import Classes
+from gspn.data.mask_loader import scaled
+from gspn.models import Backbone, Segmenter, create_model, create_segmenter
+from gspn.models.tiles import segment
 from gspn.options import OptionError
 from gspn.places import expanded
 from gspn.train.run import Run, RunError
@@ -18,7 +24,10 @@ from gspn.train.run import Run, RunError
 if TYPE_CHECKING:
     from gspn.models.pipeline import GSPNPipeline
 
-TASKS = ("classification", "diffusion")  # what `load_run` can load
+TASKS = ("classification", "diffusion", "segmentation")  # what `load_run` can load
+
+
+LOADED = {"classification": "classifier", "segmentation": "segmenter"}
 
 
 @dataclass
@@ -46,13 +55,7 @@ class Classifier:
 
         Raises TypeError for anything else, and Pillow's errors for a file that it cannot read.
         """
-        if isinstance(image, Image.Image):
-            image = upright(image)
-        elif isinstance(image, str | os.PathLike):
-            image = decode(image)
-        else:
-            raise TypeError(f"expected a PIL image or a path, got {type(image).__name__}")
-        return self._normalized(self.preprocessing(image)[None])[0]
+        return self._normalized(self.preprocessing(_image(image))[None])[0]
 
     def predict(self, image: Image.Image | str | os.PathLike, top: int | None = None) -> dict[str, float]:
         """{class: probability}, the most probable class first.
@@ -89,22 +92,88 @@ class Classifier:
         ]
 
 
+@dataclass
+class Segmentation:
+    """A trained segmenter, ready for use.
+
+    Attributes:
+        model: the segmenter, in evaluation mode.
+        classes: their names, values in masks and colours (data.mask_classes.Classes).
+        preprocessing: channels, mean and deviation; its size is that of the crops in training.
+        scale: the factor by which images are resized before the model sees them.
+        run: the run folder: its path, config and metrics.
+    """
+
+    run: Run
+    model: Segmenter
+    preprocessing: Preprocessing
+    classes: Classes
+    scale: float
+
+    def segment(self, image: Image.Image | str | os.PathLike, max_bytes: int | None = None) -> Image.Image:
+        """The mask of an image of any size: a palette image of the same size (turned upright), with the values of the
+        masks in training.
+
+        Args:
+            image: a PIL image of any mode, or a file.
+            max_bytes: what it may take in memory; a larger image is segmented in overlapping tiles. None: no limit.
+
+        Raises ValueError if not even small tiles fit; otherwise as Classifier.preprocess.
+        """
+        return self.classes.picture(self.numbers(_image(image), max_bytes))
+
+    def numbers(self, image: Image.Image, max_bytes: int | None = None, tell: Callable[[str], None] | None = None):
+        """The number of the class of each pixel of an upright PIL image, uint8 (H,W); arguments as for `segment`.
+        `tell` gets a sentence on whether tiles are used, and on the memory, before the work begins."""
+        pixels = np.atleast_3d(
+            np.array(
+                with_channels(image, self.preprocessing.channels).resize(
+                    scaled(image.size, self.scale), Image.Resampling.BICUBIC
+                )
+            )
+        )
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return segment(self.model, pixels, self.preprocessing.normalize, (image.height, image.width), max_bytes, tell)
+
+
+def _image(image):
+    """A PIL image, turned upright, from one or from a file."""
+    if isinstance(image, Image.Image):
+        return upright(image)
+    if isinstance(image, str | os.PathLike):
+        return decode(image)
+    raise TypeError(f"expected a PIL image or a path, got {type(image).__name__}")
+
+
 def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
     """The Classifier of a run folder: in evaluation mode, on the CPU, with the averaged weights if the run has them.
 
     Errors: RunError.
     """
+    with _opened(path, "classification", create_model, checkpoint) as (run, model):
+        return Classifier(run, model, Preprocessing(**run.config["preprocessing"]), run.config["class_names"])
+
+
+def load_segmenter(path: str | Path, checkpoint: str = "best") -> Segmentation:
+    """The Segmentation of a run folder; as load_classifier."""
+    with _opened(path, "segmentation", create_segmenter, checkpoint) as (run, model):
+        preprocessing, classes = Preprocessing(**run.config["preprocessing"]), Classes(**run.config["classes"])
+        return Segmentation(run, model, preprocessing, classes, run.config["options"]["scale"])
+
+
+@contextmanager
+def _opened(path, task, make, checkpoint):
+    """(Run, its model in evaluation mode); turns what is wrong with the run, also in the block, into a RunError."""
     run = Run.open(path)
     try:
-        run.check_task("classification")
-        preprocessing = Preprocessing(**run.config["preprocessing"])
+        run.check_task(task)
         # The backend belongs to the machine that trained, not to the model: a run from a GPU also works on a CPU.
-        model = create_model(**{**run.config["model"], "backend": None})
+        model = make(**{**run.config["model"], "backend": None})
         tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
         model.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
         for part, needed in (("data", "where"), ("options", "precision")):
             run.config[part][needed]  # evaluation needs them: fail here rather than there
-        return Classifier(run, model.eval(), preprocessing, run.config["class_names"])
+        yield run, model.eval()
     except RunError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -139,11 +208,22 @@ def load_run(
     path: str | os.PathLike,
     checkpoint: str | None = None,
     *,
+    task: Literal["segmentation"],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Segmentation: ...
+
+
+@overload
+def load_run(
+    path: str | os.PathLike,
+    checkpoint: str | None = None,
+    *,
     task: None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     vae: str | os.PathLike | None = None,
-) -> "Classifier | GSPNPipeline": ...
+) -> Any: ...
 
 
 def load_run(
@@ -154,20 +234,22 @@ def load_run(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     vae: str | os.PathLike | None = None,
-) -> "Classifier | GSPNPipeline":
+) -> Any:
     """The trained model of a run, ready for use, with the averaged weights if the run has them.
 
     Args:
-        path: the run folder of `gspn train` or `gspn train-diffusion`.
-        checkpoint: "best", "last", "epoch-0010", ... As in the commands, None is "best" for a classifier and "last" for
-            a generator.
-        task: "classification" or "diffusion"; refuses a run of the other kind, and gives type checkers the return type.
+        path: the run folder of `gspn train`, `gspn train-segmentation` or `gspn train-diffusion`.
+        checkpoint: "best", "last", "epoch-0010", ... As in the commands, None is "last" for a generator and "best" for
+            the others.
+        task: "classification", "segmentation" or "diffusion"; refuses a run of another kind, and gives type checkers
+            the return type.
         device, dtype: of the model; None keeps float32.
         vae: the VAE's present folder, for a generator of latents whose VAE was moved since the training.
 
     Returns:
         For a classifier a :class:`Classifier`, with ``model``, ``classes``, ``preprocess(image)`` and
-        ``predict(image)``. For a generator a :class:`gspn.GSPNPipeline`, with its VAE if it has one; ``id2label`` holds
+        ``predict(image)``. For a segmenter a :class:`Segmentation`, with ``model``, ``classes`` and
+        ``segment(image)``. For a generator a :class:`gspn.GSPNPipeline`, with its VAE if it has one; ``id2label`` holds
         the names of the classes.
 
     Raises RunError, a ValueError, for a folder that is no run, is damaged, or belongs to `gspn distill`
@@ -193,7 +275,8 @@ def load_run(
             pipeline.transformer.to(dtype)  # the VAE stays in float32, as in `gspn sample`
         return pipeline
     if vae is not None:
-        raise OptionError(f"vae is only for generators of latents, but {path} holds a classifier")
-    classifier = load_classifier(path, checkpoint or "best")
-    classifier.model.to(device=device, dtype=dtype)
-    return classifier
+        raise OptionError(f"vae is only for generators of latents, but {path} holds a {LOADED[found]}")
+    load = load_classifier if found == "classification" else load_segmenter
+    loaded = load(path, checkpoint or "best")
+    loaded.model.to(device=device, dtype=dtype)
+    return loaded

@@ -1,5 +1,6 @@
 """The `gspn` command. training.py makes the commands that train, from the TaskSpec of each task; classify.py has the
-commands around classifiers, generate.py those around generators, bench.py the one that measures; app.py is what they
+commands around classifiers, generate.py those around generators, segment.py the one that
+segments, bench.py the one that measures; app.py is what they
 share.
 """
 
@@ -13,6 +14,7 @@ except ImportError as error:
 from gspn.cli import bench as bench  # it adds its command
 from gspn.cli import classify, training
 from gspn.cli import generate as generate  # it adds its commands
+from gspn.cli import segment as segment  # it adds its command
 from gspn.cli.app import app, main
 from gspn.options import TASKS
 

@@ -6,10 +6,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import gspn
+from gspn.cli import segment
 from gspn.cli.app import command, err, fail, out, warn
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
-from gspn.places import missing
+from gspn.places import config_or_none, missing
 from gspn.progress import Progress
 
 
@@ -33,7 +34,15 @@ def report(spec, path, trained, metrics, warnings):
 
 @command("eval", EvalOptions)
 def evaluate(options):
-    """Evaluate a run on DATA: top-1, top-5, loss, calibration, confusion, images per second."""
+    """Evaluate a run on DATA: top-1, top-5, loss, calibration, confusion, images per second.
+
+    Of a run of segmentation: mean IoU, the IoU of each class, pixel accuracy, boundary F1, confusion.
+    """
+    task = (config_or_none(options.run / "config.json") or {}).get("task")
+    values = options.of_task(task)
+    if task == "segmentation":
+        segment.evaluate(options, values)
+        return
     from gspn.files import check_absent
     from gspn.metrics.classification import evaluate, evaluation_files
     from gspn.train.loop import make_accelerator
@@ -44,7 +53,6 @@ def evaluate(options):
             check_absent(*evaluation_files(options.out, size), overwrite=options.overwrite)
     written = []
     for size in options.sizes or [None]:
-        values = options.values("run", "data", "sizes", "as_json")
         metrics, warnings = evaluate(options.run, options.data, size=size, console=err, **values)
         if not main_process:
             continue

@@ -146,6 +146,55 @@ class Split:
         return images
 
 
+class MaskedSplit(Split):
+    """Images with masks. Beside what a Split has, `masks` reads the i-th mask as a PIL image; labels are all 0.
+
+    `masks` may have the method identity() as `read` has."""
+
+    def __init__(self, count: int, masks: Callable, **more):
+        super().__init__([0] * count, None, **more)
+        self.masks = masks
+
+    def pair(self, i: int, read: Callable[[Image.Image], np.ndarray]) -> tuple[Image.Image, np.ndarray]:
+        """The i-th image, and what `read` makes of its mask (mask_classes.values_of, Classes.numbers).
+        Errors: DataError where image, mask and classes do not fit each other; anything else for a damaged file."""
+        image, mask = self.image(i), self.mask(i)
+        if image.size != mask.size:
+            raise DataError(
+                f"{self.names(i)} is {image.width}x{image.height} pixels, but its mask {mask.width}x{mask.height}; "
+                "expected the same size (nothing is resized, as that would invent the truth)"
+            )
+        try:
+            return image, read(mask)
+        except DataError as error:
+            raise DataError(f"the mask of {self.names(i)} {error}") from error
+
+    def mask(self, i: int) -> Image.Image:
+        """The i-th mask as a PIL image. Errors: any, if the file is damaged."""
+        return self.masks(i)
+
+    def problem(self, i):
+        try:
+            self.image(i).convert("RGB")
+        except Exception:
+            return super().problem(i)
+        try:
+            self.mask(i)
+        except Exception as error:
+            return f"the mask of {self.names(i)}: {str(error) or type(error).__name__}"
+        return super().problem(i)
+
+    def identity(self) -> Iterator:
+        yield from super().identity()
+        if hasattr(self.masks, "identity"):
+            yield from self.masks.identity()
+
+    def subset(self, index):
+        part = super().subset(index)
+        more = dict(pixels=part.pixels, read=part.read, names=part.names, shard=part.shard)
+        return MaskedSplit(len(part), Chosen(self.masks, part.read.index), **more)
+
+
 @dataclass(frozen=True)
 class Numbered:
     """Names by number: "image 3"."""

@@ -1,7 +1,8 @@
-"""Shards: tar files that hold each image beside its class or caption, as webdataset writes them.
+"""Shards: tar files that hold each image beside its class, caption or mask, as webdataset writes them.
 
     00041.jpg 00041.cls 00042.jpg 00042.cls ...      the class is a number, or a name
     00041.jpg 00041.txt 00042.jpg 00042.json ...     the caption is a text, or a member of a JSON object
+    00041.jpg 00041.seg.png 00042.jpg ...            the mask
 
 The names say which members make a sample, as in webdataset: the key is the path up to the first dot of its last part,
 the extension is what follows that dot, in upper or lower case, and the members of a sample follow each other.
@@ -22,10 +23,20 @@ from pathlib import Path
 import numpy as np
 
 from gspn.data.folders import by_split, counts, is_image
-from gspn.data.images import USUAL_CAPTIONS, DataError, Split, decode, labelled, listed, read_class_names
+from gspn.data.images import (
+    USUAL_CAPTIONS,
+    DataError,
+    MaskedSplit,
+    Split,
+    decode,
+    labelled,
+    listed,
+    read_class_names,
+)
 from gspn.digests import Content
 from gspn.files import shown
 
+MASK = "seg.png"  # the extension of a mask
 SPECIAL = re.compile(r"__[^/]*__($|/)")  # members that describe the tar file, which webdataset leaves out too
 
 
@@ -74,6 +85,18 @@ def read_captioned(root: Path, files: Sequence[Path], column: str | None = None)
     return splits, notes
 
 
+def read_masked(root: Path, files: Sequence[Path]) -> tuple[dict[str, Split], list[str]]:
+    """Splits of tar files with masks instead of classes, and notes for the user; otherwise as `read_shards`.
+
+    Errors: DataError, also for images without a mask."""
+    read, notes = _read(root, files, (MASK,), "mask")
+    splits = {
+        name: MaskedSplit(len(shards.keys), shards.mask, read=shards, names=shards.name, shard=shards.shard)
+        for name, shards in read.items()
+    }
+    return splits, notes
+
+
 def json_caption(text: str, column: str | None, where: str) -> tuple[str, ...]:
     """The captions in a JSON object: a text or a list of texts in its member `column`. None: in its only member that is
     called text or caption. Errors: DataError, which calls the object `where`."""
@@ -112,13 +135,13 @@ class _Shards:
     offset: np.ndarray
     size: np.ndarray
     keys: list[str]
-    kinds: list[str]  # the extension of the member with the class or the caption
-    texts: list[str]  # its content
+    kinds: list[str]  # the extension of the member with the class, the caption or the mask
+    texts: list  # its content; offset and size of a mask
 
     @classmethod
     def read(cls, root, files, wanted, what, unused):
-        """wanted: extensions of the class or caption, in order of preference. what: "class" or "caption", for
-        messages."""
+        """wanted: extensions of the class, caption or mask, in order of preference. what: "class", "caption" or "mask",
+        for messages."""
         rows = []
         for number, file in enumerate(files):
             own = _Unused()
@@ -132,9 +155,15 @@ class _Shards:
         return cls(root, list(files), *map(np.array, (shard, offset, size)), list(keys), list(kinds), list(texts))
 
     def __call__(self, i):
+        return self._decoded(i, self.offset[i], self.size[i])
+
+    def mask(self, i):
+        return self._decoded(i, *self.texts[i])
+
+    def _decoded(self, i, offset, size):
         with open(self.files[self.shard[i]], "rb") as file:
-            file.seek(self.offset[i])
-            return decode(io.BytesIO(file.read(self.size[i])))
+            file.seek(offset)
+            return decode(io.BytesIO(file.read(size)))
 
     def name(self, i):
         return shown(f"{self.files[self.shard[i]]}, {self.keys[i]}")
@@ -225,7 +254,9 @@ class _Sample:
             both = f"{name} twice" if self.names[extension] == name else f"{self.names[extension]} and {name}"
             raise DataError(f"{self.path} holds {both}, in one sample: expected one of them")
         self.names[extension] = name
-        if extension in wanted:
+        if extension in wanted and extension == MASK:
+            self.texts[extension] = member.offset_data, member.size
+        elif extension in wanted:
             file.seek(member.offset_data)
             try:
                 self.texts[extension] = file.read(member.size).decode("utf-8-sig").strip()

@@ -14,7 +14,17 @@ import torch
 
 from gspn.data.folders import Found, by_split
 from gspn.data.hub import out_of_reach
-from gspn.data.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Numbered, Split, decode, labelled, listed
+from gspn.data.images import (
+    SPLIT_NAMES,
+    USUAL_CAPTIONS,
+    DataError,
+    MaskedSplit,
+    Numbered,
+    Split,
+    decode,
+    labelled,
+    listed,
+)
 from gspn.digests import Content, Earlier
 from gspn.progress import bars_on_terminals_only
 
@@ -77,6 +87,29 @@ def load_captioned(
     splits = {
         split: _captioned(table, name, image_column, caption_column) for split, table in _known(tables, name, notes)
     }
+    if not splits:
+        raise DataError(f"{name} has the splits {', '.join(tables)}; expected train, and validation, valid or test")
+    return splits, notes
+
+
+def load_masked(
+    source: str,
+    path: Path | None = None,
+    *,
+    image_column: str | None = None,
+    mask_column: str | None = None,
+    found: Found | None = None,
+    hint: str = "",
+) -> tuple[dict[str, Split], list[str]]:
+    """Splits of what `datasets` loads, with masks, and notes for the user.
+
+    Args:
+        image_column, mask_column: None where there are two columns of images, and one of them is called image.
+        Others: as for `load_tables`.
+    Errors: DataError.
+    """
+    name, tables, notes = _load(source, path, False, found, hint)
+    splits = {split: _masked(table, name, image_column, mask_column) for split, table in _known(tables, name, notes)}
     if not splits:
         raise DataError(f"{name} has the splits {', '.join(tables)}; expected train, and validation, valid or test")
     return splits, notes
@@ -194,6 +227,27 @@ def _captioned(table, name, image_column, caption_column):
     return _split(table, image_column, name, counts, [0] * len(captions), None, captions=captions)
 
 
+def _masked(table, name, image_column, mask_column):
+    import datasets
+
+    columns = [column for column, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    for wanted in filter(None, (image_column, mask_column)):
+        _check_column(table, wanted, name)
+    image = image_column or next((column for column in columns if column.lower() == "image"), None)
+    others = [column for column in columns if column != image]
+    mask = mask_column or (others[0] if image and len(others) == 1 else None)
+    if image is None or mask is None or image == mask:
+        raise DataError(
+            f"{name}: expected two columns of images, image and another with the masks, found "
+            f"{' and '.join(columns) or 'none'}; say which with --image-column and --mask-column. Its columns: "
+            f"{', '.join(table.features)}"
+        )
+    for column in (image, mask):
+        table = _undecoded(table, column, name)
+    read, masks = (_Rows(table.select_columns(column), column) for column in (image, mask))
+    return MaskedSplit(len(table), masks, read=read, names=Numbered(f"{name}, row"))
+
+
 def _values(table, column, name):
     """(all values of a column; for a stream the number of rows of each shard). Errors: DataError where one is None."""
     import datasets
@@ -210,13 +264,18 @@ def _values(table, column, name):
     return values, counts
 
 
-def _split(table, image_column, name, counts, labels, class_names, **more):
+def _undecoded(table, column, name):
+    """The table with the undecoded images of a column. Errors: DataError."""
     import datasets
 
     try:
-        table = table.cast_column(image_column, datasets.Image(decode=False))
+        return table.cast_column(column, datasets.Image(decode=False))
     except Exception as error:
-        raise DataError(f"{name}: the column {image_column!r} holds no images: {error}") from error
+        raise DataError(f"{name}: the column {column!r} holds no images: {error}") from error
+
+
+def _split(table, image_column, name, counts, labels, class_names, **more):
+    table = _undecoded(table, image_column, name)
     names = Numbered(f"{name}, row")
     if counts is not None:
         more["remote"] = not Path(name).exists()

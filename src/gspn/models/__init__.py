@@ -1,10 +1,11 @@
-"""The models: classification backbones, their influence maps and released weights, the bridge to timm, the
+"""The models: classification backbones, segmenters, their influence maps and released weights, the bridge to timm, the
 class-conditional generator, its pipeline, and DiT.
 """
 
 from gspn.models.backbone import Backbone, create_model, list_models
 from gspn.models.influence import context_maps
 from gspn.models.released import load_released
+from gspn.models.segmenter import Segmenter, create_segmenter
 
 
 def register_timm() -> None:
@@ -17,4 +18,13 @@ def register_timm() -> None:
     import gspn.models.timm  # noqa: F401
 
 
-__all__ = ["Backbone", "context_maps", "create_model", "list_models", "load_released", "register_timm"]
+__all__ = [
+    "Backbone",
+    "Segmenter",
+    "context_maps",
+    "create_model",
+    "create_segmenter",
+    "list_models",
+    "load_released",
+    "register_timm",
+]

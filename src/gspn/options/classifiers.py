@@ -20,7 +20,7 @@ from gspn.places import OptionError, check_named, check_run, missing
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(OptionSet):
-    """A trained classifier."""
+    """A run."""
 
     plain: ClassVar = True
 
@@ -40,6 +40,11 @@ class WriteOptions(OptionSet):
     overwrite: bool = option(False, "Replace an existing file or folder.")
 
 
+# The options of `gspn eval` that only runs of one task have.
+OF_SEGMENTATION = ("scale", "mask_column")
+OF_CLASSIFICATION = ("sizes", "channels", "streaming", "class_names", "label_column")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(ReadOptions, WriteOptions, RunOptions):
     """All options of `gspn eval`."""
@@ -50,14 +55,30 @@ class EvalOptions(ReadOptions, WriteOptions, RunOptions):
     sizes: tuple | None = option(
         None, "Input sizes, evaluated in turn. Default: that of the run.", parse=parse_sizes, metavar="N|HxW,..."
     )
+    scale: float | None = option(
+        None, "Segmentation: the factor on the images' size. Default: that of the run.", low=0.01, high=16
+    )
+    mask_column: str | None = option(None, "Segmentation, datasets: the column with the masks.")
     channels: int | None = option(None, "Convert the images to 1 (grey) or 3 (colour) channels.")
     streaming: bool | None = option(None, "datasets: read rows as a stream, without a copy in its cache.")
-    out: Path | None = option(None, "A folder for evaluation-HxW.json and confusion-HxW.png.")
+    out: Path | None = option(
+        None,
+        "A folder for evaluation-HxW.json and confusion-HxW.png; of segmentation without HxW, and predictions.png.",
+    )
     as_json: bool = option(False, "Print JSON, one line per size.", flag="--json")
 
     def check_paths(self):
         super().check_paths()
         check_named(self.data, "DATA", DATA_HELP)
+
+    def of_task(self, task: str) -> dict:
+        """The values of the options that the evaluation of a run of this task has, but for run and data.
+        Errors: OptionError for the options of another task."""
+        without = OF_SEGMENTATION if task != "segmentation" else OF_CLASSIFICATION
+        for name in without:
+            if getattr(self, name) is not None:
+                raise OptionError(f"--{name.replace('_', '-')} is not for {self.run}, a run of {task or 'no task'}")
+        return self.values("run", "data", "sizes", "as_json", *without)
 
 
 @dataclass(frozen=True, kw_only=True)

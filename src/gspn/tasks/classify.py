@@ -1,6 +1,6 @@
 """Image classification: what `gspn train` runs, and `train_classifier` and `resume_classifier`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from gspn.data.unreadable import Unreadable
 from gspn.metrics.classification import classify, progress, warnings_of
 from gspn.models import create_model
 from gspn.options import OptionError
-from gspn.options.classify import SPEC, Options
+from gspn.options.classify import SPEC, ModelOptions, Options
 from gspn.runs import load_classifier
 from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, describe_size, labelled_splits, open_with, parameters_of, resume, start
@@ -286,9 +286,14 @@ def settle(
 
 
 def build_model(
-    options: Options, preprocessing: Preprocessing, num_classes: int, device: torch.device | str = "cpu"
+    options: ModelOptions,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    make: Callable[..., torch.nn.Module] = create_model,
 ) -> torch.nn.Module:
-    """The model for these data, on `device` and tried there on one empty image. Errors: OptionError."""
+    """The model for these data that `make` makes, on `device` and tried there on one empty image. Errors:
+    OptionError."""
     arguments = {"num_classes": num_classes, "in_chans": preprocessing.channels, **options.model_args}
     if arguments["in_chans"] != preprocessing.channels:
         raise OptionError(
@@ -300,7 +305,7 @@ def build_model(
     torch.manual_seed(options.seed)
     layout = torch.channels_last if options.channels_last else torch.preserve_format
     try:
-        model = create_model(options.model, **arguments).to(device, memory_format=layout)
+        model = make(options.model, **arguments).to(device, memory_format=layout)
     except (RuntimeError, TypeError, ValueError) as error:
         raise OptionError(f"the model {options.model} cannot be made: {error}") from error
     try:

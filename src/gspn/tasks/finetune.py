@@ -91,8 +91,19 @@ def start_from(source: Source, model: nn.Module, class_names: list[str], data: s
     named = not all(name.isdecimal() for name in class_names)
     keep_head = source.class_names == class_names and (named or source.data == data)
     body = {name for name in own if keep_head or not name.startswith(f"{head}.")}
+    copy_weights(source, model, body)
+    became = "its head too" if keep_head else f"with a new head for {len(class_names)} classes"
+    return f"weights of {source.where}, {became}"
+
+
+@torch.no_grad()
+def copy_weights(source: Source, model: nn.Module, body: set[str], but: tuple[str, ...] = ()) -> None:
+    """Copies the weights named in `body`. The source may hold others, but only of the model, or of the parts `but`.
+    Errors: OptionError names what does not fit."""
+    own = model.state_dict()
     problems = [f"{name} is missing there" for name in sorted(body - set(source.weights))]
-    problems += [f"{type(model).__name__} has no {name}" for name in source.weights if name not in own]
+    known = (name for name in source.weights if name.partition(".")[0] not in but)
+    problems += [f"{type(model).__name__} has no {name}" for name in known if name not in own]
     for name in (n for n in own if n in body and n in source.weights):  # in the model's order, the same in every run
         theirs, mine = tuple(source.weights[name].shape), tuple(own[name].shape)
         if theirs != mine and name.startswith("stem.0") and theirs[1:2] != mine[1:2] and theirs[2:] == mine[2:]:
@@ -107,5 +118,3 @@ def start_from(source: Source, model: nn.Module, class_names: list[str], data: s
         raise OptionError(f"init_from: the weights of {source.where} do not fit the model: {shown}")
     for name in body:
         own[name].copy_(source.weights[name])
-    became = "its head too" if keep_head else f"with a new head for {len(class_names)} classes"
-    return f"weights of {source.where}, {became}"

@@ -1,108 +1,17 @@
-"""How much memory a stage of a high-resolution image needs, how much is free, and which savers to switch on."""
+"""How much memory a stage of a high-resolution image needs, and which savers to switch on."""
 
-import weakref
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from gspn.memory import MIB, peak_bytes
 from gspn.stable_diffusion.highres.savers import SAVERS, Savers, saving, tile_of, vae_factor
 
-MIB = 2**20
 SHARE = 0.9  # of the free memory that a plan may use: kernels take workspaces that no estimate sees
 MANY_PIXELS = 4096 * 4096  # from here on all savers are on where no estimate can be made
 VAE_ATTENTION = 2**16  # tokens in the VAE's attention above which tiles are much faster
-
-
-class _Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, except the `known` ones."""
-
-    def __init__(self, known: list[Tensor]):
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
-        return result
-
-    def _count(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage not in self.seen:
-            size = storage.nbytes()
-            self.seen.add(storage)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, size)
-
-    def _free(self, size):
-        self.now -= size
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention as fused kernels compute it, which keep no matrix of all pairs; on "meta" torch would take another."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            query, _, value = (*args, *((kwargs or {})[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-            return query.new_empty((*query.shape[:-1], value.shape[-1]))
-        return func(*args, **(kwargs or {}))
-
-
-class _Method(nn.Module):
-    def __init__(self, module: nn.Module, name: str):
-        super().__init__()
-        self.module, self.name = module, name
-
-    def forward(self, *args, **kwargs):
-        return getattr(self.module, self.name)(*args, **kwargs)
-
-
-@torch.no_grad()
-def peak_bytes(module: nn.Module, method: str, *args, dtype: torch.dtype | None = None, **kwargs) -> int:
-    """The peak, in bytes, of the tensors that ``module.method(*args, **kwargs)`` makes, with weights in `dtype` (None:
-    their own).
-
-    Nothing is computed and no memory is taken: only shapes pass through the module, as tensors on "meta". Tensors among
-    the arguments have to be on "meta" too. Workspaces inside kernels (some hundred MiB at most) are not counted.
-    """
-    module = getattr(module, "_orig_mod", module)  # a compiled module's own
-    weights = {
-        f"module.{name}": tensor.to("meta", dtype if tensor.is_floating_point() else None)
-        for named in (module.named_parameters, module.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
-    }
-    known = [value for value in tree_leaves((weights, args, kwargs)) if isinstance(value, Tensor)]
-    with torch.compiler.set_stance("force_eager"), _FusedAttention(), _Peak(known) as peak:
-        torch.func.functional_call(_Method(module, method), weights, args, kwargs, tie_weights=False)
-    return peak.peak
-
-
-def free_bytes(device: torch.device) -> int:
-    """The memory for new tensors on `device`: what is free and what torch holds without using it."""
-    if device.type == "cpu":
-        import psutil  # comes with accelerate, which the extra installs
-
-        return psutil.virtual_memory().available
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    held = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    return torch.accelerator.get_memory_info(device)[0] + held
-
-
-def weight_bytes(module: nn.Module | None) -> int:
-    """The bytes of a module's weights."""
-    if module is None:
-        return 0
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
 def is_offloaded(pipe) -> bool:

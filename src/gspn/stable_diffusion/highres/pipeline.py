@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gspn.memory import MIB, free_bytes, weight_bytes
 from gspn.models.latents import check_finite
 from gspn.progress import Progress
 from gspn.stable_diffusion.highres.images import decode, encode, rematched, resize
-from gspn.stable_diffusion.highres.memory import MIB, SHARE, choose, free_bytes, is_offloaded, weight_bytes
+from gspn.stable_diffusion.highres.memory import SHARE, choose, is_offloaded
 from gspn.stable_diffusion.highres.passes import Guidance, allowed_options, cosine_share
 from gspn.stable_diffusion.highres.plan import STEPS, STRENGTHS, Stage, check_pipeline, last_timesteps, make_stages
 from gspn.stable_diffusion.highres.savers import SAVERS, Savers, saving

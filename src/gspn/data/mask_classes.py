@@ -1,0 +1,167 @@
+"""The classes of masks: which value in a mask is which class, their names and colours."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageColor
+
+from gspn.data.images import DataError, listed
+
+IGNORED = 255  # in the masks of a batch: pixels that count neither in the loss nor in a metric
+MOST = 255  # classes, as a mask has 8 bits and one value is IGNORED
+VALUES = 65536  # that a mask of 16 bits may hold
+_UNKNOWN = -1
+_INDEXED = ("P", "L", "1")  # Pillow's modes of masks with one value for each pixel, beside I;16
+EXPECTED = (
+    'expected a list of names, of objects with "name" and, if wanted, "value" (in the masks) and "color" ("#rrggbb" or '
+    "[r, g, b]), or an object {value: name}"
+)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of masks, in the order of a model's logits.
+
+    Attributes:
+        names: theirs. values: the value of each in a mask. colours: (r, g, b) of each, 0 to 255.
+        ignored: values of pixels without a class. named: whether names were given; otherwise they are the values.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    ignored: tuple[int, ...] = ()
+    named: bool = True
+
+    def __post_init__(self):
+        for name in ("names", "values", "ignored"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "colours", tuple(map(tuple, self.colours)))
+        table = np.full(VALUES, _UNKNOWN, np.int16)
+        table[list(self.ignored)] = IGNORED
+        table[list(self.values)] = np.arange(len(self.values))
+        object.__setattr__(self, "_table", table)
+
+    def __len__(self):
+        return len(self.names)
+
+    @classmethod
+    def of_values(cls, values: Iterable[int], ignored: Sequence[int], mask: Image.Image | None = None) -> "Classes":
+        """Classes that are called like their values, in the colours of the palette of `mask` if it has one."""
+        values = sorted(set(values) - set(ignored))
+        return cls([str(value) for value in values], values, _colours(values, mask), tuple(ignored), named=False)
+
+    @classmethod
+    def read(cls, file: Path, ignore: Sequence[str], mask: Image.Image | None = None) -> "Classes":
+        """The classes in a JSON file, see EXPECTED. Without "value", a class is numbered by its place in the list.
+
+        Args: ignore: values, or names of the file, of pixels without a class. mask: its palette colours the classes
+            that have no colour.
+        Errors: DataError."""
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"the classes in {file} cannot be read: {error}") from error
+        try:
+            rows = [_row(*each) for each in (content.items() if isinstance(content, dict) else enumerate(content))]
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"{file} does not hold classes ({type(error).__name__}: {error}): {EXPECTED}") from error
+        for what, column in (("value", [value for value, *_ in rows]), ("name", [name for _, name, _ in rows])):
+            twice = sorted({str(each) for each in column if column.count(each) > 1})
+            if twice:
+                raise DataError(f"{file} has two classes of one {what}: {', '.join(twice)}; expected distinct ones")
+        ignored = ignored_values(ignore, {name: value for value, name, _ in rows})
+        rows = [row for row in rows if row[0] not in ignored]
+        if not 1 <= len(rows) <= MOST:
+            raise DataError(f"{file} holds {len(rows)} classes beside the ignored ones; expected 1 to {MOST}")
+        numbers = [value for value, *_ in rows]
+        colours = [given or other for (*_, given), other in zip(rows, _colours(numbers, mask), strict=True)]
+        return cls([name for _, name, _ in rows], numbers, colours, ignored)
+
+    def numbers(self, mask: Image.Image) -> np.ndarray:
+        """The number of the class of each pixel, or IGNORED: uint8 (H, W).
+        Errors: DataError for colours instead of values, and for values that are no class; without the file's name."""
+        values = values_of(mask)
+        numbers = self._table[values]
+        if (unknown := numbers == _UNKNOWN).any():
+            found, counts = np.unique(values[unknown], return_counts=True)
+            most = sorted(zip(counts.tolist(), found.tolist(), strict=True), reverse=True)
+            told = listed([f"{value} ({count:,} pixels)" for count, value in most], "value", "values")
+            shown = [f"{value} {name}" for value, name in zip(self.values[:8], self.names, strict=False)]
+            known = ", ".join([*shown, "..."] if len(self) > 8 else shown)
+            raise DataError(
+                f"holds {told} that {'is' if len(most) == 1 else 'are'} no class; the classes are {known}, and "
+                f"{', '.join(map(str, self.ignored)) or 'nothing'} is ignored. Correct the mask, name the class "
+                "(--classes) or ignore the value (--ignore)"
+            )
+        return numbers.astype(np.uint8)
+
+    def picture(self, numbers: np.ndarray) -> Image.Image:
+        """A mask of class numbers, uint8 (H, W), as an image with palette: its values are those of the data's masks."""
+        if max(self.values) > 255:
+            image, values = Image.fromarray(numbers), range(len(self))  # the values do not fit: the classes' numbers
+        else:
+            image, values = Image.fromarray(np.array(self.values, np.uint8)[numbers]), self.values
+        palette = np.zeros((256, 3), np.uint8)
+        palette[list(values)] = self.colours
+        image.putpalette(palette.tobytes())
+        return image
+
+    def coloured(self, numbers: np.ndarray) -> np.ndarray:
+        """The colours of class numbers, uint8 (H, W, 3); IGNORED is black."""
+        table = np.zeros((256, 3), np.uint8)
+        table[: len(self)] = self.colours
+        return table[numbers]
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def values_of(mask: Image.Image) -> np.ndarray:
+    """The values of a mask's pixels, (H, W). Errors: DataError for a mask in colours."""
+    if mask.mode not in _INDEXED and not mask.mode.startswith("I;16"):
+        raise DataError(
+            f"is in colours without a palette (Pillow's mode {mask.mode}); expected one value for each pixel, in a PNG "
+            "of indices or with a palette. Convert it: write the number of the class of each colour into an 8-bit grey "
+            'image (mode "L"), and name the classes in a JSON file (--classes)'
+        )
+    return np.asarray(mask).astype(np.uint16)
+
+
+def ignored_values(ignore: Sequence[str], named: dict[str, int]) -> tuple[int, ...]:
+    """The values of what is to be ignored, values or names among `named`. Errors: DataError for other names."""
+    for each in ignore:
+        if each not in named and not (each.isdecimal() and int(each) < VALUES):
+            names = f"one of {', '.join(named)}" if named else "names are known with --classes only"
+            raise DataError(f"ignore names {each!r}, which is neither a value of masks nor a class: {names}")
+    return tuple(sorted({named[each] if each in named else int(each) for each in ignore}))
+
+
+def _row(key, value):
+    """(value, name, colour or None) of an entry of the file."""
+    entry = {"name": value} if isinstance(value, str) else value
+    number, colour = entry.get("value", key), entry.get("color")
+    if not isinstance(entry["name"], str) or isinstance(number, bool):
+        raise ValueError(f"{str(entry)[:60]!r}")
+    if isinstance(colour, str):
+        colour = ImageColor.getrgb(colour)
+    if colour is not None and (len(colour) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in colour)):
+        raise ValueError(f"the color {colour!r}")
+    if not 0 <= int(number) < VALUES:
+        raise ValueError(f"the value {number!r}")
+    return int(number), entry["name"], colour and tuple(colour)
+
+
+def _colours(values, mask):
+    """A colour for each value: of the palette of `mask`, else distinct ones."""
+    palette = mask.getpalette() if mask is not None and mask.mode == "P" else None
+    if palette is not None and all(3 * value + 3 <= len(palette) for value in values):
+        colours = [tuple(palette[3 * value : 3 * value + 3]) for value in values]
+        if len(set(colours)) == len(colours):
+            return colours
+    # the golden ratio spreads any number of hues; brightness alternates, so that neighbours differ in that too
+    tints = [(i * 0.618034 % 1 * 360, (75, 55, 90)[i % 3], (95, 65, 80)[i % 3]) for i in range(len(values))]
+    return [ImageColor.getrgb("hsv({:.0f},{}%,{}%)".format(*tint)) for tint in tints]

@@ -1,0 +1,160 @@
+"""Semantic segmentation: a backbone's feature pyramid, fused at its finest level, where GSPN mixes it once more.
+
+Attention cannot work there: at 1/4 of a megapixel image it would compare 62,500 pixels with each other.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gspn.layers import GSPNBlock, LayerNorm2d, Pointwise, init_weights
+from gspn.models.backbone import Backbone, check_images, size_of
+from gspn.names import check_arguments
+
+_BLOCK = ("groups", "scan_dim", "skip", "merger", "center", "activation", "backend", "proxy_dim")  # as in the backbone
+
+
+class Segmenter(nn.Module):
+    """A backbone with a light decoder: one logit for each class and pixel of the image.
+
+        p = sum over levels i of upsampled(lateral[i] LN(map[i]))          at the finest level, in ``width`` channels
+        logits = upsampled(classifier LN(blocks(p)))
+
+    The blocks are those of the backbone (:class:`gspn.layers.GSPNBlock`), all global. Nothing depends on the batch or
+    on a size: there is no batch norm and no positional embedding. Maps are enlarged bilinearly by the exact factor
+    between their level and the finest one, and cut to its size at the bottom and at the right. So the pixels of a map
+    lie at the same places of the image whatever its height and width are, and no image is padded.
+
+    Args:
+        backbone: its head is dropped. num_classes: K >= 1.
+        width: channels of the decoder; None is twice those of the first level. depth: its number of blocks.
+        drop_rate: dropout before the classifier.
+
+    Shape: images (B,in_chans,H,W), any H, W >= 1, to logits (B,K,H,W).
+
+    State dict (frozen): ``backbone.*`` with the names of :class:`Backbone` (without ``head`` and ``norm``),
+    ``norms.I``, ``laterals.I.weight`` (width,C,1,1), ``blocks.J``, ``norm``, ``classifier.weight`` (K,width) and
+    ``classifier.bias``.
+
+    Attributes: ``config`` (:func:`create_segmenter` makes the same model from it again), ``num_classes``, ``stride``
+    (pixels of the image for one of the finest map), ``reduction`` (for one of the coarsest).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        width: int | None = None,
+        depth: int = 1,
+        drop_rate: float = 0.0,
+        **block: Any,
+    ):
+        super().__init__()
+        if num_classes < 1 or depth < 0 or (width is not None and width < 2) or not 0 <= drop_rate < 1:
+            raise ValueError(
+                "expected num_classes >= 1, a decoder of depth >= 0 and width >= 2, and 0 <= drop_rate < 1, got "
+                f"num_classes={num_classes}, depth={depth}, width={width}, drop_rate={drop_rate}"
+            )
+        if backbone.alignment == "released":
+            raise ValueError('alignment="released" takes square images only; a segmenter needs "aligned"')
+        backbone.reset_classifier(0)
+        backbone.norm = nn.Identity()  # that of the last level is among `norms`
+        self.backbone, self.num_classes, self.drop_rate = backbone, num_classes, drop_rate
+        channels = [level["num_chs"] for level in backbone.feature_info]
+        self.stride, self.reduction = (backbone.feature_info[i]["reduction"] for i in (0, -1))
+        width = 2 * channels[0] if width is None else width
+        self.norms = nn.ModuleList(LayerNorm2d(count) for count in channels)
+        self.laterals = nn.ModuleList(Pointwise(count, width) for count in channels)
+        self.blocks = nn.ModuleList(GSPNBlock(width, mlp_ratio=2.0, **block) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.classifier = nn.Linear(width, num_classes)
+        for part in (self.blocks, self.classifier):
+            part.apply(init_weights)
+        self.config: dict[str, Any] = {}
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Logits (B,K,H,W), or at another `size` (height, width), to which they are resized bilinearly."""
+        return self.enlarge(self.coarse_logits(x), (x.shape[-2], x.shape[-1]), size)
+
+    if TYPE_CHECKING:  # nn.Module's is typed as Any
+
+        def __call__(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor: ...
+
+    def coarse_logits(self, x: Tensor) -> Tensor:
+        """Logits at the finest level: (B,K,H/stride,W/stride), rounded up."""
+        x = check_images(x, self.backbone.in_chans, self.backbone.alignment)
+        maps = self.backbone.forward_intermediates(x, intermediates_only=True)
+        x = self._fused(maps)
+        del maps  # the blocks need their memory
+        for block in self.blocks:
+            x = block(x)
+        x = F.dropout(self.norm(x.permute(0, 2, 3, 1)), self.drop_rate, self.training)
+        return self.classifier(x).permute(0, 3, 1, 2)
+
+    def enlarge(self, logits: Tensor, image: tuple[int, int], size: tuple[int, int] | None = None) -> Tensor:
+        """Coarse logits at the (height, width) of the `image` that they are of, then resized to `size`."""
+        logits = _upsampled(logits, self.stride, image)
+        if size in (None, image):
+            return logits
+        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """That of the backbone."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def group_matcher(self) -> dict[str, Any]:
+        """That of the backbone, for layer-wise learning rates; the decoder is above all of its layers."""
+        groups = {"stem": r"^backbone\.stem"}
+        levels = [(r"^backbone\.levels\.(\d+)\.downsample", (0,)), (r"^backbone\.levels\.(\d+)\.blocks\.(\d+)", None)]
+        return {**groups, "blocks": levels}
+
+    def _fused(self, maps: list[Tensor]) -> Tensor:
+        finest = maps[0].shape[-2:]
+        total = None
+        for i, (each, norm, lateral) in enumerate(zip(maps, self.norms, self.laterals, strict=True)):
+            own = _upsampled(lateral(norm(each)), 2**i, finest)
+            total = own if total is None else total + own
+        return total
+
+
+def _upsampled(x: Tensor, factor: int, size: Any) -> Tensor:
+    """The map enlarged by `factor` and cut to `size`."""
+    if factor > 1:
+        x = F.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
+    return x[..., : size[0], : size[1]]
+
+
+def create_segmenter(
+    name: str,
+    *,
+    num_classes: int,
+    decoder_width: int | None = None,
+    decoder_depth: int = 1,
+    decoder_drop_rate: float = 0.0,
+    **kwargs: Any,
+) -> Segmenter:
+    """A segmenter with a backbone by name, with random weights.
+
+    Args:
+        name: one of :func:`gspn.list_models`. num_classes: K.
+        decoder_width, decoder_depth, decoder_drop_rate: ``width``, ``depth`` and ``drop_rate`` of :class:`Segmenter`.
+        kwargs: ``in_chans=3`` and every other argument of :class:`gspn.models.Backbone`. ``stem_stride`` is 4 here for
+            gspn_micro too: the finest map has 1/4 of the image's height and width.
+
+    Raises ValueError for an unknown name or arguments that do not fit, TypeError for an unknown argument.
+
+    >>> import gspn
+    >>> model = gspn.create_segmenter("gspn_micro", num_classes=11)
+    >>> twin = gspn.create_segmenter(**model.config)
+    """
+    size_of(name)  # an unknown name first
+    check_arguments(Backbone.__init__, kwargs)
+    backbone = Backbone.from_name(name, **{"stem_stride": 4, **kwargs, "num_classes": 0})
+    block = {key: backbone.config[key] for key in _BLOCK if key in backbone.config}
+    decoder = {"width": decoder_width, "depth": decoder_depth, "drop_rate": decoder_drop_rate}
+    model = Segmenter(backbone, num_classes, **decoder, **block)
+    model.config = {**backbone.config, "num_classes": num_classes}
+    model.config |= {f"decoder_{key}": value for key, value in decoder.items()}
+    return model

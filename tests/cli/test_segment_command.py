@@ -1,0 +1,113 @@
+"""`gspn train-segmentation`, `eval` and `segment`, as a user meets them."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers.masks import FLAGS, pair
+from PIL import Image
+from typer.testing import CliRunner
+
+from gspn.cli import app
+from gspn.options.segment import parse_memory
+from gspn.train.run import Run
+
+
+def gspn_command(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def run(masked_run):
+    return masked_run.path
+
+
+def test_training_resuming_and_the_same_options_again(masked, tmp_path):
+    path, again = tmp_path / "run", tmp_path / "again"
+    flags = ["--epochs", 2, "--batch-size", 4, "--lr", 0.01, "--workers", 0, "--precision", "bf16", "--tensorboard"]
+    code, out, err = gspn_command("train-segmentation", masked, "--out", path, *flags, *FLAGS)
+    assert code == 0, err
+    assert "18 training and 2 val images with masks of 3 classes" in out and "crops of 24x32" in out
+    assert out.count("mean IoU") == 2 and "predictions.png" in out and list((path / "tensorboard").iterdir())
+    code, out, _ = gspn_command("train-segmentation", "--resume", path)
+    assert code == 0 and "nothing is left to do" in out
+    (masked / "classes.json").rename(tmp_path / "classes.json")
+    try:
+        flags = ["--out", again, "--epochs", 1, "--classes", tmp_path / "classes.json"]
+        code, _, err = gspn_command("train-segmentation", "--config", path / "options.yaml", *flags)
+    finally:
+        (tmp_path / "classes.json").rename(masked / "classes.json")
+    assert code == 0, err
+    one, other = (Run.open(each).config for each in (path, again))
+    assert one["classes"] == other["classes"]
+    assert other["options"] | {"epochs": 2, "classes": None} == one["options"]
+
+
+def test_eval_goes_by_the_task_of_the_run(run, masked, tmp_path):
+    code, out, err = gspn_command("eval", run, masked, "--workers", 0, "--json")
+    assert code == 0, err
+    assert json.loads(out)["miou"] == pytest.approx(max(row["miou"] for row in Run.open(run).metrics))
+    code, out, _ = gspn_command("eval", run, masked, "--workers", 0, "--out", tmp_path / "out")
+    assert code == 0 and all(word in out for word in ("mean IoU", "boundary F1", "IoU disc", "evaluation.json"))
+    code, _, err = gspn_command("eval", run, masked, "--out", tmp_path / "out")
+    assert code == 2 and "there already" in err
+    code, _, err = gspn_command("eval", run, masked, "--sizes", "20")
+    assert code == 2 and "--sizes" in err and "segmentation" in err
+    code, _, err = gspn_command("eval", run, tmp_path / "nothing")
+    assert code == 2 and "nothing" in err
+
+
+def test_eval_of_a_classifier_has_no_options_of_segmentation(digits_run):
+    code, _, err = gspn_command("eval", digits_run[0].path, "digits", "--scale", 2)
+    assert code == 2 and "--scale" in err and "classification" in err
+
+
+def test_segment_writes_masks_and_overlays_and_tells_shares(run, masked, tmp_path):
+    large = tmp_path / "large.jpg"
+    Image.fromarray(pair(5, 150, 210)[0]).save(large)
+    out = tmp_path / "out"
+    code, text, err = gspn_command("segment", run, masked / "images/00.png", large, "--out", out, "--json")
+    assert code == 0, err
+    small, big = json.loads(text)
+    assert small["size"] == [24, 32] and big["size"] == [150, 210] and "in one go" in big["how"]
+    mask = Image.open(big["mask"])
+    assert mask.mode == "P" and mask.size == (210, 150)
+    values, counts = np.unique(np.asarray(mask), return_counts=True)
+    shares = {name: share for name, share in big["classes"].items() if share}
+    assert sum(shares.values()) == pytest.approx(1) and len(shares) == len(values)
+    assert sorted(shares.values()) == pytest.approx(sorted((counts / counts.sum()).tolist()))
+    overlay = Image.open(big["overlay"])
+    assert overlay.height >= 150 and overlay.width > 210  # the legend is beside it
+    code, _, err = gspn_command("segment", run, large, "--out", out)
+    assert code == 2 and "there already" in err
+    code, text, _ = gspn_command("segment", run, large, "--out", out, "--overwrite", "--max-memory", "2.5MB")
+    assert code == 0 and "overlapping tiles" in text
+    code, _, err = gspn_command("segment", run, large, "--out", out, "--overwrite", "--max-memory", "100KB")
+    assert code == 2 and "150x210 does not fit" in err and "--max-memory" in err
+
+
+def test_segment_names_what_it_cannot_read(run, masked, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    images = [masked / "images/00.png", bad, tmp_path / "none.png"]
+    code, out, err = gspn_command("segment", run, *images, "--out", tmp_path / "out", "--json")
+    assert code == 1 and [("error" in each) for each in json.loads(out)] == [False, True, True]
+    assert "bad.png" in err and "none.png" in err and "2 of 3" in err
+    code, _, err = gspn_command("segment", run, *images, "--out", tmp_path / "strict", "--strict")
+    assert code == 2 and "none.png" in err
+    code, _, err = gspn_command("segment", run, masked / "images/00.png", masked / "masks/00.png")
+    assert code == 2 and "same name" in err
+
+
+def test_a_classifier_cannot_segment(digits_run, masked):
+    code, _, err = gspn_command("segment", digits_run[0].path, masked / "images/00.png")
+    assert code == 2 and "expected segmentation" in err
+
+
+def test_memory():
+    told = {"2GB": 2 * 10**9, "1.5 gib": 3 * 2**29, "100": 100, "64KB": 64_000, "3m": 3_000_000}
+    assert {text: parse_memory(text) for text in told} == told
+    for text in ("", "GB", "0GB", "2TB", "-1"):
+        with pytest.raises(ValueError, match="2GB"):
+            parse_memory(text)

@@ -1,0 +1,62 @@
+"""IoU, boundary F1: against scikit-learn, and where a class is not there."""
+
+import math
+
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix, jaccard_score
+
+from gspn.data.images import UNREADABLE, DataError
+from gspn.data.mask_classes import IGNORED, Classes
+from gspn.metrics.segmentation import Segmented, boundary_scores, confusion_of, intersection_over_union
+
+CLASSES = Classes(("a", "b", "c", "d"), range(4), ((0, 0, 0),) * 4, (255,))
+
+
+def test_iou_is_that_of_scikit_learn():
+    truth, taken = torch.randint(0, 4, (2, 30, 40)).byte()
+    truth[:3] = IGNORED
+    confusion, known = confusion_of(taken, truth, 4), truth != IGNORED
+    assert confusion.tolist() == confusion_matrix(truth[known], taken[known]).tolist()
+    expected = jaccard_score(truth[known], taken[known], average=None)
+    assert intersection_over_union(confusion).tolist() == pytest.approx(expected.tolist())
+
+
+def test_a_class_that_never_occurs_is_not_a_number_and_does_not_count():
+    truth = torch.tensor([[0, 0, 1, 1, 1, IGNORED]]).byte()
+    taken = torch.tensor([[0, 1, 1, 1, 2, 3]]).byte()  # 2 is taken for something, but there is none
+    confusion = confusion_of(taken, truth, 4)
+    iou = intersection_over_union(confusion)
+    assert iou[:2].tolist() == pytest.approx([1 / 2, 2 / 4]) and iou[2:].isnan().all()
+    outcome = Segmented(torch.tensor([0]), torch.tensor([0]), confusion, torch.tensor([5.0]), torch.tensor([5.0]), None)
+    metrics = outcome.metrics(CLASSES)
+    assert metrics["miou"] == pytest.approx(0.5) and metrics["iou"] == {"a": 0.5, "b": 0.5, "c": None, "d": None}
+    assert metrics["missing_classes"] == ["c", "d"] and metrics["pixel_accuracy"] == pytest.approx(3 / 5)
+    assert metrics["loss"] == 1 and "boundary_f1" not in metrics
+
+
+def test_without_a_pair_or_a_labelled_pixel_there_are_no_metrics():
+    empty = torch.zeros(4, 4, dtype=torch.int64)
+    none = Segmented(torch.tensor([0]), torch.tensor([UNREADABLE]), empty, torch.zeros(1), torch.zeros(1), None)
+    with pytest.raises(DataError, match="none of the 1"):
+        none.metrics(CLASSES)
+    none.label = torch.tensor([0])
+    with pytest.raises(DataError, match="ignored"):
+        none.metrics(CLASSES)
+
+
+def test_boundary_f1():
+    truth = torch.zeros(100, 100, dtype=torch.uint8)
+    truth[:, 50:] = 1
+    assert boundary_scores(truth, truth) == (2.0, 2)
+    for shift, expected in ((1, 2.0), (2, 0.0)):  # 0.75% of the diagonal is one pixel; the boundaries are two wide
+        moved = torch.zeros_like(truth)
+        moved[:, 50 + shift :] = 1
+        score, count = boundary_scores(moved, truth)
+        assert count == 2 and score == pytest.approx(expected), shift
+    nothing = torch.zeros_like(truth)
+    assert boundary_scores(nothing, nothing) == (1.0, 1) and boundary_scores(nothing, nothing + IGNORED) == (0.0, 0)
+    assert math.isclose(boundary_scores(nothing, truth)[0], 0.0)
+    half = truth.clone()
+    half[50:] = IGNORED
+    assert boundary_scores(moved, torch.where(half == IGNORED, half, moved))[0] == 2.0  # whatever is below

@@ -1,0 +1,180 @@
+"""Training a segmenter, and its run: evaluation, resuming, fine-tuning, what cannot be."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers.masks import make_masked, pair
+from helpers.masks import masked_options as options
+from helpers.training import same
+from PIL import Image
+
+import gspn
+from gspn import plots
+from gspn.data.images import DataError
+from gspn.data.mask_classes import IGNORED, Classes
+from gspn.metrics.segmentation import evaluate
+from gspn.options import OptionError
+from gspn.tasks import base
+from gspn.tasks.segment import SegmentationTask, Setup, dice_losses, weights_of
+from gspn.train import loop
+from gspn.train.run import Run, RunError
+
+PICTURES = ("curves", "pixel_confusion", "pairs", "predictions", "context")
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    for name in PICTURES:
+        monkeypatch.setattr(plots, name, lambda *args: None)
+
+
+def test_it_learns_and_leaves_a_run(masked_run):
+    row = masked_run.metrics[-1]
+    assert row["miou"] > 0.7 > masked_run.metrics[0]["miou"] and row["images"] == 4
+    assert set(row["iou"]) == {"ground", "disc", "square"} and row["missing_classes"] == []
+    assert {"curves.png", "confusion.png", "predictions.png"} <= {file.name for file in masked_run.path.iterdir()}
+    assert masked_run.config["classes"]["colours"][1] == [208, 32, 32] and masked_run.config["task"] == "segmentation"
+    assert masked_run.config["class_weights"][0] < 1 < masked_run.config["class_weights"][1]
+
+
+def test_evaluation_gives_what_training_gave_and_more(masked_run, masked, tmp_path):
+    metrics, warnings = evaluate(masked_run.path, masked, workers=0, out=tmp_path / "out")
+    best = max(masked_run.metrics, key=lambda row: (row["miou"], -row["val_loss"]))
+    assert warnings == [] and metrics["split"] == "val" and metrics["images"] == 4
+    assert metrics["miou"] == pytest.approx(best["miou"]) and metrics["loss"] == pytest.approx(best["val_loss"])
+    assert 0 < metrics["boundary_f1"] <= 1
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["iou"] == metrics["iou"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "evaluation.json",
+        "confusion.png",
+        "predictions.png",
+    }
+    other = evaluate(masked_run.path, masked, workers=0, split="train", scale=2.0)[0]
+    assert other["images"] == 16 and other["scale"] == 2.0 and other["miou"] != metrics["miou"]
+
+
+def test_evaluation_of_other_sizes_and_a_missing_class(masked_run, tmp_path):
+    folder = make_masked(tmp_path / "mixed", 3, height=20, width=40)
+    make_masked(folder, 2)  # two of them have another size now
+    for file in (folder / "masks").iterdir():
+        mask = np.array(Image.open(file))
+        Image.fromarray(np.where(mask == 2, 0, mask).astype(np.uint8)).save(file)
+    metrics, warnings = evaluate(masked_run.path, folder, workers=0, split="all", batch_size=3)
+    alone = evaluate(masked_run.path, folder, workers=0, split="all", batch_size=1)[0]
+    assert metrics["images"] == 3 and metrics["iou"]["square"] is None and "square" in warnings[-1]
+    assert metrics["miou"] == pytest.approx((metrics["iou"]["ground"] + metrics["iou"]["disc"]) / 2)
+    assert metrics["iou"] == alone["iou"]  # what fills up a batch does not count, nor is it seen
+
+
+def test_masks_that_the_run_does_not_know(masked_run, tmp_path):
+    folder = make_masked(tmp_path / "data", 3)
+    mask = pair(0)[1]
+    mask[4, 4] = 7
+    Image.fromarray(mask).save(folder / "masks/00.png")
+    with pytest.raises(DataError, match=r"00\.png holds 1 value: 7 .*2 square"):
+        evaluate(masked_run.path, folder, workers=0, split="all")
+
+
+def test_a_stopped_training_goes_on_to_the_same_bits(masked, tmp_path, monkeypatch, without_pictures):
+    given = options(precision="bf16", dice=0.5, save_every="3", tensorboard=False)
+    whole, _ = base.start(Setup, masked, tmp_path / "whole", given)
+    real, calls = loop.backward, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(loop, "backward", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        base.start(Setup, masked, tmp_path / "stopped", given)
+    monkeypatch.undo()
+    for name in PICTURES:
+        monkeypatch.setattr(plots, name, lambda *args: None)
+    assert Run.open(tmp_path / "stopped").load_checkpoint("last")[1]["step"] < 6
+    again, _ = base.resume(Setup, tmp_path / "stopped")
+    one, other = (run.load_checkpoint("last")[0] for run in (whole, again))
+    assert all(same(one[part], other[part]) for part in ("model", "ema", "optimizer"))
+    assert not same(one["model"], one["ema"])
+    with pytest.raises(OptionError, match="dice"):
+        base.resume(Setup, tmp_path / "stopped", {"dice": 0.0})
+    shutil.copytree(masked, tmp_path / "other")
+    mask = Image.fromarray(np.zeros_like(pair(0)[1]))
+    mask.save(tmp_path / "other/masks/00.png")
+    with pytest.raises(RunError, match="not what"):
+        base.resume(Setup, tmp_path / "stopped", data=tmp_path / "other")
+
+
+def test_starting_from_a_classifier(masked, digits_run, colours, tmp_path, without_pictures):
+    from helpers.training import tiny_options
+
+    from gspn.tasks.classify import train_classifier
+
+    classifier, _, _ = train_classifier(colours, tmp_path / "colours", tiny_options(batch_size=16))
+    run, _ = base.start(Setup, masked, tmp_path / "run", options(model_args={}, init_from=str(classifier.path), lr=0.0))
+    own, weights = run.load_checkpoint("last")[0]["model"], classifier.load_checkpoint("best")[0]["ema"]
+    backbone = {name.removeprefix("backbone."): w for name, w in own.items() if name.startswith("backbone.")}
+    assert backbone and same(backbone, {name: weights[name] for name in backbone})
+    with pytest.raises(OptionError, match=r"1 channels.* 3"):
+        base.start(Setup, masked, tmp_path / "grey", options(model_args={}, init_from=str(digits_run[0].path)))
+
+
+def test_python_loads_it_and_segments_any_image(masked_run):
+    run = gspn.load_run(masked_run.path, task="segmentation")
+    image, mask = pair(3, height=37, width=50)
+    found = run.segment(Image.fromarray(image))
+    assert found.mode == "P" and found.size == (50, 37)
+    assert (np.asarray(found) == mask)[mask != 255].mean() > 0.85
+    assert found.convert("RGB").getpixel((0, 0)) in {(0x88,) * 3, (208, 32, 32), run.classes.colours[2]}
+    with pytest.raises(RunError, match=r"segmentation, expected classification.*gspn eval and segment"):
+        gspn.load_run(masked_run.path, task="classification")
+
+
+def test_options_that_do_not_fit(masked, tmp_path):
+    with pytest.raises(OptionError, match="2 numbers, expected 3"):
+        base.start(Setup, masked, tmp_path / "a", options(class_weights=(1.0, 2.0)))
+    with pytest.raises(OptionError, match=r"min_scale.*2\.0 and 1\.0"):
+        options(min_scale=2.0, max_scale=1.0)
+    with pytest.raises(DataError, match=r"cannot be read|no such"):
+        base.start(Setup, masked, tmp_path / "a", options(classes=str(tmp_path / "no.json")))
+    assert not (tmp_path / "a").exists()
+
+
+def test_weights_of_classes():
+    classes = Classes(("a", "b", "c"), range(3), ((0, 0, 0),) * 3)
+    pixels = np.array([80, 20, 0])
+    assert weights_of("none", pixels, classes) is None
+    weights = np.array(weights_of("balanced", pixels, classes))
+    assert weights[1] / weights[0] == pytest.approx(4) and weights[2] == 0
+    assert (weights * pixels).sum() / pixels.sum() == pytest.approx(1)
+    assert weights_of((1.0, 3.0, 5.0), pixels, classes)[1] == pytest.approx(3 * 100 / 140)
+    with pytest.raises(DataError, match="weight 0"):
+        weights_of((0.0, 0.0, 1.0), pixels, classes)
+
+
+def test_dice_of_known_values():
+    truth = torch.tensor([[[0, 0, 1, IGNORED]], [[1, 1, 1, 1]]])
+    sure = torch.full((2, 3, 1, 4), -100.0)
+    sure.scatter_(1, torch.tensor([[0, 1, 1, 2], [1, 1, 1, 1]]).view(2, 1, 1, 4), 100.0)
+    # of the first: class 0 is 2 * 1 / (1 + 2), class 1 is 2 * 1 / (2 + 1); three pixels count
+    assert dice_losses(sure, truth).tolist() == pytest.approx([(1 - 2 / 3) * 3, 0.0], abs=1e-5)
+
+
+def test_the_loss_is_a_mean_over_labelled_pixels(masked):
+    setup = Setup.of(masked, options(dice=1.0, class_weights=(1.0, 2.0, 4.0)))
+    task, model = SegmentationTask(setup, None), torch.nn.Conv2d(3, 3, 1)
+    batch = {"image": torch.randn(4, 3, 6, 7), "mask": torch.randint(0, 3, (4, 6, 7)).byte()}
+    batch["mask"][0, :3] = IGNORED
+    whole = task.loss(model, batch)
+    parts = [task.loss(model, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(4)]
+    assert whole.item() == pytest.approx(sum(part.item() for part in parts), rel=1e-5)
+    assert task.count(batch) == 4 * 42 - 21
+    logits = model(batch["image"]).log_softmax(1)
+    weights, index = torch.tensor(setup.class_weights), batch["mask"].clamp(max=2).long()
+    entropy = -(logits.gather(1, index[:, None])[:, 0] * weights[index])[batch["mask"] != IGNORED].sum()
+    dice = dice_losses(model(batch["image"]), batch["mask"].long()).sum()
+    assert whole.item() == pytest.approx((entropy + dice).item(), rel=1e-5)
