@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gspn
+from gspn.models import tiles
 from gspn.models.segmenter import Segmenter
 from gspn.models.tiles import _Steps, fitting_tile, segment, spans
 
@@ -23,6 +24,12 @@ class Local(Segmenter):
 def segmenter(kind=Segmenter):
     torch.manual_seed(0)
     return kind(gspn.create_model("gspn_micro", stem_stride=4, **TINY), 3).eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def no_workspace(monkeypatch):
+    """What kernels need is much more than these small models do."""
+    monkeypatch.setattr(tiles, "WORKSPACE", 0)
 
 
 def normalize(pixels):
@@ -68,12 +75,15 @@ def test_tiles_of_a_global_model_are_close_and_none_is_left_out():
     assert segment(model, pixels, normalize, (48, 80)).shape == (48, 80)  # resized to another size
 
 
-def test_the_bound():
+def test_the_bound(monkeypatch):
     steps, pixels = _Steps(segmenter(), normalize), pixels_of(256, 384)
     needs = [fitting_tile(steps, pixels_of(side, 384), (side, 384), 10**12)[1] for side in (128, 256)]
     assert needs[1] == pytest.approx(2 * needs[0], rel=0.1)  # linear in the pixels
     # at its widest, the decoder's block holds its map of 16 channels and that of the MLP's 32, at a quarter of the size
     assert needs[1] > 256 * 384 / 16 * 48 * 4
+    monkeypatch.setattr(tiles, "WORKSPACE", 10**6)
+    assert fitting_tile(steps, pixels, (256, 384), 10**12)[1] == needs[1] + 10**6
+    monkeypatch.setattr(tiles, "WORKSPACE", 0)
     assert fitting_tile(steps, pixels, (256, 384), None) == ((256, 384), None)
     for bound in (needs[1], needs[1] // 2):
         assert fitting_tile(steps, pixels, (256, 384), bound)[1] <= bound

@@ -109,7 +109,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(masked, tmp_path, monkeypat
         base.resume(Setup, tmp_path / "stopped", data=tmp_path / "other")
 
 
-def test_starting_from_a_classifier(masked, digits_run, colours, tmp_path, without_pictures):
+def test_starting_from_a_classifier(masked, colours, tmp_path, without_pictures):
     from helpers.training import tiny_options
 
     from gspn.tasks.classify import train_classifier
@@ -119,8 +119,6 @@ def test_starting_from_a_classifier(masked, digits_run, colours, tmp_path, witho
     own, weights = run.load_checkpoint("last")[0]["model"], classifier.load_checkpoint("best")[0]["ema"]
     backbone = {name.removeprefix("backbone."): w for name, w in own.items() if name.startswith("backbone.")}
     assert backbone and same(backbone, {name: weights[name] for name in backbone})
-    with pytest.raises(OptionError, match=r"1 channels.* 3"):
-        base.start(Setup, masked, tmp_path / "grey", options(model_args={}, init_from=str(digits_run[0].path)))
 
 
 def test_python_loads_it_and_segments_any_image(masked_run):
@@ -132,6 +130,20 @@ def test_python_loads_it_and_segments_any_image(masked_run):
     assert found.convert("RGB").getpixel((0, 0)) in {(0x88,) * 3, (208, 32, 32), run.classes.colours[2]}
     with pytest.raises(RunError, match=r"segmentation, expected classification.*gspn eval and segment"):
         gspn.load_run(masked_run.path, task="classification")
+
+
+def test_pictures_for_tensorboard(masked):
+    setup = Setup.of(masked, options(tensorboard=True))
+    task = SegmentationTask(setup, None)
+    assert task.pictures() == {}  # nothing is evaluated yet
+    _, truth = setup.eval_split.pair(1, setup.classes.numbers)
+    task.shown = {1: np.full_like(truth, 1)}
+    picture = np.asarray(task.pictures()["predictions"])
+    disc, ground = ([208, 32, 32], [0x88] * 3)
+    shares = {colour[0]: (picture == colour).all(2).mean() for colour in (disc, ground)}
+    assert shares[208] > shares[0x88] > 0.1  # the prediction is all disc, the truth mostly ground
+    task.setup.options = options(tensorboard=False)
+    assert task.pictures() == {}
 
 
 def test_options_that_do_not_fit(masked, tmp_path):

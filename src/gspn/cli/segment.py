@@ -10,6 +10,7 @@ from gspn.options import OptionError
 from gspn.options.segment import SegmentArguments
 from gspn.places import missing
 
+MANY_PIXELS = 4_000_000  # of an image that is compared with the free memory; the estimate takes seconds
 AT_ONCE = 16  # images that are read at a time, at most: they are large, and segmented one by one
 
 
@@ -86,8 +87,9 @@ def segment(options):
             answers.append({"image": str(path), "error": problems[path]})
             continue
         told = []
-        device = next(segmenter.model.parameters()).device
-        bound = options.max_memory or int(free_bytes(device) * 0.9)
+        bound = options.max_memory
+        if bound is None and image.width * image.height * segmenter.scale**2 > MANY_PIXELS:
+            bound = int(0.9 * free_bytes(next(segmenter.model.parameters()).device))
         try:
             numbers = segmenter.numbers(image, bound, told.append)
         except ValueError as error:  # it does not fit

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gspn.memory import peak_bytes
+from gspn.memory import MIB, peak_bytes
 from gspn.models.segmenter import Segmenter
 
 OVERLAP = 4  # a quarter of a tile at least lies in its neighbour
+WORKSPACE = 256 * MIB  # what kernels take beside the tensors: 130 to 250 MB were measured
 LEAST = 4  # times the coarsest reduction: a smaller tile sees too little
 
 Normalize = Callable[[Tensor], Tensor]
@@ -58,7 +59,7 @@ def segment(
 
     Args:
         model: in evaluation mode. pixels: uint8 (1,C,H,W), what the model is to see. normalize: makes them its input.
-        max_bytes: what this may take, with `pixels` and beside the weights; None: no limit.
+        max_bytes: what this may take, with `pixels` and beside the weights and the program; None: no limit.
         tell: gets a sentence on what is done, before the work begins.
     Raises ValueError where not even small tiles fit.
     """
@@ -87,7 +88,7 @@ def fitting_tile(
         return image, None
     logits = torch.empty(1, steps.model.num_classes, *(-(-side // stride) for side in image), device="meta")
     enlarging = peak_bytes(steps, "best", logits, image, size)
-    fixed, logit_bytes = pixels.nbytes, logits.nbytes
+    fixed, logit_bytes = pixels.nbytes + WORKSPACE, logits.nbytes
     longest, parts, needed = max(image), 1, 0
     while True:
         side = -(-longest // parts // reduction) * reduction
@@ -105,10 +106,11 @@ def fitting_tile(
         room = max_bytes - fixed - logit_bytes - logit_bytes // steps.model.num_classes
         if room <= 0 or fixed + enlarging + logit_bytes > max_bytes:
             break
-        parts = max(parts + 1, int(parts * math.sqrt(seeing / room)))  # what a tile takes grows with its area
+        parts = max(parts + 1, int(parts * math.sqrt(seeing / room)))  # a tile's need grows with its area
+    whole = (fixed + enlarging + logit_bytes) / 1e9
     raise ValueError(
-        f"an image of {image[0]}x{image[1]} does not fit into {max_bytes / 1e9:.2g} GB, even in small tiles: it needs "
-        f"{needed / 1e9:.2g} GB, of which {(fixed + logit_bytes + enlarging) / 1e9:.2g} GB at its full size. Allow more"
+        f"an image of {image[0]}x{image[1]} does not fit into {max_bytes / 1e9:.2g} GB: reading it and writing its "
+        f"mask take {whole:.2g} GB, and tiles of {tile[0]}x{tile[1]} {needed / 1e9:.2g} GB; allow more"
     )
 
 

@@ -129,7 +129,8 @@ class SegmentArguments(WriteOptions, RunOptions):
     out: Path | None = option(None, "The folder for the pictures. Default: RUN/segmented.")
     max_memory: int | None = option(
         None,
-        "What a picture may take in memory. Larger ones are segmented in overlapping tiles. Default: what is free.",
+        "What a picture may take in memory, beside the program and the model. Larger ones are segmented in overlapping "
+        "tiles. Default: what is free, for more than 4 megapixels.",
         parse=parse_memory,
         metavar="2GB",
     )
