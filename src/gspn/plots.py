@@ -44,10 +44,10 @@ def save_picture(path: Path | str, picture: Image.Image) -> None:
         picture.save(temporary, format="png")
 
 
-def curves(run, shown={"top1": "top-1", "top5": "top-5"}):  # noqa: B006
+def curves(run, shown=(("top1", "top-1"), ("top5", "top-5"))):
     """Draws RUN/curves.png from the run's metrics: losses, and accuracy with the best epoch marked.
 
-    Args: shown: names of metrics, with what they are called; the best checkpoint has the largest of the first one."""
+    Args: shown: two metrics, each with what it is called; the best checkpoint has the largest of the first one."""
     rows = run.metrics
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -63,13 +63,13 @@ def curves(run, shown={"top1": "top-1", "top5": "top-5"}):  # noqa: B006
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_locator(NullLocator())
 
-    first, second = shown
+    (first, name), (second, other_name) = shown
     main = [row[first] for row in rows]
     best = max(range(len(rows)), key=lambda i: (main[i], -rows[i]["val_loss"]))  # as the loop chooses
-    accuracy.plot(epochs, main, color=ORANGE, marker=marker, label=shown[first])
+    accuracy.plot(epochs, main, color=ORANGE, marker=marker, label=name)
     if all(row[second] is not None for row in rows):
         other = [row[second] for row in rows]
-        accuracy.plot(epochs, other, color=GREY, linestyle="--", marker=marker, label=shown[second])
+        accuracy.plot(epochs, other, color=GREY, linestyle="--", marker=marker, label=other_name)
     accuracy.plot([epochs[best]], [main[best]], "o", color=RED, label=f"best: {main[best]:.2%}, epoch {epochs[best]}")
     accuracy.set(title="Validation accuracy", xlabel="epoch")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))

@@ -19,7 +19,7 @@ from gspn.options import flags as option_flags
 from gspn.places import RunError
 
 app = typer.Typer(
-    help="Train and use image classifiers and generators built on GSPN, a linear-cost replacement for self-attention.",
+    help="Train and use image classifiers, segmenters and generators of GSPN, a linear-cost replacement for attention.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

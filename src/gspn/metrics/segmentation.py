@@ -64,7 +64,7 @@ class Segmented:
         metrics = {
             "loss": float(self.loss.sum() / self.pixels.sum()),
             "miou": float(iou.nanmean()),
-            "pixel_accuracy": float(self.confusion.diagonal().sum() / self.confusion.sum()),
+            "pixel_accuracy": float(self.confusion.diagonal().sum().double() / self.confusion.sum()),
             "iou": {name: None if value != value else value for name, value in named.items()},
         }
         if self.boundary is not None:
@@ -131,7 +131,7 @@ def segment_batches(model, loader, preprocessing, accelerator, *, boundary=False
             prediction = logits.argmax(1)[0].to(truth.dtype)
             loss = F.cross_entropy(logits, truth[None].long(), ignore_index=IGNORED, reduction="sum")
             scores = boundary_scores(prediction, truth) if boundary else (0.0, 0)
-            numbers = [loss.double(), (truth != IGNORED).sum().double(), *loss.new_tensor(scores).double()]
+            numbers = [loss, (truth != IGNORED).sum().float(), *loss.new_tensor(scores)]
             found.append((torch.stack(numbers), confusion_of(prediction, truth, logits.shape[1])))
             if (index := int(batch["index"][row])) in shown and batch["label"][row] != UNREADABLE:
                 kept[index] = prediction.cpu().numpy()
@@ -143,6 +143,7 @@ def segment_batches(model, loader, preprocessing, accelerator, *, boundary=False
             bar.update(bar.done + len(rows[-1][0]))
         before = time.perf_counter()
     index, label, numbers = (torch.cat(column) for column in zip(*rows, strict=True))
+    numbers = numbers.double()
     working = before - start - waiting
     more = dict(boundary=numbers[:, 2:] if boundary else None, shown=kept, waiting=waiting, working=working)
     return Segmented(index, label, confusion, numbers[:, 0], numbers[:, 1], **more)

@@ -221,7 +221,7 @@ class Setup(BaseSetup):
             outcome = segment_batches(model, eval_loader, self.preprocessing, accelerator, shown=shown, bar=bar)
         metrics = {"split": self.eval_name, "scale": options.scale, **outcome.metrics(self.classes)}
         if run := training.run:
-            plots.curves(run, {"miou": "mean IoU", "pixel_accuracy": "pixels"})
+            plots.curves(run, (("miou", "mean IoU"), ("pixel_accuracy", "pixels")))
             plots.pixel_confusion(run.path / "confusion.png", outcome.confusion, self.classes.names, metrics)
             plots.pairs(run.path / "predictions.png", self.eval_split, outcome.shown, self.classes, metrics)
         return segmenter.run if training.run else None, warnings_of(metrics, list(task.unreadable.problems.values()))
