@@ -54,7 +54,7 @@ class GeneratorModelOptions(OptionSet):
 
     model: str | None = option(
         None,
-        "GSPN-micro, S, B, L or XL with /2 or /4, such as GSPN-S/2; or DiT-S/2 and the like, for comparison.",
+        "GSPN-DiT-S/2 (ours), GSPN-S/2 (the paper's), DiT-S/2 (for comparison), or micro, B, L, XL, or /4.",
         fallback="GSPN-micro/2",
     )
     model_args: Mapping = option(
