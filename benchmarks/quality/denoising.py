@@ -95,7 +95,8 @@ CONTENDERS = {
         lambda: _ours(lambda width: OnMaps(Attention(width, 4)), mlp_ratio=2.2, positions=True),
     ),
     "ours-dw7": Contender(
-        "GSPN-DiT, depthwise 7x7 in the scan's place", lambda: _ours(lambda width: DepthwiseConv2d(width, 7))
+        "GSPN-DiT, depthwise 7x7 in the scan's place",
+        lambda: _ours(lambda width: DepthwiseConv2d(width, 7), mlp_ratio=3.3),
     ),
     "ours-positions": Contender("GSPN-DiT with positions", lambda: _ours(positions=True)),
     "ours-centred": Contender("GSPN-DiT, centred", lambda: _ours(center=True)),
@@ -286,8 +287,8 @@ def report(folder: Path) -> str:
         f"# Denoising on CIFAR-10\n\n{STEPS} steps of {BATCH} photos, 16x16 tokens. Made by "
         "`python -m benchmarks.quality.denoising --report`.\n\n"
         "The error of a difference is that of its mean over the same test photos, timesteps and noise. It does not "
-        "tell what another seed would change. *rate*: the best of how many learning rates, by held-out training photos. "
-        "*class is worth*: loss with the null class minus loss with the right one. Times were taken beside other "
+        "tell what another seed would change. *rate*: the best of how many learning rates, by held-out training "
+        "photos. *class is worth*: loss with the null class minus loss with the right one. Times were taken beside other "
         "work.\n"
     )
     return f"{about}\n{table}\n" + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
