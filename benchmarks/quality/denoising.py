@@ -288,8 +288,8 @@ def report(folder: Path) -> str:
         "`python -m benchmarks.quality.denoising --report`.\n\n"
         "The error of a difference is that of its mean over the same test photos, timesteps and noise. It does not "
         "tell what another seed would change. *rate*: the best of how many learning rates, by held-out training "
-        "photos. *class is worth*: loss with the null class minus loss with the right one. Times were taken beside other "
-        "work.\n"
+        "photos. *class is worth*: loss with the null class minus loss with the right one. Other work ran beside, "
+        "which the times show.\n"
     )
     return f"{about}\n{table}\n" + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
 
