@@ -112,6 +112,7 @@ def test_public_names():
         "register_timm",
     }
     of_extras = {"create_generator", "GSPNPipeline", "GSPNTransformer2DModel", "GSPNAttention", "HighResPipeline"}
+    of_extras |= {"GSPNDiTTransformer2DModel"}
     of_extras |= {"load_run", "load_swap", "restore", "swap"}
     modules = {"export", "layers", "models", "ops", "train"}
     assert set(dir(gspn)) == {*gspn.__all__, *of_extras, *modules}

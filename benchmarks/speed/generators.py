@@ -1,13 +1,13 @@
-"""One denoising step of class-conditional generators: GSPN against DiT of the same name, time and memory.
+"""One denoising step of class-conditional generators: GSPN-DiT, GSPN and DiT of the same name, time and memory.
 
     python -m benchmarks.speed.generators --out DIR      XL/2 and L/2 on a GPU, B/2 on a CPU
     python -m benchmarks.speed.generators --out DIR --names B/2 --sizes 256 512 --rounds 3 --threads 1
 
 A step is one forward pass for one image with guidance, so two maps: latents of 4 channels, an eighth of the image's
 side. The weights are random and made anew for each size, so that DiT's positional embedding is computed beforehand;
-DiT's attention is torch's scaled_dot_product_attention. The dtype is bfloat16 on a GPU and float32 on a CPU. GSPN's
-output is first compared with that of the reference backend. DIR gets generators-cpu.json or generators-gpu.json, which
-is written after every size, and a figure.
+DiT's attention is torch's scaled_dot_product_attention. The dtype is bfloat16 on a GPU and float32 on a CPU. The
+outputs of GSPN and GSPN-DiT are first compared with those of the reference backend. DIR gets generators-cpu.json or
+generators-gpu.json, which is written after every size, and a figure.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from gspn.models.generator import create_generator
 
 SIZES = (256, 512, 1024, 2048)
 LIMIT = 1e-3  # relative error of the float32 output against the reference backend's
-COLOURS = {"GSPN": "#2f6db3", "DiT": "#e07b22"}
+COLOURS = {"GSPN-DiT": "#3a8f5c", "GSPN": "#2f6db3", "DiT": "#e07b22"}
+BASE = "GSPN-DiT"  # whose time the ratios are to
 
 
 def build(kind: str, name: str, size: int, device: torch.device) -> torch.nn.Module:
     torch.manual_seed(0)
-    create = create_generator if kind == "GSPN" else create_dit
+    create = create_dit if kind == "DiT" else create_generator
     with device:
         model = create(f"{kind}-{name}", sample_size=size // 8)
         for parameter in model.parameters():  # DiT and GSPN start with zeros where they predict
@@ -49,9 +50,9 @@ def call_of(model: torch.nn.Module, size: int, device: torch.device):
     return run
 
 
-def gate(name: str, device: torch.device) -> float:
-    """The relative error of GSPN's output against the reference backend's. Raises WrongResult."""
-    model = build("GSPN", name, 64, device).float()
+def gate(kind: str, name: str, device: torch.device) -> float:
+    """The relative error of the output against the reference backend's. Raises WrongResult."""
+    model = build(kind, name, 64, device).float()
     run = call_of(model, 64, device)
     torch.manual_seed(1)
     found = run()
@@ -60,20 +61,20 @@ def gate(name: str, device: torch.device) -> float:
     wanted = run()
     error = ((found - wanted).norm() / wanted.norm()).item()
     if not error <= LIMIT:
-        raise gpu_harness.WrongResult(f"GSPN-{name} differs from the reference backend: relative error {error:.2e}")
+        raise gpu_harness.WrongResult(f"{kind}-{name} differs from the reference backend: relative error {error:.2e}")
     return error
 
 
 def measure(machine, name: str, size: int, options) -> dict:
-    """{"GSPN-B/2": {...}, "DiT-B/2": {...}}: ms, ratio to GSPN's time, extra memory in MiB."""
+    """{"GSPN-DiT-B/2": {...}, "DiT-B/2": {...}, ...}: ms, ratio to GSPN-DiT's time, extra memory in MiB."""
     device = machine.device if machine else torch.device("cpu")
     calls = {f"{kind}-{name}": call_of(build(kind, name, size, device), size, device) for kind in COLOURS}
     if machine:
-        found = gpu_harness.measure(machine, calls, f"GSPN-{name}", options.seconds)
+        found = gpu_harness.measure(machine, calls, f"{BASE}-{name}", options.seconds)
         machine.free()
         return found
     torch.set_num_threads(options.threads)
-    found = harness.summary(harness.interleaved(calls, options.rounds, options.threads), f"GSPN-{name}")
+    found = harness.summary(harness.interleaved(calls, options.rounds, options.threads), f"{BASE}-{name}")
     calls.clear()
     for kind in COLOURS:
         asked = json.dumps([kind, name, size, options.threads])
@@ -107,7 +108,9 @@ def draw(content: dict, path: Path) -> None:
                     lines.setdefault(model, []).append((case["size"], value))
         for model, points in lines.items():
             dashed = "--" if "L/2" in model and "XL" not in model else "-"
-            axes.plot(*zip(*points, strict=True), dashed, marker="o", color=COLOURS[model.split("-")[0]], label=model)
+            axes.plot(
+                *zip(*points, strict=True), dashed, marker="o", color=COLOURS[model.rpartition("-")[0]], label=model
+            )
         sizes = sorted({case["size"] for case in content["cases"]})
         axes.set(xscale="log", yscale="log", xlabel="side of the image, pixels", ylabel=label)
         axes.set_xticks(sizes, map(str, sizes))
@@ -141,7 +144,12 @@ def main():
         "environment": harness.environment(),
         "device": machine.describe() if machine else f"{options.threads} thread(s)",
         "dtype": "bfloat16" if machine else "float32",
-        "gate": {name: gate(name, machine.device if machine else torch.device("cpu")) for name in names},
+        "gate": {
+            f"{kind}-{name}": gate(kind, name, machine.device if machine else torch.device("cpu"))
+            for kind in COLOURS
+            if kind != "DiT"
+            for name in names
+        },
         "cases": [],
     }
     for name in names:

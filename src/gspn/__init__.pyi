@@ -10,6 +10,7 @@ from .layers import GSPN2d
 from .models import create_model, create_segmenter, list_models, load_released, register_timm
 from .models.generator import GSPNTransformer2DModel as GSPNTransformer2DModel
 from .models.generator import create_generator as create_generator
+from .models.gspn_dit import GSPNDiTTransformer2DModel as GSPNDiTTransformer2DModel
 from .models.pipeline import GSPNPipeline as GSPNPipeline
 from .ops import DIRECTIONS, available_backends, gated_scan, line_scan, normalize_weights, propagate
 from .runs import load_run as load_run

@@ -62,7 +62,8 @@ def test_without_the_skip_gate_it_is_as_large_as_the_papers():
 
 def test_names():
     names = generator_names()
-    assert {"GSPN-S/2", "GSPN-B/4", "GSPN-XL/4", "GSPN-micro/2"} <= set(names) and len(set(names)) == len(names) == 10
+    assert {"GSPN-S/2", "GSPN-B/4", "GSPN-XL/4", "GSPN-micro/2", "GSPN-DiT-micro/4", "GSPN-DiT-XL/2"} <= set(names)
+    assert len(set(names)) == len(names) == 20
     model = create_generator("GSPN-micro/4", num_classes=3, sample_size=16, in_channels=1, depth=2, hidden_size=32)
     assert model.config.patch_size == 4 and model.config.depth == 2 and model.config.in_channels == 1
     assert model(**inputs(channels=1)).sample.shape == (2, 2, 8, 8)
@@ -70,7 +71,7 @@ def test_names():
     with torch.device("meta"):
         published = create_generator("GSPN-S/2")
     assert [block.gspn.segment for block in published.blocks] == [2] * 23 + [None] * 2
-    with pytest.raises(ValueError, match=r"generator 'DiT-XL/2'.*GSPN-micro/2"):
+    with pytest.raises(ValueError, match="generator 'DiT-XL/2', did you mean 'GSPN-DiT-XL/2'"):
         create_generator("DiT-XL/2")
 
 

@@ -2,9 +2,7 @@
 
 import functools
 import math
-import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +10,14 @@ from torch import Tensor, nn
 
 from gspn.depthwise import DepthwiseConv2d
 from gspn.layers import DropPath, GSPN2d, LayerNorm2d, Pointwise
+from gspn.models import gspn_dit
+from gspn.models.generator_base import Generator, check_sizes, output_channels
 from gspn.names import check_arguments, unknown
 
 try:
-    from diffusers import ConfigMixin, ModelMixin
+    from diffusers import ModelMixin  # noqa: F401 - pipelines look for it in the module of a component's class
     from diffusers.configuration_utils import register_to_config
     from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
 except ImportError as error:
     raise ImportError(
         f'generation needs diffusers, which cannot be imported ({error}): pip install "gspn[diffusion]"'
@@ -74,7 +73,7 @@ class GeneratorBlock(nn.Module):
         return self.ffn(self.gspn(self.dwconv(self.in_proj(self.norm(residual))))), residual
 
 
-class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
+class GSPNTransformer2DModel(Generator):
     """GSPN for class-conditional diffusion; it is used like diffusers' DiTTransformer2DModel.
 
     Patches of the noisy map become a feature map; the embeddings of timestep and class are added to it once. depth/2
@@ -106,7 +105,6 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
     GeneratorBlock), ``norm`` (D,), ``modulation`` (2D,D) and ``proj_out`` (p*p*out_channels,D) with bias.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ("GeneratorBlock",)
     _skip_layerwise_casting_patterns = ("norm", "patch_embed")
 
@@ -131,28 +129,21 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         prediction_type: str = "epsilon",
     ):
         super().__init__()
-        positive = dict(
-            sample_size=sample_size, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes
+        check_sizes(
+            sample_size,
+            patch_size,
+            class_dropout_prob,
+            prediction_type,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            hidden_size=hidden_size,
+            depth=depth,
         )
-        for name, value in (positive | dict(hidden_size=hidden_size, depth=depth)).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} has to be a positive whole number, got {value!r}")
         if depth % 2:
             raise ValueError(f"depth has to be even, as each block of the second half has a counterpart, got {depth}")
         if not 0 <= global_blocks <= depth + 1:
             raise ValueError(f"global_blocks has to be from 0 to {depth + 1} (all blocks), got {global_blocks}")
-        if not 0 <= class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob has to be at least 0 and below 1, got {class_dropout_prob}")
-        if sample_size % patch_size:
-            raise ValueError(f"sample_size has to be a multiple of patch_size {patch_size}, got {sample_size}")
-        if prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"prediction_type has to be epsilon, v_prediction or sample, got {prediction_type!r}")
-        channels = in_channels * (1 + bool(learn_sigma))
-        if out_channels not in (None, channels):
-            raise ValueError(
-                f"out_channels has to be {channels} for in_channels={in_channels}, learn_sigma={learn_sigma}, got "
-                f"{out_channels}"
-            )
+        channels = output_channels(in_channels, learn_sigma, out_channels)
         self.out_channels = channels
         self.register_to_config(out_channels=channels)  # tells pipelines whether there is a variance
         self.gradient_checkpointing = False
@@ -177,71 +168,18 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
         self._init_weights()
 
     def _init_weights(self):
-        """As in DiT, the layers that predict start at 0, embeddings from a normal of deviation 0.02 (with 1, the first
-        epochs learn less). The last projection of a block shrinks with the number of blocks, so that the residual keeps
-        its scale."""
+        """The last projection of a block shrinks with the number of blocks, so that the residual keeps its scale."""
+        self._init_ends()
         with torch.no_grad():
-            for linear in (self.modulation, self.proj_out):
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
-            for name, parameter in self.embed.named_parameters():
-                if name.endswith("weight"):
-                    nn.init.normal_(parameter, std=0.02)
             for block in self.blocks:
                 block.ffn.out_proj.weight /= math.sqrt(len(self.blocks))
 
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Self | Any:  # a tuple with return_unused_kwargs=True
-        """As in diffusers. Raises ValueError for the config of another model."""
-        name = (config or {}).get("_class_name", cls.__name__)
-        if name != cls.__name__:
-            raise ValueError(f"this is the config of a {name}, expected that of a {cls.__name__}")
-        return super().from_config(config, return_unused_kwargs, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> Self | Any:  # a tuple with output_loading_info=True
-        """As in diffusers. Raises ValueError if the weights belong to another model or are incomplete; diffusers would
-        fill the gaps with random ones."""
-        with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "also has")):
-            if names := sorted(info[key]):
-                shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-                raise ValueError(f"{pretrained_model_name_or_path} has another architecture: it {what} {shown}")
-        return (model, info) if with_info else model
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        cross_attention_kwargs: dict | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | Any:  # a tuple with return_dict=False
-        """The prediction for the noisy maps `hidden_states` (B,in_channels,H,W) at `timestep` (B,) for `class_labels`
-        (B,), with the arguments of diffusers' DiTTransformer2DModel. cross_attention_kwargs has to be empty."""
-        patch, config = self.config.patch_size, self.config
-        if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
-            raise ValueError(f"expected (B,{config.in_channels},H,W), got {tuple(hidden_states.shape)}")
-        height, width = hidden_states.shape[-2:]
-        if height % patch or width % patch or not height or not width:
-            raise ValueError(f"H and W have to be multiples of the patch of {patch}, got {height}x{width}")
-        if timestep is None or class_labels is None:
-            raise ValueError("timestep and class_labels have to be tensors (B,), got None")
-        if cross_attention_kwargs:
-            names = sorted(cross_attention_kwargs)
-            raise ValueError(f"cross_attention_kwargs has to be empty, as there is no attention, got {names}")
-        self._check_labels(class_labels)
-
+    def _predict(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         h = self.patch_embed(hidden_states)
         h = h.contiguous(memory_format=torch.channels_last)  # the faster layout throughout
         condition = self.embed(timestep, class_labels, hidden_dtype=h.dtype)
         h = h + condition[:, :, None, None].to(h.dtype)
-        residual, kept, half = None, [], config.depth // 2
+        residual, kept, half = None, [], self.config.depth // 2
         for i, block in enumerate(self.blocks):
             joined = (kept.pop(),) if i > half else ()
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -250,32 +188,7 @@ class GSPNTransformer2DModel(ModelMixin, ConfigMixin):
                 h, residual = block(h, residual, *joined)
             if i < half:
                 kept.append(h)
-        h = self.norm(residual + h).permute(0, 2, 3, 1)
-        shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=1)
-        h = h * (1 + scale[:, None, None]) + shift[:, None, None]
-        sample = F.pixel_shuffle(self.proj_out(h).permute(0, 3, 1, 2), patch)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    if TYPE_CHECKING:  # nn.Module's is typed as Any
-
-        def __call__(
-            self,
-            hidden_states: Tensor,
-            timestep: Tensor | None = None,
-            class_labels: Tensor | None = None,
-            cross_attention_kwargs: dict | None = None,
-            return_dict: bool = True,
-        ) -> Transformer2DModelOutput | Any: ...
-
-    def _check_labels(self, labels):
-        # Reading labels on a GPU would stall it; there, torch's own assertion finds the wrong ones.
-        if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
-            return
-        last = self.config.num_classes - (self.config.class_dropout_prob == 0)
-        if labels.min() < 0 or labels.max() > last:
-            wrong = sorted({label for label in labels.tolist() if not 0 <= label <= last})
-            null = "" if last < self.config.num_classes else f", {last} is the null class of guidance"
-            raise ValueError(f"class labels have to be from 0 to {last}{null}; got {wrong}")
+        return self._project_out(self.norm(residual + h).permute(0, 2, 3, 1), condition)
 
 
 SIZES = {
@@ -287,20 +200,28 @@ SIZES = {
     "XL": dict(hidden_size=1500, depth=56),
 }
 PATCHES = (2, 4)
+# the published model, and ours
+FAMILIES = {"GSPN": (GSPNTransformer2DModel, SIZES), "GSPN-DiT": (gspn_dit.GSPNDiTTransformer2DModel, gspn_dit.SIZES)}
 
 
 @functools.cache
 def generator_names() -> tuple[str, ...]:
     """The names that `create_generator` takes."""
-    return tuple(f"GSPN-{size}/{patch}" for size in SIZES for patch in PATCHES)
+    return tuple(f"{family}-{n}/{patch}" for family, (_, sizes) in FAMILIES.items() for n in sizes for patch in PATCHES)
+
+
+def _parts(name: str) -> tuple[type[Generator], dict]:
+    if name not in generator_names():
+        raise ValueError(unknown("generator", name, generator_names()))
+    named, patch = name.split("/")
+    family, size = named.rsplit("-", 1)
+    model, sizes = FAMILIES[family]
+    return model, {"patch_size": int(patch)} | sizes[size]
 
 
 def config_of(name: str) -> dict:
-    """The arguments of :class:`GSPNTransformer2DModel` that a generator's name stands for."""
-    if name not in generator_names():
-        raise ValueError(unknown("generator", name, generator_names()))
-    size, patch = name.removeprefix("GSPN-").split("/")
-    return {"patch_size": int(patch)} | SIZES[size]
+    """The arguments of the model that a generator's name stands for."""
+    return _parts(name)[1]
 
 
 def create_generator(
@@ -310,28 +231,29 @@ def create_generator(
     num_classes: int = 1000,
     sample_size: int = 32,
     in_channels: int = 4,
-    skip: bool = True,
     **config: Any,
-) -> GSPNTransformer2DModel:
+) -> GSPNTransformer2DModel | gspn_dit.GSPNDiTTransformer2DModel:
     """A class-conditional generator with random weights.
 
     Args:
-        name: "GSPN-S/2", "GSPN-B/2", "GSPN-L/2", "GSPN-XL/2" (the published sizes), the same with "/4" for patches of
-            4, and "GSPN-micro/2", "GSPN-micro/4" for small images, which scan globally in all blocks.
+        name: "GSPN-DiT-S/2", "GSPN-DiT-B/2", "GSPN-DiT-L/2", "GSPN-DiT-XL/2": our model, as large as DiT of that size.
+            "GSPN-S/2", "GSPN-B/2", "GSPN-L/2", "GSPN-XL/2": the published model. The same with "/4" for patches of 4,
+            and with "micro" as the size for small images.
         pretrained: has to be False: there are no weights to download yet.
-        num_classes, sample_size, in_channels, skip, config: arguments of :class:`GSPNTransformer2DModel`.
+        num_classes, sample_size, in_channels, config: arguments of :class:`GSPNDiTTransformer2DModel` or of
+            :class:`GSPNTransformer2DModel`.
 
     Raises ValueError for an unknown name, RuntimeError for ``pretrained=True``, and what the model raises. Parameters
-    with 1000 classes, 4 channels and skip: S/2 20,151,812, B/2 144,016,356, L/2 465,230,660, XL/2 723,513,260.
+    with 1000 classes and 4 channels: GSPN-DiT-S/2 32,717,656, B/2 129,369,688, L/2 452,157,584, XL/2
+    672,037,796; GSPN-S/2 20,151,812, B/2 144,016,356, L/2 465,230,660, XL/2 723,513,260.
     """
-    check_arguments(GSPNTransformer2DModel.__init__, config)
-    config = config_of(name) | config
+    model, named = _parts(name)
+    check_arguments(model.__init__, config)
     if pretrained:
         raise RuntimeError(
             f"there are no pretrained weights of {name} to download yet. Instead, gspn.load_run('RUN') reads a run of "
-            "gspn train-diffusion, GSPNTransformer2DModel.from_pretrained reads what its save_pretrained wrote, and "
+            f"gspn train-diffusion, {model.__name__}.from_pretrained reads what its save_pretrained wrote, and "
             "pretrained=False gives random weights to train"
         )
-    return GSPNTransformer2DModel(
-        num_classes=num_classes, sample_size=sample_size, in_channels=in_channels, skip=skip, **config
-    )
+    named |= dict(num_classes=num_classes, sample_size=sample_size, in_channels=in_channels)
+    return model(**named | config)

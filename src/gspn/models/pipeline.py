@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
+from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
 from gspn.models.latents import check_finite, check_scale, check_schedule, unscale_latents
 from gspn.names import unknown
 
@@ -35,7 +36,7 @@ TAKE_VARIANCE = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)  # they 
 
 
 class GSPNPipeline(DiffusionPipeline):
-    """Makes images of given classes with GSPNTransformer2DModel or diffusers' DiTTransformer2DModel.
+    """Makes images of given classes with a generator of gspn or diffusers' DiTTransformer2DModel.
 
     Args:
         transformer: the model. During a call it is in evaluation mode.
@@ -55,7 +56,7 @@ class GSPNPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: GSPNTransformer2DModel | DiTTransformer2DModel,
+        transformer: GSPNDiTTransformer2DModel | GSPNTransformer2DModel | DiTTransformer2DModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: dict | None = None,
@@ -132,6 +133,8 @@ class GSPNPipeline(DiffusionPipeline):
         sequential_guidance: bool = False,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        dilation: int = 1,
+        dilate_from: float = 0.7,
     ) -> ImagePipelineOutput | Any:  # a tuple with return_dict=False
         """One image for each of `class_labels`.
 
@@ -149,12 +152,24 @@ class GSPNPipeline(DiffusionPipeline):
                 size; takes half the memory.
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ...}) after every step; may return
                 a dict with other latents.
+            dilation: k for images about k times as large as in training, of GSPNDiTTransformer2DModel. In the noisy
+                steps, where an image's layout arises, the model then sees k x k interleaved maps of the trained size.
+            dilate_from: the noisy steps begin at this part of all timesteps, from 0 (all steps) to 1.
         Returns: ImagePipelineOutput, or (images,) without `return_dict`.
         Raises ValueError, before any work, for arguments that do not fit together; NotFiniteError, a RuntimeError, if
         images are infinite or NaN ("latent" is not checked).
         """
         labels, shape = self.check_inputs(
-            class_labels, guidance_scale, num_inference_steps, height, width, latents, eta, output_type
+            class_labels,
+            guidance_scale,
+            num_inference_steps,
+            height,
+            width,
+            latents,
+            eta,
+            output_type,
+            dilation,
+            dilate_from,
         )
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"expected one generator for each of {len(labels)} images, got {len(generator)}")
@@ -164,8 +179,8 @@ class GSPNPipeline(DiffusionPipeline):
 
         device = self._execution_device
         scheduler, takes_variance = self._scheduler()
-        options = inspect.signature(scheduler.step).parameters
-        extra = {name: value for name, value in dict(generator=generator, eta=eta).items() if name in options}
+        known = inspect.signature(scheduler.step).parameters
+        extra = {name: value for name, value in dict(generator=generator, eta=eta).items() if name in known}
         scheduler.set_timesteps(num_inference_steps, device=device)
         labels = torch.tensor(labels, device=device)
         if latents is None:
@@ -176,7 +191,9 @@ class GSPNPipeline(DiffusionPipeline):
         with _evaluating(self.transformer), self.progress_bar(total=len(scheduler.timesteps)) as bar:
             for i, t in enumerate(scheduler.timesteps):
                 scaled = scheduler.scale_model_input(latents, t)
-                prediction, variance = self._predict(scaled, t, labels, guidance_scale, sequential_guidance)
+                dilated = dilation != 1 and float(t) >= dilate_from * scheduler.config.num_train_timesteps
+                options = {"dilation": dilation} if dilated else {}
+                prediction, variance = self._predict(scaled, t, labels, guidance_scale, sequential_guidance, options)
                 if takes_variance:
                     prediction = torch.cat([prediction, variance], 1)
                 latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
@@ -187,12 +204,13 @@ class GSPNPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, latents, t, labels, scale, sequential):
+    def _predict(self, latents, t, labels, scale, sequential, options):
         """The guided prediction and the class's variance (no channels if none is learned), float32 (B,C,h,w)."""
 
         def model(maps, classes):
             steps = torch.as_tensor(t, device=maps.device).expand(len(maps))
-            return self.transformer(maps, timestep=steps, class_labels=classes, return_dict=False)[0].float()
+            output = self.transformer(maps, timestep=steps, class_labels=classes, return_dict=False, **options)
+            return output[0].float()
 
         latents, channels = latents.to(self.transformer.dtype), latents.shape[1]
         null, guided = torch.full_like(labels, self.num_classes), scale != 1
@@ -235,6 +253,8 @@ class GSPNPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         eta: float = 0.0,
         output_type: str = "pil",
+        dilation: int = 1,
+        dilate_from: float = 0.7,
     ) -> tuple[list[int], tuple[int, int, int, int]]:
         """Checks the arguments of a call without running the model.
 
@@ -242,7 +262,8 @@ class GSPNPipeline(DiffusionPipeline):
         labels = self.get_label_ids(class_labels)
         self._check_parts(output_type)
         self._check_numbers(guidance_scale, num_inference_steps, eta)
-        return labels, self._map_shape(len(labels), height, width, latents)
+        self._check_dilation(dilation, dilate_from)
+        return labels, self._map_shape(len(labels), height, width, latents, dilation)
 
     def _scheduler(self):
         """The scheduler to step with, and whether it takes the variance."""
@@ -320,7 +341,18 @@ class GSPNPipeline(DiffusionPipeline):
                 f"the model has no null class (class_dropout_prob 0): guidance_scale has to be 1, got {scale}"
             )
 
-    def _map_shape(self, count, height, width, latents):
+    def _check_dilation(self, dilation, dilate_from):
+        if not isinstance(dilation, int) or isinstance(dilation, bool) or dilation < 1:
+            raise ValueError(f"dilation has to be a positive whole number, got {dilation!r}")
+        if dilation != 1 and not isinstance(self.transformer, GSPNDiTTransformer2DModel):
+            name = type(self.transformer).__name__
+            raise ValueError(
+                f"dilation={dilation} needs a GSPNDiTTransformer2DModel, such as GSPN-DiT-S/2, got a {name}"
+            )
+        if not isinstance(dilate_from, int | float) or not 0 <= dilate_from <= 1:
+            raise ValueError(f"dilate_from has to be from 0 to 1, got {dilate_from!r}")
+
+    def _map_shape(self, count, height, width, latents, dilation):
         config, factor = self.transformer.config, self.vae_scale_factor
         if not count:
             raise ValueError("expected at least one class, got none")
@@ -331,9 +363,10 @@ class GSPNPipeline(DiffusionPipeline):
                 height, width = (side * factor for side in latents.shape[-2:])
             else:
                 height, width = self.image_size or (config.sample_size * factor,) * 2
-        unit = config.patch_size * factor
+        unit = config.patch_size * factor * dilation
         if not all(isinstance(side, int) and side > 0 and side % unit == 0 for side in (height, width)):
             parts = f"the patch size {config.patch_size}" + (f" times the VAE's factor {factor}" if factor > 1 else "")
+            parts += f" times the dilation {dilation}" if dilation > 1 else ""
             raise ValueError(f"height and width have to be multiples of {unit}, {parts}, got {height}x{width}")
         if height != width and isinstance(self.transformer, DiTTransformer2DModel):
             raise ValueError(f"diffusers' DiT only makes square images, got {height}x{width}")

@@ -1,5 +1,6 @@
 """The options of `gspn train-diffusion`, beside those that trainings share (training.py)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,6 +8,17 @@ from typing import ClassVar
 from gspn.options.base import OptionSet, option, parse_model_args
 from gspn.options.task import TaskSpec
 from gspn.options.training import DATA_HELP, DataOptions, LoopOptions
+
+
+def parse_factors(value):
+    """(0.75, 1.5) from "0.75,1.5" or two numbers."""
+    try:
+        low, high = map(float, value if isinstance(value, list | tuple) else str(value).split(","))
+    except (TypeError, ValueError):
+        raise ValueError("two factors with a comma between them, such as 0.75,1.5") from None
+    if not 0 < low <= high < math.inf:
+        raise ValueError("two positive factors, the smaller one first")
+    return low, high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,13 @@ class DiffusionOptions(OptionSet):
         0.1, "Probability of replacing a class by the null class, for guidance.", low=0, high=0.9
     )
     flip: bool = option(False, "Mirror half of the images.")
+    sizes: tuple | None = option(
+        None,
+        "Train at random sizes: a batch's height and width are the size times factors from LOW to HIGH. DiT takes "
+        "squares only. GSPN-DiT is told the size.",
+        parse=parse_factors,
+        metavar="LOW,HIGH",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +73,7 @@ class GeneratorModelOptions(OptionSet):
 
     model: str | None = option(
         None,
-        "GSPN-micro, S, B, L or XL with /2 or /4, such as GSPN-S/2; or DiT-S/2 and the like, for comparison.",
+        "GSPN-DiT-S/2 (ours), GSPN-S/2 (the paper's), DiT-S/2 (for comparison), or micro, B, L, XL, or /4.",
         fallback="GSPN-micro/2",
     )
     model_args: Mapping = option(

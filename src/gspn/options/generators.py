@@ -41,6 +41,13 @@ class SampleOptions(OptionSet):
     size: tuple | None = option(
         None, "Size of the images in pixels: N or HxW. Default: as in training.", parse=parse_size, metavar="N|HxW"
     )
+    dilation: int = option(
+        1,
+        "For images about K times as large as in training, of GSPN-DiT: dilates noisy steps by K.",
+        low=1,
+        metavar="K",
+    )
+    dilate_from: float = option(0.7, "The part of all timesteps at which noisy steps begin.", low=0, high=1)
     scheduler: str | None = option(
         None, f"{', '.join(SCHEDULERS)}. Default: the generator's own.", choices=tuple(SCHEDULERS)
     )

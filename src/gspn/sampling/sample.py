@@ -97,7 +97,8 @@ def _plan(pipeline, out, options):
         pipeline.scheduler = named_scheduler(options.scheduler, pipeline.scheduler)
     size = options.size or (None, None)
     try:
-        _, shape = pipeline.check_inputs(classes, options.guidance, options.steps, *size)
+        dilated = {"dilation": options.dilation, "dilate_from": options.dilate_from}
+        _, shape = pipeline.check_inputs(classes, options.guidance, options.steps, *size, **dilated)
     except ValueError as error:
         raise OptionError(str(error)) from error
     scheduler = pipeline.scheduler
@@ -110,6 +111,8 @@ def _plan(pipeline, out, options):
         "seed": options.seed,
         "precision": options.precision,
     }
+    if options.dilation != 1:  # absent else, as in folders that were made before there was dilation
+        settings |= dilated
     native = pipeline.image_size or (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
     notes = [_late_start(scheduler, options.steps), far_from(settings["size"], native, "the generator was trained at")]
     settings = json.loads(json.dumps(settings))  # as a file gives it back
@@ -246,6 +249,8 @@ def _images(pipeline, wanted, options, numbers, step):
             generator=[generator(options.seed, i) for i in numbers],
             output_type="np",
             callback_on_step_end=step,
+            dilation=options.dilation,
+            dilate_from=options.dilate_from,
         ).images
     except NotFiniteError as error:
         wrong = [str(numbers[i]) for i in error.images]
@@ -281,5 +286,6 @@ def _grid(wanted):
     title = (
         f"{height}x{width}, guidance {settings['guidance']:g}, {settings['steps']} steps of "
         f"{settings['scheduler']['class'].removesuffix('Scheduler')}, seed {settings['seed']}"
+        + (f", dilation {settings['dilation']}" if "dilation" in settings else "")
     )
     return draw_grid(images, labels, wanted.class_names, title=title)

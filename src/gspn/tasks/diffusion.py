@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from rich.console import Console
 from torch import Tensor
@@ -35,6 +36,27 @@ from gspn.train.run import Run
 SHOWN_CLASSES, SHOWN_EACH = 10, 4  # in the pictures of samples
 
 
+class RandomSizes:
+    """Resizes batches of images (B,C,H,W) in [-1, 1] to random sizes, by bicubic interpolation.
+
+    Height and width are H and W times a factor between `low` and `high`, each with its own, rounded to multiples of
+    `unit`; with `square`, both with the same. The logarithm of a factor is uniform: half and twice the size are alike.
+    """
+
+    def __init__(self, low: float, high: float, unit: int, square: bool = False):
+        self.range, self.unit, self.square = torch.tensor([low, high]).log(), unit, square
+
+    def __call__(self, images: Tensor) -> Tensor:
+        low, high = self.range
+        factors = torch.empty(2).uniform_(float(low), float(high)).exp()
+        factors = factors[:1].expand(2) if self.square else factors
+        sides = zip(images.shape[2:], factors.tolist(), strict=True)
+        size = tuple(max(1, round(side * factor / self.unit)) * self.unit for side, factor in sides)
+        if size == tuple(images.shape[2:]):
+            return images
+        return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 class Diffusion(HeldOutTask):
     """The Task of loop.py: the hybrid loss of objective.py on images or latents with a class.
 
@@ -43,6 +65,7 @@ class Diffusion(HeldOutTask):
         class_dropout: the probability of replacing a class by the null class.
         unreadable: counts the images that could not be read.
         draw: called with the model and the number of the epoch; returns a picture of samples or None.
+        sizes: resizes the training images.
     """
 
     def __init__(
@@ -54,14 +77,16 @@ class Diffusion(HeldOutTask):
         class_dropout: float,
         unreadable: Unreadable,
         draw: Callable | None = None,
+        sizes: RandomSizes | None = None,
     ):
         super().__init__(unreadable)
         self.objective, self.normalize, self.num_classes = objective, normalize, num_classes
-        self.loader, self.dropout, self.draw = loader, class_dropout, draw
+        self.loader, self.dropout, self.draw, self.sizes = loader, class_dropout, draw, sizes
 
     def prepare(self, batch):
         self.unreadable.saw(batch)
         start, label = self.normalize(batch["image"]), batch["label"]
+        start = self.sizes(start) if self.sizes else start
         count, device = len(label), start.device
         # Not in the model: diffusers' DiT embeds the class in each block, and would drop it in some of them only.
         dropped = torch.rand(count, device=device) < self.dropout
@@ -145,6 +170,10 @@ class Setup(BaseSetup):
             image_size = preprocessing.size
         options = replace(options, size=tuple(image_size))
         options = options.resolved(PRESETS["latents" if latents else "pixels"])
+        if options.sizes:
+            options = options.updated({"sizes": options.sizes})  # checks what did not come from a flag
+            if latents:
+                raise OptionError("sizes: latents cannot be resized, expected images as DATA")
         if options.sample_every and options.sample_steps > options.timesteps:
             raise OptionError(
                 f"sample_steps must be at most timesteps, {options.timesteps}, got {options.sample_steps}"
@@ -188,11 +217,13 @@ class Setup(BaseSetup):
         }
         if options.model in generator_names():
             arguments |= {"prediction_type": options.prediction, "class_dropout_prob": options.class_dropout}
+        # Written out, so that a run's model stays the same if a later version changes what a name stands for.
+        named = config_of(options.model) if options.model in generator_names() else {}
+        if options.sizes and options.model.startswith("GSPN-DiT"):
+            named["size_condition"] = True
         own = sorted(set(arguments) & set(options.model_args))
         if own:
             raise OptionError(f"model_arg: {', '.join(own)} follows from the data and the other options")
-        # Written out, so that a run's model stays the same if a later version changes what a name stands for.
-        named = config_of(options.model) if options.model in generator_names() else {}
         return {"name": options.model, "arguments": named | arguments | dict(options.model_args)}
 
     def model(self, device: torch.device) -> torch.nn.Module:
@@ -257,6 +288,16 @@ class Setup(BaseSetup):
         augmentation = Augmentation(flip=True) if options.flip else None
         return make_loader(split, self.preprocessing, options.batch_size, augmentation=augmentation, **common)
 
+    def random_sizes(self) -> RandomSizes | None:
+        if not self.options.sizes:
+            return None
+        # diffusers' DiT has one side only, and a patch of its own
+        return RandomSizes(*self.options.sizes, self.patch_size(), square=self.options.model in dit_names())
+
+    def patch_size(self) -> int:
+        """The model's patch in pixels of its map."""
+        return self.model_config()["arguments"].get("patch_size") or int(self.options.model.split("/")[1])
+
     def train(self, training: Training) -> tuple[Run | None, list[str]]:
         options, run, held_out = self.options, training.run, self.held_out()
         draw = None
@@ -270,6 +311,7 @@ class Setup(BaseSetup):
             options.class_dropout,
             Unreadable({"train": self.train_split, "evaluation": held_out}, options.strict),
             draw,
+            self.random_sizes(),
         )
         training.loop(task, self.loader(self.train_split, train=True), options)
         if run:

@@ -1,0 +1,356 @@
+"""Trains small generators on CIFAR-10 alike, and compares how well they denoise, at the trained size and at others.
+
+python -m benchmarks.quality.denoising --photos FOLDER --minutes 60    makes missing runs, the most important first
+python -m benchmarks.quality.denoising --list                          says what is done and what is missing
+python -m benchmarks.quality.denoising --report                        tables and a picture of the finished runs
+
+FOLDER holds CIFAR-10 as tables with the splits train and test. The command may be stopped at any time and started
+again: only complete runs are written, one JSON file each. All models have patches of 2 (16x16 tokens), predict v and
+see the same photos, classes, timesteps and noise in the same order. The loss is the squared error of v, of the averaged
+weights, on test photos with fixed timesteps and noise.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from benchmarks.harness import harness
+from benchmarks.quality.mixers.tasks import Photos
+from gspn.bench.contenders import Attention, OnMaps
+from gspn.depthwise import DepthwiseConv2d
+from gspn.models.dit import create_dit
+from gspn.models.generator import GSPNTransformer2DModel
+from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
+from gspn.tasks.objective import Objective, make_scheduler
+
+RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "denoising"
+STEPS, BATCH, WARM_UP, DECAY, EMA = 800, 16, 50, 0.01, 0.995
+DROPPED = 0.1  # of the classes, for the null class
+RATES = (5e-3, 1e-2, 2e-2)
+SEEDS = (0, 1)
+SIZES = {"32x32": 2_000, "48x48": 400, "64x64": 400, "32x64": 400}  # test photos at each size
+TRAINED = "32x32"
+BUCKETS = 5  # of the timesteps
+CLASSES = 10
+
+
+# -- the contenders --
+
+
+class NoScan(nn.Module):
+    """In the scan's place: nothing. Its block still gates channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _ours(mixer: Callable[[int], nn.Module] | None = None, **config) -> nn.Module:
+    """GSPN-DiT, with another mixer in the scan's place."""
+    shape = dict(sample_size=32, patch_size=2, in_channels=3, learn_sigma=False, num_classes=CLASSES)
+    shape |= dict(class_dropout_prob=DROPPED, prediction_type="v_prediction", hidden_size=64, depth=4)
+    model = GSPNDiTTransformer2DModel(**shape | config)
+    for block in model.blocks:
+        if mixer is not None:
+            block.gspn = mixer(64)
+    return model
+
+
+def _paper(**config) -> nn.Module:
+    shape = dict(sample_size=32, patch_size=2, in_channels=3, learn_sigma=False, num_classes=CLASSES)
+    shape |= dict(class_dropout_prob=DROPPED, prediction_type="v_prediction", segment=None)
+    return GSPNTransformer2DModel(**shape | config)
+
+
+def _dit(width: int, depth: int) -> nn.Module:
+    shape = dict(sample_size=32, in_channels=3, learn_sigma=False, num_classes=CLASSES)
+    return create_dit("DiT-micro/2", **shape, num_layers=depth, num_attention_heads=4, attention_head_dim=width // 4)
+
+
+class Contender(NamedTuple):
+    """`title` is what tables call it, `make` gives the model, `square`: it takes no other maps."""
+
+    title: str
+    make: Callable[[], nn.Module]
+    square: bool = False
+
+
+CONTENDERS = {
+    "dit": Contender("DiT", lambda: _dit(64, 4), square=True),
+    "ours": Contender("GSPN-DiT", _ours),
+    "ours-none": Contender("GSPN-DiT without its scan", lambda: _ours(lambda width: NoScan(), mlp_ratio=3.7)),
+    "ours-attention": Contender(
+        "GSPN-DiT, attention in the scan's place",
+        lambda: _ours(lambda width: OnMaps(Attention(width, 4)), mlp_ratio=2.2, positions=True),
+    ),
+    "ours-dw7": Contender(
+        "GSPN-DiT, depthwise 7x7 in the scan's place",
+        lambda: _ours(lambda width: DepthwiseConv2d(width, 7), mlp_ratio=3.3),
+    ),
+    "ours-positions": Contender("GSPN-DiT with positions", lambda: _ours(positions=True)),
+    "ours-centred": Contender("GSPN-DiT, centred", lambda: _ours(center=True)),
+    "paper": Contender("the paper's block", lambda: _paper(hidden_size=96, depth=4)),
+}
+
+
+class Run(NamedTuple):
+    """The settings of a run; its file is named after them."""
+
+    contender: str
+    rate: float
+    seed: int
+    steps: int = STEPS
+
+    @property
+    def stem(self) -> str:
+        return f"{self.contender}-lr{self.rate:g}-seed{self.seed}-{self.steps}steps"
+
+
+# -- one run --
+
+
+def pixels(photos: Tensor, size: tuple[int, int] = (32, 32)) -> Tensor:
+    """uint8 photos (B,3,32,32) in [-1, 1] at `size`."""
+    x = photos.float() / 127.5 - 1
+    if tuple(x.shape[2:]) == size:
+        return x
+    return F.interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def denoised(model: nn.Module, objective: Objective, start: Tensor, noise: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    """The squared error of each image (B,)."""
+    noisy = objective.noisy(start, noise, t)
+    return objective.losses(model(noisy, timestep=t, class_labels=label).sample, start, noise, t)[0]
+
+
+@torch.no_grad()
+def measure(model: nn.Module, objective: Objective, photos: tuple[Tensor, Tensor], size: str, count: int) -> dict:
+    """The loss on `count` photos at `size`, in all and by timestep; the null class's loss minus that of the right
+    class; at the trained size, each photo's loss too, for paired differences."""
+    height, width = map(int, size.split("x"))
+    source = torch.Generator().manual_seed(7)
+    steps = (torch.arange(count) + torch.rand(count, generator=source)) / count * objective.steps
+    steps = steps.long()[torch.randperm(count, generator=source)]
+    right, null = [], []
+    for index in torch.arange(count).split(25):
+        start, t = pixels(photos[0][index], (height, width)), steps[index]
+        noise = torch.randn(start.shape, generator=source)
+        label = photos[1][index]
+        right.append(denoised(model, objective, start, noise, t, label))
+        null.append(denoised(model, objective, start, noise, t, torch.full_like(label, CLASSES)))
+    right, null = torch.cat(right), torch.cat(null)
+    bucket = steps * BUCKETS // objective.steps
+    by_step = lambda values: [round(values[bucket == i].mean().item(), 5) for i in range(BUCKETS)]  # noqa: E731
+    found = {"loss": right.mean().item(), "by_timestep": by_step(right), "class_is_worth": by_step(null - right)}
+    return found | ({"each": [round(v, 5) for v in right.tolist()]} if size == TRAINED else {})
+
+
+def train(run: Run, photos: Photos, sizes: dict[str, int] = SIZES, batch: int = BATCH) -> dict:
+    """Trains and measures; returns the content of the run's file. Times are those of the thread's own CPU clock."""
+    torch.manual_seed(run.seed)
+    contender = CONTENDERS[run.contender]
+    model, (images, labels) = contender.make().train(), photos["train"]
+    for module in model.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0  # classes are dropped below, the same for each contender
+    objective = Objective(make_scheduler("v_prediction", learn_sigma=False, beta_schedule="squaredcos_cap_v2"))
+    groups = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        groups[
+            parameter.ndim > 1 and not name.endswith(("weight_proj", "input_proj", "output_proj", "skip_proj"))
+        ].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[decays], "weight_decay": DECAY * decays} for decays in groups],
+        lr=run.rate,
+        betas=(0.9, 0.99),
+    )
+    averaged, source = copy.deepcopy(model), torch.Generator().manual_seed(1_000 + run.seed)
+    order = torch.cat(
+        [torch.randperm(len(images), generator=source) for _ in range(1 + run.steps * batch // len(images))]
+    )
+    curve, recent, seconds = [], [], 0.0
+    for step in range(run.steps):
+        index = order[step * batch : (step + 1) * batch]
+        start, t = pixels(images[index]), torch.randint(objective.steps, (batch,), generator=source)
+        noise = torch.randn(start.shape, generator=source)
+        label = labels[index].where(torch.rand(batch, generator=source) >= DROPPED, CLASSES)
+        warm = min(1.0, (step + 1) / WARM_UP)
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * step / run.steps)))
+        began = time.thread_time()
+        loss = denoised(model, objective, start, noise, t, label).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.thread_time() - began
+        with torch.no_grad():
+            keep = min(EMA, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - keep)
+        recent.append(loss.item())
+        if len(recent) == max(1, run.steps // 20):
+            curve.append({"step": step + 1, "loss": statistics.fmean(recent), "cpu_seconds": round(seconds, 2)})
+            recent = []
+    averaged.eval()
+    wanted = {size: n for size, n in sizes.items() if not contender.square or len(set(size.split("x"))) == 1}
+    return {
+        **run._asdict(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "finite": all(math.isfinite(row["loss"]) for row in curve),
+        "val": measure(averaged, objective, photos["val"], TRAINED, wanted[TRAINED])["loss"],
+        "test": {size: measure(averaged, objective, photos["test"], size, n) for size, n in wanted.items()},
+        "curve": curve,
+        "cpu_ms_per_step": round(1e3 * seconds / run.steps, 1),
+    }
+
+
+# -- which runs are missing --
+
+
+def read(folder: Path) -> dict[Run, dict]:
+    """The finished runs in a folder."""
+    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return {Run(*(content[name] for name in Run._fields)): content for content in contents}
+
+
+def best_rate(done: dict[Run, dict], contender: str) -> float | None:
+    """The rate with the least loss on held-out training photos among the runs of the first seed."""
+    losses = {
+        run.rate: content["val"]
+        for run, content in done.items()
+        if (run.contender, run.seed, run.steps) == (contender, SEEDS[0], STEPS) and content["finite"]
+    }
+    return min(losses, key=losses.__getitem__) if losses else None
+
+
+def wanted(done: dict[Run, dict]) -> Iterator[Run]:
+    """All runs, the most important first: each contender at the middle rate, at the other rates and, where the best one
+    is the least or the largest, one further out; then the other seeds at the best rate."""
+    for rate in (RATES[1], RATES[2], RATES[0]):
+        yield from (Run(name, rate, SEEDS[0]) for name in CONTENDERS)
+    further = {RATES[0]: RATES[0] / 2, RATES[-1]: RATES[-1] * 2}
+    best = {name: best_rate(done, name) for name in CONTENDERS}
+    yield from (Run(name, further[rate], SEEDS[0]) for name, rate in best.items() if rate in further)
+    for seed in SEEDS[1:]:
+        yield from (Run(name, rate, seed) for name, rate in best.items() if rate)
+
+
+# -- tables --
+
+
+def paired(ours: dict, theirs: dict) -> tuple[float, float]:
+    """(mean of theirs - ours over the same photos, its standard error)."""
+    differences = [b - a for a, b in zip(ours["each"], theirs["each"], strict=True)]
+    return statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+
+
+def report(folder: Path) -> str:
+    """Markdown: each contender at its best rate, its mean over the seeds."""
+    done, ours = read(folder), None
+    rows, notes = [], []
+    for name, contender in sorted(CONTENDERS.items(), key=lambda item: item[0] != "ours"):
+        rate = best_rate(done, name)
+        contents = [done[run] for run in (Run(name, rate, seed) for seed in SEEDS) if run in done] if rate else []
+        if not contents:
+            notes.append(f"{contender.title}: not run")
+            continue
+        tried = sorted(run.rate for run in done if (run.contender, run.seed, run.steps) == (name, SEEDS[0], STEPS))
+        ours = contents if name == "ours" else ours
+        mean = lambda get, contents=contents: statistics.fmean(map(get, contents))  # noqa: E731
+        cells = [contender.title, f"{contents[0]['parameters']:,}", f"{rate:g} of {len(tried)}", str(len(contents))]
+        cells.append(f"{mean(lambda c: c['test'][TRAINED]['loss']):.4f}")
+        pairs = [paired(a["test"][TRAINED], b["test"][TRAINED]) for a, b in zip(ours or [], contents, strict=False)]
+        difference = statistics.fmean(p[0] for p in pairs) if pairs and name != "ours" else None
+        error = (sum(p[1] ** 2 for p in pairs) ** 0.5 / len(pairs)) if pairs else 0.0
+        cells.append("" if difference is None else f"{difference:+.4f} ± {error:.4f}")
+        for size in list(SIZES)[1:]:
+            known = all(size in c["test"] for c in contents)
+            cells.append(f"{mean(lambda c, size=size: c['test'][size]['loss']):.4f}" if known else "square only")
+        worth = mean(lambda c: statistics.fmean(c["test"][TRAINED]["class_is_worth"]))
+        cells += [f"{worth:.4f}", f"{mean(lambda c: c['cpu_ms_per_step']):.0f}"]
+        rows.append(cells)
+    header = ["model", "parameters", "rate", "seeds", f"loss at {TRAINED}", "minus GSPN-DiT"]
+    header += [*list(SIZES)[1:], "class is worth", "CPU ms a step"]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+    about = (
+        f"# Denoising on CIFAR-10\n\n{STEPS} steps of {BATCH} photos, 16x16 tokens. Made by "
+        "`python -m benchmarks.quality.denoising --report`.\n\n"
+        "The error of a difference is that of its mean over the same test photos, timesteps and noise. It does not "
+        "tell what another seed would change. *rate*: the best of how many learning rates, by held-out training "
+        "photos. *class is worth*: loss with the null class minus loss with the right one. Other work ran beside, "
+        "which the times show.\n"
+    )
+    return f"{about}\n{table}\n" + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
+
+
+def draw(folder: Path, out: Path) -> None:
+    """Loss against the size of the map."""
+    done, figure = read(folder), Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    squares = [size for size in SIZES if len(set(size.split("x"))) == 1]
+    for name, contender in CONTENDERS.items():
+        run = Run(name, best_rate(done, name) or 0.0, SEEDS[0])
+        if run in done:
+            axes.plot(squares, [done[run]["test"][size]["loss"] for size in squares], marker="o", label=contender.title)
+    axes.set(title="Trained at 32x32 pixels", xlabel="size of the photos", ylabel="denoising loss", ylim=(0, None))
+    axes.legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+
+
+# -- the command --
+
+
+def work(folder: Path, photos: Photos, minutes: float) -> int:
+    """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs."""
+    end, made, environment = time.monotonic() + 60 * minutes, 0, harness.environment()
+    while time.monotonic() < end:
+        done = read(folder)
+        run = next((run for run in wanted(done) if run not in done), None)
+        if run is None:
+            print("nothing is missing")
+            break
+        environment |= {"load_before": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+        print(f"{time.strftime('%H:%M')} {run.stem}", flush=True)
+        content = train(run, photos)
+        harness.write_json(folder / f"{run.stem}.json", content | {"environment": environment}, quiet=True)
+        losses = ", ".join(f"{size} {found['loss']:.4f}" for size, found in content["test"].items())
+        print(f"      {losses}; {content['cpu_ms_per_step']:.0f} ms a step", flush=True)
+        made += 1
+    return made
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no run after this many minutes (default: 60)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
+    parser.add_argument("--list", action="store_true", help="list what is done and what is missing")
+    parser.add_argument("--report", action="store_true", help="write report.md and sizes.png into the folder")
+    arguments = parser.parse_args()
+    if arguments.list:
+        done = read(arguments.out)
+        for run in dict.fromkeys(wanted(done)):
+            print("done   " if run in done else "missing", run.stem)
+    elif arguments.report:
+        (arguments.out / "report.md").write_text(report(arguments.out))
+        draw(arguments.out, arguments.out / "sizes.png")
+    elif arguments.photos is None:
+        parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
+    else:
+        torch.set_num_threads(1)
+        work(arguments.out, Photos.open(arguments.photos), arguments.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The comparison of denoisers: equal models, equal data, a runner that does what is missing, a report."""
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from benchmarks.quality import denoising
+from benchmarks.quality.denoising import CLASSES, CONTENDERS, RATES, SEEDS, Run
+from benchmarks.quality.mixers.tasks import Photos
+from gspn.tasks.objective import Objective, make_scheduler
+
+
+@pytest.fixture
+def photos():
+    source = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=source)
+    return Photos({split: (pixels, torch.arange(40) % 10) for split in ("train", "val", "test")})
+
+
+def test_all_models_have_as_many_parameters():
+    for name, contender in CONTENDERS.items():
+        parameters = sum(p.numel() for p in contender.make().parameters())
+        assert abs(parameters / 318_000 - 1) < 0.05, name
+
+
+def test_what_is_measured(photos):
+    """A model that predicts 0 has the loss |v|^2, which is that of the target; one that knows the class is told so."""
+
+    class Known(torch.nn.Module):
+        def forward(self, x, timestep, class_labels):
+            wrong = (class_labels == CLASSES).float().view(-1, 1, 1, 1)
+            return type("", (), {"sample": torch.zeros_like(x) + 2 * wrong})
+
+    objective = Objective(make_scheduler("v_prediction", learn_sigma=False))
+    found = denoising.measure(Known(), objective, photos["test"], "32x32", 40)
+    assert len(found["each"]) == 40 and found["loss"] == pytest.approx(sum(found["each"]) / 40, abs=1e-5)
+    assert 0.3 < found["loss"] < 1.1
+    assert found["class_is_worth"] == pytest.approx([4.0] * 5, abs=0.2)  # |v - 2|^2 - |v|^2, as v has a mean near 0
+    assert denoising.measure(Known(), objective, photos["test"], "32x32", 40) == found
+    assert "each" not in denoising.measure(Known(), objective, photos["test"], "32x64", 4)
+
+
+def test_missing_runs_are_made_and_told(photos, tmp_path, monkeypatch):
+    pick = {name: CONTENDERS[name] for name in ("dit", "ours")}
+    monkeypatch.setattr(denoising, "CONTENDERS", pick)
+    trained = denoising.train
+    few = dict(sizes={"32x32": 20, "32x64": 4}, batch=2)
+    monkeypatch.setattr(
+        denoising, "train", lambda run, photos: trained(run._replace(steps=2), photos, **few) | run._asdict()
+    )
+    assert denoising.work(tmp_path, photos, 0) == 0
+    denoising.work(tmp_path, photos, 60)
+    done = denoising.read(tmp_path)
+    # each at three rates, one further out where the best one was at the edge, then a second seed
+    assert {run for run in done if run.rate in RATES} >= {Run(n, r, SEEDS[0]) for n in pick for r in RATES}
+    for name in pick:
+        rate = denoising.best_rate(done, name)
+        assert Run(name, rate, SEEDS[1]) in done
+    assert set(done[Run("dit", RATES[0], SEEDS[0])]["test"]) == {"32x32"}  # squares only
+    monkeypatch.setattr(denoising, "SIZES", {"32x32": 20, "32x64": 4})
+    text = denoising.report(tmp_path)
+    assert "| GSPN-DiT |" in text and "square only" in text and "±" in text
+    denoising.draw(tmp_path, tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").stat().st_size > 5_000
+
+
+def test_a_paired_difference_by_hand():
+    mean, error = denoising.paired({"each": [1.0, 2.0, 3.0]}, {"each": [2.0, 2.0, 5.0]})
+    assert mean == 1.0 and error == pytest.approx(1 / 3**0.5)
