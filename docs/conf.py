@@ -36,7 +36,9 @@ def setup(app):
         raise nodes.SkipNode
 
     def block(self, node):
-        self.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+        self.body.append(
+            f'<div style="margin: 1em 0; overflow-x: auto">{tex2mathml(node.astext(), as_block=True)}</div>'
+        )
         raise nodes.SkipNode
 
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
