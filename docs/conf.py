@@ -23,6 +23,7 @@ napoleon_numpy_docstring = False
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"gspn {release}"
+html_theme_options = {"top_of_page_buttons": []}
 html_extra_path = ["site"]  # index.html, which leads to the first page
 
 

@@ -81,7 +81,8 @@ def test_the_page_of_benchmarks_has_the_published_figures():
         found = case["1 thread"]
         speed = 1000 * batch / found["gspn"]["ms"][1]
         ratios = [found[other]["ratio"][1] for other in ("attention", "linear attention", "reference")]
-        assert [float(cell) for cell in cells] == pytest.approx([speed, *ratios], rel=2e-2)
+        assert float(cells[0]) == pytest.approx(speed, abs=0.051)
+        assert [float(cell) for cell in cells[1:]] == pytest.approx(ratios, abs=0.0051)
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *SOURCES, *JSON_FILES], ids=named)
