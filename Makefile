@@ -12,7 +12,7 @@ WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST) -n 2
 CPU_SOURCES := $(wildcard src/gspn/kernels/cpu/*.* src/gspn/kernels/cpu/*/*.*)
 TRITON_TESTS := $(wildcard tests/kernels/test_triton*.py)
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all lint docs clean
 
 # Reinstalls where sources that are compiled, or what is depended on, have changed; Python sources are used in place.
 # --no-compile: bytecode of the few modules that are imported is made then; that of all takes a minute and a half.
@@ -44,6 +44,15 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPU_SOURCES)
+
+# Sphinx is only needed here, so that installing for the tests stays short. A warning is an error.
+.venv/.docs-installed: .venv/.installed
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: .venv/.docs-installed
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html -c docs . build/docs
+	@echo "open build/docs/index.html"
 
 clean:
 	rm -rf .venv .timm build dist runs

@@ -1,30 +1,46 @@
-"""The README's Python snippets run, word for word."""
+"""The README's Python snippets run, word for word, and it is short."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 from helpers.stable_diffusion import tiny_sd
-from PIL import Image
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-NAMES = ["layer", "backbone", "operators", "run", "generator", "swap"]
+NAMES = ["first", "layer", "backbone", "run", "generator", "swap", "operators"]
 
 
-def test_there_are_six():
+def test_there_are_seven():
     assert len(SNIPPETS) == len(NAMES)
 
 
 @pytest.mark.parametrize(("code", "name"), list(zip(SNIPPETS, NAMES, strict=True)), ids=NAMES)
-def test_snippet(code, name, digits_run, tmp_path, monkeypatch):
+def test_snippet(code, name, digits_run, tmp_path, monkeypatch, capsys):
     given = {"pipe": tiny_sd()} if name == "swap" else {}  # which readers have
-    shutil.copytree(digits_run[0].path, tmp_path / "runs" / "first")
-    Image.new("RGB", (20, 30)).save(tmp_path / "picture.png")
+    shutil.copytree(digits_run[0].path, tmp_path / "runs" / "quickstart")  # as `make quickstart` leaves it
+    shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), given)
+    if name == "first":
+        assert "torch.Size([2, 96, 40, 25]) torch.Size([1, 10])" in capsys.readouterr().out
+        assert given["x"].grad.abs().sum() > 0
     if name == "run":
         assert given["answer"].keys() == set("0123456789") and given["logits"].shape == (1, 10)
+
+
+def test_at_most_900_words():
+    assert len(README.split()) <= 900
+
+
+def test_its_figures_are_the_published_ones():
+    growth = json.loads((ROOT / "benchmarks/results/speed/growth-cpu.json").read_text())["growth"]
+    (case,) = [case for case in growth["cases"] if (case["side"], case["pass"]) == (256, "forward")]
+    told = re.search(r"attention takes (\d+) times as long as GSPN at 256 x 256; below (\d+) x \d+ it is", README)
+    assert int(told[1]) == round(case["contenders"]["attention"]["ratio"][1])
+    assert int(told[2]) == round(growth["crossovers"]["forward"]["attention"]["behind from side"])

@@ -83,7 +83,7 @@ def input_means(x: Tensor, proxy: Tensor, input_proj: Tensor) -> Tensor:
 
 
 class GSPN2d(nn.Module):
-    """The GSPN unit: context from the whole feature map at linear cost, instead of self-attention.
+    """The GSPN unit: context from the whole feature map at linear cost, instead of self-attention::
 
         proxy = proxy_proj x                                                   (S channels)
         y = sum over directions d of merger[d] * ((output_proj[d] proxy) * h[d] + (skip_proj[d] proxy) * x)

@@ -1,11 +1,11 @@
-r"""The operators: what they compute and what they accept.
+r"""The operators: what they compute and what they accept::
 
     normalize_weights   logits to propagation weights (the stability-context condition)
     line_scan           one direction, weights given: the primitive
     gated_scan          several directions, normalisation fused
     propagate           several directions, weights and gates projected from a proxy while scanning
 
-In one direction, for line t and place p in the line, with the state before the first line 0:
+In one direction, for line t and place p in the line, with the state before the first line 0::
 
     h[p,t] = wl[p,t] h[p-1,t-1] + wm[p,t] h[p,t-1] + wr[p,t] h[p+1,t-1] + b[p,t]
 
@@ -14,19 +14,20 @@ says where the scan travels: for "right" and "left" the lines are columns and p 
 the lines are rows and p runs along a row. Source: GSPN (arXiv 2501.12381), section 3; shared weights: GSPN-2
 (arXiv 2512.07884).
 
-Common rules
-    Maps are (B,C,H,W), any H, W >= 1 and any strides. Groups share weights: G divides C and channel c belongs to group
-    c * G // C.
-    Data is float64, float32, bfloat16 or float16; the state is float32 (float64 for float64) whatever the data. All
-    maps have one dtype; inside autocast the others are cast to x's. Results have x's dtype and memory format.
-    ``segment=K`` sets the state to 0 every K lines, counted from where the scan starts; None is global.
-    Results are deterministic for a given number of threads.
-    ``backend=None`` picks the native kernel for x's device or, if it is missing, the reference with one warning.
-    A named backend never falls back. Gradients of gradients need ``backend="reference"``.
-    Forward-mode derivatives and torch.func.grad need ``backend="reference"`` too; vmap does not.
-    Every differentiable input has a gradient on every backend: zeros if it does not reach the output.
-    Errors: TypeError for inputs that are not floating tensors or mix dtypes, ValueError for shapes, devices, names and
-    numbers that do not fit, RuntimeError for a backend that is not available.
+Common rules:
+
+- Maps are (B,C,H,W), any H, W >= 1 and any strides.
+- Groups share weights: G divides C and channel c belongs to group c * G // C.
+- Data is float64, float32, bfloat16 or float16; the state is float32 (float64 for float64) whatever the data.
+- All maps have one dtype; inside autocast the others are cast to x's. Results have x's dtype and memory format.
+- ``segment=K`` sets the state to 0 every K lines, counted from where the scan starts; None is global.
+- Results are deterministic for a given number of threads.
+- ``backend=None`` picks the native kernel for x's device or, if it is missing, the reference with one warning. A named
+  backend never falls back.
+- Gradients of gradients, forward-mode derivatives and torch.func.grad need ``backend="reference"``; vmap does not.
+- Every differentiable input has a gradient on every backend: zeros if it does not reach the output.
+- Errors: TypeError for inputs that are not floating tensors or mix dtypes, ValueError for shapes, devices, names and
+  numbers that do not fit, RuntimeError for a backend that is not available.
 """
 
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def normalize_weights(logits: Tensor, *, direction: str) -> Tensor:
-    """Propagation weights: non-negative, summing to 1 at every pixel (the stability-context condition).
+    """Propagation weights: non-negative, summing to 1 at every pixel (the stability-context condition)::
 
         w_k = sigmoid(a_k) / (sum of sigmoid(a_j) over the neighbours j that exist),  a = max(logits, -28)
 
@@ -55,8 +56,8 @@ def normalize_weights(logits: Tensor, *, direction: str) -> Tensor:
         direction: one of ``DIRECTIONS``; it says along which axis a line runs, and so where neighbours are missing.
 
     Returns:
-        (B,G,3,H,W), 0 where a neighbour does not exist. float32 for 16-bit logits too, in and out of autocast: weights
-        rounded to bfloat16 do not sum to 1.
+        (B,G,3,H,W), 0 where a neighbour does not exist. float32 for 16-bit logits too, in and out of autocast,
+        because weights rounded to bfloat16 do not sum to 1.
 
     Below -28 the gradient is 0; NaN propagates. Errors: see the module.
 
@@ -74,7 +75,7 @@ def normalize_weights(logits: Tensor, *, direction: str) -> Tensor:
 def line_scan(
     x: Tensor, weights: Tensor, *, direction: str, segment: int | None = None, backend: str | None = None
 ) -> Tensor:
-    """One direction of the scan, with weights used as given.
+    """One direction of the scan, with weights used as given::
 
         h[p,t] = wl[p,t] h[p-1,t-1] + wm[p,t] h[p,t-1] + wr[p,t] h[p+1,t-1] + x[p,t]
 
@@ -86,7 +87,7 @@ def line_scan(
         backend: ``"reference"``, ``"cpu"``, ``"triton"``, or None to pick by device.
 
     Returns:
-        h (B,C,H,W). Rules and errors: see the module.
+        h (B,C,H,W). The module says the rules and the errors.
 
     >>> import torch, gspn
     >>> x = torch.ones(1, 1, 1, 4)
@@ -117,7 +118,7 @@ def gated_scan(
     segment: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Several directions of the scan, with the input gate applied and the logits normalised on the way.
+    """Several directions of the scan, with the input gate applied and the logits normalised on the way::
 
         h[d] = line_scan(input_gate[d] * x, normalize_weights(logits[d]), direction=directions[d])
 
@@ -129,7 +130,7 @@ def gated_scan(
         segment, backend: as in :func:`line_scan`.
 
     Returns:
-        h (B,D,C,H,W). Rules and errors: see the module.
+        h (B,D,C,H,W). The module says the rules and the errors.
 
     >>> import torch, gspn
     >>> x, gate, logits = torch.ones(1, 2, 5, 4), torch.ones(1, 4, 2, 5, 4), torch.zeros(1, 4, 2, 3, 5, 4)
@@ -169,7 +170,7 @@ def propagate(
     workspace_mib: int = 256,
     backend: str | None = None,
 ) -> Tensor:
-    """Several directions of the scan, merged, with weights and gates projected from a small proxy of the input.
+    """Several directions of the scan, merged, with weights and gates projected from a small proxy of the input::
 
         y = sum over d of (output_proj[d] proxy) * h[d] + (skip_proj proxy) * x
         h[d] = gated_scan of x with input gate input_proj[d] proxy and logits weight_proj[d] proxy
@@ -196,7 +197,7 @@ def propagate(
     Returns:
         y (B,C,H,W). Projections have x's dtype, or float32 with 16-bit x; every gradient has its input's dtype.
         For gates with their own proxies, concatenate the proxies and pad the projections with zeros, which is exact.
-        Rules and errors: see the module.
+        The module says the rules and the errors.
 
     >>> import torch, gspn
     >>> x, proxy = torch.randn(2, 6, 9, 7), torch.randn(2, 4, 9, 7)

@@ -61,7 +61,8 @@ class Classifier:
         """{class: probability}, the most probable class first.
 
         Args:
-            image: as for `preprocess`, with its errors. top: the number of classes; None for all.
+            image: as for `preprocess`, with its errors.
+            top: the number of classes; None for all.
         """
         if top is not None and top < 1:
             raise ValueError(f"top has to be at least 1, got {top}")
@@ -74,7 +75,8 @@ class Classifier:
         """[(class, probability), ...] for each image of a batch, the most probable class first.
 
         Args:
-            pixels: uint8 (B,C,H,W), the output of `preprocessing`. top: as for `predict`.
+            pixels: uint8 (B,C,H,W), the output of `preprocessing`.
+            top: as for `predict`.
         """
         return self._ranked(self._normalized(pixels), top)
 

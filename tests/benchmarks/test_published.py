@@ -44,8 +44,45 @@ def test_every_relative_link_resolves(document):
 
 
 def test_links_are_found_at_all():
-    readme = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert "benchmarks/results/speed/models-cpu.md" in readme and "docs/training.md" in readme
+    links = {
+        name: LINK.findall((ROOT / name).read_text(encoding="utf-8")) for name in ("README.md", "docs/benchmarks.md")
+    }
+    assert {"docs/images/growth.png", "docs/training.md"} <= set(links["README.md"])
+    assert "../benchmarks/results/speed/models-cpu.md" in links["docs/benchmarks.md"]
+
+
+def rows_of(page: str, header: str) -> list[list[str]]:
+    """The cells of the table with that first header cell."""
+    lines = page[page.index(f"| {header} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_of_benchmarks_has_the_published_figures():
+    """Its tables whose rows are cases of one result file."""
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    content = {name: json.loads((RESULTS / f"speed/{name}.json").read_text()) for name in ("growth-cpu", "models-cpu")}
+    times = {(case["side"], case["pass"]): case["contenders"] for case in content["growth-cpu"]["growth"]["cases"]}
+    sizes = [(64, "forward"), (256, "forward"), (1024, "forward"), (64, "training"), (1024, "training")]
+    told = rows_of(page, "layer")
+    assert len(told) == 7
+    for name, *cells in told:
+        for size, cell in zip(sizes, cells, strict=False):
+            measured = times[size].get(name)
+            assert (
+                cell == ""
+                if measured is None
+                else float(cell.replace(",", "")) == pytest.approx(measured["ms"][1], rel=5e-3)
+            ), (name, size)
+    told = rows_of(page, "model | pass")
+    assert len(told) == len(content["models-cpu"]["cases"])
+    for (model, passes, *cells), case in zip(told, content["models-cpu"]["cases"], strict=True):
+        name, side, batch = (case[key] for key in ("model", "side", "batch"))
+        assert (model, passes) == (f"{name}, {side} x {side}, batch {batch}", case["pass"])
+        found = case["1 thread"]
+        speed = 1000 * batch / found["gspn"]["ms"][1]
+        ratios = [found[other]["ratio"][1] for other in ("attention", "linear attention", "reference")]
+        assert float(cells[0]) == pytest.approx(speed, abs=0.051)
+        assert [float(cell) for cell in cells[1:]] == pytest.approx(ratios, abs=0.0051)
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *SOURCES, *JSON_FILES], ids=named)
@@ -82,5 +119,5 @@ def test_every_published_figure_and_every_program_is_in_the_table():
     table = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     files = set(LINK.findall(table))
     published = {str(path.relative_to(BENCHMARKS)) for path in JSON_FILES if path.parent.name != "mixers"}
-    assert published - files == set() and "results/quality/mixers" in files
+    assert published - files == set() and "results/quality/mixers/report.md" in files
     assert [name for name in PROGRAMS if name not in table] == []

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.training import same
 from PIL import Image
 from typer.testing import CliRunner
@@ -51,7 +52,9 @@ def digit_files(tmp_path_factory):
 
 
 def test_version_help_and_backends():
-    assert gspn_command("--version")[1] == f"gspn {gspn.__version__}\n"
+    lines = gspn_command("--version")[1].splitlines()
+    assert lines[:2] == [f"gspn {gspn.__version__}", f"torch {torch.__version__}"]
+    assert lines[2:] == gspn_command("backends")[1].splitlines()
     code, out, _ = gspn_command("--help")
     assert code == 0 and all(name in out for name in ("train", "eval", "predict", "show", "backends"))
     for name in ("train", "eval", "predict", "show"):

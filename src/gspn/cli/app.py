@@ -65,12 +65,24 @@ def warn(messages):
 def _version(wanted: bool):
     if wanted:
         out.print(f"gspn {gspn.__version__}", highlight=False)
+        import torch
+
+        out.print(f"torch {torch.__version__}", highlight=False)
+        backends()
         raise typer.Exit
 
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="The versions, and the backends that are available here.",
+        ),
+    ] = False,
 ):
     pass
 

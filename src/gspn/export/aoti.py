@@ -34,7 +34,7 @@ def export_aoti(
     metadata: Mapping | None = None,
     check: bool = True,
 ) -> Exported:
-    """Compiles the model with its weights into a package for this CPU. Needs a C++ compiler; takes minutes.
+    """Compiles the model with its weights into a package for this CPU. Needs a C++ compiler; takes minutes. To use it::
 
         import gspn, torch
 
@@ -45,8 +45,8 @@ def export_aoti(
     of torch and with gspn, but not in C++ alone.
 
     Args:
-        model, example, size, batch: as in :func:`export_program`, but an open batch may be 1 too. path: as in
-            :func:`export_onnx`, ends with .pt2.
+        model, example, size, batch: as in :func:`export_program`, but an open batch may be 1 too.
+        path: as in :func:`export_onnx`, ends with .pt2.
         metadata: as in :func:`export_onnx`; ``model.get_metadata()`` returns it.
         check: compares the outputs with the model's at several sizes before the file gets its name.
 

@@ -29,7 +29,8 @@ class Exported(NamedTuple):
     """A file that was written.
 
     Attributes:
-        path: the file. size_bytes: its size.
+        path: the file.
+        size_bytes: its size.
         checked: the input shapes (B,C,H,W) at which its outputs were compared with the model's.
         difference: the largest difference there, relative to the largest output; None without a check.
     """

@@ -60,13 +60,15 @@ class Backbone(nn.Module):
     Args:
         num_classes: classes of the head; 0 for no head (the output is then the pooled features).
         in_chans: channels of the image.
-        depths: number of blocks of each level. width: channels of the first level, doubled by each next one.
+        depths: number of blocks of each level.
+        width: channels of the first level, doubled by each next one.
         proxy_dim, groups, scan_dim, skip, merger, center, backend: those of :class:`gspn.GSPN2d`, in every block.
         global_levels: the levels (from 0) in which block i scans globally if i < 7 or (i + 1) % 7 == 0.
         segment: lines between resets in all other blocks.
         stem_stride: 1, 2 or 4.
         global_pool: "avg", or "" for no pooling: the head then classifies every pixel of the last map.
-        expansion, mlp_ratio, activation: those of the block. drop_path_rate: grows linearly from 0 in the first block.
+        expansion, mlp_ratio, activation: those of the block.
+        drop_path_rate: grows linearly from 0 in the first block.
         drop_rate: dropout before the head.
         alignment: that of :class:`gspn.GSPN2d`, in every block. With "released", images have to be square, and the
             global blocks scan in segments as long as the level's map at 224x224 pixels.
@@ -241,9 +243,12 @@ class Backbone(nn.Module):
         """The maps of several levels (the feature pyramid), as timm returns them.
 
         Args:
-            x: (B,in_chans,H,W). indices: levels, or the number of last levels; None is all.
-            norm: applies the final norm to the last level's map in the list. stop_early: stops after the last of
-                ``indices``. output_fmt: "NCHW" or "NHWC". intermediates_only: returns only the list.
+            x: (B,in_chans,H,W).
+            indices: levels, or the number of last levels; None is all.
+            norm: applies the final norm to the last level's map in the list.
+            stop_early: stops after the last of ``indices``.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: returns only the list.
 
         Returns:
             the list of maps, or (final map, list); the final map is normalised unless the pass stopped early.

@@ -47,7 +47,9 @@ class GeneratorBlock(nn.Module):
         residual += drop_path(h);  h = FFN(GSPN(DWConv7x7(Conv1x1(LN residual))))
 
     Args:
-        channels: C. drop_path: rate of stochastic depth. gspn: the options of :class:`gspn.GSPN2d`.
+        channels: C.
+        drop_path: rate of stochastic depth.
+        gspn: the options of :class:`gspn.GSPN2d`.
         joins: the block first merges h with the output of a block in the first half: Linear(2C -> C).
 
     Shape: the branch h and the residual, both (B,C,H,W), to the same two. Source: arXiv 2501.12381, section 3.5.
@@ -83,14 +85,18 @@ class GSPNTransformer2DModel(Generator):
 
     Args:
         sample_size: side of the square map that :class:`diffusers.DiTPipeline` generates; the model takes any H and W.
-        patch_size: side of a patch in pixels of the map. in_channels: 4 for a VAE's latents, 1 or 3 for images.
+        patch_size: side of a patch in pixels of the map.
+        in_channels: 4 for a VAE's latents, 1 or 3 for images.
             learn_sigma: the output has twice the channels, the second half for the variance.
-        hidden_size: width D. depth: number of blocks without the middle one, an even number.
+        hidden_size: width D.
+        depth: number of blocks without the middle one, an even number.
         num_classes: the classes are 0 to num_classes - 1; num_classes itself is the null class of guidance.
         class_dropout_prob: how often training replaces a class by the null class; with 0 there is no null class.
         segment: lines between resets of the scan, except in the last ``global_blocks`` blocks, which scan the whole map
-            at any size. proxy_dim: None is D // 16. skip: adds the scan's skip gate. center: takes the map's mean
-            once instead of in each line (:class:`gspn.GSPN2d`).
+            at any size.
+        proxy_dim: None is D // 16.
+        skip: adds the scan's skip gate.
+        center: takes the map's mean once instead of in each line (:class:`gspn.GSPN2d`).
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
         prediction_type: what the model is trained to predict: "epsilon", "v_prediction" or "sample". Pipelines refuse a
             scheduler that expects something else.

@@ -12,8 +12,9 @@ def context_maps(model: Backbone, image: Tensor, place: tuple[int, int], block: 
     """The influence maps of one pixel in one block of a backbone.
 
     Args:
-        image: (in_chans,H,W), preprocessed. place: the pixel's (row, column) in the image. block: its number over all
-            levels (negative: from the end) or its name.
+        image: (in_chans,H,W), preprocessed.
+        place: the pixel's (row, column) in the image.
+        block: its number over all levels (negative: from the end) or its name.
 
     Returns:
         "image size": (H,W); "block": the block's name; "place": the pixel on the block's map; "right", "down", "left",

@@ -25,10 +25,13 @@ def fit(
     UNet with attention: to_out by least squares, then all by AdamW on the squared error, to_out again.
 
     Args:
-        run: see `collect`. maps: feature maps of each layer, of which an eighth is held out. steps, batch_size, lr: of
-            AdamW; the learning rate falls to 0 along a cosine. memory_mib: for maps and outputs in the CPU's memory;
+        run: see `collect`.
+        maps: feature maps of each layer, of which an eighth is held out.
+        steps, batch_size, lr: of AdamW; the learning rate falls to 0 along a cosine.
+        memory_mib: for maps and outputs in the CPU's memory;
             the layers are fitted in groups that stay below it, one by one if need be.
-        seed: of the order of the maps. progress: called after each layer with its name and the errors.
+        seed: of the order of the maps.
+        progress: called after each layer with its name and the errors.
 
     Returns the relative error on the held-out maps (see `relative_error`), before and after, by the layer's name. A
     layer that the fit would make worse on them keeps its weights. Computes in float32; the layers keep their dtype.

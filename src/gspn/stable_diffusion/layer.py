@@ -15,9 +15,13 @@ _PROXY_SHARE = {"pure": 8, "qkv": 32}  # C is so many times the width of a proxy
 class GSPNAttention(nn.Module):
     """GSPN instead of a UNet's self-attention: all pixels of the feature map see each other at linear cost.
 
-    Form "pure":  y = to_out(GSPN2d(x)),  S = C // 8, average=True.
+    Form "pure"::
 
-    Form "qkv":   y = to_out(sum over directions d of merger[d] * (output_gate[d] * h[d] + skip_gate[d] * v)),
+        y = to_out(GSPN2d(x)),  S = C // 8, average=True
+
+    Form "qkv"::
+
+        y = to_out(sum over directions d of merger[d] * (output_gate[d] * h[d] + skip_gate[d] * v)),
         h[d] = line scan of input_gate[d] * v, with weights normalised from the logits, divided by the number of lines
         that it runs through before it resets,  v = x + to_v x,
         input_gate = input_proj input_proxy(x + to_k x) + input_bias,
@@ -29,8 +33,11 @@ class GSPNAttention(nn.Module):
     initialisation from an attention's weights needs; gate_bias=False leaves them out.
 
     Args:
-        channels: C. form: "pure" or "qkv". segment: lines between resets of the scan, None is global.
-        proxy_dim: S, at least 1. gate_bias: see above; the pure form has none.
+        channels: C.
+        form: "pure" or "qkv".
+        segment: lines between resets of the scan, None is global.
+        proxy_dim: S, at least 1.
+        gate_bias: see above; the pure form has none.
         qkv_bias, out_bias, dropout: of to_q, to_k, to_v and of to_out, as the attention replaced has them.
         backend: as in :class:`gspn.GSPN2d`.
 

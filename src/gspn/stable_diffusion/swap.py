@@ -65,7 +65,8 @@ class Swap:
     context manager it restores the UNet at the end.
 
     Attributes:
-        unet: the UNet. form, segment: of the layers.
+        unet: the UNet.
+        form, segment: of the layers.
         layers: the GSPN layers by the name of the attn1 that each replaces, in the order of the UNet.
         attentions: the replaced attentions, by the same names. Meanwhile they are not part of the UNet: its parameters
             and its state dict hold those of the layers.
@@ -232,7 +233,8 @@ def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, back
     """Swaps the self-attention of `target`, a pipeline or UNet, for layers saved by :meth:`Swap.save`.
 
     Args:
-        target, backend: as in :func:`gspn.swap`. path: the file, or the folder with ``gspn_swap.safetensors``.
+        target, backend: as in :func:`gspn.swap`.
+        path: the file, or the folder with ``gspn_swap.safetensors``.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged, is something else or belongs to another base
     model; the target is left as it was.

@@ -41,8 +41,9 @@ class HighResOutput(BaseOutput):
     """What :class:`HighResPipeline` returns.
 
     Attributes:
-        images: the image, in a list of one (or an array or tensor of one). stages: the image after each stage, the last
-            one too. plan: the stages as they were run, with their savers and their expected memory.
+        images: the image, in a list of one (or an array or tensor of one).
+        stages: the image after each stage, the last one too.
+        plan: the stages as they were run, with their savers and their expected memory.
         seed: the seed that makes the same image again.
         nsfw_content_detected: what the pipeline's safety checker found in the image, None without one.
     """
@@ -58,7 +59,7 @@ class HighResPipeline:
     """Images of any size, up to 16K x 8K, by a Stable Diffusion or SDXL pipeline of diffusers.
 
     The pipeline makes an image of its training size, in the aspect asked for. Each stage then enlarges the last image,
-    encodes it (z0) and adds noise until the last ceil(steps * strength) steps remain:
+    encodes it (z0) and adds noise until the last ceil(steps * strength) steps remain::
 
         x = c(t)^blend * (z0 noised to t) + (1 - c(t)^blend) * x,   c(t) = (1 - cos(pi t / T)) / 2
         prediction = (1 - c(t)^dilation) * UNet(x) + c(t)^dilation * UNet with dilated convolutions(x)
@@ -143,15 +144,17 @@ class HighResPipeline:
         """One image of `prompt`.
 
         Args:
-            prompt, negative_prompt: texts. guidance_scale: g in null + g * (prompted - null); 1 is without.
+            prompt, negative_prompt: texts.
+            guidance_scale: g in null + g * (prompted - null); 1 is without.
             height, width: of the image, multiples of 8 (and of the VAE's factor).
             seed: the first stage's image is then the one that the pipeline makes with
                 ``torch.Generator().manual_seed(seed)``; None draws one, from `generator` if there is one.
             stages: sizes (height, width) of all stages, the first made from noise, the last the image; None doubles
                 the sides from the trained size on.
-            native_steps: of the first stage. steps, strengths: of the others, the last value for all that follow.
-            blend, dilation: the exponents above; None leaves blending or the second pass out. rematch: whether mean and
-                deviation are matched.
+            native_steps: of the first stage.
+            steps, strengths: of the others, the last value for all that follow.
+            blend, dilation: the exponents above; None leaves blending or the second pass out.
+            rematch: whether mean and deviation are matched.
             memory_mib: the memory that the call may take beside the weights; None is nine tenths of the free memory.
             vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload: the savers, see
                 :class:`gspn.stable_diffusion.highres.savers.Savers`; None switches one on in the stages that do not fit
@@ -162,7 +165,8 @@ class HighResPipeline:
                 refused.
             output_type: "pil", "np" (1,H,W,3) or "pt" (1,3,H,W) in [0, 1], or "latent" (1,C,h,w).
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ..., "stage": i}) after every step;
-                may return a dict with other latents. callback_on_stage_end: as f(pipeline, i, image).
+                may return a dict with other latents.
+            callback_on_stage_end: as f(pipeline, i, image).
             options: the pipeline's own that hold in all stages: prompt_2, clip_skip, prompt_embeds, eta,
                 cross_attention_kwargs, guidance_rescale, ip_adapter_image, ...
         Raises ValueError and TypeError, before any work, for arguments that do not fit together or into the memory

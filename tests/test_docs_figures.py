@@ -1,0 +1,41 @@
+"""docs/figures.py draws what the documents say it draws."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import gspn
+
+pytest.importorskip("sklearn")
+
+ROOT = Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("docs_figures", ROOT / "docs/figures.py")
+figures = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(figures)
+
+
+def test_the_chart_shows_the_published_times():
+    cases = json.loads(figures.GROWTH.read_text())["growth"]["cases"]
+    (axes,) = figures.draw_growth().axes
+    for line, name in zip(axes.lines, figures.CONTENDERS, strict=True):
+        rows = [c for c in cases if c["pass"] == "forward" and name in c["contenders"]]
+        assert line.get_xydata().tolist() == [[c["side"] ** 2, c["contenders"][name]["ms"][1]] for c in rows]
+
+
+@pytest.mark.parametrize("direction", gspn.DIRECTIONS)
+def test_weights_set_by_hand_meet_the_stability_context_condition(direction):
+    weights = figures.weights_by_colour(torch.rand(1, 3, 5, 7), direction, sharpness=1)
+    assert weights.shape == (1, 1, 3, 5, 7) and weights.min() >= 0
+    assert weights.sum(2) == pytest.approx(torch.ones(1, 1, 5, 7).numpy(), abs=1e-6)
+    even = gspn.normalize_weights(torch.zeros(1, 1, 3, 5, 7), direction=direction)
+    assert torch.equal(weights == 0, even == 0)  # where a neighbour is missing
+
+
+def test_by_hand_a_pixel_takes_from_the_neighbour_of_its_colour():
+    x = torch.zeros(1, 3, 3, 2)
+    x[:, :, 0, 0] = x[:, :, 1, 1] = 1  # white: one pixel of the first column, and one in the second, a row below
+    influence = figures.influence(figures.weights_by_colour(x, "right"), "right", (1, 1))
+    assert influence[:, 0].tolist() == pytest.approx([1, 0, 0], abs=1e-6)
