@@ -128,7 +128,6 @@ def finish(path):
 def test_a_few_kills(uninterrupted, tmp_path):
     path = tmp_path / "run"
     assert killed(path, "writes a tensor file", 4) and killed(path, "renames a folder", 3)
-    killed(path, seconds=0.4)  # by the clock; a fast machine may be done by then
     finish(path)
     assert_same_outcome(outcome(path), uninterrupted)
 
