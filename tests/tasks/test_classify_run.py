@@ -234,7 +234,7 @@ def test_runs_that_cannot_be_opened(tmp_path):
     with pytest.raises(RunError, match=rf"newer gspn .format {FORMAT + 1}; .* {FORMAT}\)"):
         Run.open(tmp_path)
     write_json(tmp_path / "config.json", {"format": FORMAT, "task": "classification"})
-    with pytest.raises(RunError, match="KeyError: 'preprocessing'"):
+    with pytest.raises(RunError, match="damaged or foreign: KeyError: 'model'"):
         load_classifier(tmp_path)
 
 
