@@ -17,7 +17,7 @@ from gspn.tasks.diffusion import train_generator
 from gspn.train import loop
 
 SMALL = dict(TINY, width=8)
-OPTIONS = dict(model_args=SMALL, epochs=1, batch_size=56, lr=5e-3, ema=0.9, seed=3, workers=0)  # 26 steps an epoch
+OPTIONS = dict(model_args=SMALL, epochs=1, batch_size=56, lr=5e-3, ema=0.9, seed=3, workers=0)  # 25 steps an epoch
 SHARDED = OPTIONS | dict(epochs=2, batch_size=350, accumulate=2, save_every="3", fsdp=True)  # 4 steps an epoch
 
 # at a learning rate of 0 what is random in training changes nothing, and validation and samples have to be the same
