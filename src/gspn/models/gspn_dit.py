@@ -1,6 +1,5 @@
 """GSPN-DiT, our own generator: DiT's block with a gated scan instead of attention, and a convolution in its MLP."""
 
-import functools
 import math
 
 import torch
@@ -199,9 +198,9 @@ class GSPNDiTTransformer2DModel(Generator):
         return self._project_out(F.layer_norm(x, x.shape[-1:], eps=1e-6), condition)
 
 
-@functools.lru_cache(maxsize=8)
 def _positions(channels: int, height: int, width: int, trained: int, device: torch.device) -> Tensor:
     """(1,height,width,channels): DiT's positions on a map of side `trained`, stretched over one of this size."""
+    # Not cached: what torch.export traces must not be kept for later calls.
     grid = (height, width)
     table = get_2d_sincos_pos_embed(channels, grid, base_size=trained, output_type="pt", device=device)
     return table.view(1, height, width, channels)
