@@ -27,6 +27,7 @@ def python(*arguments, limit=600):
     )
 
 
+@pytest.mark.slow
 def test_the_rehearsal_measures_every_section(tmp_path):
     result = python("-m", "benchmarks.speed.layer_gpu", "--rehearse", "--tune", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]

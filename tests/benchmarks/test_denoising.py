@@ -41,6 +41,7 @@ def test_what_is_measured(photos):
     assert "each" not in denoising.measure(Known(), objective, photos["test"], "32x64", 4)
 
 
+@pytest.mark.slow
 def test_missing_runs_are_made_and_told(photos, tmp_path, monkeypatch):
     pick = {name: CONTENDERS[name] for name in ("dit", "ours")}
     monkeypatch.setattr(denoising, "CONTENDERS", pick)

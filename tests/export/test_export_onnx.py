@@ -94,6 +94,7 @@ class EveryOperator(nn.Module):
         return tuple(outputs)
 
 
+@pytest.mark.slow
 def test_every_operator_in_every_form_at_every_size(tmp_path):
     model, path = EveryOperator(), tmp_path / "every.onnx"
     written = export_onnx(model, path, torch.zeros(1, model.CHANNELS, 1, 1))
