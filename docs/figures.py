@@ -1,7 +1,8 @@
 """Draws the pictures of the README and of the documents, into docs/images.
 
     python docs/figures.py              # growth.png and directions.png
-    python docs/figures.py --run RUN    # and context.png; RUN is a classifier of colour images
+    python docs/figures.py --run RUN    # and context.png; RUN is a classifier of colour images; the published picture
+                                        # shows gspn-micro-plain of benchmarks/README.md
 
 The photo is scikit-learn's china.jpg, by danielbuechele, CC BY 2.0.
 """

@@ -39,3 +39,15 @@ def test_by_hand_a_pixel_takes_from_the_neighbour_of_its_colour():
     x[:, :, 0, 0] = x[:, :, 1, 1] = 1  # white: one pixel of the first column, and one in the second, a row below
     influence = figures.influence(figures.weights_by_colour(x, "right"), "right", (1, 1))
     assert influence[:, 0].tolist() == pytest.approx([1, 0, 0], abs=1e-6)
+
+
+def test_the_losses_of_denoising_are_those_of_the_runs():
+    runs = ROOT / "benchmarks/results/quality/denoising"
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = text[text.index("GSPN-DiT was trained beside DiT") :]
+    text = text[: text.index("The other figures")]
+    for name in ("dit", "ours", "ours-none"):
+        (file,) = runs.glob(f"{name}-lr0.01-seed0-*.json")
+        tested = json.loads(file.read_text())["test"]
+        for size in ("32x32", "48x48", "64x64"):
+            assert f"{tested[size]['loss']:.4f}" in text, (name, size)

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from gspn.models.pipeline import GSPNPipeline
 
 TASKS = ("classification", "diffusion", "segmentation")  # what `load_run` can load
-
-
-LOADED = {"classification": "classifier", "segmentation": "segmenter"}
+LOADED = {"classification": "classifier", "segmentation": "segmenter"}  # what messages call them
 
 
 @dataclass

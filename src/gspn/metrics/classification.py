@@ -118,14 +118,12 @@ def progress(images: int, accelerator, console: Console | None) -> Progress:
     return Progress("evaluating", images, console=console if accelerator.is_main_process else None)
 
 
-def warnings_of(metrics, problems):
-    """The warnings after training or evaluation."""
-    warnings = []
-    if problems:
-        warnings.append(warning_of(problems))
+def warnings_of(metrics: dict, problems: list[str], unit: str = "image", figure: str = "accuracy") -> list[str]:
+    """The warnings after training or evaluation, where `figure` counts the `unit`s of each class."""
+    warnings = [warning_of(problems)] if problems else []
     if metrics["missing_classes"]:
         missing = ", ".join(metrics["missing_classes"])
-        warnings.append(f"no image of these classes in the evaluation; accuracy is over the others: {missing}")
+        warnings.append(f"no {unit} of these classes in the evaluation; {figure} is over the others: {missing}")
     return warnings
 
 

@@ -16,8 +16,8 @@ from gspn.data.loader import batches, workers_note
 from gspn.data.mask_classes import IGNORED, Classes
 from gspn.data.mask_loader import make_masked_loader
 from gspn.data.masks import open_masked
-from gspn.data.unreadable import warning_of
 from gspn.files import check_absent, make_folder, write_json
+from gspn.metrics.classification import warnings_of
 from gspn.options import OptionError
 from gspn.places import location
 from gspn.progress import Progress
@@ -154,15 +154,6 @@ def evenly(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, most).astype(int)).tolist()
 
 
-def warnings_of(metrics: dict, problems: list[str]) -> list[str]:
-    """The warnings after training or evaluation."""
-    warnings = [warning_of(problems)] if problems else []
-    if metrics["missing_classes"]:
-        missing = ", ".join(metrics["missing_classes"])
-        warnings.append(f"no pixel of these classes in the evaluation; the mean IoU is over the others: {missing}")
-    return warnings
-
-
 def evaluate(
     path: str | Path,
     data: str | Path,
@@ -231,7 +222,7 @@ def evaluate(
         recorded = trained_on.get("fingerprint")
         if data_set.fingerprint(recorded, console) != recorded:
             notes.append(f"{data} has changed since the run was trained: other images may be held out of it now")
-    return metrics, [*data_set.left_out, *filter(None, notes), *warnings_of(metrics, problems)]
+    return metrics, [*data_set.left_out, *filter(None, notes), *warnings_of(metrics, problems, "pixel", "the mean IoU")]
 
 
 def evaluation_files(folder: str | Path) -> tuple[Path, Path, Path]:

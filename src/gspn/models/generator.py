@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from gspn.depthwise import DepthwiseConv2d
 from gspn.layers import DropPath, GSPN2d, LayerNorm2d, Pointwise
 from gspn.models import gspn_dit
-from gspn.models.generator_base import Generator, check_sizes, output_channels
+from gspn.models.generator_base import Generator
 from gspn.names import check_arguments, unknown
 
 try:
     from diffusers import ModelMixin  # noqa: F401 - pipelines look for it in the module of a component's class
     from diffusers.configuration_utils import register_to_config
-    from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 except ImportError as error:
     raise ImportError(
         f'generation needs diffusers, which cannot be imported ({error}): pip install "gspn[diffusion]"'
@@ -135,26 +134,11 @@ class GSPNTransformer2DModel(Generator):
         prediction_type: str = "epsilon",
     ):
         super().__init__()
-        check_sizes(
-            sample_size,
-            patch_size,
-            class_dropout_prob,
-            prediction_type,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            hidden_size=hidden_size,
-            depth=depth,
-        )
+        self._make_start()
         if depth % 2:
             raise ValueError(f"depth has to be even, as each block of the second half has a counterpart, got {depth}")
         if not 0 <= global_blocks <= depth + 1:
             raise ValueError(f"global_blocks has to be from 0 to {depth + 1} (all blocks), got {global_blocks}")
-        channels = output_channels(in_channels, learn_sigma, out_channels)
-        self.out_channels = channels
-        self.register_to_config(out_channels=channels)  # tells pipelines whether there is a variance
-        self.gradient_checkpointing = False
-        self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
-        self.embed = CombinedTimestepLabelEmbeddings(num_classes, hidden_size, class_dropout_prob)
         proxy_dim = max(1, hidden_size // 16) if proxy_dim is None else proxy_dim
         self.blocks = nn.ModuleList(
             GeneratorBlock(
@@ -169,8 +153,7 @@ class GSPNTransformer2DModel(Generator):
             for i in range(depth + 1)
         )
         self.norm = LayerNorm2d(hidden_size)
-        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * channels)
+        self._make_end()
         self._init_weights()
 
     def _init_weights(self):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 try:
     from diffusers import ConfigMixin, ModelMixin
+    from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 except ImportError as error:
     raise ImportError(
@@ -17,38 +18,50 @@ except ImportError as error:
     ) from error
 
 
-def check_sizes(sample_size: int, patch_size: int, class_dropout_prob: float, prediction_type: str, **sizes: int):
-    """Raises ValueError for arguments that no generator takes."""
-    for name, value in dict(sample_size=sample_size, patch_size=patch_size, **sizes).items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} has to be a positive whole number, got {value!r}")
-    if not 0 <= class_dropout_prob < 1:
-        raise ValueError(f"class_dropout_prob has to be at least 0 and below 1, got {class_dropout_prob}")
-    if sample_size % patch_size:
-        raise ValueError(f"sample_size has to be a multiple of patch_size {patch_size}, got {sample_size}")
-    if prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"prediction_type has to be epsilon, v_prediction or sample, got {prediction_type!r}")
-
-
-def output_channels(in_channels: int, learn_sigma: bool, out_channels: int | None) -> int:
-    """Twice `in_channels` with a learned variance, else as many. Raises ValueError if `out_channels` is another."""
-    channels = in_channels * (1 + bool(learn_sigma))
-    if out_channels not in (None, channels):
-        raise ValueError(
-            f"out_channels has to be {channels} for in_channels={in_channels}, learn_sigma={learn_sigma}, got "
-            f"{out_channels}"
-        )
-    return channels
-
-
 class Generator(ModelMixin, ConfigMixin):
     """A class-conditional model of noisy maps, which is used like diffusers' DiTTransformer2DModel.
 
-    A subclass gives `_predict(hidden_states, timestep, class_labels, **options)`, has ``embed``, ``modulation`` and
-    ``proj_out``, and holds in its config sample_size, patch_size, in_channels, num_classes and class_dropout_prob.
+    A subclass gives `_predict(hidden_states, timestep, class_labels, **options)`. Its config holds sample_size,
+    patch_size, in_channels, out_channels, learn_sigma, hidden_size, depth, num_classes, class_dropout_prob and
+    prediction_type. It calls `_make_start` before it makes its blocks, and `_make_end` after.
     """
 
     _supports_gradient_checkpointing = True
+
+    def _make_start(self):
+        """Checks the config, and makes ``patch_embed`` and ``embed``. Raises ValueError for what no generator takes."""
+        config = self.config
+        for name in ("sample_size", "patch_size", "in_channels", "num_classes", "hidden_size", "depth"):
+            value = config[name]
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} has to be a positive whole number, got {value!r}")
+        if not 0 <= config.class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob has to be at least 0 and below 1, got {config.class_dropout_prob}")
+        if config.sample_size % config.patch_size:
+            raise ValueError(
+                f"sample_size has to be a multiple of patch_size {config.patch_size}, got {config.sample_size}"
+            )
+        if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                f"prediction_type has to be epsilon, v_prediction or sample, got {config.prediction_type!r}"
+            )
+        self.out_channels = config.in_channels * (1 + bool(config.learn_sigma))
+        if config.out_channels not in (None, self.out_channels):
+            raise ValueError(
+                f"out_channels has to be {self.out_channels} for in_channels={config.in_channels}, "
+                f"learn_sigma={config.learn_sigma}, got {config.out_channels}"
+            )
+        self.register_to_config(out_channels=self.out_channels)  # tells pipelines whether there is a variance
+        self.gradient_checkpointing = False
+        width, patch = config.hidden_size, config.patch_size
+        self.patch_embed = nn.Conv2d(config.in_channels, width, patch, stride=patch)
+        self.embed = CombinedTimestepLabelEmbeddings(config.num_classes, width, config.class_dropout_prob)
+
+    def _make_end(self):
+        """Makes ``modulation`` and ``proj_out``."""
+        width, patch = self.config.hidden_size, self.config.patch_size
+        self.modulation = nn.Linear(width, 2 * width)
+        self.proj_out = nn.Linear(width, patch * patch * self.out_channels)
 
     def _init_ends(self):
         """As in DiT, the layers that predict start at 0, embeddings from a normal of deviation 0.02 (with 1, the first

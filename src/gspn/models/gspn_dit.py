@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from gspn.depthwise import DepthwiseConv2d
 from gspn.layers import GSPN2d
-from gspn.models.generator_base import Generator, check_sizes, output_channels
+from gspn.models.generator_base import Generator
 
 try:
     from diffusers import ModelMixin  # noqa: F401 - pipelines look for it in the module of a component's class
     from diffusers.configuration_utils import register_to_config
-    from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, get_2d_sincos_pos_embed
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
 except ImportError as error:
     raise ImportError(
         f'generation needs diffusers, which cannot be imported ({error}): pip install "gspn[diffusion]"'
@@ -95,7 +95,8 @@ class GSPNDiTTransformer2DModel(Generator):
         proxy_dim: S, the width from which the scan's weights and gates are predicted. groups: channel groups that share
             propagation weights. average, center: as in :class:`gspn.GSPN2d`.
         positions: adds DiT's sinusoidal positions, stretched over the map, whatever its size.
-        size_condition: the blocks hear log(H / sample_size) and log(W / sample_size), for training at several sizes.
+        size_condition: the blocks hear log(H / sample_size) and log(W / sample_size), for training at several sizes;
+            with a dilation, those of the sub-lattices.
         prediction_type: what the model is trained to predict: "epsilon", "v_prediction" or "sample". Pipelines refuse a
             scheduler that expects something else.
 
@@ -135,31 +136,15 @@ class GSPNDiTTransformer2DModel(Generator):
         prediction_type: str = "epsilon",
     ):
         super().__init__()
-        check_sizes(
-            sample_size,
-            patch_size,
-            class_dropout_prob,
-            prediction_type,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            hidden_size=hidden_size,
-            depth=depth,
-        )
+        self._make_start()
         if int(hidden_size * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio has to leave at least one of {hidden_size} channels, got {mlp_ratio}")
         if positions and hidden_size % 4:
             raise ValueError(f"positions=True needs a hidden_size that is a multiple of 4, got {hidden_size}")
-        channels = output_channels(in_channels, learn_sigma, out_channels)
-        self.out_channels = channels
-        self.register_to_config(out_channels=channels)  # tells pipelines whether there is a variance
-        self.gradient_checkpointing = False
-        self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
-        self.embed = CombinedTimestepLabelEmbeddings(num_classes, hidden_size, class_dropout_prob)
         self.size_embed = nn.Linear(2, hidden_size, bias=False) if size_condition else None
         gspn = dict(proxy_dim=proxy_dim, groups=groups, average=average, center=center)
         self.blocks = nn.ModuleList(GSPNDiTBlock(hidden_size, mlp_ratio=mlp_ratio, **gspn) for _ in range(depth))
-        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * channels)
+        self._make_end()
         self._init_weights()
 
     def _init_weights(self):

@@ -16,7 +16,8 @@ from gspn.data.mask_classes import IGNORED, Classes
 from gspn.data.mask_loader import MaskAugmentation, make_masked_loader
 from gspn.data.masks import find_classes, open_masked, survey
 from gspn.data.unreadable import Unreadable
-from gspn.metrics.segmentation import OPEN_OPTIONS, evenly, segment_batches, warnings_of
+from gspn.metrics.classification import warnings_of
+from gspn.metrics.segmentation import OPEN_OPTIONS, evenly, segment_batches
 from gspn.models.segmenter import create_segmenter
 from gspn.options import OptionError
 from gspn.options.segment import PRESET, SPEC, SegmentationOptions
@@ -224,7 +225,8 @@ class Setup(BaseSetup):
             plots.curves(run, (("miou", "mean IoU"), ("pixel_accuracy", "pixels")))
             plots.pixel_confusion(run.path / "confusion.png", outcome.confusion, self.classes.names, metrics)
             plots.pairs(run.path / "predictions.png", self.eval_split, outcome.shown, self.classes, metrics)
-        return segmenter.run if training.run else None, warnings_of(metrics, list(task.unreadable.problems.values()))
+        problems = list(task.unreadable.problems.values())
+        return segmenter.run if training.run else None, warnings_of(metrics, problems, "pixel", "the mean IoU")
 
 
 def settle(options: SegmentationOptions, sizes: Counter, channels: int, source: Source | None) -> SegmentationOptions:
