@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Three processes, for some packages change what others do. timm needs torchvision, and where that can be found
 # accelerate, datasets and transformers behave differently: both stand in .timm, beside .venv. Triton is an interpreter
 # or not for a whole process. The second has so few tests that workers would only cost time.
-MAIN := $(PYTEST) -n 2
+MAIN := $(PYTEST) -n 2 --dist worksteal
 WITH_TIMM := PYTHONPATH=.timm $(PYTEST)
 WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST) -n 2
 CPU_SOURCES := $(wildcard src/gspn/kernels/cpu/*.* src/gspn/kernels/cpu/*/*.*)
@@ -31,12 +31,14 @@ quickstart: .venv/.installed
 	$(BIN)/gspn train digits --model gspn_micro --out runs/quickstart --overwrite
 	$(BIN)/gspn eval runs/quickstart digits
 
-# A part that fails, or that finds no tests (pytest ends with 5), does not keep the others from running.
+# A part that fails, or that finds no tests (pytest ends with 5), does not keep the others from running. The second runs
+# beside the first, whose workers wait for one another at times, and is shown after it.
 test: SPEED := not slow and
 test test-all: .venv/.installed .timm/.installed
-	@trap 'exit 130' INT; failed=; \
+	@trap 'kill $$timm; exit 130' INT; failed=; \
+	$(WITH_TIMM) -m "$(SPEED) timm" >.timm/tests.log 2>&1 & timm=$$!; \
 	$(MAIN) -m "$(SPEED) not timm and not triton" || failed="$$failed main"; \
-	$(WITH_TIMM) -m "$(SPEED) timm" || failed="$$failed timm"; \
+	wait $$timm || failed="$$failed timm"; cat .timm/tests.log; \
 	$(WITH_TRITON) -m "$(SPEED) triton" $(TRITON_TESTS) || failed="$$failed triton"; \
 	test -z "$$failed" || { echo "tests failed in these parts:$$failed" >&2; exit 1; }
 
