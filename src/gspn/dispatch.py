@@ -45,10 +45,10 @@ def available_backends() -> dict[str, BackendStatus]:
     >>> gspn.available_backends()["reference"].available
     True
     """
-    return {name: _status(name) for name in BACKENDS}
+    return {name: backend_status(name) for name in BACKENDS}
 
 
-def _status(name: str) -> BackendStatus:
+def backend_status(name: str) -> BackendStatus:
     if name not in _statuses:
         try:
             _statuses[name] = BackendStatus(*importlib.import_module(f"gspn.kernels.{name}").available())
@@ -63,7 +63,8 @@ def _status(name: str) -> BackendStatus:
 def _select(backend: str, device_type: str):
     """The module of the named backend, or an error; for "" the native one, or the reference with a warning."""
     name = backend or NATIVE_BACKENDS.get(device_type, "")
-    status = _status(name) if name else BackendStatus(False, f"gspn has no kernel for devices of type {device_type!r}")
+    missing = f"gspn has no kernel for devices of type {device_type!r}"
+    status = backend_status(name) if name else BackendStatus(False, missing)
     if status.available:
         return importlib.import_module(f"gspn.kernels.{name}")
     if backend:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gspn.depthwise import DepthwiseConv2d
 from gspn.kernels.reference import lines_before, no_autocast
 from gspn.layers_released import propagate_released, scan_released, turn_back
+from gspn.lean import propagate_lean
 from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment
 
 # torch.fx.symbolic_trace cannot follow code that depends on sizes and layouts. Each function wrapped here and below is
@@ -208,6 +209,8 @@ class GSPN2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_map(x, self.channels, self.alignment)
+        if self.scan_dim is None:
+            return self._propagate(x, self.proxy_proj(x))
         return self.expand(self._propagate(self.reduce(x), self.proxy_proj(x)))
 
     if TYPE_CHECKING:  # nn.Module's is typed as Any
@@ -216,6 +219,10 @@ class GSPN2d(nn.Module):
 
     def _propagate(self, x: Tensor, proxy: Tensor) -> Tensor:
         """The merged directions (B,K,H,W) of x (B,K,H,W) and proxy (B,S,H,W)."""
+        center = input_means(x, proxy, self.input_proj) if self.center else None
+        merged = propagate_lean(self, x, proxy, None if center is None else center.contiguous())
+        if merged is not None:
+            return merged
         if self.alignment == "released":
             output_proj = self._scaled(self.output_proj)
             skip_proj = None if self.skip_proj is None else self._scaled(self.skip_proj)
@@ -224,7 +231,7 @@ class GSPN2d(nn.Module):
             output_proj, skip_proj = self._merged_projections(x.shape[-2:])
             run = propagate
         tensors = (x, proxy, self.weight_proj, self.input_proj, output_proj, skip_proj)
-        options = {"center": input_means(x, proxy, self.input_proj)} if self.center else {}
+        options = {} if center is None else {"center": center}
         return run(*tensors, **options, directions=self.directions, segment=self.segment, backend=self.backend)
 
     def _scan(self, gated: Tensor, logits: Tensor) -> Tensor:

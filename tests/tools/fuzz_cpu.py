@@ -74,7 +74,7 @@ def run_case(seed: int) -> list[tuple[str, float, float]]:
     height, width = (rng.choice((1, 2, 3, 7, 14, 16, 17, 31, 40)) for _ in range(2))
     directions = rng.sample(range(4), rng.randint(1, 4))
     segment = rng.choice((None, None, 1, 2, 5, 16, 100))
-    dtype, op = rng.choice(DTYPES), rng.choice(("gated", "line", "propagate"))
+    dtype, op = rng.choice(DTYPES), rng.choice(("gated", "line", "propagate", "unmerged"))
     options = {"isa": rng.choice(cpu.supported_isas()), "threads": rng.choice((1, 2))}
     maps = lambda *lead: torch.randn(*lead, height, width, generator=draw, dtype=torch.float64)  # noqa: E731
     many, slack = len(directions), 1.0
@@ -97,7 +97,7 @@ def run_case(seed: int) -> list[tuple[str, float, float]]:
             (many, 3, groups, features),
             (many, channels, features),
             (many, channels, features),
-            (channels, features),
+            (channels, features) if op == "propagate" else (many, channels, features),
         )
         projections = [torch.randn(s, generator=draw, dtype=torch.float64) / features**0.5 for s in sizes]
         tensors = [t.to(dtype) for t in (maps(batch, channels), maps(batch, features), *projections)]
@@ -107,13 +107,33 @@ def run_case(seed: int) -> list[tuple[str, float, float]]:
         inputs = [relaid(t, rng) for t in tensors[:2]] + tensors[2:] + [None] * (not skip)
         center = torch.randn(batch, many, channels, generator=draw).to(torch.promote_types(dtype, torch.float32))
         center *= rng.random() < 0.5
+        slack = 5.0  # sums over pixels and features
+    if op == "unmerged":
+        kept = dtype if rng.random() < 0.5 or dtype.itemsize > 2 else torch.float32
+        merger, average = torch.randn(many, generator=draw).to(kept), rng.random() < 0.5
+        lines = torch.tensor([min(segment or 1 << 30, height if d % 2 else width) for d in directions])
+        shares = (merger.double() / (lines if average else 1)).view(-1, 1, 1)
+        layers = [t if t is None else t.to(kept) for t in inputs[2:]]
+        found = [
+            cpu.propagate_unmerged(
+                *inputs[:2], *layers, merger, directions, segment, average, center.clone(), isa=options["isa"]
+            )
+        ]
+        tensors += [None] * (not skip) + [center]
+
+        def function(x, proxy, weights, inward, outward, skips, center):
+            skips = None if skips is None else (skips * merger.double().view(-1, 1, 1)).sum(0)
+            return propagate_loop(x, proxy, weights, inward, outward * shares, skips, center, directions, segment)
+
+        expected = [function(*(t if t is None else t.double() for t in tensors))]
+    elif op == "propagate":
         y = cpu.propagate(*inputs, directions, segment, center=center, **options)
         grads = cpu.propagate_backward(relaid(grad, rng), *inputs, directions, segment, center=center, **options)
         found = [y, *(g for g in grads if g is not None)]
         tensors.append(center)
         function = lambda *a: propagate_loop(*a[:-1], *[None] * (not skip), a[-1], directions, segment)  # noqa: E731
-        slack = 5.0  # sums over pixels and features
-    expected = with_gradients(function, [t.double() for t in tensors], grad.double())
+    if op != "unmerged":
+        expected = with_gradients(function, [t.double() for t in tensors], grad.double())
     name = f"seed {seed}: {op} {dtype} {(batch, channels, groups, height, width)} {directions} {segment} {options}"
     pairs = zip(found, expected, strict=False)
     return [(f"{name} output {i}", error(f, e), slack * TOLERANCE[dtype]) for i, (f, e) in enumerate(pairs)]

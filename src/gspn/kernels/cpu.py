@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 5  # GSPN_ABI_VERSION in cpu/api.h
+ABI_VERSION = 6  # GSPN_ABI_VERSION in cpu/api.h
 DEPTHWISE_KERNELS = (5, 7)  # those that cpu/depthwise/ is compiled for
 ISAS = ("portable", "avx2", "avx512")  # GspnIsa in cpu/api.h, worst first
 
@@ -24,8 +24,9 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 _VIEW = 7  # words of a GspnView
 _NO_VIEW = (0,) * _VIEW
 _SCAN_WORDS = struct.Struct(f"={15 + 8 * _VIEW}q")  # GspnScanArgs in cpu/api.h
-_PROPAGATE_WORDS = struct.Struct(f"={17 + 6 * _VIEW + 10}q")  # GspnPropagateArgs in cpu/api.h
+_PROPAGATE_WORDS = struct.Struct(f"={21 + 6 * _VIEW + 10}q")  # GspnPropagateArgs in cpu/api.h
 _DEPTHWISE_WORDS = struct.Struct(f"={8 + 2 * _VIEW + 1}q")  # GspnDepthwiseArgs in cpu/api.h
+_MERGED = (0, 0, 0, 0)  # no words of a layer's merger
 _STATUS = {1: "out of memory for scratch buffers", 2: "bad argument"}  # GspnStatus in cpu/api.h
 
 
@@ -294,6 +295,62 @@ def propagate_backward(
     return dx, dproxy, *(None if p is None else d.to(p.dtype) for p, d in zip(originals, gradients, strict=True))
 
 
+def propagate_unmerged(
+    x, proxy, weight_proj, input_proj, output_proj, skip_proj, merger, directions, segment=None, average=False,
+    center=None, *, isa=None,
+):  # fmt: skip
+    """`propagate` with the projections as a layer keeps them: output_proj (D, C, S) and skip_proj (D, C, S), or None,
+    are multiplied by merger (D,), or by 1/D without it; with `average`, output_proj[d] is divided by the lines of a
+    segment. All have one dtype: that of x, or float32 with 16-bit x.
+
+    The layer calls this in evaluation, with maps of a few pixels too: so nothing is converted, copied or checked twice.
+    Returns None for what needs that: other dtypes, shapes or layouts. `propagate` takes it, or says what is wrong.
+    """
+    batch, channels, height, width = x.shape
+    features, groups, count, dtype = proxy.shape[1], weight_proj.shape[2], len(directions), weight_proj.dtype
+    gates, skip, scalars = (count, channels, features), skip_proj is not None, merger is not None
+    if not (
+        proxy.shape == (batch, features, height, width)
+        and proxy.dtype == x.dtype
+        and (dtype == x.dtype or (dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)))
+        and (x.is_cpu and proxy.is_cpu and x.layout == torch.strided == proxy.layout)
+        and not (x.is_neg() or proxy.is_neg())
+        and _plain(weight_proj, (count, 3, groups, features), dtype)
+        and (groups and channels % groups == 0)
+        and _plain(input_proj, gates, dtype)
+        and _plain(output_proj, gates, dtype)
+        and (not skip or _plain(skip_proj, gates, dtype))
+        and (not scalars or _plain(merger, (count,), dtype))
+        and (center is None or _plain(center, (batch, count, channels), _state_dtype(x)))
+    ):
+        return None
+    y = torch.empty_like(x)
+    threads = 1 if _forked else torch.get_num_threads()
+    words = _PROPAGATE_WORDS.pack(
+        *(_isa_code(isa), threads, 0, _DTYPES[x.dtype]),
+        *(batch, channels, features, groups, height, width, segment or 0, 0, count),
+        *(*directions, *(0,) * (4 - count)),
+        *(1, average, _DTYPES[dtype], merger.data_ptr() if scalars else 0),
+        *(*_view_bchw(x), *_view_bchw(proxy), *_view_bchw(y), *_NO_VIEW * 3),
+        *(weight_proj.data_ptr(), input_proj.data_ptr(), output_proj.data_ptr(), skip_proj.data_ptr() if skip else 0),
+        *(0 if center is None else center.data_ptr(), 0, 0, 0, 0, 0),
+    )
+    _run(_library().gspn_propagate, words)
+    return y
+
+
+def _plain(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the kernel can read the tensor where it lies."""
+    return (
+        tensor.shape == shape
+        and tensor.dtype == dtype
+        and tensor.is_cpu
+        and tensor.layout == torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
+
+
 def propagate_scratch_bytes(
     x, proxy, weight_proj, directions, segment=None, *, backward=False, isa=None, threads=None, workspace_mib=0
 ) -> int:
@@ -394,4 +451,5 @@ def _propagate_head(
         *(_isa_code(isa), _thread_count(threads), backward, _DTYPES[x.dtype]),
         *(batch, channels, features, groups, height, width, _segment_code(segment), workspace_mib << 20),
         *_direction_words(directions),
+        *_MERGED,
     )

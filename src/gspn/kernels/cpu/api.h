@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GSPN_ABI_VERSION 5
+#define GSPN_ABI_VERSION 6
 
 enum GspnDtype { GSPN_FLOAT32 = 0, GSPN_BFLOAT16 = 1, GSPN_FLOAT16 = 2, GSPN_FLOAT64 = 3 };
 enum GspnIsa { GSPN_ISA_BEST = -1, GSPN_ISA_PORTABLE = 0, GSPN_ISA_AVX2 = 1, GSPN_ISA_AVX512 = 2 };
@@ -45,6 +45,10 @@ struct GspnScanArgs {
 //
 // Maps have the type `dtype` (their views' direction and neighbour strides are not used). Projections, center and their
 // gradients are contiguous float (double where dtype is GSPN_FLOAT64). Gradients are overwritten, never added to.
+//
+// With `merge`, forward only, the projections are those of a layer, of the type `projections` (double where dtype is
+// GSPN_FLOAT64, else not): skip_proj is (D,C,S), and output_proj[d] and skip_proj[d] are multiplied by merger[d], or by
+// 1/D without merger; with `average`, output_proj[d] is also divided by the lines of a segment.
 struct GspnPropagateArgs {
     int64_t isa, threads;
     int64_t backward;                   // for propagate_scratch only
@@ -54,6 +58,9 @@ struct GspnPropagateArgs {
     int64_t segment;    // lines between two resets of the state; 0: never
     int64_t workspace;  // bytes of scratch that more threads may not exceed; 0: 256 MiB
     int64_t directions, direction[4];
+    int64_t merge, average;
+    int64_t projections;  // GspnDtype
+    const void* merger;   // (D) or null
     GspnView x, proxy;
     GspnView y;                                                    // forward only
     GspnView grad_y, dx, dproxy;                                   // backward only

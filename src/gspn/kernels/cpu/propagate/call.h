@@ -5,6 +5,7 @@
 #include "maps.h"
 #include "parallel.h"
 #include "propagate/gemm.h"
+#include "propagate/merge.h"
 #include "propagate/pixel.h"
 
 namespace GSPN_NS {
@@ -39,7 +40,8 @@ template <class A> struct Call {
     Geometry scans[4];            // in the order in which they are made
     int source[4];                // which of the caller's directions each scan is
 
-    // Filled in by the driver: a shared buffer, and the images first .. first + count of the current round
+    // Filled in by the driver: the projections, a shared buffer, and the images first .. first + count of the current round
+    Projections<A> projections;
     A* packed_proxy = nullptr;
     int64_t first = 0, count = 0;
 
@@ -48,7 +50,7 @@ template <class A> struct Call {
           features(a.features), directions(int(a.directions)), skip(a.skip_proj != nullptr),
           proxy_in_place(
               (a.dtype == GSPN_FLOAT32 || a.dtype == GSPN_FLOAT64) && (a.proxy.channel == 1 || a.features == 1)),
-          blocks(ceil_div(channels, L)), pitch(width | 1) {
+          blocks(ceil_div(channels, L)), pitch(width | 1), projections(a) {
         order_scans();
     }
 
@@ -88,9 +90,8 @@ template <class A> struct Call {
         return weight + ((d * kNeighbours + column) * args.groups + group) * n;
     }
     const A* projection(int i, int column, int64_t channel) const {
-        return projection(
-            static_cast<const A*>(args.weight_proj), static_cast<const A*>(args.input_proj),
-            static_cast<const A*>(args.output_proj), static_cast<const A*>(args.skip_proj), i, column, channel);
+        const Projections<A>& p = projections;
+        return projection(p.weight, p.input, p.output, p.skip, i, column, channel);
     }
     A* dprojection(int i, int column, int64_t channel) const {
         return projection(

@@ -107,6 +107,7 @@ template <class A> struct Forward {
 
     Call<A>& call;
     int64_t threads, parts;  // parts: tasks that share the directions of a block
+    A* merged_projections;
     A* part_outputs;         // [image of the round][block][part][packed block], where parts > 1
 
     struct Scratch {
@@ -123,7 +124,7 @@ template <class A> struct Forward {
         int64_t bytes;
     };
 
-    explicit Forward(Call<A>& p) : call(p), threads(p.useful_threads()), parts(1), part_outputs(nullptr) {
+    explicit Forward(Call<A>& p) : call(p), threads(p.useful_threads()), parts(1), merged_projections(nullptr), part_outputs(nullptr) {
         choose_parts();
         while (threads > 1 && scratch_bytes(1) > call.workspace() - call.round_bytes()) {
             threads--;
@@ -143,6 +144,7 @@ template <class A> struct Forward {
     }
 
     int64_t shared_bytes(int64_t images, Carver carver) {
+        merged_projections = carver.take<A>(Merging<A>(call.args).size());
         call.packed_proxy = carver.take<A>(call.packed_proxy_size(images));
         part_outputs = carver.take<A>(parts > 1 ? images * call.blocks * parts * call.packed_size() : 0);
         return carver.used;
@@ -163,6 +165,7 @@ template <class A> struct Forward {
         char* buffer = gspn::call_buffer(shared_bytes(round, Carver{nullptr}));
         if (!buffer) return GSPN_NO_MEMORY;
         shared_bytes(round, Carver{buffer});
+        call.projections = Merging<A>(call.args).run(merged_projections);
         int64_t status = GSPN_OK;
         for (call.first = 0; call.first < call.batch && status == GSPN_OK; call.first += round) {
             call.count = min(round, call.batch - call.first);
