@@ -90,6 +90,16 @@ def test_error_is_at_most_twice_that_of_the_reference(options, isa, monkeypatch)
         assert error <= 2 * allowed + want.abs().max() * torch.finfo(dtype).eps, (dtype, error, allowed)
 
 
+def test_a_model_turned_to_channels_last(lean_calls):
+    """Turning a model turns its parameters of four dimensions too."""
+    layer = layer_of().to(memory_format=torch.channels_last)
+    assert not layer.weight_proj.is_contiguous()
+    x = torch.randn(2, 20, 6, 5).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), usual(layer, x), rtol=1e-5, atol=1e-6)
+    assert len(lean_calls) == 1
+
+
 def test_float32_projections_beside_16_bit_maps(lean_calls):
     layer = layer_of(average=True)
     layer.proxy_proj.to(torch.bfloat16)

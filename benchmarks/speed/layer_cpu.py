@@ -16,6 +16,8 @@ import torch
 import gspn
 from benchmarks.contenders import peers
 from benchmarks.harness import harness
+from benchmarks.speed import models_cpu
+from gspn import layers
 from gspn.kernels import cpu, reference
 
 SIZES = [  # B, C, H, W, S
@@ -182,6 +184,40 @@ def layer_options(rounds):
     return rows
 
 
+def small_maps(rounds):
+    """The layer without gradients where a map has few pixels, against itself by the usual way through torch's dispatch,
+    attention and linear attention; gspn_micro at 28x28 likewise. One thread."""
+    torch.set_num_threads(1)
+    rows = []
+
+    def by_the_usual_way(call):
+        def run():
+            lean, layers.propagate_lean = layers.propagate_lean, lambda *arguments: None
+            try:
+                return call()
+            finally:
+                layers.propagate_lean = lean
+
+        return run
+
+    def compare(case, calls):
+        calls["usual way"] = by_the_usual_way(calls["gspn"])
+        rows.append(case | {"1 thread": harness.summary(harness.interleaved(calls, rounds, 1), "gspn")})
+        print(*case.values(), {name: round(v["ratio"][1], 2) for name, v in rows[-1]["1 thread"].items()}, flush=True)
+
+    for size in ((1, 16, 4, 4, 8), (1, 384, 14, 14, 8), (1, 576, 14, 14, 8), (4, 384, 14, 14, 8), (1, 144, 56, 56, 8)):
+        for name, dtype in DTYPES.items():
+            layer, x = problem(size, dtype)
+            others = {"attention": peers.Attention, "linear attention": peers.LinearAttention}
+            calls = {"gspn": harness.eval_call(layer, x)}
+            calls |= {other: harness.eval_call(kind(size[1]).to(dtype), x) for other, kind in others.items()}
+            compare({"size (B,C,H,W,S)": size, "dtype": name}, calls)
+    for case in models_cpu.CASES[:1]:
+        calls = {m: models_cpu.call_of(case, 1, m, False) for m in ("gspn", "attention", "linear attention")}
+        compare({"model": case[0], "side": case[1], "batch": 1}, calls)
+    return rows
+
+
 def memory(size, dtype_name, train):
     """Peak MiB beyond the inputs and the parameters, each contender in a process of its own, one thread."""
     names = ["gspn", "reference", "unfused", "unfused, tuned", "linear attention", "attention"]
@@ -224,15 +260,17 @@ def main():
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--crossover", action="store_true", help="only gradients, over S: fused against unfused")
     parser.add_argument("--scaling", action="store_true", help="only the layer, on two threads against one")
+    parser.add_argument("--small", action="store_true", help="only small maps without gradients")
     parser.add_argument("--options", action="store_true", help="only the layer, with its options against without")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         memory_of(*json.loads(options.memory_of[0]), options.memory_of[1])
         return
-    if options.crossover or options.scaling or options.options:
-        run = crossover if options.crossover else scaling if options.scaling else layer_options
-        rows = run(options.rounds)
+    modes = {"crossover": crossover, "scaling": scaling, "small": small_maps, "options": layer_options}
+    chosen = [run for name, run in modes.items() if getattr(options, name)]
+    if chosen:
+        rows = chosen[0](options.rounds)
         harness.write_json(options.out, {"environment": harness.environment(), "rounds": options.rounds, "cases": rows})
         return
     content = {"what": "GSPN layer, all contenders with their projections", "environment": harness.environment()}

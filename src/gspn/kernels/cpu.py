@@ -308,6 +308,7 @@ def propagate_unmerged(
     """
     batch, channels, height, width = x.shape
     features, groups, count, dtype = proxy.shape[1], weight_proj.shape[2], len(directions), weight_proj.dtype
+    weight_proj = weight_proj.contiguous()  # channels_last in models that were turned to it: a small copy
     gates, skip, scalars = (count, channels, features), skip_proj is not None, merger is not None
     if not (
         proxy.shape == (batch, features, height, width)
