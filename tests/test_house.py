@@ -15,8 +15,8 @@ import gspn
 
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 # Each may import those before it.
-CORE = "names progress extras digests files kernels dispatch registration ops depthwise layers_released layers".split()
-CORE += ["memory", "models", "stable_diffusion", "export"]
+CORE = "names progress extras digests files kernels dispatch registration ops depthwise".split()
+CORE += ["lean", "layers_released", "layers", "memory", "models", "stable_diffusion", "export"]
 LAYERS = [*CORE, *"places options data train plots sampling runs metrics tasks bench cli".split()]
 BASE = {"torch", "numpy", "safetensors", "gspn", "filelock", "lazy_loader"}
 
