@@ -237,7 +237,7 @@ def best_rate(done: dict[Run, dict], contender: str) -> float | None:
 def wanted(done: dict[Run, dict]) -> Iterator[Run]:
     """All runs, the most important first: each contender at the middle rate, at the other rates and, where the best one
     is the least or the largest, one further out; then the other seeds at the best rate."""
-    for rate in (RATES[1], RATES[2], RATES[0]):
+    for rate in (RATES[1], RATES[0], RATES[2]):
         yield from (Run(name, rate, SEEDS[0]) for name in CONTENDERS)
     further = {RATES[0]: RATES[0] / 2, RATES[-1]: RATES[-1] * 2}
     best = {name: best_rate(done, name) for name in CONTENDERS}
