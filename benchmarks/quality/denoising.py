@@ -117,7 +117,7 @@ class Run(NamedTuple):
         return f"{self.contender}-lr{self.rate:g}-seed{self.seed}-{self.steps}steps"
 
 
-MAIN = [name for name in ("dit", "ours", "ours-none", "ours-attention") if name in CONTENDERS]
+MAIN = ("dit", "ours", "ours-none", "ours-attention")
 
 
 # -- one run --
@@ -241,7 +241,8 @@ def wanted(done: dict[Run, dict]) -> Iterator[Run]:
     """All runs, the most important first: each contender at the middle rate, at the other rates and, where the best one
     is the least or the largest, one further out; then the other seeds at the best rate. MAIN before the others."""
     further = {RATES[0]: RATES[0] / 2, RATES[-1]: RATES[-1] * 2}
-    for names in (MAIN, [name for name in CONTENDERS if name not in MAIN]):
+    for main in (True, False):
+        names = [name for name in CONTENDERS if (name in MAIN) == main]
         for rate in (RATES[1], RATES[0], RATES[2]):
             yield from (Run(name, rate, SEEDS[0]) for name in names)
         best = {name: best_rate(done, name) for name in names}
