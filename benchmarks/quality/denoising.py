@@ -117,6 +117,9 @@ class Run(NamedTuple):
         return f"{self.contender}-lr{self.rate:g}-seed{self.seed}-{self.steps}steps"
 
 
+MAIN = ("dit", "ours", "ours-none", "ours-attention")
+
+
 # -- one run --
 
 
@@ -236,14 +239,16 @@ def best_rate(done: dict[Run, dict], contender: str) -> float | None:
 
 def wanted(done: dict[Run, dict]) -> Iterator[Run]:
     """All runs, the most important first: each contender at the middle rate, at the other rates and, where the best one
-    is the least or the largest, one further out; then the other seeds at the best rate."""
-    for rate in (RATES[1], RATES[2], RATES[0]):
-        yield from (Run(name, rate, SEEDS[0]) for name in CONTENDERS)
+    is the least or the largest, one further out; then the other seeds at the best rate. MAIN before the others."""
     further = {RATES[0]: RATES[0] / 2, RATES[-1]: RATES[-1] * 2}
-    best = {name: best_rate(done, name) for name in CONTENDERS}
-    yield from (Run(name, further[rate], SEEDS[0]) for name, rate in best.items() if rate in further)
-    for seed in SEEDS[1:]:
-        yield from (Run(name, rate, seed) for name, rate in best.items() if rate)
+    for main in (True, False):
+        names = [name for name in CONTENDERS if (name in MAIN) == main]
+        for rate in (RATES[1], RATES[0], RATES[2]):
+            yield from (Run(name, rate, SEEDS[0]) for name in names)
+        best = {name: best_rate(done, name) for name in names}
+        yield from (Run(name, further[rate], SEEDS[0]) for name, rate in best.items() if rate in further)
+        for seed in SEEDS[1:]:
+            yield from (Run(name, rate, seed) for name, rate in best.items() if rate)
 
 
 # -- tables --
