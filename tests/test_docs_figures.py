@@ -41,6 +41,15 @@ def test_by_hand_a_pixel_takes_from_the_neighbour_of_its_colour():
     assert influence[:, 0].tolist() == pytest.approx([1, 0, 0], abs=1e-6)
 
 
+def test_the_multiply_adds_of_generators_are_those_counted():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    cases = json.loads((ROOT / "benchmarks/results/speed/generators-macs.json").read_text())["cases"]
+    for case in cases:
+        ours, theirs = (case["models"][f"{kind}-{case['name']}"]["giga_macs"] for kind in ("GSPN-DiT", "DiT"))
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {case['name']} |")]
+        assert f" {ours:,.1f} / {theirs:,.1f} ({ours / theirs:.2f}) |" in row
+
+
 def test_the_losses_of_denoising_are_those_of_the_runs():
     runs = ROOT / "benchmarks/results/quality/denoising"
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")

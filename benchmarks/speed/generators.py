@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed.generators --out DIR      XL/2 and L/2 on a GPU, B/2 on a CPU
     python -m benchmarks.speed.generators --out DIR --names B/2 --sizes 256 512 --rounds 3 --threads 1
+    python -m benchmarks.speed.generators --out DIR --count     only multiply-adds and parameters, nothing is timed
 
 A step is one forward pass for one image with guidance, so two maps: latents of 4 channels, an eighth of the image's
 side. The weights are random and made anew for each size, so that DiT's positional embedding is computed beforehand;
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import gpu_harness, harness
 from gspn.layers import GSPN2d
@@ -34,7 +36,7 @@ def build(kind: str, name: str, size: int, device: torch.device) -> torch.nn.Mod
     with device:
         model = create(f"{kind}-{name}", sample_size=size // 8)
         for parameter in model.parameters():  # DiT and GSPN start with zeros where they predict
-            if not parameter.any():
+            if device.type != "meta" and not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
     return model.eval().to(torch.bfloat16) if device.type == "cuda" else model.eval()
 
@@ -81,6 +83,28 @@ def measure(machine, name: str, size: int, options) -> dict:
         memory = harness.in_fresh_process("benchmarks.speed.generators", "--memory-of", asked)
         found[f"{kind}-{name}"]["extra_mib"] = memory
     return found
+
+
+def count(names: list[str], sizes: list[int]) -> list[dict]:
+    """Parameters and multiply-adds of a step, by torch's counter and the formula of gspn::propagate, which leave out
+    normalisations and activations. Nothing is computed."""
+    device, cases = torch.device("meta"), []
+    for name in names:
+        for size in sizes:
+            case = {"name": name, "size": size, "models": {}}
+            for kind in COLOURS:
+                model = build(kind, name, size, device)
+                with FlopCounterMode(display=False) as counter:
+                    call_of(model, size, device)()
+                by_operator = counter.get_flop_counts()["Global"]
+                total = sum(by_operator.values())
+                mixed = sum(n for op, n in by_operator.items() if "attention" in str(op) or "propagate" in str(op))
+                parameters = sum(parameter.numel() for parameter in model.parameters())
+                row = {"parameters": parameters, "giga_macs": total / 2e9, "giga_macs_mixing": mixed / 2e9}
+                case["models"][f"{kind}-{name}"] = {key: round(value, 3) for key, value in row.items()}
+            print(name, size, {model: row["giga_macs"] for model, row in case["models"].items()}, flush=True)
+            cases.append(case)
+    return cases
 
 
 def memory_of(kind: str, name: str, size: int, threads: int) -> None:
@@ -131,10 +155,16 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="rounds on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
     parser.add_argument("--seconds", type=float, default=6, help="seconds for the rounds of a size on a GPU")
+    parser.add_argument("--count", action="store_true", help="count multiply-adds instead of timing")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         memory_of(*json.loads(options.memory_of))
+        return
+    if options.count:
+        cases = count(options.names or ["S/2", "B/2", "L/2", "XL/2"], options.sizes)
+        what = "parameters and multiply-adds of one denoising step with guidance, one image: two maps"
+        harness.write_json(options.out / "generators-macs.json", {"what": what, "cases": cases})
         return
     machine = gpu_harness.Gpu() if torch.cuda.is_available() else None
     names = options.names or (["XL/2", "L/2"] if machine else ["B/2"])
