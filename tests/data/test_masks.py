@@ -147,6 +147,22 @@ def test_survey_counts_and_takes_the_values_as_classes_without_names(tmp_path):
         surveyed(folder, ("void",))
 
 
+def test_a_class_with_the_value_that_is_ignored_by_default_is_not_lost(tmp_path):
+    folder = tmp_path / "data"
+    for seed in range(4):
+        image, mask = pair(seed)
+        save_pair(folder, f"{seed}", image, np.where(mask == 1, 255, 0).astype(np.uint8))  # as tools write two classes
+    with pytest.raises(DataError, match=r"0 and 255 only.*--ignore"):
+        surveyed(folder, None)
+    assert surveyed(folder, ()).classes.values == (0, 255) and surveyed(folder, ("255",)).classes.values == (0,)
+    (folder / "classes.json").write_text(json.dumps({"0": "ground", "255": "disc"}))
+    with pytest.raises(DataError, match=r"'disc' has the value 255.*--ignore"):
+        surveyed(folder, None)
+    found = surveyed(folder, ())
+    assert found.classes.names == ("ground", "disc") and found.classes.ignored == () and not found.notes()
+    assert surveyed(make_masked(tmp_path / "three", 3), None).classes.ignored == (255,)
+
+
 def test_a_class_without_a_pixel_is_noted(tmp_path):
     notes = surveyed(make_masked(tmp_path / "data", 4, [*CLASSES, "unicorn"])).notes()
     assert len(notes) == 2 and all("unicorn" in note for note in notes) and "not a number" in notes[1]

@@ -15,7 +15,7 @@ import numpy as np
 from gspn.data.folders import is_image, walk
 from gspn.data.images import SPLIT_NAMES, DataError, MaskedSplit, listed
 from gspn.data.labelled import Data, ImageFiles
-from gspn.data.mask_classes import MOST, VALUES, Classes, ignored_values, values_of
+from gspn.data.mask_classes import IGNORED, MOST, VALUES, Classes, ignored_values, values_of
 from gspn.data.shards import read_masked
 from gspn.data.sources import check_fraction, check_one_kind, read_source, with_held_out
 from gspn.data.tables import TABLES, load_masked
@@ -181,12 +181,12 @@ def find_classes(data: Data, file: str | Path | None) -> Path | None:
     return beside if data.kind in ("masked folder", "masked shards") and beside.is_file() else None
 
 
-def survey(splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str, ...]) -> Survey:
+def survey(splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str, ...] | None) -> Survey:
     """Reads all pairs of the splits, "train" first, checks that they fit, and counts. Pairs that cannot be read are
     left out here; the loader counts and names them.
 
     Args: file: the classes' JSON, or None: then the values that occur are the classes. ignore: values, or names of
-        the file, of pixels without a class.
+        the file, of pixels without a class; None: IGNORED, which is an error if it may be a class.
     Errors: DataError.
     """
     counts, sizes = {}, Counter()
@@ -205,6 +205,11 @@ def survey(splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str,
         classes = Classes.read(file, ignore, first)
         return Survey(classes, {name: total[: len(classes)] for name, total in counts.items()}, sizes)
     classes = Classes.of_values(np.flatnonzero(sum(counts.values())).tolist(), ignored_values(ignore, {}), first)
+    if ignore is None and len(classes) == 1 and any(total[IGNORED] for total in counts.values()):
+        raise DataError(
+            f"the masks hold the values {classes.values[0]} and {IGNORED} only, and {IGNORED} is ignored by default: "
+            f'expected two classes. If {IGNORED} is one of them, ignore nothing (--ignore "")'
+        )
     if not 1 <= len(classes) <= MOST:
         raise DataError(
             f"the masks hold {len(classes)} values beside the ignored ones; expected 1 to {MOST}, each of them a class"

@@ -143,6 +143,8 @@ class Setup(BaseSetup):
             notes.append(
                 f"no names of classes: each of the {len(found.classes)} values in the masks is one (--classes)"
             )
+        if options.ignore is None:
+            options = replace(options, ignore=tuple(map(str, found.classes.ignored)))
         options = settle(options, found.sizes, channels, source)
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:
@@ -194,7 +196,7 @@ class Setup(BaseSetup):
         scales = f"scaled by {options.min_scale * options.scale:g} to {options.max_scale * options.scale:g}"
         return (
             f"{options.model} with a decoder, {parameters_of(model)}",
-            f"with masks of {len(self.classes)} classes",
+            f"with masks of {len(self.classes)} class{'es' * (len(self.classes) > 1)}",
             (f"crops of {height}x{width}, {scales}",),
         )
 
