@@ -70,7 +70,9 @@ class GSPNDiTBlock(nn.Module):
         z, gate = self.in_proj(x).chunk(2, dim=-1)
         # The scan takes channels_last as it is. Half of the channels of a wider map is not dense.
         y = self.gspn(z.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.out_proj(self.norm(y) * F.silu(gate))
+        # Inside autocast y has fewer bits than the weight, for which torch would warn and take a slower way.
+        y = F.rms_norm(y, y.shape[-1:], self.norm.weight.to(y.dtype), self.norm.eps)
+        return self.out_proj(y * F.silu(gate))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None, None].chunk(6, dim=-1)
@@ -192,7 +194,7 @@ def _positions(channels: int, height: int, width: int, trained: int, device: tor
 
 
 def _check_dilation(dilation: int, height: int, width: int, patch: int):
-    if not isinstance(dilation, int) or dilation < 1:
+    if not isinstance(dilation, int) or isinstance(dilation, bool) or dilation < 1:
         raise ValueError(f"dilation has to be a positive whole number, got {dilation!r}")
     if height % dilation or width % dilation:
         raise ValueError(
