@@ -89,13 +89,17 @@ class GSPNDiTTransformer2DModel(Generator):
 
     Args:
         sample_size: side of the square map that :class:`diffusers.DiTPipeline` generates; the model takes any H and W.
-        patch_size: side of a patch in pixels of the map. in_channels: 4 for a VAE's latents, 1 or 3 for images.
-            learn_sigma: the output has twice the channels, the second half for the variance.
-        hidden_size: width D. depth: number of blocks. mlp_ratio: width of the MLP as a multiple of D.
+        patch_size: side of a patch in pixels of the map.
+        in_channels: 4 for a VAE's latents, 1 or 3 for images.
+        learn_sigma: the output has twice the channels, the second half for the variance.
+        hidden_size: width D.
+        depth: number of blocks.
+        mlp_ratio: width of the MLP as a multiple of D.
         num_classes: the classes are 0 to num_classes - 1; num_classes itself is the null class of guidance.
         class_dropout_prob: how often training replaces a class by the null class; with 0 there is no null class.
-        proxy_dim: S, the width from which the scan's weights and gates are predicted. groups: channel groups that share
-            propagation weights. average, center: as in :class:`gspn.GSPN2d`.
+        proxy_dim: S, the width from which the scan's weights and gates are predicted.
+        groups: channel groups that share propagation weights.
+        average, center: as in :class:`gspn.GSPN2d`.
         positions: adds DiT's sinusoidal positions, stretched over the map, whatever its size.
         size_condition: the blocks hear log(H / sample_size) and log(W / sample_size), for training at several sizes;
             with a dilation, those of the sub-lattices.
