@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from diffusers.utils import logging as diffusers_logging
 from helpers.masks import FLAGS
 from typer.testing import CliRunner
 
@@ -48,6 +49,19 @@ def test_quiet_leaves_results_and_errors(masked, tmp_path):
     assert code == 2 and "none" in err and not out
     code, out, _ = run("train-segmentation", masked, *flags, "--overwrite")
     assert code == 0 and "epoch   1" in out and not progress.quiet
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_holds_for_the_bars_of_the_libraries(monkeypatch, quiet):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "quiet", quiet)
+    before = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.enable_progress_bar()
+    with progress.bars_on_terminals_only():
+        assert diffusers_logging.is_progress_bar_enabled() != quiet
+    assert diffusers_logging.is_progress_bar_enabled()
+    if not before:
+        diffusers_logging.disable_progress_bar()
 
 
 def test_a_shell_is_offered_commands_and_values():
