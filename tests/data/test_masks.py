@@ -10,6 +10,7 @@ from helpers.masks import CLASSES, make_masked, pair, save_pair
 from PIL import Image
 
 from gspn.data.images import DataError
+from gspn.data.labelled import Data
 from gspn.data.mask_classes import IGNORED, Classes
 from gspn.data.masks import find_classes, open_masked, survey
 
@@ -117,6 +118,27 @@ def test_columns_of_tables(tmp_path):
     assert len(open_masked(where, image_column="truth", mask_column="image").splits["all"]) == 2
     with pytest.raises(DataError, match=r"no column 'mask'.*image, truth"):
         open_masked(where, mask_column="mask")
+
+
+def test_classes_lie_beside_data_of_every_kind(tmp_path, monkeypatch):
+    names = tmp_path / "classes.json"
+    names.write_text(json.dumps(CLASSES))
+    shards(tmp_path / "shards")
+    (tmp_path / "shards/classes.json").write_text(names.read_text())
+    tar = tmp_path / "one.tar"
+    (tmp_path / "shards/train-0.tar").rename(tar)
+    (tmp_path / "shards/train-0.tar").write_bytes(tar.read_bytes())
+    table(tmp_path / "rows.parquet")
+    monkeypatch.chdir(tmp_path)
+    for where, expected in [
+        ("one.tar", names),
+        ("rows.parquet", names),
+        ("shards", tmp_path / "shards/classes.json"),
+        (make_masked(tmp_path / "folder", 3), tmp_path / "folder/classes.json"),
+    ]:
+        assert find_classes(open_masked(where), None) == expected
+    assert find_classes(Data("masked datasets", "a-name-on-the-hub", {}, []), None) is None  # not what lies here
+    assert surveyed(tar).classes.names == ("ground", "disc", "square")
 
 
 def test_pairs_that_do_not_fit_name_file_and_value(tmp_path):

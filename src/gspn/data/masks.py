@@ -26,7 +26,7 @@ MASKED = (
     "a folder of them (shards: 0001.jpg beside 0001.seg.png); a folder that datasets' save_to_disk made; a parquet, "
     "arrow, csv or json file or a folder of them; or a name on the Hugging Face hub"
 )
-CLASSES = "classes.json"  # beside images/ and masks/, or beside shards
+CLASSES = "classes.json"  # beside images/ and masks/, shards or tables
 READERS = 8  # threads of the survey
 
 
@@ -174,11 +174,13 @@ class Survey:
 
 
 def find_classes(data: Data, file: str | Path | None) -> Path | None:
-    """The JSON file with the classes: `file`, else classes.json in the folder of the data; None if there is none."""
+    """The JSON file with the classes: `file`, else classes.json in the folder of the data, or beside the file that they
+    are; None if there is none."""
     if file is not None:
         return expanded(file)
-    beside = Path(data.where) / CLASSES
-    return beside if data.kind in ("masked folder", "masked shards") and beside.is_file() else None
+    where = Path(data.where)
+    beside = (where if where.is_dir() else where.parent) / CLASSES
+    return beside if where.exists() and beside.is_file() else None
 
 
 def survey(splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str, ...] | None) -> Survey:
