@@ -183,12 +183,15 @@ def find_classes(data: Data, file: str | Path | None) -> Path | None:
     return beside if where.exists() and beside.is_file() else None
 
 
-def survey(splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str, ...] | None) -> Survey:
+def survey(
+    splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str, ...] | None, strict: bool = False
+) -> Survey:
     """Reads all pairs of the splits, "train" first, checks that they fit, and counts. Pairs that cannot be read are
     left out here; the loader counts and names them.
 
     Args: file: the classes' JSON, or None: then the values that occur are the classes. ignore: values, or names of
         the file, of pixels without a class; None: IGNORED, which is an error if it may be a class.
+        strict: an unreadable pair is an error.
     Errors: DataError.
     """
     counts, sizes = {}, Counter()
@@ -196,7 +199,12 @@ def survey(splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str,
     for name, split in splits.items():
         total = np.zeros(VALUES, np.int64)
         with ThreadPoolExecutor(READERS) as pool:
-            for size, values, count in filter(None, pool.map(partial(_counted, split, known), range(len(split)))):
+            for i, found in enumerate(pool.map(partial(_counted, split, known), range(len(split)))):
+                if found is None and strict:
+                    raise DataError(f"unreadable image (--strict): {split.problem(i)}")
+                if found is None:
+                    continue
+                size, values, count = found
                 total[values] += count
                 sizes[size] += name == "train"
         counts[name] = total

@@ -133,7 +133,10 @@ class Setup(BaseSetup):
         if resuming:
             return cls(data=data, **splits, options=options, notes=[])
         found = survey(
-            {"train": train_split, eval_name: eval_split}, find_classes(data, options.classes), options.ignore
+            {"train": train_split, eval_name: eval_split},
+            find_classes(data, options.classes),
+            options.ignore,
+            options.strict,
         )
         channels, source = options.channels or train_split.channels(), None
         if options.init_from:
