@@ -343,6 +343,10 @@ def empty(conv, x):
     return x.detach()[:0].requires_grad_()
 
 
+def negated(conv, x):
+    return torch._neg_view(x.detach()).requires_grad_()
+
+
 def another(**attributes):
     def change(conv, x):
         for name, value in attributes.items():
@@ -358,6 +362,7 @@ def another(**attributes):
         channels_first,
         unbatched,
         empty,
+        negated,
         another(stride=(2, 2)),
         another(padding=(1, 2)),
         another(padding="same"),

@@ -33,6 +33,14 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
     return found
 
 
+def test_every_public_name_is_on_the_page_of_the_api():
+    page = (SOURCE.parents[1] / "docs/api.md").read_text(encoding="utf-8")
+    names = [name for name in dir(gspn) if not name.startswith("_") and name not in ("DIRECTIONS", "train")]
+    told = re.findall(r":: gspn\.(\w+)", page)
+    modules = [name for name in names if isinstance(getattr(gspn, name), ModuleType)]
+    assert "propagate" in told and sorted(set(names) - set(told) - set(modules)) == []
+
+
 def layer_of(module: str) -> str | None:
     parts = module.split(".")
     return parts[1] if parts[0] == "gspn" and len(parts) > 1 and parts[1] in LAYERS else None

@@ -33,9 +33,11 @@ def _eager() -> bool:
 
 
 def _on_cpu(t: Tensor) -> bool:
-    """Whether it is a tensor with memory on the CPU: no proxy, fake tensor or other subclass, and not what autograd's
-    is_grads_batched passes."""
+    """Whether it is a tensor whose values lie in memory on the CPU: no proxy, no fake tensor or other subclass, not
+    negated lazily, and not what autograd's is_grads_batched passes."""
     if type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.layout != torch.strided:
+        return False
+    if t.is_neg():
         return False
     return not torch._C._dispatch_keys(t).has(_BATCHED)
 

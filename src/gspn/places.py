@@ -3,6 +3,7 @@ none.
 """
 
 import difflib
+import glob
 import json
 import os
 import re
@@ -71,6 +72,15 @@ def config_or_none(file: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None
+
+
+def runs_like(incomplete: str) -> list[str]:
+    """The runs whose path begins with `incomplete`, up to one folder further down: what a shell offers."""
+    folder, slash, start = incomplete.rpartition("/")
+    base, start = expanded(folder + slash), glob.escape(start)
+    files = [file for below in ("", "/*") for file in base.glob(f"{start}*{below}/config.json")]
+    runs = [file.parent for file in files if "format" in (config_or_none(file) or ())]
+    return sorted(folder + slash + run.relative_to(base).as_posix() for run in runs)
 
 
 def check_run(path: str | Path) -> None:

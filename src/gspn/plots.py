@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from gspn.data.images import UNREADABLE
+from gspn.data.images import UNREADABLE, with_channels
 from gspn.files import atomic, make_folder
 from gspn.models import context_maps
 from gspn.models.latents import NotFiniteError
@@ -435,8 +435,9 @@ def pairs_picture(split, predictions, classes, title="image, truth, prediction")
     rows, counts = [], np.zeros(256, np.int64)
     for index in sorted(predictions):
         image, truth = split.pair(index, classes.numbers)
-        columns = [image.convert("RGB"), *(Image.fromarray(classes.coloured(m)) for m in (truth, predictions[index]))]
-        for numbers in (truth, predictions[index]):
+        masks = truth, predictions[index]
+        columns = [with_channels(image, 3), *(Image.fromarray(classes.coloured(numbers)) for numbers in masks)]
+        for numbers in masks:
             counts += np.bincount(numbers.ravel(), minlength=256)
         rows.append([_pair_sized(each) for each in columns])
     width, height = (max(row[0].size[side] for row in rows) for side in (0, 1))
@@ -469,7 +470,7 @@ def overlay(image, numbers, classes) -> Image.Image:
     Args:
         image: PIL. numbers: uint8 (H, W) of class numbers. classes: mask_classes.Classes.
     """
-    laid = Image.blend(image.convert("RGB"), Image.fromarray(classes.coloured(numbers)), 0.5)
+    laid = Image.blend(with_channels(image, 3), Image.fromarray(classes.coloured(numbers)), 0.5)
     share = np.bincount(numbers.ravel(), minlength=len(classes)) / numbers.size
     order = [i for i in np.argsort(-share).tolist() if share[i] > 0]
     rows = [(f"{classes.names[i]}  {share[i]:.1%}", classes.colours[i]) for i in order]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+quiet = False  # whether the libraries below draw no bars (--quiet)
 FIRST = 5.0  # seconds until the first line, if a step is done by then
 EVERY = 30.0  # seconds between two lines at most
 TICK = 0.5  # seconds between two looks at the clock
@@ -115,10 +116,10 @@ class Progress:
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """In the block, Hugging Face's libraries draw their bars of loading only if stderr is a terminal. A bar in a log or
-    a pipe is a long line of control characters, and Progress says there what is done."""
+    """In the block, Hugging Face's libraries draw their bars of loading only if stderr is a terminal, and never if
+    `quiet`. A bar in a log or a pipe is a long line of control characters, and Progress says there what is done."""
     restore: list[Callable[[], None]] = []
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         for name in ("diffusers.utils.logging", "transformers.utils.logging"):
             library = sys.modules.get(name)
             if library is not None and library.is_progress_bar_enabled():

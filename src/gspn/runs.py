@@ -112,7 +112,7 @@ class Segmentation:
 
     def segment(self, image: Image.Image | str | os.PathLike, max_bytes: int | None = None) -> Image.Image:
         """The mask of an image of any size: a palette image of the same size (turned upright), with the values of the
-        masks in training.
+        masks in training, or the numbers of the classes if one of the values is above 255.
 
         Args:
             image: a PIL image of any mode, or a file.

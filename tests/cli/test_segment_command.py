@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from gspn import plots
 from gspn.cli import app
+from gspn.data.images import decode
 from gspn.models import tiles
-from gspn.options.segment import parse_memory
+from gspn.options.segment import parse_ignored, parse_memory
+from gspn.runs import load_segmenter
 from gspn.train.run import Run
 
 
@@ -93,6 +95,15 @@ def test_segment_writes_masks_and_overlays_and_tells_shares(run, masked, tmp_pat
     assert code == 2 and "150x210 does not fit" in err and "--max-memory" in err
 
 
+def test_pictures_of_16_bit_images_are_not_white(run, tmp_path):
+    dark = tmp_path / "dark.png"
+    Image.fromarray(np.full((24, 32), 40 * 257, np.uint16)).save(dark)
+    assert gspn_command("segment", run, dark, "--out", tmp_path, "--json")[0] == 0
+    colours = load_segmenter(run).classes.coloured(load_segmenter(run).numbers(decode(dark)))
+    laid = np.asarray(Image.open(tmp_path / "dark-overlay.png"))[:24, :32]
+    assert abs(laid.astype(int) - (40 + colours.astype(int)) // 2).max() <= 1
+
+
 def test_segment_names_what_it_cannot_read(run, masked, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
@@ -110,6 +121,10 @@ def test_a_classifier_cannot_segment(masked, tmp_path):
     Run.create(tmp_path / "run", {"task": "classification"})
     code, _, err = gspn_command("segment", tmp_path / "run", masked / "images/00.png")
     assert code == 2 and "expected segmentation" in err
+
+
+def test_what_is_ignored():
+    assert parse_ignored("255,void") == ("255", "void") and parse_ignored("") == parse_ignored([]) == ()
 
 
 def test_memory():

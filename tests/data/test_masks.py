@@ -10,6 +10,7 @@ from helpers.masks import CLASSES, make_masked, pair, save_pair
 from PIL import Image
 
 from gspn.data.images import DataError
+from gspn.data.labelled import Data
 from gspn.data.mask_classes import IGNORED, Classes
 from gspn.data.masks import find_classes, open_masked, survey
 
@@ -119,6 +120,27 @@ def test_columns_of_tables(tmp_path):
         open_masked(where, mask_column="mask")
 
 
+def test_classes_lie_beside_data_of_every_kind(tmp_path, monkeypatch):
+    names = tmp_path / "classes.json"
+    names.write_text(json.dumps(CLASSES))
+    shards(tmp_path / "shards")
+    (tmp_path / "shards/classes.json").write_text(names.read_text())
+    tar = tmp_path / "one.tar"
+    (tmp_path / "shards/train-0.tar").rename(tar)
+    (tmp_path / "shards/train-0.tar").write_bytes(tar.read_bytes())
+    table(tmp_path / "rows.parquet")
+    monkeypatch.chdir(tmp_path)
+    for where, expected in [
+        ("one.tar", names),
+        ("rows.parquet", names),
+        ("shards", tmp_path / "shards/classes.json"),
+        (make_masked(tmp_path / "folder", 3), tmp_path / "folder/classes.json"),
+    ]:
+        assert find_classes(open_masked(where), None) == expected
+    assert find_classes(Data("masked datasets", "a-name-on-the-hub", {}, []), None) is None  # not what lies here
+    assert surveyed(tar).classes.names == ("ground", "disc", "square")
+
+
 def test_pairs_that_do_not_fit_name_file_and_value(tmp_path):
     image, mask = pair(0)
     wrong = np.array(mask)
@@ -145,6 +167,22 @@ def test_survey_counts_and_takes_the_values_as_classes_without_names(tmp_path):
     assert surveyed(folder, ("255", "1")).classes.names == ("0", "2")
     with pytest.raises(DataError, match="void"):
         surveyed(folder, ("void",))
+
+
+def test_a_class_with_the_value_that_is_ignored_by_default_is_not_lost(tmp_path):
+    folder = tmp_path / "data"
+    for seed in range(4):
+        image, mask = pair(seed)
+        save_pair(folder, f"{seed}", image, np.where(mask == 1, 255, 0).astype(np.uint8))  # as tools write two classes
+    with pytest.raises(DataError, match=r"0 and 255 only.*--ignore"):
+        surveyed(folder, None)
+    assert surveyed(folder, ()).classes.values == (0, 255) and surveyed(folder, ("255",)).classes.values == (0,)
+    (folder / "classes.json").write_text(json.dumps({"0": "ground", "255": "disc"}))
+    with pytest.raises(DataError, match=r"'disc' has the value 255.*--ignore"):
+        surveyed(folder, None)
+    found = surveyed(folder, ())
+    assert found.classes.names == ("ground", "disc") and found.classes.ignored == () and not found.notes()
+    assert surveyed(make_masked(tmp_path / "three", 3), None).classes.ignored == (255,)
 
 
 def test_a_class_without_a_pixel_is_noted(tmp_path):

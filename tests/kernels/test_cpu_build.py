@@ -1,6 +1,7 @@
 """The native library is there, is the right one, and its absence does not break an installation."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,11 @@ def test_a_source_distribution_holds_every_source(tmp_path, monkeypatch):
         found = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "src/gspn/kernels/cpu").rglob("*.*")}
     assert {"src/gspn/kernels/cpu/scan/tiles.h", "src/gspn/kernels/cpu/propagate/gemm.h"} <= sources <= found
+
+
+def test_the_workflow_tests_the_oldest_torch_that_the_package_takes():
+    (oldest,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert f'"torch=={oldest}.*"' in (ROOT / ".github/workflows/tests.yml").read_text()
 
 
 @pytest.mark.slow

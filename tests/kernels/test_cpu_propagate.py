@@ -376,19 +376,20 @@ def test_scratch_that_has_seen_nan_leaves_no_trace(isa):
 # ---- memory and threads ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [Case(9, 20, 24, 23, 16), BUSY[1]], ids=str)
-def test_a_small_workspace_runs_fewer_threads_and_images_at_a_time(case):
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [Case(9, 20, 24, 23, 16), Case(1, 12, 64, 80, 7, segment=5)], ids=str)
+def test_a_small_workspace_runs_fewer_threads_and_images_at_a_time(case, isa):
     _, inputs, _, _ = problem(case)
     x, proxy, weight_proj = cast(inputs, torch.float32)[:3]
     for backward in (False, True):
         roomy, tight, alone = (
             cpu.propagate_scratch_bytes(
-                x, proxy, weight_proj, list(case.directions), backward=backward, threads=n, workspace_mib=m
+                x, proxy, weight_proj, list(case.directions), backward=backward, threads=n, workspace_mib=m, isa=isa
             )
             for n, m in ((8, 0), (8, 1), (1, 1))
         )
         assert alone <= tight < roomy and tight <= max(1 << 20, alone)
-    y, grads, expected, expected_grads = run(case, threads=8, workspace_mib=1)
+    y, grads, expected, expected_grads = run(case, isa=isa, threads=8, workspace_mib=1)
     for d, e in zip((y, *grads), (expected, *expected_grads), strict=True):
         assert d is None or error(d, e) < 1e-6
 

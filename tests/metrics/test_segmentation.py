@@ -57,6 +57,7 @@ def test_boundary_f1():
     nothing = torch.zeros_like(truth)
     assert boundary_scores(nothing, nothing) == (1.0, 1) and boundary_scores(nothing, nothing + IGNORED) == (0.0, 0)
     assert math.isclose(boundary_scores(nothing, truth)[0], 0.0)
+    assert boundary_scores(nothing + 1, nothing) == (0.0, 1)  # neither has a boundary, but all of it is wrong
     half = truth.clone()
     half[50:] = IGNORED
     assert boundary_scores(moved, torch.where(half == IGNORED, half, moved))[0] == 2.0  # whatever is below

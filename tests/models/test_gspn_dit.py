@@ -110,6 +110,17 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(map(torch.equal, *grads))
 
 
+def test_autocast_rounds_and_warns_of_nothing(recwarn):
+    model, given = tiny(), inputs()
+    with torch.no_grad():
+        expected = model(**given).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(**given).sample
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+    assert not [str(each.message) for each in recwarn]
+
+
 # -- positions and sizes --
 
 
@@ -162,7 +173,9 @@ def test_dilation_runs_the_blocks_on_interleaved_maps():
     assert torch.equal(model(**given, dilation=1).sample, model(**given).sample)
 
 
-@pytest.mark.parametrize(("dilation", "said"), [(0, "positive"), (1.5, "positive"), (3, "multiples of 6, got 8x8")])
+@pytest.mark.parametrize(
+    ("dilation", "said"), [(0, "positive"), (True, "positive"), (1.5, "positive"), (3, "multiples of 6, got 8x8")]
+)
 def test_bad_dilations(dilation, said):
     with pytest.raises(ValueError, match=said):
         tiny()(**inputs(1), dilation=dilation)

@@ -156,6 +156,14 @@ def test_options_that_do_not_fit(masked, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_strict_finds_an_unreadable_mask_before_the_training(tmp_path):
+    data = make_masked(tmp_path / "data", 4)
+    (data / "masks/01.png").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"--strict.*mask of .*01\.png"):
+        base.start(Setup, data, tmp_path / "run", options(strict=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_of_classes():
     classes = Classes(("a", "b", "c"), range(3), ((0, 0, 0),) * 3)
     pixels = np.array([80, 20, 0])

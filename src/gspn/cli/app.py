@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 import gspn
+from gspn import progress
 from gspn.extras import hint
 from gspn.options import OptionError
 from gspn.options import flags as option_flags
@@ -22,10 +23,15 @@ app = typer.Typer(
     help="Train and use image classifiers, segmenters and generators of GSPN, a linear-cost replacement for attention.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+QUIET = inspect.Parameter(
+    "quiet",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--quiet", "-q", help="Print results and warnings, but no progress.")],
+)
 
 
 @contextmanager
@@ -87,21 +93,27 @@ def options(
     pass
 
 
+def progress_on(console: Console) -> Console | None:
+    """The console to show progress on; None, which is silent, with --quiet."""
+    return None if progress.quiet else console
+
+
 def takes_options(options):
-    """Gives a command the flags of a set of options. It receives those that have a value as `overrides`: texts and
-    numbers by name."""
+    """Gives a command the flags of a set of options, and --quiet. It receives those that have a value as
+    `overrides`: texts and numbers by name."""
 
     def decorate(command):
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "overrides"]
         flags = option_flags(options)
 
         @functools.wraps(command)
-        def with_flags(**arguments):
+        def with_flags(quiet, **arguments):
+            progress.quiet = quiet
             values = {flag.name: arguments.pop(flag.name) for flag in flags}
             overrides = {name: value for name, value in values.items() if value is not None}
             return command(**arguments, overrides=overrides)
 
-        with_flags.__signature__ = inspect.Signature(own + flags)
+        with_flags.__signature__ = inspect.Signature([*own, *flags, QUIET])
         return with_flags
 
     return decorate

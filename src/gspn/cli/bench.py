@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from gspn.cli.app import command, fail, out, warn
+from gspn.cli.app import command, fail, out, progress_on, warn
 from gspn.options import OptionError
 from gspn.options.bench import SUITES, BenchOptions
 
@@ -43,7 +43,7 @@ def bench(options):
                 minutes=options.minutes,
                 dtype=options.dtype,
                 save=lambda results: write_json(folder / RESULTS, results),
-                console=out,
+                console=progress_on(out),
             )
         except WrongResult as error:
             fail(f"nothing more is measured: {error}", 1)

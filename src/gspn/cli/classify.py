@@ -7,7 +7,7 @@ from rich.table import Table
 
 import gspn
 from gspn.cli import segment
-from gspn.cli.app import command, err, fail, out, warn
+from gspn.cli.app import command, err, fail, out, progress_on, warn
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
 from gspn.places import config_or_none, missing
@@ -53,7 +53,7 @@ def evaluate(options):
             check_absent(*evaluation_files(options.out, size), overwrite=options.overwrite)
     written = []
     for size in options.sizes or [None]:
-        metrics, warnings = evaluate(options.run, options.data, size=size, console=err, **values)
+        metrics, warnings = evaluate(options.run, options.data, size=size, console=progress_on(err), **values)
         if not main_process:
             continue
         if options.out:
@@ -83,7 +83,7 @@ def predict(options):
 
     classifier = load_classifier(options.run, options.checkpoint)
     answers, problems = [], dict(absent)
-    with Progress("predicting", len(images), console=err) as bar:
+    with Progress("predicting", len(images), console=progress_on(err)) as bar:
         for number, path in enumerate(images):
             bar.update(number)
             if path not in absent:
@@ -170,7 +170,7 @@ def export_run(options):
     given["metadata"] = {"class_names": classifier.classes, "preprocessing": preprocessing.to_json()}
     write = gspn.export_onnx if options.onnx else gspn.export_aoti
     try:
-        with Progress("exporting", console=err):  # compiling takes minutes
+        with Progress("exporting", console=progress_on(err)):  # compiling takes minutes
             written = write(classifier.model, file, check=not options.no_check, **given)
     except ImportError as error:
         fail(str(error), 2)

@@ -5,7 +5,7 @@ import json
 from rich.markup import escape
 from rich.table import Table
 
-from gspn.cli.app import command, err, out, warn
+from gspn.cli.app import command, err, out, progress_on, warn
 from gspn.options.generators import EncodeOptions, FidOptions, SampleArguments
 
 
@@ -19,7 +19,9 @@ def sample(options):
     from gspn.train.loop import make_accelerator
 
     main_process = make_accelerator().is_main_process
-    made = sample(options.run, options.out, options, checkpoint=options.checkpoint, vae=options.vae, console=out)
+    made = sample(
+        options.run, options.out, options, checkpoint=options.checkpoint, vae=options.vae, console=progress_on(out)
+    )
     if main_process:
         rate = f", {made['made'] / made['seconds']:.2g} images/s" if made["made"] else ""
         out.print(f"{made['images']} samples, {made['made']} of them made now{rate}", highlight=False)
@@ -39,7 +41,7 @@ def encode_images(options):
 
     main_process = make_accelerator().is_main_process
     folder, values = options.out, options.values("data", "vae", "out", "split", "as_json")
-    console = err if options.as_json else out
+    console = progress_on(err if options.as_json else out)
     latents = encode(options.data, options.vae, folder, splits=options.split, console=console, **values)
     if not main_process:
         return
@@ -71,7 +73,7 @@ def fid(options):
     main_process = make_accelerator().is_main_process
     values = options.values("cache", "no_cache", "out", "as_json")
     values["cache"] = None if options.no_cache else options.cache or default_cache()
-    result = evaluate_samples(**values, console=err if options.as_json else out)
+    result = evaluate_samples(**values, console=progress_on(err if options.as_json else out))
     if not main_process:
         return
     if options.out is not None:

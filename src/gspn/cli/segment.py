@@ -5,7 +5,7 @@ import json
 from rich.markup import escape
 from rich.table import Table
 
-from gspn.cli.app import command, err, fail, out, warn
+from gspn.cli.app import command, err, fail, out, progress_on, warn
 from gspn.options import OptionError
 from gspn.options.segment import SegmentArguments
 from gspn.places import missing
@@ -21,7 +21,7 @@ def evaluate(options, values):
 
     main_process = make_accelerator().is_main_process
     values["batch_size"] = min(values["batch_size"], AT_ONCE)
-    metrics, warnings = evaluate(options.run, options.data, console=err, **values)
+    metrics, warnings = evaluate(options.run, options.data, console=progress_on(err), **values)
     if not main_process:
         return
     if options.as_json:

@@ -8,17 +8,20 @@ from typing import Annotated
 
 import typer
 
-from gspn.cli.app import app, out, readable_errors, takes_options, warn
+from gspn.cli.app import app, out, progress_on, readable_errors, takes_options, warn
 from gspn.extras import need
 from gspn.options import OptionError, TaskSpec, read_file
-from gspn.places import check_named, check_run, expanded
+from gspn.places import check_named, check_run, expanded, runs_like
 
 ConfigFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Options from a .yaml or .toml file, such as a run's; flags override it."),
 ]
 ResumedRun = Annotated[
-    Path | None, typer.Option(metavar="RUN", help="Resume a stopped run from its last checkpoint, exactly.")
+    Path | None,
+    typer.Option(
+        metavar="RUN", help="Resume a stopped run from its last checkpoint, exactly.", autocompletion=runs_like
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run in the folder once this one has a checkpoint.")
@@ -72,9 +75,9 @@ def add_command(spec: TaskSpec, report=report_files):
 
             setup = import_module(spec.module).Setup
             if resume is None:
-                result = base.start(setup, data, run, options, overwrite=overwrite, console=out)
+                result = base.start(setup, data, run, options, overwrite=overwrite, console=progress_on(out))
             else:
-                result = base.resume(setup, resume, overrides, data=data, console=out)
+                result = base.resume(setup, resume, overrides, data=data, console=progress_on(out))
             report(spec, resume or run, *result)
 
     app.command(spec.command, help=cleandoc(spec.help))(command)

@@ -175,7 +175,7 @@ class MaskedSplit(Split):
 
     def problem(self, i):
         try:
-            self.image(i).convert("RGB")
+            with_channels(self.image(i), 3)
         except Exception:
             return super().problem(i)
         try:

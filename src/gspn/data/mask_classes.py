@@ -55,11 +55,11 @@ class Classes:
         return cls([str(value) for value in values], values, _colours(values, mask), tuple(ignored), named=False)
 
     @classmethod
-    def read(cls, file: Path, ignore: Sequence[str], mask: Image.Image | None = None) -> "Classes":
+    def read(cls, file: Path, ignore: Sequence[str] | None, mask: Image.Image | None = None) -> "Classes":
         """The classes in a JSON file, see EXPECTED. Without "value", a class is numbered by its place in the list.
 
-        Args: ignore: values, or names of the file, of pixels without a class. mask: its palette colours the classes
-            that have no colour.
+        Args: ignore: values, or names of the file, of pixels without a class; None: IGNORED, which is an error if
+            it is a class of the file. mask: its palette colours the classes that have no colour.
         Errors: DataError."""
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -131,8 +131,16 @@ def values_of(mask: Image.Image) -> np.ndarray:
     return np.asarray(mask).astype(np.uint16)
 
 
-def ignored_values(ignore: Sequence[str], named: dict[str, int]) -> tuple[int, ...]:
-    """The values of what is to be ignored, values or names among `named`. Errors: DataError for other names."""
+def ignored_values(ignore: Sequence[str] | None, named: dict[str, int]) -> tuple[int, ...]:
+    """The values of what is to be ignored, values or names among `named`. None: IGNORED.
+    Errors: DataError for other names, and for None where a class has the value IGNORED."""
+    if ignore is None:
+        for name in (name for name, value in named.items() if value == IGNORED):
+            raise DataError(
+                f"the class {name!r} has the value {IGNORED}, which is ignored by default: say whether it counts "
+                f'(--ignore "") or not (--ignore {IGNORED})'
+            )
+        return (IGNORED,)
     for each in ignore:
         if each not in named and not (each.isdecimal() and int(each) < VALUES):
             names = f"one of {', '.join(named)}" if named else "names are known with --classes only"

@@ -15,7 +15,7 @@ import numpy as np
 from gspn.data.folders import is_image, walk
 from gspn.data.images import SPLIT_NAMES, DataError, MaskedSplit, listed
 from gspn.data.labelled import Data, ImageFiles
-from gspn.data.mask_classes import MOST, VALUES, Classes, ignored_values, values_of
+from gspn.data.mask_classes import IGNORED, MOST, VALUES, Classes, ignored_values, values_of
 from gspn.data.shards import read_masked
 from gspn.data.sources import check_fraction, check_one_kind, read_source, with_held_out
 from gspn.data.tables import TABLES, load_masked
@@ -26,7 +26,7 @@ MASKED = (
     "a folder of them (shards: 0001.jpg beside 0001.seg.png); a folder that datasets' save_to_disk made; a parquet, "
     "arrow, csv or json file or a folder of them; or a name on the Hugging Face hub"
 )
-CLASSES = "classes.json"  # beside images/ and masks/, or beside shards
+CLASSES = "classes.json"  # beside images/ and masks/, shards or tables
 READERS = 8  # threads of the survey
 
 
@@ -174,19 +174,24 @@ class Survey:
 
 
 def find_classes(data: Data, file: str | Path | None) -> Path | None:
-    """The JSON file with the classes: `file`, else classes.json in the folder of the data; None if there is none."""
+    """The JSON file with the classes: `file`, else classes.json in the folder of the data, or beside the file that they
+    are; None if there is none."""
     if file is not None:
         return expanded(file)
-    beside = Path(data.where) / CLASSES
-    return beside if data.kind in ("masked folder", "masked shards") and beside.is_file() else None
+    where = Path(data.where)
+    beside = (where if where.is_dir() else where.parent) / CLASSES
+    return beside if where.exists() and beside.is_file() else None
 
 
-def survey(splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str, ...]) -> Survey:
+def survey(
+    splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str, ...] | None, strict: bool = False
+) -> Survey:
     """Reads all pairs of the splits, "train" first, checks that they fit, and counts. Pairs that cannot be read are
     left out here; the loader counts and names them.
 
     Args: file: the classes' JSON, or None: then the values that occur are the classes. ignore: values, or names of
-        the file, of pixels without a class.
+        the file, of pixels without a class; None: IGNORED, which is an error if it may be a class.
+        strict: an unreadable pair is an error.
     Errors: DataError.
     """
     counts, sizes = {}, Counter()
@@ -194,7 +199,12 @@ def survey(splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str,
     for name, split in splits.items():
         total = np.zeros(VALUES, np.int64)
         with ThreadPoolExecutor(READERS) as pool:
-            for size, values, count in filter(None, pool.map(partial(_counted, split, known), range(len(split)))):
+            for i, found in enumerate(pool.map(partial(_counted, split, known), range(len(split)))):
+                if found is None and strict:
+                    raise DataError(f"unreadable image (--strict): {split.problem(i)}")
+                if found is None:
+                    continue
+                size, values, count = found
                 total[values] += count
                 sizes[size] += name == "train"
         counts[name] = total
@@ -205,6 +215,11 @@ def survey(splits: dict[str, MaskedSplit], file: Path | None, ignore: tuple[str,
         classes = Classes.read(file, ignore, first)
         return Survey(classes, {name: total[: len(classes)] for name, total in counts.items()}, sizes)
     classes = Classes.of_values(np.flatnonzero(sum(counts.values())).tolist(), ignored_values(ignore, {}), first)
+    if ignore is None and len(classes) == 1 and any(total[IGNORED] for total in counts.values()):
+        raise DataError(
+            f"the masks hold the values {classes.values[0]} and {IGNORED} only, and {IGNORED} is ignored by default: "
+            f'expected two classes. If {IGNORED} is one of them, ignore nothing (--ignore "")'
+        )
     if not 1 <= len(classes) <= MOST:
         raise DataError(
             f"the masks hold {len(classes)} values beside the ignored ones; expected 1 to {MOST}, each of them a class"

@@ -99,19 +99,20 @@ def boundary_scores(prediction: Tensor, truth: Tensor) -> tuple[float, int]:
     if not present:
         return 0.0, 0
     reach = max(1, round(TOLERANCE * float(np.hypot(*truth.shape))))
-    near, edges = [], []
+    near, edges, found = [], [], []
     for side in (prediction, truth):
         inside = torch.stack([side == number for number in present]).float()
         edge = inside * F.max_pool2d(1 - inside, 3, 1, 1)
         edges.append(edge)
+        found.append(inside.amax((1, 2)) > 0)
         wide = F.max_pool2d(edge, (2 * reach + 1, 1), 1, (reach, 0))
         near.append(F.max_pool2d(wide, (1, 2 * reach + 1), 1, (0, reach)))
     hits = [(edges[0] * near[1]).sum((1, 2)), (edges[1] * near[0]).sum((1, 2))]
     lengths = [edge.sum((1, 2)) for edge in edges]
-    both_empty = (lengths[0] == 0) & (lengths[1] == 0)  # a class that fills the image, and is found so
+    filled = (lengths[0] == 0) & (lengths[1] == 0) & found[0]  # a class that fills the image, and is found so
     precision, recall = (hit / length.clamp(min=1) for hit, length in zip(hits, lengths, strict=True))
     score = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
-    return float(torch.where(both_empty, 1.0, score).sum()), len(present)
+    return float(torch.where(filled, 1.0, score).sum()), len(present)
 
 
 @torch.inference_mode()

@@ -70,7 +70,9 @@ class GSPNDiTBlock(nn.Module):
         z, gate = self.in_proj(x).chunk(2, dim=-1)
         # The scan takes channels_last as it is. Half of the channels of a wider map is not dense.
         y = self.gspn(z.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.out_proj(self.norm(y) * F.silu(gate))
+        # Inside autocast y has fewer bits than the weight, for which torch would warn and take a slower way.
+        y = F.rms_norm(y, y.shape[-1:], self.norm.weight.to(y.dtype), self.norm.eps)
+        return self.out_proj(y * F.silu(gate))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None, None].chunk(6, dim=-1)
@@ -87,13 +89,17 @@ class GSPNDiTTransformer2DModel(Generator):
 
     Args:
         sample_size: side of the square map that :class:`diffusers.DiTPipeline` generates; the model takes any H and W.
-        patch_size: side of a patch in pixels of the map. in_channels: 4 for a VAE's latents, 1 or 3 for images.
-            learn_sigma: the output has twice the channels, the second half for the variance.
-        hidden_size: width D. depth: number of blocks. mlp_ratio: width of the MLP as a multiple of D.
+        patch_size: side of a patch in pixels of the map.
+        in_channels: 4 for a VAE's latents, 1 or 3 for images.
+        learn_sigma: the output has twice the channels, the second half for the variance.
+        hidden_size: width D.
+        depth: number of blocks.
+        mlp_ratio: width of the MLP as a multiple of D.
         num_classes: the classes are 0 to num_classes - 1; num_classes itself is the null class of guidance.
         class_dropout_prob: how often training replaces a class by the null class; with 0 there is no null class.
-        proxy_dim: S, the width from which the scan's weights and gates are predicted. groups: channel groups that share
-            propagation weights. average, center: as in :class:`gspn.GSPN2d`.
+        proxy_dim: S, the width from which the scan's weights and gates are predicted.
+        groups: channel groups that share propagation weights.
+        average, center: as in :class:`gspn.GSPN2d`.
         positions: adds DiT's sinusoidal positions, stretched over the map, whatever its size.
         size_condition: the blocks hear log(H / sample_size) and log(W / sample_size), for training at several sizes;
             with a dilation, those of the sub-lattices.
@@ -192,7 +198,7 @@ def _positions(channels: int, height: int, width: int, trained: int, device: tor
 
 
 def _check_dilation(dilation: int, height: int, width: int, patch: int):
-    if not isinstance(dilation, int) or dilation < 1:
+    if not isinstance(dilation, int) or isinstance(dilation, bool) or dilation < 1:
         raise ValueError(f"dilation has to be a positive whole number, got {dilation!r}")
     if height % dilation or width % dilation:
         raise ValueError(

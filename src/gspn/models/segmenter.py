@@ -16,7 +16,7 @@ _BLOCK = ("groups", "scan_dim", "skip", "merger", "center", "activation", "backe
 
 
 class Segmenter(nn.Module):
-    """A backbone with a light decoder: one logit for each class and pixel of the image.
+    """A backbone with a light decoder: one logit for each class and pixel of the image::
 
         p = sum over levels i of upsampled(lateral[i] LN(map[i]))          at the finest level, in ``width`` channels
         logits = upsampled(classifier LN(blocks(p)))
@@ -27,8 +27,10 @@ class Segmenter(nn.Module):
     lie at the same places of the image whatever its height and width are, and no image is padded.
 
     Args:
-        backbone: its head is dropped. num_classes: K >= 1.
-        width: channels of the decoder; None is twice those of the first level. depth: its number of blocks.
+        backbone: its head is dropped.
+        num_classes: K >= 1.
+        width: channels of the decoder; None is twice those of the first level.
+        depth: the number of its blocks.
         drop_rate: dropout before the classifier.
 
     Shape: images (B,in_chans,H,W), any H, W >= 1, to logits (B,K,H,W).
@@ -138,7 +140,8 @@ def create_segmenter(
     """A segmenter with a backbone by name, with random weights.
 
     Args:
-        name: one of :func:`gspn.list_models`. num_classes: K.
+        name: one of :func:`gspn.list_models`.
+        num_classes: K.
         decoder_width, decoder_depth, decoder_drop_rate: ``width``, ``depth`` and ``drop_rate`` of :class:`Segmenter`.
         kwargs: ``in_chans=3`` and every other argument of :class:`gspn.models.Backbone`. ``stem_stride`` is 4 here for
             gspn_micro too: the finest map has 1/4 of the image's height and width.

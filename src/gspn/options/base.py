@@ -5,7 +5,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType, UnionType
@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from gspn.names import guess, unknown
-from gspn.places import OptionError, expanded, location
+from gspn.places import OptionError, expanded, location, runs_like
 
 REQUIRED = MISSING  # the default of an option that has to be given
 FAR = 1.25  # times the size that a model was trained at: beyond, and below 1 / FAR, results are clearly worse
@@ -36,6 +36,7 @@ def option(
     resumable: bool = False,
     path: bool = False,
     suffix: str | None = None,
+    complete: tuple[str, ...] = (),
 ):
     """A field of a set of options.
 
@@ -49,9 +50,11 @@ def option(
         resumable: the option does not change the result, so a resumed run may get another value.
         path: the value may be the path of a file or folder; a run keeps it as an absolute path.
         suffix: the value is a file to write, whose name has to end so, because its format is fixed.
+        complete: what a shell offers for the value, beside `choices`. For the metavar RUN it offers runs.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, fallback=fallback, parse=parse)
     metadata |= dict(flag=flag, metavar=metavar, argument=argument, resumable=resumable, path=path, suffix=suffix)
+    metadata["complete"] = complete
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -311,7 +314,7 @@ def _parameter(options, one, annotation, panel):
         kind = list[str] if kind is Mapping else str
     elif kind is bool and (one.default or not options.plain) and "/" not in flag:
         flag = f"{flag}/--no-{flag[2:]}"
-    shared = dict(help=metadata["help"], metavar=metadata["metavar"])
+    shared = dict(help=metadata["help"], metavar=metadata["metavar"], autocompletion=_completion(metadata))
     if metadata["argument"]:
         info = typer.Argument(**shared, show_default=False)
     else:
@@ -322,6 +325,18 @@ def _parameter(options, one, annotation, panel):
     return inspect.Parameter(
         one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )
+
+
+def _completion(metadata) -> Callable[[str], list[str]] | None:
+    """What gives a shell the values that begin as what is typed; None where it completes file names as usual."""
+    if metadata["metavar"] == "RUN":
+        return runs_like
+    names = [str(each) for each in (*metadata["choices"], *metadata["complete"])]
+
+    def named(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return named if names else None
 
 
 def _default_text(options, one):

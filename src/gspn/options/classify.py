@@ -69,7 +69,10 @@ class ModelOptions(OptionSet):
     panel: ClassVar = "Model"
 
     model: str | None = option(
-        None, "gspn_micro (small images), gspn_tiny, gspn_small, gspn_base.", fallback="gspn_micro"
+        None,
+        "gspn_micro (small images), gspn_tiny, gspn_small, gspn_base.",
+        fallback="gspn_micro",
+        complete=("gspn_micro", "gspn_tiny", "gspn_small", "gspn_base"),
     )
     model_args: Mapping = option(
         {},

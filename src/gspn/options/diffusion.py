@@ -9,6 +9,8 @@ from gspn.options.base import OptionSet, option, parse_model_args
 from gspn.options.task import TaskSpec
 from gspn.options.training import DATA_HELP, DataOptions, LoopOptions
 
+FAMILIES, SIZES = ("GSPN-DiT", "GSPN", "DiT"), ("micro", "S", "B", "L", "XL")
+
 
 def parse_factors(value):
     """(0.75, 1.5) from "0.75,1.5" or two numbers."""
@@ -75,6 +77,7 @@ class GeneratorModelOptions(OptionSet):
         None,
         "GSPN-DiT-S/2 (ours), GSPN-S/2 (the paper's), DiT-S/2 (for comparison), or micro, B, L, XL, or /4.",
         fallback="GSPN-micro/2",
+        complete=tuple(f"{family}-{size}/{patch}" for family in FAMILIES for size in SIZES for patch in (2, 4)),
     )
     model_args: Mapping = option(
         {},

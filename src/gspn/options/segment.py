@@ -33,6 +33,11 @@ def parse_weights(value):
     return numbers
 
 
+def parse_ignored(value):
+    """("255", "void") from "255,void" or a list, which may be empty."""
+    return parse_names(value) if value else ()
+
+
 def parse_memory(value):
     """Bytes from "2GB", "512MiB" or a number."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", str(value).strip().upper())
@@ -67,10 +72,10 @@ class MaskOptions(OptionSet):
         metavar="FILE",
         path=True,
     )
-    ignore: tuple = option(
-        ("255",),
-        "Values of pixels that do not count, or names of classes: 255,void",
-        parse=parse_names,
+    ignore: tuple | None = option(
+        None,
+        'Values of pixels that do not count, or names of classes: 255,void; or "" for none. Default: 255.',
+        parse=parse_ignored,
         metavar="NAMES",
     )
     val_fraction: float = option(0.1, "Fraction of the images to hold out where DATA has no evaluation split.")

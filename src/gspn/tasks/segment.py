@@ -133,7 +133,10 @@ class Setup(BaseSetup):
         if resuming:
             return cls(data=data, **splits, options=options, notes=[])
         found = survey(
-            {"train": train_split, eval_name: eval_split}, find_classes(data, options.classes), options.ignore
+            {"train": train_split, eval_name: eval_split},
+            find_classes(data, options.classes),
+            options.ignore,
+            options.strict,
         )
         channels, source = options.channels or train_split.channels(), None
         if options.init_from:
@@ -143,6 +146,8 @@ class Setup(BaseSetup):
             notes.append(
                 f"no names of classes: each of the {len(found.classes)} values in the masks is one (--classes)"
             )
+        if options.ignore is None:
+            options = replace(options, ignore=tuple(map(str, found.classes.ignored)))
         options = settle(options, found.sizes, channels, source)
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:
@@ -194,7 +199,7 @@ class Setup(BaseSetup):
         scales = f"scaled by {options.min_scale * options.scale:g} to {options.max_scale * options.scale:g}"
         return (
             f"{options.model} with a decoder, {parameters_of(model)}",
-            f"with masks of {len(self.classes)} classes",
+            f"with masks of {len(self.classes)} class{'es' * (len(self.classes) > 1)}",
             (f"crops of {height}x{width}, {scales}",),
         )
 
