@@ -24,7 +24,7 @@ TRITON_TESTS := $(wildcard tests/kernels/test_triton*.py)
 # Without dependencies: a resolver might replace torch by a build of several gigabytes.
 .timm/.installed: .venv/.installed
 	rm -rf .timm
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps --target .timm timm torchvision
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps --target .timm timm torchvision segmentation-models-pytorch
 	touch $@
 
 quickstart: .venv/.installed

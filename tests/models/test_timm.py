@@ -51,6 +51,18 @@ def test_default_cfg_describes_the_model(name):
     assert data["input_size"] == cfg["input_size"] and data["interpolation"] == "bicubic" and data["crop_pct"] == 0.875
 
 
+@pytest.mark.parametrize("decoder", ["FPN", "UPerNet", "Unet", "Segformer"])
+def test_decoders_of_segmentation_models_pytorch(decoder):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = getattr(smp, decoder)("tu-gspn_tiny", encoder_weights=None, classes=11)
+    model.encoder.eval()  # no block is dropped
+    y = model(torch.randn(2, 3, 64, 96))
+    assert y.shape == (2, 11, 64, 96)
+    y.square().mean().backward()
+    scans = [p for name, p in model.encoder.named_parameters() if name.endswith("weight_proj")]
+    assert len(scans) == 13 and all(p.grad.abs().sum() > 0 for p in scans)
+
+
 def test_arguments():
     model = small(in_chans=1, num_classes=0, drop_rate=0.3, drop_path_rate=0.2)
     assert model(torch.randn(2, 1, 24, 16)).shape == (2, 32) and model.drop_rate == 0.3
