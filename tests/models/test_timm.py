@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_decoders_of_segmentation_models_pytorch(decoder):
     y.square().mean().backward()
     scans = [p for name, p in model.encoder.named_parameters() if name.endswith("weight_proj")]
     assert len(scans) == 13 and all(p.grad.abs().sum() > 0 for p in scans)
+
+
+def test_the_snippet_with_another_decoder_runs():
+    pytest.importorskip("segmentation_models_pytorch")
+    page = (Path(__file__).parents[2] / "docs/segmentation.md").read_text(encoding="utf-8")
+    (snippet,) = [part for part in page.split("```") if "smp." in part and part.startswith("python")]
+    names = {}
+    exec(snippet.removeprefix("python"), names)
+    assert names["logits"].shape == (2, 11, 96, 128)
 
 
 def test_arguments():
