@@ -5,6 +5,8 @@ from importlib.util import find_spec
 PACKAGES = {
     "train": ("training and the gspn command", "accelerate datasets PIL matplotlib rich sklearn typer yaml".split()),
     "diffusion": ("generation", ["diffusers"]),
+    "demo": ("the demo", ["gradio"]),
+    "hub": ("model cards and the Hugging Face hub", ["huggingface_hub"]),
 }
 
 

@@ -1,7 +1,7 @@
 """From a run folder back to Python: `gspn.load_run`, and the classifier that it and the commands use."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from gspn.data.mask_loader import scaled
 from gspn.models import Backbone, Segmenter, create_model, create_segmenter
 from gspn.models.tiles import segment
 from gspn.options import OptionError
-from gspn.places import expanded
+from gspn.places import run_folder
+from gspn.pretrained import Card, push, save
 from gspn.train.run import Run, RunError
 
 if TYPE_CHECKING:
@@ -28,8 +29,60 @@ TASKS = ("classification", "diffusion", "segmentation")  # what `load_run` can l
 LOADED = {"classification": "classifier", "segmentation": "segmenter"}  # what messages call them
 
 
+# The options of a run that its evaluation needs. A saved model keeps only these: others may hold paths.
+KEPT_OPTIONS = ("precision", "scale")
+
+
+class Saving:
+    """What Classifier and Segmentation share: the model is saved with its classes and preprocessing, so that whatever
+    takes a run takes the folder, too."""
+
+    run: Run
+    model: Any
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        license: str | None = None,
+        data: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes the model to a folder: weights, config.json with classes and preprocessing, and a model card. See
+        :meth:`gspn.models.Backbone.save_pretrained` for the arguments and the errors; without `data` the card names
+        the data of the run.
+        """
+        save(self.model, save_directory, self._card(license, data, metrics), dtype, self._kept())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        dtype: torch.dtype | None = None,
+        license: str | None = None,
+        data: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Uploads what :meth:`save_pretrained` writes; see :meth:`gspn.models.Backbone.push_to_hub`."""
+        return push(self.model, repo_id, self._card(license, data, metrics), dtype, self._kept(), **options)
+
+    def _card(self, license, data, metrics):
+        return Card(license, data or self._kept()["data"]["where"], metrics or {})
+
+    def _kept(self):
+        """What config.json keeps of the run: nothing that names places of this machine."""
+        config = self.run.config
+        kept = {name: config[name] for name in ("task", "preprocessing", "classes", "class_names") if name in config}
+        where = config["data"]["where"]
+        kept["data"] = {**config["data"], "where": Path(where).name if Path(where).is_absolute() else where}
+        kept["options"] = {name: config["options"][name] for name in KEPT_OPTIONS if name in config["options"]}
+        return kept | {name: config[name] for name in ("seed", "versions") if name in config}
+
+
 @dataclass
-class Classifier:
+class Classifier(Saving):
     """A trained classifier, ready for use.
 
     Attributes:
@@ -93,7 +146,7 @@ class Classifier:
 
 
 @dataclass
-class Segmentation:
+class Segmentation(Saving):
     """A trained segmenter, ready for use.
 
     Attributes:
@@ -238,7 +291,9 @@ def load_run(
     """The trained model of a run, ready for use, with the averaged weights if the run has them.
 
     Args:
-        path: the run folder of `gspn train`, `gspn train-segmentation` or `gspn train-diffusion`.
+        path: the run folder of `gspn train`, `gspn train-segmentation` or `gspn train-diffusion`; a folder that
+            ``save_pretrained`` of a loaded classifier or segmenter wrote; or, where nothing exists at that path, the
+            name of weights in the package gspn-weights, such as "digits".
         checkpoint: "best", "last", "epoch-0010", ... As in the commands, None is "last" for a generator and "best" for
             the others.
         task: "classification", "segmentation" or "diffusion"; refuses a run of another kind, and gives type checkers
@@ -265,7 +320,7 @@ def load_run(
         raise OptionError(f"task has to be {' or '.join(TASKS)}, got {task!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise OptionError(f"dtype has to be a floating-point dtype, got {dtype}")
-    path = expanded(path)
+    path = run_folder(path)
     found = Run.open(path).check_task(*TASKS if task is None else (task,))
     if found == "diffusion":
         from gspn.sampling.generators import load_pipeline

@@ -60,7 +60,7 @@ def segment(options):
     from gspn.files import check_absent
 
     absent = {path: reason for path in options.images if (reason := missing(path))}
-    folder = options.out or options.run / "segmented"
+    folder = options.out or options.beside("segmented")
     files = {path: (folder / f"{path.stem}-mask.png", folder / f"{path.stem}-overlay.png") for path in options.images}
     if len({mask for mask, _ in files.values()}) < len(files):
         raise OptionError("two of the images have the same name but for folder and ending: segment them one by one")

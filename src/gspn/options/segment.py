@@ -10,7 +10,7 @@ from gspn.options.classifiers import RunOptions, WriteOptions
 from gspn.options.classify import ModelOptions
 from gspn.options.task import TaskSpec
 from gspn.options.training import LoopOptions
-from gspn.places import OptionError, check_file
+from gspn.places import OptionError, check_file, run_folder
 
 MASKED_HELP = (
     "A folder with images/ and masks/ (PNGs of indices or with a palette, of the same names), with or without train/ "
@@ -124,7 +124,13 @@ class SegmentationOptions(MaskOptions, MaskRecipeOptions, LoopOptions, ModelOpti
 class SegmentArguments(WriteOptions, RunOptions):
     """All options of `gspn segment`."""
 
-    run: Path = option(REQUIRED, "A run folder of `gspn train-segmentation`.", metavar="RUN", argument=True)
+    run: Path = option(
+        REQUIRED,
+        "A run folder of `gspn train-segmentation`, or a saved model.",
+        metavar="RUN",
+        argument=True,
+        parse=run_folder,
+    )
     images: list[Path] = option(REQUIRED, "Image files of any kind and size.", metavar="IMAGE...", argument=True)
     out: Path | None = option(None, "The folder for the pictures. Default: RUN/segmented.")
     max_memory: int | None = option(
