@@ -15,6 +15,7 @@ from torch import Tensor
 from gspn.data.images import Preprocessing, decode, upright, with_channels
 from gspn.data.mask_classes import Classes
 from gspn.data.mask_loader import scaled
+from gspn.memory import free_bytes
 from gspn.models import Backbone, Segmenter, create_model, create_segmenter
 from gspn.models.tiles import segment
 from gspn.options import OptionError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gspn.models.pipeline import GSPNPipeline
 
 TASKS = ("classification", "diffusion", "segmentation")  # what `load_run` can load
+MANY_PIXELS = 4_000_000  # of an image that is compared with the free memory; the estimate takes seconds
 LOADED = {"classification": "classifier", "segmentation": "segmenter"}  # what messages call them
 
 
@@ -175,17 +177,22 @@ class Segmentation(Saving):
         """
         return self.classes.picture(self.numbers(_image(image), max_bytes))
 
+    def pixels(self, image: Image.Image) -> Tensor:
+        """The pixels that the model sees of an upright PIL image: uint8 (C,H,W)."""
+        size = scaled(image.size, self.scale)
+        resized = with_channels(image, self.preprocessing.channels).resize(size, Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.atleast_3d(np.array(resized))).permute(2, 0, 1)
+
+    def allowed_bytes(self, image: Image.Image) -> int | None:
+        """`max_bytes` for an image: 9/10 of the free memory where it has more than 4 megapixels, else None."""
+        if image.width * image.height * self.scale**2 <= MANY_PIXELS:
+            return None
+        return int(0.9 * free_bytes(next(self.model.parameters()).device))
+
     def numbers(self, image: Image.Image, max_bytes: int | None = None, tell: Callable[[str], None] | None = None):
         """The number of the class of each pixel of an upright PIL image, uint8 (H,W); arguments as for `segment`.
         `tell` gets a sentence on whether tiles are used, and on the memory, before the work begins."""
-        pixels = np.atleast_3d(
-            np.array(
-                with_channels(image, self.preprocessing.channels).resize(
-                    scaled(image.size, self.scale), Image.Resampling.BICUBIC
-                )
-            )
-        )
-        pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        pixels = self.pixels(image)[None]
         return segment(self.model, pixels, self.preprocessing.normalize, (image.height, image.width), max_bytes, tell)
 
 
@@ -292,8 +299,8 @@ def load_run(
 
     Args:
         path: the run folder of `gspn train`, `gspn train-segmentation` or `gspn train-diffusion`; a folder that
-            ``save_pretrained`` of a loaded classifier or segmenter wrote; or, where nothing exists at that path, the
-            name of weights in the package gspn-weights, such as "digits".
+            ``save_pretrained`` of a loaded classifier, segmenter or generator wrote; or, where nothing exists at that
+            path, the name of weights in the package gspn-weights: "digits", "digits-generator".
         checkpoint: "best", "last", "epoch-0010", ... As in the commands, None is "last" for a generator and "best" for
             the others.
         task: "classification", "segmentation" or "diffusion"; refuses a run of another kind, and gives type checkers
@@ -321,7 +328,8 @@ def load_run(
     if dtype is not None and not dtype.is_floating_point:
         raise OptionError(f"dtype has to be a floating-point dtype, got {dtype}")
     path = run_folder(path)
-    found = Run.open(path).check_task(*TASKS if task is None else (task,))
+    saved_pipeline = task in (None, "diffusion") and (path / "model_index.json").exists()
+    found = "diffusion" if saved_pipeline else Run.open(path).check_task(*TASKS if task is None else (task,))
     if found == "diffusion":
         from gspn.sampling.generators import load_pipeline
 

@@ -1,0 +1,30 @@
+"""The command that opens a page to try a model: demo."""
+
+from gspn import weights
+from gspn.cli.app import command, out
+from gspn.extras import need
+from gspn.options import OptionError
+from gspn.options.demo import DemoOptions
+from gspn.progress import Progress
+
+
+@command("demo", DemoOptions)
+def demo(options):
+    """Open a page on which a trained model classifies, segments or makes pictures; without RUN, the shipped digits.
+
+    A click on a pixel shows where its context comes from. The page is served to this machine alone and needs no
+    network. Ctrl+C ends it. Example: gspn demo runs/first --images photos
+    """
+    need("demo")
+    with Progress("opening the page", console=out):
+        from gspn.demo import launch, page, pictures_of, subject
+
+        run = weights.folder("digits") if options.run is None else options.run
+        blocks = page(subject(run), run.name, pictures_of(run, options.images))
+        try:
+            address = launch(blocks, options.port, options.browser)
+        except OSError as error:
+            where = options.port or "any port from 7860 on"
+            raise OptionError(f"port: the page cannot be opened at {where}: {error}") from error
+    out.print(f"{address} is open; Ctrl+C ends it", markup=False, highlight=False)
+    blocks.block_thread()
