@@ -20,6 +20,10 @@ SIDE = 448  # pixels: the longer side of a small picture on the page, which is e
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MARK = "#35e0ff"  # as in plots
 AT_ONCE = 8  # images that a generator makes
+BUTTONS = ("download", "fullscreen")  # not gradio's third, which uploads the picture
+# Small pictures are enlarged to squares of one colour, as they are, instead of being smoothed.
+CSS = "#picture img {width: 100%; height: 100%; object-fit: contain} .small img {image-rendering: pixelated}"
+SMALL = 64  # pixels
 
 Place = tuple[int, int]
 
@@ -181,13 +185,22 @@ def _looking(gradio, shown, pictures):
             return enlarged(pixels, place), shown.context(pixels, place)
 
     private = {"api_visibility": "private", "show_progress": "minimal"}
+    small = max(shown.loaded.preprocessing.size) <= SMALL
     with gradio.Row():
-        with gradio.Column():
+        with gradio.Column(elem_classes=["small"] if small else None):
             image = gradio.Image(
-                type="pil", image_mode=None, sources=["upload", "clipboard"], label="Picture", height=260, format="png"
+                type="pil",
+                image_mode=None,
+                sources=["upload", "clipboard"],
+                label="Picture",
+                height=260,
+                format="png",
+                buttons=[],
+                elem_id="picture",
             )
             if pictures:
-                gradio.Examples([[str(file)] for file in pictures], image, label="Or pick one", examples_per_page=24)
+                files = [[str(file)] for file in pictures]
+                gradio.Examples(files, image, label="Or pick one", examples_per_page=24, elem_id="picked")
             times = gradio.Slider(0.5, 4, 1, step=0.25, label="Size, as a multiple of that in training")
         with gradio.Column():
             seen = gradio.Image(
@@ -201,9 +214,15 @@ def _looking(gradio, shown, pictures):
             if isinstance(shown, Classifying):
                 answer = gradio.Label(num_top_classes=5, label="Class", elem_id="answer")
             else:
-                answer = gradio.Image(label="Classes", interactive=False, format="png", elem_id="answer")
+                answer = gradio.Image(
+                    label="Classes", interactive=False, format="png", buttons=[*BUTTONS], elem_id="answer"
+                )
     context = gradio.Image(
-        label="Where the context of that pixel comes from", interactive=False, format="png", elem_id="context"
+        label="Where the context of that pixel comes from",
+        interactive=False,
+        format="png",
+        buttons=[*BUTTONS],
+        elem_id="context",
     )
     for event in (image.change, times.release):
         event(look, [image, times], [seen, answer, context], **private)
@@ -226,7 +245,9 @@ def _generating(gradio, shown):
             steps = gradio.Slider(5, 100, 25, step=5, label="Steps from noise to picture")
             button = gradio.Button("Make pictures", variant="primary", elem_id="make")
         with gradio.Column(scale=2):
-            made = gradio.Gallery(label="Pictures", columns=4, format="png", interactive=False, elem_id="made")
+            made = gradio.Gallery(
+                label="Pictures", columns=4, format="png", interactive=False, buttons=[*BUTTONS], elem_id="made"
+            )
     button.click(make, [chosen, seed, times, guidance, steps], made, api_visibility="private")
 
 
@@ -264,5 +285,6 @@ def launch(blocks: Any, port: int | None = None, browser: bool = False) -> str:
         enable_monitoring=False,
         footer_links=[],
         theme=theme,
+        css=CSS,
     )
     return address
