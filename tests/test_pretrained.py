@@ -336,6 +336,7 @@ def test_the_digits_have_the_accuracy_on_their_card():
     run = gspn.load_run("digits")
     x = run.preprocess(SEVEN)[None]
     assert not model.training and torch.equal(model(x), run.model(x)) and int(model(x).argmax()) == 7
+    assert torch.equal(Backbone.from_pretrained("digits")(x), model(x))
 
 
 def test_a_new_head_on_trained_weights():
@@ -384,3 +385,16 @@ def test_commands_take_names_and_write_beside_the_user(tmp_path, monkeypatch):
     assert result.exit_code == 2 and "digits" in result.stderr
     (tmp_path / "digits").mkdir()  # what is at a path comes first
     assert CliRunner().invoke(app, ["predict", "digits", str(SEVEN)]).exit_code == 2
+
+
+def test_the_generator_makes_digits():
+    pytest.importorskip("diffusers")
+    pipeline, classifier = gspn.load_run("digits-generator"), gspn.load_run("digits")
+    pipeline.set_progress_bar_config(disable=True)
+    classes = [number for number in range(10) for _ in range(3)]
+    noise = torch.Generator().manual_seed(1)
+    images = pipeline(classes, guidance_scale=2.0, num_inference_steps=25, generator=noise).images
+    right = [classifier.predict(image, top=1).keys() == {str(n)} for image, n in zip(images, classes, strict=True)]
+    assert sum(right) >= 27  # all 30 here; other machines round differently
+    with pytest.raises(ValueError, match="digits-generator"):
+        gspn.create_model("gspn_micro", pretrained="digits-generator")

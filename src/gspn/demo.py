@@ -203,13 +203,8 @@ def _looking(gradio, shown, pictures):
                 gradio.Examples(files, image, label="Or pick one", examples_per_page=24, elem_id="picked")
             times = gradio.Slider(0.5, 4, 1, step=0.25, label="Size, as a multiple of that in training")
         with gradio.Column():
-            seen = gradio.Image(
-                label="As the model sees it: click a pixel",
-                interactive=False,
-                format="png",
-                buttons=[],
-                elem_id="seen",
-            )
+            gradio.Markdown("As the model sees it: **click a pixel**")  # a label would cover pixels
+            seen = gradio.Image(show_label=False, interactive=False, format="png", buttons=[], elem_id="seen")
         with gradio.Column():
             if isinstance(shown, Classifying):
                 answer = gradio.Label(num_top_classes=5, label="Class", elem_id="answer")
@@ -217,13 +212,7 @@ def _looking(gradio, shown, pictures):
                 answer = gradio.Image(
                     label="Classes", interactive=False, format="png", buttons=[*BUTTONS], elem_id="answer"
                 )
-    context = gradio.Image(
-        label="Where the context of that pixel comes from",
-        interactive=False,
-        format="png",
-        buttons=[*BUTTONS],
-        elem_id="context",
-    )
+    context = gradio.Image(show_label=False, interactive=False, format="png", buttons=[*BUTTONS], elem_id="context")
     for event in (image.change, times.release):
         event(look, [image, times], [seen, answer, context], **private)
     seen.select(click, [image, times], [seen, context], **private)

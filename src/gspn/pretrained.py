@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gspn import weights
 from gspn.extras import need
 from gspn.files import ExistsError, atomic, check_format, make_folder, save_tensors, write_json, write_text
 
@@ -122,14 +123,15 @@ class Pretrained:
         evaluation mode and float32.
 
         Args:
-            where: a folder, or OWNER/NAME on the hub where no such folder exists.
+            where: a folder. Where none exists, the name of weights in the package gspn-weights, or else OWNER/NAME on
+                the hub.
             revision, token, cache_dir, force_download, local_files_only: as for huggingface_hub.snapshot_download. A
                 local folder needs none of them.
 
         Raises FileNotFoundError if there is no such folder and it is no name on the hub; ValueError if it holds another
         model, is damaged, or was written by a newer gspn; huggingface_hub's errors for the hub.
         """
-        folder = Path(where)
+        folder = weights.named(where) or Path(where)
         if not folder.is_dir():
             folder = _downloaded(
                 str(where),
@@ -275,11 +277,11 @@ def card_text(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     count = sum(parameter.numel() for parameter in model.parameters())
     kind = arguments.get("name", config["class"])
-    use = f'model = {model._import_as}.from_pretrained("{where}")  # a folder, or OWNER/NAME on the hub'
+    use = f'model = {model._import_as}.from_pretrained("{where}")  # this folder, or OWNER/NAME on the hub'
     if config.get("task") == "classification":
-        use += f'\nanswer = gspn.load_run("{where}").predict("image.png")  # of a folder; {{class: probability}}'
+        use += f'\nanswer = gspn.load_run("{where}").predict("image.png")  # this folder; {{class: probability}}'
     if config.get("task") == "segmentation":
-        use += f'\nmask = gspn.load_run("{where}").segment("image.png")  # of a folder'
+        use += f'\nmask = gspn.load_run("{where}").segment("image.png")  # this folder'
     metrics = "\n".join(
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in card.metrics.items()
