@@ -1,5 +1,6 @@
 """`gspn demo`: what the page computes, the page itself, and, marked slow, a visit with a browser."""
 
+import io
 import json
 import socket
 from pathlib import Path
@@ -14,6 +15,7 @@ from gspn import demo, weights
 
 SEVEN = Path(__file__).parents[1] / "docs/images/seven.png"
 BROWSER = Path("/usr/bin/chromium")  # Debian's
+PATIENCE = 120_000  # milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +131,23 @@ def this_machine_alone(monkeypatch):
 
 
 @pytest.fixture
-def address(digits, this_machine_alone):
+def serve(this_machine_alone):
+    """Serves the page of a subject; returns its address."""
     pytest.importorskip("gradio", reason='gradio is not installed: pip install "gspn[demo]"')
-    blocks = demo.page(digits, "digits", demo.pictures_of("digits", None))
-    try:
-        yield demo.launch(blocks)
-    finally:
+    served = []
+
+    def start(shown, name, pictures=()):
+        served.append(demo.page(shown, name, pictures))
+        return demo.launch(served[-1])
+
+    yield start
+    for blocks in served:
         blocks.close()
+
+
+@pytest.fixture
+def address(serve, digits):
+    return serve(digits, "digits", demo.pictures_of("digits", None))
 
 
 def test_the_page_is_served_to_this_machine_alone(address, this_machine_alone):
@@ -199,45 +211,89 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
     assert result.exit_code == 2 and "gspn[demo]" in result.stderr
 
 
-@pytest.mark.slow
-def test_a_visit(address, this_machine_alone):
-    """Picks a picture, reads the answer, clicks a pixel, and moves the slider."""
+# -- a visit with a browser --
+
+
+@pytest.fixture
+def visit(this_machine_alone):
+    """A tab of Debian's Chromium. Afterwards: nothing went wrong in it, and nothing was asked of other machines."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not BROWSER.exists():
         pytest.skip(f"there is no {BROWSER}")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(BROWSER), args=["--no-sandbox"])
-        visit = browser.new_page()
-        visit.set_default_timeout(120_000)
-        asked, wrong = [], []
-        visit.on("request", lambda request: asked.append(request.url))
-        visit.on("pageerror", lambda error: wrong.append(str(error)))
-        visit.goto(address)
-        visit.locator("#picked button").nth(9).click()  # a seven
-        expect = api.expect
-        expect(visit.locator("#answer")).to_contain_text("7", timeout=120_000)
-        seen, context = visit.locator("#seen img"), visit.locator("#context img")
-        before, picture = seen.get_attribute("src"), context.get_attribute("src")
-        box = seen.bounding_box()
-        seen.click(position={"x": box["width"] * 1.5 / 8, "y": box["height"] * 6.5 / 8})
-        expect(context).not_to_have_attribute("src", picture, timeout=120_000)
-        expect(seen).not_to_have_attribute("src", before)
-        marked = Image.open(visit_bytes(visit, seen.get_attribute("src"))).convert("RGB")
-        cyan = np.argwhere((np.array(marked) == (53, 224, 255)).all(2))
-        assert cyan.min(0).tolist() == [6 * 56, 56] and cyan.max(0).tolist() == [7 * 56 - 1, 2 * 56 - 1]
-        picture = context.get_attribute("src")
-        slider = visit.locator("input[type=number]").first
-        slider.fill("2")
-        slider.press("Enter")
-        slider.blur()
-        expect(context).not_to_have_attribute("src", picture, timeout=120_000)
+        tab, asked, wrong = browser.new_page(), [], []
+        tab.set_default_timeout(PATIENCE)
+        api.expect.set_options(PATIENCE)
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        yield tab
         browser.close()
-    local = ("http://127.0.0.1:", "data:", "blob:")
     assert asked and not wrong and not this_machine_alone
-    assert [url for url in asked if not url.startswith(local)] == []
+    assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))] == []
 
 
-def visit_bytes(visit, url):
-    import io
+def picture(tab, image):
+    """The pixels of an image of the page."""
+    return np.array(Image.open(io.BytesIO(tab.request.get(image.get_attribute("src")).body())).convert("RGB"))
 
-    return io.BytesIO(visit.request.get(url).body())
+
+def click_inside(image, x, y):
+    """Clicks an image at a part of its width and height."""
+    box = image.bounding_box()
+    image.click(position={"x": box["width"] * x, "y": box["height"] * y})
+
+
+@pytest.mark.slow
+def test_a_picture_is_picked_classified_and_clicked(visit, address):
+    from playwright.sync_api import expect
+
+    visit.goto(address)
+    visit.locator("#picked button").nth(9).click()  # a seven
+    expect(visit.locator("#answer")).to_contain_text("7")
+    seen, context = visit.locator("#seen img"), visit.locator("#context img")
+    expect(context).to_be_visible()
+    before, drawn = seen.get_attribute("src"), context.get_attribute("src")
+    click_inside(seen, 1.5 / 8, 6.5 / 8)
+    expect(context).not_to_have_attribute("src", drawn)
+    expect(seen).not_to_have_attribute("src", before)
+    mark = np.argwhere((picture(visit, seen) == (53, 224, 255)).all(2))
+    assert mark.min(0).tolist() == [6 * 56, 56] and mark.max(0).tolist() == [7 * 56 - 1, 2 * 56 - 1]
+    before = seen.get_attribute("src")
+    slider = visit.locator("input[type=number]").first
+    slider.fill("2")
+    slider.press("Enter")
+    slider.blur()
+    expect(seen).not_to_have_attribute("src", before)
+    assert picture(visit, seen).shape == (16 * 28, 16 * 28, 3)
+
+
+@pytest.mark.slow
+def test_a_picture_is_uploaded_segmented_and_clicked(visit, serve, masked_run, masked):
+    from playwright.sync_api import expect
+
+    image = next(file for file in sorted(masked.rglob("*.png")) if "mask" not in str(file))
+    visit.goto(serve(demo.subject(masked_run.path), "shapes"))
+    visit.locator("#picture input[type=file]").set_input_files(image)
+    seen, context = visit.locator("#seen img"), visit.locator("#context img")
+    expect(visit.locator("#answer img")).to_be_visible()
+    expect(context).to_be_visible()
+    drawn = context.get_attribute("src")
+    click_inside(seen, 0.2, 0.3)
+    expect(context).not_to_have_attribute("src", drawn)
+
+
+@pytest.mark.slow
+def test_pictures_of_a_class_are_made(visit, serve):
+    pytest.importorskip("diffusers")
+    from playwright.sync_api import expect
+
+    visit.goto(serve(demo.subject("digits-generator"), "digits-generator"))
+    visit.locator("#class input").fill("3")
+    visit.locator("#class input").press("Enter")
+    visit.locator("#make").click()
+    made = visit.locator("#made .grid-container img, #made .thumbnail-item img")
+    expect(made.first).to_be_visible()
+    assert made.count() == demo.AT_ONCE
+    shown = Image.fromarray(picture(visit, made.first)).resize((8, 8), Image.Resampling.NEAREST)
+    assert next(iter(gspn.load_run("digits").predict(shown))) == "3"

@@ -227,7 +227,8 @@ def _generating(gradio, shown):
 
     with gradio.Row():
         with gradio.Column():
-            chosen = gradio.Dropdown(shown.classes, value=0, type="index", label="Class", elem_id="class")
+            choices = [(name, number) for number, name in enumerate(shown.classes)]  # names may be equal
+            chosen = gradio.Dropdown(choices, value=0, label="Class", elem_id="class")
             seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
             times = gradio.Slider(0.5, 4, 1, step=0.25, label="Size, as a multiple of that in training")
             guidance = gradio.Slider(1, 8, 2, step=0.5, label="Guidance: the weight of the class")
