@@ -180,6 +180,8 @@ def test_the_command(monkeypatch, tmp_path):
     assert result.exit_code == 2 and "nothing" in result.stderr
     result = CliRunner().invoke(app, ["demo", "--images", str(tmp_path / "none")])
     assert result.exit_code == 2 and "none" in result.stderr
+    result = CliRunner().invoke(app, ["demo", "--images", str(tmp_path)])
+    assert result.exit_code == 2 and "no pictures" in result.stderr
     monkeypatch.setattr(weights, "find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["demo"])
     assert result.exit_code == 2 and "pip install ./weights" in result.stderr

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gspn
-from gspn import pretrained, weights
+from gspn import files, weights
 from gspn.files import ExistsError
 from gspn.models import Backbone, Segmenter
 
@@ -109,6 +109,11 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="config"):
         bare.save_pretrained(tmp_path / "bare")
     assert not (tmp_path / "bare").exists()
+    changed = gspn.create_model("gspn_micro", num_classes=4, **SMALL)
+    changed.head = nn.Linear(changed.num_features, 7)
+    with pytest.raises(ValueError, match=r"head\.bias, head\.weight.*reset_classifier"):
+        changed.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
     (tmp_path / "config.json").write_text('{"format": 1, "task": "classification"}')
     with pytest.raises(ExistsError, match="run"):
         gspn.GSPN2d(4).save_pretrained(tmp_path)
@@ -119,10 +124,10 @@ def test_a_failure_keeps_what_was_saved_before(tmp_path, monkeypatch):
     layer = gspn.GSPN2d(4)
     layer.save_pretrained(tmp_path)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "save_tensors", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         gspn.GSPN2d(4).save_pretrained(tmp_path)
     loaded = gspn.GSPN2d.from_pretrained(tmp_path)

@@ -7,7 +7,8 @@
 config.json has the format of a run's, so that whatever takes a run takes such a folder too. Local folders are read
 without any further package; writing a card, uploading and downloading need huggingface_hub. Its ModelHubMixin is no
 base class of the models: importing it is slow, and it would store the arguments of ``__init__``, which
-``reset_classifier`` overrides. An object that holds a model inherits it instead.
+``reset_classifier`` overrides. An object that holds a model inherits it instead. The layer imports this module, so what
+is slow to import is imported where it is used.
 """
 
 import functools
@@ -18,14 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gspn import weights
 from gspn.extras import need
-from gspn.files import ExistsError, atomic, check_format, make_folder, save_tensors, write_json, write_text
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1  # of config.json, here and in a run; raised when an older gspn could no longer read it
@@ -152,6 +150,8 @@ class Pretrained:
 
 def read(folder: Path, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, weights) of a folder that save_pretrained wrote. `expected` is the class. Raises ValueError."""
+    from gspn.files import check_format
+
     config = _config(folder)
     found = config.get("class")
     if found is None:
@@ -165,9 +165,12 @@ def read(folder: Path, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The weights in a folder that save_pretrained wrote. Raises ValueError where they are missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(folder / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
 
 
@@ -205,6 +208,8 @@ def save(
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """What :meth:`Pretrained.save_pretrained` does. `more` goes to config.json beside the model."""
+    from gspn.files import ExistsError
+
     folder = Path(folder)
     if (folder / CONFIG).exists() and "class" not in _config(folder):
         raise ExistsError(f"{folder} holds the {CONFIG} of something else, such as a run: choose another folder")
@@ -227,7 +232,21 @@ def _holder(model, card, dtype, more, name):
     """The object that is saved and uploaded. What may fail for the model comes before anything is written."""
     need("hub")
     config = {"format": FORMAT, "class": model._saved_as, **(more or {}), "model": model._arguments()}
+    _check_made_again(model, config["model"])
     return _holder_class()(model, config, stored(model.state_dict(), dtype), card or Card(), name)
+
+
+def _check_made_again(model, arguments):
+    """Raises ValueError where the arguments make a model with other weights, as after `model.head = ...`."""
+    with torch.device("meta"):
+        twin = type(model)._made_from(arguments).state_dict()
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    made = {name: tuple(tensor.shape) for name, tensor in twin.items()}
+    if changed := sorted(name for name in own.keys() | made.keys() if own.get(name) != made.get(name)):
+        raise ValueError(
+            f"this {type(model).__name__} was changed after it was made, so its arguments do not make it again: "
+            f"{', '.join(changed[:3])}{', ...' * (len(changed) > 3)}. Use reset_classifier for another head"
+        )
 
 
 def stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -247,6 +266,8 @@ def stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str
 @functools.cache
 def _holder_class():
     from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
+
+    from gspn.files import atomic, make_folder, save_tensors, write_json, write_text
 
     class Holder(ModelHubMixin, library_name="gspn", tags=["gspn"], paper_url="https://arxiv.org/abs/2501.12381"):
         def __init__(self, model, config, tensors, card, name):
@@ -276,12 +297,12 @@ def card_text(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     arguments, names = config["model"], config.get("class_names")
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     count = sum(parameter.numel() for parameter in model.parameters())
-    kind = arguments.get("name", config["class"])
-    use = f'model = {model._import_as}.from_pretrained("{where}")  # this folder, or OWNER/NAME on the hub'
+    kind, where = arguments.get("name", config["class"]), json.dumps(where, ensure_ascii=False)
+    use = f"model = {model._import_as}.from_pretrained({where})  # this folder, or OWNER/NAME on the hub"
     if config.get("task") == "classification":
-        use += f'\nanswer = gspn.load_run("{where}").predict("image.png")  # this folder; {{class: probability}}'
+        use += f'\nanswer = gspn.load_run({where}).predict("image.png")  # this folder; {{class: probability}}'
     if config.get("task") == "segmentation":
-        use += f'\nmask = gspn.load_run("{where}").segment("image.png")  # this folder'
+        use += f'\nmask = gspn.load_run({where}).segment("image.png")  # this folder'
     metrics = "\n".join(
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in card.metrics.items()

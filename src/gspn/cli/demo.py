@@ -17,14 +17,17 @@ def demo(options):
     """
     need("demo")
     with Progress("opening the page", console=out):
-        from gspn.demo import launch, page, pictures_of, subject
+        from gspn.demo import ENDINGS, launch, page, pictures_of, subject
 
         run = weights.folder("digits") if options.run is None else options.run
-        blocks = page(subject(run), run.name, pictures_of(run, options.images))
+        pictures = pictures_of(run, options.images)
+        if options.images and not pictures:
+            raise OptionError(f"images: there are no pictures in {options.images}, expected {', '.join(ENDINGS)}")
+        blocks = page(subject(run), run.name, pictures)
         try:
             address = launch(blocks, options.port, options.browser)
         except OSError as error:
             where = options.port or "any port from 7860 on"
-            raise OptionError(f"port: the page cannot be opened at {where}: {error}") from error
+            raise OptionError(f"port: {where} is not free; choose another one") from error
     out.print(f"{address} is open; Ctrl+C ends it", markup=False, highlight=False)
     blocks.block_thread()
