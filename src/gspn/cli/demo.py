@@ -10,10 +10,10 @@ from gspn.progress import Progress
 
 @command("demo", DemoOptions)
 def demo(options):
-    """Open a page on which a trained model classifies, segments or makes pictures; without RUN, the shipped digits.
+    """Open a page to try a trained model; without RUN, the shipped classifier of digits.
 
-    A click on a pixel shows where its context comes from. The page is served to this machine alone and needs no
-    network. Ctrl+C ends it. Example: gspn demo runs/first --images photos
+    It classifies, segments or makes pictures. A click on a pixel shows where its context comes from. The page is
+    served to this machine alone and needs no network. Ctrl+C ends it. Example: gspn demo runs/first --images photos
     """
     need("demo")
     with Progress("opening the page", console=out):
@@ -25,7 +25,7 @@ def demo(options):
             raise OptionError(f"images: there are no pictures in {options.images}, expected {', '.join(ENDINGS)}")
         blocks = page(subject(run), run.name, pictures)
         try:
-            address = launch(blocks, options.port, options.browser)
+            address = launch(blocks, options.port, not options.no_browser)
         except OSError as error:
             where = options.port or "any port from 7860 on"
             raise OptionError(f"port: {where} is not free; choose another one") from error

@@ -17,13 +17,13 @@ class DemoOptions(OptionSet):
     run: Path | None = option(
         None,
         "A run folder, a saved model, or the name of trained weights: digits, digits-generator. Default: digits.",
-        metavar="[RUN]",
+        metavar="RUN",
         argument=True,
         parse=run_folder,
     )
     images: Path | None = option(None, "A folder with pictures to pick. Default: RUN/examples.", metavar="FOLDER")
     port: int | None = option(None, "Port of the page. Default: the first free one from 7860.", low=1, high=65535)
-    browser: bool = option(True, "Open a browser window.", flag="--browser/--no-browser")
+    no_browser: bool = option(False, "Do not open a browser window.")
 
     def check_paths(self):
         if self.run is not None and not (self.run / "model_index.json").exists():  # a saved pipeline has one
