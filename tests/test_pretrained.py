@@ -366,6 +366,16 @@ def test_weights_that_do_not_fit():
         gspn.create_model("gspn_micro", pretrained=True)
 
 
+def test_a_training_starts_from_a_name(tmp_path):
+    from gspn.options import Options
+    from gspn.tasks.finetune import open_source
+
+    Options(init_from="digits").check_paths()
+    source, trained = open_source("digits", None, {}), gspn.create_model("gspn_micro", pretrained="digits")
+    assert (source.name, source.model_args["stem_stride"], source.data) == ("gspn_micro", 1, "digits")
+    assert all(torch.equal(source.weights[name], value) for name, value in trained.state_dict().items())
+
+
 @pytest.mark.usefixtures("not_installed")
 def test_without_the_package_the_error_names_it():
     with pytest.raises(ImportError, match=r"pip install \./weights"):

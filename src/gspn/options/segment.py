@@ -115,7 +115,7 @@ class SegmentationOptions(MaskOptions, MaskRecipeOptions, LoopOptions, ModelOpti
 
     def check_paths(self):
         if self.init_from:
-            check_file(self.init_from, "init_from", "a run folder, a .safetensors or a .pth file")
+            check_file(run_folder(self.init_from), "init_from", "a run folder, a .safetensors or a .pth file")
         if self.classes:
             check_file(self.classes, "classes", "a JSON file with the classes")
 
