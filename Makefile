@@ -16,9 +16,9 @@ TRITON_TESTS := $(wildcard tests/kernels/test_triton*.py)
 
 # Reinstalls where sources that are compiled, or what is depended on, have changed; Python sources are used in place.
 # --no-compile: bytecode of the few modules that are imported is made then; that of all takes a minute and a half.
-.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(CPU_SOURCES)
+.venv/.installed: pyproject.toml weights/pyproject.toml constraints.txt CMakeLists.txt $(CPU_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[train,onnx,diffusion,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[train,onnx,diffusion,dev]" -e ./weights
 	touch $@
 
 # Without dependencies: a resolver might replace torch by a build of several gigabytes.

@@ -14,6 +14,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "benchmarks/README.md", "benchmarks/results/**.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns += ["weights/README.md"]
 suppress_warnings = ["toc.not_included"]  # the reports of results, to which pages link
 
 autodoc_typehints = "none"  # signatures show them

@@ -15,9 +15,9 @@ import gspn
 
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 # Each may import those before it.
-CORE = "names progress extras digests files kernels dispatch registration ops depthwise".split()
+CORE = "names progress extras weights digests files pretrained kernels dispatch registration ops depthwise".split()
 CORE += ["lean", "layers_released", "layers", "memory", "models", "stable_diffusion", "export"]
-LAYERS = [*CORE, *"places options data train plots sampling runs metrics tasks bench cli".split()]
+LAYERS = [*CORE, *"places options data train plots sampling runs metrics tasks bench demo cli".split()]
 BASE = {"torch", "numpy", "safetensors", "gspn", "filelock", "lazy_loader"}
 
 
@@ -79,6 +79,8 @@ def test_importing_gspn_imports_nothing_optional_and_sets_nothing():
         "accelerate",
         "datasets",
         "diffusers",
+        "gradio",
+        "huggingface_hub",
         "matplotlib",
         "PIL",
         "rich",

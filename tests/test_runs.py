@@ -173,7 +173,6 @@ def test_folders_that_are_no_runs(digits_run, tmp_path):
         tmp_path / "photos" / "0.png": "a file",
         tmp_path / "photos": r"0\.png, 1\.png, 2\.png, 3\.png, 4\.png and 2 more",
         tmp_path / "empty": "holds nothing",
-        tmp_path / "pipeline": r"gspn\.GSPNPipeline\.from_pretrained",
         tmp_path / "swapped": r"gspn\.load_swap",
         tmp_path / "runs": f"runs {first}",
         first / "checkpoints" / "best": f"part of the run {first}",
@@ -181,6 +180,10 @@ def test_folders_that_are_no_runs(digits_run, tmp_path):
     }.items():
         with pytest.raises(RunError, match=f"no run: .*{found}"):
             gspn.load_run(path)
+    with pytest.raises(RunError, match=r"no run: .*gspn\.GSPNPipeline\.from_pretrained"):
+        gspn.load_run(tmp_path / "pipeline", task="classification")
+    with pytest.raises(RunError, match="holds a None, expected a GSPNPipeline"):
+        gspn.load_run(tmp_path / "pipeline")  # saved pipelines are loaded, but this is none
     write_json(tmp_path / "empty" / "config.json", {"model_type": "vit", "hidden_size": 3})
     with pytest.raises(RunError, match=r"format.*model_type, hidden_size"):
         gspn.load_run(tmp_path / "empty")

@@ -5,6 +5,8 @@ from importlib.util import find_spec
 PACKAGES = {
     "train": ("training and the gspn command", "accelerate datasets PIL matplotlib rich sklearn typer yaml".split()),
     "diffusion": ("generation", ["diffusers"]),
+    "demo": ("the demo", ["gradio"]),
+    "hub": ("model cards and the Hugging Face hub", ["huggingface_hub"]),
 }
 
 
@@ -13,8 +15,7 @@ def need(extra: str) -> None:
     what, packages = PACKAGES[extra]
     missing = sorted(name for name in packages if find_spec(name) is None)
     if missing:
-        verb = "needs" if what == "generation" else "need"
-        raise ImportError(f'{what} {verb} {", ".join(missing)}: install with pip install "gspn[{extra}]"')
+        raise ImportError(f'{_needs(what)} {", ".join(missing)}: install with pip install "gspn[{extra}]"')
 
 
 def hint(error: ImportError) -> str | None:
@@ -23,4 +24,8 @@ def hint(error: ImportError) -> str | None:
     if "pip install" in str(error):
         return str(error)
     found = next((extra for extra, (_, packages) in PACKAGES.items() if package in packages), None)
-    return found and f'{PACKAGES[found][0]} needs {package}: install with pip install "gspn[{found}]"'
+    return found and f'{_needs(PACKAGES[found][0])} {package}: install with pip install "gspn[{found}]"'
+
+
+def _needs(what):
+    return f"{what} {'need' if ' and ' in what else 'needs'}"

@@ -1,7 +1,7 @@
 """The layers: GSPN2d, a replacement of self-attention, and the block of the classification backbones."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.fx
@@ -13,6 +13,7 @@ from gspn.kernels.reference import lines_before, no_autocast
 from gspn.layers_released import propagate_released, scan_released, turn_back
 from gspn.lean import propagate_lean
 from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment
+from gspn.pretrained import Pretrained
 
 # torch.fx.symbolic_trace cannot follow code that depends on sizes and layouts. Each function wrapped here and below is
 # one node of its graphs.
@@ -83,7 +84,7 @@ def input_means(x: Tensor, proxy: Tensor, input_proj: Tensor) -> Tensor:
         return torch.einsum("bsc,dcs->bdc", moments, input_proj.to(exact))
 
 
-class GSPN2d(nn.Module):
+class GSPN2d(Pretrained, nn.Module):
     """The GSPN unit: context from the whole feature map at linear cost, instead of self-attention::
 
         proxy = proxy_proj x                                                   (S channels)
@@ -131,6 +132,9 @@ class GSPN2d(nn.Module):
 
     skip_proj: nn.Parameter | None
     merger: nn.Parameter | None
+
+    _saved_as = "GSPN2d"
+    _import_as = "gspn.GSPN2d"
 
     def __init__(
         self,
@@ -270,6 +274,16 @@ class GSPN2d(nn.Module):
         if self.alignment == "released":
             arriving, parts = (turn_back(maps, self.directions) for maps in (arriving, parts))
         return Context(arriving.mean(2), parts.sum(1).abs().mean(1))
+
+    def _arguments(self) -> dict[str, Any]:
+        kept = ("channels", "proxy_dim", "groups", "scan_dim", "segment", "average", "center", "alignment")
+        arguments = {name: getattr(self, name) for name in kept}
+        merger = "mean" if self.merger is None else "learned"
+        return arguments | {"skip": self.skip_proj is not None, "merger": merger, "directions": list(self.directions)}
+
+    @classmethod
+    def _made_from(cls, arguments: dict[str, Any]) -> Self:
+        return cls(**arguments)
 
     def __prepare_scriptable__(self):
         """torch.jit.script asks this of every module inside the one that it compiles."""

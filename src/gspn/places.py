@@ -9,6 +9,8 @@ import os
 import re
 from pathlib import Path
 
+from gspn import weights
+
 EARLIER = ".earlier"  # the folder in a run in which the run that is being overwritten waits
 NOTHING = "there is no such file"
 ON_A_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # what may be a name on the Hugging Face hub
@@ -27,6 +29,12 @@ def expanded(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def run_folder(run: str | os.PathLike) -> Path:
+    """The folder of RUN: a path, or where nothing exists there, the name of weights in the package gspn-weights."""
+    path = expanded(run)
+    return weights.named(path) or path
+
+
 def location(data: str | Path) -> str:
     """What identifies DATA: the absolute path, or the name if no such path exists."""
     path = expanded(data)
@@ -37,6 +45,9 @@ def no_run(path: Path) -> RunError:
     """The error for a folder that is no run."""
     earlier = path / EARLIER
     hint = f"; the run that it was to replace is {earlier}" if (earlier / "config.json").exists() else ""
+    if path.name == str(path) and not path.exists():
+        known = weights.names()
+        hint += f"; the trained weights here are called {', '.join(known)}" if known else f"; {weights.HOW}"
     expected = "expected a folder that a training of gspn made"
     return RunError(f"{path} is no run: there is no {path / 'config.json'}; {expected}{hint}; {_found(path)}")
 
@@ -85,7 +96,7 @@ def runs_like(incomplete: str) -> list[str]:
 
 def check_run(path: str | Path) -> None:
     """Raises RunError unless there is a config.json in the folder."""
-    path = Path(path)
+    path = run_folder(path)
     reason = missing(path / "config.json")
     if reason == NOTHING:
         raise no_run(path)

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gspn.data.images import UNREADABLE, with_channels
 from gspn.files import atomic, make_folder
-from gspn.models import context_maps
+from gspn.models import Backbone, context_maps
 from gspn.models.latents import NotFiniteError
 from gspn.ops import DIRECTIONS
 from gspn.train.loop import TrainingError
@@ -247,26 +247,36 @@ def _shortened(names, length):
 
 
 def context(path, classifier, image, place=None, block=None):
-    """Draws where the context of one pixel comes from: the input with the pixel marked, the four directions, merged.
+    """Draws where the context of one pixel of a classifier's input comes from; arguments and errors as for
+    `context_figure`, and SaveError.
 
     Args:
         path: of the PNG. classifier: runs.Classifier. image: PIL.
-        place: the pixel (row, column) in the model's input; None is the middle.
-        block: number of the block, from the end if negative, or its name; None is the last one whose feature map has at
-            least eight rows and columns (or the last of the first level).
-    Errors: ValueError for a pixel outside the input, an unknown block, or values that are not finite; SaveError.
     """
-    pixels = classifier.preprocessing(image)
+    preprocessing = classifier.preprocessing
+    save(context_figure(classifier.model, preprocessing(image), preprocessing.normalize, place, block), path)
+
+
+def context_figure(model, pixels, normalize, place=None, block=None) -> Figure:
+    """Where the context of one pixel comes from: the input with the pixel marked, the four directions, merged.
+
+    Args:
+        model: Backbone or Segmenter. pixels: uint8 (C,H,W). normalize: makes the model's input of a batch of them.
+        place: the pixel (row, column); None is the middle.
+        block: number of the block, from the end if negative, or its name. None is the last one whose feature map has at
+            least eight rows and columns (or the last of the first level); of a segmenter, the last one of the decoder.
+    Errors: ValueError for a pixel outside the input, an unknown block, or values that are not finite.
+    """
     height, width = pixels.shape[1:]
     row, column = place or (height // 2, width // 2)
     if block is None:
-        model, block = classifier.model, -1
-        for depth, level in zip(model.depths, model.feature_info, strict=True):
-            if block == -1 or min(height, width) / level["reduction"] >= 8:
-                block += depth
-    device = next(classifier.model.parameters()).device
-    image = classifier.preprocessing.normalize(pixels[None].to(device))[0]
-    maps = context_maps(classifier.model, image, (row, column), block)
+        block = -1
+        if isinstance(model, Backbone):
+            for depth, level in zip(model.depths, model.feature_info, strict=True):
+                if block == -1 or min(height, width) / level["reduction"] >= 8:
+                    block += depth
+    device = next(model.parameters()).device
+    maps = context_maps(model, normalize(pixels[None].to(device))[0], (row, column), block)
     if wrong := int((~torch.as_tensor(maps["merged"]).isfinite()).sum()):
         raise ValueError(f"{wrong} values of the context in {maps['block']} are not finite: the weights are damaged")
     figure = Figure(figsize=(9.6, 6.2), layout="constrained")
@@ -299,7 +309,7 @@ def context(path, classifier, image, place=None, block=None):
         fontsize=9,
         color=GREY,
     )
-    save(figure, path)
+    return figure
 
 
 def _mark(axes, row, column, height, width):

@@ -1,7 +1,7 @@
 """From a run folder back to Python: `gspn.load_run`, and the classifier that it and the commands use."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +15,76 @@ from torch import Tensor
 from gspn.data.images import Preprocessing, decode, upright, with_channels
 from gspn.data.mask_classes import Classes
 from gspn.data.mask_loader import scaled
+from gspn.memory import free_bytes
 from gspn.models import Backbone, Segmenter, create_model, create_segmenter
 from gspn.models.tiles import segment
 from gspn.options import OptionError
-from gspn.places import expanded
+from gspn.places import run_folder
+from gspn.pretrained import Card, push, save
 from gspn.train.run import Run, RunError
 
 if TYPE_CHECKING:
     from gspn.models.pipeline import GSPNPipeline
 
 TASKS = ("classification", "diffusion", "segmentation")  # what `load_run` can load
+MANY_PIXELS = 4_000_000  # of an image that is compared with the free memory; the estimate takes seconds
 LOADED = {"classification": "classifier", "segmentation": "segmenter"}  # what messages call them
 
 
+# The options of a run that its evaluation needs. A saved model keeps only these: others may hold paths.
+KEPT_OPTIONS = ("precision", "scale")
+
+
+class Saving:
+    """What Classifier and Segmentation share: the model is saved with its classes and preprocessing, so that whatever
+    takes a run takes the folder, too."""
+
+    run: Run
+    model: Any
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        license: str | None = None,
+        data: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes the model to a folder: weights, config.json with classes and preprocessing, and a model card. See
+        :meth:`gspn.models.Backbone.save_pretrained` for the arguments and the errors; without `data` the card names
+        the data of the run.
+        """
+        save(self.model, save_directory, self._card(license, data, metrics), dtype, self._kept())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        dtype: torch.dtype | None = None,
+        license: str | None = None,
+        data: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Uploads what :meth:`save_pretrained` writes; see :meth:`gspn.models.Backbone.push_to_hub`."""
+        return push(self.model, repo_id, self._card(license, data, metrics), dtype, self._kept(), **options)
+
+    def _card(self, license, data, metrics):
+        return Card(license, data or self._kept()["data"]["where"], metrics or {})
+
+    def _kept(self):
+        """What config.json keeps of the run: nothing that names places of this machine."""
+        config = self.run.config
+        kept = {name: config[name] for name in ("task", "preprocessing", "classes", "class_names") if name in config}
+        where = config["data"]["where"]
+        kept["data"] = {**config["data"], "where": Path(where).name if Path(where).is_absolute() else where}
+        kept["options"] = {name: config["options"][name] for name in KEPT_OPTIONS if name in config["options"]}
+        return kept | {name: config[name] for name in ("seed", "versions") if name in config}
+
+
 @dataclass
-class Classifier:
+class Classifier(Saving):
     """A trained classifier, ready for use.
 
     Attributes:
@@ -93,7 +148,7 @@ class Classifier:
 
 
 @dataclass
-class Segmentation:
+class Segmentation(Saving):
     """A trained segmenter, ready for use.
 
     Attributes:
@@ -122,17 +177,22 @@ class Segmentation:
         """
         return self.classes.picture(self.numbers(_image(image), max_bytes))
 
+    def pixels(self, image: Image.Image) -> Tensor:
+        """The pixels that the model sees of an upright PIL image: uint8 (C,H,W)."""
+        size = scaled(image.size, self.scale)
+        resized = with_channels(image, self.preprocessing.channels).resize(size, Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.atleast_3d(np.array(resized))).permute(2, 0, 1)
+
+    def allowed_bytes(self, image: Image.Image) -> int | None:
+        """`max_bytes` for an image: 9/10 of the free memory where it has more than 4 megapixels, else None."""
+        if image.width * image.height * self.scale**2 <= MANY_PIXELS:
+            return None
+        return int(0.9 * free_bytes(next(self.model.parameters()).device))
+
     def numbers(self, image: Image.Image, max_bytes: int | None = None, tell: Callable[[str], None] | None = None):
         """The number of the class of each pixel of an upright PIL image, uint8 (H,W); arguments as for `segment`.
         `tell` gets a sentence on whether tiles are used, and on the memory, before the work begins."""
-        pixels = np.atleast_3d(
-            np.array(
-                with_channels(image, self.preprocessing.channels).resize(
-                    scaled(image.size, self.scale), Image.Resampling.BICUBIC
-                )
-            )
-        )
-        pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        pixels = self.pixels(image)[None]
         return segment(self.model, pixels, self.preprocessing.normalize, (image.height, image.width), max_bytes, tell)
 
 
@@ -238,7 +298,9 @@ def load_run(
     """The trained model of a run, ready for use, with the averaged weights if the run has them.
 
     Args:
-        path: the run folder of `gspn train`, `gspn train-segmentation` or `gspn train-diffusion`.
+        path: the run folder of `gspn train`, `gspn train-segmentation` or `gspn train-diffusion`; a folder that
+            ``save_pretrained`` of a loaded classifier, segmenter or generator wrote; or, where nothing exists at that
+            path, the name of weights in the package gspn-weights: "digits", "digits-generator".
         checkpoint: "best", "last", "epoch-0010", ... As in the commands, None is "last" for a generator and "best" for
             the others.
         task: "classification", "segmentation" or "diffusion"; refuses a run of another kind, and gives type checkers
@@ -265,8 +327,9 @@ def load_run(
         raise OptionError(f"task has to be {' or '.join(TASKS)}, got {task!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise OptionError(f"dtype has to be a floating-point dtype, got {dtype}")
-    path = expanded(path)
-    found = Run.open(path).check_task(*TASKS if task is None else (task,))
+    path = run_folder(path)
+    saved_pipeline = task in (None, "diffusion") and (path / "model_index.json").exists()
+    found = "diffusion" if saved_pipeline else Run.open(path).check_task(*TASKS if task is None else (task,))
     if found == "diffusion":
         from gspn.sampling.generators import load_pipeline
 

@@ -1,6 +1,7 @@
 """The `gspn` command. training.py makes the commands that train, from the TaskSpec of each task; classify.py has the
 commands around classifiers, segment.py that of segmenters, generate.py those around generators, bench.py the one that
-measures, doctor.py the one that looks at the installation; app.py is what they share.
+measures, demo.py the one that opens a page, doctor.py the one that looks at the installation; app.py is what they
+share.
 """
 
 from gspn.extras import need
@@ -12,6 +13,7 @@ except ImportError as error:
 
 from gspn.cli import bench as bench  # it adds its command
 from gspn.cli import classify, training
+from gspn.cli import demo as demo  # it adds its command
 from gspn.cli import doctor as doctor  # it adds its command
 from gspn.cli import generate as generate  # it adds its commands
 from gspn.cli import segment as segment  # it adds its command

@@ -13,6 +13,10 @@ from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions,
 from gspn.places import config_or_none, missing
 from gspn.progress import Progress
 
+# The figures of evaluations that model cards show.
+ON_CARDS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "loss": "loss", "ece": "calibration error"}
+ON_CARDS |= {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "boundary_f1": "boundary F1"}
+
 
 def report(spec, path, trained, metrics, warnings):
     """Prints, in the main process, the result of `gspn train`."""
@@ -122,7 +126,7 @@ def _refuse(problems, options):
 @command("show", ShowOptions)
 def show(options):
     """Draw where the context of one pixel of IMAGE comes from, in each direction and merged."""
-    image, picture = options.image, options.out or options.run / f"context-{options.image.stem}.png"
+    image, picture = options.image, options.out or options.beside(f"context-{options.image.stem}.png")
     from gspn.files import check_absent
 
     check_absent(picture, overwrite=options.overwrite)
@@ -144,7 +148,7 @@ def show(options):
 
 @command("export", ExportOptions)
 def export_run(options):
-    """Export a run for use without gspn (--onnx), compiled ahead of time (--aoti), or as a pipeline (--diffusers).
+    """Export a run for use without gspn (--onnx), compiled (--aoti), as a pipeline (--diffusers), for the hub (--hub).
 
     Classes, preprocessing and the model's configuration are kept in the file. Example: gspn export runs/first --onnx
     """
@@ -152,14 +156,17 @@ def export_run(options):
     if options.diffusers:
         from gspn.sampling.generators import export_pipeline
 
-        folder, checkpoint = options.out or run / "pipeline", options.checkpoint or "last"  # as gspn sample
+        folder, checkpoint = options.out or options.beside("pipeline"), options.checkpoint or "last"  # as gspn sample
         export_pipeline(run, folder, checkpoint, options.vae, overwrite=options.overwrite)
         out.print(f"wrote {folder}, checkpoint {checkpoint}", markup=False, highlight=False)
+        return
+    if options.hub:
+        _export_for_hub(options)
         return
     from gspn.files import check_absent
     from gspn.runs import load_classifier
 
-    file = options.out or run / f"model{options.suffix()}"
+    file = options.out or options.beside(f"model{options.suffix()}")
     check_absent(file, overwrite=options.overwrite)
     classifier = load_classifier(run, options.checkpoint or "best")
     preprocessing = classifier.preprocessing
@@ -181,6 +188,37 @@ def export_run(options):
         else "not checked"
     )
     out.print(f"wrote {written.path}, {written.size_bytes / 1e6:.1f} MB, {checked}", markup=False, highlight=False)
+
+
+def _export_for_hub(options):
+    from gspn.files import check_absent, remove
+
+    task = (config_or_none(options.run / "config.json") or {}).get("task")
+    if task not in ("classification", "segmentation"):
+        raise OptionError(f"--hub is for classifiers and segmenters, but {options.run} is a run of {task}")
+    folder, checkpoint = options.out or options.beside("saved"), options.checkpoint or "best"
+    check_absent(folder, overwrite=options.overwrite)
+    import torch
+
+    from gspn.runs import load_run
+
+    about = {"license": options.license, "data": options.trained_on, "metrics": _on_card(options.evaluation)}
+    loaded = load_run(options.run, checkpoint)
+    if "class" in (config_or_none(folder / "config.json") or {}):  # written by this command, so the card is too
+        remove(folder / "README.md")
+    loaded.save_pretrained(folder, dtype=torch.float16 if options.precision == "fp16" else None, **about)
+    out.print(f"wrote {folder}, checkpoint {checkpoint}; README.md is its card", markup=False, highlight=False)
+
+
+def _on_card(file):
+    """The figures of an evaluation, as a model card names them. Errors: OptionError."""
+    if file is None:
+        return {}
+    found = config_or_none(file)
+    if found is None or not {"split", "images"} <= found.keys():
+        raise OptionError(f"evaluation: {file} was not written by `gspn eval --out`")
+    of = f"{found['split']}, {found['images']} images"
+    return {f"{name} ({of})": found[key] for key, name in ON_CARDS.items() if found.get(key) is not None}
 
 
 def _print_metrics(metrics, title):

@@ -10,7 +10,6 @@ from gspn.options import OptionError
 from gspn.options.segment import SegmentArguments
 from gspn.places import missing
 
-MANY_PIXELS = 4_000_000  # of an image that is compared with the free memory; the estimate takes seconds
 AT_ONCE = 16  # images that are read at a time, at most: they are large, and segmented one by one
 
 
@@ -60,7 +59,7 @@ def segment(options):
     from gspn.files import check_absent
 
     absent = {path: reason for path in options.images if (reason := missing(path))}
-    folder = options.out or options.run / "segmented"
+    folder = options.out or options.beside("segmented")
     files = {path: (folder / f"{path.stem}-mask.png", folder / f"{path.stem}-overlay.png") for path in options.images}
     if len({mask for mask, _ in files.values()}) < len(files):
         raise OptionError("two of the images have the same name but for folder and ending: segment them one by one")
@@ -71,7 +70,6 @@ def segment(options):
 
     from gspn import plots
     from gspn.data.images import decode
-    from gspn.memory import free_bytes
     from gspn.runs import load_segmenter
 
     segmenter = load_segmenter(options.run, options.checkpoint)
@@ -87,9 +85,7 @@ def segment(options):
             answers.append({"image": str(path), "error": problems[path]})
             continue
         told = []
-        bound = options.max_memory
-        if bound is None and image.width * image.height * segmenter.scale**2 > MANY_PIXELS:
-            bound = int(0.9 * free_bytes(next(segmenter.model.parameters()).device))
+        bound = segmenter.allowed_bytes(image) if options.max_memory is None else options.max_memory
         try:
             numbers = segmenter.numbers(image, bound, told.append)
         except ValueError as error:  # it does not fit

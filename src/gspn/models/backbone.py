@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gspn import weights
 from gspn.layers import GSPNBlock, LayerNorm2d, StridedConv2d, init_weights
 from gspn.names import check_arguments, unknown
+from gspn.pretrained import Pretrained, read
 
 _SIZES: dict[str, Callable[[], dict]] = {}
 _EVERYWHERE = {"num_classes": 1000, "in_chans": 3, "activation": "silu", "alignment": "aligned"}  # in every config
@@ -54,7 +56,7 @@ def check_images(x: Tensor, in_chans: int, alignment: str) -> Tensor:
     return x
 
 
-class Backbone(nn.Module):
+class Backbone(Pretrained, nn.Module):
     """A GSPN backbone with a classification head.
 
     Args:
@@ -83,6 +85,9 @@ class Backbone(nn.Module):
     ``num_classes``, ``num_features``, ``feature_info`` (channels, reduction and module of every level), ``levels``,
     ``head``.
     """
+
+    _saved_as = "Backbone"
+    _import_as = "gspn.models.Backbone"
 
     def __init__(
         self,
@@ -311,36 +316,76 @@ class Backbone(nn.Module):
             ],
         }
 
+    def _arguments(self) -> dict[str, Any]:
+        return arguments_of(self)
+
+    @classmethod
+    def _made_from(cls, arguments: dict[str, Any]) -> Self:
+        return cls.from_name(**arguments)
+
     def _enter(self, x: Tensor) -> Tensor:
         x = check_images(x, self.in_chans, self.alignment)
         # channels_last from here on: Linear, LN and the scan's kernels are all fast on adjacent channels
         return self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
 
-def create_model(name: str, *, pretrained: bool = False, **kwargs: Any) -> Backbone:
-    """A backbone by name, with random weights.
+def arguments_of(model: Any) -> dict[str, Any]:
+    """The ``config`` of a backbone or a segmenter, without the backend, which belongs to the machine. Raises ValueError
+    where there is none."""
+    if not model.config:
+        raise ValueError(
+            f"this {type(model).__name__} has no config, so nothing could make it again: only models of "
+            "gspn.create_model or gspn.create_segmenter that were not pruned can be saved"
+        )
+    return {name: value for name, value in model.config.items() if name != "backend"}
+
+
+def create_model(name: str, *, pretrained: bool | str = False, **kwargs: Any) -> Backbone:
+    """A backbone by name, with random weights, or with trained ones.
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: has to be False: there are no weights to download yet.
-        kwargs: ``num_classes=1000``, ``in_chans=3`` and every other argument of :class:`Backbone`.
+        pretrained: False, or the name of weights in the package gspn-weights, such as "digits".
+        kwargs: ``num_classes=1000``, ``in_chans=3`` and every other argument of :class:`Backbone`. With trained weights
+            the defaults are the arguments with which they were trained; another ``num_classes`` makes a new head.
 
-    Raises ValueError for an unknown name, TypeError for an unknown argument, RuntimeError for ``pretrained=True``.
+    Raises ValueError for an unknown name, or for arguments that do not fit the weights; TypeError for an unknown
+    argument; ImportError if gspn-weights is not installed; RuntimeError for ``pretrained=True``, as no model has
+    weights of its own.
 
     >>> import gspn
     >>> model = gspn.create_model("gspn_micro", num_classes=10, in_chans=1, stem_stride=1)
     >>> twin = gspn.create_model(**model.config)
     """
     size_of(name)
+    if isinstance(pretrained, str):
+        return _with_weights(name, pretrained, kwargs)
     if pretrained:
         raise RuntimeError(no_weights(name))
     return Backbone.from_name(name, **kwargs)
 
 
+def _with_weights(name, pretrained, kwargs):
+    config, tensors = read(weights.folder(pretrained), Backbone._saved_as)
+    trained = config["model"]
+    if trained["name"] != name:
+        raise ValueError(f"the weights {pretrained!r} are those of a {trained['name']}, expected a {name}")
+    model = Backbone.from_name(**{**trained, **kwargs})
+    if model.num_classes != trained["num_classes"]:
+        own = {f"head.{key}": value for key, value in model.head.state_dict().items()}
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("head.")} | own
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"the weights {pretrained!r} do not fit these arguments {kwargs}: {error}") from error
+    return model.eval()
+
+
 def no_weights(name: str) -> str:
     """The message for ``pretrained=True``."""
     return (
-        f"there are no pretrained weights of {name} to download yet. Instead, "
+        f'there are no pretrained weights of {name} to download yet. Instead, pretrained="NAME" takes weights of the '
+        f"package gspn-weights ({', '.join(weights.names()) or 'not installed'}), "
         f'gspn.load_released("FILE.pth", "{name}") reads a file of the paper\'s authors, gspn.load_run("RUN") reads a '
         "run of gspn train, and pretrained=False gives random weights to train"
     )

@@ -228,7 +228,8 @@ def create_generator(
         name: "GSPN-DiT-S/2", "GSPN-DiT-B/2", "GSPN-DiT-L/2", "GSPN-DiT-XL/2": our model, as large as DiT of that size.
             "GSPN-S/2", "GSPN-B/2", "GSPN-L/2", "GSPN-XL/2": the published model. The same with "/4" for patches of 4,
             and with "micro" as the size for small images.
-        pretrained: has to be False: there are no weights to download yet.
+        pretrained: has to be False. ``gspn.load_run("digits-generator")`` loads the generator of the package
+            gspn-weights.
         num_classes, sample_size, in_channels, config: arguments of :class:`GSPNDiTTransformer2DModel` or of
             :class:`GSPNTransformer2DModel`.
 
@@ -240,8 +241,9 @@ def create_generator(
     check_arguments(model.__init__, config)
     if pretrained:
         raise RuntimeError(
-            f"there are no pretrained weights of {name} to download yet. Instead, gspn.load_run('RUN') reads a run of "
-            f"gspn train-diffusion, {model.__name__}.from_pretrained reads what its save_pretrained wrote, and "
+            f"there are no pretrained weights of {name} to download yet. Instead, gspn.load_run('digits-generator') "
+            f"reads the generator of gspn-weights, gspn.load_run('RUN') a run of gspn train-diffusion, "
+            f"{model.__name__}.from_pretrained what its save_pretrained wrote, and "
             "pretrained=False gives random weights to train"
         )
     named |= dict(num_classes=num_classes, sample_size=sample_size, in_channels=in_channels)

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from gspn.layers import GSPNBlock
 from gspn.models.backbone import Backbone
+from gspn.models.segmenter import Segmenter
 
 
 @torch.no_grad()
-def context_maps(model: Backbone, image: Tensor, place: tuple[int, int], block: int | str = -1) -> dict:
-    """The influence maps of one pixel in one block of a backbone.
+def context_maps(model: Backbone | Segmenter, image: Tensor, place: tuple[int, int], block: int | str = -1) -> dict:
+    """The influence maps of one pixel in one block of a backbone or a segmenter.
 
     Args:
         image: (in_chans,H,W), preprocessed.

@@ -3,19 +3,20 @@
 Attention cannot work there: at 1/4 of a megapixel image it would compare 62,500 pixels with each other.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn.layers import GSPNBlock, LayerNorm2d, Pointwise, init_weights
-from gspn.models.backbone import Backbone, check_images, size_of
+from gspn.models.backbone import Backbone, arguments_of, check_images, size_of
 from gspn.names import check_arguments
+from gspn.pretrained import Pretrained
 
 _BLOCK = ("groups", "scan_dim", "skip", "merger", "center", "activation", "backend", "proxy_dim")  # as in the backbone
 
 
-class Segmenter(nn.Module):
+class Segmenter(Pretrained, nn.Module):
     """A backbone with a light decoder: one logit for each class and pixel of the image::
 
         p = sum over levels i of upsampled(lateral[i] LN(map[i]))          at the finest level, in ``width`` channels
@@ -42,6 +43,9 @@ class Segmenter(nn.Module):
     Attributes: ``config`` (:func:`create_segmenter` makes the same model from it again), ``num_classes``, ``stride``
     (pixels of the image for one of the finest map), ``reduction`` (for one of the coarsest).
     """
+
+    _saved_as = "Segmenter"
+    _import_as = "gspn.models.Segmenter"
 
     def __init__(
         self,
@@ -111,6 +115,13 @@ class Segmenter(nn.Module):
         groups = {"stem": r"^backbone\.stem"}
         levels = [(r"^backbone\.levels\.(\d+)\.downsample", (0,)), (r"^backbone\.levels\.(\d+)\.blocks\.(\d+)", None)]
         return {**groups, "blocks": levels}
+
+    def _arguments(self) -> dict[str, Any]:
+        return arguments_of(self)
+
+    @classmethod
+    def _made_from(cls, arguments: dict[str, Any]) -> Self:
+        return cast(Self, create_segmenter(**arguments))
 
     def _fused(self, maps: list[Tensor]) -> Tensor:
         finest = maps[0].shape[-2:]

@@ -5,7 +5,7 @@ range, its key in a configuration file and what a run keeps of it all follow fro
     task       TaskSpec: what the rest of gspn knows of a task without importing it
     training   the options that several tasks share
     classify, diffusion, distill      one task each: its options, and SPEC, its TaskSpec
-    classifiers, generators, bench    the commands that do not train: one set for each
+    classifiers, generators, bench, demo    the commands that do not train: one set for each
 
 Nothing here is slow to import. Every module with a SPEC is a task: `TASKS` finds it.
 """

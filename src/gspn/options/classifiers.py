@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from gspn import weights
 from gspn.options.base import (
     REQUIRED,
     OptionSet,
@@ -15,7 +16,7 @@ from gspn.options.base import (
     parse_sizes,
 )
 from gspn.options.training import DATA_HELP, ReadOptions
-from gspn.places import OptionError, check_named, check_run, missing
+from gspn.places import OptionError, check_file, check_named, check_run, missing, run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,22 @@ class RunOptions(OptionSet):
 
     plain: ClassVar = True
 
-    run: Path = option(REQUIRED, "A run folder of `gspn train`.", metavar="RUN", argument=True)
+    run: Path = option(
+        REQUIRED,
+        "A run folder of `gspn train`, a saved model, or the name of trained weights: digits.",
+        metavar="RUN",
+        argument=True,
+        parse=run_folder,
+    )
     checkpoint: str = option("best", "Which checkpoint: best or last.")
 
     def check_paths(self):
         check_run(self.run)
+
+    def beside(self, name: str) -> Path:
+        """Where a file goes by default: into the run's folder, or for weights of an installed package into the current
+        one."""
+        return Path(name) if weights.root() in self.run.parents else self.run / name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +126,9 @@ class ShowOptions(WriteOptions, RunOptions):
 
 
 # The options of `gspn export` that only some formats have, and these formats.
-OF_FORMATS = {"opset": ("--onnx",), "precision": ("--onnx",), "vae": ("--diffusers",)}
+OF_FORMATS = {"opset": ("--onnx",), "precision": ("--onnx", "--hub"), "vae": ("--diffusers",)}
 OF_FORMATS |= dict.fromkeys(("size", "batch", "no_check"), ("--onnx", "--aoti"))
+OF_FORMATS |= dict.fromkeys(("license", "trained_on", "evaluation"), ("--hub",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +138,10 @@ class ExportOptions(WriteOptions, RunOptions):
     onnx: bool = option(False, "An ONNX file of standard operators, for any runtime.")
     aoti: bool = option(False, "A package compiled for this CPU; needs torch and gspn.")
     diffusers: bool = option(False, "A generator as a folder for GSPNPipeline.from_pretrained.")
-    out: Path | None = option(None, "The file to write. Default: RUN/model.onnx, RUN/model.pt2 or RUN/pipeline.")
+    hub: bool = option(False, "A classifier or segmenter as a folder with a model card, for the hub and load_run.")
+    out: Path | None = option(
+        None, "The file to write. Default: RUN/model.onnx, RUN/model.pt2, RUN/pipeline or RUN/saved."
+    )
     checkpoint: str | None = option(None, "Which checkpoint: best or last. Default: best; of a generator last.")
     vae: str | None = option(None, "Where the VAE of a run of latents is now, if it was moved.", metavar="PATH|NAME")
     size: tuple | None = option(
@@ -133,19 +149,31 @@ class ExportOptions(WriteOptions, RunOptions):
     )
     batch: int | None = option(None, "Fix the batch size of the file. Default: any.")
     opset: int | None = option(None, "ONNX: opset version. Default: 20.")
-    precision: str | None = option(None, "ONNX: fp32 (default) or fp16.")
+    precision: str | None = option(None, "ONNX, hub: fp32 (default) or fp16.")
     no_check: bool = option(False, "Do not compare the file's outputs with the model's.")
+    license: str | None = option(None, "Hub: the licence of the weights, such as cc-by-4.0, for the card.")
+    trained_on: str | None = option(None, "Hub: what the card says about the data. Default: their name.")
+    evaluation: Path | None = option(
+        None, "Hub: an evaluation of `gspn eval --out`, whose figures the card shows.", metavar="FILE"
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.onnx + self.aoti + self.diffusers != 1:
-            raise OptionError("choose one of --onnx and --aoti, or --diffusers for a generator")
-        wanted = "--onnx" if self.onnx else "--aoti" if self.aoti else "--diffusers"
+        if self.onnx + self.aoti + self.diffusers + self.hub != 1:
+            raise OptionError("choose one of --onnx, --aoti and --hub, or --diffusers for a generator")
+        wanted = next(f"--{name}" for name in ("onnx", "aoti", "diffusers", "hub") if getattr(self, name))
         if suffix := self.suffix():
             check_suffix("out", self.out, suffix)
         for name, formats in OF_FORMATS.items():
             if getattr(self, name) not in (None, False) and wanted not in formats:
                 raise OptionError(f"--{name.replace('_', '-')} is for {' and '.join(formats)}, not for {wanted}")
+        if self.hub and self.precision not in (None, "fp32", "fp16"):
+            raise OptionError(f"precision must be fp32 or fp16, got {self.precision!r}")
+
+    def check_paths(self):
+        super().check_paths()
+        if self.evaluation:
+            check_file(self.evaluation, "evaluation", "a JSON file of `gspn eval --out`")
 
     def suffix(self) -> str:
         """How the name of the file ends; empty for a folder."""

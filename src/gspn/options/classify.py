@@ -7,7 +7,7 @@ from typing import ClassVar
 from gspn.options.base import OptionSet, option, parse_model_args
 from gspn.options.task import TaskSpec
 from gspn.options.training import DATA_HELP, DataOptions, LoopOptions
-from gspn.places import check_file
+from gspn.places import check_file, run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class ModelOptions(OptionSet):
     )
     init_from: str | None = option(
         None,
-        "Start from trained weights: a run folder, a .safetensors file, a published .pth.",
+        "Start from trained weights: a run folder, a saved model, a .safetensors file, a published .pth.",
         metavar="RUN|FILE",
         path=True,
     )
@@ -97,7 +97,7 @@ class Options(DataOptions, RecipeOptions, LoopOptions, ModelOptions):
 
     def check_paths(self):
         if self.init_from:
-            check_file(self.init_from, "init_from", "a run folder, a .safetensors or a .pth file")
+            check_file(run_folder(self.init_from), "init_from", "a run folder, a .safetensors or a .pth file")
 
 
 SPEC = TaskSpec(

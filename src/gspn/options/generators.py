@@ -7,7 +7,7 @@ from typing import ClassVar
 from gspn.options.base import REQUIRED, OptionSet, option, parse_size
 from gspn.options.classifiers import WriteOptions
 from gspn.options.training import DATA_HELP, ReadOptions
-from gspn.places import OptionError, check_file, check_named, check_run
+from gspn.places import OptionError, check_file, check_named, check_run, run_folder
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -67,7 +67,11 @@ class SampleArguments(SampleOptions):
     plain: ClassVar = True
 
     run: Path = option(
-        REQUIRED, "A run of `gspn train-diffusion`, or a saved GSPNPipeline.", metavar="RUN", argument=True
+        REQUIRED,
+        "A run of `gspn train-diffusion`, a saved GSPNPipeline, or the name of trained weights: digits-generator.",
+        metavar="RUN",
+        argument=True,
+        parse=run_folder,
     )
     out: Path = option(REQUIRED, "The folder to make or to continue.")
     checkpoint: str = option("last", "Which checkpoint of the run: last or best.")

@@ -10,7 +10,7 @@ from gspn.options.classifiers import RunOptions, WriteOptions
 from gspn.options.classify import ModelOptions
 from gspn.options.task import TaskSpec
 from gspn.options.training import LoopOptions
-from gspn.places import OptionError, check_file
+from gspn.places import OptionError, check_file, run_folder
 
 MASKED_HELP = (
     "A folder with images/ and masks/ (PNGs of indices or with a palette, of the same names), with or without train/ "
@@ -120,7 +120,7 @@ class SegmentationOptions(MaskOptions, MaskRecipeOptions, LoopOptions, ModelOpti
 
     def check_paths(self):
         if self.init_from:
-            check_file(self.init_from, "init_from", "a run folder, a .safetensors or a .pth file")
+            check_file(run_folder(self.init_from), "init_from", "a run folder, a .safetensors or a .pth file")
         if self.classes:
             check_file(self.classes, "classes", "a JSON file with the classes")
 
@@ -129,7 +129,13 @@ class SegmentationOptions(MaskOptions, MaskRecipeOptions, LoopOptions, ModelOpti
 class SegmentArguments(WriteOptions, RunOptions):
     """All options of `gspn segment`."""
 
-    run: Path = option(REQUIRED, "A run folder of `gspn train-segmentation`.", metavar="RUN", argument=True)
+    run: Path = option(
+        REQUIRED,
+        "A run folder of `gspn train-segmentation`, or a saved model.",
+        metavar="RUN",
+        argument=True,
+        parse=run_folder,
+    )
     images: list[Path] = option(REQUIRED, "Image files of any kind and size.", metavar="IMAGE...", argument=True)
     out: Path | None = option(None, "The folder for the pictures. Default: RUN/segmented.")
     max_memory: int | None = option(

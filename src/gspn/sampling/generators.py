@@ -50,6 +50,8 @@ def load_pipeline(source: str | Path, checkpoint: str = "last", vae: str | Path 
     if (path / "model_index.json").exists():
         if vae is not None:
             raise OptionError(f"vae is for a run, but {path} is a saved pipeline, which holds all that it needs")
+        if checkpoint not in ("best", "last"):
+            raise RunError(f"{path} is a saved pipeline: it has one set of weights and no checkpoint {checkpoint!r}")
         return _saved_pipeline(path)
     run = Run.open(path)
     run.check_task("diffusion")

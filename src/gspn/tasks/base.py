@@ -212,6 +212,8 @@ def resume(
     spec, path = setup_class.spec, expanded(path)
     begun = Run.open(path)
     begun.check_task(spec.name)
+    if begun.saved:
+        raise RunError(f"{path} is a saved model, not a run that could go on; --init-from starts from its weights")
     options = changed(begun.config, changes or {}, spec)
     if options.tensorboard:
         check_tensorboard()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gspn.digests import digest, tensors_of
 from gspn.models import load_released
 from gspn.options import OptionError
+from gspn.places import run_folder
 from gspn.runs import load_classifier
 
 
@@ -42,12 +43,12 @@ class Source:
 
 
 def open_source(path: str | Path, model: str | None, model_args: Mapping, channels: int | None = None) -> Source:
-    """The weights in a run folder (the averaged ones of its best checkpoint, if it has them), in a .safetensors file
-    with the names of our models, or in a published checkpoint (.pth). The last needs the name `model`, and its stem can
-    be converted to `channels` other than 3.
+    """The weights in a run folder (the averaged ones of its best checkpoint, if it has them) or a saved model, of which
+    the name in the package gspn-weights will do; in a .safetensors file with the names of our models; or in a published
+    checkpoint (.pth). The last needs the name `model`, and its stem can be converted to `channels` other than 3.
 
     Errors: RunError, OptionError."""
-    path = Path(path)
+    path = run_folder(path)
     if path.is_dir():
         classifier = load_classifier(path)
         arguments = dict(classifier.run.config["model"])

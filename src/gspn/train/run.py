@@ -42,11 +42,11 @@ from gspn.files import (
 )
 from gspn.names import guess
 from gspn.options import TASKS
-from gspn.places import EARLIER, RunError, config_or_none, expanded, no_run
+from gspn.places import EARLIER, RunError, config_or_none, no_run, run_folder
+from gspn.pretrained import FORMAT, WEIGHTS, read_weights
 
 __all__ = ["EARLIER", "Run", "RunError"]
 
-FORMAT = 1  # of config.json; raised when an older gspn could no longer read it
 STATE_FORMAT = 2  # of a checkpoint; 1 could not be resumed
 EVENTS = "tensorboard/events.out.tfevents.*"  # those of train/board.py end in .gspn, except for old ones
 
@@ -87,6 +87,8 @@ class Run:
                 begun = _going_on(path)
                 choice = f"{begun}; or choose another folder" if begun else "choose another folder"
                 raise RunError(f"{path} is not empty: {choice}, or --overwrite to replace the run there")
+            if (path / WEIGHTS).exists():
+                raise RunError(f"{path} holds a saved model ({WEIGHTS}), not a run, so it is not overwritten")
             if not any((folder / "config.json").exists() for folder in (path, path / EARLIER)):
                 raise RunError(f"{path} is not empty and holds no run (no config.json), so it is not overwritten")
 
@@ -167,8 +169,11 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
-        """Opens an existing run. Errors: RunError if there is none, or it is damaged or written by a newer gspn."""
-        path = expanded(path)
+        """Opens an existing run, or a saved model, which is read as a run without metrics (see pretrained.py). Where
+        nothing exists at `path`, it may be the name of weights in the package gspn-weights.
+
+        Errors: RunError if there is none, or it is damaged or written by a newer gspn."""
+        path = run_folder(path)
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
@@ -185,11 +190,17 @@ class Run:
         check_format(path, config["format"], FORMAT, RunError)
         return cls(path, config, metrics)
 
+    @property
+    def saved(self) -> bool:
+        """Whether this is a model that save_pretrained wrote, with one set of weights, rather than a run."""
+        return "class" in self.config
+
     def check_task(self, *expected: str) -> str:
         """The run's task, if it is among `expected`. Errors: RunError, which says what takes such a run."""
         task = str(self.config.get("task", ""))
         if task not in expected:
-            found = f"a run of {task}" if task else "of no task"
+            without = f"a saved {self.config['class']} without a task" if self.saved else "of no task"
+            found = f"a run of {task}" if task else without
             hint = f"; {TASKS[task].taken_by.format(self.path)}" if task in TASKS else ""
             raise RunError(f"{self.path} is {found}, expected {' or '.join(expected)}{hint}")
         return task
@@ -243,7 +254,12 @@ class Run:
         self, name: str, parts: Sequence[str] = ("model", "ema", "optimizer")
     ) -> tuple[dict[str, dict[str, Tensor]], dict]:
         """Reads checkpoints/`name` to (tensors, state), as `save_checkpoint` got them; only those of the
-        `parts` that exist. Errors: RunError if there is no such checkpoint or one of its files is damaged."""
+        `parts` that exist. The weights of a saved model, which has no checkpoints and no state, are its "best" and its
+        "last". Errors: RunError if there is no such checkpoint or one of its files is damaged."""
+        if self.saved:
+            if name not in ("best", "last"):
+                raise RunError(f"{self.path} is a saved model: it has one set of weights and no checkpoint {name!r}")
+            return {"model": read_weights(self.path)}, {}
         path = self._checkpoint(name)
         while True:  # once, unless a training replaces the checkpoint while it is being read
             found = _find(path)

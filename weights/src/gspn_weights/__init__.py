@@ -1,0 +1,1 @@
+"""Trained models of gspn, a folder for each. gspn.weights finds them; there is no code here."""
