@@ -301,15 +301,18 @@ def report(folder: Path) -> str:
 
 def draw(folder: Path, out: Path) -> None:
     """Loss against the size of the map."""
-    done, figure = read(folder), Figure(figsize=(7, 4), layout="constrained")
+    done, figure = read(folder), Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     squares = [size for size in SIZES if len(set(size.split("x"))) == 1]
     for name, contender in CONTENDERS.items():
         run = Run(name, best_rate(done, name) or 0.0, SEEDS[0])
         if run in done:
             axes.plot(squares, [done[run]["test"][size]["loss"] for size in squares], marker="o", label=contender.title)
-    axes.set(title="Trained at 32x32 pixels", xlabel="size of the photos", ylabel="denoising loss", ylim=(0, None))
-    axes.legend(fontsize=8)
+    axes.set(title="Trained at 32x32 pixels", xlabel="size of the photos", ylabel="denoising loss", yscale="log")
+    ticks = [0.08, 0.1, 0.12, 0.15, 0.2, 0.25]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(out, dpi=120)
 
 
