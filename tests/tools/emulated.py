@@ -19,6 +19,7 @@ import sys
 import threading
 from functools import partial
 
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -43,7 +44,7 @@ class Emulated:
 
     def _call(self, name, argument=b""):
         if not isinstance(argument, bytes):
-            raise NotImplementedError(f"{name} is not emulated")
+            pytest.skip(f"{name}, which takes no block of arguments, is not emulated")
         storages = {}
         frame = sys._getframe(1)
         while frame and frame.f_code.co_filename == cpu.__file__:
