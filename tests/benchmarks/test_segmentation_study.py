@@ -1,0 +1,55 @@
+"""The comparison of mixers in segmenters: equal parameters, the library's own training, a report."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("matplotlib")
+
+import gspn
+from benchmarks.quality import segmentation
+from benchmarks.quality.segmentation import CLASSES, CONTENDERS, MODEL, RATES, SEEDS, Run, WindowAttention
+
+
+def made(name):
+    arguments = dict(expansion=segmentation.expansion_of(name), center=CONTENDERS[name].center)
+    return segmentation.segmenter_with(name, MODEL, num_classes=CLASSES, **arguments)
+
+
+def test_all_have_as_many_parameters_and_take_any_size():
+    wanted = segmentation.parameters_of(gspn.create_segmenter(MODEL, num_classes=CLASSES))
+    for name in CONTENDERS:
+        model = made(name).eval()
+        assert abs(segmentation.parameters_of(model) / wanted - 1) < 0.02, name
+        scans = any(isinstance(module, gspn.GSPN2d) for module in model.modules())
+        assert scans == (CONTENDERS[name].make is None)
+        with torch.no_grad():
+            assert model(torch.randn(1, 3, 45, 37)).shape == (1, CLASSES, 45, 37)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_window_attention_is_attention_within_windows(shift):
+    attention, x = WindowAttention(16, shift), torch.randn(2, 10, 9, 16)
+    window = torch.tensor([((i + shift) // 7) * 10 + (j + shift) // 7 for i in range(10) for j in range(9)])
+    qkv = attention.qkv(x).reshape(2, 90, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(*qkv, attn_mask=window[:, None] == window)
+    torch.testing.assert_close(attention(x), attention.out(mixed.transpose(1, 2).reshape(x.shape)))
+
+
+def test_missing_runs_come_in_order_and_the_report_tells_them(tmp_path):
+    runs = iter(segmentation.wanted({}, 3, 0.25))
+    first = next(runs)
+    assert first == Run("gspn", RATES[1], SEEDS[0], 3, 0.25)
+    for rate, seed, miou in ((RATES[0], 0, 0.2), (RATES[1], 0, 0.4), (RATES[1], 1, 0.5)):
+        run = Run("gspn", rate, seed, 3, 0.25)
+        test = {str(f): {"miou": miou, "seconds": 0.5} for f in segmentation.FACTORS}
+        content = run._asdict() | {"val_miou": miou, "parameters": 1234, "test": test}
+        (tmp_path / f"{run.stem}.json").write_text(json.dumps(content))
+    done = segmentation.read(tmp_path)
+    assert segmentation.best_rate(done, "gspn", 3, 0.25) == RATES[1]
+    text = segmentation.report(tmp_path)
+    assert "| GSPN | 1,234 | 0.002 of 2 | 2 | 45.0 ± 5.0 |" in text and "not run" in text
+    segmentation.draw(tmp_path, tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").stat().st_size > 5_000
