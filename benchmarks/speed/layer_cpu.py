@@ -29,6 +29,14 @@ SIZES = [  # B, C, H, W, S
     (2, 640, 64, 64, 80),
     (1, 320, 32, 32, 16),
 ]
+SMALL_SIZES = [  # without gradients
+    (1, 16, 4, 4, 8),
+    *((1, 64, side, side, 8) for side in (8, 16, 32)),
+    (1, 384, 14, 14, 8),
+    (1, 576, 14, 14, 8),
+    (4, 384, 14, 14, 8),
+    (1, 144, 56, 56, 8),
+]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMS_OF_THE_LAYER = ("gspn", "gspn, kernel alone", "unfused", "unfused, tuned", "prototype", "prototype, unfused")
 SLOW_TOKENS = 20_000  # beyond it attention, like the slow forms of the layer always, gets few rounds of its own
@@ -205,7 +213,7 @@ def small_maps(rounds):
         rows.append(case | {"1 thread": harness.summary(harness.interleaved(calls, rounds, 1), "gspn")})
         print(*case.values(), {name: round(v["ratio"][1], 2) for name, v in rows[-1]["1 thread"].items()}, flush=True)
 
-    for size in ((1, 16, 4, 4, 8), (1, 384, 14, 14, 8), (1, 576, 14, 14, 8), (4, 384, 14, 14, 8), (1, 144, 56, 56, 8)):
+    for size in SMALL_SIZES:
         for name, dtype in DTYPES.items():
             layer, x = problem(size, dtype)
             others = {"attention": peers.Attention, "linear attention": peers.LinearAttention}
