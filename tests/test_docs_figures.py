@@ -41,6 +41,20 @@ def test_by_hand_a_pixel_takes_from_the_neighbour_of_its_colour():
     assert influence[:, 0].tolist() == pytest.approx([1, 0, 0], abs=1e-6)
 
 
+def test_the_ratios_on_small_maps_are_those_measured():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = text[text.index("### Small maps") : text.index("## Whole models")]
+    table = {
+        line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| 1 x") or "| 4 x" in line
+    }
+    cases = json.loads((ROOT / "benchmarks/results/speed/small-maps-cpu.json").read_text())["cases"]
+    for case in cases:
+        ratios = {name: f"{found['ratio'][1]:.2f}" for name, found in case["1 thread"].items()}
+        shown = table[" x ".join(map(str, case["size (B,C,H,W,S)"][:4]))] if "dtype" in case else text
+        assert ratios["attention"] in shown and ratios["linear attention"] in shown
+    assert len(table) == 8
+
+
 def test_the_multiply_adds_of_generators_are_those_counted():
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     cases = json.loads((ROOT / "benchmarks/results/speed/generators-macs.json").read_text())["cases"]
