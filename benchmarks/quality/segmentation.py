@@ -178,7 +178,7 @@ def train(run: Run, scenes: Path, console: Console | None = None, **more) -> dic
         for factor in FACTORS:
             found, _ = evaluate(path, scenes, split="test", scale=run.scale * factor, workers=0, batch_size=4)
             at[str(factor)] = {name: found[name] for name in ("miou", "pixel_accuracy", "iou")}
-            at[str(factor)] |= {"seconds": round(1 / found["model_images_per_second"], 4)}
+            at[str(factor)] |= {"seconds_with_metrics": round(1 / found["model_images_per_second"], 4)}
         return {
             **run._asdict(),
             "parameters": parameters_of(segmenter_with(run.contender, MODEL, num_classes=CLASSES, **arguments)),
@@ -241,13 +241,12 @@ def report(folder: Path) -> str:
         "# Street scenes with other mixers in the place of GSPN\n\nMade by `python -m benchmarks.quality.segmentation "
         "--report`. CamVid, from random weights; mean IoU on the 233 test images, against masks of 480x360. *rate*: "
         "the best of how many learning rates, by the validation images. Of two seeds a figure is the mean, "
-        "with half of their difference. *seconds*: a test image on one thread; other work ran beside.\n"
+        "with half of their difference.\n"
     )
     for epochs, scale in budgets(done):
         sides = [tuple(round(side * scale * factor) for side in reversed(FULL)) for factor in FACTORS]
         text += f"\n## Trained at {sides[0][0]}x{sides[0][1]} for {epochs} epochs\n\n"
         header = ["mixer", "parameters", "rate", "seeds", *(f"{w}x{h}" for w, h in sides)]
-        header += [f"seconds at {w}x{h}" for w, h in sides]
         rows = []
         for name, contender in CONTENDERS.items():
             runs = chosen(done, name, epochs, scale)
@@ -260,8 +259,6 @@ def report(folder: Path) -> str:
                 values = [100 * run["test"][str(factor)]["miou"] for run in runs]
                 spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.fmean(values):.1f}{spread}")
-            for factor in FACTORS:
-                cells.append(f"{statistics.fmean(run['test'][str(factor)]['seconds'] for run in runs):.3f}")
             rows.append(cells)
         text += "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)) + "\n"
     return text

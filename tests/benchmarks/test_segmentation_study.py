@@ -44,7 +44,7 @@ def test_missing_runs_come_in_order_and_the_report_tells_them(tmp_path):
     assert first == Run("gspn", RATES[1], SEEDS[0], 3, 0.25)
     for rate, seed, miou in ((RATES[0], 0, 0.2), (RATES[1], 0, 0.4), (RATES[1], 1, 0.5)):
         run = Run("gspn", rate, seed, 3, 0.25)
-        test = {str(f): {"miou": miou, "seconds": 0.5} for f in segmentation.FACTORS}
+        test = {str(f): {"miou": miou, "seconds_with_metrics": 0.5} for f in segmentation.FACTORS}
         content = run._asdict() | {"val_miou": miou, "parameters": 1234, "test": test}
         (tmp_path / f"{run.stem}.json").write_text(json.dumps(content))
     done = segmentation.read(tmp_path)

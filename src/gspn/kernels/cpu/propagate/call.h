@@ -40,7 +40,8 @@ template <class A> struct Call {
     Geometry scans[4];            // in the order in which they are made
     int source[4];                // which of the caller's directions each scan is
 
-    // Filled in by the driver: the projections, a shared buffer, and the images first .. first + count of the current round
+    // Filled in by the driver: the projections, a shared buffer, and the images first .. first + count of the current
+    // round
     Projections<A> projections;
     A* packed_proxy = nullptr;
     int64_t first = 0, count = 0;

@@ -108,7 +108,7 @@ template <class A> struct Forward {
     Call<A>& call;
     int64_t threads, parts;  // parts: tasks that share the directions of a block
     A* merged_projections;
-    A* part_outputs;         // [image of the round][block][part][packed block], where parts > 1
+    A* part_outputs;  // [image of the round][block][part][packed block], where parts > 1
 
     struct Scratch {
         A *x, *out, *state, *maps, *w;
@@ -124,7 +124,8 @@ template <class A> struct Forward {
         int64_t bytes;
     };
 
-    explicit Forward(Call<A>& p) : call(p), threads(p.useful_threads()), parts(1), merged_projections(nullptr), part_outputs(nullptr) {
+    explicit Forward(Call<A>& p)
+        : call(p), threads(p.useful_threads()), parts(1), merged_projections(nullptr), part_outputs(nullptr) {
         choose_parts();
         while (threads > 1 && scratch_bytes(1) > call.workspace() - call.round_bytes()) {
             threads--;

@@ -59,8 +59,9 @@ template <class A> struct Merging {
         for (int64_t d = 0; d < args.directions; d++) {
             const A scale = scalar(d);
             const Geometry scan = geometry_of(args.direction[d], args.height, args.width, args.segment);
-            scaled(args.output_proj, d * gates, gates, args.average ? scale / A(scan.segment) : scale, false,
-                   output + d * gates);
+            scaled(
+                args.output_proj, d * gates, gates, args.average ? scale / A(scan.segment) : scale, false,
+                output + d * gates);
             if (skip) scaled(args.skip_proj, d * gates, gates, scale, d > 0, skip);
         }
         found.output = output, found.skip = skip;
