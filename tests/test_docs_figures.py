@@ -55,6 +55,17 @@ def test_the_ratios_on_small_maps_are_those_measured():
     assert len(table) == 8
 
 
+def test_the_segmenters_are_those_of_the_report():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = text[text.index("## Segmentation") : text.index("## Generators")]
+    report = (ROOT / "benchmarks/results/quality/segmentation/report.md").read_text(encoding="utf-8")
+    split = lambda page: [line.split("|") for line in page.splitlines() if line.startswith("| ")]  # noqa: E731
+    cells = lambda page: {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in split(page)}  # noqa: E731
+    measured, shown = cells(report), cells(text)
+    del shown["mixer"]
+    assert len(shown) == 4 and all(measured[mixer][3:] == values for mixer, values in shown.items())
+
+
 def test_the_multiply_adds_of_generators_are_those_counted():
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     cases = json.loads((ROOT / "benchmarks/results/speed/generators-macs.json").read_text())["cases"]
