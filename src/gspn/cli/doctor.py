@@ -83,7 +83,7 @@ def doctor():
                 "Install a C++ compiler (GCC 11, Clang 14 or newer) and install gspn again, for the CPU kernels."
             )
     try:
-        for extra in ("train", "diffusion", "onnx", "timm", "metrics"):
+        for extra in ("train", "diffusion", "onnx", "timm", "metrics", "hub", "demo"):
             missing = missing_packages(extra)
             line(f"extra, {extra}: {'lacks ' + ', '.join(missing) if missing else 'installed'}")
     except PackageNotFoundError:  # the sources alone, on PYTHONPATH
