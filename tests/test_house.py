@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 # Each may import those before it.
 CORE = "names progress extras weights digests files pretrained kernels dispatch registration ops depthwise".split()
 CORE += ["lean", "layers_released", "layers", "memory", "models", "stable_diffusion", "export"]
-LAYERS = [*CORE, *"places options data train plots sampling runs metrics tasks bench demo cli".split()]
+LAYERS = [*CORE, *"places options data train plots plots_masks sampling runs metrics tasks bench demo cli".split()]
 BASE = {"torch", "numpy", "safetensors", "gspn", "filelock", "lazy_loader"}
 
 

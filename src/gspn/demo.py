@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from gspn import plots
+from gspn import plots, plots_masks
 from gspn.data.images import upright
 from gspn.places import run_folder
 from gspn.runs import MANY_PIXELS, Classifier, Segmentation, load_run
@@ -103,7 +103,7 @@ class Segmenting:
     def answer(self, image: Image.Image, times: float) -> Image.Image:
         """The image with the colours of its classes, and a legend."""
         image, loaded = upright(image), self._scaled(times)
-        return plots.overlay(image, loaded.numbers(image, loaded.allowed_bytes(image)), loaded.classes)
+        return plots_masks.overlay(image, loaded.numbers(image, loaded.allowed_bytes(image)), loaded.classes)
 
     def context(self, pixels: Tensor, place: Place | None) -> Image.Image:
         """Where the context of a pixel comes from, in the last block of the decoder; None is the one in the middle."""

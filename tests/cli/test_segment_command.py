@@ -8,7 +8,7 @@ from helpers.masks import FLAGS, pair
 from PIL import Image
 from typer.testing import CliRunner
 
-from gspn import plots
+from gspn import plots, plots_masks
 from gspn.cli import app
 from gspn.data.images import decode
 from gspn.models import tiles
@@ -28,8 +28,8 @@ def run(masked_run):
 
 
 def test_training_resuming_and_the_same_options_again(masked, tmp_path, monkeypatch):
-    for name in ("curves", "pixel_confusion"):  # they take longer than the training
-        monkeypatch.setattr(plots, name, lambda *args: None)
+    for module, name in ((plots, "curves"), (plots_masks, "pixel_confusion")):  # longer than the training
+        monkeypatch.setattr(module, name, lambda *args: None)
     path, again = tmp_path / "run", tmp_path / "again"
     flags = ["--epochs", 2, "--batch-size", 4, "--lr", 0.01, "--workers", 0, "--precision", "bf16"]
     code, out, err = gspn_command("train-segmentation", masked, "--out", path, *flags, *FLAGS)

@@ -68,7 +68,7 @@ def segment(options):
     warn(f"{path}: {reason}" for path, reason in absent.items())
     import numpy as np
 
-    from gspn import plots
+    from gspn import plots, plots_masks
     from gspn.data.images import decode
     from gspn.runs import load_segmenter
 
@@ -91,7 +91,7 @@ def segment(options):
         except ValueError as error:  # it does not fit
             raise OptionError(f"{path}: {error} (--max-memory)") from error
         plots.save_picture(mask_file, segmenter.classes.picture(numbers))
-        plots.save_picture(overlay_file, plots.overlay(image, numbers, segmenter.classes))
+        plots.save_picture(overlay_file, plots_masks.overlay(image, numbers, segmenter.classes))
         shares = np.bincount(numbers.ravel(), minlength=len(names)) / numbers.size
         answer = {"image": str(path), "size": [image.height, image.width], "how": told[0]}
         answer |= {"mask": str(mask_file), "overlay": str(overlay_file)}

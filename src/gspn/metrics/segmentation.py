@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from gspn import plots
+from gspn import plots_masks
 from gspn.data.images import UNREADABLE, DataError
 from gspn.data.loader import batches, workers_note
 from gspn.data.mask_classes import IGNORED, Classes
@@ -202,7 +202,7 @@ def evaluate(
     batch_size += -batch_size % accelerator.num_processes  # they share a batch
     model, preprocessing = segmenter.model.to(accelerator.device), segmenter.preprocessing
     loader = make_masked_loader(chosen, classes, preprocessing, batch_size, scale=scale, workers=workers)
-    loader, shown = accelerator.prepare(loader), evenly(len(chosen), plots.PAIRS) if files else []
+    loader, shown = accelerator.prepare(loader), evenly(len(chosen), plots_masks.PAIRS) if files else []
     bar = Progress("evaluating", len(chosen), console=console)
     with bar, autocast(accelerator.device, config["options"]["precision"]):
         outcome = segment_batches(model, loader, preprocessing, accelerator, boundary=True, shown=shown, bar=bar)
@@ -216,8 +216,8 @@ def evaluate(
         table, confusion, predictions = files
         make_folder(table.parent)
         write_json(table, metrics)
-        plots.pixel_confusion(confusion, outcome.confusion, classes.names, metrics)
-        plots.pairs(predictions, chosen, outcome.shown, classes, metrics)
+        plots_masks.pixel_confusion(confusion, outcome.confusion, classes.names, metrics)
+        plots_masks.pairs(predictions, chosen, outcome.shown, classes, metrics)
     notes = [workers_note(workers, chosen)]
     if own and name == "val" and "all" in data_set.splits:
         recorded = trained_on.get("fingerprint")

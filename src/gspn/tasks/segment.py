@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn import plots
+from gspn import plots, plots_masks
 from gspn.data.images import UNREADABLE, DataError, Preprocessing
 from gspn.data.mask_classes import IGNORED, Classes
 from gspn.data.mask_loader import MaskAugmentation, make_masked_loader
@@ -65,7 +65,7 @@ class SegmentationTask:
 
     def evaluate(self, model, accelerator):
         self.unreadable.look()
-        shown = evenly(len(self.setup.eval_split), plots.PAIRS)
+        shown = evenly(len(self.setup.eval_split), plots_masks.PAIRS)
         outcome = segment_batches(model, self.loader, self.preprocessing, accelerator, shown=shown)
         self.unreadable.note("evaluation", outcome.index[outcome.label == UNREADABLE].tolist())
         self.shown = outcome.shown
@@ -79,7 +79,7 @@ class SegmentationTask:
         setup = self.setup
         if not (setup.options.tensorboard and self.shown):
             return {}
-        return {"predictions": plots.pairs_picture(setup.eval_split, self.shown, setup.classes)}
+        return {"predictions": plots_masks.pairs_picture(setup.eval_split, self.shown, setup.classes)}
 
     def line(self, row):
         return (
@@ -220,7 +220,7 @@ class Setup(BaseSetup):
         console = training.console if accelerator.is_main_process else None
         bar, shown = (
             Progress("evaluating", len(self.eval_split), console=console),
-            evenly(len(self.eval_split), plots.PAIRS),
+            evenly(len(self.eval_split), plots_masks.PAIRS),
         )
         with bar, autocast(accelerator.device, options.precision):
             model = segmenter.model.to(accelerator.device)
@@ -228,8 +228,8 @@ class Setup(BaseSetup):
         metrics = {"split": self.eval_name, "scale": options.scale, **outcome.metrics(self.classes)}
         if run := training.run:
             plots.curves(run, (("miou", "mean IoU"), ("pixel_accuracy", "pixels")))
-            plots.pixel_confusion(run.path / "confusion.png", outcome.confusion, self.classes.names, metrics)
-            plots.pairs(run.path / "predictions.png", self.eval_split, outcome.shown, self.classes, metrics)
+            plots_masks.pixel_confusion(run.path / "confusion.png", outcome.confusion, self.classes.names, metrics)
+            plots_masks.pairs(run.path / "predictions.png", self.eval_split, outcome.shown, self.classes, metrics)
         problems = list(task.unreadable.problems.values())
         return segmenter.run if training.run else None, warnings_of(metrics, problems, "pixel", "the mean IoU")
 
