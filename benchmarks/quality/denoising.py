@@ -12,9 +12,7 @@ weights, on test photos with fixed timesteps and noise.
 
 import argparse
 import copy
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.harness import harness
+from benchmarks.harness import harness, study
 from benchmarks.quality.mixers.tasks import Photos
 from gspn.bench.contenders import Attention, OnMaps
 from gspn.depthwise import DepthwiseConv2d
@@ -223,8 +221,7 @@ def train(run: Run, photos: Photos, sizes: dict[str, int] = SIZES, batch: int = 
 
 def read(folder: Path) -> dict[Run, dict]:
     """The finished runs in a folder."""
-    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    return {Run(*(content[name] for name in Run._fields)): content for content in contents}
+    return study.read(folder, Run)
 
 
 def best_rate(done: dict[Run, dict], contender: str) -> float | None:
@@ -320,36 +317,23 @@ def draw(folder: Path, out: Path) -> None:
 
 
 def work(folder: Path, photos: Photos, minutes: float) -> int:
-    """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs."""
-    end, made, environment = time.monotonic() + 60 * minutes, 0, harness.environment()
-    while time.monotonic() < end:
-        done = read(folder)
-        run = next((run for run in wanted(done) if run not in done), None)
-        if run is None:
-            print("nothing is missing")
-            break
-        environment |= {"load_before": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-        print(f"{time.strftime('%H:%M')} {run.stem}", flush=True)
-        content = train(run, photos)
-        harness.write_json(folder / f"{run.stem}.json", content | {"environment": environment}, quiet=True)
+    """Makes missing runs until the time is over. Returns the number of runs."""
+
+    def told(content: dict) -> str:
         losses = ", ".join(f"{size} {found['loss']:.4f}" for size, found in content["test"].items())
-        print(f"      {losses}; {content['cpu_ms_per_step']:.0f} ms a step", flush=True)
-        made += 1
-    return made
+        return f"{losses}; {content['cpu_ms_per_step']:.0f} ms a step"
+
+    return study.work(folder, Run, wanted, lambda run: train(run, photos), told, minutes)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    study.add_options(parser, RESULTS)
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no run after this many minutes (default: 60)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
-    parser.add_argument("--list", action="store_true", help="list what is done and what is missing")
-    parser.add_argument("--report", action="store_true", help="write report.md and sizes.png into the folder")
     arguments = parser.parse_args()
     if arguments.list:
         done = read(arguments.out)
-        for run in dict.fromkeys(wanted(done)):
-            print("done   " if run in done else "missing", run.stem)
+        study.list_runs(done, wanted(done))
     elif arguments.report:
         (arguments.out / "report.md").write_text(report(arguments.out))
         draw(arguments.out, arguments.out / "sizes.png")

@@ -13,8 +13,6 @@ The command may be stopped at any time and started again: only complete runs are
 """
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
 import time
@@ -32,7 +30,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import gspn
-from benchmarks.harness import harness
+from benchmarks.harness import harness, study
 from gspn.bench.contenders import Attention, OnMaps, ReluLinearAttentionConvolution
 from gspn.layers import GSPNBlock
 from gspn.metrics.segmentation import evaluate
@@ -194,8 +192,7 @@ def train(run: Run, scenes: Path, console: Console | None = None, **more) -> dic
 
 def read(folder: Path) -> dict[Run, dict]:
     """The finished runs in a folder."""
-    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    return {Run(*(content[name] for name in Run._fields)): content for content in contents}
+    return study.read(folder, Run)
 
 
 def best_rate(done: dict[Run, dict], contender: str, epochs: int, scale: float) -> float | None:
@@ -287,39 +284,26 @@ def draw(folder: Path, out: Path) -> None:
 
 
 def work(folder: Path, scenes: Path, minutes: float, epochs: int, scale: float) -> int:
-    """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs."""
-    end, made, environment = time.monotonic() + 60 * minutes, 0, harness.environment()
-    while time.monotonic() < end:
-        done = read(folder)
-        run = next((run for run in wanted(done, epochs, scale) if run not in done), None)
-        if run is None:
-            print("nothing is missing")
-            break
-        environment |= {"load_before": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-        print(f"{time.strftime('%H:%M')} {run.stem}", flush=True)
-        content = train(run, scenes)
-        folder.mkdir(parents=True, exist_ok=True)
-        harness.write_json(folder / f"{run.stem}.json", content | {"environment": environment}, quiet=True)
+    """Makes missing runs until the time is over. Returns the number of runs."""
+
+    def told(content: dict) -> str:
         found = ", ".join(f"{factor} times {at['miou']:.2%}" for factor, at in content["test"].items())
-        print(f"      validation {content['val_miou']:.2%}; test, {found}", flush=True)
-        made += 1
-    return made
+        return f"validation {content['val_miou']:.2%}; test, {found}"
+
+    runs = lambda done: wanted(done, epochs, scale)  # noqa: E731
+    return study.work(folder, Run, runs, lambda run: train(run, scenes), told, minutes)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    study.add_options(parser, RESULTS)
     parser.add_argument("--scenes", type=Path, help="the folder of CamVid")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no run after this many minutes (default: 60)")
     parser.add_argument("--epochs", type=int, default=12, help="of training (default: 12)")
     parser.add_argument("--scale", type=float, default=0.25, help="of the training images (default: 0.25)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
-    parser.add_argument("--list", action="store_true", help="list what is done and what is missing")
-    parser.add_argument("--report", action="store_true", help="write report.md and sizes.png into the folder")
     arguments = parser.parse_args()
     if arguments.list:
         done = read(arguments.out)
-        for run in dict.fromkeys(wanted(done, arguments.epochs, arguments.scale)):
-            print("done   " if run in done else "missing", run.stem)
+        study.list_runs(done, wanted(done, arguments.epochs, arguments.scale))
     elif arguments.report:
         (arguments.out / "report.md").write_text(report(arguments.out))
         draw(arguments.out, arguments.out / "sizes.png")

@@ -1,0 +1,59 @@
+"""A study of many trainings: one JSON file for each run, made in the order of their importance, whenever there is time.
+
+A run is a NamedTuple whose fields stand in its file too; its `stem` names the file.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks.harness import harness
+
+
+def read(folder: Path, kind: type) -> dict:
+    """{run: content} of the finished runs in a folder; `kind` is the class of the runs."""
+    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return {kind(*(content[name] for name in kind._fields)): content for content in contents}
+
+
+def work(
+    folder: Path, kind: type, wanted: Callable, train: Callable, told: Callable[[dict], str], minutes: float
+) -> int:
+    """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs.
+
+    Args:
+        wanted: gives all runs, the most important first, for {run: content} of those that are done.
+        train: gives the content of a run's file. told: what to print of it.
+    """
+    end, made, environment = time.monotonic() + 60 * minutes, 0, harness.environment()
+    folder.mkdir(parents=True, exist_ok=True)
+    while time.monotonic() < end:
+        done = read(folder, kind)
+        run = next((run for run in wanted(done) if run not in done), None)
+        if run is None:
+            print("nothing is missing")
+            break
+        environment |= {"load_before": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+        print(f"{time.strftime('%H:%M')} {run.stem}", flush=True)
+        content = train(run)
+        harness.write_json(folder / f"{run.stem}.json", content | {"environment": environment}, quiet=True)
+        print(f"      {told(content)}", flush=True)
+        made += 1
+    return made
+
+
+def list_runs(done: dict, runs: Iterable) -> None:
+    """Prints which of the runs are done and which are missing."""
+    for run in dict.fromkeys(runs):
+        print("done   " if run in done else "missing", run.stem)
+
+
+def add_options(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Adds the options that studies share; `folder` is that of the published results."""
+    parser.add_argument("--minutes", type=float, default=60, help="begin no run after this many minutes (default: 60)")
+    parser.add_argument("--out", type=Path, default=folder, help="the folder of the results")
+    parser.add_argument("--list", action="store_true", help="list what is done and what is missing")
+    parser.add_argument("--report", action="store_true", help="write report.md and sizes.png into the folder")
