@@ -224,7 +224,7 @@ class GSPN2d(Pretrained, nn.Module):
     def _propagate(self, x: Tensor, proxy: Tensor) -> Tensor:
         """The merged directions (B,K,H,W) of x (B,K,H,W) and proxy (B,S,H,W)."""
         center = input_means(x, proxy, self.input_proj) if self.center else None
-        merged = propagate_lean(self, x, proxy, None if center is None else center.contiguous())
+        merged = propagate_lean(self, x, proxy, center)
         if merged is not None:
             return merged
         if self.alignment == "released":

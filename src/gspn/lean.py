@@ -44,4 +44,5 @@ def propagate_lean(layer: torch.nn.Module, x: Tensor, proxy: Tensor, center: Ten
             return None
         tensors.append(tensor)
     indices = direction_indices(layer.directions)
+    center = None if center is None else center.contiguous()
     return cpu.propagate_unmerged(x, proxy, *tensors, indices, layer.segment, layer.average, center)

@@ -9,7 +9,7 @@ from pathlib import Path
 from gspn.names import unknown
 
 PACKAGE = "gspn_weights"
-INSTALL = "`pip install ./weights` in the source folder of gspn, or `pip install gspn-weights`"
+INSTALL = "`pip install ./weights` in the source folder of gspn"  # not on PyPI, where the name is anybody's
 HOW = f"trained weights with a name come with the package gspn-weights, which is not installed: {INSTALL}"
 
 
