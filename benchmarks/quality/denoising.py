@@ -257,6 +257,11 @@ def paired(ours: dict, theirs: dict) -> tuple[float, float]:
     return statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
 
 
+def tried(done: dict[Run, dict], contender: str) -> list[float]:
+    """The learning rates that were tried."""
+    return sorted(run.rate for run in done if (run.contender, run.seed, run.steps) == (contender, SEEDS[0], STEPS))
+
+
 def report(folder: Path) -> str:
     """Markdown: each contender at its best rate, its mean over the seeds."""
     done, ours = read(folder), None
@@ -267,10 +272,14 @@ def report(folder: Path) -> str:
         if not contents:
             notes.append(f"{contender.title}: not run")
             continue
-        tried = sorted(run.rate for run in done if (run.contender, run.seed, run.steps) == (name, SEEDS[0], STEPS))
         ours = contents if name == "ours" else ours
         mean = lambda get, contents=contents: statistics.fmean(map(get, contents))  # noqa: E731
-        cells = [contender.title, f"{contents[0]['parameters']:,}", f"{rate:g} of {len(tried)}", str(len(contents))]
+        cells = [
+            contender.title,
+            f"{contents[0]['parameters']:,}",
+            f"{rate:g} of {len(tried(done, name))}",
+            str(len(contents)),
+        ]
         cells.append(f"{mean(lambda c: c['test'][TRAINED]['loss']):.4f}")
         pairs = [paired(a["test"][TRAINED], b["test"][TRAINED]) for a, b in zip(ours or [], contents, strict=False)]
         difference = statistics.fmean(p[0] for p in pairs) if pairs and name != "ours" else None
@@ -297,16 +306,18 @@ def report(folder: Path) -> str:
 
 
 def draw(folder: Path, out: Path) -> None:
-    """Loss against the size of the map."""
+    """Loss against the size of the map, of the contenders whose rate was chosen from as many as RATES."""
     done, figure = read(folder), Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     squares = [size for size in SIZES if len(set(size.split("x"))) == 1]
     for name, contender in CONTENDERS.items():
-        run = Run(name, best_rate(done, name) or 0.0, SEEDS[0])
-        if run in done:
-            axes.plot(squares, [done[run]["test"][size]["loss"] for size in squares], marker="o", label=contender.title)
+        runs = [Run(name, best_rate(done, name) or 0.0, seed) for seed in SEEDS]
+        tests = [done[run]["test"] for run in runs if run in done]
+        if tests and len(tried(done, name)) >= len(RATES):
+            losses = [statistics.fmean(test[size]["loss"] for test in tests) for size in squares]
+            axes.plot(squares, losses, marker="o", label=contender.title)
     axes.set(title="Trained at 32x32 pixels", xlabel="size of the photos", ylabel="denoising loss", yscale="log")
-    ticks = [0.08, 0.1, 0.12, 0.15, 0.2, 0.25]
+    ticks = [0.08, 0.09, 0.1, 0.11, 0.12, 0.13]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     figure.legend(loc="outside right center", fontsize=8)
