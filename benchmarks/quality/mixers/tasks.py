@@ -1,12 +1,14 @@
-"""The three tasks, all on CIFAR-10's photos: what a batch is, what the loss is, and how a trained model is measured.
+"""The four tasks, all on CIFAR-10's photos: what a batch is, what the loss is, and how a trained model is measured.
 
 classes   Which of ten classes is the photo of? Chance: 10%.
 far       Do the two ends of a long canvas come from one photo? See Far.
 filling   What is in the hidden parts of a photo? Mean squared error; see Filling.
+tracing   Which parts of two curves over a photo hang together with the red dot? See Tracing.
 
 Batches depend on the seed alone: every contender sees the same images in the same order with the same augmentation.
 """
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.quality.mixers.contenders import PATCH, Backbone
+from benchmarks.quality.mixers.curves import curves
 
 SIDE = 32  # pixels a side of a photo
 HELD_OUT = 5_000  # the last training photos, by which the learning rate is chosen
@@ -271,4 +274,89 @@ class Far(_Labelled):
             yield self.example(pixels, distance, _draws(i, 3))
 
 
-TASKS = {task.name: task for task in (Classes, Far, Filling)}
+@cache
+def _pairs(split: str, side: int, count: int) -> Tensor:
+    """`count` pairs of curves, as pixels: int64 (count, 2, length, 2). Each split has its own."""
+    numbers = np.random.default_rng([("train", "val", "test").index(split), side])
+    length = round(Tracing.LENGTH * side)
+    return torch.from_numpy(np.stack([np.floor(curves(2, length, side, numbers)) for _ in range(count)])).long()
+
+
+class Tracing(Task):
+    """Which parts of two curves hang together with the red dot?
+
+    Two white curves, a pixel wide, lie over a photo of half the contrast. One begins with a red dot, the other with a
+    blue one. They keep apart, and both are as long. For each token on a curve the answer is whether this curve begins
+    with the red dot. Chance: 50%, for as many tokens lie on either curve. A white pixel tells nothing by itself: one has
+    to follow its curve to the dot. A human is always right. Measured on tokens that are at least NEAR pixels along the
+    curve from its dot; trained on all but the dot's.
+
+    What a mixer has to do is to carry the dot's colour along a path that the input alone shows. A mean over
+    surroundings, however far, mixes both colours.
+    """
+
+    name, outputs, pooled = "tracing", 2, False
+    about = (
+        "Which parts of two curves over a photo hang together with the red dot? Asked of each token on a curve, 8 or "
+        "more pixels along it from the dot. Chance is 50%. Settings are sizes of the canvas, as multiples of 32 pixels; "
+        "on a larger one the curves are as much longer."
+    )
+    LENGTH = 0.9  # of a curve, in sides of the canvas
+    NEAR = 8  # pixels
+    PAIRS = {"train": 2048, "val": 256, "test": 256}  # each is used turned and mirrored, with either dot red
+    DOTS = ((2.0, -1.0, -1.0), (-1.0, -1.0, 2.0))  # red and blue, as normalised pixels
+    WHITE = 2.0
+    IGNORED = -100
+
+    def example(self, x: Tensor, split: str, index: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Canvases from normalised photos (B,3,H,H); for each token 1 on the curve with the red dot, 0 on the other,
+        IGNORED elsewhere; and the pixels along the curve from its dot (the least in a token)."""
+        side, x = x.shape[-1], x / 2
+        pairs = _pairs(split, side, self.PAIRS[split])
+        pairs = pairs[index % len(pairs)]
+        transpose, mirror, swap = (torch.rand(len(x), 3, generator=source) < 0.5).T
+        flips = torch.rand(len(x), 1, 1, generator=source) < 0.5
+        pairs = torch.where(transpose[:, None, None, None], pairs.flip(-1), pairs)
+        rows = torch.where(flips, side - 1 - pairs[..., 0], pairs[..., 0])
+        columns = torch.where(mirror[:, None, None], side - 1 - pairs[..., 1], pairs[..., 1])
+        batch, length = torch.arange(len(x))[:, None, None], torch.arange(rows.shape[2])
+        x.permute(0, 2, 3, 1)[batch, rows, columns] = self.WHITE
+        labels = torch.full((len(x), side // PATCH, side // PATCH), self.IGNORED)
+        along = torch.full_like(labels, side * side)
+        for which in (0, 1):
+            red = (swap == bool(which)).long()
+            at = batch[..., 0], rows[:, which] // PATCH, columns[:, which] // PATCH
+            labels[at] = red[:, None].expand(-1, len(length))
+            along.view(-1).scatter_reduce_(
+                0,
+                ((at[0] * labels.shape[1] + at[1]) * labels.shape[2] + at[2]).flatten(),
+                length.repeat(len(x)),
+                "amin",
+            )
+            colours = x.new_tensor(self.DOTS)[1 - red]
+            for down in (-1, 0, 1):
+                for right in (-1, 0, 1):
+                    x[batch[:, 0, 0], :, rows[:, which, 0] + down, columns[:, which, 0] + right] = colours
+        return x, labels.where(along > 2, self.IGNORED), along
+
+    def training_batch(self, index, source):
+        return self.example(normalized(_flipped(self.photos["train"][0][index], source)), "train", index, source)
+
+    def test_batches(self, split, setting, count):
+        for i, x in enumerate(self.photos[split][0][:count].split(EVALUATION_BATCH)):
+            index = torch.arange(len(x)) + i * EVALUATION_BATCH
+            yield self.example(resized(normalized(x), float(setting)), split, index, _draws(i, 4))
+
+    def loss(self, model, batch):
+        x, labels, _ = batch
+        return F.cross_entropy(model(x).flatten(0, 2), labels.flatten(), ignore_index=self.IGNORED)
+
+    def sums(self, model, batch):
+        x, labels, along = batch
+        asked = (labels != self.IGNORED) & (along >= self.NEAR)
+        logits, labels = model(x)[asked], labels[asked]
+        right = (logits.argmax(1) == labels).sum().item()
+        return {"loss": F.cross_entropy(logits, labels, reduction="sum").item(), "accuracy": right}, len(labels)
+
+
+TASKS = {task.name: task for task in (Classes, Far, Filling, Tracing)}
