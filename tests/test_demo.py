@@ -86,6 +86,19 @@ def test_a_segmenter(masked_run, masked):
         shown.context(torch.zeros(3, 2001, 2000, dtype=torch.uint8), None)
 
 
+def test_too_many_pixels_for_the_context_still_get_an_answer(masked_run, masked, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason='gradio is not installed: pip install "gspn[demo]"')
+    told = []
+    monkeypatch.setattr(demo, "MANY_PIXELS", 4)
+    monkeypatch.setattr(gradio, "Warning", told.append)
+    image = Image.open(next(file for file in sorted(masked.rglob("*.png")) if "mask" not in str(file)))
+    page = demo.page(demo.subject(masked_run.path), "run")
+    look = next(each.fn for each in page.fns.values() if each.name == "look")
+    seen, answer, context = look(image, 1)
+    assert seen is not None and answer is not None and context is None
+    assert len(told) == 1 and "4 pixels" in told[0]
+
+
 def test_a_generator(tmp_path):
     pytest.importorskip("diffusers")
     from helpers.diffusion import generator_run

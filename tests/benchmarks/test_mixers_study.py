@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("matplotlib")
 
@@ -16,8 +17,9 @@ FEW = {"look": 4, "val": 8, "test": 8, "setting": 4}
 
 
 @pytest.fixture
-def photos():
+def photos(monkeypatch):
     """Each photo has a colour of its own, so that one can tell what comes from where."""
+    monkeypatch.setattr(tasks.Tracing, "PAIRS", {"train": 8, "val": 4, "test": 4})  # thousands take a minute
     source = torch.Generator().manual_seed(0)
     colours = torch.randint(0, 256, (40, 3, 1, 1), dtype=torch.uint8, generator=source)
     labels = torch.arange(40) % 10
@@ -120,6 +122,29 @@ def test_filling_asks_for_hidden_pixels_and_shows_none_of_them(photos):
     changed[i, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 1
     with torch.no_grad():
         assert torch.equal(model(x, hidden), model(changed, hidden))
+
+
+def test_tracing_labels_what_hangs_together_with_the_red_dot(photos):
+    """From the red dot's pixels, white pixels lead to every token of label 1, and to none of label 0."""
+    task = tasks.Tracing(photos)
+    reds = []
+    for x, labels, along in [*task.batches(0, 2, 8), next(task.test_batches("test", "1.5", 8))]:
+        white = (x == task.WHITE).all(1)
+        red = (x == torch.tensor(task.DOTS[0]).view(3, 1, 1)).all(1)
+        assert (red.sum((1, 2)) == 9).all()
+        reds.append(red[..., : x.shape[-1] // 2].any((1, 2)))
+        for _ in range(x.shape[-1] ** 2):
+            reached = red | white & (F.max_pool2d(red[:, None].float(), 3, 1, 1)[:, 0] > 0)
+            if torch.equal(reached, red):
+                break
+            red = reached
+        tokens = F.max_pool2d(red[:, None].float(), 2)[:, 0] > 0
+        assert (tokens[labels == 1]).all() and not (tokens[labels == 0]).any()
+        asked = (labels != task.IGNORED) & (along >= task.NEAR)
+        counts = [((labels == label) & asked).sum((1, 2)).float() for label in (0, 1)]
+        assert (torch.stack(counts) > 2).all() and torch.allclose(*(count.mean() for count in counts), rtol=0.25)
+    reds = torch.cat(reds)
+    assert reds.any() and not reds.all()  # the dot is on either side
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)

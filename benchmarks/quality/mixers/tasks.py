@@ -10,6 +10,7 @@ Batches depend on the seed alone: every contender sees the same images in the sa
 
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -287,8 +288,8 @@ class Tracing(Task):
 
     Two white curves, a pixel wide, lie over a photo of half the contrast. One begins with a red dot, the other with a
     blue one. They keep apart, and both are as long. For each token on a curve the answer is whether this curve begins
-    with the red dot. Chance: 50%, for as many tokens lie on either curve. A white pixel tells nothing by itself: one has
-    to follow its curve to the dot. A human is always right. Measured on tokens that are at least NEAR pixels along the
+    with the red dot. Chance: 50%, for either dot is red as often. A white pixel tells nothing by itself: one has to
+    follow its curve to the dot. A human is always right. Measured on tokens that are at least NEAR pixels along the
     curve from its dot; trained on all but the dot's.
 
     What a mixer has to do is to carry the dot's colour along a path that the input alone shows. A mean over
@@ -298,12 +299,12 @@ class Tracing(Task):
     name, outputs, pooled = "tracing", 2, False
     about = (
         "Which parts of two curves over a photo hang together with the red dot? Asked of each token on a curve, 8 or "
-        "more pixels along it from the dot. Chance is 50%. Settings are sizes of the canvas, as multiples of 32 pixels; "
-        "on a larger one the curves are as much longer."
+        "more pixels along it from the dot. Chance is 50%. Settings are sizes of the canvas, as multiples of 32 "
+        "pixels; on a larger one the curves are as much longer."
     )
     LENGTH = 0.9  # of a curve, in sides of the canvas
     NEAR = 8  # pixels
-    PAIRS = {"train": 2048, "val": 256, "test": 256}  # each is used turned and mirrored, with either dot red
+    PAIRS = MappingProxyType({"train": 2048, "val": 256, "test": 256})  # used turned, mirrored, with either dot red
     DOTS = ((2.0, -1.0, -1.0), (-1.0, -1.0, 2.0))  # red and blue, as normalised pixels
     WHITE = 2.0
     IGNORED = -100
