@@ -137,8 +137,34 @@ def test_classes_lie_beside_data_of_every_kind(tmp_path, monkeypatch):
         (make_masked(tmp_path / "folder", 3), tmp_path / "folder/classes.json"),
     ]:
         assert find_classes(open_masked(where), None) == expected
-    assert find_classes(Data("masked datasets", "a-name-on-the-hub", {}, []), None) is None  # not what lies here
+    asked = []
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, **_: None)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *what, **how: asked.append((what, how)) or str(names))
+    remote = Data("masked datasets", "someone/streets", {}, [])
+    assert find_classes(remote, None) == names
+    assert asked == [(("someone/streets", "id2label.json"), {"repo_type": "dataset", "local_files_only": False})]
     assert surveyed(tar).classes.names == ("ground", "disc", "square")
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_no_classes_on_the_hub(monkeypatch, tmp_path, reachable):
+    hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def metadata(url, **_):
+        if not reachable:
+            raise OSError("no network")
+
+    def download(*_, local_files_only, **__):
+        assert local_files_only != reachable  # so that nothing waits for a hub out of reach
+        raise LocalEntryNotFoundError("not kept") if local_files_only else EntryNotFoundError("no such file")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps(CLASSES))  # not what lies here
+    monkeypatch.setattr(hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert find_classes(Data("masked datasets", "a-name-on-the-hub", {}, []), None) is None
 
 
 def test_pairs_that_do_not_fit_name_file_and_value(tmp_path):

@@ -1,1 +1,1 @@
-"""How much does the mixer matter? One small backbone, many mixers, three tasks on CIFAR-10. study.py is the command."""
+"""How much does the mixer matter? One small backbone, many mixers, four tasks on CIFAR-10. study.py is the command."""

@@ -40,6 +40,7 @@ WATCHED = (
     "gspn-centred-alone-thirds",
     "gspn-centred",
 )  # remedies that are run with every seed
+TRACERS = ("gspn-normed", "gspn-normed-thirds", "attention-pos", "dw7", "linear-dw5", "gspn-g8", "gspn-sharp", "none")
 SLOW = "forget"  # remedies so named scan outside the fused kernel, four times as slow: they wait
 LOOKS = 6  # at the held-out examples while training
 EXAMPLES = {"look": 1_000, "val": 5_000, "test": 10_000, "setting": 2_000}
@@ -181,15 +182,17 @@ def stages(done: dict[Run, dict]) -> Iterator[tuple[str, list[Run]]]:
             f"{task}, bare: remedies' seeds",
             [Run(task, "bare", name, middle, seed) for seed in SEEDS for name in names],
         )
+    yield "tracing, bare: first look", [Run("tracing", "bare", name, middle, SEEDS[0]) for name in TRACERS]
     yield "far, bare: first look", [Run("far", "bare", name, middle, SEEDS[0]) for name in FIRST]
     yield "remedies that forget", [Run("classes", "bare", name, middle, SEEDS[0]) for name in remedies]
     yield "classes, bare: all at the middle rate", rates("classes", "bare", (middle,))
     yield "classes, bare: learning rates", rates("classes", "bare")
     yield "classes, bare: rates further out", edges("classes", "bare")
     yield "classes, bare: seeds", seeds("classes", "bare")
-    yield "far, bare: learning rates", rates("far", "bare")
-    yield "far, bare: rates further out", edges("far", "bare")
-    yield "far, bare: seeds", seeds("far", "bare")
+    for task in ("far", "tracing"):
+        yield f"{task}, bare: learning rates", rates(task, "bare")
+        yield f"{task}, bare: rates further out", edges(task, "bare")
+        yield f"{task}, bare: seeds", seeds(task, "bare")
     yield "filling, bare: seeds", seeds("filling", "bare", ("classes", "bare"))
     yield "classes, conv: seeds", seeds("classes", "conv", ("classes", "bare"))
     for task, form in (("filling", "bare"), ("classes", "conv")):

@@ -1,9 +1,11 @@
-"""Whether the Hugging Face hub can be reached, by one short try.
+"""The Hugging Face hub: whether it can be reached, by one short try, and single files of its data sets.
 
 Its own libraries try six times, for half a minute, before they give up."""
 
+from pathlib import Path
+
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 PATIENCE = 5  # seconds for an answer
 
@@ -20,3 +22,13 @@ def out_of_reach(name: str, file: str, repo_type: str = "model") -> str | None:
     except Exception as error:  # those of the library that it uses for HTTP, and of the system
         return f"the hub cannot be reached ({type(error).__name__}: {error})"
     return None
+
+
+def file_of(name: str, file: str) -> Path | None:
+    """A file of the data set `name`, which is kept as the hub's libraries keep files; None if the data set has none, or
+    if the hub cannot be reached and none is kept."""
+    unreachable = out_of_reach(name, "README.md", "dataset") is not None
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset", local_files_only=unreachable))
+    except EntryNotFoundError:  # of the data set, or of what is kept
+        return None

@@ -27,6 +27,7 @@ MASKED = (
     "arrow, csv or json file or a folder of them; or a name on the Hugging Face hub"
 )
 CLASSES = "classes.json"  # beside images/ and masks/, shards or tables
+ON_HUB = "id2label.json"  # by convention in data sets of masks on the hub: {"0": "wall", "1": "floor"}
 READERS = 8  # threads of the survey
 
 
@@ -175,12 +176,16 @@ class Survey:
 
 def find_classes(data: Data, file: str | Path | None) -> Path | None:
     """The JSON file with the classes: `file`, else classes.json in the folder of the data, or beside the file that they
-    are; None if there is none."""
+    are, or id2label.json of a data set on the hub; None if there is none."""
     if file is not None:
         return expanded(file)
     where = Path(data.where)
+    if not where.exists():
+        from gspn.data.hub import file_of  # imports huggingface_hub
+
+        return file_of(data.where, ON_HUB)
     beside = (where if where.is_dir() else where.parent) / CLASSES
-    return beside if where.exists() and beside.is_file() else None
+    return beside if beside.is_file() else None
 
 
 def survey(

@@ -67,8 +67,8 @@ class MaskOptions(OptionSet):
     channels: int | None = option(None, "Convert the images to 1 (grey) or 3 (colour) channels.", choices=(1, 3))
     classes: str | None = option(
         None,
-        "A JSON file with the classes: names, values in the masks, colours. Default: classes.json in DATA, or else one "
-        "class for each value that occurs.",
+        "A JSON file with the classes: names, values in the masks, colours. Default: classes.json in DATA, "
+        "id2label.json of a data set on the hub, or else one class for each value that occurs.",
         metavar="FILE",
         path=True,
     )
