@@ -63,7 +63,7 @@ def test_the_segmenters_are_those_of_the_report():
     cells = lambda page: {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in split(page)}  # noqa: E731
     measured, shown = cells(report), cells(text)
     del shown["mixer"]
-    assert len(shown) == 4 and all(measured[mixer][3:] == values for mixer, values in shown.items())
+    assert len(shown) == 5 and all(measured[mixer][3:] == values for mixer, values in shown.items())
 
 
 def test_the_multiply_adds_of_generators_are_those_counted():
