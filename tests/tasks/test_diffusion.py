@@ -302,12 +302,12 @@ def test_dit_starts_as_published():
             "DiT-micro/2 .*8x12",
         ),
         ({"model_args": {"num_classes": 3}}, "num_classes.*data"),
-        ({"model_args": {"depth": 3}}, "depth.*even"),
+        ({"model": "GSPN-micro/2", "model_args": {"depth": 3}}, "depth.*even"),
         ({"sizes": (2, 1)}, "sizes.*the smaller one first.* 1"),
         ({"sizes": "0.5"}, r"sizes.*0\.75,1\.5, got '0\.5'"),
         ({"timesteps": 30, "sample_steps": 31}, "sample_steps .* 30, got 31"),
         ({"model": "DiT-micro/2", "model_args": {}, "fsdp": True}, "fsdp.*DiT"),
-        ({"model_args": {"heads": 3}}, "GSPN-micro/2.*heads"),
+        ({"model_args": {"heads": 3}}, "GSPN-DiT-micro/2.*heads"),
     ],
 )
 def test_bad_options(tmp_path, changes, message):

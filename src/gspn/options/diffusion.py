@@ -10,6 +10,7 @@ from gspn.options.task import TaskSpec
 from gspn.options.training import DATA_HELP, DataOptions, LoopOptions
 
 FAMILIES, SIZES = ("GSPN-DiT", "GSPN", "DiT"), ("micro", "S", "B", "L", "XL")
+DEFAULT = "GSPN-DiT-micro/2"
 
 
 def parse_factors(value):
@@ -76,7 +77,7 @@ class GeneratorModelOptions(OptionSet):
     model: str | None = option(
         None,
         "GSPN-DiT-S/2 (ours), GSPN-S/2 (the paper's), DiT-S/2 (for comparison), or micro, B, L, XL, or /4.",
-        fallback="GSPN-micro/2",
+        fallback=DEFAULT,
         complete=tuple(f"{family}-{size}/{patch}" for family in FAMILIES for size in SIZES for patch in (2, 4)),
     )
     model_args: Mapping = option(
@@ -120,7 +121,7 @@ SPEC = TaskSpec(
     extra="diffusion",
     options=GeneratorOptions,
     data_help=f"{DATA_HELP} Or a folder of latents that `gspn encode` made.",
-    label=lambda options: (options.model or "GSPN-micro/2").replace("/", "-"),
+    label=lambda options: (options.model or DEFAULT).replace("/", "-"),
     written=("samples/epoch-*.png",),
     drawn=("curves.png",),
     taken_by="gspn sample takes it, and gspn.load_run in Python",
