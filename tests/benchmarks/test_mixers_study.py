@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.quality.mixers import contenders, remedies, report, study, tasks
+from benchmarks.quality.mixers import contenders, remedies, report, study, tasks, tracing
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
 from benchmarks.quality.mixers.study import Run
 
@@ -145,6 +145,16 @@ def test_tracing_labels_what_hangs_together_with_the_red_dot(photos):
         assert (torch.stack(counts) > 2).all() and torch.allclose(*(count.mean() for count in counts), rtol=0.25)
     reds = torch.cat(reds)
     assert reds.any() and not reds.all()  # the dot is on either side
+
+
+def test_the_picture_of_tracing_colours_tokens_by_the_answer(photos, tmp_path):
+    labels = torch.tensor([[1, 0], [tasks.Tracing.IGNORED, 0]])
+    shown = tracing.answers(labels, torch.tensor([[1, 1], [1, 0]]))
+    expected = [[tracing.RED, tracing.RED], [tracing.NOTHING, tracing.BLUE]]
+    assert torch.equal(shown, torch.tensor(expected))
+    model = contenders.backbone("none", "bare", 2, False, seed=0).eval()
+    tracing.draw(tasks.Tracing(photos), {"nothing": model}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
