@@ -294,6 +294,20 @@ template <int STEP, class V> GSPN_INLINE void transpose_round(V* v) {
     if constexpr (STEP > 1) transpose_round<STEP / 2>(v);
 }
 
+// The sums of the lanes of as many vectors as there are lanes: lane i is that of v[i]. Overwrites v.
+template <int STEP, class V> GSPN_INLINE void fold_round(V* v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < STEP; i++) {
+        exchange<STEP>(v[i], v[i + STEP], typename MakeLanes<sizeof(V) / sizeof(v[0][0])>::type{});
+        v[i] = v[i] + v[i + STEP];
+    }
+    if constexpr (STEP > 1) fold_round<STEP / 2>(v);
+}
+template <class V> GSPN_INLINE V sums_of_lanes(V* v) {
+    fold_round<(int)(sizeof(V) / sizeof(v[0][0])) / 2>(v);
+    return v[0];
+}
+
 // v[i][j] <-> v[j][i] for a square of lanes x lanes elements
 template <class V> GSPN_INLINE void transpose(V* v) { transpose_round<(int)(sizeof(V) / sizeof(v[0][0])) / 2>(v); }
 
