@@ -51,12 +51,17 @@ CASES = [
     Case(1, 18, 6, 19, 12, groups=9, directions=(1, 3), segment=7, centered=True),
     Case(1, 20, 3, 67, 5, directions=(2, 0), segment=100, skip=False),
     Case(1, 16, 43, 2, 36, directions=(1,), centered=True),
+    Case(1, 1, 6, 5, 2, groups=1),
+    Case(3, 19, 18, 35, 9, groups=1, directions=(3, 0, 1), segment=5, centered=True),
+    Case(2, 34, 37, 17, 40, groups=1, directions=(2,), skip=False),
 ]
 # Enough work for several threads: many blocks of channels; one block, so that directions are dealt out; several images.
 BUSY = [
     Case(1, 40, 24, 37, 20, centered=True),
     Case(1, 4, 64, 80, 7, segment=5),
     Case(5, 12, 20, 21, 16, groups=3, directions=(0, 1, 3), centered=True),
+    Case(2, 70, 24, 37, 20, groups=1, segment=9, centered=True),
+    Case(1, 4, 64, 80, 7, groups=1),
 ]
 
 
@@ -309,6 +314,22 @@ def test_saturated_logits(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_saturated_logits_that_all_channels_share(isa):
+    """The same logits, each combination at a pixel of its own."""
+    steps = torch.tensor([-40.0, -28.0, 0.0, 40.0])
+    proxy = steps[torch.cartesian_prod(*[torch.arange(4)] * 3)].T.reshape(1, 3, 8, 8).contiguous()
+    x, ones = torch.randn(1, 18, 8, 8), torch.ones(1, 18, 3) / 40
+    for direction in ALL:
+        arguments = (x, proxy, torch.eye(3).view(1, 3, 1, 3), ones, ones, None, None)
+        expected, grads = gradients(
+            x.double(), *[t if t is None else t.double() for t in arguments], directions=[direction], segment=None
+        )
+        assert error(forward(arguments, [direction], isa=isa), expected) < 1e-6
+        found = backward(x, arguments, [direction], isa=isa)
+        assert all(d is None or error(d, e) < 2e-6 for d, e in zip(found, grads, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_weights_sum_to_one_over_thousands_of_lines(isa):
     shapes = [(1, 17, 3, 4096), (1, 17, 4096, 1)]
     for shape in shapes:
@@ -317,8 +338,9 @@ def test_weights_sum_to_one_over_thousands_of_lines(isa):
         along = [0] if shape[3] > 1 else [1]
         x = torch.zeros(shape).index_fill(3 if along == [0] else 2, torch.tensor(0), 1.0)
         proxy, one = torch.ones(1, 1, *shape[2:]), torch.ones(1, 17, 1)
-        y = cpu.propagate(x, proxy, 3 * torch.randn(1, 3, 17, 1), one, one, None, along, isa=isa)
-        assert (y - 1).abs().max() < 1e-3  # 4096 roundings
+        for groups in (17, 1):
+            y = cpu.propagate(x, proxy, 3 * torch.randn(1, 3, groups, 1), one, one, None, along, isa=isa)
+            assert (y - 1).abs().max() < 1e-3  # 4096 roundings
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -334,7 +356,7 @@ POISONS = ("x", "proxy", "weight_proj", "input_proj", "output_proj", "center", "
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", POISONS)
-@pytest.mark.parametrize("case", [CASES[4]._replace(height=9, segment=4), CASES[5], CASES[9]], ids=str)
+@pytest.mark.parametrize("case", [CASES[4]._replace(height=9, segment=4), CASES[5], CASES[9], CASES[13]], ids=str)
 def test_nan_and_infinity_go_where_they_go_in_the_definition(case, where, poison):
     for isa in ISAS:
         grad_y, inputs, _, _ = problem(case)
