@@ -249,7 +249,7 @@ template <class A> struct Backward {
 
     // The states of line t again
     void state_line(const Block& b, int i, int64_t t, Output output) const {
-        with_weights(call, i, t, [&](auto weights) {
+        with_weights<false>(call, i, t, [&](auto weights) {
             if (!keep) state_line<kNone, weights.value, false>(b, i, t);
             else if (output == kSetWithSkip) state_line<kSetWithSkip, weights.value, true>(b, i, t);
             else state_line<kSet, weights.value, true>(b, i, t);
@@ -269,7 +269,7 @@ template <class A> struct Backward {
     }
 
     void line_back(const Block& b, int i, int64_t t, Output output) const {
-        with_weights(call, i, t, [&](auto weights) {
+        with_weights<false>(call, i, t, [&](auto weights) {
             with_output(output, [&](auto out) { line_back<out.value, weights.value>(b, i, t); });
         });
     }

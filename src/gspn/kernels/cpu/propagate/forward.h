@@ -15,10 +15,14 @@ constexpr int columns_of(int out, int weights) {
     return logit_columns(weights) + (out == kNone ? 1 : out == kSetWithSkip ? 3 : 2);
 }
 
-// Calls body(Known<weights>) for line t of a scan.
-template <class A, class Body> GSPN_INLINE void with_weights(const Call<A>& call, int i, int64_t t, Body body) {
+// Calls body(Known<weights>) for line t of a scan. The backward scan is always exact: it gains less, and the gradients
+// of the projections are no 16-bit numbers.
+template <bool FORWARD, class A, class Body>
+GSPN_INLINE void with_weights(const Call<A>& call, int i, int64_t t, Body body) {
     if (call.scans[i].starts_segment(t)) body(Known<kNoWeights>{});
     else if (call.shared) body(Known<kSharedWeights>{});
+    else if (FORWARD && sizeof(A) == 4 && call.args.dtype != GSPN_FLOAT32)
+        body(Known < FORWARD && sizeof(A) == 4 ? kRoughWeights : kChannelWeights > {});
     else body(Known<kChannelWeights>{});
 }
 
@@ -238,7 +242,7 @@ template <class A> struct Forward {
     }
 
     void scan_line(int64_t image, int64_t block, int i, int64_t t, Output output, const Scratch& scratch) const {
-        with_weights(call, i, t, [&](auto weights) {
+        with_weights<true>(call, i, t, [&](auto weights) {
             with_output(output, [&](auto out) { line<out.value, weights.value>(image, block, i, t, scratch); });
         });
     }

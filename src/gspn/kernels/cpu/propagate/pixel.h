@@ -13,10 +13,12 @@ namespace {
 
 enum Column { kPrev, kSame, kNext, kInput, kOutput, kSkip };
 
-// Where a line's weights come from: nowhere, since it starts a segment; from the columns of each channel; from
-// SharedLine
-enum Weights { kNoWeights, kChannelWeights, kSharedWeights };
-constexpr int logit_columns(int weights) { return weights == kChannelWeights ? kNeighbours : 0; }
+// Where a line's weights come from: nowhere, since it starts a segment; from the columns of each channel, exactly or
+// roughly; from SharedLine
+enum Weights { kNoWeights, kChannelWeights, kRoughWeights, kSharedWeights };
+constexpr int logit_columns(int weights) {
+    return weights == kChannelWeights || weights == kRoughWeights ? kNeighbours : 0;
+}
 
 // A value that the compiler knows
 template <int N> struct Known {
@@ -55,7 +57,7 @@ GSPN_INLINE void forward_pixel(
         h = h - center;
         Triple<V> w;
         if constexpr (WEIGHTS == kSharedWeights) w = shared.load();
-        else w = normalise(load_logits(columns), AtEnd<END>{}).weights;
+        else w = normalise<WEIGHTS == kRoughWeights>(load_logits(columns), AtEnd<END>{}).weights;
         const V same = load(before);
         if constexpr (!(END & kFirst)) h = fma(w.prev, prev, h);
         h = fma(w.same, same, h);
