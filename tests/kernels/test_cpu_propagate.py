@@ -239,7 +239,8 @@ def test_float32_is_as_accurate_as_eager_torch(case, isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_storage_costs_one_rounding(case, isa, dtype):
-    rounding, exponential = torch.finfo(dtype).eps / 2, 7.5e-5  # the weights of y come from exponentials as exact as that
+    rounding = torch.finfo(dtype).eps / 2
+    exponential = 7.5e-5  # the error of those that the weights of y come from
     for layout in LAYOUTS:
         y, grads, expected, expected_grads = run(case, dtype, layout, isa=isa, threads=1)
         for name, d, e in zip(("y", *NAMES), (y, *grads), (expected, *expected_grads), strict=True):
