@@ -229,8 +229,8 @@ def small_maps(rounds):
 
 
 def kernel_forms(rounds, before):
-    """The kernel alone: weights for each channel ("gspn") and shared by all, in float32 and bfloat16; with `before`,
-    another build of it, also as it was. One thread."""
+    """The kernel alone with weights for each channel ("gspn") against weights that all channels share and, in bfloat16,
+    against float32; with `before`, against another build of it too. One thread."""
     torch.set_num_threads(1)
     now = cpu._load()
     rows = []
@@ -246,18 +246,17 @@ def kernel_forms(rounds, before):
         return run
 
     for size in (*SIZES, COMPACT_SIZE):
-        for train in (False, True):
-            calls = {}
-            for dtype_name, dtype in DTYPES.items():
-                for groups, weights in ((size[1], ""), (1, "shared")):
-                    call = kernel_call(size, dtype, groups, train)
-                    name = ", ".join(filter(None, ("bfloat16" * (dtype_name == "bfloat16"), weights)))
-                    calls[name or "gspn"] = call
-                    if before and name:
-                        calls[f"{name}, before"] = on(before, call)
-            row = {"size (B,C,H,W,S)": size, "pass": "train" if train else "forward"}
-            rows.append(row | {"1 thread": harness.summary(harness.interleaved(calls, rounds, 1), "gspn")})
-            print(*row.values(), {n: round(v["ratio"][1], 2) for n, v in rows[-1]["1 thread"].items()}, flush=True)
+        for name, dtype in DTYPES.items():
+            for train in (False, True):
+                calls = {"gspn": kernel_call(size, dtype, size[1], train), "shared": kernel_call(size, dtype, 1, train)}
+                if before:
+                    calls |= {f"{form}, before": on(before, call) for form, call in calls.items()}
+                if dtype != torch.float32:
+                    calls["float32"] = kernel_call(size, torch.float32, size[1], train)
+                row = {"size (B,C,H,W,S)": size, "dtype": name, "pass": "train" if train else "forward"}
+                rows.append(row | {"1 thread": harness.summary(harness.interleaved(calls, rounds, 1), "gspn")})
+                ratios = {n: round(v["ratio"][1], 2) for n, v in rows[-1]["1 thread"].items()}
+                print(*row.values(), ratios, flush=True)
     return rows
 
 

@@ -19,11 +19,11 @@ constexpr int columns_of(int out, int weights) {
 // of the projections are no 16-bit numbers.
 template <bool FORWARD, class A, class Body>
 GSPN_INLINE void with_weights(const Call<A>& call, int i, int64_t t, Body body) {
+    constexpr int unless_float32 = FORWARD && sizeof(A) == 4 ? kRoughWeights : kChannelWeights;
     if (call.scans[i].starts_segment(t)) body(Known<kNoWeights>{});
     else if (call.shared) body(Known<kSharedWeights>{});
-    else if (FORWARD && sizeof(A) == 4 && call.args.dtype != GSPN_FLOAT32)
-        body(Known < FORWARD && sizeof(A) == 4 ? kRoughWeights : kChannelWeights > {});
-    else body(Known<kChannelWeights>{});
+    else if (call.args.dtype == GSPN_FLOAT32) body(Known<kChannelWeights>{});
+    else body(Known<unless_float32>{});
 }
 
 // Calls body(Known<output>) for what a scan does to the output.
