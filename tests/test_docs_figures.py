@@ -55,6 +55,23 @@ def test_the_ratios_on_small_maps_are_those_measured():
     assert len(table) == 8
 
 
+def test_the_ratios_of_shared_weights_and_bfloat16_are_those_measured():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = text[text.index("### Shared weights and bfloat16") : text.index("### Small maps")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    cases = json.loads((ROOT / "benchmarks/results/speed/kernel-forms-cpu.json").read_text())["cases"]
+    measured = {}
+    for case in cases:
+        *size, features = case["size (B,C,H,W,S)"]
+        found = {name: row["ratio"][1] for name, row in case["1 thread"].items()}
+        measured.setdefault((" x ".join(map(str, size)), str(features)), {})[case["dtype"], case["pass"]] = found
+    assert len(rows) == 1 + len(measured) == 9
+    for size, features, *cells in rows[1:]:
+        found, passes = measured[size, features], ("forward", "train")
+        shared = [1 / found[dtype, name]["shared"] for dtype in ("float32", "bfloat16") for name in passes]
+        assert cells == [f"{r:.2f}" for r in (*shared, *(found["bfloat16", name]["float32"] for name in passes))]
+
+
 def test_the_segmenters_are_those_of_the_report():
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     text = text[text.index("## Segmentation") : text.index("## Generators")]

@@ -3,7 +3,8 @@
     python -m benchmarks.speed.layer_cpu --out benchmarks/results/speed/layer-cpu.json [--rounds 15] [--threads 1]
 
 Seven sizes, forward and forward + backward, float32 and bfloat16, one and two threads. Every contender is checked
-against float64 before it is timed. ``--prototype`` names a folder with the built libraries of the prototype.
+against float64 before it is timed. ``--before`` compares the kernel with an earlier build of it; ``--prototype`` names
+a folder with the built libraries of the prototype.
 """
 
 import argparse
@@ -37,6 +38,7 @@ SMALL_SIZES = [  # without gradients
     (4, 384, 14, 14, 8),
     (1, 144, 56, 56, 8),
 ]
+COMPACT_SIZE = (1, 32, 56, 56, 8)  # few channels that share weights, as in GSPN-2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMS_OF_THE_LAYER = ("gspn", "gspn, kernel alone", "unfused", "unfused, tuned", "prototype", "prototype, unfused")
 SLOW_TOKENS = 20_000  # beyond it attention, like the slow forms of the layer always, gets few rounds of its own
@@ -226,6 +228,73 @@ def small_maps(rounds):
     return rows
 
 
+def kernel_forms(rounds, before):
+    """The kernel alone with weights for each channel ("gspn") against weights that all channels share and, in bfloat16,
+    against float32; with `before`, against another build of it too. One thread."""
+    torch.set_num_threads(1)
+    now = cpu._load()
+    rows = []
+
+    def on(library, call):
+        def run():
+            cpu._loaded = library
+            try:
+                return call()
+            finally:
+                cpu._loaded = now
+
+        return run
+
+    for size in (*SIZES, COMPACT_SIZE):
+        for name, dtype in DTYPES.items():
+            for train in (False, True):
+                calls = {"gspn": kernel_call(size, dtype, size[1], train), "shared": kernel_call(size, dtype, 1, train)}
+                if before:
+                    calls |= {f"{form}, before": on(before, call) for form, call in calls.items()}
+                if dtype != torch.float32:
+                    calls["float32"] = kernel_call(size, torch.float32, size[1], train)
+                row = {"size (B,C,H,W,S)": size, "dtype": name, "pass": "train" if train else "forward"}
+                rows.append(row | {"1 thread": harness.summary(harness.interleaved(calls, rounds, 1), "gspn")})
+                ratios = {n: round(v["ratio"][1], 2) for n, v in rows[-1]["1 thread"].items()}
+                print(*row.values(), ratios, flush=True)
+    return rows
+
+
+def kernel_call(size, dtype, groups, train):
+    """A call of the kernel on what a layer would hand it, after a check against float64 on a part of the map."""
+    batch, channels, height, width, features = size
+    torch.manual_seed(0)
+    layer = gspn.GSPN2d(channels, groups=groups, proxy_dim=features)
+    maps = [torch.randn(batch, n, height, width).to(dtype) for n in (channels, features, channels)]
+    x, proxy, grad = (t.to(memory_format=torch.channels_last) for t in maps)
+    output, skip = (t.detach() for t in layer._merged_projections())
+    projections = (layer.weight_proj.detach(), layer.input_proj.detach(), output, skip)
+    part = [t[:1, :, :15, :17] for t in (grad, x, proxy)]
+    exact = [t.double() for t in (*part, *projections)]
+    found = (
+        cpu.propagate(*part[1:], *projections, [0, 1, 2, 3]),
+        *cpu.propagate_backward(*part, *projections, [0, 1, 2, 3]),
+    )
+    expected = (
+        reference.propagate(*exact[1:], [0, 1, 2, 3], None),
+        *reference.propagate_backward(*exact, [0, 1, 2, 3], None),
+    )
+    for f, e in zip(found, expected, strict=True):
+        if e is not None:
+            error = ((f.double() - e).abs().max() / e.abs().max()).item()
+            if not error < {torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]:
+                raise AssertionError(f"the kernel at {size} in {dtype} is wrong: relative error {error:.2e}")
+    y = torch.empty_like(x)
+
+    def forward():
+        return cpu.propagate(x, proxy, *projections, [0, 1, 2, 3], out=y)
+
+    def forward_and_backward():
+        return forward(), cpu.propagate_backward(grad, x, proxy, *projections, [0, 1, 2, 3])
+
+    return forward_and_backward if train else forward
+
+
 def memory(size, dtype_name, train):
     """Peak MiB beyond the inputs and the parameters, each contender in a process of its own, one thread."""
     names = ["gspn", "reference", "unfused", "unfused, tuned", "linear attention", "attention"]
@@ -270,10 +339,20 @@ def main():
     parser.add_argument("--scaling", action="store_true", help="only the layer, on two threads against one")
     parser.add_argument("--small", action="store_true", help="only small maps without gradients")
     parser.add_argument("--options", action="store_true", help="only the layer, with its options against without")
+    parser.add_argument("--kernel", action="store_true", help="only the kernel: its weights shared, its dtypes")
+    parser.add_argument("--before", type=Path, help="with --kernel: the library of an earlier build, to compare")
+    parser.add_argument("--note", help="with --kernel: what else the machine did, for the file")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         memory_of(*json.loads(options.memory_of[0]), options.memory_of[1])
+        return
+    if options.kernel:
+        before = options.before and cpu._open(options.before)
+        if before and not before[0]:
+            parser.error(f"--before {options.before}: {before[1]}")
+        content = {"environment": harness.environment(), "rounds": options.rounds, "note": options.note}
+        harness.write_json(options.out, content | {"cases": kernel_forms(options.rounds, before)})
         return
     modes = {"crossover": crossover, "scaling": scaling, "small": small_maps, "options": layer_options}
     chosen = [run for name, run in modes.items() if getattr(options, name)]

@@ -51,12 +51,17 @@ CASES = [
     Case(1, 18, 6, 19, 12, groups=9, directions=(1, 3), segment=7, centered=True),
     Case(1, 20, 3, 67, 5, directions=(2, 0), segment=100, skip=False),
     Case(1, 16, 43, 2, 36, directions=(1,), centered=True),
+    Case(1, 1, 6, 5, 2, groups=1),
+    Case(3, 19, 18, 35, 9, groups=1, directions=(3, 0, 1), segment=5, centered=True),
+    Case(2, 34, 37, 17, 40, groups=1, directions=(2,), skip=False),
 ]
 # Enough work for several threads: many blocks of channels; one block, so that directions are dealt out; several images.
 BUSY = [
     Case(1, 40, 24, 37, 20, centered=True),
     Case(1, 4, 64, 80, 7, segment=5),
     Case(5, 12, 20, 21, 16, groups=3, directions=(0, 1, 3), centered=True),
+    Case(2, 70, 24, 37, 20, groups=1, segment=9, centered=True),
+    Case(1, 4, 64, 80, 7, groups=1),
 ]
 
 
@@ -235,13 +240,24 @@ def test_float32_is_as_accurate_as_eager_torch(case, isa):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_storage_costs_one_rounding(case, isa, dtype):
     rounding = torch.finfo(dtype).eps / 2
+    exponential = 7.5e-5  # the error of those that the weights of y come from
     for layout in LAYOUTS:
         y, grads, expected, expected_grads = run(case, dtype, layout, isa=isa, threads=1)
         for name, d, e in zip(("y", *NAMES), (y, *grads), (expected, *expected_grads), strict=True):
             if d is None:
                 continue
             one_rounding = rounding if name in ("y", "x", "proxy") else 0  # the projections' gradients are float32
-            assert ((d.double() - e).abs() <= one_rounding * e.abs() + 2e-6 * e.abs().max().clamp(min=1)).all(), name
+            slack = exponential if name == "y" and case.groups != 1 else 2e-6
+            assert ((d.double() - e).abs() <= one_rounding * e.abs() + slack * e.abs().max().clamp(min=1)).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [CASES[4], CASES[9], *BUSY], ids=str)
+def test_16_bit_maps_lose_no_more_than_the_rounding_of_exact_ones(case, isa, dtype):
+    y, _, expected, _ = run(case, dtype, isa=isa, threads=1)
+    deviation = lambda found: (found.double() - expected).norm()  # noqa: E731
+    assert deviation(y) <= 1.01 * deviation(expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -309,6 +325,22 @@ def test_saturated_logits(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_saturated_logits_that_all_channels_share(isa):
+    """The same logits, each combination at a pixel of its own."""
+    steps = torch.tensor([-40.0, -28.0, 0.0, 40.0])
+    proxy = steps[torch.cartesian_prod(*[torch.arange(4)] * 3)].T.reshape(1, 3, 8, 8).contiguous()
+    x, ones = torch.randn(1, 18, 8, 8), torch.ones(1, 18, 3) / 40
+    for direction in ALL:
+        arguments = (x, proxy, torch.eye(3).view(1, 3, 1, 3), ones, ones, None, None)
+        expected, grads = gradients(
+            x.double(), *[t if t is None else t.double() for t in arguments], directions=[direction], segment=None
+        )
+        assert error(forward(arguments, [direction], isa=isa), expected) < 1e-6
+        found = backward(x, arguments, [direction], isa=isa)
+        assert all(d is None or error(d, e) < 2e-6 for d, e in zip(found, grads, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_weights_sum_to_one_over_thousands_of_lines(isa):
     shapes = [(1, 17, 3, 4096), (1, 17, 4096, 1)]
     for shape in shapes:
@@ -317,8 +349,9 @@ def test_weights_sum_to_one_over_thousands_of_lines(isa):
         along = [0] if shape[3] > 1 else [1]
         x = torch.zeros(shape).index_fill(3 if along == [0] else 2, torch.tensor(0), 1.0)
         proxy, one = torch.ones(1, 1, *shape[2:]), torch.ones(1, 17, 1)
-        y = cpu.propagate(x, proxy, 3 * torch.randn(1, 3, 17, 1), one, one, None, along, isa=isa)
-        assert (y - 1).abs().max() < 1e-3  # 4096 roundings
+        for groups in (17, 1):
+            y = cpu.propagate(x, proxy, 3 * torch.randn(1, 3, groups, 1), one, one, None, along, isa=isa)
+            assert (y - 1).abs().max() < 1e-3  # 4096 roundings
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -334,7 +367,7 @@ POISONS = ("x", "proxy", "weight_proj", "input_proj", "output_proj", "center", "
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", POISONS)
-@pytest.mark.parametrize("case", [CASES[4]._replace(height=9, segment=4), CASES[5], CASES[9]], ids=str)
+@pytest.mark.parametrize("case", [CASES[4]._replace(height=9, segment=4), CASES[5], CASES[9], CASES[13]], ids=str)
 def test_nan_and_infinity_go_where_they_go_in_the_definition(case, where, poison):
     for isa in ISAS:
         grad_y, inputs, _, _ = problem(case)

@@ -56,8 +56,7 @@ def _find() -> Path | None:
     return None
 
 
-def _open() -> tuple[ctypes.CDLL | None, str]:
-    path = _find()
+def _open(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
     if path is None:
         return None, "the native library was not built (no C++ compiler at installation)"
     try:
@@ -84,7 +83,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if _loaded is None:
         with _lock:
             if _loaded is None:
-                _loaded = _open()
+                _loaded = _open(_find())
     return _loaded
 
 

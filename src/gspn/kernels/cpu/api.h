@@ -49,6 +49,8 @@ struct GspnScanArgs {
 // With `merge`, forward only, the projections are those of a layer, of the type `projections` (double where dtype is
 // GSPN_FLOAT64, else not): skip_proj is (D,C,S), and output_proj[d] and skip_proj[d] are multiplied by merger[d], or by
 // 1/D without merger; with `average`, output_proj[d] is also divided by the lines of a segment.
+//
+// Forward, the weights of 16-bit maps are only as exact as they need: to 7.5e-5, but they sum to 1 to the last place.
 struct GspnPropagateArgs {
     int64_t isa, threads;
     int64_t backward;                   // for propagate_scratch only

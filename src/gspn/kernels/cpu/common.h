@@ -108,10 +108,13 @@ template <class V, class E> GSPN_INLINE Triple<V> keep_existing(Triple<V> v, con
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kLowestLogit = -28.0;  // logits are clamped from below: e^28 cubed is finite in float
 
-// e^-a of the clamped logit a, which comes times -log2 e.
-template <class V> GSPN_INLINE V decay(V scaled) {
+// e^-a of the clamped logit a, which comes times -log2 e. ROUGH, for maps of 16 bits: still far more exact than they
+// are.
+template <bool ROUGH, class V> GSPN_INLINE V decay(V scaled) {
     typedef decltype(scaled[0] + scaled[0]) A;
-    return exp2(at_most(scaled, A(-kLowestLogit * kLog2e)));
+    const V y = at_most(scaled, A(-kLowestLogit * kLog2e));
+    if constexpr (ROUGH) return rough_exp2(y);
+    else return exp2(y);
 }
 
 // The normalised sigmoids of three logits a_k, and what they were computed from:
@@ -119,15 +122,16 @@ template <class V> GSPN_INLINE V decay(V scaled) {
 //     decay_k = e^-a_k,  E_k = 1 + decay_k,  sigmoid(a_k) = 1 / E_k,  product_k = E_i E_j with i, j the other two
 //     w_k = sigmoid(a_k) / sum of the sigmoids = product_k / sum of the products
 //
-// One reciprocal does for all three. A neighbour that does not exist has decay 0 and weight 0, whatever its logit is;
-// a place without neighbours has weight 1, or NaN.
+// One reciprocal does for all three. The weights sum to 1 to the last place, ROUGH or not. A neighbour that does not
+// exist has decay 0 and weight 0, whatever its logit is; a place without neighbours has weight 1, or NaN.
 template <class V> struct Normalised {
     Triple<V> weights, decays, denominators, products;
 };
 
-template <class V, class E> GSPN_INLINE Normalised<V> normalise(Triple<V> scaled, const E& edges) {
+template <bool ROUGH = false, class V, class E> GSPN_INLINE Normalised<V> normalise(Triple<V> scaled, const E& edges) {
     Normalised<V> n;
-    n.decays = keep_existing(Triple<V>{decay(scaled.prev), decay(scaled.same), decay(scaled.next)}, edges);
+    n.decays = keep_existing(
+        Triple<V>{decay<ROUGH>(scaled.prev), decay<ROUGH>(scaled.same), decay<ROUGH>(scaled.next)}, edges);
     const Triple<V> e = n.denominators = {n.decays.prev + 1, n.decays.same + 1, n.decays.next + 1};
     n.products = {e.same * e.next, e.prev * e.next, e.prev * e.same};
     const Triple<V> product = keep_existing(n.products, edges);

@@ -16,25 +16,26 @@ constexpr int64_t kBackwardStrip = 32;
 // direction than to project twice, as long as they fit the second-level cache about.
 constexpr int64_t kKeepFeatures = 12, kKeepMapsBytes = int64_t(4) << 20;
 
-template <int OUT, bool START, class A>
+template <int OUT, int WEIGHTS, class A>
 void backward_strip(
-    int64_t n, bool first, bool last, const A* maps, const A* now, const A* before, A* message,
-    Carried<VecOf<A>>& carried, const A* x, const A* grad_y, A* dmaps, A* dx, int64_t step) {
-    constexpr int L = kLanes<A>, columns = columns_of(OUT, START);
-    if (first && last && n == 1)
-        return backward_pixel<START, kOnly, OUT>(maps, now, before, message, carried, x, grad_y, dmaps, dx);
+    int64_t n, bool first, bool last, const A* maps, const SharedLine<A>& shared, const A* now, const A* before,
+    A* message, Carried<VecOf<A>>& carried, const A* x, const A* grad_y, A* dmaps, const Differences<A>& differences,
+    A* dx, int64_t step) {
+    constexpr int L = kLanes<A>, columns = columns_of(OUT, WEIGHTS);
     Carried<VecOf<A>> c = carried;  // a copy of its own stays in registers
+    const auto pixel = [&](auto end, int64_t i) __attribute__((always_inline)) {
+        const int64_t m = i * columns * L, s = i * L, at = i * step;
+        backward_pixel<WEIGHTS, end.value, OUT>(
+            maps + m, shared.from(i), now + s, before + s, message + s, c, x + at, grad_y + at, dmaps + m,
+            differences.from(s), dx + at);
+    };
     int64_t i = 0;
-    if (first) backward_pixel<START, kFirst, OUT>(maps, now, before, message, c, x, grad_y, dmaps, dx), i = 1;
-    for (; i < n - last; i++) {
-        const int64_t m = i * columns * L, s = i * L, at = i * step;
-        backward_pixel<START, kInside, OUT>(
-            maps + m, now + s, before + s, message + s, c, x + at, grad_y + at, dmaps + m, dx + at);
-    }
-    if (last) {
-        const int64_t m = i * columns * L, s = i * L, at = i * step;
-        backward_pixel<START, kLast, OUT>(
-            maps + m, now + s, before + s, message + s, c, x + at, grad_y + at, dmaps + m, dx + at);
+    if (first && last && n == 1) {
+        pixel(Known<kOnly>{}, 0);
+    } else {
+        if (first) pixel(Known<kFirst>{}, i++);
+        for (; i < n - last; i++) pixel(Known<kInside>{}, i);
+        if (last) pixel(Known<kLast>{}, i);
     }
     carried = c;
 }
@@ -58,6 +59,8 @@ template <class A> struct Backward {
 
     Call<A>& call;
     const bool keep;  // projected maps, of all lines of a direction
+    SharedWeights<A> shared;
+    SharedGradients<A> dshared;
     Team team;
     A* dw = nullptr;        // [worker among images][scan][block][features][columns][lanes]
     A* dproxy = nullptr;    // [worker among blocks and parts][image of the round][row][column][lanes of the features]
@@ -65,6 +68,7 @@ template <class A> struct Backward {
 
     struct Scratch {
         A *x, *grad_y, *dx, *h, *message, *sum, *maps, *dmaps, *w, *wt;
+        Differences<A> differences;
         Scratch(const Backward& self, Carver carver) {
             const Call<A>& call = self.call;
             x = carver.take<A>(call.packed_size());
@@ -77,12 +81,13 @@ template <class A> struct Backward {
             dmaps = carver.take<A>(kBackwardStrip * kMapsOfPixel);
             w = carver.take<A>(call.w_size());
             wt = carver.take<A>(call.wt_size());
+            differences = {carver.take<A>(kBackwardStrip * L), carver.take<A>(kBackwardStrip * L)};
             bytes = carver.used;
         }
         int64_t bytes;
     };
 
-    explicit Backward(Call<A>& p) : call(p), keep(keep_maps(p)), team{1, 1, 1} {
+    explicit Backward(Call<A>& p) : call(p), keep(keep_maps(p)), shared(p), dshared(shared), team{1, 1, 1} {
         int64_t threads = call.useful_threads();
         choose_team(threads);
         while (threads > 1 && scratch_bytes(1) > call.workspace() - call.round_bytes()) choose_team(--threads);
@@ -114,7 +119,7 @@ template <class A> struct Backward {
     }
 
     int64_t dw_at(int i, int64_t block) const {
-        const int64_t scans_before = (kNeighbours + 2) * i + (call.skip && i > 0);
+        const int64_t scans_before = (call.logits() + 2) * i + (call.skip && i > 0);
         const int64_t columns_before = call.blocks * scans_before + block * call.columns(i);
         return columns_before * call.features.count * L;
     }
@@ -125,6 +130,8 @@ template <class A> struct Backward {
         dw = carver.take<A>(team.images * dw_size());
         call.packed_proxy = carver.take<A>(call.packed_proxy_size(images));
         dproxy = carver.take<A>(team.proxy_copies() * images * dproxy_size());
+        shared.carve(carver, images);
+        dshared.carve(carver, images, team.blocks, team.workers());
         dx_parts = carver.take<A>(team.parts > 1 ? images * call.blocks * team.parts * call.packed_size() : 0);
         return carver.used;
     }
@@ -146,10 +153,14 @@ template <class A> struct Backward {
         shared_bytes(round, Carver{buffer});
         const int64_t bytes = Scratch(*this, Carver{nullptr}).bytes;
         int64_t status = GSPN_OK;
+        shared.pack();
+        dshared.prepare();
         do {  // even without any image, for the gradients of the projections
             call.count = min(round, call.batch - call.first);
             status = pack_proxies(call, threads);
+            if (status == GSPN_OK) status = shared.make(threads);
             if (status == GSPN_OK) status = gspn::parallel_for(threads, threads, bytes, worker_task, this);
+            if (status == GSPN_OK) status = dshared.pass_on(dproxy);
             if (status == GSPN_OK) status = write_round(threads);
             call.first += round;
         } while (call.first < call.batch && status == GSPN_OK);
@@ -179,19 +190,20 @@ template <class A> struct Backward {
         for (int64_t image = among_images; image < call.count; image += team.images) {
             A* const dproxy = self.dproxy + ((worker % team.proxy_copies()) * call.count + image) * self.dproxy_size();
             fill_zero(dproxy, self.dproxy_size());
+            self.dshared.clear_sums(among_blocks, call.first + image, begin, end);
             for (int64_t block = first_block; block < end_block; block++) {
                 Scratch scratch(self, Carver{memory});
                 if (team.parts > 1)
                     scratch.dx =
                         self.dx_parts + ((image * call.blocks + block) * team.parts + part) * call.packed_size();
-                self.scan(Block{call.first + image, block, dw, dproxy, scratch}, begin, end);
+                self.scan(Block{call.first + image, block, among_blocks, dw, dproxy, scratch}, begin, end);
             }
         }
     }
 
     // One block of one image, and where its gradients go
     struct Block {
-        int64_t image, block;
+        int64_t image, block, among_blocks;
         A *dw, *dproxy;
         Scratch scratch;
     };
@@ -208,7 +220,7 @@ template <class A> struct Backward {
             }
         for (int i = begin; i < end; i++) {
             pack_projections(call, i, b.block, scratch.w);
-            transpose_projections(call, i, scratch.w, scratch.wt);
+            transpose_projections(call.features, call.columns(i), scratch.w, scratch.wt);
             scale_logits(call, i, scratch.w);
             const Geometry& g = call.scans[i];
             const bool pack_here = i == begin && !pack_whole;
@@ -237,46 +249,46 @@ template <class A> struct Backward {
 
     // The states of line t again
     void state_line(const Block& b, int i, int64_t t, Output output) const {
-        const bool start = call.scans[i].starts_segment(t);
-        if (!keep) start ? state_line<kNone, true, false>(b, i, t) : state_line<kNone, false, false>(b, i, t);
-        else if (output == kSetWithSkip)
-            start ? state_line<kSetWithSkip, true, true>(b, i, t) : state_line<kSetWithSkip, false, true>(b, i, t);
-        else start ? state_line<kSet, true, true>(b, i, t) : state_line<kSet, false, true>(b, i, t);
+        with_weights<false>(call, i, t, [&](auto weights) {
+            if (!keep) state_line<kNone, weights.value, false>(b, i, t);
+            else if (output == kSetWithSkip) state_line<kSetWithSkip, weights.value, true>(b, i, t);
+            else state_line<kSet, weights.value, true>(b, i, t);
+        });
     }
 
     // MAPS: the output whose maps are projected
-    template <int MAPS, bool START, bool KEEP> void state_line(const Block& b, int i, int64_t t) const {
+    template <int MAPS, int WEIGHTS, bool KEEP> void state_line(const Block& b, int i, int64_t t) const {
         const Geometry& g = call.scans[i];
-        const int64_t at = g.offset(t, call.pitch * L, L), from = START ? 0 : g.places * L;
+        const int64_t at = g.offset(t, call.pitch * L, L), from = WEIGHTS == kNoWeights ? 0 : g.places * L;
         A* const h = b.scratch.h + t * g.places * L;
         A* const maps = b.scratch.maps + (KEEP ? t * g.places * kMapsOfPixel : 0);
-        forward_line<kNone, START, columns_of(MAPS, START), KEEP>(
-            g.places, line_projection(call, b.image, b.scratch.w, i, t), maps, h - from, h,
-            call.center_of(b.image, i, b.block), b.scratch.x + at, b.scratch.dx + at, g.place_stride(call.pitch * L, L),
-            ahead_of(call, g));
+        forward_line<kNone, WEIGHTS, columns_of(MAPS, WEIGHTS), KEEP>(
+            g.places, line_projection<WEIGHTS>(call, b.image, b.scratch.w, i, t), maps, shared.line(b.image, i, t),
+            h - from, h, call.center_of(b.image, i, b.block), b.scratch.x + at, b.scratch.dx + at,
+            g.place_stride(call.pitch * L, L), ahead_of(call, g));
     }
 
     void line_back(const Block& b, int i, int64_t t, Output output) const {
-        const bool start = call.scans[i].starts_segment(t);
-        if (output == kAdd) start ? line_back<kAdd, true>(b, i, t) : line_back<kAdd, false>(b, i, t);
-        else if (output == kSet) start ? line_back<kSet, true>(b, i, t) : line_back<kSet, false>(b, i, t);
-        else start ? line_back<kSetWithSkip, true>(b, i, t) : line_back<kSetWithSkip, false>(b, i, t);
+        with_weights<false>(call, i, t, [&](auto weights) {
+            with_output(output, [&](auto out) { line_back<out.value, weights.value>(b, i, t); });
+        });
     }
 
     // Strip by strip: scan, and pass the gradients on
-    template <int OUT, bool START> void line_back(const Block& b, int i, int64_t t) const {
-        constexpr int columns = columns_of(OUT, START);
+    template <int OUT, int WEIGHTS> void line_back(const Block& b, int i, int64_t t) const {
+        constexpr int columns = columns_of(OUT, WEIGHTS);
         const Geometry& g = call.scans[i];
         const Scratch& s = b.scratch;
-        const LineProjection<A> projection = line_projection(call, b.image, b.scratch.w, i, t);
+        const LineProjection<A> projection = line_projection<WEIGHTS>(call, b.image, b.scratch.w, i, t);
+        const SharedLine<A> weights = shared.line(b.image, i, t);
         const int64_t proxy_step = projection.proxy_step, features = projection.features, w_step = projection.w_step;
         const int64_t step = g.place_stride(call.pitch * L, L), at = g.offset(t, call.pitch * L, L);
         const int64_t row = call.width * call.features.lanes();
         const int64_t dproxy_step = g.place_stride(row, call.features.lanes());
         const A* const h = s.h + t * g.places * L;
-        const A* const before = START ? h : h - g.places * L;
+        const A* const before = WEIGHTS == kNoWeights ? h : h - g.places * L;
         A* const dproxy = b.dproxy + g.offset(t, row, call.features.lanes());
-        A* const dw = b.dw + dw_at(i, b.block) + (START ? kNeighbours * L : 0);
+        A* const dw = b.dw + dw_at(i, b.block) + call.template unused_columns<WEIGHTS>() * L;
         const int lanes = call.lanes_of(b.block);
 
         const Ahead ahead = ahead_of(call, g);
@@ -292,11 +304,15 @@ template <class A> struct Backward {
                 prefetch_places(dproxy + p * dproxy_step - ahead_dproxy, dproxy_step, n);
             }
             A* const maps = s.maps + (keep ? t * g.places * kMapsOfPixel + p * columns * L : 0);
-            if (!keep) projection.template project_strip<columns, START>(p, n, maps);
-            backward_strip<OUT, START>(
-                n, p == 0, p + n == g.places, maps, h + p * L, before + p * L, s.message + p * L, carried, s.x + q,
-                s.grad_y + q, s.dmaps, s.dx + q, step);
+            if (!keep) projection.template project_strip<columns>(p, n, maps);
+            backward_strip<OUT, WEIGHTS>(
+                n, p == 0, p + n == g.places, maps, weights.from(p), h + p * L, before + p * L, s.message + p * L,
+                carried, s.x + q, s.grad_y + q, s.dmaps, s.differences, s.dx + q, step);
             if (lanes < L) clear_lanes(n * columns, lanes, s.dmaps);
+            if constexpr (WEIGHTS == kSharedWeights) {
+                if (lanes < L) clear_lanes(n, lanes, s.differences.prev), clear_lanes(n, lanes, s.differences.next);
+                dshared.add(b.among_blocks, b.image, i, t, p, n, s.differences);
+            }
             project_grad<columns>(n, projection.proxy + p * proxy_step, proxy_step, features, s.dmaps, dw, w_step);
             proxy_grad(
                 call.features, n, s.dmaps, columns, call.columns(i), s.wt, dproxy + p * dproxy_step, dproxy_step);
@@ -354,9 +370,11 @@ template <class A> struct Backward {
         const Call<A>& call = self.call;
         const int i = int(task);
         self.sum_copies(self.dw + self.dw_at(i, 0), self.dw_at(i, call.blocks) - self.dw_at(i, 0));
-        for (int column = 0; column < call.columns(i); column++)
+        self.dshared.write(i);
+        for (int packed = 0; packed < call.columns(i); packed++)
             for (int64_t block = 0; block < call.blocks; block++) {
-                const A* from = self.dw + self.dw_at(i, block) + column * L;
+                const Column column = call.column_at(packed);
+                const A* from = self.dw + self.dw_at(i, block) + packed * L;
                 const int64_t step = call.columns(i) * L, features = call.features.count;
                 if (column < kNeighbours && call.args.groups < call.channels)
                     self.add_to_groups(from, step, i, column, block);

@@ -35,10 +35,10 @@ template <class A> struct Call {
     const int64_t batch, channels, height, width, pixels;
     const Features<A> features;
     const int directions;
-    const bool skip, proxy_in_place;
-    const int64_t blocks, pitch;  // blocks of channels; pixels between two rows of a packed block
-    Geometry scans[4];            // in the order in which they are made
-    int source[4];                // which of the caller's directions each scan is
+    const bool skip, shared, proxy_in_place;  // shared: one set of weights for all channels, see SharedWeights
+    const int64_t blocks, pitch;              // blocks of channels; pixels between two rows of a packed block
+    Geometry scans[4];                        // in the order in which they are made
+    int source[4];                            // which of the caller's directions each scan is
 
     // Filled in by the driver: the projections, a shared buffer, and the images first .. first + count of the current
     // round
@@ -48,7 +48,7 @@ template <class A> struct Call {
 
     explicit Call(const GspnPropagateArgs& a)
         : args(a), batch(a.batch), channels(a.channels), height(a.height), width(a.width), pixels(height * width),
-          features(a.features), directions(int(a.directions)), skip(a.skip_proj != nullptr),
+          features(a.features), directions(int(a.directions)), skip(a.skip_proj != nullptr), shared(a.groups == 1),
           proxy_in_place(
               (a.dtype == GSPN_FLOAT32 || a.dtype == GSPN_FLOAT64) && (a.proxy.channel == 1 || a.features == 1)),
           blocks(ceil_div(channels, L)), pitch(width | 1), projections(a) {
@@ -74,9 +74,14 @@ template <class A> struct Call {
 
     int lanes_of(int64_t block) const { return int(min(L, channels - block * L)); }
 
-    // Packed projections of a scan and a block are [features][columns][lanes]. Scan 0 also carries the skip gate.
+    // Packed projections of a scan and a block are [features][columns][lanes]: those of the logits, unless shared, of
+    // the gates and, in scan 0, of the skip gate.
     static constexpr int kMostColumns = kNeighbours + 3;
-    int columns(int i) const { return kNeighbours + 2 + (skip && i == 0); }
+    int logits() const { return shared ? 0 : kNeighbours; }
+    int columns(int i) const { return logits() + 2 + (skip && i == 0); }
+    // Packed columns before those that a line with these weights takes
+    template <int WEIGHTS> int unused_columns() const { return logits() - logit_columns(WEIGHTS); }
+    Column column_at(int packed) const { return Column(packed + kNeighbours - logits()); }
     int64_t w_size() const { return features.count * kMostColumns * L; }
     int64_t wt_size() const { return features.rows() * kMostColumns * L; }  // transposed, see Features
 
@@ -157,7 +162,8 @@ template <class A> void pack_projections(const Call<A>& call, int i, int64_t blo
     constexpr int L = kLanes<A>;
     const int n = call.lanes_of(block);
     const int64_t count = call.features.count, step = call.columns(i) * L;
-    for (int column = 0; column < call.columns(i); column++, w += L) {
+    for (int packed = 0; packed < call.columns(i); packed++, w += L) {
+        const Column column = call.column_at(packed);
         if (column >= kNeighbours || call.args.groups == call.channels) {
             pack_row(call.projection(i, column, block * L), count, 1, n, L, count, w, step);
             continue;
@@ -172,7 +178,7 @@ template <class A> void pack_projections(const Call<A>& call, int i, int64_t blo
 template <class A> void scale_logits(const Call<A>& call, int i, A* w) {
     constexpr int L = kLanes<A>;
     for (int64_t s = 0; s < call.features.count; s++, w += call.columns(i) * L)
-        for (int column = 0; column < kNeighbours; column++) store(w + column * L, load(w + column * L) * A(-kLog2e));
+        for (int column = 0; column < call.logits(); column++) store(w + column * L, load(w + column * L) * A(-kLog2e));
 }
 
 // R values of k share a vector of the last features: R neighbours in w go to R neighbours in wt.
@@ -184,11 +190,10 @@ template <int R, class A> void transpose_rest(int repeats, int features, int64_t
         for (int64_t k = 0; k < k_count; k += R) __builtin_memcpy(wt + k / R * L + s * R, w + k, R * sizeof(A));
 }
 
-// wt out of w as it is before scale_logits
-template <class A> void transpose_projections(const Call<A>& call, int i, const A* w, A* wt) {
+// wt out of w, [features][columns][lanes], as it is before scale_logits
+template <class A> void transpose_projections(const Features<A>& features, int columns, const A* w, A* wt) {
     constexpr int L = kLanes<A>;
-    const Features<A>& features = call.features;
-    const int64_t k_count = call.columns(i) * L;
+    const int64_t k_count = columns * L;
     for (int64_t f = 0; f < features.full; f++)
         pack_row(w + f * L * k_count, k_count, 1, L, L, k_count, wt + f * k_count * L, L);
     if (features.rest == 0) return;

@@ -3,6 +3,7 @@
 // the output, and this is written once.
 #pragma once
 #include "propagate/call.h"
+#include "propagate/shared.h"
 
 namespace GSPN_NS {
 namespace {
@@ -10,35 +11,55 @@ namespace {
 constexpr int64_t kForwardStrip = 40;  // pixels whose projected maps are in the first-level cache at a time
 
 // Columns of projected maps that a line takes: no output gate where only the state is wanted
-constexpr int columns_of(int out, bool start) {
-    return (start ? 0 : kNeighbours) + (out == kNone ? 1 : out == kSetWithSkip ? 3 : 2);
+constexpr int columns_of(int out, int weights) {
+    return logit_columns(weights) + (out == kNone ? 1 : out == kSetWithSkip ? 3 : 2);
+}
+
+// Calls body(Known<weights>) for line t of a scan. The backward scan is always exact: it gains less, and the gradients
+// of the projections are no 16-bit numbers.
+template <bool FORWARD, class A, class Body>
+GSPN_INLINE void with_weights(const Call<A>& call, int i, int64_t t, Body body) {
+    constexpr int unless_float32 = FORWARD && sizeof(A) == 4 ? kRoughWeights : kChannelWeights;
+    if (call.scans[i].starts_segment(t)) body(Known<kNoWeights>{});
+    else if (call.shared) body(Known<kSharedWeights>{});
+    else if (call.args.dtype == GSPN_FLOAT32) body(Known<kChannelWeights>{});
+    else body(Known<unless_float32>{});
+}
+
+// Calls body(Known<output>) for what a scan does to the output.
+template <class Body> GSPN_INLINE void with_output(Output output, Body body) {
+    if (output == kAdd) body(Known<kAdd>{});
+    else if (output == kSet) body(Known<kSet>{});
+    else body(Known<kSetWithSkip>{});
 }
 
 // A line of one place. Not inlined, so that it shares no computation with the strips: where a product is computed
 // decides whether it is fused with an addition, and the states of the backward scan are those of the forward scan.
-template <bool START, int OUT, class A>
+template <int WEIGHTS, int OUT, class A>
 __attribute__((noinline)) void forward_only_pixel(
-    const A* maps, const A* before, A* now, VecOf<A> center, const A* x, A* out) {
+    const A* maps, const SharedLine<A>& shared, const A* before, A* now, VecOf<A> center, const A* x, A* out) {
     VecOf<A> prev{};
-    forward_pixel<START, kOnly, OUT>(maps, before, now, prev, center, x, out);
+    forward_pixel<WEIGHTS, kOnly, OUT>(maps, shared, before, now, prev, center, x, out);
 }
 
 // A strip of a line. `before` and `now` may be the same memory.
-template <int OUT, bool START, int COLUMNS, class A>
+template <int OUT, int WEIGHTS, int COLUMNS, class A>
 void forward_strip(
-    int64_t n, bool first, bool last, const A* maps, const A* before, A* now, VecOf<A>& prev, VecOf<A> center,
-    const A* x, A* out, int64_t step) {
+    int64_t n, bool first, bool last, const A* maps, const SharedLine<A>& shared, const A* before, A* now,
+    VecOf<A>& prev, VecOf<A> center, const A* x, A* out, int64_t step) {
     constexpr int L = kLanes<A>;
-    if (first && last && n == 1) return forward_only_pixel<START, OUT>(maps, before, now, center, x, out);
+    if (first && last && n == 1) return forward_only_pixel<WEIGHTS, OUT>(maps, shared, before, now, center, x, out);
     VecOf<A> p = prev;  // a copy of its own stays in a register
     int64_t i = 0;
-    if (first) forward_pixel<START, kFirst, OUT>(maps, before, now, p, center, x, out), i = 1;
+    if (first) forward_pixel<WEIGHTS, kFirst, OUT>(maps, shared, before, now, p, center, x, out), i = 1;
     for (; i < n - last; i++)
-        forward_pixel<START, kInside, OUT>(
-            maps + i * COLUMNS * L, before + i * L, now + i * L, p, center, x + i * step, out + i * step);
+        forward_pixel<WEIGHTS, kInside, OUT>(
+            maps + i * COLUMNS * L, shared.from(i), before + i * L, now + i * L, p, center, x + i * step,
+            out + i * step);
     if (last)
-        forward_pixel<START, kLast, OUT>(
-            maps + i * COLUMNS * L, before + i * L, now + i * L, p, center, x + i * step, out + i * step);
+        forward_pixel<WEIGHTS, kLast, OUT>(
+            maps + i * COLUMNS * L, shared.from(i), before + i * L, now + i * L, p, center, x + i * step,
+            out + i * step);
     prev = p;
 }
 
@@ -49,9 +70,8 @@ template <class A> struct LineProjection {
     const A* w;
     int64_t w_step;
 
-    template <int COLUMNS, bool START> void project_strip(int64_t p, int64_t n, A* maps) const {
-        const A* columns = w + (START ? kNeighbours * kLanes<A> : 0);
-        project<COLUMNS>(n, proxy + p * proxy_step, proxy_step, features, columns, w_step, maps);
+    template <int COLUMNS> void project_strip(int64_t p, int64_t n, A* maps) const {
+        project<COLUMNS>(n, proxy + p * proxy_step, proxy_step, features, w, w_step, maps);
     }
 };
 
@@ -66,10 +86,10 @@ template <class A> GSPN_INLINE void prefetch_places(const A* p, int64_t step, in
 }
 
 // One line: strips of projected maps, each used while it is in the cache; with KEEP, those of the whole line are kept.
-template <int OUT, bool START, int COLUMNS, bool KEEP, class A>
+template <int OUT, int WEIGHTS, int COLUMNS, bool KEEP, class A>
 void forward_line(
-    int64_t places, const LineProjection<A>& projection, A* maps, const A* before, A* now, VecOf<A> center, const A* x,
-    A* out, int64_t step, const Ahead& ahead) {
+    int64_t places, const LineProjection<A>& projection, A* maps, const SharedLine<A>& shared, const A* before, A* now,
+    VecOf<A> center, const A* x, A* out, int64_t step, const Ahead& ahead) {
     constexpr int L = kLanes<A>;
     VecOf<A> prev{};
     for (int64_t p = 0; p < places; p += kForwardStrip) {
@@ -80,18 +100,20 @@ void forward_line(
             if (OUT != kNone) prefetch_places(out + at + ahead.map, step, n);
             prefetch_places(projection.proxy + p * projection.proxy_step + ahead.proxy, projection.proxy_step, n);
         }
-        projection.template project_strip<COLUMNS, START>(p, n, strip);
-        forward_strip<OUT, START, COLUMNS>(
-            n, p == 0, p + n == places, strip, before + p * L, now + p * L, prev, center, x + at, out + at, step);
+        projection.template project_strip<COLUMNS>(p, n, strip);
+        forward_strip<OUT, WEIGHTS, COLUMNS>(
+            n, p == 0, p + n == places, strip, shared.from(p), before + p * L, now + p * L, prev, center, x + at,
+            out + at, step);
     }
 }
 
-template <class A> LineProjection<A> line_projection(const Call<A>& call, int64_t image, const A* w, int i, int64_t t) {
+template <int WEIGHTS, class A>
+LineProjection<A> line_projection(const Call<A>& call, int64_t image, const A* w, int i, int64_t t) {
     const int64_t row = call.proxy_row(), column = call.proxy_column();
     const Geometry& g = call.scans[i];
     return {
-        call.proxy_of(image) + g.offset(t, row, column), g.place_stride(row, column), call.features.count, w,
-        call.columns(i) * kLanes<A>};
+        call.proxy_of(image) + g.offset(t, row, column), g.place_stride(row, column), call.features.count,
+        w + call.template unused_columns<WEIGHTS>() * kLanes<A>, call.columns(i) * kLanes<A>};
 }
 
 // Columns of a large map lie too far apart for the hardware's prefetching
@@ -106,6 +128,7 @@ template <class A> struct Forward {
     static constexpr int L = kLanes<A>;
 
     Call<A>& call;
+    SharedWeights<A> shared;
     int64_t threads, parts;  // parts: tasks that share the directions of a block
     A* merged_projections;
     A* part_outputs;  // [image of the round][block][part][packed block], where parts > 1
@@ -125,7 +148,8 @@ template <class A> struct Forward {
     };
 
     explicit Forward(Call<A>& p)
-        : call(p), threads(p.useful_threads()), parts(1), merged_projections(nullptr), part_outputs(nullptr) {
+        : call(p), shared(p), threads(p.useful_threads()), parts(1), merged_projections(nullptr),
+          part_outputs(nullptr) {
         choose_parts();
         while (threads > 1 && scratch_bytes(1) > call.workspace() - call.round_bytes()) {
             threads--;
@@ -147,6 +171,7 @@ template <class A> struct Forward {
     int64_t shared_bytes(int64_t images, Carver carver) {
         merged_projections = carver.take<A>(Merging<A>(call.args).size());
         call.packed_proxy = carver.take<A>(call.packed_proxy_size(images));
+        shared.carve(carver, images);
         part_outputs = carver.take<A>(parts > 1 ? images * call.blocks * parts * call.packed_size() : 0);
         return carver.used;
     }
@@ -167,10 +192,12 @@ template <class A> struct Forward {
         if (!buffer) return GSPN_NO_MEMORY;
         shared_bytes(round, Carver{buffer});
         call.projections = Merging<A>(call.args).run(merged_projections);
+        shared.pack();
         int64_t status = GSPN_OK;
         for (call.first = 0; call.first < call.batch && status == GSPN_OK; call.first += round) {
             call.count = min(round, call.batch - call.first);
             status = pack_proxies(call, threads);
+            if (status == GSPN_OK) status = shared.make(threads);
             const int64_t bytes = Scratch(*this, Carver{nullptr}).bytes;
             const int64_t tasks = call.count * call.blocks * parts;
             if (status == GSPN_OK) status = gspn::parallel_for(tasks, threads, bytes, scan_task, this);
@@ -215,24 +242,19 @@ template <class A> struct Forward {
     }
 
     void scan_line(int64_t image, int64_t block, int i, int64_t t, Output output, const Scratch& scratch) const {
-        const bool start = call.scans[i].starts_segment(t);
-        if (output == kAdd)
-            start ? line<kAdd, true>(image, block, i, t, scratch) : line<kAdd, false>(image, block, i, t, scratch);
-        else if (output == kSet)
-            start ? line<kSet, true>(image, block, i, t, scratch) : line<kSet, false>(image, block, i, t, scratch);
-        else
-            start ? line<kSetWithSkip, true>(image, block, i, t, scratch)
-                  : line<kSetWithSkip, false>(image, block, i, t, scratch);
+        with_weights<true>(call, i, t, [&](auto weights) {
+            with_output(output, [&](auto out) { line<out.value, weights.value>(image, block, i, t, scratch); });
+        });
     }
 
-    template <int OUT, bool START>
+    template <int OUT, int WEIGHTS>
     void line(int64_t image, int64_t block, int i, int64_t t, const Scratch& scratch) const {
         const Geometry& g = call.scans[i];
         const int64_t at = g.offset(t, call.pitch * L, L);
-        forward_line<OUT, START, columns_of(OUT, START), false>(
-            g.places, line_projection(call, image, scratch.w, i, t), scratch.maps, scratch.state, scratch.state,
-            call.center_of(image, i, block), scratch.x + at, scratch.out + at, g.place_stride(call.pitch * L, L),
-            ahead_of(call, g));
+        forward_line<OUT, WEIGHTS, columns_of(OUT, WEIGHTS), false>(
+            g.places, line_projection<WEIGHTS>(call, image, scratch.w, i, t), scratch.maps, shared.line(image, i, t),
+            scratch.state, scratch.state, call.center_of(image, i, block), scratch.x + at, scratch.out + at,
+            g.place_stride(call.pitch * L, L), ahead_of(call, g));
     }
 
     // The output of one block of one image out of the parts
