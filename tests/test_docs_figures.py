@@ -72,6 +72,26 @@ def test_the_ratios_of_shared_weights_and_bfloat16_are_those_measured():
         assert cells == [f"{r:.2f}" for r in (*shared, *(found["bfloat16", name]["float32"] for name in passes))]
 
 
+def test_what_the_mixer_is_worth_is_what_the_runs_say():
+    pytest.importorskip("matplotlib")
+    from benchmarks.quality.mixers import report, study
+
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = text[text.index("## What the mixer is worth") : text.index("## Segmentation")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    done = study.read(study.RESULTS)
+    found = {task: report.at_best(done, task, "bare", study.STEPS) for task in ("classes", "tracing")}
+    names = {contender.title: name for name, contender in study.CONTENDERS.items()}
+    for title, *shown in rows[1:]:
+        cells = [("classes", "1"), ("classes", "2"), ("tracing", "1"), ("tracing", "1.5"), ("tracing", "2")]
+        means = []
+        for task, setting in cells:
+            runs = found[task][names[title]]
+            means.append(100 * sum(run["test"][setting]["accuracy"] for run in runs) / len(runs))
+        assert shown == [f"{mean:.1f}" for mean in means], title
+    assert len(rows) == 7
+
+
 def test_the_segmenters_are_those_of_the_report():
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     text = text[text.index("## Segmentation") : text.index("## Generators")]
