@@ -16,7 +16,7 @@ from gspn.models.generator import config_of
 from gspn.options import OptionError
 from gspn.options.diffusion import GeneratorOptions
 from gspn.sampling.generators import build_generator, load_pipeline
-from gspn.tasks.diffusion import Diffusion, RandomSizes, resume_generator, train_generator
+from gspn.tasks.diffusion import Diffusion, resume_generator, train_generator
 from gspn.tasks.objective import Objective, make_scheduler, negative_log_likelihood
 from gspn.train.run import Run, RunError
 

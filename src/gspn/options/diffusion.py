@@ -12,7 +12,7 @@ from gspn.options.training import DATA_HELP, DataOptions, LoopOptions
 FAMILIES, SIZES = ("GSPN-DiT", "GSPN", "DiT"), ("micro", "S", "B", "L", "XL")
 
 
-def parse_factors(value):
+def parse_range(value):
     """(0.75, 1.5) from "0.75,1.5" or two numbers."""
     try:
         low, high = map(float, value if isinstance(value, list | tuple) else str(value).split(","))
@@ -50,7 +50,7 @@ class DiffusionOptions(OptionSet):
         None,
         "Train at random sizes: a batch's height and width are the size times factors from LOW to HIGH. DiT takes "
         "squares only. GSPN-DiT is told the size.",
-        parse=parse_factors,
+        parse=parse_range,
         metavar="LOW,HIGH",
     )
 

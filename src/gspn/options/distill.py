@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from gspn.options.base import OptionSet, option, parse_size
+from gspn.options.base import OptionSet, option, parse_factors, parse_size
 from gspn.options.task import TaskSpec
 from gspn.options.training import LoopOptions
 from gspn.places import check_named
@@ -21,6 +21,13 @@ class CaptionOptions(OptionSet):
         "Size in pixels to which images are resized and centre-cropped: N or HxW. Default: that of BASE.",
         parse=parse_size,
         metavar="N|HxW",
+    )
+    sizes: tuple | None = option(
+        None,
+        "Train at several sizes: a batch's height and width are those of SIZE times one of these factors each. A "
+        "factor that is given twice is drawn twice as often.",
+        parse=parse_factors,
+        metavar="F,F,...",
     )
     val_fraction: float = option(0.05, "Fraction of the images to hold out where DATA has no evaluation split.")
     image_column: str | None = option(None, "datasets: the column with the images.")
@@ -41,6 +48,13 @@ class TeachingOptions(OptionSet):
     output_weight: float = option(0.5, "Weight of the loss against the teacher's prediction.", low=0, high=1e6)
     feature_weight: float = option(
         0.5, "Weight of the mean loss against the outputs of the teacher's attention layers.", low=0, high=1e6
+    )
+    away_weight: float = option(
+        0.0,
+        "With --sizes: how much the teacher's prediction and attention count at other sizes than SIZE, where it was "
+        "not trained. 0 learns from the images alone there, 1 as much as at SIZE.",
+        low=0,
+        high=1,
     )
     caption_dropout: float = option(
         0.1, "Probability of replacing a caption by the empty one, for guidance.", low=0, high=1

@@ -27,6 +27,7 @@ from gspn.stable_diffusion.swap import swap
 from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, resume, start
 from gspn.tasks.side_by_side import SideBySide
+from gspn.tasks.sizes import ChosenSizes
 from gspn.tasks.student import PARTS, Distillation, Student
 from gspn.tasks.text_to_image import TextToImage, open_text_to_image
 from gspn.train.loop import autocast, seed_everything
@@ -58,6 +59,13 @@ class Setup(BaseSetup):
             raise OptionError("fsdp: distillation cannot shard; only the small swapped layers are trained")
         if not options.noise_weight + options.output_weight + options.feature_weight:
             raise OptionError("noise_weight, output_weight and feature_weight are all 0: expected one above 0")
+        if options.sizes:
+            options = options.updated({"sizes": options.sizes})  # checks what did not come from a flag
+            if not options.noise_weight + options.away_weight:
+                raise OptionError(
+                    "sizes: noise_weight and away_weight are both 0, so that nothing is learned at other sizes: "
+                    "expected one above 0"
+                )
         data = open_captions(
             where,
             val_fraction=options.val_fraction,
@@ -81,6 +89,8 @@ class Setup(BaseSetup):
         teacher.check_size(options.size)
         preprocessing = Preprocessing(3, options.size, (0.5,) * 3, (0.5,) * 3)
         notes = [*data.notes, far, teacher.too_long(train_split.captions)]
+        if options.sizes and 1 not in options.sizes:
+            notes.append("sizes: the factor 1 is not among them: the student never sees the size of its validation")
         return cls(
             data=data,
             train_split=train_split,
@@ -173,22 +183,28 @@ class Setup(BaseSetup):
             )
 
     def about(self, model):
-        options, (height, width) = self.options, self.options.size
+        options, sizes = self.options, "{}x{}".format(*self.options.size)
+        if options.sizes:
+            sizes += f" times {', '.join(f'{factor:g}' for factor in options.sizes)}"
         trained, total = (sum(p.numel() for p in module.parameters()) for module in (model, self.teacher.unet))
         extent = "global" if options.segment is None else f"segments of {options.segment}"
         return (
             f"{self.teacher.path}: GSPN ({options.form}, {extent}) for {len(model.swap.layers)} self-attentions, "
             f"{trained:,} of the UNet's {total:,} parameters, which are trained",
-            f"with captions, {height}x{width}",
+            f"with captions, {sizes}",
             (f"predicts {self.teacher.objective.prediction_type}",),
         )
 
-    def loader(self, split: Split, train: bool = False) -> Loader:
-        """Batches of a split."""
+    def random_sizes(self) -> ChosenSizes | None:
+        options = self.options
+        return ChosenSizes(options.size, options.sizes, self.teacher.multiple) if options.sizes else None
+
+    def loader(self, split: Split, train: bool = False, size: tuple[int, int] | None = None) -> Loader:
+        """Batches of a split, at the run's size or another."""
         options = self.options
         return make_loader(
             split,
-            self.preprocessing,
+            replace(self.preprocessing, size=size or options.size),
             options.batch_size,
             train=train,
             augmentation=Augmentation(flip=True) if options.flip else None,
@@ -207,6 +223,7 @@ class Setup(BaseSetup):
             self.preprocessing,
             loader,
             weights={name: getattr(options, f"{name}_weight") for name in PARTS},
+            away=options.away_weight,
             dropout=options.caption_dropout,
             parts=options.accumulate,
             unreadable=Unreadable(splits, options.strict),
@@ -215,7 +232,7 @@ class Setup(BaseSetup):
 
     def train(self, training: Training) -> tuple[Run | None, list[str]]:
         options, run, student, held_out = self.options, training.run, training.model, self.held_out()
-        draw = None
+        draw, sizes = None, self.random_sizes()
         if run and options.sample_every:
             draw = SideBySide(student, held_out.captions, options, run.path / "samples")
         task = self.task(
@@ -223,9 +240,12 @@ class Setup(BaseSetup):
             held_out,
             training.accelerator.prepare(self.loader(held_out)),
             draw=draw,
+            sizes=sizes,
             save=partial(student.swap.save, run.path) if run else None,
         )
-        training.loop(task, self.loader(self.train_split, train=True), options)
+        # At the largest size: from there, images are only made smaller.
+        loader = self.loader(self.train_split, train=True, size=sizes and sizes.largest)
+        training.loop(task, loader, options)
         if run:
             plots.distillation(run)
         problems = list(task.unreadable.problems.values())
