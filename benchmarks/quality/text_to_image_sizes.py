@@ -83,7 +83,7 @@ def resized(photos: Tensor, size: tuple[int, int] = (32, 32)) -> Tensor:
 
 
 def train_teacher(photos: Photos, file: Path, steps: int, seed: int = 0) -> None:
-    """Trains, averages and saves the teacher. Saves what there is every 250 steps."""
+    """Trains, averages and saves the teacher. Saves what there is every 100 steps."""
     torch.manual_seed(seed)
     teacher, (images, labels) = Teacher().train(), photos["train"]
     optimizer = torch.optim.AdamW(teacher.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01)
@@ -108,7 +108,7 @@ def train_teacher(photos: Photos, file: Path, steps: int, seed: int = 0) -> None
             keep = min(EMA, (1 + step) / (10 + step))
             for name, value in teacher.state_dict().items():
                 averaged[name].lerp_(value, 1 - keep)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             save_file(averaged, file, {"steps": str(step + 1), "seed": str(seed)})
             mean, minutes = sum(recent) / len(recent), (time.time() - began) / 60
             print(f"step {step + 1}  loss {mean:.4f}  {minutes:.1f} min", flush=True)
@@ -126,7 +126,7 @@ def main():
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--train", action="store_true")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     train_teacher(Photos.open(arguments.photos), arguments.teacher, arguments.steps)

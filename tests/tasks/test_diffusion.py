@@ -226,21 +226,6 @@ def test_what_can_be_trained(tmp_path, changes):
     assert image.shape == (1, changes.get("channels", 1), height, width) and image.isfinite().all()
 
 
-def test_random_sizes():
-    torch.manual_seed(0)
-    ramp = torch.linspace(-1, 1, 16).expand(3, 2, 12, 16)
-    made = [RandomSizes(0.5, 2.0, 4)(ramp) for _ in range(40)]
-    heights, widths = {x.shape[2] for x in made}, {x.shape[3] for x in made}
-    assert heights == {4 * i for i in range(2, 7)} | ({4} & heights) and widths <= {4 * i for i in range(2, 9)}
-    assert min(widths) == 8 and max(widths) == 32 and len({x.shape for x in made}) > 10
-    for x in made:
-        expected = torch.linspace(-1, 1, 2 * x.shape[3] + 1)[1::2]
-        assert x.shape[:2] == (3, 2) and (x - expected).abs().max() < 0.1
-    square = [RandomSizes(0.5, 2.0, 4, square=True)(torch.zeros(1, 1, 16, 16)).shape for _ in range(9)]
-    assert all(shape[2] == shape[3] for shape in square) and len(set(square)) > 2
-    assert RandomSizes(1, 1, 4)(ramp) is ramp
-
-
 def test_the_size_is_a_condition_where_the_model_takes_one(tmp_path):
     changes = dict(model="GSPN-DiT-micro/2", epochs=1, sample_every=0, eval_images=10)
     for sizes in (None, (0.5, 1.5)):
