@@ -126,7 +126,7 @@ def main():
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--train", action="store_true")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=4000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     train_teacher(Photos.open(arguments.photos), arguments.teacher, arguments.steps)

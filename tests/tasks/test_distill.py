@@ -339,6 +339,33 @@ def test_a_stopped_run_goes_on_exactly(whole, bases, photos, tmp_path, monkeypat
     ]
 
 
+@pytest.mark.parametrize("keep, stop", [(("lowest",), 1), (2, 1), (2, 0)])
+def test_a_run_that_keeps_attentions_goes_on_exactly(bases, photos, tmp_path, monkeypatch, keep, stop):
+    """Names and a number, which are ranked; stopped after a checkpoint and before the first."""
+    prepare, steps = Distillation.prepare, []
+    options = DistillOptions(base=str(bases / "sd"), keep_attention=keep, fit=1, fit_maps=4, save_every="1", **SMALL)
+    distill(photos, tmp_path / "whole", options)
+
+    def stops(task, batch):
+        if task.loader is not None:  # not in the fit
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            steps.append(1)
+        return prepare(task, batch)
+
+    monkeypatch.setattr(Distillation, "prepare", stops)
+    with pytest.raises(KeyboardInterrupt):
+        distill(photos, tmp_path / "run", options)
+    monkeypatch.undo()
+    run, _ = resume_distillation(tmp_path / "run")
+    kept = run.config["swap"]["kept"]
+    assert len(kept) == (2 if keep == 2 else 4) and len(run.config["swap"]["layers"]) == 7 - len(kept)
+    ours, theirs = (load_file(tmp_path / each / "gspn_swap.safetensors") for each in ("run", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    loaded = gspn.load_swap(open_text_to_image(bases / "sd").pipe, tmp_path / "run")
+    assert sorted(loaded.kept) == sorted(kept)
+
+
 def test_what_is_learned_nears_the_teacher(bases, photos, tmp_path):
     """From random layers; on the very images that it is judged by."""
     shutil.copytree(photos, tmp_path / "photos/train")
@@ -379,6 +406,9 @@ def test_sdxl_in_bfloat16_after_a_fit(bases, photos, tmp_path):
         ({"fsdp": True}, "fsdp: .* swapped layers"),
         ({"noise_weight": 0.0, "output_weight": 0.0, "feature_weight": 0.0}, "noise_weight.* 0"),
         ({"freeze": ("layers.nothing",)}, r"freeze.*'layers\.nothing'"),
+        ({"keep_attention": 2}, "keep_attention: the 2 .*fit"),
+        ({"keep_attention": 7, "fit": 1}, "from 1 to 6, .*got 7"),
+        ({"keep_attention": ("attn2",)}, "'attn2' matches none of the 7"),
         ({"sizes": (1, 0)}, "sizes takes positive numbers.*got"),
         ({"sizes": "1,big"}, "sizes takes .*0.75,1,1.5, got '1,big'"),
         ({"sizes": (1, 2), "noise_weight": 0.0}, "sizes: noise_weight and away_weight"),

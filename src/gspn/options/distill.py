@@ -4,10 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from gspn.options.base import OptionSet, option, parse_factors, parse_size
+from gspn.options.base import OptionSet, option, parse_factors, parse_names, parse_size, parse_whole
 from gspn.options.task import TaskSpec
 from gspn.options.training import LoopOptions
 from gspn.places import check_named
+
+
+def parse_keep(value):
+    """A whole number, or names as a tuple."""
+    if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()):
+        return parse_whole(value)
+    return parse_names(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,13 @@ class SwapOptions(OptionSet):
         "pretrained",
         "Initial weights: those of the attention layers (pretrained), or random.",
         choices=("pretrained", "random"),
+    )
+    keep_attention: tuple | int | None = option(
+        None,
+        "Attentions that stay: lowest (the smallest maps), level:N (maps that were halved N times), names or globs of "
+        "names, with commas between them. Or a number K: those K whose replacement costs most after --fit.",
+        parse=parse_keep,
+        metavar="WHICH|K",
     )
     fit: int = option(0, "Steps in which each layer first learns the output of its attention layer; 0 for none.", low=0)
     fit_maps: int = option(256, "Feature maps for --fit.", low=2, high=1_000_000)

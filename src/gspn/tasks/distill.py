@@ -22,7 +22,8 @@ from gspn.data.unreadable import Unreadable, warning_of
 from gspn.digests import is_earlier
 from gspn.options import OptionError, far_from
 from gspn.options.distill import PRESET, SPEC, DistillOptions
-from gspn.stable_diffusion import fit
+from gspn.stable_diffusion import fit, rank
+from gspn.stable_diffusion.keeping import check_count, is_count
 from gspn.stable_diffusion.swap import swap
 from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, resume, start
@@ -33,13 +34,16 @@ from gspn.tasks.text_to_image import TextToImage, open_text_to_image
 from gspn.train.loop import autocast, seed_everything
 from gspn.train.run import Run, RunError
 
+RANKED_BY = 64  # inputs of the UNet
+
 
 @dataclass(kw_only=True)
 class Setup(BaseSetup):
     """The teacher and images with captions.
 
     Attributes, beside those of the base: `digest` is the teacher's before the swap; `fitted` holds the relative errors
-    of each layer before and after --fit.
+    of each layer before and after --fit; `kept` the attentions that stay where their
+    number was given, or that stayed in a run that is resumed.
     """
 
     spec: ClassVar = SPEC
@@ -49,6 +53,7 @@ class Setup(BaseSetup):
     preprocessing: Preprocessing
     options: DistillOptions
     fitted: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, where: str | Path, options: DistillOptions, *, resuming: bool = False) -> "Setup":
@@ -66,6 +71,11 @@ class Setup(BaseSetup):
                     "sizes: noise_weight and away_weight are both 0, so that nothing is learned at other sizes: "
                     "expected one above 0"
                 )
+        if is_count(options.keep_attention) and not options.fit:
+            raise OptionError(
+                f"keep_attention: the {options.keep_attention} attentions that matter most are found after a fit: "
+                "expected a fit above 0, such as 200"
+            )
         data = open_captions(
             where,
             val_fraction=options.val_fraction,
@@ -108,8 +118,12 @@ class Setup(BaseSetup):
         options, teacher = self.options, self.teacher
         torch.manual_seed(options.seed)
         teacher.pipe.to(device)
+        keep = options.keep_attention
         try:
-            swapped = swap(teacher.unet, form=options.form, segment=options.segment, init=options.init)
+            keep = None if is_count(keep) else keep  # first_weights ranks the layers
+            swapped = swap(teacher.unet, form=options.form, segment=options.segment, init=options.init, keep=keep)
+            if is_count(options.keep_attention):
+                check_count(options.keep_attention, list(swapped.layers))
         except (TypeError, ValueError) as error:
             raise OptionError(f"the attention of {options.base} cannot be swapped: {error}") from error
         for layer in swapped.layers.values():
@@ -152,10 +166,17 @@ class Setup(BaseSetup):
             model.swap, run, maps=options.fit_maps, steps=options.fit, batch_size=options.batch_size, seed=options.seed
         )
         before, after = (np.mean([errors[i] for errors in self.fitted.values()]) for i in range(2))
-        return (
+        note = (
             f"each layer was fitted to its attention layer on {options.fit_maps} feature maps: relative error "
             f"{before:.3f} before, {after:.3f} after (mean of {len(self.fitted)} layers)"
         )
+        if is_count(options.keep_attention):
+            errors = rank(model.swap, run, maps=min(options.fit_maps, RANKED_BY))
+            self.kept = list(errors)[: options.keep_attention]
+            model.keep(self.kept)
+            told = ", ".join(f"{name} ({errors[name]:.3f})" for name in self.kept)
+            note += f"; kept, with the error of the UNet's output that their replacement causes: {told}"
+        return note
 
     def config(self, model) -> dict:
         options, teacher = self.options, self.teacher
@@ -166,6 +187,7 @@ class Setup(BaseSetup):
                 "segment": options.segment,
                 "init": options.init,
                 "layers": {name: layer.channels for name, layer in model.swap.layers.items()},
+                "kept": list(model.swap.kept),
                 "fitted": self.fitted,
             },
             "prediction_type": teacher.objective.prediction_type,
@@ -173,7 +195,9 @@ class Setup(BaseSetup):
         }
 
     def check_config(self, config):
-        """Raises RunError where the teacher is not the one that the run began with."""
+        """Takes over which attentions stayed. Raises RunError where the teacher is not the one that the
+        run began with."""
+        self.kept = list(config.get("swap", {}).get("kept", ()))
         recorded = config["base"]["digest"]
         own = self.teacher.digest(like=recorded) if is_earlier(recorded) else self.digest
         if own != recorded:
@@ -186,10 +210,14 @@ class Setup(BaseSetup):
         options, sizes = self.options, "{}x{}".format(*self.options.size)
         if options.sizes:
             sizes += f" times {', '.join(f'{factor:g}' for factor in options.sizes)}"
-        trained, total = (sum(p.numel() for p in module.parameters()) for module in (model, self.teacher.unet))
+        layers = {name: layer for name, layer in model.swap.layers.items() if name not in self.kept}
+        trained = sum(p.numel() for layer in layers.values() for p in layer.parameters())
+        total = sum(p.numel() for p in self.teacher.unet.parameters())
+        kept = len({*model.swap.kept, *self.kept})
+        kept = f" ({kept} kept)" if kept else ""
         extent = "global" if options.segment is None else f"segments of {options.segment}"
         return (
-            f"{self.teacher.path}: GSPN ({options.form}, {extent}) for {len(model.swap.layers)} self-attentions, "
+            f"{self.teacher.path}: GSPN ({options.form}, {extent}) for {len(layers)} self-attentions{kept}, "
             f"{trained:,} of the UNet's {total:,} parameters, which are trained",
             f"with captions, {sizes}",
             (f"predicts {self.teacher.objective.prediction_type}",),
@@ -233,6 +261,7 @@ class Setup(BaseSetup):
     def train(self, training: Training) -> tuple[Run | None, list[str]]:
         options, run, student, held_out = self.options, training.run, training.model, self.held_out()
         draw, sizes = None, self.random_sizes()
+        student.keep([name for name in self.kept if name in student.swap.layers])
         if run and options.sample_every:
             draw = SideBySide(student, held_out.captions, options, run.path / "samples")
         task = self.task(

@@ -45,6 +45,12 @@ class Student(nn.Module):
             for name, module in modules.items():
                 module.register_forward_hook(partial(self._see, name))
 
+    def keep(self, names: Sequence[str]) -> None:
+        """Puts these attentions back, and forgets their layers."""
+        self.swap.keep(names)
+        for name in names:
+            del self.layers[name.replace(".", "/")]
+
     def train(self, mode: bool = True) -> "Student":
         return super().train(False)
 
