@@ -37,7 +37,9 @@ def test_what_is_measured(photos, file):
     assert zero["loss"] == pytest.approx(sum(zero["each"]) / 20, abs=1e-4) and 0.2 < zero["loss"] < 1.1
     assert study.measure(lambda noisy, t, states: 0 * noisy, teacher, photos["test"], "32x64", 20) == zero
     first, *_, last = zero["by_timestep"]  # v is nearly the noise at first and nearly the image at last
-    assert 0.85 < first < 1 and last == pytest.approx((study.pixels(photos["test"][0], (32, 64)) ** 2).mean(), abs=0.05)
+    assert 0.85 < first < 1 and last == pytest.approx(
+        (study.pixels(photos["test"][0], (32, 64)) ** 2).mean().item(), abs=0.05
+    )
 
 
 def test_remedies_change_larger_maps_and_nothing_for_good(file):
