@@ -85,3 +85,15 @@ def test_the_losses_of_denoising_are_those_of_the_report():
     for title, loss, difference, at_48, at_64, time in rows:
         cells = [cell.strip() for cell in measured[title]]
         assert cells[4] == "2" and [loss, difference, at_48, at_64, time] == [*cells[5:9], cells[11]]
+
+
+def test_what_keeping_attentions_costs_is_what_was_counted():
+    counted = json.loads((ROOT / "benchmarks/results/speed/stable-diffusion-structure.json").read_text())
+    counted = counted["SDXL, one step, attentions kept"]
+    text = (ROOT / "docs/text-to-image.md").read_text(encoding="utf-8")
+    text = text[text.index("| kept | 1024x1024 |") : text.index("In SDXL the lowest level")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    sizes = rows[0][1:]
+    for names, row in zip(("none", "mid_block", "lowest", "level:1"), rows[1:], strict=True):
+        shares = [counted[size][names]["operations"] / counted[size]["all"]["operations"] for size in sizes]
+        assert row[1:] == [f"{share:.0%}" for share in shares]
