@@ -53,7 +53,7 @@ BATCH, RATE, EMA, DROPPED = 8, 2e-3, 0.995, 0.1
 STEPS, STUDENT_RATE, WARM_UP = 200, 2e-3, 20
 FACTORS = (0.75, 1, 1.5)
 SEEDS = (0, 1)
-SIZES = {"32x32": 400, "48x48": 200, "64x64": 200, "32x64": 200}  # test photos at each size
+SIZES = {"32x32": 300, "48x48": 150, "64x64": 150, "32x64": 150}  # test photos at each size
 BUCKETS = 5  # of the timesteps
 
 
@@ -151,8 +151,8 @@ def open_teacher(file: Path) -> tuple[Teacher, int]:
 
 
 class Contender(NamedTuple):
-    """`title` is what tables call it; `swap` are options of gspn.swap, None for the teacher itself; `sizes` and `away`
-    are options of gspn distill; `adapted`: the remedies for larger maps are measured too."""
+    """`title` is what tables call it; `swap` are options of gspn.swap, None for attention; `sizes` and `away` are
+    options of gspn distill; `adapted`: the remedies for larger maps are measured too."""
 
     title: str
     swap: dict | None
@@ -165,8 +165,10 @@ QKV = {"form": "qkv"}
 LOCAL = QKV | {"segment": 4}
 CONTENDERS = {
     "teacher": Contender("teacher", None, adapted=True),
+    "attention": Contender("the teacher's attention, trained on", None),
+    "attention-sizes": Contender("the teacher's attention, trained on, --sizes", None, FACTORS),
     "segment4": Contender("segment 4", LOCAL, adapted=True),
-    "segment4-sizes": Contender("segment 4, --sizes", LOCAL, FACTORS, adapted=True),
+    "segment4-sizes": Contender("segment 4, --sizes", LOCAL, FACTORS),
     "global": Contender("global", QKV, adapted=True),
     "global-sizes": Contender("global, --sizes", QKV, FACTORS),
     "segment4-sizes-away": Contender("segment 4, --sizes --away-weight 1", LOCAL, FACTORS, 1.0),
@@ -185,6 +187,10 @@ class Run(NamedTuple):
     @property
     def stem(self) -> str:
         return f"{self.contender}-seed{self.seed}-{self.steps}steps"
+
+
+ORDER = ("segment4", "segment4-sizes", "attention-sizes", "global", "global-sizes", "attention", "segment4-sizes-away")
+ORDER += ("lowest-sizes", "lowest")
 
 
 # -- remedies for larger maps, without training --
@@ -239,7 +245,20 @@ def wide_convolutions(parts: tuple, swap, size: tuple[int, int]) -> contextlib.A
     return dilated(swap.unet, times(size), parts)
 
 
+@contextlib.contextmanager
+def nothing_seen(swap, size: tuple[int, int]) -> Iterator[None]:
+    """Self-attention, or the layers in its place, give 0: no remedy, but what they are worth."""
+    modules = swap.layers if swap.active == "gspn" else swap.attentions
+    hooks = [module.register_forward_hook(lambda module, args, output: 0 * output) for module in modules.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 REMEDIES: dict[str, Callable] = {
+    "without self-attention": nothing_seen,
     "sub-lattices": sub_lattices,
     "dilated, down and middle": partial(wide_convolutions, ("down_blocks", "mid_block")),
     "dilated, all": partial(wide_convolutions, ("",)),
@@ -269,7 +288,8 @@ def measure(model: Callable, teacher: Teacher, photos: tuple[Tensor, Tensor], si
 
 
 def distilled(run: Run, teacher: Teacher, student: Student, photos: Photos, batch: int) -> list[dict]:
-    """Trains the student as gspn distill does; returns the curve of its loss."""
+    """Trains the student as gspn distill does, or the teacher's attention on the same images; returns the curve of the
+    loss."""
     contender, (images, labels) = CONTENDERS[run.contender], photos["train"]
     native = (SIDE, SIDE)
     sizes = ChosenSizes(native, contender.sizes, 2 * BLOCK) if contender.sizes else None
@@ -285,7 +305,10 @@ def distilled(run: Run, teacher: Teacher, student: Student, photos: Photos, batc
         sizes=sizes,
         unreadable=Unreadable({}),
     )
-    optimizer = torch.optim.AdamW(student.parameters(), STUDENT_RATE, weight_decay=0.01)
+    attentive = contender.swap is None
+    learning = student.swap.attentions.values() if attentive else student.swap.layers.values()
+    learning = [parameter.requires_grad_(True) for module in learning for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(learning, STUDENT_RATE, weight_decay=0.01)
     curve, recent = [], []
     for step in range(run.steps):
         torch.manual_seed(10_000 * (run.seed + 1) + step)  # the same photos, noise and timesteps for all students
@@ -297,9 +320,13 @@ def distilled(run: Run, teacher: Teacher, student: Student, photos: Photos, batc
         warm = min(1.0, (step + 1) / WARM_UP)
         for group in optimizer.param_groups:
             group["lr"] = STUDENT_RATE * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * step / run.steps)))
-        loss = task.loss(student, prepared) / batch
+        if attentive:
+            start, noise, t = (prepared[name] for name in ("start", "noise", "timestep"))
+            loss = teacher.objective.losses(teacher.predict(*task.inputs(prepared)), start, noise, t)[0].mean()
+        else:
+            loss = task.loss(student, prepared) / batch
         loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         recent.append(loss.item())
@@ -317,9 +344,7 @@ def train(run: Run, photos: Photos, file: Path, sizes: dict[str, int] = SIZES, b
     swapped = gspn.swap(teacher.unet, **contender.swap or QKV)
     if contender.swap is None:
         swapped.use("attention")
-    else:
-        for layer in swapped.layers.values():
-            layer.requires_grad_(True)
+    if run.steps:
         curve = distilled(run, teacher, Student(teacher, swapped), photos, batch)
     seconds, test = time.thread_time() - began, photos["test"]
     found = lambda size, count: measure(teacher.predict, teacher, test, size, count)  # noqa: E731
@@ -336,7 +361,7 @@ def train(run: Run, photos: Photos, file: Path, sizes: dict[str, int] = SIZES, b
             continue
         content["remedies"][name] = {}
         for size, count in sizes.items():
-            if times(shape := tuple(map(int, size.split("x")))) != (1, 1):
+            if times(shape := tuple(map(int, size.split("x")))) != (1, 1) or remedy is nothing_seen:
                 with remedy(swapped, shape):
                     content["remedies"][name][size] = found(size, count)
     return content
@@ -354,7 +379,7 @@ def wanted(done: dict[Run, dict]) -> Iterator[Run]:
     """All runs, the most important first."""
     yield Run("teacher", 0, 0)
     for seed in SEEDS:
-        yield from (Run(name, seed) for name, contender in CONTENDERS.items() if contender.swap is not None)
+        yield from (Run(name, seed) for name in ORDER if name in CONTENDERS)
 
 
 # -- tables --
@@ -396,7 +421,10 @@ def report(folder: Path) -> str:
         late.append([contender.title, *(f"{statistics.fmean(values):.4f}" for values in buckets)])
         for remedy, found in contents[0]["remedies"].items():
             cells = [contender.title, remedy]
-            for size in list(SIZES)[1:]:
+            for size in SIZES:
+                if size not in found:
+                    cells.append("")
+                    continue
                 by, error = paired(contents[0]["test"][size], found[size])
                 old, new = contents[0]["test"][size]["by_timestep"], found[size]["by_timestep"]
                 cells.append(f"{by:+.4f} ± {error:.4f}; noisiest fifth {new[-1] - old[-1]:+.4f}")
@@ -411,8 +439,9 @@ def report(folder: Path) -> str:
         f"{','.join(f'{factor:g}' for factor in FACTORS)}, without the teacher at other sizes than its own.\n\n"
         f"{table(['model', 'seeds', *SIZES], rows)}\n\n## 64x64 by timestep, from little noise to all\n\n"
         f"{table(['model', *steps], late)}\n\n## Remedies without training\n\nLoss with the remedy minus loss without; "
-        "negative is better. First seed.\n\n"
-        f"{table(['model', 'remedy', *list(SIZES)[1:]], remedies)}\n"
+        "negative is better. First seed. The first line of each model is no remedy: it says what self-attention, or "
+        "what is in its place, is worth.\n\n"
+        f"{table(['model', 'remedy', *SIZES], remedies)}\n"
     )
 
 
