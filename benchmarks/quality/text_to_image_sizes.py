@@ -36,6 +36,7 @@ import gspn
 from benchmarks.harness import harness, study
 from benchmarks.quality.denoising import paired
 from benchmarks.quality.mixers.tasks import Photos
+from gspn import lattices
 from gspn.data.images import Preprocessing
 from gspn.data.unreadable import Unreadable
 from gspn.stable_diffusion.feature_maps import map_sizes
@@ -152,25 +153,26 @@ def open_teacher(file: Path) -> tuple[Teacher, int]:
 
 class Contender(NamedTuple):
     """`title` is what tables call it; `swap` are options of gspn.swap, None for attention; `sizes` and `away` are
-    options of gspn distill; `adapted`: the remedies for larger maps are measured too."""
+    options of gspn distill; `adapted`: the remedies for larger maps that are measured too."""
 
     title: str
     swap: dict | None
     sizes: tuple | None = None
     away: float = 0.0
-    adapted: bool = False
+    adapted: tuple = ()
 
 
+ALL = ("without self-attention", "sub-lattices", "dilated, down and middle", "dilated, all", "segments as trained")
 QKV = {"form": "qkv"}
 LOCAL = QKV | {"segment": 4}
 CONTENDERS = {
-    "teacher": Contender("teacher", None, adapted=True),
+    "teacher": Contender("teacher", None, adapted=ALL[:4]),
+    "segment4": Contender("segment 4", LOCAL, adapted=ALL[:4]),
+    "segment4-sizes": Contender("segment 4, --sizes", LOCAL, FACTORS, adapted=("sub-lattices",)),
+    "global": Contender("global", QKV, adapted=ALL),
+    "global-sizes": Contender("global, --sizes", QKV, FACTORS),
     "attention": Contender("the teacher's attention, trained on", None),
     "attention-sizes": Contender("the teacher's attention, trained on, --sizes", None, FACTORS),
-    "segment4": Contender("segment 4", LOCAL, adapted=True),
-    "segment4-sizes": Contender("segment 4, --sizes", LOCAL, FACTORS),
-    "global": Contender("global", QKV, adapted=True),
-    "global-sizes": Contender("global, --sizes", QKV, FACTORS),
     "segment4-sizes-away": Contender("segment 4, --sizes --away-weight 1", LOCAL, FACTORS, 1.0),
     "lowest": Contender("segment 4, lowest level kept", LOCAL | {"keep": "lowest"}),
     "lowest-sizes": Contender("segment 4, lowest level kept, --sizes", LOCAL | {"keep": "lowest"}, FACTORS),
@@ -189,8 +191,7 @@ class Run(NamedTuple):
         return f"{self.contender}-seed{self.seed}-{self.steps}steps"
 
 
-ORDER = ("segment4", "segment4-sizes", "attention-sizes", "global", "global-sizes", "attention", "segment4-sizes-away")
-ORDER += ("lowest-sizes", "lowest")
+MAIN = ("segment4", "segment4-sizes", "attention-sizes", "global", "global-sizes")
 
 
 # -- remedies for larger maps, without training --
@@ -205,16 +206,14 @@ def times(size: tuple[int, int]) -> tuple[int, int]:
 @contextlib.contextmanager
 def sub_lattices(swap, size: tuple[int, int]) -> Iterator[None]:
     """Self-attention, or the layers in its place, on interleaved sub-lattices as large as in training."""
-    kh, kw = times(size)
+    apart = times(size)
     modules = swap.layers if swap.active == "gspn" else swap.attentions
 
     def instead(forward, size, x, *args, map_size=None, **more):
-        h, w = size()
-        x = x.view(len(x), h // kh, kh, w // kw, kw, -1).permute(0, 2, 4, 1, 3, 5)
-        given = {"map_size": (h // kh, w // kw)} if swap.active == "gspn" else {}
-        y = forward(x.flatten(3, 4).flatten(0, 2), **given)
-        y = y.view(-1, kh, kw, h // kh, w // kw, y.shape[-1]).permute(0, 3, 1, 4, 2, 5)
-        return y.flatten(3, 4).flatten(1, 2).flatten(1, 2)
+        x = lattices.sub_lattices(x.unflatten(1, size()), apart)
+        given = {"map_size": tuple(x.shape[1:3])} if swap.active == "gspn" else {}
+        y = forward(x.flatten(1, 2), **given).unflatten(1, x.shape[1:3])
+        return lattices.interleaved(y, apart).flatten(1, 2)
 
     with map_sizes(swap, modules) as sizes:
         for name, module in modules.items():
@@ -356,10 +355,8 @@ def train(run: Run, photos: Photos, file: Path, sizes: dict[str, int] = SIZES, b
         "curve": curve,
         "cpu_seconds": round(seconds, 1),
     }
-    for name, remedy in REMEDIES.items() if contender.adapted else ():
-        if remedy is trained_segments and (contender.swap is None or "segment" in contender.swap):
-            continue
-        content["remedies"][name] = {}
+    for name in contender.adapted:
+        content["remedies"][name], remedy = {}, REMEDIES[name]
         for size, count in sizes.items():
             if times(shape := tuple(map(int, size.split("x")))) != (1, 1) or remedy is nothing_seen:
                 with remedy(swapped, shape):
@@ -376,10 +373,12 @@ def read(folder: Path) -> dict[Run, dict]:
 
 
 def wanted(done: dict[Run, dict]) -> Iterator[Run]:
-    """All runs, the most important first."""
+    """All runs, the most important first: MAIN before the others."""
     yield Run("teacher", 0, 0)
-    for seed in SEEDS:
-        yield from (Run(name, seed) for name in ORDER if name in CONTENDERS)
+    for main in (True, False):
+        for seed in SEEDS:
+            names = [name for name in CONTENDERS if (name in MAIN) == main and name != "teacher"]
+            yield from (Run(name, seed) for name in names)
 
 
 # -- tables --

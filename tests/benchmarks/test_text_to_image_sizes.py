@@ -94,7 +94,7 @@ def test_missing_runs_are_made_and_told(photos, file, tmp_path, monkeypatch):
     assert study.work(tmp_path, photos, file, 60) == 1 + 2 * 4
     done = study.read(tmp_path)
     assert set(done) == set(study.wanted(done)) and Run("teacher", 0, 0) in done
-    assert set(done[Run("global", 0)]["remedies"]) == set(REMEDIES)
+    assert set(done[Run("global", 0)]["remedies"]) == set(REMEDIES) == set(study.ALL)
     assert "segments as trained" not in done[Run("teacher", 0, 0)]["remedies"]
     assert not done[Run("lowest", 0)]["remedies"]
     assert done[Run("attention-sizes", 0)]["test"]["32x32"] != done[Run("teacher", 0, 0)]["test"]["32x32"]  # it learned

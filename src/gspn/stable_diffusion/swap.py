@@ -265,7 +265,7 @@ def swap(
 
 def restore(target: "nn.Module | DiffusionPipeline") -> None:
     """Undoes :func:`gspn.swap` in a pipeline or UNet, bit for bit. Raises ValueError if nothing is swapped."""
-    unet = _unet_of(target)
+    unet = unet_of(target)
     if "_gspn_swap" not in unet.__dict__:
         raise ValueError("this UNet is not swapped: there is nothing to restore")
     unet._gspn_swap.restore()
@@ -309,7 +309,8 @@ def _native_size(unet, name) -> tuple[int, int]:
 # -- what can be swapped --
 
 
-def _unet_of(target) -> UNet2DConditionModel:
+def unet_of(target) -> UNet2DConditionModel:
+    """The UNet of a pipeline, or the UNet itself. Raises TypeError for anything else."""
     unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     unet = unet._orig_mod if isinstance(unet, nn.Module) and is_compiled_module(unet) else unet
     if isinstance(unet, UNet2DConditionModel):
@@ -327,7 +328,7 @@ def _unet_of(target) -> UNet2DConditionModel:
 def _swappable(target) -> tuple[UNet2DConditionModel, dict[str, BasicTransformerBlock]]:
     """The UNet and, by the name of their attn1, its blocks that have self-attention there. Raises ValueError for a UNet
     that cannot be swapped."""
-    unet = _unet_of(target)
+    unet = unet_of(target)
     if "_gspn_swap" in unet.__dict__:
         raise ValueError(f"this UNet is swapped already: {unet._gspn_swap}; gspn.restore undoes that")
     whole = target if isinstance(target, nn.Module) else target.unet
