@@ -388,12 +388,10 @@ def runs_of(done: dict[Run, dict], name: str) -> list[dict]:
     return [content for run, content in done.items() if run.contender == name]
 
 
-def difference(contents: list[dict], others: list[dict], size: str, part: str = "loss") -> tuple[float, float]:
-    """(mean over the seeds of the loss minus that of `others`, which are as many or one; the error of the mean over the
-    same photos, seeds taken together)."""
-    others = others * len(contents) if len(others) == 1 else others
-    pairs = [paired(b["test"][size], a["test"][size]) for a, b in zip(contents, others, strict=True)]
-    return statistics.fmean(p[0] for p in pairs), sum(p[1] ** 2 for p in pairs) ** 0.5 / len(pairs)
+def difference(contents: list[dict], teacher: dict, size: str) -> tuple[float, float]:
+    """(mean over seeds and photos of the loss minus the teacher's, its error over the photos, which all seeds share)."""
+    losses = zip(*(content["test"][size]["each"] for content in contents), strict=True)
+    return paired(teacher["test"][size], {"each": list(map(statistics.fmean, losses))})
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -413,19 +411,20 @@ def report(folder: Path) -> str:
         cells = [contender.title, str(len(contents))]
         for size in SIZES:
             mean = statistics.fmean(content["test"][size]["loss"] for content in contents)
-            by, error = difference(contents, [teacher], size)
+            by, error = difference(contents, teacher, size)
             cells.append(f"{mean:.4f}" + ("" if name == "teacher" else f" ({by:+.4f} ± {error:.4f})"))
         rows.append(cells)
         buckets = zip(*(content["test"]["64x64"]["by_timestep"] for content in contents), strict=True)
         late.append([contender.title, *(f"{statistics.fmean(values):.4f}" for values in buckets)])
-        for remedy, found in contents[0]["remedies"].items():
+        one = next((content for content in contents if content["remedies"]), {"remedies": {}})
+        for remedy, found in one["remedies"].items():
             cells = [contender.title, remedy]
             for size in SIZES:
                 if size not in found:
                     cells.append("")
                     continue
-                by, error = paired(contents[0]["test"][size], found[size])
-                old, new = contents[0]["test"][size]["by_timestep"], found[size]["by_timestep"]
+                by, error = paired(one["test"][size], found[size])
+                old, new = one["test"][size]["by_timestep"], found[size]["by_timestep"]
                 cells.append(f"{by:+.4f} ± {error:.4f}; noisiest fifth {new[-1] - old[-1]:+.4f}")
             remedies.append(cells)
     steps = [f"{i / BUCKETS:.1f} to {(i + 1) / BUCKETS:.1f}" for i in range(BUCKETS)]
@@ -438,8 +437,8 @@ def report(folder: Path) -> str:
         f"{','.join(f'{factor:g}' for factor in FACTORS)}, without the teacher at other sizes than its own.\n\n"
         f"{table(['model', 'seeds', *SIZES], rows)}\n\n## 64x64 by timestep, from little noise to all\n\n"
         f"{table(['model', *steps], late)}\n\n## Remedies without training\n\nLoss with the remedy minus loss without; "
-        "negative is better. First seed. The first line of each model is no remedy: it says what self-attention, or "
-        "what is in its place, is worth.\n\n"
+        "negative is better. One seed each. The lines without self-attention are no remedy: they say what it, or what "
+        "is in its place, is worth.\n\n"
         f"{table(['model', 'remedy', *SIZES], remedies)}\n"
     )
 
@@ -447,7 +446,7 @@ def report(folder: Path) -> str:
 def draw(folder: Path, out: Path) -> None:
     """Each student's loss minus the teacher's, by size."""
     done, figure = read(folder), Figure(figsize=(8, 4), layout="constrained")
-    axes, teacher = figure.subplots(), runs_of(done, "teacher")
+    axes, (teacher,) = figure.subplots(), runs_of(done, "teacher")
     axes.axhline(0, color="grey", lw=1, label="teacher")
     for name, contender in CONTENDERS.items():
         if name != "teacher" and (contents := runs_of(done, name)):
