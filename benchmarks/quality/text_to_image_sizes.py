@@ -389,7 +389,7 @@ def runs_of(done: dict[Run, dict], name: str) -> list[dict]:
 
 
 def difference(contents: list[dict], teacher: dict, size: str) -> tuple[float, float]:
-    """(mean over seeds and photos of the loss minus the teacher's, its error over the photos, which all seeds share)."""
+    """(mean over seeds and photos of the loss minus the teacher's, its error over the photos, shared by the seeds)."""
     losses = zip(*(content["test"][size]["each"] for content in contents), strict=True)
     return paired(teacher["test"][size], {"each": list(map(statistics.fmean, losses))})
 
