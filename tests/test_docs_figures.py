@@ -122,3 +122,29 @@ def test_the_losses_of_denoising_are_those_of_the_report():
     for title, loss, difference, at_48, at_64, time in rows:
         cells = [cell.strip() for cell in measured[title]]
         assert cells[4] == "2" and [loss, difference, at_48, at_64, time] == [*cells[5:9], cells[11]]
+
+
+def test_what_keeping_attentions_costs_is_what_was_counted():
+    counted = json.loads((ROOT / "benchmarks/results/speed/stable-diffusion-structure.json").read_text())
+    counted = counted["SDXL, one step, attentions kept"]
+    text = (ROOT / "docs/text-to-image.md").read_text(encoding="utf-8")
+    text = text[text.index("| kept | 1024x1024 |") : text.index("In SDXL the lowest level")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    sizes = rows[0][1:]
+    for names, row in zip(("none", "mid_block", "lowest", "level:1"), rows[1:], strict=True):
+        shares = [counted[size][names]["operations"] / counted[size]["all"]["operations"] for size in sizes]
+        assert row[1:] == [f"{share:.0%}" for share in shares]
+
+
+def test_the_losses_of_distilling_for_sizes_are_those_of_the_report():
+    report = (ROOT / "benchmarks/results/quality/text-to-image-sizes/report.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/text-to-image.md").read_text(encoding="utf-8")
+    text = text[text.index("| student | seeds |") : text.index("With the same seed `--sizes`")]
+    split = lambda page: [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]  # noqa: E731
+    measured = {row[0]: row[1:] for row in split(report[: report.index("## 64x64")])}
+    rows = split(text)[2:]
+    assert len(rows) == 5
+    for title, seeds, *losses in rows:
+        found = measured[title.replace("`", "")]
+        assert seeds == found[0]
+        assert losses == [cell.partition("(")[2].partition(" ")[0] for cell in found[1:]]

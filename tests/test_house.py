@@ -16,7 +16,7 @@ import gspn
 SOURCE = Path(__file__).parent.parent / "src" / "gspn"
 # Each may import those before it.
 CORE = "names progress extras weights digests files pretrained kernels dispatch registration ops depthwise".split()
-CORE += ["lean", "layers_released", "layers", "memory", "models", "stable_diffusion", "export"]
+CORE += ["lattices", "lean", "layers_released", "layers", "memory", "models", "stable_diffusion", "export"]
 LAYERS = [*CORE, *"places options data train plots plots_masks sampling runs metrics tasks bench demo cli".split()]
 BASE = {"torch", "numpy", "safetensors", "gspn", "filelock", "lazy_loader"}
 
@@ -123,7 +123,7 @@ def test_public_names():
     }
     of_extras = {"create_generator", "GSPNPipeline", "GSPNTransformer2DModel", "GSPNAttention", "HighResPipeline"}
     of_extras |= {"GSPNDiTTransformer2DModel"}
-    of_extras |= {"load_run", "load_swap", "restore", "swap"}
+    of_extras |= {"adapt", "load_run", "load_swap", "restore", "swap"}
     modules = {"export", "layers", "models", "ops", "train"}
     assert set(dir(gspn)) == {*gspn.__all__, *of_extras, *modules}
     assert all(isinstance(getattr(gspn, name), ModuleType) for name in modules)

@@ -67,6 +67,13 @@ CONTENDERS = {
     "GSPN qkv": dict(form="qkv"),
     "GSPN pure, segment 4": dict(form="pure", segment=4),
 }
+HYBRIDS = {  # what stays attention in SDXL
+    "all": None,
+    "none": dict(form="pure"),
+    "mid_block": dict(form="pure", keep="mid_block"),
+    "lowest": dict(form="pure", keep="lowest"),
+    "level:1": dict(form="pure", keep="level:1"),
+}
 THREE = ("attention", "GSPN pure", "GSPN qkv")  # shapes and operations do not depend on the segment
 RATIOS = {  # square, wide, tall, and sides that are no multiples of 64: odd maps in the deeper levels
     "SD-1.5": ((512, 512), (512, 1024), (1024, 512), (520, 328)),
@@ -86,13 +93,14 @@ def build(name: str, device: torch.device | str = "meta", dtype: torch.dtype = t
 
 
 def contenders(unet: UNet2DConditionModel, names: Iterable[str]) -> dict[str, UNet2DConditionModel]:
-    """For each of :data:`CONTENDERS` a UNet; they share all weights but those of swapped layers, which are random."""
-    found = {}
+    """For each of :data:`CONTENDERS` or :data:`HYBRIDS` a UNet; they share all weights but those of swapped layers,
+    which are random."""
+    found, options = {}, CONTENDERS | HYBRIDS
     for name in names:
         shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
         found[name] = copy.deepcopy(unet, shared)
-        if CONTENDERS[name]:
-            gspn.swap(found[name], init="random", **CONTENDERS[name])
+        if options[name]:
+            gspn.swap(found[name], init="random", **options[name])
             found[name].requires_grad_(False)
     return found
 

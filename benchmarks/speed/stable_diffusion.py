@@ -26,10 +26,10 @@ import torch
 
 import gspn
 from benchmarks.contenders import stable_diffusion_models
-from benchmarks.contenders.stable_diffusion_models import CONTENDERS, PUBLISHED, SIZES, THREE
+from benchmarks.contenders.stable_diffusion_models import CONTENDERS, HYBRIDS, PUBLISHED, SIZES, THREE
 from benchmarks.harness import gpu_harness, harness
 from benchmarks.speed import stable_diffusion_report
-from benchmarks.speed.stable_diffusion_report import STEP, pixels
+from benchmarks.speed.stable_diffusion_report import KEPT, STEP, pixels
 from gspn.stable_diffusion.highres.savers import Savers, saving
 
 LIMIT = 1e-3  # relative error of a layer's float32 output against the reference backend's
@@ -250,23 +250,24 @@ def _rows(row: dict) -> list[dict]:
 def structures(options) -> None:
     path = options.out / "stable-diffusion-structure.json"
     content = {"what": "shapes and counts, nothing is timed", "environment": harness.environment()}
-    content |= {"models": {}, STEP: {}}
+    content |= {"models": {}, STEP: {}, KEPT: {}}
     if options.resume and path.exists():
         before = json.loads(path.read_text())
-        content |= {key: before[key] for key in ("models", STEP)}
+        content |= {key: before.get(key, {}) for key in ("models", STEP, KEPT)}
     for name in PUBLISHED:
         if name not in content["models"]:
             content["models"][name] = stable_diffusion_models.structure(name)
             harness.write_json(path, content, quiet=True)
         found = content["models"][name]
         print(f"{name}: {len(found['layers'])} layers, parameters {found['parameters']}", flush=True)
-    unets = stable_diffusion_models.contenders(stable_diffusion_models.build("SDXL"), THREE)
-    for size in options.sizes or SIZES:
-        name = f"{size[0]}x{size[1]}"
-        if name not in content[STEP]:
-            content[STEP][name] = stable_diffusion_models.step(unets, size)
-            harness.write_json(path, content, quiet=True)
-        print(f"{name}: {content[STEP][name]}", flush=True)
+    for section, names in ((STEP, THREE), (KEPT, HYBRIDS)):
+        unets = stable_diffusion_models.contenders(stable_diffusion_models.build("SDXL"), names)
+        for size in options.sizes or SIZES:
+            name = f"{size[0]}x{size[1]}"
+            if name not in content[section]:
+                content[section][name] = stable_diffusion_models.step(unets, size)
+                harness.write_json(path, content, quiet=True)
+            print(f"{section}, {name}: {content[section][name]}", flush=True)
     stable_diffusion_report.write_structure(path)
 
 

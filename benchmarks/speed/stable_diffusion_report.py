@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 PAPER = {"512x512": 7, "768x768": 9, "1024x1024": 12, "2048x2048": 24, "4096x4096": 28, "8192x8192": 42}
 PAPER |= {"16384x8192": 84}
 PAPER_2 = {"4096x4096": 32, "16384x8192": 93}
-STEP = "SDXL, one step"  # the key of its counted operations
+STEP, KEPT = "SDXL, one step", "SDXL, one step, attentions kept"  # the keys of its counted operations
 COLOURS = {"attention": "#e07b22", "GSPN pure": "#2f6db3", "GSPN qkv": "#58a55c", "GSPN pure, segment 4": "#8fb8de"}
 TITLES = {
     "step": "one denoising step of SDXL, both halves",
@@ -243,6 +243,20 @@ def write_structure(path: Path) -> None:
         "A published speed-up above the ratio of the operations cannot come from the arithmetic of one step alone: the "
         "attention compared with ran less efficiently, or more than the step was compared."
     )
+    if kept := content.get(KEPT):
+        names = list(next(iter(kept.values())))
+        parts.append("## SDXL: a denoising step with guidance where some attentions stay, counted")
+        lines = []
+        for size, row in sorted(kept.items(), key=lambda item: pixels(item[0])):
+            counts = [row[name]["operations"] for name in names]
+            cells = [f"{n / 1e12:,.4g} ({counts[0] / n:.2f})" for n in counts]
+            lines.append([size, *cells, f"{max(one['mib'] for one in row.values()) / 1024:.2f}"])
+        parts.append(_table(["height x width", *(f"kept: {name}" for name in names), "GiB beside the weights"], lines))
+        parts.append(
+            "TFLOP, and in brackets how many times fewer than with all attentions; the others are GSPN, pure. The "
+            "lowest level is level:2 with the middle block, 60 of 70 attentions; level:1 has the other ten. GiB as "
+            "above: the same for all, as attention keeps no matrix of all pairs."
+        )
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print(f"wrote {path.with_suffix('.md')}")
 

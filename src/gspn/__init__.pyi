@@ -14,6 +14,7 @@ from .models.gspn_dit import GSPNDiTTransformer2DModel as GSPNDiTTransformer2DMo
 from .models.pipeline import GSPNPipeline as GSPNPipeline
 from .ops import DIRECTIONS, available_backends, gated_scan, line_scan, normalize_weights, propagate
 from .runs import load_run as load_run
+from .stable_diffusion.adapting import adapt as adapt
 from .stable_diffusion.highres import HighResPipeline as HighResPipeline
 from .stable_diffusion.swap import GSPNAttention as GSPNAttention
 from .stable_diffusion.swap import load_swap as load_swap

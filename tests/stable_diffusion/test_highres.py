@@ -189,6 +189,9 @@ def test_dilation_reaches_further_and_leaves_no_trace(sd):
             # a dilated convolution is the plain one on each of the interleaved maps
             plain = nn.functional.conv2d(x[..., 1::3, 2::3], unet.conv_in.weight, unet.conv_in.bias, padding=1)
             torch.testing.assert_close(conv[..., 1::3, 2::3], plain, atol=1e-5, rtol=1e-4)
+        with dilated(unet, (2, 3), ("down_blocks", "mid_block")):
+            wide = {name.split(".")[0] for name, conv in unet.named_modules() if getattr(conv, "dilation", 0) == (2, 3)}
+            assert wide == {"down_blocks", "mid_block"} and unet(x, 7, text).sample.shape == before.shape
         with pytest.raises(KeyError), dilated(unet, 2):
             raise KeyError
         after = unet(x, 7, text).sample

@@ -16,7 +16,7 @@ from gspn.models.generator import config_of
 from gspn.options import OptionError
 from gspn.options.diffusion import GeneratorOptions
 from gspn.sampling.generators import build_generator, load_pipeline
-from gspn.tasks.diffusion import Diffusion, RandomSizes, resume_generator, train_generator
+from gspn.tasks.diffusion import Diffusion, resume_generator, train_generator
 from gspn.tasks.objective import Objective, make_scheduler, negative_log_likelihood
 from gspn.train.run import Run, RunError
 
@@ -224,21 +224,6 @@ def test_what_can_be_trained(tmp_path, changes):
     height, width = changes.get("size", (8, 8))
     image = pipeline([3], guidance, 2, output_type="pt", height=height, width=width).images
     assert image.shape == (1, changes.get("channels", 1), height, width) and image.isfinite().all()
-
-
-def test_random_sizes():
-    torch.manual_seed(0)
-    ramp = torch.linspace(-1, 1, 16).expand(3, 2, 12, 16)
-    made = [RandomSizes(0.5, 2.0, 4)(ramp) for _ in range(40)]
-    heights, widths = {x.shape[2] for x in made}, {x.shape[3] for x in made}
-    assert heights == {4 * i for i in range(2, 7)} | ({4} & heights) and widths <= {4 * i for i in range(2, 9)}
-    assert min(widths) == 8 and max(widths) == 32 and len({x.shape for x in made}) > 10
-    for x in made:
-        expected = torch.linspace(-1, 1, 2 * x.shape[3] + 1)[1::2]
-        assert x.shape[:2] == (3, 2) and (x - expected).abs().max() < 0.1
-    square = [RandomSizes(0.5, 2.0, 4, square=True)(torch.zeros(1, 1, 16, 16)).shape for _ in range(9)]
-    assert all(shape[2] == shape[3] for shape in square) and len(set(square)) > 2
-    assert RandomSizes(1, 1, 4)(ramp) is ramp
 
 
 def test_the_size_is_a_condition_where_the_model_takes_one(tmp_path):

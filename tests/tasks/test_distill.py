@@ -119,6 +119,29 @@ def test_the_loss_is_what_is_said(prediction):
     assert all(expected[name] > 1e-6 for name in PARTS)
 
 
+@pytest.mark.parametrize("away", [0.0, 0.25])
+def test_away_from_its_size_the_teacher_counts_less(away, monkeypatch):
+    task, student = task_of(tiny_sdxl(), away=away, dropout=0.0)
+    taught, teach, sizes = [], Student.teach, []
+    monkeypatch.setattr(Student, "teach", lambda *inputs: taught.append(1) or teach(*inputs))
+    conditions = TextToImage.conditions
+    monkeypatch.setattr(
+        TextToImage, "conditions", lambda self, c, size: sizes.append(size) or conditions(self, c, size)
+    )
+    for size, trust in ((SIZE, 1.0), ((24, 16), away)):
+        taught.clear()
+        task.sizes = lambda images, size=size: torch.nn.functional.interpolate(images, size)
+        batch = task.prepare(batch_of())
+        assert batch["start"].shape[2:] == (size[0] // 2, size[1] // 2) and sizes[-1] == size  # which SDXL is told
+        losses = task.losses(student, batch)
+        assert len(taught) == (trust > 0) and set(losses) >= ({*PARTS} if trust else {"noise"})
+        parts = {name: loss.sum() for name, loss in losses.items()}
+        expected = parts["noise"]
+        if trust:
+            expected = expected + trust * 0.5 * (parts["output"] + parts["feature"])
+        torch.testing.assert_close(task.loss(student, batch), expected)
+
+
 def test_the_teacher_is_the_pipeline_itself():
     """Before a swap, during and after, to the last bit; and the loss against it is 0 for a student that is it."""
     pipe = tiny_sdxl()
@@ -223,6 +246,42 @@ def whole(bases, photos, tmp_path_factory):
     return path
 
 
+def test_a_run_at_several_sizes(bases, photos, tmp_path, monkeypatch):
+    """Of images as large as the largest; its validation is at the run's size; it goes on with the same sizes."""
+    prepare, seen, stop = Distillation.prepare, [], [3]
+
+    def watched(task, batch):
+        if len(seen) == stop[0]:
+            raise KeyboardInterrupt
+        assert batch["image"].shape[2:] == (32, 32)
+        prepared = prepare(task, batch)
+        seen.append((tuple(prepared["start"].shape[2:]), prepared["trust"][0].item()))
+        return prepared
+
+    monkeypatch.setattr(Distillation, "prepare", watched)
+    options = DistillOptions(
+        base=str(bases / "sd"), sizes=(1, 2), away_weight=0.5, save_every="1", **SMALL | {"epochs": 3}
+    )
+    stop[0] = 100
+    distill(photos, tmp_path / "whole", options)
+    whole, seen[:] = list(seen), []
+    assert len({size for size, _ in whole}) > 1 and {size for size, _ in whole} <= {
+        (h, w) for h in (8, 16) for w in (8, 16)
+    }
+    assert all(trust == (1.0 if size == (8, 8) else 0.5) for size, trust in whole)
+    stop[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        distill(photos, tmp_path / "run", options)
+    stop[0] = 100
+    run, _ = resume_distillation(tmp_path / "run")
+    assert seen == whole and run.config["options"]["sizes"] == [1, 2]
+    ours, theirs = (load_file(tmp_path / each / "gspn_swap.safetensors") for each in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "16x16 times 1, 2" in Setup.of(photos, options).describe(
+        Setup.of(photos, options).model(torch.device("cpu"))
+    )
+
+
 def test_what_a_run_leaves_behind(whole, bases):
     config, rows = json.loads((whole / "config.json").read_text()), Run.open(whole).metrics
     assert config["task"] == "distillation" and config["prediction_type"] == "v_prediction"
@@ -280,6 +339,33 @@ def test_a_stopped_run_goes_on_exactly(whole, bases, photos, tmp_path, monkeypat
     ]
 
 
+@pytest.mark.parametrize("keep, stop", [(("lowest",), 1), (2, 1), (2, 0)])
+def test_a_run_that_keeps_attentions_goes_on_exactly(bases, photos, tmp_path, monkeypatch, keep, stop):
+    """Names and a number, which are ranked; stopped after a checkpoint and before the first."""
+    prepare, steps = Distillation.prepare, []
+    options = DistillOptions(base=str(bases / "sd"), keep_attention=keep, fit=1, fit_maps=4, save_every="1", **SMALL)
+    distill(photos, tmp_path / "whole", options)
+
+    def stops(task, batch):
+        if task.loader is not None:  # not in the fit
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            steps.append(1)
+        return prepare(task, batch)
+
+    monkeypatch.setattr(Distillation, "prepare", stops)
+    with pytest.raises(KeyboardInterrupt):
+        distill(photos, tmp_path / "run", options)
+    monkeypatch.undo()
+    run, _ = resume_distillation(tmp_path / "run")
+    kept = run.config["swap"]["kept"]
+    assert len(kept) == (2 if keep == 2 else 4) and len(run.config["swap"]["layers"]) == 7 - len(kept)
+    ours, theirs = (load_file(tmp_path / each / "gspn_swap.safetensors") for each in ("run", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    loaded = gspn.load_swap(open_text_to_image(bases / "sd").pipe, tmp_path / "run")
+    assert sorted(loaded.kept) == sorted(kept)
+
+
 def test_what_is_learned_nears_the_teacher(bases, photos, tmp_path):
     """From random layers; on the very images that it is judged by."""
     shutil.copytree(photos, tmp_path / "photos/train")
@@ -320,6 +406,12 @@ def test_sdxl_in_bfloat16_after_a_fit(bases, photos, tmp_path):
         ({"fsdp": True}, "fsdp: .* swapped layers"),
         ({"noise_weight": 0.0, "output_weight": 0.0, "feature_weight": 0.0}, "noise_weight.* 0"),
         ({"freeze": ("layers.nothing",)}, r"freeze.*'layers\.nothing'"),
+        ({"keep_attention": 2}, "keep_attention: the 2 .*fit"),
+        ({"keep_attention": 7, "fit": 1}, "from 1 to 6, .*got 7"),
+        ({"keep_attention": ("attn2",)}, "'attn2' matches none of the 7"),
+        ({"sizes": (1, 0)}, "sizes takes positive numbers.*got"),
+        ({"sizes": "1,big"}, "sizes takes .*0.75,1,1.5, got '1,big'"),
+        ({"sizes": (1, 2), "noise_weight": 0.0}, "sizes: noise_weight and away_weight"),
     ],
 )
 def test_bad_options(bases, photos, tmp_path, changes, message):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn.depthwise import DepthwiseConv2d
+from gspn.lattices import interleaved, sub_lattices
 from gspn.layers import GSPN2d
 from gspn.models.generator_base import Generator
 
@@ -179,13 +180,13 @@ class GSPNDiTTransformer2DModel(Generator):
             condition = condition + self.size_embed(torch.tensor([size], dtype=x.dtype, device=x.device))
         c = F.silu(condition)
         if dilation != 1:
-            x, c = _sub_lattices(x, dilation), c.repeat_interleave(dilation * dilation, 0)
+            x, c = sub_lattices(x, (dilation, dilation)), c.repeat_interleave(dilation * dilation, 0)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, c)
             else:
                 x = block(x, c)
-        x = x if dilation == 1 else _interleaved(x, dilation)
+        x = x if dilation == 1 else interleaved(x, (dilation, dilation))
         return self._project_out(F.layer_norm(x, x.shape[-1:], eps=1e-6), condition)
 
 
@@ -205,15 +206,3 @@ def _check_dilation(dilation: int, height: int, width: int, patch: int):
             f"dilation={dilation} takes maps whose H and W are multiples of {dilation * patch}, got "
             f"{height * patch}x{width * patch}"
         )
-
-
-def _sub_lattices(x: Tensor, k: int) -> Tensor:
-    """(B,H,W,C) to (B*k*k,H/k,W/k,C): the sub-lattices of pixels that lie k apart."""
-    x = x.unflatten(2, (-1, k)).unflatten(1, (-1, k))  # (B,H/k,k,W/k,k,C)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-
-
-def _interleaved(x: Tensor, k: int) -> Tensor:
-    """The inverse of _sub_lattices."""
-    x = x.unflatten(0, (-1, k, k))  # (B,k,k,H/k,W/k,C)
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2)

@@ -144,6 +144,17 @@ def parse_names(value):
     return names
 
 
+def parse_factors(value):
+    """(0.75, 1.0, 1.5) from "0.75,1,1.5" or a list."""
+    try:
+        factors = tuple(map(float, value if isinstance(value, list | tuple) else str(value).split(",")))
+    except (TypeError, ValueError):
+        factors = ()
+    if not factors or not all(0 < factor < math.inf for factor in factors):
+        raise ValueError("positive numbers with commas between them, such as 0.75,1,1.5")
+    return factors
+
+
 def parse_sizes(value):
     """((H, W), ...) from "N,HxW"."""
     try:

@@ -13,7 +13,7 @@ FAMILIES, SIZES = ("GSPN-DiT", "GSPN", "DiT"), ("micro", "S", "B", "L", "XL")
 DEFAULT = "GSPN-DiT-micro/2"
 
 
-def parse_factors(value):
+def parse_range(value):
     """(0.75, 1.5) from "0.75,1.5" or two numbers."""
     try:
         low, high = map(float, value if isinstance(value, list | tuple) else str(value).split(","))
@@ -51,7 +51,7 @@ class DiffusionOptions(OptionSet):
         None,
         "Train at random sizes: a batch's height and width are the size times factors from LOW to HIGH. DiT takes "
         "squares only. GSPN-DiT is told the size.",
-        parse=parse_factors,
+        parse=parse_range,
         metavar="LOW,HIGH",
     )
 

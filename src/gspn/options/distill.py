@@ -4,10 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from gspn.options.base import OptionSet, option, parse_size
+from gspn.options.base import OptionSet, option, parse_factors, parse_names, parse_size, parse_whole
 from gspn.options.task import TaskSpec
 from gspn.options.training import LoopOptions
 from gspn.places import check_named
+
+
+def parse_keep(value):
+    """A whole number, or names as a tuple."""
+    if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()):
+        return parse_whole(value)
+    return parse_names(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +28,13 @@ class CaptionOptions(OptionSet):
         "Size in pixels to which images are resized and centre-cropped: N or HxW. Default: that of BASE.",
         parse=parse_size,
         metavar="N|HxW",
+    )
+    sizes: tuple | None = option(
+        None,
+        "Train at several sizes: a batch's height and width are those of SIZE times one of these factors each. A "
+        "factor that is given twice is drawn twice as often.",
+        parse=parse_factors,
+        metavar="F,F,...",
     )
     val_fraction: float = option(0.05, "Fraction of the images to hold out where DATA has no evaluation split.")
     image_column: str | None = option(None, "datasets: the column with the images.")
@@ -41,6 +55,13 @@ class TeachingOptions(OptionSet):
     output_weight: float = option(0.5, "Weight of the loss against the teacher's prediction.", low=0, high=1e6)
     feature_weight: float = option(
         0.5, "Weight of the mean loss against the outputs of the teacher's attention layers.", low=0, high=1e6
+    )
+    away_weight: float = option(
+        0.0,
+        "With --sizes: how much the teacher's prediction and attention count at other sizes than SIZE, where it was "
+        "not trained. 0 learns from the images alone there, 1 as much as at SIZE.",
+        low=0,
+        high=1,
     )
     caption_dropout: float = option(
         0.1, "Probability of replacing a caption by the empty one, for guidance.", low=0, high=1
@@ -86,6 +107,13 @@ class SwapOptions(OptionSet):
         "pretrained",
         "Initial weights: those of the attention layers (pretrained), or random.",
         choices=("pretrained", "random"),
+    )
+    keep_attention: tuple | int | None = option(
+        None,
+        "Attentions that stay: lowest (the smallest maps), level:N (maps that were halved N times), names or globs of "
+        "names, with commas between them. Or a number K: those K whose replacement costs most after --fit.",
+        parse=parse_keep,
+        metavar="WHICH|K",
     )
     fit: int = option(0, "Steps in which each layer first learns the output of its attention layer; 0 for none.", low=0)
     fit_maps: int = option(256, "Feature maps for --fit.", low=2, high=1_000_000)

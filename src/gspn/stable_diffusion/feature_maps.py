@@ -1,7 +1,10 @@
-"""Feature maps before a UNet's self-attention, and how far a GSPN layer is from its attention on them."""
+"""Feature maps before a UNet's self-attention, how far a GSPN layer is from its attention on them, and how much the
+UNet's output changes by it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +42,30 @@ def collect(
         device: "meta" keeps only the maps' shapes.
     """
     maps = {name: FeatureMaps() for name in (swap.attentions if names is None else names)}
+
+    def taken(name, size):
+        def hook(attention, args, kwargs):
+            x = args[0] if args else kwargs["hidden_states"]
+            maps[name].tokens.append(x.detach().to(device, copy=True))
+            maps[name].sizes.append(size())
+
+        return hook
+
+    with swap.use("attention"), torch.no_grad(), map_sizes(swap, maps) as sizes:
+        hooks = [
+            swap.attentions[name].register_forward_pre_hook(taken(name, sizes[name]), with_kwargs=True) for name in maps
+        ]
+        try:
+            _until(count, run, lambda: min(map(len, maps.values())))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return maps
+
+
+@contextmanager
+def map_sizes(swap, names: Iterable[str]) -> Iterator[dict[str, Callable[[], tuple[int, int]]]]:
+    """In the block, by the name of each attention: what returns the (H, W) of the map that is there now."""
     size = {}
 
     def sized(name):
@@ -47,34 +74,71 @@ def collect(
 
         return hook
 
-    def taken(name, transformer):
-        def hook(attention, args, kwargs):
-            x = args[0] if args else kwargs["hidden_states"]
-            maps[name].tokens.append(x.detach().to(device, copy=True))
-            maps[name].sizes.append(size[transformer])
-
-        return hook
-
+    around = {name: name.partition(".transformer_blocks.")[0] for name in names}
     hooks = []
-    with swap.use("attention"), torch.no_grad():
+    try:
+        for transformer in dict.fromkeys(around.values()):
+            module = swap.unet.get_submodule(transformer)
+            hooks.append(module.register_forward_pre_hook(sized(transformer), with_kwargs=True))
+        yield {name: partial(size.__getitem__, transformer) for name, transformer in around.items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _until(count, run, done):
+    """Calls run() until done() gives `count`."""
+    before = -1
+    while (least := done()) < count:
+        if least == before:
+            raise ValueError("run() did not run the UNet of this swap")
+        before = least
+        run()
+
+
+@torch.no_grad()
+def rank(swap, run: Callable[[], object], *, maps: int = 16) -> dict[str, float]:
+    """The error that the replacement of each self-attention causes, the largest first: the relative error of the UNet's
+    output with this one layer of a :class:`gspn.Swap` and the attention everywhere else, |y - y'| / |y|.
+
+    Args:
+        run: called without arguments until there are enough; each call runs the UNet at least once.
+        maps: at least so many inputs of the UNet are compared.
+
+    The layers are judged as they are: `fit` them first to know what is lost after training.
+    """
+    calls, unet = [], swap.unet
+
+    def seen(module, args, kwargs, output):
+        calls.append((args, kwargs, _sample(output).float()))
+
+    with swap.use("attention"), map_sizes(swap, swap.layers) as sizes:
+        hook = unet.register_forward_hook(seen, with_kwargs=True)
         try:
-            for transformer in {name.partition(".transformer_blocks.")[0] for name in maps}:
-                module = swap.unet.get_submodule(transformer)
-                hooks.append(module.register_forward_pre_hook(sized(transformer), with_kwargs=True))
-            for name in maps:
-                transformer = name.partition(".transformer_blocks.")[0]
-                hook = taken(name, transformer)
-                hooks.append(swap.attentions[name].register_forward_pre_hook(hook, with_kwargs=True))
-            before = -1
-            while (least := min(map(len, maps.values()))) < count:
-                if least == before:
-                    raise ValueError("run() did not run the UNet of this swap")
-                before = least
-                run()
+            _until(maps, run, lambda: sum(len(output) for *_, output in calls))
         finally:
-            for hook in hooks:
+            hook.remove()
+        whole = sum(output.square().sum().item() for *_, output in calls)
+        errors = {}
+        for name, layer in swap.layers.items():
+            replaced = partial(_instead, layer, sizes[name])
+            hook = swap.attentions[name].register_forward_hook(replaced, with_kwargs=True)
+            try:
+                wrong = sum((_sample(unet(*a, **k)).float() - y).square().sum().item() for a, k, y in calls)
+            finally:
                 hook.remove()
-    return maps
+            errors[name] = (wrong / max(whole, 1e-30)) ** 0.5
+    return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+
+def _sample(output):
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _instead(layer, size, attention, args, kwargs, output):
+    """Hook of an attention: the layer's output in the place of its own."""
+    x = args[0] if args else kwargs["hidden_states"]
+    return layer(x.to(next(layer.parameters()).dtype), map_size=size()).to(output.dtype)
 
 
 @torch.no_grad()

@@ -66,7 +66,8 @@ def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], optio
 
 
 def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """The config in a file or folder, and the state dict of each layer. Raises FileNotFoundError, or ValueError if the
+    """The config in a file or folder, and the state dict of each layer. The config's "kept", which older files lack,
+    names the attentions that stayed. Raises FileNotFoundError, or ValueError if the
     file is damaged, is something else, or holds layers that do not fit `unet`, with those `channels` by name."""
     path = Path(path)
     path = path / FILE if path.is_dir() else path
@@ -81,9 +82,9 @@ def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[d
             if missing := [key for key in _CONFIG if key not in config]:
                 raise ValueError(f"{path} is damaged: its config lacks {', '.join(missing)}")
             _check_belongs(path, config, unet, channels)
-            states = {name: {} for name in channels}
+            states = {name: {} for name in channels if name not in config.get("kept", ())}
             for key in file.keys():
-                name = next((name for name in channels if key.startswith(f"{name}.")), None)
+                name = next((name for name in states if key.startswith(f"{name}.")), None)
                 if name is None:
                     raise ValueError(f"{path} has the tensor {key}, which belongs to none of its layers")
                 states[name][key.removeprefix(f"{name}.")] = file.get_tensor(key)
@@ -98,5 +99,9 @@ def _check_belongs(path, config, unet, channels):
     if differing:
         shown = "; ".join(f"{key} is {saved.get(key)} there and {own[key]} here" for key in differing[:3])
         raise ValueError(f"{path} belongs to another base model: {shown}")
-    if config["layers"] != channels:
+    kept = config.get("kept", [])
+    if not isinstance(kept, list) or not isinstance(config["layers"], dict):
+        raise ValueError(f"{path} is damaged: its config does not list layers and kept attentions")
+    unknown = [name for name in kept if name not in channels]
+    if unknown or config["layers"] != {name: count for name, count in channels.items() if name not in kept}:
         raise ValueError(f"{path} belongs to another base model: its layers are not where this UNet has attention")

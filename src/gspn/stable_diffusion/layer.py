@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gspn.lattices import interleaved, sub_lattices
 from gspn.layers import GSPN2d, average_over_lines
 from gspn.ops import DIRECTIONS, check_backend, propagate, validate_segment
 
@@ -40,6 +41,10 @@ class GSPNAttention(nn.Module):
         gate_bias: see above; the pure form has none.
         qkv_bias, out_bias, dropout: of to_q, to_k, to_v and of to_out, as the attention replaced has them.
         backend: as in :class:`gspn.GSPN2d`.
+
+    Attributes:
+        apart: (k, m), by default (1, 1): the layer runs on each of the k*m interleaved sub-lattices of the map, whose
+            pixels lie k rows and m columns apart, see :func:`gspn.adapt`. It belongs to no state dict.
 
     Shape: (B,N,C) to (B,N,C), N = H*W in row-major order, in the input's dtype, or autocast's inside autocast.
 
@@ -79,6 +84,7 @@ class GSPNAttention(nn.Module):
         else:
             self._build_qkv(len(DIRECTIONS), qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels, bias=out_bias), nn.Dropout(dropout)])
+        self.apart = (1, 1)
         self._processor = (None,)  # in a tuple: a processor that is a module must not become a submodule
 
     def _build_qkv(self, count, bias):
@@ -123,9 +129,14 @@ class GSPNAttention(nn.Module):
         kind = hidden_states.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind) and hidden_states.dtype != torch.float64:
             hidden_states = hidden_states.to(torch.get_autocast_dtype(kind))  # as attention's q, k and v are there
+        whole, apart = map_size, self.apart
+        if apart != (1, 1):
+            hidden_states = sub_lattices(hidden_states.unflatten(1, whole), apart)
+            map_size, hidden_states = tuple(hidden_states.shape[1:3]), hidden_states.flatten(1, 2)
         as_map = lambda tokens: tokens.unflatten(1, map_size).permute(0, 3, 1, 2)  # noqa: E731
         y = self.gspn(as_map(hidden_states)) if self.form == "pure" else self._scan_qkv(hidden_states, as_map, map_size)
-        y = y.permute(0, 2, 3, 1).flatten(1, 2)
+        y = y.permute(0, 2, 3, 1)
+        y = (y if apart == (1, 1) else interleaved(y, apart)).flatten(1, 2)
         for module in self.to_out:
             y = module(y)
         return y
@@ -188,6 +199,10 @@ class GSPNAttention(nn.Module):
                 "it yourself to call the layer alone"
             )
         height, width = map_size
+        if height % self.apart[0] or width % self.apart[1]:
+            raise ValueError(
+                f"a map of {height}x{width} cannot be divided into sub-lattices {self.apart[0]}x{self.apart[1]} apart"
+            )
         if height * width != tokens.shape[1]:
             raise ValueError(f"a map of {height}x{width} has {height * width} pixels, got {tokens.shape[1]} tokens")
 

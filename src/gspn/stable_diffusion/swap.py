@@ -6,7 +6,7 @@ are right for every shape, also when gradient checkpointing runs a block again.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,10 @@ import torch
 from torch import nn
 
 from gspn.stable_diffusion import file as swap_file
+from gspn.stable_diffusion.feature_maps import rank
+from gspn.stable_diffusion.fitting import fit
 from gspn.stable_diffusion.init import initialize, stream_statistics
+from gspn.stable_diffusion.keeping import Keep, check_count, is_count, kept_names, level_of
 from gspn.stable_diffusion.layer import GSPNAttention, check_form
 
 try:
@@ -70,11 +73,13 @@ class Swap:
         layers: the GSPN layers by the name of the attn1 that each replaces, in the order of the UNet.
         attentions: the replaced attentions, by the same names. Meanwhile they are not part of the UNet: its parameters
             and its state dict hold those of the layers.
+        kept: the names of the attentions that were not replaced.
         active: "gspn", "attention", or None once restored.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, layers: dict[str, GSPNAttention]):
+    def __init__(self, unet: UNet2DConditionModel, layers: dict[str, GSPNAttention], kept: Sequence[str] = ()):
         first = next(iter(layers.values()))
+        self.kept = tuple(sorted(kept))
         self.unet, self.layers, self.form, self.segment = unet, layers, first.form, first.segment
         self.attentions = {name: unet.get_submodule(name) for name in layers}
         self.active = "attention"
@@ -144,6 +149,17 @@ class Swap:
                             self._hooks.append(attention.register_forward_pre_hook(_drop_size, with_kwargs=True))
             self.unet.save_pretrained = _refuse_saving
 
+    def keep(self, keep: str | Sequence[str]) -> None:
+        """Puts some of the attentions back for good, and forgets their layers. `keep` is as in :func:`gspn.swap`, but
+        for a number. Raises ValueError where it matches none of the layers or all."""
+        if self.active is None:
+            raise ValueError("this swap was restored; gspn.swap makes another")
+        names = kept_names(self.unet, list(self.layers), keep)
+        with self.use("attention"):
+            for name in names:
+                del self.layers[name], self.attentions[name]
+        self.kept = tuple(sorted({*self.kept, *names}))
+
     def restore(self) -> None:
         """Puts the attentions back for good; the UNet is what it was before the swap, bit for bit."""
         self.use("attention")
@@ -165,11 +181,13 @@ class Swap:
             _check_linears(name, layer)
         gate_bias = next(iter(self.layers.values())).gate_bias
         options = {"form": self.form, "segment": self.segment, "gate_bias": gate_bias}
+        options |= {"kept": list(self.kept)} if self.kept else {}  # without it as every earlier version reads it
         return swap_file.write(path, self.unet, self.layers, options)
 
     def __repr__(self) -> str:
         extent = "global" if self.segment is None else f"segment={self.segment}"
-        return f"Swap({len(self.layers)} layers, form={self.form}, {extent}, active={self.active})"
+        kept = f", {len(self.kept)} attentions kept" if self.kept else ""
+        return f"Swap({len(self.layers)} layers{kept}, form={self.form}, {extent}, active={self.active})"
 
 
 def swap(
@@ -179,6 +197,8 @@ def swap(
     segment: int | None = None,
     init: str = "pretrained",
     backend: str | None = None,
+    keep: Keep = None,
+    run: Callable[[], object] | None = None,
 ) -> Swap:
     """Replaces every self-attention (attn1) of a Stable Diffusion UNet by a GSPN layer, in place.
 
@@ -189,6 +209,11 @@ def swap(
         segment: lines between resets of the scan; None is global, at any size. The paper's authors train with 4.
         init: "pretrained" starts from the weights of the replaced attention, "random" uses only its shapes.
         backend: "reference", "cpu", "triton", or None to pick by device.
+        keep: the attentions that stay. One or several of: "lowest", the level with the smallest maps; "level:N", the
+            maps that were halved N times; a name, a glob of names, or the name of a module around them. Or a whole
+            number k: all layers are fitted (gspn.stable_diffusion.fit), and the k attentions stay whose replacement
+            changes the UNet's output most (gspn.stable_diffusion.rank); the other layers stay fitted.
+        run: for a number `keep`: runs the UNet on what it is to be good at, see gspn.stable_diffusion.fit.
 
     Returns:
         A :class:`Swap`; as a context manager it restores the UNet at the end, as :func:`gspn.restore` does.
@@ -205,8 +230,17 @@ def swap(
     if init not in ("pretrained", "random"):
         raise ValueError(f'init has to be "pretrained" or "random", got {init!r}')
     unet, blocks = _swappable(target)
+    if is_count(keep):
+        check_count(keep, list(blocks))
+        if run is None:
+            raise ValueError(f"keep={keep} compares the layers, which needs run: a function that runs the UNet")
+    elif run is not None:
+        raise ValueError(f"run is for a number of attentions to keep, got keep={keep!r}")
+    kept = () if is_count(keep) else kept_names(unet, list(blocks), keep)
     layers, before = {}, {}
     for name, block in blocks.items():
+        if name in kept:
+            continue
         attention, around = block.attn1, name.partition(".transformer_blocks.")[0]
         weight = attention.to_q.weight
         options = _options(attention)
@@ -218,12 +252,20 @@ def swap(
                 before[around] = stream_statistics(unet.get_submodule(around))
             initialize(layer.float(), attention, norm, _native_size(unet, name), before[around])  # whatever the default
         layers[name] = layer.to(weight.dtype).train(attention.training)
-    return Swap(unet, layers)
+    swapped = Swap(unet, layers, kept)
+    if is_count(keep):
+        try:
+            fit(swapped, run)
+            swapped.keep(list(rank(swapped, run))[:keep])
+        except BaseException:
+            swapped.restore()
+            raise
+    return swapped
 
 
 def restore(target: "nn.Module | DiffusionPipeline") -> None:
     """Undoes :func:`gspn.swap` in a pipeline or UNet, bit for bit. Raises ValueError if nothing is swapped."""
-    unet = _unet_of(target)
+    unet = unet_of(target)
     if "_gspn_swap" not in unet.__dict__:
         raise ValueError("this UNet is not swapped: there is nothing to restore")
     unet._gspn_swap.restore()
@@ -244,8 +286,8 @@ def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, back
     config, states = swap_file.read(path, unet, channels)
     form = {key: config[key] for key in ("form", "segment", "gate_bias")}
     layers = {}
-    for name, block in blocks.items():
-        weight = block.attn1.to_q.weight
+    for name in states:
+        block, weight = blocks[name], blocks[name].attn1.to_q.weight
         with torch.device("meta"):
             layer = GSPNAttention(channels[name], backend=backend, **form, **_options(block.attn1))
         state = {key: value.to(weight.device, weight.dtype) for key, value in states[name].items()}
@@ -254,24 +296,21 @@ def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, back
         except RuntimeError as error:
             raise ValueError(f"{path} does not hold the layer {name} of its config: {error}") from error
         layers[name] = layer.train(block.attn1.training)
-    return Swap(unet, layers)
+    return Swap(unet, layers, [name for name in blocks if name not in states])
 
 
 def _native_size(unet, name) -> tuple[int, int]:
     """H and W of the map at the attention `name` for an input of the UNet's own sample size (64 if it has none)."""
     size = unet.config.sample_size or 64
     size = (size, size) if isinstance(size, int) else tuple(size)
-    deepest = len(unet.config.down_block_types) - 1
-    part, _, rest = name.partition(".")
-    level = int(rest.split(".")[0]) if part != "mid_block" else deepest
-    level = deepest - level if part == "up_blocks" else level
-    return tuple(max(1, -(-n // 2**level)) for n in size)
+    return tuple(max(1, -(-n // 2 ** level_of(unet, name))) for n in size)
 
 
 # -- what can be swapped --
 
 
-def _unet_of(target) -> UNet2DConditionModel:
+def unet_of(target) -> UNet2DConditionModel:
+    """The UNet of a pipeline, or the UNet itself. Raises TypeError for anything else."""
     unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     unet = unet._orig_mod if isinstance(unet, nn.Module) and is_compiled_module(unet) else unet
     if isinstance(unet, UNet2DConditionModel):
@@ -289,7 +328,7 @@ def _unet_of(target) -> UNet2DConditionModel:
 def _swappable(target) -> tuple[UNet2DConditionModel, dict[str, BasicTransformerBlock]]:
     """The UNet and, by the name of their attn1, its blocks that have self-attention there. Raises ValueError for a UNet
     that cannot be swapped."""
-    unet = _unet_of(target)
+    unet = unet_of(target)
     if "_gspn_swap" in unet.__dict__:
         raise ValueError(f"this UNet is swapped already: {unet._gspn_swap}; gspn.restore undoes that")
     whole = target if isinstance(target, nn.Module) else target.unet

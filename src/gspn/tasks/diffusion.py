@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from rich.console import Console
 from torch import Tensor
@@ -31,30 +30,10 @@ from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, labelled_splits, open_with, parameters_of, resume, start
 from gspn.tasks.held_out import HeldOutTask, fixed_noise
 from gspn.tasks.objective import Objective, make_scheduler
+from gspn.tasks.sizes import RandomSizes
 from gspn.train.run import Run
 
 SHOWN_CLASSES, SHOWN_EACH = 10, 4  # in the pictures of samples
-
-
-class RandomSizes:
-    """Resizes batches of images (B,C,H,W) in [-1, 1] to random sizes, by bicubic interpolation.
-
-    Height and width are H and W times a factor between `low` and `high`, each with its own, rounded to multiples of
-    `unit`; with `square`, both with the same. The logarithm of a factor is uniform: half and twice the size are alike.
-    """
-
-    def __init__(self, low: float, high: float, unit: int, square: bool = False):
-        self.range, self.unit, self.square = torch.tensor([low, high]).log(), unit, square
-
-    def __call__(self, images: Tensor) -> Tensor:
-        low, high = self.range
-        factors = torch.empty(2).uniform_(float(low), float(high)).exp()
-        factors = factors[:1].expand(2) if self.square else factors
-        sides = zip(images.shape[2:], factors.tolist(), strict=True)
-        size = tuple(max(1, round(side * factor / self.unit)) * self.unit for side, factor in sides)
-        if size == tuple(images.shape[2:]):
-            return images
-        return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 class Diffusion(HeldOutTask):

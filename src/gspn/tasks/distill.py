@@ -22,15 +22,19 @@ from gspn.data.unreadable import Unreadable, warning_of
 from gspn.digests import is_earlier
 from gspn.options import OptionError, far_from
 from gspn.options.distill import PRESET, SPEC, DistillOptions
-from gspn.stable_diffusion import fit
+from gspn.stable_diffusion import fit, rank
+from gspn.stable_diffusion.keeping import check_count, is_count
 from gspn.stable_diffusion.swap import swap
 from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, resume, start
 from gspn.tasks.side_by_side import SideBySide
+from gspn.tasks.sizes import ChosenSizes
 from gspn.tasks.student import PARTS, Distillation, Student
 from gspn.tasks.text_to_image import TextToImage, open_text_to_image
 from gspn.train.loop import autocast, seed_everything
 from gspn.train.run import Run, RunError
+
+RANKED_BY = 64  # inputs of the UNet
 
 
 @dataclass(kw_only=True)
@@ -38,7 +42,8 @@ class Setup(BaseSetup):
     """The teacher and images with captions.
 
     Attributes, beside those of the base: `digest` is the teacher's before the swap; `fitted` holds the relative errors
-    of each layer before and after --fit.
+    of each layer before and after --fit; `kept` the attentions that stay where their
+    number was given, or that stayed in a run that is resumed.
     """
 
     spec: ClassVar = SPEC
@@ -48,6 +53,7 @@ class Setup(BaseSetup):
     preprocessing: Preprocessing
     options: DistillOptions
     fitted: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, where: str | Path, options: DistillOptions, *, resuming: bool = False) -> "Setup":
@@ -58,6 +64,18 @@ class Setup(BaseSetup):
             raise OptionError("fsdp: distillation cannot shard; only the small swapped layers are trained")
         if not options.noise_weight + options.output_weight + options.feature_weight:
             raise OptionError("noise_weight, output_weight and feature_weight are all 0: expected one above 0")
+        if options.sizes:
+            options = options.updated({"sizes": options.sizes})  # checks what did not come from a flag
+            if not options.noise_weight + options.away_weight:
+                raise OptionError(
+                    "sizes: noise_weight and away_weight are both 0, so that nothing is learned at other sizes: "
+                    "expected one above 0"
+                )
+        if is_count(options.keep_attention) and not options.fit:
+            raise OptionError(
+                f"keep_attention: the {options.keep_attention} attentions that matter most are found after a fit: "
+                "expected a fit above 0, such as 200"
+            )
         data = open_captions(
             where,
             val_fraction=options.val_fraction,
@@ -81,6 +99,8 @@ class Setup(BaseSetup):
         teacher.check_size(options.size)
         preprocessing = Preprocessing(3, options.size, (0.5,) * 3, (0.5,) * 3)
         notes = [*data.notes, far, teacher.too_long(train_split.captions)]
+        if options.sizes and 1 not in options.sizes:
+            notes.append("sizes: the factor 1 is not among them: the student never sees the size of its validation")
         return cls(
             data=data,
             train_split=train_split,
@@ -98,8 +118,12 @@ class Setup(BaseSetup):
         options, teacher = self.options, self.teacher
         torch.manual_seed(options.seed)
         teacher.pipe.to(device)
+        keep = options.keep_attention
         try:
-            swapped = swap(teacher.unet, form=options.form, segment=options.segment, init=options.init)
+            keep = None if is_count(keep) else keep  # first_weights ranks the layers
+            swapped = swap(teacher.unet, form=options.form, segment=options.segment, init=options.init, keep=keep)
+            if is_count(options.keep_attention):
+                check_count(options.keep_attention, list(swapped.layers))
         except (TypeError, ValueError) as error:
             raise OptionError(f"the attention of {options.base} cannot be swapped: {error}") from error
         for layer in swapped.layers.values():
@@ -142,10 +166,17 @@ class Setup(BaseSetup):
             model.swap, run, maps=options.fit_maps, steps=options.fit, batch_size=options.batch_size, seed=options.seed
         )
         before, after = (np.mean([errors[i] for errors in self.fitted.values()]) for i in range(2))
-        return (
+        note = (
             f"each layer was fitted to its attention layer on {options.fit_maps} feature maps: relative error "
             f"{before:.3f} before, {after:.3f} after (mean of {len(self.fitted)} layers)"
         )
+        if is_count(options.keep_attention):
+            errors = rank(model.swap, run, maps=min(options.fit_maps, RANKED_BY))
+            self.kept = list(errors)[: options.keep_attention]
+            model.keep(self.kept)
+            told = ", ".join(f"{name} ({errors[name]:.3f})" for name in self.kept)
+            note += f"; kept, with the error of the UNet's output that their replacement causes: {told}"
+        return note
 
     def config(self, model) -> dict:
         options, teacher = self.options, self.teacher
@@ -156,6 +187,7 @@ class Setup(BaseSetup):
                 "segment": options.segment,
                 "init": options.init,
                 "layers": {name: layer.channels for name, layer in model.swap.layers.items()},
+                "kept": list(model.swap.kept),
                 "fitted": self.fitted,
             },
             "prediction_type": teacher.objective.prediction_type,
@@ -163,7 +195,9 @@ class Setup(BaseSetup):
         }
 
     def check_config(self, config):
-        """Raises RunError where the teacher is not the one that the run began with."""
+        """Takes over which attentions stayed. Raises RunError where the teacher is not the one that the
+        run began with."""
+        self.kept = list(config.get("swap", {}).get("kept", ()))
         recorded = config["base"]["digest"]
         own = self.teacher.digest(like=recorded) if is_earlier(recorded) else self.digest
         if own != recorded:
@@ -173,22 +207,32 @@ class Setup(BaseSetup):
             )
 
     def about(self, model):
-        options, (height, width) = self.options, self.options.size
-        trained, total = (sum(p.numel() for p in module.parameters()) for module in (model, self.teacher.unet))
+        options, sizes = self.options, "{}x{}".format(*self.options.size)
+        if options.sizes:
+            sizes += f" times {', '.join(f'{factor:g}' for factor in options.sizes)}"
+        layers = {name: layer for name, layer in model.swap.layers.items() if name not in self.kept}
+        trained = sum(p.numel() for layer in layers.values() for p in layer.parameters())
+        total = sum(p.numel() for p in self.teacher.unet.parameters())
+        kept = len({*model.swap.kept, *self.kept})
+        kept = f" ({kept} kept)" if kept else ""
         extent = "global" if options.segment is None else f"segments of {options.segment}"
         return (
-            f"{self.teacher.path}: GSPN ({options.form}, {extent}) for {len(model.swap.layers)} self-attentions, "
+            f"{self.teacher.path}: GSPN ({options.form}, {extent}) for {len(layers)} self-attentions{kept}, "
             f"{trained:,} of the UNet's {total:,} parameters, which are trained",
-            f"with captions, {height}x{width}",
+            f"with captions, {sizes}",
             (f"predicts {self.teacher.objective.prediction_type}",),
         )
 
-    def loader(self, split: Split, train: bool = False) -> Loader:
-        """Batches of a split."""
+    def random_sizes(self) -> ChosenSizes | None:
+        options = self.options
+        return ChosenSizes(options.size, options.sizes, self.teacher.multiple) if options.sizes else None
+
+    def loader(self, split: Split, train: bool = False, size: tuple[int, int] | None = None) -> Loader:
+        """Batches of a split, at the run's size or another."""
         options = self.options
         return make_loader(
             split,
-            self.preprocessing,
+            replace(self.preprocessing, size=size or options.size),
             options.batch_size,
             train=train,
             augmentation=Augmentation(flip=True) if options.flip else None,
@@ -207,6 +251,7 @@ class Setup(BaseSetup):
             self.preprocessing,
             loader,
             weights={name: getattr(options, f"{name}_weight") for name in PARTS},
+            away=options.away_weight,
             dropout=options.caption_dropout,
             parts=options.accumulate,
             unreadable=Unreadable(splits, options.strict),
@@ -215,7 +260,8 @@ class Setup(BaseSetup):
 
     def train(self, training: Training) -> tuple[Run | None, list[str]]:
         options, run, student, held_out = self.options, training.run, training.model, self.held_out()
-        draw = None
+        draw, sizes = None, self.random_sizes()
+        student.keep([name for name in self.kept if name in student.swap.layers])
         if run and options.sample_every:
             draw = SideBySide(student, held_out.captions, options, run.path / "samples")
         task = self.task(
@@ -223,9 +269,12 @@ class Setup(BaseSetup):
             held_out,
             training.accelerator.prepare(self.loader(held_out)),
             draw=draw,
+            sizes=sizes,
             save=partial(student.swap.save, run.path) if run else None,
         )
-        training.loop(task, self.loader(self.train_split, train=True), options)
+        # At the largest size: from there, images are only made smaller.
+        loader = self.loader(self.train_split, train=True, size=sizes and sizes.largest)
+        training.loop(task, loader, options)
         if run:
             plots.distillation(run)
         problems = list(task.unreadable.problems.values())

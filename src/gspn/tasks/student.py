@@ -6,7 +6,8 @@ trained.
     loss = |student - target|^2 + 0.5 |student - teacher|^2 + 0.5 mean over layers |layer - attention|^2
 
 The target is that of the schedule's prediction type. Each square is a mean over an item's values. Source: arXiv
-2501.12381, section 3.5 on text to image.
+2501.12381, section 3.5 on text to image. With random sizes, what the teacher says counts less, or not at all, at sizes
+that it was not trained at.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,12 @@ class Student(nn.Module):
             for name, module in modules.items():
                 module.register_forward_hook(partial(self._see, name))
 
+    def keep(self, names: Sequence[str]) -> None:
+        """Puts these attentions back, and forgets their layers."""
+        self.swap.keep(names)
+        for name in names:
+            del self.layers[name.replace(".", "/")]
+
     def train(self, mode: bool = True) -> "Student":
         return super().train(False)
 
@@ -77,8 +84,10 @@ class Distillation(HeldOutTask):
     Args:
         student: Student. captions: of the training images, a tuple of one or more each, and of the held-out ones.
         preprocessing: of the images. loader: of the held-out images.
-        weights: of the parts of the loss, by PARTS. dropout: the probability of replacing a caption by the empty one.
+        weights: of the parts of the loss, by PARTS. away: what multiplies those of the teacher at other sizes than the
+            preprocessing's. dropout: the probability of replacing a caption by the empty one.
         parts: the number of parts into which a batch is cut, to save memory.
+        sizes: brings the training images, in [-1, 1], to another size.
         draw: called with the number of the epoch; returns a picture of samples or None.
         save: called when the validation loss is the best so far.
         unreadable: counts the images that could not be read.
@@ -93,8 +102,10 @@ class Distillation(HeldOutTask):
         loader: Loader,
         *,
         weights: Mapping[str, float],
+        away: float = 0.0,
         dropout: float = 0.1,
         parts: int = 1,
+        sizes: Callable[[Tensor], Tensor] | None = None,
         draw: Callable | None = None,
         save: Callable | None = None,
         unreadable: Unreadable,
@@ -102,7 +113,7 @@ class Distillation(HeldOutTask):
         super().__init__(unreadable)
         self.student, self.teacher, self.objective = student, student.teacher, student.teacher.objective
         self.captions, self.held_out, self.preprocessing, self.loader = captions, held_out, preprocessing, loader
-        self.weights, self.dropout, self.parts = weights, dropout, parts
+        self.weights, self.away, self.dropout, self.parts, self.sizes = weights, away, dropout, parts, sizes
         self.draw, self.save, self.best = draw, save, None
 
     def prepare(self, batch):
@@ -113,25 +124,29 @@ class Distillation(HeldOutTask):
             None if drop < self.dropout else self.captions[i][int(at * len(self.captions[i]))]
             for i, at, drop in zip(index, which, dropped, strict=True)
         ]
-        start = self._latents(batch["image"], draw=True)
+        images = self.preprocessing.normalize(batch["image"])
+        images = self.sizes(images) if self.sizes else images
+        size = tuple(images.shape[2:])
+        start = self._latents(images, draw=True)
         return {
             "start": start,
             "noise": torch.randn_like(start),
             "timestep": torch.randint(self.objective.steps, (len(index),), device=start.device),
             "known": known,
-            **self.teacher.conditions(captions, self.preprocessing.size),
+            "trust": torch.full((len(index),), 1.0 if size == self.preprocessing.size else self.away),
+            **self.teacher.conditions(captions, size),
         }
 
     def _latents(self, images, draw):
-        images = self.preprocessing.normalize(images)
         return torch.cat([self.teacher.latents(part, draw=draw) for part in images.chunk(self.parts)])
 
     def count(self, batch):
         return batch["known"].sum()
 
     def loss(self, model, batch):
-        losses = self.losses(model, batch)
-        return sum(self.weights[name] * losses[name].sum() for name in PARTS)
+        losses, trust = self.losses(model, batch), batch["trust"][0].item()
+        weights = {name: weight * (1 if name == "noise" else trust) for name, weight in self.weights.items()}
+        return sum(weights[name] * loss.sum() for name, loss in losses.items() if name in weights)
 
     def inputs(self, batch) -> tuple:
         """x_t, t and conditions of a prepared batch."""
@@ -145,18 +160,18 @@ class Distillation(HeldOutTask):
 
     def losses(self, model, batch) -> dict[str, Tensor]:
         """The parts of the loss of each item (B,), by PARTS, and "teacher", the teacher's noise loss; 0 for images that
-        could not be read."""
+        could not be read. Where the teacher is not trusted at all it does not run, and only "noise" is given."""
         start, noise, timestep = (batch[name] for name in ("start", "noise", "timestep"))
-        inputs = self.inputs(batch)
-        taught, wanted = self.student.teach(*inputs)
+        inputs, taught = self.inputs(batch), None
+        if batch["trust"][0]:
+            taught, wanted = self.student.teach(*inputs)
         output, seen = model(*inputs)
         with torch.autocast(start.device.type, enabled=False):
-            losses = {
-                "noise": self.objective.losses(output, start, noise, timestep)[0],
-                "output": _squared(output, taught),
-                "feature": torch.stack(list(map(_squared, seen, wanted))).mean(0),
-                "teacher": self.objective.losses(taught, start, noise, timestep)[0],
-            }
+            losses = {"noise": self.objective.losses(output, start, noise, timestep)[0]}
+            if taught is not None:
+                losses["output"] = _squared(output, taught)
+                losses["feature"] = torch.stack(list(map(_squared, seen, wanted))).mean(0)
+                losses["teacher"] = self.objective.losses(taught, start, noise, timestep)[0]
         return {name: loss.where(batch["known"], 0.0) for name, loss in losses.items()}
 
     def held_out_losses(self, model):
@@ -178,7 +193,7 @@ class Distillation(HeldOutTask):
 
     def _fixed(self, batch):
         """A held-out batch, prepared; always the same for the same image."""
-        start = self._latents(batch["image"], draw=False)
+        start = self._latents(self.preprocessing.normalize(batch["image"]), draw=False)
         noise, timestep = fixed_noise(batch["index"], start.shape[1:], self.objective.steps, start.device)
         captions = [self.held_out[i][0] for i in batch["index"].tolist()]
         return {
@@ -186,6 +201,7 @@ class Distillation(HeldOutTask):
             "noise": noise,
             "timestep": timestep,
             "known": batch["label"] != UNREADABLE,
+            "trust": torch.ones(len(captions)),
             **self.teacher.conditions(captions, self.preprocessing.size),
         }
 

@@ -109,11 +109,15 @@ class TextToImage:
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
+    @property
+    def multiple(self) -> int:
+        """The sides of images in pixels are multiples of it."""
+        return math.lcm(MULTIPLE, self.pipe.vae_scale_factor)
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises OptionError unless images of (H, W) can be trained on and drawn."""
-        multiple = math.lcm(MULTIPLE, self.pipe.vae_scale_factor)
-        if any(length % multiple for length in size):
-            raise OptionError(f"size must be divisible by {multiple}, got {size[0]}x{size[1]}")
+        if any(length % self.multiple for length in size):
+            raise OptionError(f"size must be divisible by {self.multiple}, got {size[0]}x{size[1]}")
 
     # -- from a batch to latents, conditions and predictions --
 

@@ -3,7 +3,7 @@ convolutions."""
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -33,11 +33,15 @@ def cosine_share(t: Tensor | float, noise_steps: int, power: float) -> float:
 
 
 @contextmanager
-def dilated(unet: nn.Module, dilation: int) -> Iterator[None]:
-    """In the block, all convolutions of the UNet that keep (or halve) the map's size are dilated by `dilation`, so that
-    they reach as far in a map that many times as large as in training; afterwards, also on an exception, as before."""
+def dilated(unet: nn.Module, dilation: int | tuple[int, int], parts: Sequence[str] = ("",)) -> Iterator[None]:
+    """In the block, the convolutions of the UNet that keep (or halve) the map's size are dilated by `dilation` (one
+    number, or one for the height and one for the width), so that they reach as far in a map that many times as large as
+    in training; afterwards, also on an exception, as before. `parts`: the beginnings of their names; all by default."""
     before = []
-    for conv in unet.modules():
+    times = (dilation, dilation) if isinstance(dilation, int) else dilation
+    for name, conv in unet.named_modules():
+        if not name.startswith(tuple(parts)):
+            continue
         if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros" or max(conv.kernel_size) == 1:
             continue
         reach = tuple(d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
@@ -45,8 +49,8 @@ def dilated(unet: nn.Module, dilation: int) -> Iterator[None]:
             before.append((conv, conv.dilation, conv.padding))
     try:
         for conv, dilations, paddings in before:
-            conv.dilation = tuple(d * dilation for d in dilations)
-            conv.padding = tuple(p * dilation for p in paddings)
+            conv.dilation = tuple(d * k for d, k in zip(dilations, times, strict=True))
+            conv.padding = tuple(p * k for p, k in zip(paddings, times, strict=True))
         yield
     finally:
         for conv, dilations, paddings in before:

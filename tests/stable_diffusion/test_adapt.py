@@ -1,0 +1,77 @@
+"""Larger images without training: the layers of a swap on sub-lattices of their maps."""
+
+import pytest
+import torch
+from helpers.stable_diffusion import tiny_sd
+from helpers.swapping import run, unet_of
+
+import gspn
+from gspn.lattices import interleaved, sub_lattices
+
+
+def test_lattices_are_pixels_that_lie_apart():
+    x = torch.randn(2, 6, 8, 3)
+    y = sub_lattices(x, (3, 2))
+    assert y.shape == (12, 2, 4, 3) and torch.equal(interleaved(y, (3, 2)), x)
+    for b in range(2):
+        for i in range(3):
+            for j in range(2):
+                assert torch.equal(y[6 * b + 2 * i + j], x[b, i::3, j::2])
+
+
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+def test_a_layer_runs_on_each_lattice_alone(form):
+    torch.manual_seed(0)
+    layer = gspn.GSPNAttention(8, form=form, segment=2).eval()
+    x = torch.randn(2, 6 * 4, 8)
+    with torch.no_grad():
+        whole = layer(x, map_size=(6, 4))
+        layer.apart = (2, 1)
+        found = layer(x, map_size=(6, 4)).view(2, 6, 4, 8)
+        layer.apart = (1, 1)
+        for i in range(2):
+            wanted = layer(x.view(2, 6, 4, 8)[:, i::2].reshape(2, 12, 8), map_size=(3, 4))
+            torch.testing.assert_close(found[:, i::2].reshape(2, 12, 8), wanted)
+        assert torch.equal(layer(x, map_size=(6, 4)), whole)
+    layer.apart = (4, 1)
+    with pytest.raises(ValueError, match=r"6x4 cannot be divided .*4x1"):
+        layer(x, map_size=(6, 4))
+
+
+@pytest.mark.parametrize(
+    "size, apart", [((16, 16), (1, 1)), ((32, 16), (2, 1)), ((24, 32), (2, 2)), ((8, 20), (1, 1)), ((48, 64), (3, 4))]
+)
+def test_the_ratio_of_the_sizes_says_how_far_apart(size, apart):
+    """A pipeline made for 16x16; half goes up; smaller images are left alone."""
+    pipe = tiny_sd()
+    swapped = gspn.swap(pipe, keep="mid_block", segment=4, init="random")
+    with gspn.adapt(pipe, size):
+        assert {layer.apart for layer in swapped.layers.values()} == {apart}
+    assert {layer.apart for layer in swapped.layers.values()} == {(1, 1)}
+
+
+def test_maps_that_cannot_be_divided_are_refused():
+    pipe = tiny_sd()
+    swapped = gspn.swap(pipe, segment=4, init="random")
+    with pytest.raises(ValueError, match=r"24x40 .* 12x20 .* 2x3.*multiples of 8 and 12"):
+        gspn.adapt(pipe, (24, 40))
+    with pytest.raises(ValueError, match=r" 7x4 .* 2x1"):  # at the lower level only
+        gspn.adapt(pipe, (28, 16))
+    assert {layer.apart for layer in swapped.layers.values()} == {(1, 1)}
+
+
+def test_an_adapted_unet():
+    unet = unet_of()
+    with pytest.raises(ValueError, match="not swapped"):
+        gspn.adapt(unet, (16, 16))
+    with gspn.swap(unet, init="random"), pytest.raises(ValueError, match="global"):
+        gspn.adapt(unet, (16, 16))
+    gspn.swap(unet, segment=2, init="random")
+    before = run(unet, 16, 16)
+    with gspn.adapt(unet, (16, 16)):  # of its input
+        within = run(unet, 16, 16)
+        assert within.shape == before.shape and (within - before).abs().max() > 1e-4
+    assert torch.equal(run(unet, 16, 16), before)
+    unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="no sample_size"):
+        gspn.adapt(unet, (16, 16))
