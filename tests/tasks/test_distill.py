@@ -483,10 +483,12 @@ def test_the_command(bases, photos, tmp_path):
     result = run(app, ["distill", "--data", str(photos), *more])
     assert result.exit_code == 2 and "'BASE'" in result.output
     arguments = ["--data", str(photos), "--epochs", "1", "--segment", "2", "--out", str(tmp_path / "run"), *more]
-    result = run(app, ["distill", base, *arguments])
+    keeping = ["--keep-attention", "2", "--fit", "1", "--fit-maps", "2"]
+    result = run(app, ["distill", base, *arguments, *keeping])
     assert result.exit_code == 0 and "validation: noise" in result.output, result.output
     assert "gspn_swap.safetensors" in result.output and "gspn.load_swap(" in result.output
-    assert gspn.load_swap(tiny_sd(), tmp_path / "run").segment == 2
+    loaded = gspn.load_swap(tiny_sd(), tmp_path / "run")
+    assert loaded.segment == 2 and len(loaded.kept) == 2
     result = run(app, ["distill", base, *arguments])
     assert result.exit_code == 2 and "not empty" in result.output
     result = run(app, ["distill", "--resume", str(tmp_path / "run"), "--out", "x"])

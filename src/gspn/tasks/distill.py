@@ -42,8 +42,8 @@ class Setup(BaseSetup):
     """The teacher and images with captions.
 
     Attributes, beside those of the base: `digest` is the teacher's before the swap; `fitted` holds the relative errors
-    of each layer before and after --fit; `kept` the attentions that stay where their
-    number was given, or that stayed in a run that is resumed.
+    of each layer before and after --fit; `kept` the attentions that stay where their number was given, or that stayed
+    in a run that is resumed.
     """
 
     spec: ClassVar = SPEC
@@ -171,7 +171,8 @@ class Setup(BaseSetup):
             f"{before:.3f} before, {after:.3f} after (mean of {len(self.fitted)} layers)"
         )
         if is_count(options.keep_attention):
-            errors = rank(model.swap, run, maps=min(options.fit_maps, RANKED_BY))
+            with autocast(model.teacher.unet.device, options.precision):  # as in run
+                errors = rank(model.swap, run, maps=min(options.fit_maps, RANKED_BY))
             self.kept = list(errors)[: options.keep_attention]
             model.keep(self.kept)
             told = ", ".join(f"{name} ({errors[name]:.3f})" for name in self.kept)
@@ -195,8 +196,8 @@ class Setup(BaseSetup):
         }
 
     def check_config(self, config):
-        """Takes over which attentions stayed. Raises RunError where the teacher is not the one that the
-        run began with."""
+        """Takes over which attentions stayed. Raises RunError where the teacher is not the one that the run began
+        with."""
         self.kept = list(config.get("swap", {}).get("kept", ()))
         recorded = config["base"]["digest"]
         own = self.teacher.digest(like=recorded) if is_earlier(recorded) else self.digest
