@@ -19,6 +19,8 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
 
     For a side k times as long as in training (rounded, half goes up) each layer scans k interleaved sub-lattices of its
     map, so that a segment of 4 lines spans 4k lines. At the trained size nothing changes, nor does any attention.
+    The trained size is that in the UNet's config, also where the layers were distilled at another. The layers change
+    for all threads that use the UNet.
 
     Args:
         target: a swapped pipeline, or its UNet.

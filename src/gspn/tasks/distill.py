@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from gspn import plots
@@ -171,12 +172,15 @@ class Setup(BaseSetup):
             f"{before:.3f} before, {after:.3f} after (mean of {len(self.fitted)} layers)"
         )
         if is_count(options.keep_attention):
-            with autocast(model.teacher.unet.device, options.precision):  # as in run
-                errors = rank(model.swap, run, maps=min(options.fit_maps, RANKED_BY))
-            self.kept = list(errors)[: options.keep_attention]
+            if self.kept:  # those with which the run began: another machine might rank otherwise
+                note += f"; kept as when the run began: {', '.join(self.kept)}"
+            else:
+                with autocast(model.teacher.unet.device, options.precision):  # as in run
+                    errors = rank(model.swap, run, maps=min(options.fit_maps, RANKED_BY))
+                self.kept = broadcast_object_list(list(errors)[: options.keep_attention])  # the same in all processes
+                told = ", ".join(f"{name} ({errors[name]:.3f})" for name in self.kept)
+                note += f"; kept, with the error of the UNet's output that their replacement causes: {told}"
             model.keep(self.kept)
-            told = ", ".join(f"{name} ({errors[name]:.3f})" for name in self.kept)
-            note += f"; kept, with the error of the UNet's output that their replacement causes: {told}"
         return note
 
     def config(self, model) -> dict:
