@@ -109,7 +109,7 @@ def rank(swap, run: Callable[[], object], *, maps: int = 16) -> dict[str, float]
 
     The layers are judged as they are: `fit` them first to know what is lost after training. The UNet runs again on
     copies of the inputs that it got in run(), under the autocast of the caller; nothing else may use it meanwhile.
-    Raises ValueError where run() does not run the UNet, or where an output is not finite, so that nothing can be ranked.
+    Raises ValueError where run() does not run the UNet, or where an output is not finite, which cannot be ranked.
     """
     if maps < 1:
         raise ValueError(f"maps has to be at least 1, got {maps}")
