@@ -98,6 +98,13 @@ def test_too_many_pixels_for_the_context_still_get_an_answer(masked_run, masked,
     assert seen is not None and answer is not None and context is None
     assert len(told) == 1 and "4 pixels" in told[0]
 
+    def exhausted(self, pixels, place):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(demo.Segmenting, "context", exhausted)
+    with pytest.raises(gradio.Error, match="not enough memory"):
+        look(image, 1)
+
 
 def test_a_generator(tmp_path):
     pytest.importorskip("diffusers")

@@ -175,11 +175,11 @@ def _looking(gradio, shown, pictures):
         with _told(gradio):
             pixels = shown.pixels(image, times)
             seen, answer = enlarged(pixels), shown.answer(image, times)
-        try:
-            return seen, answer, shown.context(pixels, None)
-        except ValueError as error:  # too many pixels for it; the answer stands without
-            gradio.Warning(str(error))
-            return seen, answer, None
+            try:
+                return seen, answer, shown.context(pixels, None)
+            except ValueError as error:  # too many pixels for it; the answer stands without
+                gradio.Warning(str(error))
+                return seen, answer, None
 
     def click(image, times, event: gradio.SelectData):
         if image is None:

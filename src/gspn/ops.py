@@ -177,7 +177,8 @@ def propagate(
 
     With ``center``, center[d] is subtracted from the gated input of every line that does not start a segment.
     A product of a projection and the proxy is a 1x1 convolution from S channels. Native kernels compute it while they
-    scan and never write weights or gates to memory; only x and the proxy are kept for the gradients.
+    scan and write no map of weights or gates to memory, except that on a CPU weights that all channels share are
+    written once, for a few images at a time. Only x and the proxy are kept for the gradients.
 
     Args:
         x: (B,C,H,W).

@@ -167,6 +167,21 @@ def test_no_classes_on_the_hub(monkeypatch, tmp_path, reachable):
     assert find_classes(Data("masked datasets", "a-name-on-the-hub", {}, []), None) is None
 
 
+def test_a_file_on_the_hub_that_does_not_come_is_an_error(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, **_: None)
+    for problem in (OSError("503"), LocalEntryNotFoundError("the connection was lost")):
+
+        def download(*_, problem=problem, **__):
+            raise problem
+
+        monkeypatch.setattr(hub, "hf_hub_download", download)
+        with pytest.raises(DataError, match=f"id2label.json of someone/streets .*{problem}.*--classes"):
+            find_classes(Data("masked datasets", "someone/streets", {}, []), None)
+
+
 def test_pairs_that_do_not_fit_name_file_and_value(tmp_path):
     image, mask = pair(0)
     wrong = np.array(mask)

@@ -60,6 +60,17 @@ def test_maps_that_cannot_be_divided_are_refused():
     assert {layer.apart for layer in swapped.layers.values()} == {(1, 1)}
 
 
+@pytest.mark.parametrize(
+    "size, error, message",
+    [(32, TypeError, "got 32"), ((32, 32, 3), TypeError, "got .32, 32, 3"), ((0, 32), ValueError, "got 0x32")],
+)
+def test_a_size_is_a_height_and_a_width(size, error, message):
+    pipe = tiny_sd()
+    gspn.swap(pipe, segment=4, init="random")
+    with pytest.raises(error, match=message):
+        gspn.adapt(pipe, size)
+
+
 def test_an_adapted_unet():
     unet = unet_of()
     with pytest.raises(ValueError, match="not swapped"):

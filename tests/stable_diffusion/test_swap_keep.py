@@ -71,6 +71,8 @@ def test_levels_are_those_of_the_map():
         ("*", ValueError, "all 7 self-attentions would stay"),
         ("level:x", ValueError, "'level:x'"),
         ([1], TypeError, "got 1"),
+        (2.5, TypeError, "got 2.5"),
+        (True, TypeError, "got True"),
         (7, ValueError, "from 1 to 6, of 7 .*got 7"),
         (0, ValueError, "from 1 to 6, .*got 0"),
         (2, ValueError, "keep=2 .*needs run"),
@@ -97,6 +99,8 @@ def test_attentions_go_back_later_too():
     assert torch.equal(run(unet), run(whole.unet))
     with pytest.raises(ValueError, match="matches none of the 6"):
         swapped.keep("mid_block")
+    with pytest.raises(TypeError, match="no number, got 2"):
+        swapped.keep(2)
     gspn.restore(unet)
     with pytest.raises(ValueError, match="was restored"):
         swapped.keep("lowest")
@@ -116,6 +120,35 @@ def test_the_rank_is_the_error_of_the_output():
             alone.layers[name].load_state_dict(states[name])
             found = (run(unet) - wanted).norm() / wanted.norm()
         assert error == pytest.approx(found.item(), rel=1e-4) and error > 1e-4
+
+
+def test_the_rank_is_that_of_the_inputs_at_the_time():
+    """A run may write into its own tensors afterwards, and into the output."""
+    unet = unet_of()
+    swapped = gspn.swap(unet, init="random")
+    expected = rank(swapped, lambda: run(unet), maps=2)
+
+    def careless():
+        given = inputs(unet)
+        with torch.no_grad():
+            unet(**given).sample.zero_()
+        given["sample"].mul_(3)
+        given["encoder_hidden_states"].zero_()
+
+    assert rank(swapped, careless, maps=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_cannot_be_ranked_is_told():
+    unet = unet_of()
+    swapped = gspn.swap(unet, init="random")
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        rank(swapped, lambda: run(unet), maps=0)
+    name, layer = next(iter(swapped.layers.items()))
+    with torch.no_grad():
+        layer.to_out[0].bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"not finite with {name}"):
+        rank(swapped, lambda: run(unet))
+    assert swapped.active == "gspn" and not swapped.attentions[name]._forward_hooks and not unet._forward_hooks
 
 
 def test_a_number_keeps_those_whose_replacement_costs_most(monkeypatch):

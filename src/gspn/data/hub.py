@@ -5,7 +5,9 @@ Its own libraries try six times, for half a minute, before they give up."""
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from gspn.data.images import DataError
 
 PATIENCE = 5  # seconds for an answer
 
@@ -26,9 +28,15 @@ def out_of_reach(name: str, file: str, repo_type: str = "model") -> str | None:
 
 def file_of(name: str, file: str) -> Path | None:
     """A file of the data set `name`, which is kept as the hub's libraries keep files; None if the data set has none, or
-    if the hub cannot be reached and none is kept."""
+    if the hub cannot be reached and none is kept. Errors: DataError where the hub answers but the file cannot be read.
+    """
     unreachable = out_of_reach(name, "README.md", "dataset") is not None
     try:
         return Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset", local_files_only=unreachable))
-    except EntryNotFoundError:  # of the data set, or of what is kept
-        return None
+    except EntryNotFoundError as error:  # of the data set, or of what is kept
+        if unreachable or not isinstance(error, LocalEntryNotFoundError):
+            return None
+        problem = error
+    except (HfHubHTTPError, OSError) as error:
+        problem = error
+    raise DataError(f"{file} of {name} cannot be read from the hub ({type(problem).__name__}: {problem})") from problem

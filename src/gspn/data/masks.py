@@ -183,7 +183,10 @@ def find_classes(data: Data, file: str | Path | None) -> Path | None:
     if not where.exists():
         from gspn.data.hub import file_of  # imports huggingface_hub
 
-        return file_of(data.where, ON_HUB)
+        try:
+            return file_of(data.where, ON_HUB)
+        except DataError as error:
+            raise DataError(f"{error}; with a file of the classes (--classes) it is not needed") from error
     beside = (where if where.is_dir() else where.parent) / CLASSES
     return beside if beside.is_file() else None
 

@@ -12,7 +12,9 @@ from gspn.places import check_named
 
 def parse_keep(value):
     """A whole number, or names as a tuple."""
-    if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()):
+    if isinstance(value, str) and value.strip().isdecimal():  # from a flag
+        return int(value)
+    if isinstance(value, int):
         return parse_whole(value)
     return parse_names(value)
 

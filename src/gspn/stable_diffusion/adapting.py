@@ -19,15 +19,22 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
 
     For a side k times as long as in training (rounded, half goes up) each layer scans k interleaved sub-lattices of its
     map, so that a segment of 4 lines spans 4k lines. At the trained size nothing changes, nor does any attention.
+    The trained size is that in the UNet's config, also where the layers were distilled at another. The layers change
+    for all threads that use the UNet.
 
     Args:
         target: a swapped pipeline, or its UNet.
         size: (height, width) in pixels; for a UNet those of its input.
 
-    Raises ValueError where nothing is swapped, where the layers are global, which see the whole map anyway and did not
-    gain, where the UNet does not say its size, or where the maps cannot be divided by k.
+    Raises TypeError unless `size` is a pair of whole numbers. Raises ValueError where nothing is swapped, where the
+    layers are global, which see the whole map anyway and hardly gain, where the UNet does not say its size, or where
+    the maps cannot be divided by k.
     """
     unet = unet_of(target)
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise TypeError(f"size has to be (height, width) in pixels, got {size!r}")
+    if min(size) < 1:
+        raise ValueError(f"size has to be at least 1x1, got {size[0]}x{size[1]}")
     if "_gspn_swap" not in unet.__dict__:
         raise ValueError("this UNet is not swapped: adapt is for the layers that gspn.swap or gspn.load_swap puts in")
     if unet._gspn_swap.segment is None:

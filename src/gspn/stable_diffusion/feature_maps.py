@@ -1,6 +1,7 @@
 """Feature maps before a UNet's self-attention, how far a GSPN layer is from its attention on them, and how much the
 UNet's output changes by it."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 
 @dataclass
@@ -103,21 +105,28 @@ def rank(swap, run: Callable[[], object], *, maps: int = 16) -> dict[str, float]
 
     Args:
         run: called without arguments until there are enough; each call runs the UNet at least once.
-        maps: at least so many inputs of the UNet are compared.
+        maps: at least so many inputs of the UNet are compared, 1 or more.
 
-    The layers are judged as they are: `fit` them first to know what is lost after training.
+    The layers are judged as they are: `fit` them first to know what is lost after training. The UNet runs again on
+    copies of the inputs that it got in run(), under the autocast of the caller; nothing else may use it meanwhile.
+    Raises ValueError where run() does not run the UNet, or where an output is not finite, which cannot be ranked.
     """
-    calls, unet = [], swap.unet
+    if maps < 1:
+        raise ValueError(f"maps has to be at least 1, got {maps}")
+    inputs, unet, count = [], swap.unet, 0
 
     def seen(module, args, kwargs, output):
-        calls.append((args, kwargs, _sample(output).float()))
+        nonlocal count
+        inputs.append(tree_map_only(Tensor, Tensor.clone, (args, kwargs)))  # run() may write into its own tensors
+        count += len(_sample(output))
 
     with swap.use("attention"), map_sizes(swap, swap.layers) as sizes:
         hook = unet.register_forward_hook(seen, with_kwargs=True)
         try:
-            _until(maps, run, lambda: sum(len(output) for *_, output in calls))
+            _until(maps, run, lambda: count)
         finally:
             hook.remove()
+        calls = [(args, kwargs, _sample(unet(*args, **kwargs)).float()) for args, kwargs in inputs]
         whole = sum(output.square().sum().item() for *_, output in calls)
         errors = {}
         for name, layer in swap.layers.items():
@@ -128,6 +137,8 @@ def rank(swap, run: Callable[[], object], *, maps: int = 16) -> dict[str, float]
             finally:
                 hook.remove()
             errors[name] = (wrong / max(whole, 1e-30)) ** 0.5
+            if not math.isfinite(errors[name]):
+                raise ValueError(f"the UNet's output is not finite with {name} replaced, or with attention alone")
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 

@@ -67,8 +67,8 @@ def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], optio
 
 def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """The config in a file or folder, and the state dict of each layer. The config's "kept", which older files lack,
-    names the attentions that stayed. Raises FileNotFoundError, or ValueError if the
-    file is damaged, is something else, or holds layers that do not fit `unet`, with those `channels` by name."""
+    names the attentions that stayed. Raises FileNotFoundError, or ValueError if the file is damaged, is something else,
+    or holds layers that do not fit `unet`, with those `channels` by name."""
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():

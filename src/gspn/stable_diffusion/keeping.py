@@ -1,6 +1,6 @@
 """Which self-attentions of a UNet stay in a swap."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -27,7 +27,8 @@ def kept_names(unet: nn.Module, names: Sequence[str], keep: str | Sequence[str] 
 
     Raises ValueError where one of them matches nothing or all is kept; TypeError for anything else.
     """
-    wanted = [] if keep is None else [keep] if isinstance(keep, str) else list(keep)
+    listed = keep if isinstance(keep, Iterable) and not isinstance(keep, str) else [keep]
+    wanted = [] if keep is None else list(listed)
     if unknown := [each for each in wanted if not isinstance(each, str)]:
         raise TypeError(f"keep takes names, globs, 'lowest', 'level:N' or a whole number, got {unknown[0]!r}")
     levels = {name: level_of(unet, name) for name in names}

@@ -57,6 +57,8 @@ class GSPNAttention(nn.Module):
     (D,3,C), ``input_bias``, ``output_bias``, ``skip_bias`` (D,C).
     """
 
+    apart: tuple[int, int] = (1, 1)  # of the class, so that layers pickled before it existed have it
+
     def __init__(
         self,
         channels: int,
@@ -84,7 +86,6 @@ class GSPNAttention(nn.Module):
         else:
             self._build_qkv(len(DIRECTIONS), qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels, bias=out_bias), nn.Dropout(dropout)])
-        self.apart = (1, 1)
         self._processor = (None,)  # in a tuple: a processor that is a module must not become a submodule
 
     def _build_qkv(self, count, bias):

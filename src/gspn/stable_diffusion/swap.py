@@ -154,6 +154,10 @@ class Swap:
         for a number. Raises ValueError where it matches none of the layers or all."""
         if self.active is None:
             raise ValueError("this swap was restored; gspn.swap makes another")
+        if is_count(keep):
+            raise TypeError(
+                f"Swap.keep takes no number, got {keep}: expected names, which gspn.stable_diffusion.rank gives"
+            )
         names = kept_names(self.unet, list(self.layers), keep)
         with self.use("attention"):
             for name in names:

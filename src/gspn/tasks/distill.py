@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from gspn import plots
@@ -42,8 +43,8 @@ class Setup(BaseSetup):
     """The teacher and images with captions.
 
     Attributes, beside those of the base: `digest` is the teacher's before the swap; `fitted` holds the relative errors
-    of each layer before and after --fit; `kept` the attentions that stay where their
-    number was given, or that stayed in a run that is resumed.
+    of each layer before and after --fit; `kept` the attentions that stay where their number was given, or that stayed
+    in a run that is resumed.
     """
 
     spec: ClassVar = SPEC
@@ -171,11 +172,15 @@ class Setup(BaseSetup):
             f"{before:.3f} before, {after:.3f} after (mean of {len(self.fitted)} layers)"
         )
         if is_count(options.keep_attention):
-            errors = rank(model.swap, run, maps=min(options.fit_maps, RANKED_BY))
-            self.kept = list(errors)[: options.keep_attention]
+            if self.kept:  # those with which the run began: another machine might rank otherwise
+                note += f"; kept as when the run began: {', '.join(self.kept)}"
+            else:
+                with autocast(model.teacher.unet.device, options.precision):  # as in run
+                    errors = rank(model.swap, run, maps=min(options.fit_maps, RANKED_BY))
+                self.kept = broadcast_object_list(list(errors)[: options.keep_attention])  # the same in all processes
+                told = ", ".join(f"{name} ({errors[name]:.3f})" for name in self.kept)
+                note += f"; kept, with the error of the UNet's output that their replacement causes: {told}"
             model.keep(self.kept)
-            told = ", ".join(f"{name} ({errors[name]:.3f})" for name in self.kept)
-            note += f"; kept, with the error of the UNet's output that their replacement causes: {told}"
         return note
 
     def config(self, model) -> dict:
@@ -195,8 +200,8 @@ class Setup(BaseSetup):
         }
 
     def check_config(self, config):
-        """Takes over which attentions stayed. Raises RunError where the teacher is not the one that the
-        run began with."""
+        """Takes over which attentions stayed. Raises RunError where the teacher is not the one that the run began
+        with."""
         self.kept = list(config.get("swap", {}).get("kept", ()))
         recorded = config["base"]["digest"]
         own = self.teacher.digest(like=recorded) if is_earlier(recorded) else self.digest
