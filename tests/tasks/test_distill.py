@@ -246,6 +246,17 @@ def whole(bases, photos, tmp_path_factory):
     return path
 
 
+def test_the_largest_size_is_tried_before_a_run_is_made(bases, photos, tmp_path, monkeypatch):
+    def latents(teacher, images, *, draw=True):
+        raise RuntimeError(f"no memory for {tuple(images.shape)}")
+
+    monkeypatch.setattr(TextToImage, "latents", latents)
+    options = DistillOptions(base=str(bases / "sd"), sizes=(0.5, 3), **SMALL)
+    with pytest.raises(OptionError, match=r"tried with 48x48: no memory for \(1, 3, 48, 48\)"):
+        distill(photos, tmp_path / "run", options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_at_several_sizes(bases, photos, tmp_path, monkeypatch):
     """Of images as large as the largest; its validation is at the run's size; it goes on with the same sizes."""
     prepare, seen, stop = Distillation.prepare, [], [3]

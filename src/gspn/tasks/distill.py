@@ -132,12 +132,14 @@ class Setup(BaseSetup):
         if options.gradient_checkpointing:
             teacher.unet.enable_gradient_checkpointing()
         student = Student(teacher, swapped)
+        sizes = self.random_sizes()
+        size = sizes.largest if sizes else options.size
         try:
             with torch.no_grad(), autocast(device, options.precision):
-                start = teacher.latents(torch.zeros(1, 3, *options.size, device=device), draw=False)
-                student(start, torch.zeros(1, device=device).long(), teacher.conditions([None], options.size))
+                start = teacher.latents(torch.zeros(1, 3, *size, device=device), draw=False)
+                student(start, torch.zeros(1, device=device).long(), teacher.conditions([None], size))
         except (RuntimeError, TypeError, ValueError) as error:
-            what = f"{options.base} fails when tried with {options.size[0]}x{options.size[1]}"
+            what = f"{options.base} fails when tried with {size[0]}x{size[1]}"
             raise OptionError(f"{what}: {error}") from error
         return student
 
