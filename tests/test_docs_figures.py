@@ -94,13 +94,32 @@ def test_what_the_mixer_is_worth_is_what_the_runs_say():
 
 def test_the_segmenters_are_those_of_the_report():
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    text = text[text.index("## Segmentation") : text.index("## Generators")]
+    text = text[text.index("## Segmentation") : text.index("Segmenting one image")]
     report = (ROOT / "benchmarks/results/quality/segmentation/report.md").read_text(encoding="utf-8")
     split = lambda page: [line.split("|") for line in page.splitlines() if line.startswith("| ")]  # noqa: E731
     cells = lambda page: {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in split(page)}  # noqa: E731
     measured, shown = cells(report), cells(text)
     del shown["mixer"]
     assert len(shown) == 5 and all(measured[mixer][3:] == values for mixer, values in shown.items())
+
+
+def test_the_times_of_segmenters_are_those_measured():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = text[text.index("Segmenting one image") : text.index("## Generators")]
+    cases = json.loads((ROOT / "benchmarks/results/speed/segmenters-cpu.json").read_text())["cases"]
+    measured = {f"{case['width']} x {case['height']}": case["mixers"] for case in cases}
+    head, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| " in line]
+    sizes = head[1:-1]
+    found = list(measured[sizes[-1]].values())
+    shown = {(*row[1:-1], row[-1]) for row in rows}
+    assert shown == {
+        (
+            *(f"{measured[size][mixer]['ratio'][1]:.2f}" for size in sizes),
+            f"{measured[sizes[-1]][mixer]['extra_mib']:.0f}",
+        )
+        for mixer in measured[sizes[-1]]
+    }
+    assert len(rows) == len(found) == 5 and f"take {found[0]['ms'][1] / 1000:.1f} s" in text
 
 
 def test_the_multiply_adds_of_generators_are_those_counted():
