@@ -80,7 +80,6 @@ def test_sub_lattices_by_hand(file):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_missing_runs_are_made_and_told(photos, file, tmp_path, monkeypatch):
     few = {"32x32": 5, "48x48": 5, "64x64": 5, "32x64": 5}
     names = ("teacher", "global", "segment4-sizes", "lowest", "attention-sizes")
