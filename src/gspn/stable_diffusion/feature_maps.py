@@ -101,7 +101,7 @@ def _until(count, run, done):
 @torch.no_grad()
 def rank(swap, run: Callable[[], object], *, maps: int = 16) -> dict[str, float]:
     """The error that the replacement of each self-attention causes, the largest first: the relative error of the UNet's
-    output with this one layer of a :class:`gspn.Swap` and the attention everywhere else, |y - y'| / |y|.
+    output with this one layer of a :class:`gspn.Swap` and the attention everywhere else, ``norm(y - y') / norm(y)``.
 
     Args:
         run: called without arguments until there are enough; each call runs the UNet at least once.
