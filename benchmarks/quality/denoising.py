@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from gspn.models.dit import create_dit
 from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
 from gspn.tasks.objective import Objective, make_scheduler
+from gspn.tasks.sizes import resized
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "denoising"
 STEPS, BATCH, WARM_UP, DECAY, EMA = 800, 16, 50, 0.01, 0.995
@@ -123,10 +123,7 @@ MAIN = ("dit", "ours", "ours-none", "ours-attention")
 
 def pixels(photos: Tensor, size: tuple[int, int] = (32, 32)) -> Tensor:
     """uint8 photos (B,3,32,32) in [-1, 1] at `size`."""
-    x = photos.float() / 127.5 - 1
-    if tuple(x.shape[2:]) == size:
-        return x
-    return F.interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    return resized(photos.float() / 127.5 - 1, size)
 
 
 def denoised(model: nn.Module, objective: Objective, start: Tensor, noise: Tensor, t: Tensor, label: Tensor) -> Tensor:

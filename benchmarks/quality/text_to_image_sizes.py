@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import gspn
 from benchmarks.harness import harness, study
-from benchmarks.quality.denoising import paired
+from benchmarks.quality.denoising import paired, pixels
 from benchmarks.quality.mixers.tasks import Photos
 from gspn import lattices
 from gspn.data.images import Preprocessing
@@ -43,7 +43,7 @@ from gspn.stable_diffusion.feature_maps import map_sizes
 from gspn.stable_diffusion.highres.passes import dilated
 from gspn.stable_diffusion.keeping import level_of
 from gspn.tasks.objective import Objective
-from gspn.tasks.sizes import ChosenSizes, resized
+from gspn.tasks.sizes import ChosenSizes
 from gspn.tasks.student import Distillation, Student
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "text-to-image-sizes"
@@ -98,11 +98,6 @@ class Teacher(nn.Module):
 
     def predict(self, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         return self.unet(noisy, timestep, encoder_hidden_states=conditions["text"], return_dict=False)[0]
-
-
-def pixels(photos: Tensor, size: tuple[int, int] = (SIDE, SIDE)) -> Tensor:
-    """uint8 photos (B,3,32,32) in [-1, 1] at `size`."""
-    return resized(photos.float() / 127.5 - 1, size)
 
 
 def train_teacher(photos: Photos, file: Path, minutes: float, seed: int = 0) -> None:

@@ -40,7 +40,8 @@ WATCHED = (
     "gspn-centred-alone-thirds",
     "gspn-centred",
 )  # remedies that are run with every seed
-TRACERS = ("gspn-normed", "gspn-normed-thirds", "attention-pos", "dw7", "linear-dw5", "gspn-g8", "gspn-sharp", "none")
+TRACERS = ("gspn-normed", "gspn-normed-thirds", "gspn-global", "attention-pos", "dw7", "linear-dw5", "gspn-g8", "none")
+CHOOSERS = TRACERS[:2]  # with learned weights and without: these are run with every seed
 SLOW = "forget"  # remedies so named scan outside the fused kernel, four times as slow: they wait
 LOOKS = 6  # at the held-out examples while training
 EXAMPLES = {"look": 1_000, "val": 5_000, "test": 10_000, "setting": 2_000}
@@ -183,6 +184,10 @@ def stages(done: dict[Run, dict]) -> Iterator[tuple[str, list[Run]]]:
             [Run(task, "bare", name, middle, seed) for seed in SEEDS for name in names],
         )
     yield "tracing, bare: first look", [Run("tracing", "bare", name, middle, SEEDS[0]) for name in TRACERS]
+    yield (
+        "tracing, bare: remedies' seeds",
+        [Run("tracing", "bare", name, middle, seed) for seed in SEEDS for name in CHOOSERS],
+    )
     yield "far, bare: first look", [Run("far", "bare", name, middle, SEEDS[0]) for name in FIRST]
     yield "remedies that forget", [Run("classes", "bare", name, middle, SEEDS[0]) for name in remedies]
     yield "classes, bare: all at the middle rate", rates("classes", "bare", (middle,))

@@ -3,7 +3,7 @@
 classes   Which of ten classes is the photo of? Chance: 10%.
 far       Do the two ends of a long canvas come from one photo? See Far.
 filling   What is in the hidden parts of a photo? Mean squared error; see Filling.
-tracing   Which parts of two curves over a photo hang together with the red dot? See Tracing.
+tracing   Which tokens on two curves over a photo are on the one with the red dot? See Tracing.
 
 Batches depend on the seed alone: every contender sees the same images in the same order with the same augmentation.
 """
@@ -284,7 +284,7 @@ def _pairs(split: str, side: int, count: int) -> Tensor:
 
 
 class Tracing(Task):
-    """Which parts of two curves hang together with the red dot?
+    """Which tokens on two curves are on the one with the red dot?
 
     Two white curves, a pixel wide, lie over a photo of half the contrast. One begins with a red dot, the other with a
     blue one. They keep apart, and both are as long. For each token on a curve the answer is whether this curve begins
@@ -298,7 +298,7 @@ class Tracing(Task):
 
     name, outputs, pooled = "tracing", 2, False
     about = (
-        "Which parts of two curves over a photo hang together with the red dot? Asked of each token on a curve, 8 or "
+        "Which tokens on two curves over a photo are on the one with the red dot? Asked of each token on a curve, 8 or "
         "more pixels along it from the dot. Chance is 50%. Settings are sizes of the canvas, as multiples of 32 "
         "pixels; on a larger one the curves are as much longer."
     )

@@ -190,7 +190,7 @@ class Swap:
 
     def __repr__(self) -> str:
         extent = "global" if self.segment is None else f"segment={self.segment}"
-        kept = f", {len(self.kept)} attentions kept" if self.kept else ""
+        kept = f", kept={len(self.kept)}" if self.kept else ""
         return f"Swap({len(self.layers)} layers{kept}, form={self.form}, {extent}, active={self.active})"
 
 

@@ -65,6 +65,8 @@ class Setup(BaseSetup):
             raise OptionError("fsdp: distillation cannot shard; only the small swapped layers are trained")
         if not options.noise_weight + options.output_weight + options.feature_weight:
             raise OptionError("noise_weight, output_weight and feature_weight are all 0: expected one above 0")
+        if options.away_weight and not options.sizes:
+            raise OptionError("away_weight is for training at several sizes: expected sizes too, such as 0.75,1,1.5")
         if options.sizes:
             options = options.updated({"sizes": options.sizes})  # checks what did not come from a flag
             if not options.noise_weight + options.away_weight:
