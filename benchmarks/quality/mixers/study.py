@@ -42,6 +42,7 @@ WATCHED = (
 )  # remedies that are run with every seed
 TRACERS = ("gspn-normed", "gspn-normed-thirds", "gspn-global", "attention-pos", "dw7", "linear-dw5", "gspn-g8", "none")
 CHOOSERS = TRACERS[:2]  # with learned weights and without: these are run with every seed
+MAIN = ("gspn-center", *FIRST)  # of the README's table: every task, rate and seed of these comes before the others
 SLOW = "forget"  # remedies so named scan outside the fused kernel, four times as slow: they wait
 LOOKS = 6  # at the held-out examples while training
 EXAMPLES = {"look": 1_000, "val": 5_000, "test": 10_000, "setting": 2_000}
@@ -154,26 +155,31 @@ def stages(done: dict[Run, dict]) -> Iterator[tuple[str, list[Run]]]:
     running = [name for name, contender in CONTENDERS.items() if not contender.why_not and not contender.remedy]
     remedies = [name for name, contender in CONTENDERS.items() if contender.remedy]
 
-    def rates(task, form, only=None):
-        return [Run(task, form, name, rate, SEEDS[0]) for rate in only or RATES for name in running]
+    def rates(task, form, only=None, names=running):
+        return [Run(task, form, name, rate, SEEDS[0]) for rate in only or RATES for name in names]
 
-    def edges(task, form):
+    def edges(task, form, names=running):
         """One further rate where the best one is the smallest or the largest of those tried."""
         further = {RATES[0]: RATES[0] / 2, RATES[-1]: RATES[-1] * 2}
-        best = {name: best_rate(done, task, form, name) for name in running}
+        best = {name: best_rate(done, task, form, name) for name in names}
         return [Run(task, form, name, further[rate], SEEDS[0]) for name, rate in best.items() if rate in further]
 
-    def seeds(task, form, borrowed=None):
+    def seeds(task, form, borrowed=None, names=running):
         """Each contender at its best rate: that of this task, or else that of the task in `borrowed`."""
         found = []
         for seed in SEEDS:
-            for name in running:
+            for name in names:
                 rate = best_rate(done, task, form, name) or (borrowed and best_rate(done, *borrowed, name))
                 found += [Run(task, form, name, rate, seed)] if rate else []
         return found
 
     middle = RATES[1]
     yield "classes, bare: first look", [Run("classes", "bare", name, middle, SEEDS[0]) for name in FIRST]
+    for task in ("classes", "tracing", "filling", "far"):
+        yield f"{task}, bare: the main contenders at the middle rate", rates(task, "bare", (middle,), MAIN)
+        yield f"{task}, bare: the main contenders' rates", rates(task, "bare", names=MAIN)
+        yield f"{task}, bare: the main contenders' rates further out", edges(task, "bare", MAIN)
+        yield f"{task}, bare: the main contenders' seeds", seeds(task, "bare", names=MAIN)
     quick = [name for name in remedies if SLOW not in name]
     for task in ("classes", "far"):
         names = ("gspn-global", *quick)
