@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.fresh import fresh
 
 import gspn
 
@@ -74,7 +75,7 @@ def test_importing_gspn_imports_nothing_optional_and_sets_nothing():
         "assert torch.get_num_threads() == threads;"
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = fresh(code)
     optional = {
         "accelerate",
         "datasets",

@@ -7,6 +7,7 @@ import sys
 from inspect import Parameter, Signature, isclass, isfunction, signature, unwrap
 from pathlib import Path
 
+from helpers.fresh import fresh
 from test_readme import NAMES, SNIPPETS
 
 import gspn
@@ -101,5 +102,5 @@ def test_star_import_needs_no_extra():
         "import sys; sys.modules |= dict.fromkeys(('diffusers', 'accelerate', 'datasets', 'matplotlib', 'timm'));"
         "from gspn import *; print(create_model('gspn_micro').num_classes, __version__)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = fresh(code)
     assert result.stdout == f"1000 {gspn.__version__}\n"

@@ -1,12 +1,11 @@
 """`gspn bench` as a user meets it."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.fresh import fresh
 from typer.testing import CliRunner
 
 from gspn.bench import measuring, suites
@@ -103,5 +102,5 @@ def test_the_help_names_the_suites_and_importing_gspn_measures_nothing():
     _, out, _ = bench("--help")
     assert all(word in out for word in ("layer", "growth", "models", "--minutes", "--threads"))
     code = "import sys, gspn; gspn.GSPN2d; print([m for m in sys.modules if m.startswith('gspn.bench')])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = fresh(code)
     assert result.stdout == "[]\n"

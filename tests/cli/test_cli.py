@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers.fresh import fresh
 from helpers.training import same
 from PIL import Image
 from typer.testing import CliRunner
@@ -406,12 +407,12 @@ def test_as_a_module_and_without_the_extra(run):
     result = subprocess.run([sys.executable, "-m", "gspn", "--version"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith(f"gspn {gspn.__version__}\ntorch ")
     code = "import sys; sys.modules['typer'] = None; import gspn; from gspn.cli import main"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = fresh(code, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert 'need typer: install with pip install "gspn[train]"' in result.stderr
     code = "import importlib.util as u; find = u.find_spec; "
     code += "u.find_spec = lambda name, *more: None if name == 'diffusers' else find(name, *more); "
     code += "import sys; from gspn.cli import main; sys.argv = ['gspn', 'train-diffusion', 'digits']; main()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = fresh(code, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert 'generation needs diffusers: install with pip install "gspn[diffusion]"' in result.stderr

@@ -3,13 +3,13 @@
 import copy
 import json
 import math
-import subprocess
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from helpers.fresh import fresh
 from torch import nn
 
 import gspn
@@ -238,7 +238,7 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch, missing):
 
 def test_importing_the_module_imports_nothing_of_the_extra():
     code = "import sys, gspn.export; print(*{m.split('.')[0] for m in sys.modules})"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    modules = fresh(code).stdout.split()
     assert not {"onnx", "onnxscript", "onnx_ir", "onnxruntime"} & set(modules) and "gspn" in modules
     assert OLDEST_OPSET <= DEFAULT_OPSET
 

@@ -1,4 +1,5 @@
-"""What test_distributed.py runs, in one process by itself and in two by torchrun: `two_processes.py FOLDER`."""
+"""What test_distributed.py runs, in one process by itself and in two by torchrun: `two_processes.py WHAT FOLDER`, where
+WHAT is a function of this module."""
 
 import json
 import sys
@@ -65,8 +66,8 @@ def stopped_and_resumed(path):
     return resume_classifier(path)[1], sorted(set(parameters))
 
 
-def main(folder):
-    """What is found, in a process that goes on as it was."""
+def main(what, folder):
+    """What the function `what` finds, in a process that goes on as it was."""
     torch.set_num_threads(1)
     seeds, seed = [], loop.seed_everything
 
@@ -76,21 +77,14 @@ def main(folder):
 
     slow = dict.fromkeys(("curves", "predictions", "context", "losses"), lambda *args: None)  # slower than the training
     with patch.multiple(plots, **slow), patch.object(loop, "seed_everything", recording):
-        return trained(folder) | {"seeds": seeds}
+        return what(folder) | {"seeds": seeds}
 
 
-def trained(folder):
+def copies(folder):
     found = {}
     (_, found["metrics"], _), found["losses"] = losses_of(
         lambda: train_classifier("digits", folder / "copies", Options(**OPTIONS))
     )
-    options = Options(**OPTIONS | dict(batch_size=16))
-    _, found["of damaged"], found["warnings"] = train_classifier(folder / "data", folder / "damaged", options)
-    (found["sharded"], found["parameters"]), found["sharded losses"] = losses_of(
-        lambda: stopped_and_resumed(folder / "sharded")
-    )
-    for name, fsdp in (("generator", False), ("sharded generator", True)):
-        train_generator("digits", folder / name, GeneratorOptions(**GENERATOR, fsdp=fsdp, sample_steps=3))
     if torch.distributed.is_initialized():  # one process takes it
         try:
             train_classifier("digits", folder / "odd", Options(**OPTIONS | dict(batch_size=31)))
@@ -99,8 +93,21 @@ def trained(folder):
     return found
 
 
+def others(folder):
+    """Damaged pictures, shards of a model, generators."""
+    found = {}
+    options = Options(**OPTIONS | dict(batch_size=16))
+    _, found["of damaged"], found["warnings"] = train_classifier(folder / "data", folder / "damaged", options)
+    (found["sharded"], found["parameters"]), found["sharded losses"] = losses_of(
+        lambda: stopped_and_resumed(folder / "sharded")
+    )
+    for name, fsdp in (("generator", False), ("sharded generator", True)):
+        train_generator("digits", folder / name, GeneratorOptions(**GENERATOR, fsdp=fsdp, sample_steps=3))
+    return found
+
+
 if __name__ == "__main__":
-    found = main(Path(sys.argv[1]))
+    found = main(globals()[sys.argv[1]], Path(sys.argv[2]))
     found["seeds of all"] = gather_object([found["seeds"]])
     if loop.make_accelerator().is_main_process:
         print(json.dumps(found))

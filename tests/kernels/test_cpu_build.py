@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from helpers.fresh import fresh
 
 from gspn.kernels import cpu
 
@@ -58,7 +59,7 @@ def test_torch_and_the_library_share_one_openmp_runtime():
     if not Path("/proc/self/maps").exists():
         pytest.skip("no list of loaded libraries here")
     code = "from gspn.kernels import cpu; cpu.supported_isas(); print(open('/proc/self/maps').read())"
-    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    maps = fresh(code).stdout
     runtimes = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}
     assert len(runtimes) == 1 and "libgspn_cpu" in maps, runtimes
 

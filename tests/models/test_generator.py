@@ -1,13 +1,12 @@
 """The generator: its sizes, any shape of map, what its scan reaches, classes, saving, diffusers' own pipeline."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from helpers.diffusion import TINY, lively, tiny_generator, tiny_vae
+from helpers.fresh import fresh
 from safetensors.torch import load_file, save_file
 
 import gspn
@@ -371,7 +370,7 @@ def test_without_diffusers_the_extra_is_named():
         "    try: getattr(gspn, name)\n"
         "    except ImportError as error: print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = fresh(code)
     assert result.stdout.count('pip install "gspn[diffusion]"') == 2
 
 

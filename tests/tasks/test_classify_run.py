@@ -3,11 +3,10 @@
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers.fresh import fresh
 from helpers.training import tiny_options, tree
 from torch import nn
 
@@ -329,7 +328,6 @@ except SaveError as error:
 tensors, state = run.load_checkpoint("last")
 assert state["epoch"] == 1 and bool((tensors["model"]["w"] == 1).all())
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = fresh(code)
     assert "checkpoints/last: " in result.stdout and "File too large" in result.stdout
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["last"]

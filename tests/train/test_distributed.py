@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.two_processes import main
+from helpers.two_processes import copies, main, others
 
 from gspn.train.run import Run
 
@@ -41,15 +41,25 @@ def close(one, other):
     return numbers(one) == pytest.approx(numbers(other), abs=1e-5) and one.keys() == other.keys()
 
 
+def in_both(what, folders):
+    """What one process finds, and what two find, of which only one prints."""
+    return main(what, folders[0]), json.loads(by_torchrun(HELPERS / "two_processes.py", what.__name__, folders[1]))
+
+
 def test_two_processes_are_as_one(folders):
-    one = main(folders[0])
-    two = json.loads(by_torchrun(HELPERS / "two_processes.py", folders[1]))  # only one of them prints
+    one, two = in_both(copies, folders)
     assert len(one["losses"]) == len(two["losses"]) == 25
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-5
     first, second = two["seeds of all"]
     assert first == one["seeds"] and not set(first) & set(second)  # what is random in the model differs
     assert two["metrics"]["images"] == 359 and close(one["metrics"], two["metrics"])
     assert Run.open(folders[1] / "copies").metrics[0]["images"] == 359
+    assert re.search(r"batch_size .* 2 processes.* 31", two["refusal"])
+
+
+@pytest.mark.slow
+def test_shards_generators_and_damaged_pictures(folders):
+    one, two = in_both(others, folders)
     # pictures of which one is damaged, whichever process read it
     assert close(one["of damaged"], two["of damaged"])
     assert "1 unreadable image left out" in two["warnings"][0] and "red/3.png" in two["warnings"][0]
@@ -68,7 +78,6 @@ def test_two_processes_are_as_one(folders):
         assert shared["images"] == 51 and shared["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-5)
         pictures = [(folder / name / "samples/epoch-0001.png").read_bytes() for folder in folders]
         assert pictures[0] == pictures[1]
-    assert re.search(r"batch_size .* 2 processes.* 31", two["refusal"])
 
 
 @pytest.mark.slow
