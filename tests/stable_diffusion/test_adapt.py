@@ -50,6 +50,20 @@ def test_the_ratio_of_the_sizes_says_how_far_apart(size, apart):
     assert {layer.apart for layer in swapped.layers.values()} == {(1, 1)}
 
 
+def test_the_size_of_another_training_counts_and_is_kept_in_the_file(tmp_path):
+    """A pipeline made for 16x16, whose UNet takes 8x8, with layers that were trained for 32x16."""
+    pipe = tiny_sd()
+    with gspn.swap(pipe, segment=4, init="random") as swapped:
+        assert swapped.sample_size is None
+        swapped.sample_size = (16, 8)
+        swapped.save(tmp_path)
+    swapped = gspn.load_swap(pipe, tmp_path)
+    assert swapped.sample_size == (16, 8)
+    for size, apart in {(32, 16): (1, 1), (64, 16): (2, 1)}.items():
+        with gspn.adapt(pipe, size):
+            assert {layer.apart for layer in swapped.layers.values()} == {apart}
+
+
 def test_maps_that_cannot_be_divided_are_refused():
     pipe = tiny_sd()
     swapped = gspn.swap(pipe, segment=4, init="random")

@@ -306,6 +306,10 @@ def test_the_size_is_the_base_s(bases, photos):
     setup = Setup.of(photos, DistillOptions(base=str(bases / "sd")))
     assert setup.options.size == (16, 16) and setup.options.lr == 1e-4 and setup.options.precision == "bf16"
     assert setup.teacher.unet.dtype == torch.bfloat16 and setup.teacher.vae.dtype == torch.float32
+    assert setup.model(torch.device("cpu")).swap.sample_size is None
+    setup = Setup.of(photos, DistillOptions(base=str(bases / "sd"), size=(32, 16)))
+    swapped = setup.model(torch.device("cpu")).swap
+    assert swapped.sample_size == (32 // setup.teacher.pipe.vae_scale_factor, 16 // setup.teacher.pipe.vae_scale_factor)
     pipe = tiny_sd(sample_size=None)
     with pytest.raises(OptionError, match="sample_size"):
         TextToImage(pipe, "here").native_size()

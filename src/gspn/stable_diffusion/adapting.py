@@ -19,15 +19,15 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
 
     For a side k times as long as in training (rounded, half goes up) each layer scans k interleaved sub-lattices of its
     map, so that a segment of 4 lines spans 4k lines. At the trained size nothing changes, nor does any attention.
-    The trained size is that in the UNet's config, also where the layers were distilled at another. The layers change
-    for all threads that use the UNet.
+    The trained size is :attr:`gspn.stable_diffusion.swap.Swap.sample_size`, or that in the UNet's config where it is
+    None. The layers change for all threads that use the UNet.
 
     Args:
         target: a swapped pipeline, or its UNet.
         size: (height, width) in pixels; for a UNet those of its input.
 
     Raises TypeError unless `size` is a pair of whole numbers. Raises ValueError where nothing is swapped, where the
-    layers are global, which see the whole map anyway and hardly gain, where the UNet does not say its size, or where
+    layers are global, which see the whole map anyway and hardly gain, where neither says the trained size, or where
     the maps cannot be divided by k.
     """
     unet = unet_of(target)
@@ -39,7 +39,7 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
         raise ValueError("this UNet is not swapped: adapt is for the layers that gspn.swap or gspn.load_swap puts in")
     if unet._gspn_swap.segment is None:
         raise ValueError("the layers are global (segment=None): they see the whole map at any size, nothing is adapted")
-    native = unet.config.sample_size
+    native = unet._gspn_swap.sample_size or unet.config.sample_size
     if native is None:
         raise ValueError("the UNet has no sample_size in its config, so that the trained size is not known")
     native = (native, native) if isinstance(native, int) else tuple(native)

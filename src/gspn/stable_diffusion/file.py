@@ -66,9 +66,11 @@ def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], optio
 
 
 def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """The config in a file or folder, and the state dict of each layer. The config's "kept", which older files lack,
-    names the attentions that stayed. Raises FileNotFoundError, or ValueError if the file is damaged, is something else,
-    or holds layers that do not fit `unet`, with those `channels` by name."""
+    """The config in a file or folder, and the state dict of each layer. Two entries of the config are not always there:
+    "kept" names the attentions that stayed, "sample_size" is that of a training at another size than the UNet's own.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged, is something else, or holds layers that do not fit
+    `unet`, with those `channels` by name."""
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
@@ -102,6 +104,9 @@ def _check_belongs(path, config, unet, channels):
     kept = config.get("kept", [])
     if not isinstance(kept, list) or not isinstance(config["layers"], dict):
         raise ValueError(f"{path} is damaged: its config does not list layers and kept attentions")
+    size = config.get("sample_size", [1, 1])
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"{path} is damaged: sample_size has to be a height and a width, got {size!r}")
     unknown = [name for name in kept if name not in channels]
     if unknown or config["layers"] != {name: count for name, count in channels.items() if name not in kept}:
         raise ValueError(f"{path} belongs to another base model: its layers are not where this UNet has attention")

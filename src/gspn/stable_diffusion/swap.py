@@ -74,12 +74,15 @@ class Swap:
         attentions: the replaced attentions, by the same names. Meanwhile they are not part of the UNet: its parameters
             and its state dict hold those of the layers.
         kept: the names of the attentions that were not replaced.
+        sample_size: (H, W) of the UNet's input for which the layers were trained, where it is not the UNet's own; set
+            it after training at another size, so that a file says it and :func:`gspn.adapt` goes by it. Else None.
         active: "gspn", "attention", or None once restored.
     """
 
     def __init__(self, unet: UNet2DConditionModel, layers: dict[str, GSPNAttention], kept: Sequence[str] = ()):
         first = next(iter(layers.values()))
         self.kept = tuple(sorted(kept))
+        self.sample_size: tuple[int, int] | None = None
         self.unet, self.layers, self.form, self.segment = unet, layers, first.form, first.segment
         self.attentions = {name: unet.get_submodule(name) for name in layers}
         self.active = "attention"
@@ -186,6 +189,7 @@ class Swap:
         gate_bias = next(iter(self.layers.values())).gate_bias
         options = {"form": self.form, "segment": self.segment, "gate_bias": gate_bias}
         options |= {"kept": list(self.kept)} if self.kept else {}  # without it as every earlier version reads it
+        options |= {"sample_size": list(self.sample_size)} if self.sample_size else {}
         return swap_file.write(path, self.unet, self.layers, options)
 
     def __repr__(self) -> str:
@@ -300,7 +304,9 @@ def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, back
         except RuntimeError as error:
             raise ValueError(f"{path} does not hold the layer {name} of its config: {error}") from error
         layers[name] = layer.train(block.attn1.training)
-    return Swap(unet, layers, [name for name in blocks if name not in states])
+    swapped = Swap(unet, layers, [name for name in blocks if name not in states])
+    swapped.sample_size = config.get("sample_size") and tuple(config["sample_size"])
+    return swapped
 
 
 def _native_size(unet, name) -> tuple[int, int]:

@@ -133,6 +133,8 @@ class Setup(BaseSetup):
             layer.float().requires_grad_(True)
         if options.gradient_checkpointing:
             teacher.unet.enable_gradient_checkpointing()
+        if teacher.unet.config.sample_size is None or options.size != teacher.native_size():
+            swapped.sample_size = tuple(side // teacher.pipe.vae_scale_factor for side in options.size)
         student = Student(teacher, swapped)
         sizes = self.random_sizes()
         size = sizes.largest if sizes else options.size
