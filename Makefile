@@ -12,6 +12,9 @@ WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST) -n 2
 CPU_SOURCES := $(wildcard src/gspn/kernels/cpu/*.* src/gspn/kernels/cpu/*/*.*)
 TRITON_TESTS := $(wildcard tests/kernels/test_triton*.py)
 
+# Where this is set, every process compiles all that it imports, torch included, which takes it ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test test-all lint docs clean
 
 # Reinstalls where sources that are compiled, or what is depended on, have changed; Python sources are used in place.
