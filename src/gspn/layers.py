@@ -1,4 +1,4 @@
-"""The layers: GSPN2d, a replacement of self-attention, and the block of the classification backbones."""
+"""The layers: GSPN2d, a replacement of self-attention, and the blocks of the backbones."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -423,6 +423,49 @@ class GSPNBlock(nn.Module):
         x = x + self.drop_path(self.out_proj(self.grn(self.norm(z))))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x.permute(0, 3, 1, 2)
+
+
+class InvertedBlock(nn.Module):
+    """A block for small backbones: an inverted residual with a GSPN unit inside.
+
+        z = SiLU(BN(DWConv3x3(SiLU(BN(Linear x)))));  x + BN(Linear(z + LN(GSPN(z))))
+
+    In training its batch norm (BN) makes the output depend on the other images of a batch; in evaluation it takes
+    running means and variances. The scan has LayerNorm, as a few large values of its state would dominate a batch.
+    LayerNorm's weight starts at 0: the block starts as the inverted residual alone, which learns faster.
+
+    Args:
+        channels: C. expansion: inner width, as a multiple of C. drop_path: rate of stochastic depth.
+        gspn: the options of :class:`GSPN2d`.
+
+    Shape: (B,C,H,W) to (B,C,H,W). Sources: arXiv 1801.04381 for the inverted residual; the scan inside it is ours.
+
+    State dict (frozen), D = expansion * C: ``in_proj.weight`` (D,C,1,1), ``norm1``, ``norm2`` (D,), ``dwconv.weight``
+    (D,1,3,3), ``gspn.*``, ``norm`` (D,), ``out_proj.weight`` (C,D,1,1), ``norm3`` (C,).
+    """
+
+    def __init__(self, channels: int, *, expansion: float = 2.0, drop_path: float = 0.0, **gspn):
+        super().__init__()
+        inner = int(channels * expansion)
+        self.in_proj = Pointwise(channels, inner)
+        self.norm1 = nn.BatchNorm2d(inner)
+        self.dwconv = DepthwiseConv2d(inner, 3, bias=False)
+        self.norm2 = nn.BatchNorm2d(inner)
+        self.gspn = GSPN2d(inner, **gspn)
+        self.norm = LayerNorm2d(inner)
+        nn.init.zeros_(self.norm.weight)
+        self.out_proj = Pointwise(inner, channels)
+        self.norm3 = nn.BatchNorm2d(channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.silu(self.norm1(self.in_proj(x)))
+        z = F.silu(self.norm2(self.dwconv(z)))
+        z = z + self.norm(self.gspn(z))
+        return x + self.drop_path(self.norm3(self.out_proj(z)))
+
+
+BLOCKS = {"paper": GSPNBlock, "inverted": InvertedBlock}
 
 
 def init_weights(module: nn.Module) -> None:

@@ -212,17 +212,24 @@ def test_frozen_parts_stay(tmp_path):
 # -- averages --
 
 
-def test_ema_averages_parameters_and_takes_buffers_from_the_model():
+def test_ema_averages_parameters_and_running_statistics():
+    """What is no number to average, such as batch norm's count, is the model's own; so are buffers that are not saved."""
     model = OneLayer()
-    before = copy.deepcopy(model.head.weight)
+    model.register_buffer("cache", torch.zeros(1), persistent=False)
+    before = copy.deepcopy(model.state_dict())
     ema = Ema(model, 0.75, "cpu")
+    averaged = {name for name in before if "num_batches" not in name}
+    assert set(ema.means) == averaged and "norm.running_var" in averaged
     with torch.no_grad():
-        model.head.weight.add_(1)
+        for tensor in model.state_dict().values():
+            tensor.add_(1)
     ema.update(1000)
-    now = model.head.weight.detach().clone()
+    now = copy.deepcopy(model.state_dict())
     with ema.applied():
-        torch.testing.assert_close(model.head.weight, 0.75 * before + 0.25 * now)
-    assert torch.equal(model.head.weight, now)
+        for name, tensor in model.state_dict().items():
+            expected = 0.75 * before[name] + 0.25 * now[name] if name in averaged else now[name]
+            torch.testing.assert_close(tensor, expected)
+    assert same(model.state_dict(), now)
 
 
 def test_ema_of_the_first_steps_is_short():

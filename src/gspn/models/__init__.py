@@ -9,7 +9,7 @@ from gspn.models.segmenter import Segmenter, create_segmenter
 
 
 def register_timm() -> None:
-    """Registers gspn_micro, gspn_tiny, gspn_small and gspn_base with timm, as ``import gspn.models.timm`` does.
+    """Registers with timm the models that :func:`gspn.list_models` names, as ``import gspn.models.timm`` does.
 
     Afterwards ``timm.create_model("gspn_tiny", ...)`` works with all that timm offers; see :mod:`gspn.models.timm`.
 

@@ -1,4 +1,5 @@
-"""The classification backbones: gspn_tiny, gspn_small, gspn_base of the GSPN paper, and gspn_micro for small images.
+"""The classification backbones: gspn_tiny, gspn_small, gspn_base of the GSPN paper; gspn_micro and gspn_mobile, which
+are ours, for small images.
 
 The layout is Swin's: a convolutional stem, then levels of GSPN blocks. Between levels a strided convolution halves the
 map and doubles the width. Images may have any size, and there is no positional embedding. The methods have timm's names
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspn import weights
-from gspn.layers import GSPNBlock, LayerNorm2d, StridedConv2d, init_weights
+from gspn.layers import BLOCKS, LayerNorm2d, StridedConv2d, init_weights
 from gspn.names import check_arguments, unknown
 from gspn.pretrained import Pretrained, read
 
@@ -26,11 +27,13 @@ _EVERYWHERE = {"num_classes": 1000, "in_chans": 3, "activation": "silu", "alignm
 class Level(nn.Module):
     """Blocks of one width, preceded by ``downsample``, which is None in the first level."""
 
-    def __init__(self, blocks: list[GSPNBlock], in_channels: int | None, channels: int):
+    def __init__(
+        self, blocks: list[nn.Module], in_channels: int | None, channels: int, norm: type[nn.Module] = LayerNorm2d
+    ):
         super().__init__()
         self.downsample = None
         if in_channels is not None:
-            self.downsample = nn.Sequential(StridedConv2d(in_channels, channels), LayerNorm2d(channels))
+            self.downsample = nn.Sequential(StridedConv2d(in_channels, channels), norm(channels))
         self.blocks = nn.ModuleList(blocks)
         self.grad_checkpointing = False
 
@@ -69,7 +72,9 @@ class Backbone(Pretrained, nn.Module):
         segment: lines between resets in all other blocks.
         stem_stride: 1, 2 or 4.
         global_pool: "avg", or "" for no pooling: the head then classifies every pixel of the last map.
-        expansion, mlp_ratio, activation: those of the block.
+        block: "paper" (:class:`gspn.layers.GSPNBlock`) or "inverted" (:class:`gspn.layers.InvertedBlock`). With the
+            second all norms between the blocks are batch norms too.
+        expansion, mlp_ratio, activation: those of the block; the last two of the paper's alone.
         drop_path_rate: grows linearly from 0 in the first block.
         drop_rate: dropout before the head.
         alignment: that of :class:`gspn.GSPN2d`, in every block. With "released", images have to be square, and the
@@ -101,6 +106,7 @@ class Backbone(Pretrained, nn.Module):
         segment: int | None = 2,
         stem_stride: int = 4,
         drop_path_rate: float = 0.0,
+        block: str = "paper",
         expansion: float = 1.5,
         mlp_ratio: float = 4.0,
         activation: str | None = "silu",
@@ -124,16 +130,25 @@ class Backbone(Pretrained, nn.Module):
             )
         if not set(global_levels) <= set(range(len(depths))):
             raise ValueError(f"global_levels has to name levels below {len(depths)}, got {tuple(global_levels)}")
+        if block not in BLOCKS:
+            raise ValueError(f'block has to be "paper" or "inverted", got {block!r}')
+        options = {} if block == "inverted" else {"mlp_ratio": mlp_ratio, "activation": activation}
+        if block == "inverted" and (mlp_ratio, activation, alignment) != (4.0, "silu", "aligned"):
+            raise ValueError(
+                'mlp_ratio, activation and alignment="released" are for block="paper": the block "inverted" has no '
+                f"MLP, expected 4.0, silu and aligned, got {mlp_ratio}, {activation} and {alignment}"
+            )
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate has to be at least 0 and below 1, got {drop_rate}")
         self.in_chans, self.depths, self.alignment, self.drop_rate = in_chans, tuple(depths), alignment, drop_rate
+        norm = nn.BatchNorm2d if block == "inverted" else LayerNorm2d
         first, second = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[stem_stride]
         self.stem = nn.Sequential(
             StridedConv2d(in_chans, width // 2, first),
-            LayerNorm2d(width // 2),
+            norm(width // 2),
             nn.GELU(),
             StridedConv2d(width // 2, width, second),
-            LayerNorm2d(width),
+            norm(width),
         )
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         levels = []
@@ -141,12 +156,10 @@ class Backbone(Pretrained, nn.Module):
             channels = width * 2**i
             whole = 224 // (stem_stride * 2**i) if alignment == "released" else None
             blocks = [
-                GSPNBlock(
+                BLOCKS[block](
                     channels,
                     expansion=expansion,
-                    mlp_ratio=mlp_ratio,
                     drop_path=next(rates),
-                    activation=activation,
                     proxy_dim=proxy_dim,
                     groups=groups,
                     scan_dim=scan_dim,
@@ -156,17 +169,18 @@ class Backbone(Pretrained, nn.Module):
                     center=center,
                     alignment=alignment,
                     backend=backend,
+                    **options,
                 )
                 for j in range(depth)
             ]
-            levels.append(Level(blocks, width * 2 ** (i - 1) if i else None, channels))
+            levels.append(Level(blocks, width * 2 ** (i - 1) if i else None, channels, norm))
         self.levels = nn.ModuleList(levels)
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width * 2**i, "reduction": stem_stride * 2**i, "module": f"levels.{i}"}
             for i in range(len(depths))
         ]
         self.num_features = self.head_hidden_size = width * 2 ** (len(depths) - 1)
-        self.norm = LayerNorm2d(self.num_features)
+        self.norm = norm(self.num_features)
         self.apply(init_weights)
         self.config: dict[str, Any] = {}
         self.reset_classifier(num_classes, global_pool)
@@ -396,7 +410,7 @@ def list_models() -> list[str]:
 
     >>> import gspn
     >>> gspn.list_models()
-    ['gspn_base', 'gspn_micro', 'gspn_small', 'gspn_tiny']
+    ['gspn_base', 'gspn_micro', 'gspn_mobile', 'gspn_small', 'gspn_tiny']
     """
     return sorted(_SIZES)
 
@@ -418,6 +432,14 @@ def size_of(name: str) -> dict:
 def gspn_micro() -> dict:
     """For small images: three levels, all global, under 1M parameters."""
     return dict(depths=(2, 2, 2), width=32, proxy_dim=8, global_levels=(0, 1, 2), stem_stride=2)
+
+
+@register_model
+def gspn_mobile() -> dict:
+    """For small photos: gspn_micro with inverted residuals and compact scans, which learns faster."""
+    return dict(
+        depths=(2, 2, 2), width=48, proxy_dim=8, global_levels=(0, 1, 2), stem_stride=2, block="inverted", expansion=2.0
+    ) | dict(scan_dim=16, center=True)
 
 
 @register_model

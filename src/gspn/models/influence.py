@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gspn.layers import GSPNBlock
+from gspn.layers import BLOCKS
 from gspn.models.backbone import Backbone
 from gspn.models.segmenter import Segmenter
 
@@ -24,7 +24,7 @@ def context_maps(model: Backbone | Segmenter, image: Tensor, place: tuple[int, i
     height, width = image.shape[-2:]
     if not (0 <= place[0] < height and 0 <= place[1] < width):
         raise ValueError(f"the pixel {tuple(place)} is not on the {height}x{width} image")
-    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, GSPNBlock)]
+    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, tuple(BLOCKS.values()))]
     if isinstance(block, str):
         names = [name for name, _ in blocks]
         if block not in names:

@@ -1,5 +1,5 @@
-"""The bridge to timm: importing it (or ``gspn.register_timm()``) registers gspn_micro, gspn_tiny, gspn_small and
-gspn_base with timm.
+"""The bridge to timm: importing it (or ``gspn.register_timm()``) registers with timm the models that
+:func:`gspn.list_models` names.
 
     timm.create_model("gspn_tiny", num_classes=10, features_only=True, ...)
 
@@ -27,7 +27,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from gspn.layers import GSPNBlock
+from gspn.layers import BLOCKS
 from gspn.models.backbone import Backbone, check_images, no_weights, size_of
 from gspn.models.released import convert_released, is_released
 
@@ -49,7 +49,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 # timm and torchvision extract features with torch.fx, which has to see a block as one node: its checks need real sizes
-register_notrace_module(GSPNBlock)
+for _block in BLOCKS.values():
+    register_notrace_module(_block)
 register_notrace_function(check_images)
 
 __all__ = ["TimmBackbone", "checkpoint_filter_fn", "default_cfgs"]
@@ -165,13 +166,24 @@ def _cfg(size: int = 224, pool: int = 7) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {"gspn_micro": _cfg(64, 8), "gspn_tiny": _cfg(), "gspn_small": _cfg(), "gspn_base": _cfg()}
+    {
+        "gspn_micro": _cfg(64, 8),
+        "gspn_mobile": _cfg(64, 8),
+        "gspn_tiny": _cfg(),
+        "gspn_small": _cfg(),
+        "gspn_base": _cfg(),
+    }
 )
 
 
 @register_model
 def gspn_micro(pretrained: bool = False, **kwargs) -> nn.Module:
     return _create("gspn_micro", pretrained, kwargs)
+
+
+@register_model
+def gspn_mobile(pretrained: bool = False, **kwargs) -> nn.Module:
+    return _create("gspn_mobile", pretrained, kwargs)
 
 
 @register_model

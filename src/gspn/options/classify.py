@@ -70,9 +70,9 @@ class ModelOptions(OptionSet):
 
     model: str | None = option(
         None,
-        "gspn_micro (small images), gspn_tiny, gspn_small, gspn_base.",
+        "gspn_micro (small images), gspn_mobile (small photos), gspn_tiny, gspn_small, gspn_base.",
         fallback="gspn_micro",
-        complete=("gspn_micro", "gspn_tiny", "gspn_small", "gspn_base"),
+        complete=("gspn_micro", "gspn_mobile", "gspn_tiny", "gspn_small", "gspn_base"),
     )
     model_args: Mapping = option(
         {},

@@ -275,7 +275,7 @@ def settle(
     arguments = dict(options.model_args)
     if source and source.model_args:
         arguments = {**source.model_args, **arguments}
-    elif model == "gspn_micro" and "stem_stride" not in arguments:
+    elif model in ("gspn_micro", "gspn_mobile") and "stem_stride" not in arguments:
         arguments["stem_stride"] = 1 if max(size) <= 16 else 2 if small else 4
     name, preset, notes = preset_for(kind, size, len(split), model, options.preset)
     if scale := preset.get("scale_lr"):

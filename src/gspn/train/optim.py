@@ -90,7 +90,8 @@ def learning_rate(step: int, steps_an_epoch: int, options: LoopOptions) -> float
 
 
 class Ema:
-    """Averaged weights of a model's parameters: mean = decay * mean + (1 - decay) * parameter after every step.
+    """Averaged weights of a model's parameters: mean = decay * mean + (1 - decay) * parameter after every step. The
+    buffers that are saved and no counts, such as the running statistics of batch norm, are averaged alike.
 
     Args:
         model: whole, or sharded by FSDP, where each process averages its shard. device: of the averages.
@@ -98,10 +99,13 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device | str):
         self.model, self.decay = model, decay
+        saved = model.state_dict()
+        self._buffers = {name for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
         self.means = {name: p.to(device, copy=True) for name, p in self._parameters()}
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.model.named_parameters():
+        buffers = ((name, buffer) for name, buffer in self.model.named_buffers() if name in self._buffers)
+        for name, parameter in chain(self.model.named_parameters(), buffers):
             parameter = parameter.detach()
             yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
@@ -114,7 +118,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block, the model's parameters are the averages."""
+        """Within the block, the model's parameters and buffers are the averages."""
         mine = {name: p.clone() for name, p in self._parameters()}
         self.load(self.means)
         try:
@@ -129,7 +133,7 @@ class Ema:
 
     @torch.no_grad()
     def copy_from(self) -> None:
-        """Sets the averages to the model's parameters."""
+        """Sets the averages to the model's parameters and buffers."""
         for name, parameter in self._parameters():
             self.means[name].copy_(parameter)
 
