@@ -23,7 +23,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad  # noqa: E402
 
 gspn.register_timm()
 
-NAMES = ("gspn_base", "gspn_micro", "gspn_small", "gspn_tiny")
+NAMES = ("gspn_base", "gspn_micro", "gspn_mobile", "gspn_small", "gspn_tiny")
 SMALL = {"width": 8, "depths": (1, 2, 1), "proxy_dim": 2, "num_classes": 5}
 
 

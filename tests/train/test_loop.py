@@ -213,7 +213,7 @@ def test_frozen_parts_stay(tmp_path):
 
 
 def test_ema_averages_parameters_and_running_statistics():
-    """What is no number to average, such as batch norm's count, is the model's own; so are buffers that are not saved."""
+    """Not the count of batches, which is the model's own, as buffers are that are not saved."""
     model = OneLayer()
     model.register_buffer("cache", torch.zeros(1), persistent=False)
     before = copy.deepcopy(model.state_dict())
