@@ -39,7 +39,10 @@ PRESETS = {
     | dict(epochs=300, lr=5e-4, min_lr=5e-6, warmup_lr=5e-7, scale_lr=512, batch_size=1024, warmup=20.0, ema=0.9999)
     | dict(crop_area=0.08, clip=5.0, precision="bf16"),
 }
-SLOWER = {"gspn_small": dict(lr=3e-4, min_lr=3e-6)}  # what differs in the preset "imagenet" for a model
+OF_MODELS = {  # what differs in a preset for a model
+    ("imagenet", "gspn_small"): dict(lr=3e-4, min_lr=3e-6),
+    ("small", "gspn_mobile"): dict(lr=5e-3, warmup=1.0, erase=0.0),
+}
 
 
 def preset_for(
@@ -56,7 +59,7 @@ def preset_for(
         raise OptionError(unknown("preset", wanted, PRESETS))
     large = "photos" if images < MANY else "imagenet"
     name = wanted or (kind if kind in PRESETS else "small" if max(size) <= SMALL else large)
-    values, notes = PRESETS[name] | (SLOWER.get(model, {}) if name == "imagenet" else {}), []
+    values, notes = PRESETS[name] | OF_MODELS.get((name, model), {}), []
     if wanted is None and TIMM.items() <= values.items() and timm_problem():
         values, notes = values | OWN, [f"no RandAugment, mixup and cutmix: {timm_problem()}"]
     return name, values, notes

@@ -22,8 +22,9 @@ class Segmenter(Pretrained, nn.Module):
         p = sum over levels i of upsampled(lateral[i] LN(map[i]))          at the finest level, in ``width`` channels
         logits = upsampled(classifier LN(blocks(p)))
 
-    The blocks are those of the backbone (:class:`gspn.layers.GSPNBlock`), all global. Nothing depends on the batch or
-    on a size: there is no batch norm and no positional embedding. Maps are enlarged bilinearly by the exact factor
+    The blocks are the paper's (:class:`gspn.layers.GSPNBlock`), all global. Nothing depends on a size: there is no
+    positional embedding. Nor does anything depend on the batch, except in training with a backbone of
+    ``block="inverted"``, which has batch norm. Maps are enlarged bilinearly by the exact factor
     between their level and the finest one, and cut to its size at the bottom and at the right. So the pixels of a map
     lie at the same places of the image whatever its height and width are, and no image is padded.
 
