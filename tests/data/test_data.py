@@ -428,6 +428,33 @@ def test_workers_change_nothing_and_unreadable_images_are_marked(tmp_path):
     assert "015.png" in split.problem(15)
 
 
+def test_small_images_are_decoded_once(tmp_path, monkeypatch):
+    """In several epochs of a training, where nothing but their order and the augmentation changes."""
+    write_images(tmp_path / "a", 9, size=(11, 9))
+    (tmp_path / "a" / "005.png").write_bytes((tmp_path / "a" / "005.png").read_bytes()[:40])
+    split, _ = open_data(tmp_path).for_evaluation()
+    common = dict(train=True, augmentation=Augmentation(shift=1, flip=True), seed=1)
+    decoded, image = [], split.image
+    monkeypatch.setattr(split, "image", lambda i: decoded.append(i) or image(i))
+
+    def epochs(loader):
+        for epoch in range(3):
+            loader.begin(epoch)
+            yield from loader
+
+    kept = make_loader(split, GREY8, 3, workers=2, keep=True, **common)
+    assert kept.num_workers == 0
+    for here, there in zip(epochs(kept), epochs(make_loader(split, GREY8, 3, **common)), strict=True):
+        assert all(torch.equal(here[key], there[key]) for key in here)
+    others = [i for i in range(9) if i != 5]
+    assert sorted(decoded) == sorted(4 * others + 6 * [5])  # a damaged one is tried again
+    for changed in (dict(augmentation=Augmentation(crop=True)), dict(augmentation=Augmentation(rand_augment="none"))):
+        loader = make_loader(split, GREY8, 3, workers=2, keep=True, **common | changed)
+        assert (loader.num_workers == 2) == loader.dataset.augmentation.crop
+    monkeypatch.setattr("gspn.data.loader.KEPT", 9 * 64 - 1)
+    assert make_loader(split, GREY8, 3, workers=2, keep=True).num_workers == 2
+
+
 def test_data_sets_can_be_sent_to_workers_that_are_not_forked(table, tmp_path):
     write_images(tmp_path / "images" / "a", 4)
     write_images(tmp_path / "images" / "b", 4, start=4)

@@ -21,6 +21,7 @@ from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split, genera
 
 PROBLEM = "problem"  # a batch's key for a DataError's text: torch would bury a worker's exception in a traceback
 DYING = 1.0  # seconds for a worker to be gone after its connection broke
+KEPT = 2**29  # bytes of a split's images that are kept in memory, where a loader keeps them
 
 
 class ImageDataset(Dataset):
@@ -28,11 +29,14 @@ class ImageDataset(Dataset):
 
     A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}. An image that could not be
     decoded has the label UNREADABLE and pixels of 0, so that batches keep their size.
+
+    With `keep` each image is decoded once and kept, before it is augmented.
     """
 
-    def __init__(self, split, preprocessing, augmentation=None, seed=0):
+    def __init__(self, split, preprocessing, augmentation=None, seed=0, keep=False):
         self.split, self.preprocessing, self.augmentation, self.seed = split, preprocessing, augmentation, seed
         self.epoch = self.numbers = self.pixels = None
+        self.kept: dict[int, torch.Tensor] | None = {} if keep else None
         wanted = (preprocessing.channels, *preprocessing.size)
         if split.pixels is not None and not (augmentation and augmentation.crop):
             if tuple(split.pixels.shape[1:]) == wanted and preprocessing.crop == 1:
@@ -55,14 +59,27 @@ class ImageDataset(Dataset):
                 crop = ()
                 if self.augmentation and self.augmentation.crop:
                     crop = numbers[row, 3:], self.augmentation.crop_area
-                try:
-                    image[row] = self.preprocessing(self.split.image(*key[1:]), *crop)
-                except Exception:  # Pillow raises anything on damaged files; Split.problem says what it was
+                found = self.read(key[1:], *crop)
+                if found is None:
                     label[row] = UNREADABLE
+                else:
+                    image[row] = found
         if self.augmentation:
             images = [(self.seed, epoch, i) for i in index.tolist()]
             image = self.augmentation(image, numbers[:, :3], images, self.preprocessing)
         return {"image": image, "label": label, "index": index}
+
+    def read(self, key, *crop):
+        """One image, preprocessed; None if it cannot be decoded."""
+        if self.kept is not None and key[0] in self.kept:
+            return self.kept[key[0]]
+        try:
+            found = self.preprocessing(self.split.image(*key), *crop)
+        except Exception:  # Pillow raises anything on damaged files; Split.problem says what it was
+            return None
+        if self.kept is not None:
+            self.kept[key[0]] = found.contiguous()
+        return found
 
     def epoch_numbers(self, epoch):
         """(N, 7) random numbers in [0, 1) for the whole epoch: a row belongs to (seed, epoch, index)."""
@@ -130,11 +147,20 @@ def make_loader(
     augmentation: Augmentation | None = None,
     seed: int = 0,
     workers: int = 0,
+    keep: bool = False,
 ) -> Loader:
     """A Loader of ImageDataset's batches. Training shuffles, augments and leaves out the last incomplete batch
-    (unless it is the only one); evaluation goes through the images in order."""
-    dataset = ImageDataset(split, preprocessing, augmentation if train else None, seed)
-    slow = dataset.pixels is None or (train and augmentation is not None and augmentation.slow)
+    (unless it is the only one); evaluation goes through the images in order.
+
+    With `keep`, for several epochs, images that fit into KEPT bytes are decoded once, by the main process. Those that
+    workers crop at random, change slowly or download are not kept."""
+    augmentation = augmentation if train else None
+    height, width = preprocessing.size
+    fits = len(split) * preprocessing.channels * height * width <= KEPT
+    changed = augmentation is not None and (augmentation.crop or augmentation.slow)
+    keep = keep and fits and not (changed or split.remote or split.read is None or split.pixels is not None)
+    dataset = ImageDataset(split, preprocessing, augmentation, seed, keep)
+    slow = not keep and (dataset.pixels is None or (augmentation is not None and augmentation.slow))
     return Loader(
         dataset,
         batch_size=batch_size,

@@ -265,7 +265,8 @@ class Setup(BaseSetup):
         if self.preprocessing is None:
             return make_latent_loader(split, options.batch_size, flip=options.flip, **common)
         augmentation = Augmentation(flip=True) if options.flip else None
-        return make_loader(split, self.preprocessing, options.batch_size, augmentation=augmentation, **common)
+        common |= dict(augmentation=augmentation, keep=True)
+        return make_loader(split, self.preprocessing, options.batch_size, **common)
 
     def random_sizes(self) -> RandomSizes | None:
         if not self.options.sizes:
