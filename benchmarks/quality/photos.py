@@ -6,7 +6,8 @@ python -m benchmarks.quality.photos --report                        a table and 
 
 FOLDER holds CIFAR-10 as tables with the splits train and test. Every contender is trained by what `gspn train` runs:
 same images in the same order, same augmentation, steps and optimizer. As the scan does, each mixer works in 16 channels
-between two projections; the width of the blocks is chosen so that the parameters agree within 2%.
+between two projections; with "none" the block is an inverted residual alone. The width of the blocks is chosen so that
+the parameters agree within 2%.
 
 The command may be stopped at any time and started again: only complete runs are written, one JSON file each.
 """
@@ -105,6 +106,11 @@ def expansion_of(mixer: str) -> float:
     return min((n / 16 for n in range(16, 65)), key=lambda factor: abs(count(factor) - wanted))
 
 
+def is_statistic(name: str) -> bool:
+    """Whether a tensor of a state dict belongs to batch norm's running statistics, and is no parameter."""
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
 def parameters_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -141,6 +147,7 @@ def train(run: Run, photos: Path, console: Console | None = None, **more) -> dic
     with exchanged(run.contender), tempfile.TemporaryDirectory() as folder:
         path, began, at = Path(folder) / "run", time.thread_time(), {}
         trained, _, _ = classify.train_classifier(photos, path, options, console=console)
+        tensors = trained.load_checkpoint("last", ("model",))[0]["model"]
         seconds = time.thread_time() - began
         for factor in FACTORS:
             size = (round(SIDE * factor),) * 2
@@ -149,7 +156,8 @@ def train(run: Run, photos: Path, console: Console | None = None, **more) -> dic
         rows = [{key: row[key] for key in ("epoch", "train_loss", "val_loss", "top1")} for row in trained.metrics]
     return {
         **run._asdict(),
-        "parameters": parameters_of(classifier_with(run.contender, MODEL, num_classes=CLASSES, **arguments)),
+        "parameters": sum(tensor.numel() for name, tensor in tensors.items() if not is_statistic(name)),
+        "mixer": sorted({name.split(".gspn.")[1] for name in tensors if ".gspn." in name}),
         "curve": rows,
         "test": at,
         "cpu_seconds_of_training": round(seconds, 1),
@@ -203,7 +211,8 @@ def report(folder: Path) -> str:
         "# Small photos with other mixers in the place of GSPN\n\nMade by `python -m benchmarks.quality.photos "
         "--report`. CIFAR-10, gspn_mobile from random weights; accuracy in percent on the 10,000 test images. *rate*: "
         "the best of how many learning rates, by the loss of the last epoch in training. Of several seeds a figure is "
-        "the mean, with the standard deviation. *time*: CPU time of the training over that of GSPN.\n"
+        "the mean, with the standard deviation. *time*: CPU time of the whole training, with reading and "
+        "evaluation, over that of GSPN.\n"
     )
     for epochs in sorted({run.epochs for run in done}):
         text += f"\n## {epochs} epochs\n\n"

@@ -23,13 +23,17 @@ def test_all_have_as_many_parameters_and_take_any_size():
             assert model(torch.randn(1, 3, 45, 37)).shape == (1, CLASSES)
 
 
-@pytest.mark.parametrize("name", ["attention", "none"])
-def test_a_run_is_trained_by_the_library_and_opened_with_its_mixer(name, colours, monkeypatch):
+@pytest.mark.parametrize(
+    "name, mixer", [("attention", ["0.weight", "1.module.out.weight", "1.module.qkv.weight", "2.weight"]), ("none", [])]
+)
+def test_a_run_is_trained_by_the_library_and_opened_with_its_mixer(name, mixer, colours, monkeypatch):
     monkeypatch.setattr(photos, "expansion_of", lambda name: 1.0)
     content = photos.train(Run(name, 1e-2, 0, 1), colours, size=(32, 32), batch_size=8)
     assert set(content["test"]) == {str(factor) for factor in FACTORS} and len(content["curve"]) == 1
     assert content["test"]["1"]["top1"] == pytest.approx(content["curve"][-1]["top1"], abs=0.2)
-    assert "GSPN2d" not in str(photos.classifier_with(name, MODEL))
+    assert content["mixer"] == mixer
+    model = photos.classifier_with(name, MODEL, num_classes=3, expansion=1.0)
+    assert content["parameters"] == photos.parameters_of(model)
 
 
 def test_missing_runs_come_in_order_and_the_report_tells_them(tmp_path):

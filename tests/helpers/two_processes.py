@@ -16,6 +16,7 @@ from gspn.options.diffusion import GeneratorOptions
 from gspn.tasks.classify import resume_classifier, train_classifier
 from gspn.tasks.diffusion import train_generator
 from gspn.train import loop
+from gspn.train.optim import running_statistics
 
 SMALL = dict(TINY, width=8)
 OPTIONS = dict(model_args=SMALL, epochs=1, batch_size=56, lr=5e-3, ema=0.9, seed=3, workers=0)  # 25 steps an epoch
@@ -90,6 +91,23 @@ def copies(folder):
             train_classifier("digits", folder / "odd", Options(**OPTIONS | dict(batch_size=31)))
         except OptionError as error:
             found["refusal"] = str(error)
+    return found
+
+
+def statistics(folder):
+    """Batch norm: what each process has of its running statistics and their averages, and what is written of them."""
+    found, seen, update = {}, [], loop.Ema.update
+
+    def recording(ema, step):
+        update(ema, step)
+        seen.append([tensor.sum().item() for tensor in running_statistics(ema.model).values()])
+        seen[-1] += [mean.sum().item() for name, mean in ema.means.items() if "running" in name]
+
+    options = OPTIONS | dict(model="gspn_mobile", model_args=SMALL | {"scan_dim": 4})
+    with patch.object(loop.Ema, "update", recording):
+        for fsdp in (False, True):
+            train_classifier("digits", folder / f"statistics-{fsdp}", Options(**options, fsdp=fsdp))
+    found["statistics"] = gather_object([seen])
     return found
 
 

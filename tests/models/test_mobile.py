@@ -1,8 +1,10 @@
 """gspn_mobile, whose blocks have batch norm: what that could change."""
 
+import copy
+
 import pytest
 import torch
-from helpers.training import tiny_options
+from helpers.training import same, tiny_options
 from torch import nn
 
 import gspn
@@ -10,6 +12,7 @@ from gspn.export import export_program
 from gspn.layers import InvertedBlock
 from gspn.models import context_maps
 from gspn.tasks.classify import train_classifier
+from gspn.train.loop import TrainingError
 
 TINY = {"width": 8, "depths": (1, 2, 1), "proxy_dim": 2, "scan_dim": 4}
 NORMS = ("stem.1", "stem.4", "norm", *(f"levels.{i}.downsample.1" for i in (1, 2)))
@@ -82,14 +85,70 @@ def test_backbones_of_any_name_take_the_block():
     "options, message",
     [
         ({"block": "inverse"}, "block.*paper.*inverted.*'inverse'"),
-        ({"mlp_ratio": 2.0}, "mlp_ratio.*got 2.0, silu and aligned"),
-        ({"activation": None}, "activation.*got 4.0, None and aligned"),
-        ({"alignment": "released"}, "alignment.*released"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio .*paper.*expected 4.0, got 2.0"),
+        ({"activation": None}, "activation .*expected 'silu', got None"),
+        ({"alignment": "released"}, "alignment .*expected 'aligned', got 'released'"),
     ],
 )
 def test_what_it_does_not_have(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_gradient_checkpointing_counts_a_batch_once():
+    model, x = small(), torch.randn(4, 1, 12, 9)
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    for each in (model, twin):
+        each(x).square().sum().backward()
+    for (name, own), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, msg=name)
+    assert same(model.state_dict(), twin.state_dict())
+    assert twin.levels[0].blocks[0].norm1.momentum == model.levels[0].blocks[0].norm1.momentum
+
+
+def test_compiled_gradient_checkpointing():
+    model, x = small(), torch.randn(4, 1, 12, 9)
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    compiled = torch.compile(twin, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, model(x), rtol=1e-4, atol=1e-5)
+    compiled.sum().backward()
+    assert twin.levels[0].blocks[0].norm1.num_batches_tracked == 1
+    torch.testing.assert_close(twin.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(dtype):
+    model = trained_a_little(small()).to(dtype)
+    x = torch.randn(2, 1, 9, 8, dtype=dtype)
+    assert model(x).dtype == dtype
+    model.train()(x).sum().backward()
+    assert all(p.grad.dtype == dtype for p in model.parameters())
+
+
+def test_frozen_norms_keep_their_statistics(tmp_path):
+    options = tiny_options(model="gspn_mobile", model_args=TINY, epochs=1, freeze=("stem",))
+    start = gspn.create_model("gspn_mobile", num_classes=10, in_chans=1, stem_stride=1, **TINY).state_dict()
+    run, *_ = train_classifier("digits", tmp_path / "run", options)
+    tensors = run.load_checkpoint("last")[0]["model"]
+    assert torch.equal(tensors["stem.1.running_mean"], start["stem.1.running_mean"])
+    assert not torch.equal(tensors["norm.running_mean"], start["norm.running_mean"])
+
+
+def test_one_value_a_channel_is_refused(tmp_path):
+    """The digits' maps have one pixel in the last level, and a part of a batch one image."""
+    args = TINY | {"stem_stride": 2}
+    options = tiny_options(model="gspn_mobile", model_args=args, epochs=1, batch_size=8, accumulate=8)
+    with pytest.raises(TrainingError, match=r"batch norm .*one value.*--batch-size.*--accumulate"):
+        train_classifier("digits", tmp_path / "run", options)
+
+
+def test_published_weights_are_refused():
+    paper = gspn.create_model("gspn_micro", num_classes=5)
+    released = {"classifier.head.weight": paper.head.weight}
+    with pytest.raises(ValueError, match=r'for block="paper".*gspn_mobile.*gspn_tiny'):
+        gspn.load_released(released, "gspn_mobile", alignment="aligned")
 
 
 def test_context_maps():

@@ -55,6 +55,10 @@ def test_the_size_of_another_training_counts_and_is_kept_in_the_file(tmp_path):
     pipe = tiny_sd()
     with gspn.swap(pipe, segment=4, init="random") as swapped:
         assert swapped.sample_size is None
+        for wrong in (16, (16.0, 8.0), (0, 8), (16,)):
+            swapped.sample_size = wrong
+            with pytest.raises(ValueError, match=r"sample_size has to be \(height, width\).*got"):
+                swapped.save(tmp_path)
         swapped.sample_size = (16, 8)
         swapped.save(tmp_path)
     swapped = gspn.load_swap(pipe, tmp_path)

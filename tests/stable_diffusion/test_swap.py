@@ -322,7 +322,7 @@ def test_files_that_do_not_fit_are_refused_and_the_unet_stays_as_it_was(tmp_path
     refused("is damaged: its config lacks segment, gate_bias, unet", path=bad)
     config = json.loads(header["gspn_swap"]) | {"sample_size": [8, "x"]}
     save_file(whole, bad, metadata={"gspn_swap": json.dumps(config)})
-    refused("is damaged: sample_size has to be a height and a width, got .8, 'x'", path=bad)
+    refused("is damaged: sample_size has to be .height, width.*, got .8, 'x'", path=bad)
     gspn.load_swap(unet, file)
     with pytest.raises(ValueError, match="swapped already"):
         gspn.load_swap(unet, file)

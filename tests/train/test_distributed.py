@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.two_processes import copies, main, others
+from helpers.two_processes import copies, main, others, statistics
 
+from gspn.metrics.classification import evaluate
 from gspn.train.run import Run
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -55,6 +56,16 @@ def test_two_processes_are_as_one(folders):
     assert two["metrics"]["images"] == 359 and close(one["metrics"], two["metrics"])
     assert Run.open(folders[1] / "copies").metrics[0]["images"] == 359
     assert re.search(r"batch_size .* 2 processes.* 31", two["refusal"])
+
+
+@pytest.mark.slow
+def test_batch_norm_s_statistics_are_the_same_in_both(folders):
+    _, two = in_both(statistics, folders)
+    first, second = two["statistics"]
+    assert len(first) == 50 and first == second
+    # those that are saved are those that were evaluated
+    run = Run.open(folders[1] / "statistics-False")
+    assert run.metrics[0]["val_loss"] == pytest.approx(evaluate(run.path, "digits", workers=0)[0]["loss"], abs=1e-6)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Everything random can be repeated: the order of an epoch is a function of (seed,
 (seed, epoch, index). Neither depends on the number of workers or processes.
 """
 
+import math
 import multiprocessing
 import os
 import warnings
@@ -16,12 +17,12 @@ from multiprocessing.context import BaseContext
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gspn.data.augment import Augmentation
+from gspn.data.augment import SMALL, Augmentation
 from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split, generator
 
 PROBLEM = "problem"  # a batch's key for a DataError's text: torch would bury a worker's exception in a traceback
 DYING = 1.0  # seconds for a worker to be gone after its connection broke
-KEPT = 2**29  # bytes of a split's images that are kept in memory, where a loader keeps them
+KEPT = 2**29  # bytes of images that a loader keeps in memory
 
 
 class ImageDataset(Dataset):
@@ -30,14 +31,15 @@ class ImageDataset(Dataset):
     A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}. An image that could not be
     decoded has the label UNREADABLE and pixels of 0, so that batches keep their size.
 
-    With `keep` each image is decoded once and kept, before it is augmented.
+    With `keep` each image is decoded once and kept, as it is before it is augmented.
     """
 
     def __init__(self, split, preprocessing, augmentation=None, seed=0, keep=False):
         self.split, self.preprocessing, self.augmentation, self.seed = split, preprocessing, augmentation, seed
         self.epoch = self.numbers = self.pixels = None
-        self.kept: dict[int, torch.Tensor] | None = {} if keep else None
         wanted = (preprocessing.channels, *preprocessing.size)
+        self.kept = torch.empty(len(split), *wanted, dtype=torch.uint8) if keep else None
+        self.known = torch.zeros(len(split), dtype=torch.bool)  # which of them
         if split.pixels is not None and not (augmentation and augmentation.crop):
             if tuple(split.pixels.shape[1:]) == wanted and preprocessing.crop == 1:
                 self.pixels = split.pixels
@@ -71,14 +73,14 @@ class ImageDataset(Dataset):
 
     def read(self, key, *crop):
         """One image, preprocessed; None if it cannot be decoded."""
-        if self.kept is not None and key[0] in self.kept:
+        if self.known[key[0]]:
             return self.kept[key[0]]
         try:
             found = self.preprocessing(self.split.image(*key), *crop)
         except Exception:  # Pillow raises anything on damaged files; Split.problem says what it was
             return None
         if self.kept is not None:
-            self.kept[key[0]] = found.contiguous()
+            self.kept[key[0]], self.known[key[0]] = found, True
         return found
 
     def epoch_numbers(self, epoch):
@@ -138,6 +140,22 @@ class Loader(DataLoader):
         self.sampler.epoch, self.sampler.start = epoch, batches_done * self.batch_size
 
 
+def can_be_kept(split: Split, preprocessing: Preprocessing, augmentation: Augmentation | None) -> bool:
+    """Whether decoding a split's images once pays: they are small, as the first of them shows, so that workers would
+    gain little; they fit into KEPT bytes at the model's input size; and neither random crops nor RandAugment nor jitter
+    works on what was decoded. Streams have no place for an image."""
+    if split.pixels is not None or split.read is None or not len(split):
+        return False
+    if augmentation is not None and (augmentation.crop or augmentation.slow):
+        return False
+    if len(split) * preprocessing.channels * math.prod(preprocessing.size) > KEPT:
+        return False
+    try:
+        return max(split.image(0).size) <= SMALL
+    except Exception:  # Pillow raises anything on damaged files
+        return False
+
+
 def make_loader(
     split: Split,
     preprocessing: Preprocessing,
@@ -152,13 +170,9 @@ def make_loader(
     """A Loader of ImageDataset's batches. Training shuffles, augments and leaves out the last incomplete batch
     (unless it is the only one); evaluation goes through the images in order.
 
-    With `keep`, for several epochs, images that fit into KEPT bytes are decoded once, by the main process. Those that
-    workers crop at random, change slowly or download are not kept."""
+    With `keep`, for several epochs, small images are decoded once, without workers; see `can_be_kept`."""
     augmentation = augmentation if train else None
-    height, width = preprocessing.size
-    fits = len(split) * preprocessing.channels * height * width <= KEPT
-    changed = augmentation is not None and (augmentation.crop or augmentation.slow)
-    keep = keep and fits and not (changed or split.remote or split.read is None or split.pixels is not None)
+    keep = keep and can_be_kept(split, preprocessing, augmentation)
     dataset = ImageDataset(split, preprocessing, augmentation, seed, keep)
     slow = not keep and (dataset.pixels is None or (augmentation is not None and augmentation.slow))
     return Loader(

@@ -6,7 +6,9 @@ map and doubles the width. Images may have any size, and there is no positional 
 (forward_features, forward_intermediates, reset_classifier and so on).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
@@ -22,6 +24,24 @@ from gspn.pretrained import Pretrained, read
 
 _SIZES: dict[str, Callable[[], dict]] = {}
 _EVERYWHERE = {"num_classes": 1000, "in_chans": 3, "activation": "silu", "alignment": "aligned"}  # in every config
+
+
+@contextmanager
+def _statistics_kept(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+def _counting_once(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For gradient checkpointing: a block's second forward pass does not change batch norm's running statistics."""
+    return nullcontext(), _statistics_kept([m for m in block.modules() if isinstance(m, nn.BatchNorm2d)])
 
 
 class Level(nn.Module):
@@ -40,9 +60,11 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.downsample is not None:
             x = self.downsample(x)
+        compiled = torch.compiler.is_compiling()  # refuses a context_fn, and counts a batch once anyway
         for block in self.blocks:
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                once = {} if compiled else {"context_fn": partial(_counting_once, block)}
+                x = checkpoint(block, x, use_reentrant=False, **once)
             else:
                 x = block(x)
         return x
@@ -72,9 +94,9 @@ class Backbone(Pretrained, nn.Module):
         segment: lines between resets in all other blocks.
         stem_stride: 1, 2 or 4.
         global_pool: "avg", or "" for no pooling: the head then classifies every pixel of the last map.
-        block: "paper" (:class:`gspn.layers.GSPNBlock`) or "inverted" (:class:`gspn.layers.InvertedBlock`). With the
-            second all norms between the blocks are batch norms too.
-        expansion, mlp_ratio, activation: those of the block; the last two of the paper's alone.
+        block: "paper" (:class:`gspn.layers.GSPNBlock`) or "inverted" (:class:`gspn.layers.InvertedBlock`). With
+            "inverted" all norms outside the blocks are batch norms.
+        expansion: that of the block. mlp_ratio, activation: those of the block "paper".
         drop_path_rate: grows linearly from 0 in the first block.
         drop_rate: dropout before the head.
         alignment: that of :class:`gspn.GSPN2d`, in every block. With "released", images have to be square, and the
@@ -133,11 +155,10 @@ class Backbone(Pretrained, nn.Module):
         if block not in BLOCKS:
             raise ValueError(f'block has to be "paper" or "inverted", got {block!r}')
         options = {} if block == "inverted" else {"mlp_ratio": mlp_ratio, "activation": activation}
-        if block == "inverted" and (mlp_ratio, activation, alignment) != (4.0, "silu", "aligned"):
-            raise ValueError(
-                'mlp_ratio, activation and alignment="released" are for block="paper": the block "inverted" has no '
-                f"MLP, expected 4.0, silu and aligned, got {mlp_ratio}, {activation} and {alignment}"
-            )
+        fixed = {"mlp_ratio": (mlp_ratio, 4.0), "activation": (activation, "silu"), "alignment": (alignment, "aligned")}
+        for name, (given, only) in fixed.items():
+            if block == "inverted" and given != only:
+                raise ValueError(f'{name} is for block="paper"; with "inverted" expected {only!r}, got {given!r}')
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate has to be at least 0 and below 1, got {drop_rate}")
         self.in_chans, self.depths, self.alignment, self.drop_rate = in_chans, tuple(depths), alignment, drop_rate

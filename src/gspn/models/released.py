@@ -124,6 +124,12 @@ def convert_released(state: Mapping[str, Tensor], config: dict) -> dict[str, Ten
     Warns if the model is aligned, because the weights were trained for other outputs. Raises ValueError with the keys
     that are missing, left over or of another shape, and the model size that fits, if any.
     """
+    block = (size_of(config["name"]) | config).get("block", "paper")
+    if block != "paper":
+        raise ValueError(
+            f'the published weights are for block="paper", but the blocks of {config["name"]} are {block!r} here: '
+            "expected gspn_tiny, gspn_small or gspn_base"
+        )
     head = state.get("classifier.head.weight")
     classes = head.shape[0] if isinstance(head, Tensor) and head.ndim == 2 else 1000
     with torch.device("meta"):

@@ -99,7 +99,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: Backbone) -> M
         return state_dict
     if not model.config:
         raise ValueError("released weights do not fit a model whose levels have been pruned: load them before pruning")
-    if model.config["activation"] is not None:
+    if model.config.get("block") != "inverted" and model.config["activation"] is not None:
         raise ValueError(
             f'released weights were trained without activation, got "{model.config["activation"]}"; create the model '
             'with activation="none" and alignment="released" (as they were trained) or "aligned" (for any size)'

@@ -41,7 +41,10 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
         raise ValueError("the layers are global (segment=None): they see the whole map at any size, nothing is adapted")
     native = unet._gspn_swap.sample_size or unet.config.sample_size
     if native is None:
-        raise ValueError("the UNet has no sample_size in its config, so that the trained size is not known")
+        raise ValueError(
+            "the trained size is not known: the UNet has no sample_size in its config. Set sample_size of the Swap, "
+            "(height, width) of the UNet's input"
+        )
     native = (native, native) if isinstance(native, int) else tuple(native)
     scale = 1 if isinstance(target, nn.Module) else target.vae_scale_factor
     layers = unet._gspn_swap.layers

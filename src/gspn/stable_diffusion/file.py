@@ -95,6 +95,13 @@ def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[d
     return config, states
 
 
+def check_size(size, what: str) -> None:
+    """Raises ValueError, which begins with `what`, unless `size` is (height, width)."""
+    pair = isinstance(size, (list, tuple)) and len(size) == 2
+    if not pair or not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f"{what} has to be (height, width), two whole numbers above 0, got {size!r}")
+
+
 def _check_belongs(path, config, unet, channels):
     own, saved = _identity(unet), config["unet"]
     differing = [key for key in own if own[key] != saved.get(key)]
@@ -104,9 +111,7 @@ def _check_belongs(path, config, unet, channels):
     kept = config.get("kept", [])
     if not isinstance(kept, list) or not isinstance(config["layers"], dict):
         raise ValueError(f"{path} is damaged: its config does not list layers and kept attentions")
-    size = config.get("sample_size", [1, 1])
-    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"{path} is damaged: sample_size has to be a height and a width, got {size!r}")
+    check_size(config.get("sample_size", [1, 1]), f"{path} is damaged: sample_size")
     unknown = [name for name in kept if name not in channels]
     if unknown or config["layers"] != {name: count for name, count in channels.items() if name not in kept}:
         raise ValueError(f"{path} belongs to another base model: its layers are not where this UNet has attention")

@@ -183,13 +183,16 @@ class Swap:
     def save(self, path: Path | str) -> Path:
         """Saves the layers alone, for :func:`gspn.load_swap`: one safetensors file whose header holds the config. An
         existing file is replaced at once. A `path` that does not end in .safetensors is a folder, and the file in it
-        is ``gspn_swap.safetensors``. Returns the file's path."""
+        is ``gspn_swap.safetensors``. Returns the file's path. Raises ValueError where `sample_size` is neither None nor
+        two whole numbers above 0."""
         for name, layer in self.layers.items():
             _check_linears(name, layer)
         gate_bias = next(iter(self.layers.values())).gate_bias
         options = {"form": self.form, "segment": self.segment, "gate_bias": gate_bias}
         options |= {"kept": list(self.kept)} if self.kept else {}  # without it as every earlier version reads it
-        options |= {"sample_size": list(self.sample_size)} if self.sample_size else {}
+        if self.sample_size is not None:
+            swap_file.check_size(self.sample_size, "sample_size")
+            options |= {"sample_size": list(self.sample_size)}
         return swap_file.write(path, self.unet, self.layers, options)
 
     def __repr__(self) -> str:

@@ -182,9 +182,11 @@ class Setup(BaseSetup):
             augmentation=self.augmentation,
             seed=options.seed,
             workers=workers,
-            keep=True,
+            keep=options.epochs > 1,
         )
-        eval_loader = accelerator.prepare(make_loader(self.eval_split, preprocessing, size, workers=workers, keep=True))
+        eval_loader = accelerator.prepare(
+            make_loader(self.eval_split, preprocessing, size, workers=workers, keep=options.epochs > 1)
+        )
         splits = self.train_split, self.eval_split
         task = Classification(*splits, eval_loader, preprocessing, class_names, options, self.mixing)
         training.loop(task, loader, options)

@@ -265,7 +265,7 @@ class Setup(BaseSetup):
         if self.preprocessing is None:
             return make_latent_loader(split, options.batch_size, flip=options.flip, **common)
         augmentation = Augmentation(flip=True) if options.flip else None
-        common |= dict(augmentation=augmentation, keep=True)
+        common |= dict(augmentation=augmentation, keep=options.epochs > 1)
         return make_loader(split, self.preprocessing, options.batch_size, **common)
 
     def random_sizes(self) -> RandomSizes | None:

@@ -28,7 +28,7 @@ from gspn.data.images import mixed_seed
 from gspn.data.loader import batches, untold_workers
 from gspn.progress import Progress
 from gspn.train.board import Board
-from gspn.train.optim import Ema, frozen_modules, learning_rate, make_optimizer
+from gspn.train.optim import Ema, frozen_modules, learning_rate, make_optimizer, running_statistics
 from gspn.train.run import RunError
 from gspn.train.state import full_state_dict, restore
 
@@ -138,6 +138,7 @@ def train(task, model, loader, options, run, accelerator, console=None, checkpoi
                     accelerator.clip_grad_norm_(model.parameters(), options.clip)
                 optimizer.step()
                 optimizer.zero_grad()
+                share_statistics(plain, accelerator)
                 if ema is not None:
                     ema.update(at.step)
                 at.step += 1
@@ -272,6 +273,16 @@ def distribute(model, fsdp, accelerator):
     return fully_shard(model, mesh=mesh)
 
 
+@torch.no_grad()
+def share_statistics(model, accelerator):
+    """Gives all processes the same running statistics of batch norm: the mean of what their parts of a batch gave."""
+    if accelerator.num_processes == 1 or not (own := list(running_statistics(model, training_only=True).values())):
+        return
+    mean = accelerator.reduce(torch.cat([each.flatten() for each in own]), "mean")
+    for each, part in zip(own, mean.split([each.numel() for each in own]), strict=True):
+        each.copy_(part.view_as(each))
+
+
 def with_strides(strides, gradient):
     """The gradient with the strides of its parameter, where they differ in dimensions of length 1 only. Strides mean
     nothing there, but DDP compares them and warns of another layout."""
@@ -327,9 +338,17 @@ def _diverged(what, saver):
 
 @contextmanager
 def explained():
-    """Turns an out-of-memory error into a TrainingError that says what to lower."""
+    """Turns what options can mend, too little memory or too few values for batch norm, into a TrainingError that names
+    these options."""
     try:
         yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            "batch norm has one value a channel in a training step, and so no variance: expected several images, or "
+            f"maps of several pixels. Use a larger --size or --batch-size, or a lower --accumulate. ({error})"
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gspn.names import unknown
 from gspn.options import LoopOptions, OptionError
@@ -91,7 +92,7 @@ def learning_rate(step: int, steps_an_epoch: int, options: LoopOptions) -> float
 
 class Ema:
     """Averaged weights of a model's parameters: mean = decay * mean + (1 - decay) * parameter after every step. The
-    buffers that are saved and no counts, such as the running statistics of batch norm, are averaged alike.
+    running statistics of batch norm are averaged too, as they belong to the weights.
 
     Args:
         model: whole, or sharded by FSDP, where each process averages its shard. device: of the averages.
@@ -99,13 +100,10 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float, device: torch.device | str):
         self.model, self.decay = model, decay
-        saved = model.state_dict()
-        self._buffers = {name for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
         self.means = {name: p.to(device, copy=True) for name, p in self._parameters()}
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        buffers = ((name, buffer) for name, buffer in self.model.named_buffers() if name in self._buffers)
-        for name, parameter in chain(self.model.named_parameters(), buffers):
+        for name, parameter in chain(self.model.named_parameters(), running_statistics(self.model).items()):
             parameter = parameter.detach()
             yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
@@ -118,7 +116,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block, the model's parameters and buffers are the averages."""
+        """Within the block, the model's parameters and running statistics are the averages."""
         mine = {name: p.clone() for name, p in self._parameters()}
         self.load(self.means)
         try:
@@ -133,9 +131,20 @@ class Ema:
 
     @torch.no_grad()
     def copy_from(self) -> None:
-        """Sets the averages to the model's parameters and buffers."""
+        """Sets the averages to the model's parameters and running statistics."""
         for name, parameter in self._parameters():
             self.means[name].copy_(parameter)
+
+
+def running_statistics(model: nn.Module, training_only: bool = False) -> dict[str, Tensor]:
+    """The running means and variances of the batch norms in a model, by name; `training_only`: of those that a training
+    step changes."""
+    found = {}
+    for prefix, module in model.named_modules():
+        wanted = isinstance(module, _BatchNorm) and module.running_mean is not None
+        if wanted and (module.training or not training_only):
+            found |= {f"{prefix}.{name}": getattr(module, name) for name in ("running_mean", "running_var")}
+    return found
 
 
 def frozen_modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
