@@ -12,7 +12,7 @@ WITH_TRITON := TRITON_INTERPRET=1 $(PYTEST) -n 2
 CPU_SOURCES := $(wildcard src/gspn/kernels/cpu/*.* src/gspn/kernels/cpu/*/*.*)
 TRITON_TESTS := $(wildcard tests/kernels/test_triton*.py)
 
-# Where this is set, every process compiles all that it imports, torch included, which takes it ten seconds.
+# Where this is set, every process compiles all of torch that it imports, which takes ten seconds each time.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-all lint docs clean

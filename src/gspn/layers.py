@@ -431,8 +431,7 @@ class InvertedBlock(nn.Module):
         z = SiLU(BN(DWConv3x3(SiLU(BN(Linear x)))));  x + BN(Linear(z + LN(GSPN(z))))
 
     In training its batch norm (BN) makes the output depend on the other images of a batch; in evaluation it takes
-    running means and variances. The scan has LayerNorm, as a few large values of its state would dominate a batch.
-    LayerNorm's weight starts at 0: the block starts as the inverted residual alone, which learns faster.
+    running means and variances. LayerNorm's weight starts at 0: the block starts as the inverted residual alone.
 
     Args:
         channels: C. expansion: inner width, as a multiple of C. drop_path: rate of stochastic depth.

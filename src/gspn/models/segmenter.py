@@ -23,10 +23,10 @@ class Segmenter(Pretrained, nn.Module):
         logits = upsampled(classifier LN(blocks(p)))
 
     The blocks are the paper's (:class:`gspn.layers.GSPNBlock`), all global. Nothing depends on a size: there is no
-    positional embedding. Nor does anything depend on the batch, except in training with a backbone of
-    ``block="inverted"``, which has batch norm. Maps are enlarged bilinearly by the exact factor
-    between their level and the finest one, and cut to its size at the bottom and at the right. So the pixels of a map
-    lie at the same places of the image whatever its height and width are, and no image is padded.
+    positional embedding. In training a backbone with ``block="inverted"`` has batch norm; else nothing depends on the
+    batch. Maps are enlarged bilinearly by the exact factor between their level and the finest one, and cut to its size
+    at the bottom and at the right. So the pixels of a map lie at the same places of the image whatever its height and
+    width are, and no image is padded.
 
     Args:
         backbone: its head is dropped.
@@ -156,7 +156,7 @@ def create_segmenter(
         num_classes: K.
         decoder_width, decoder_depth, decoder_drop_rate: ``width``, ``depth`` and ``drop_rate`` of :class:`Segmenter`.
         kwargs: ``in_chans=3`` and every other argument of :class:`gspn.models.Backbone`. ``stem_stride`` is 4 here for
-            gspn_micro too: the finest map has 1/4 of the image's height and width.
+            gspn_micro and gspn_mobile too: the finest map has 1/4 of the image's height and width.
 
     Raises ValueError for an unknown name or arguments that do not fit, TypeError for an unknown argument.
 
