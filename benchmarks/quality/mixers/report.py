@@ -24,7 +24,6 @@ REMEDIES = (
 )
 _PALETTE = "#9aa0a6 #e07b22 #c62828 #ef9a9a #3a8f5c #1b5e20 #8d6e63 #2f6db3 #85aede #5e35b1 #0b2e63 #00acc1".split()
 COLOURS = dict(zip([n for n, c in CONTENDERS.items() if not (c.remedy or c.why_not)], _PALETTE, strict=True))
-COLOURS |= {CONTROL: "#b0bec5", "gspn-centred-alone": "#000000"}  # the remedies that pictures show
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
@@ -357,10 +356,9 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS, inside: dict[s
                 f"{task.about} Mean ± standard deviation over the seeds; a difference is paired by seed, ± its "
                 "standard error.",
             ]
-            drawn = runs | {mixer: content for mixer, content in remedies.items() if mixer in COLOURS}
             if runs:
-                curves_picture(drawn, task, form, stem.with_name(f"{name}-curves.png"))
-                settings_picture(drawn, task, form, stem.with_name(f"{name}-settings.png"))
+                curves_picture(runs, task, form, stem.with_name(f"{name}-curves.png"))
+                settings_picture(runs, task, form, stem.with_name(f"{name}-settings.png"))
                 pictures = f"![Curves]({name}-curves.png) ![Settings]({name}-settings.png)"
                 parts += [main_table(runs, task), pictures]
             if remedies:
