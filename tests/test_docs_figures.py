@@ -89,7 +89,7 @@ def test_what_the_mixer_is_worth_is_what_the_runs_say():
             runs = found[task][names[title]]
             means.append(100 * sum(run["test"][setting]["accuracy"] for run in runs) / len(runs))
         assert shown == [f"{mean:.1f}" for mean in means], title
-    assert len(rows) == 7
+    assert len(rows) == 10
 
 
 def test_the_segmenters_are_those_of_the_report():
