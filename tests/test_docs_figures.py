@@ -103,6 +103,16 @@ def test_the_segmenters_are_those_of_the_report():
     assert len(shown) == 5 and all(measured[mixer][3:] == values for mixer, values in shown.items())
 
 
+def test_what_the_scans_of_gspn_mobile_are_worth_is_what_the_report_says():
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    page = page[page.index("| `gspn_mobile` |") : page.index("## What the mixer is worth")]
+    report = (ROOT / "benchmarks/results/quality/photos/report.md").read_text(encoding="utf-8")
+    split = lambda text: [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]  # noqa: E731
+    measured = {mixer.strip(): [cell.strip() for cell in cells[-4:]] for mixer, *cells in split(report)}
+    rows = {mixer.strip(): [cell.strip() for cell in cells] for mixer, *cells in split(page)[1:]}
+    assert len(rows) == 3 and all(measured[mixer] == cells for mixer, cells in rows.items())
+
+
 def test_the_times_of_segmenters_are_those_measured():
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     text = text[text.index("Segmenting one image") : text.index("## Generators")]
