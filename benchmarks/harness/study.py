@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from torch import nn
+
 from benchmarks.harness import harness
 
 
@@ -43,6 +45,26 @@ def work(
         print(f"      {told(content)}", flush=True)
         made += 1
     return made
+
+
+def parameters_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def nearest_factor(make: Callable[[float], nn.Module], wanted: int) -> float:
+    """Of the sixteenths from 1/2 to 4, the factor with which `make` gives a model of about `wanted` parameters."""
+    return min((n / 16 for n in range(8, 65)), key=lambda factor: abs(parameters_of(make(factor)) - wanted))
+
+
+def told(arguments: argparse.Namespace, read: Callable, wanted: Callable, report: Callable, draw: Callable) -> bool:
+    """Does what --list or --report asks for; False where neither is given."""
+    if arguments.list:
+        done = read(arguments.out)
+        list_runs(done, wanted(done))
+    elif arguments.report:
+        (arguments.out / "report.md").write_text(report(arguments.out))
+        draw(arguments.out, arguments.out / "sizes.png")
+    return arguments.list or arguments.report
 
 
 def list_runs(done: dict, runs: Iterable) -> None:

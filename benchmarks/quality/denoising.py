@@ -339,17 +339,12 @@ def main():
     study.add_options(parser, RESULTS)
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
     arguments = parser.parse_args()
-    if arguments.list:
-        done = read(arguments.out)
-        study.list_runs(done, wanted(done))
-    elif arguments.report:
-        (arguments.out / "report.md").write_text(report(arguments.out))
-        draw(arguments.out, arguments.out / "sizes.png")
-    elif arguments.photos is None:
+    if study.told(arguments, read, wanted, report, draw):
+        return
+    if arguments.photos is None:
         parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
-    else:
-        torch.set_num_threads(1)
-        work(arguments.out, Photos.open(arguments.photos), arguments.minutes)
+    torch.set_num_threads(1)
+    work(arguments.out, Photos.open(arguments.photos), arguments.minutes)
 
 
 if __name__ == "__main__":

@@ -101,18 +101,15 @@ def expansion_of(mixer: str) -> float:
     """The inner width of the blocks, as a factor, with which a classifier has the parameters of GSPN's."""
     if CONTENDERS[mixer].make is None:
         return 2.0
-    wanted = parameters_of(classifier_with("gspn", MODEL, num_classes=CLASSES))
-    count = lambda factor: parameters_of(classifier_with(mixer, MODEL, num_classes=CLASSES, expansion=factor))  # noqa: E731
-    return min((n / 16 for n in range(16, 65)), key=lambda factor: abs(count(factor) - wanted))
+    wanted = study.parameters_of(classifier_with("gspn", MODEL, num_classes=CLASSES))
+    return study.nearest_factor(
+        lambda factor: classifier_with(mixer, MODEL, num_classes=CLASSES, expansion=factor), wanted
+    )
 
 
 def is_statistic(name: str) -> bool:
     """Whether a tensor of a state dict belongs to batch norm's running statistics, and is no parameter."""
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
-
-
-def parameters_of(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
@@ -273,17 +270,12 @@ def main():
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
     parser.add_argument("--epochs", type=int, default=2, help="of training (default: 2)")
     arguments = parser.parse_args()
-    if arguments.list:
-        done = read(arguments.out)
-        study.list_runs(done, wanted(done, arguments.epochs))
-    elif arguments.report:
-        (arguments.out / "report.md").write_text(report(arguments.out))
-        draw(arguments.out, arguments.out / "sizes.png")
-    elif arguments.photos is None:
+    if study.told(arguments, read, lambda done: wanted(done, arguments.epochs), report, draw):
+        return
+    if arguments.photos is None:
         parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
-    else:
-        torch.set_num_threads(1)
-        work(arguments.out, arguments.photos, arguments.minutes, arguments.epochs)
+    torch.set_num_threads(1)
+    work(arguments.out, arguments.photos, arguments.minutes, arguments.epochs)
 
 
 if __name__ == "__main__":

@@ -119,15 +119,10 @@ def segmenter_with(mixer: str, name: str, **arguments) -> nn.Module:
 def expansion_of(mixer: str) -> float:
     """The inner width of the backbone's blocks, as a factor, with which a segmenter has the parameters of GSPN's."""
     shape = dict(num_classes=CLASSES)
-    wanted = parameters_of(segmenter_with("gspn", MODEL, **shape))
-    count = lambda factor: parameters_of(segmenter_with(mixer, MODEL, expansion=factor, **shape))  # noqa: E731
+    wanted = study.parameters_of(segmenter_with("gspn", MODEL, **shape))
     if CONTENDERS[mixer].make is None:
         return 1.5
-    return min((n / 16 for n in range(8, 65)), key=lambda factor: abs(count(factor) - wanted))
-
-
-def parameters_of(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    return study.nearest_factor(lambda factor: segmenter_with(mixer, MODEL, expansion=factor, **shape), wanted)
 
 
 @contextmanager
@@ -179,7 +174,7 @@ def train(run: Run, scenes: Path, console: Console | None = None, **more) -> dic
             at[str(factor)] |= {"seconds_with_metrics": round(1 / found["model_images_per_second"], 4)}
         return {
             **run._asdict(),
-            "parameters": parameters_of(segmenter_with(run.contender, MODEL, num_classes=CLASSES, **arguments)),
+            "parameters": study.parameters_of(segmenter_with(run.contender, MODEL, num_classes=CLASSES, **arguments)),
             "val_miou": max(row["miou"] for row in rows),
             "curve": [{name: row[name] for name in ("epoch", "train_loss", "val_loss", "miou")} for row in rows],
             "test": at,
@@ -301,17 +296,12 @@ def main():
     parser.add_argument("--epochs", type=int, default=12, help="of training (default: 12)")
     parser.add_argument("--scale", type=float, default=0.25, help="of the training images (default: 0.25)")
     arguments = parser.parse_args()
-    if arguments.list:
-        done = read(arguments.out)
-        study.list_runs(done, wanted(done, arguments.epochs, arguments.scale))
-    elif arguments.report:
-        (arguments.out / "report.md").write_text(report(arguments.out))
-        draw(arguments.out, arguments.out / "sizes.png")
-    elif arguments.scenes is None:
+    if study.told(arguments, read, lambda done: wanted(done, arguments.epochs, arguments.scale), report, draw):
+        return
+    if arguments.scenes is None:
         parser.error("--scenes is missing: give the folder of CamVid, tables with train, validation and test")
-    else:
-        torch.set_num_threads(1)
-        work(arguments.out, arguments.scenes, arguments.minutes, arguments.epochs, arguments.scale)
+    torch.set_num_threads(1)
+    work(arguments.out, arguments.scenes, arguments.minutes, arguments.epochs, arguments.scale)
 
 
 if __name__ == "__main__":

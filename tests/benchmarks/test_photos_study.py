@@ -8,15 +8,16 @@ import torch
 pytest.importorskip("matplotlib")
 
 import gspn
+from benchmarks.harness import study
 from benchmarks.quality import photos
 from benchmarks.quality.photos import CLASSES, CONTENDERS, FACTORS, MODEL, RATES, Run
 
 
 def test_all_have_as_many_parameters_and_take_any_size():
-    wanted = photos.parameters_of(gspn.create_model(MODEL, num_classes=CLASSES))
+    wanted = study.parameters_of(gspn.create_model(MODEL, num_classes=CLASSES))
     for name, contender in CONTENDERS.items():
         model = photos.classifier_with(name, MODEL, num_classes=CLASSES, expansion=photos.expansion_of(name)).eval()
-        assert abs(photos.parameters_of(model) / wanted - 1) < 0.02, name
+        assert abs(study.parameters_of(model) / wanted - 1) < 0.02, name
         scans = any(isinstance(module, gspn.GSPN2d) for module in model.modules())
         assert scans == (contender.make is None)
         with torch.no_grad():
@@ -33,7 +34,7 @@ def test_a_run_is_trained_by_the_library_and_opened_with_its_mixer(name, mixer, 
     assert content["test"]["1"]["top1"] == pytest.approx(content["curve"][-1]["top1"], abs=0.2)
     assert content["mixer"] == mixer
     model = photos.classifier_with(name, MODEL, num_classes=3, expansion=1.0)
-    assert content["parameters"] == photos.parameters_of(model)
+    assert content["parameters"] == study.parameters_of(model)
 
 
 def test_missing_runs_come_in_order_and_the_report_tells_them(tmp_path):

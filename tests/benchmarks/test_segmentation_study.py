@@ -9,6 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("matplotlib")
 
 import gspn
+from benchmarks.harness import study
 from benchmarks.quality import segmentation
 from benchmarks.quality.segmentation import CLASSES, CONTENDERS, MODEL, RATES, SEEDS, Run, WindowAttention
 
@@ -19,10 +20,10 @@ def made(name):
 
 
 def test_all_have_as_many_parameters_and_take_any_size():
-    wanted = segmentation.parameters_of(gspn.create_segmenter(MODEL, num_classes=CLASSES))
+    wanted = study.parameters_of(gspn.create_segmenter(MODEL, num_classes=CLASSES))
     for name in CONTENDERS:
         model = made(name).eval()
-        assert abs(segmentation.parameters_of(model) / wanted - 1) < 0.02, name
+        assert abs(study.parameters_of(model) / wanted - 1) < 0.02, name
         scans = any(isinstance(module, gspn.GSPN2d) for module in model.modules())
         assert scans == (CONTENDERS[name].make is None)
         with torch.no_grad():
