@@ -1,5 +1,6 @@
 """What the libraries below us would say and a user has no use for: it is avoided where it comes from."""
 
+import io
 import subprocess
 import sys
 import warnings
@@ -11,14 +12,18 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from helpers.diffusion import generator_run
 from helpers.stable_diffusion import tiny_sd
+from helpers.training import TINY
 from PIL import Image
+from rich.console import Console
 from torch.utils.data import DataLoader
 
 from gspn.data import loader as module
 from gspn.data.images import Preprocessing
 from gspn.data.labelled import open_data
 from gspn.data.loader import batches, make_loader, workers_note
+from gspn.options import Options
 from gspn.sampling.generators import load_pipeline
+from gspn.tasks.classify import train_classifier
 from gspn.tasks.text_to_image import open_text_to_image
 from gspn.train.loop import make_accelerator, with_strides
 
@@ -42,6 +47,15 @@ def test_too_many_workers_are_told_once_and_by_us(one_processor, colours):
         DataLoader(split.labels, num_workers=2)
     assert workers_note(2, split) == "2 workers on 1 processor: fewer (--workers) may be faster"
     assert workers_note(1, split) is None and workers_note(2, open_data("digits").splits["train"]) is None
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_workers_that_do_not_start_are_not_told(one_processor, colours, tmp_path, epochs):
+    """Small images are kept after the first of several epochs, and none of the workers starts."""
+    console = Console(file=io.StringIO(), width=200)
+    options = Options(model="gspn_micro", model_args=TINY, epochs=epochs, workers=2, batch_size=8)
+    train_classifier(colours, tmp_path / "run", options, console=console)
+    assert ("2 workers on 1 processor" in console.file.getvalue()) == (epochs == 1)
 
 
 def test_the_strides_of_sides_of_length_1_become_the_parameters():

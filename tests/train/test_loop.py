@@ -69,6 +69,21 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     assert state["step"] == 6 and all(value.isfinite().all() for value in tensors["model"].values())
 
 
+def test_running_statistics_that_are_no_numbers_are_not_saved(tmp_path):
+    """The loss stays finite: in training, batch norm does not read them."""
+    task, loader, options, run, accelerator = one_layer_task(tmp_path / "run", epochs=3, save_every="1", clip=0.0)
+    model, count = OneLayer(), [0]
+
+    def spoil(gradient):
+        count[0] += 1
+        if count[0] == 7:
+            model.norm.running_var = torch.full((64,), float("inf"))
+
+    model.head.weight.register_hook(spoil)
+    with pytest.raises(TrainingError, match=r"step 7; .*`last`.* step 6"):
+        train(task, model, loader, options, run, accelerator)
+
+
 @pytest.mark.parametrize(
     "error",
     [

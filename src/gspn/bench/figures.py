@@ -11,7 +11,7 @@ from gspn.plots import BLUE, GREY, save
 
 COLOURS = (BLUE, "#85aede", "#c62828", "#3a8f5c", "#e0a022", "#8e6bb0", "#e07b22")
 STYLES = dict(zip(CONTENDERS, COLOURS, strict=True))
-OF_MODELS = ("#1c4372", BLUE, "#6d9fd3", "#a9c8ea", "#3a8f5c", "#e07b22", "#c62828")  # GSPN's in blue
+OF_MODELS = ("#0b1f33", "#1c4372", BLUE, "#6d9fd3", "#a9c8ea", "#3a8f5c", "#e07b22", "#c62828")  # GSPN's in blue
 SIZES = {"forward": "forward", "training": "forward + backward"}
 
 

@@ -47,7 +47,7 @@ SLOW = 60.0  # seconds of a round of all contenders beyond which there is only o
 CALLS = 2 + ROUNDS[0]  # of a slow case: for memory, to warm up, in rounds
 SHARE = 0.8  # of the free memory that a case may be expected to take
 SIDES = (224, 384, 512, 1024)  # of the images for models
-MODELS = ("gspn_micro", "gspn_tiny", "gspn_small", "gspn_base")
+MODELS = ("gspn_mobile", "gspn_micro", "gspn_tiny", "gspn_small", "gspn_base")
 TIMM = {
     "ConvNeXt-T": "convnext_tiny",
     "Swin-T": "swin_tiny_patch4_window7_224",

@@ -68,6 +68,15 @@ class Setup:
         """Gives a new model the weights that it is to start from. Returns a note on them, or None without any."""
         return None
 
+    def reads_without_workers(self) -> bool:
+        """Whether the training images are decoded once and kept, so that no worker starts."""
+        return False
+
+    def crowded(self) -> str | None:
+        """A note where more workers read the training images than there are processors."""
+        workers = 0 if self.reads_without_workers() else getattr(self.options, "workers", 0)
+        return workers_note(workers, self.train_split)
+
     def config(self, model: torch.nn.Module) -> dict:
         """What config.json keeps, beside options, versions and where the data are."""
         raise NotImplementedError
@@ -158,8 +167,7 @@ def start(
     model = new_model(setup, accelerator.device)
     with Progress("preparing the weights", console=quiet):
         weights_note = setup.first_weights(model)
-    crowded = workers_note(getattr(setup.options, "workers", 0), setup.train_split)
-    for note in [*setup.notes, *filter(None, [crowded, weights_note])]:
+    for note in [*setup.notes, *filter(None, [setup.crowded(), weights_note])]:
         say(f"note: {note}")
     say(setup.describe(model))
     own = setup.config(model)
@@ -259,7 +267,7 @@ def resume(
                 say(f"note: {note}")
         if note := setup.data.uncompared(recorded):
             say(f"note: {note}")
-        if crowded := workers_note(getattr(options, "workers", 0), setup.train_split):
+        if crowded := setup.crowded():
             say(f"note: {crowded}")
         if other_versions:
             say(f"note: the run began with other versions, so the last bits may differ: {other_versions}")

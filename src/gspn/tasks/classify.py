@@ -13,7 +13,7 @@ from gspn import plots
 from gspn.data.augment import SMALL, Augmentation, Mixing, preset_for
 from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split
 from gspn.data.labelled import Data
-from gspn.data.loader import make_loader
+from gspn.data.loader import can_be_kept, make_loader
 from gspn.data.unreadable import Unreadable
 from gspn.metrics.classification import classify, progress, warnings_of
 from gspn.models import create_model
@@ -163,12 +163,17 @@ class Setup(BaseSetup):
 
     def about(self, model):
         options = self.options
-        augmentation = f"augmentation {options.augment}{' and flip' * bool(options.flip)}"
+        others = ("flip", "erase", "rand_augment", "color_jitter", "mixup", "cutmix")
+        on = [name.replace("_", " ") for name in others if getattr(options, name) not in (0, "none")]
+        augmentation = [options.augment] * (options.augment != "none") + on
         return (
             f"{options.model}, {parameters_of(model)}",
             f"of {len(self.class_names)} classes, {describe_size(self.preprocessing)}",
-            (f"preset {options.preset}", augmentation),
+            (f"preset {options.preset}", f"augmentation {' + '.join(augmentation) or 'none'}"),
         )
+
+    def reads_without_workers(self) -> bool:
+        return self.options.epochs > 1 and can_be_kept(self.train_split, self.preprocessing, self.augmentation)
 
     def train(self, training: Training) -> tuple[Run, dict, list[str]]:
         """Trains, evaluates the best checkpoint, draws the pictures."""

@@ -16,7 +16,7 @@ from gspn.data.augment import Augmentation
 from gspn.data.images import UNREADABLE, Preprocessing, Split, generator
 from gspn.data.latent_folder import is_latents
 from gspn.data.latents import make_latent_loader, open_latents
-from gspn.data.loader import Loader, batches, make_loader
+from gspn.data.loader import Loader, batches, can_be_kept, make_loader
 from gspn.data.unreadable import Unreadable, warning_of
 from gspn.models.dit import dit_names
 from gspn.models.generator import config_of, generator_names
@@ -257,6 +257,11 @@ class Setup(BaseSetup):
     def normalize(self, image: Tensor) -> Tensor:
         """The model's input for a batch of the loader."""
         return image if self.preprocessing is None else self.preprocessing.normalize(image)
+
+    def reads_without_workers(self) -> bool:
+        if self.preprocessing is None or self.options.epochs == 1:
+            return False
+        return can_be_kept(self.train_split, self.preprocessing, None)
 
     def loader(self, split: Split, train: bool = False) -> Loader:
         """Batches of a split."""

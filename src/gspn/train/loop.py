@@ -233,8 +233,9 @@ class Saver:
 
     def save(self, names, at, model, row=None):
         """Writes the checkpoints `names`, the row of metrics before the last of them. All processes call it.
-        Errors: TrainingError if a weight is not a number; SaveError."""
-        finite = torch.stack([_local(p).isfinite().all() for p in model.parameters()]).all()
+        Errors: TrainingError if a weight, or a running statistic, is not finite; SaveError."""
+        saved = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        finite = torch.stack([_local(tensor).isfinite().all() for tensor in saved]).all()
         if self.accelerator.reduce((~finite).float(), "sum").item():
             raise _diverged(f"weights are not finite after step {at.step}", self)
         tensors = self.tensors()
