@@ -178,6 +178,7 @@ def _content(run, accuracy, loss=1.0, finite=True):
         "test": test,
         "looks": [look],
         "environment": {"cpu": "a chip", "torch": "2", "commit": "0123456789"},
+        "cpu_ms_per_step": 400.0 + 10 * run.seed,
     }
 
 
@@ -234,6 +235,7 @@ def test_the_report_of_two_contenders(tmp_path):
     text = report.report(study.read(tmp_path), tmp_path / "out" / "report")
     row = next(line for line in text.splitlines() if line.startswith("| depthwise 7x7") and "190,000" in line)
     cells = [cell.strip() for cell in row.split("|")]
+    assert cells[-2] == "410" and "runs on a chip" in text
     assert cells[4] == "3" and cells[6:8] == [
         "45.00 ± 2.65",
         "-3.00 ± 0.58",
@@ -243,6 +245,16 @@ def test_the_report_of_two_contenders(tmp_path):
         "report-classes-bare-curves.png",
         "report-classes-bare-settings.png",
     }
+
+
+def test_times_are_those_of_the_processor_that_ran_most_contenders():
+    """And not of one on which there are more runs, of remedies and of a single mixer."""
+    runs = [("none", 0, "old"), ("dw7", 0, "old"), ("gspn-g8", 0, "new"), ("gspn-normed", 0, "new"), ("dw7", 1, "new")]
+    done = {}
+    for name, seed, processor in runs:
+        run = Run("classes", "bare", name, 3e-3, seed)
+        done[run] = _content(run, 0.4) | {"environment": {"cpu": processor}}
+    assert report.times(done, "classes", "bare", study.STEPS) == ("old", {"none": 400.0, "dw7": 400.0})
 
 
 def test_unknown_names_are_refused():

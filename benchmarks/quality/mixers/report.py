@@ -62,13 +62,26 @@ def _shown(value: float, deviation: float | None, what: str, sign: bool = False)
     return text if deviation is None else f"{text} ± {deviation * scale:.{digits}f}"
 
 
-def main_table(runs: dict[str, list[dict]], task, ours: str = OURS) -> str:
+def times(done: dict[Run, dict], task: str, form: str, steps: int) -> tuple[str, dict[str, float]]:
+    """(a processor, CPU milliseconds a training step by contender): on the processor that ran most of the contenders,
+    the median over rates and seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run, content in done.items():
+        if (run.task, run.form, run.steps) == (task, form, steps):
+            of_processor = found.setdefault(content["environment"]["cpu"], {})
+            of_processor.setdefault(run.contender, []).append(content["cpu_ms_per_step"])
+    mixers = lambda processor: sum(not CONTENDERS[name].remedy for name in found[processor])  # noqa: E731
+    processor = max(found, key=lambda each: (mixers(each), len(found[each])))
+    return processor, {name: statistics.median(values) for name, values in found[processor].items()}
+
+
+def main_table(runs: dict[str, list[dict]], task, ms: dict[str, float], ours: str = OURS) -> str:
     """A row a contender: held-out loss, test at the usual setting with the difference from `ours`, every other
-    setting."""
+    setting; what a training step takes."""
     what, others = task.better, [s for s in task.settings if s != task.usual]
     unit = "%" if what == "accuracy" else what
     header = ["mixer", "parameters", "rate", "seeds", "held-out loss", f"test, {unit}"]
-    header += [f"minus {CONTENDERS[ours].title}", *others]
+    header += [f"minus {CONTENDERS[ours].title}", *others, "CPU ms a step"]
     rows = []
     compared = _by_seed(runs[ours], task.usual, what) if ours in runs else {}
     for name, content in runs.items():
@@ -84,6 +97,7 @@ def main_table(runs: dict[str, list[dict]], task, ours: str = OURS) -> str:
                 _shown(*mean_and_deviation(list(values.values())), what),
                 _shown(*difference, what, sign=True) if difference else "",
                 *(_shown(*mean_and_deviation(list(_by_seed(content, s, what).values())), what) for s in others),
+                f"{ms[name]:.0f}" if name in ms else "",
             ]
         )
     return _markdown(header, rows)
@@ -121,14 +135,18 @@ def _axes(title: str, across: str, up: str):
     return figure, axes
 
 
-def curves_picture(runs: dict[str, list[dict]], task, form: str, path: Path) -> None:
-    """What the held-out examples said while training, mean over the seeds."""
-    figure, axes = _axes(f"{task.name}, {form}: while training", "step", f"{task.better} of held-out examples")
+def curves_picture(runs: dict[str, list[dict]], task, form: str, path: Path, ms: dict[str, float]) -> None:
+    """What the held-out examples said while training, mean over the seeds, against CPU time."""
+    figure, axes = _axes(
+        f"{task.name}, {form}: while training", "CPU seconds of training, one core", f"{task.better}, held-out examples"
+    )
     for name, content in runs.items():
+        if name not in ms:
+            continue
         looks = [[*run["looks"], {"step": run["steps"], **run["val"]}] for run in content]
-        steps = [look["step"] for look in looks[0]]
+        seconds = [look["step"] * ms[name] / 1e3 for look in looks[0]]
         means = [statistics.fmean(look[task.better] for look in row) for row in zip(*looks, strict=True)]
-        axes.plot(steps, means, color=COLOURS[name], label=CONTENDERS[name].title, marker="o", ms=3)
+        axes.plot(seconds, means, color=COLOURS[name], label=CONTENDERS[name].title, marker="o", ms=3)
     axes.legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -356,13 +374,15 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS, inside: dict[s
                 f"{task.about} Mean ± standard deviation over the seeds; a difference is paired by seed, ± its "
                 "standard error.",
             ]
+            processor, ms = times(done, task.name, form, steps)
             if runs:
-                curves_picture(runs, task, form, stem.with_name(f"{name}-curves.png"))
+                curves_picture(runs, task, form, stem.with_name(f"{name}-curves.png"), ms)
                 settings_picture(runs, task, form, stem.with_name(f"{name}-settings.png"))
                 pictures = f"![Curves]({name}-curves.png) ![Settings]({name}-settings.png)"
-                parts += [main_table(runs, task), pictures]
+                parts += [main_table(runs, task, ms), pictures]
             if remedies:
-                parts += [REMEDIES, main_table(remedies, task, CONTROL)]
+                parts += [REMEDIES, main_table(remedies, task, ms, CONTROL)]
+            parts += [f"Times are medians of the runs on {processor}."]
             parts += [
                 "Loss on the held-out examples by learning rate, first seed:",
                 rates_table(done, task.name, form, steps),
