@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.harness import harness, study
+from benchmarks.quality.denoising_blocks import ConvNeXtBlock, DiCoBlock
 from benchmarks.quality.mixers.tasks import Photos
 from gspn.bench.contenders import Attention, OnMaps
 from gspn.depthwise import DepthwiseConv2d
@@ -65,6 +66,13 @@ def _ours(mixer: Callable[[int], nn.Module] | None = None, **config) -> nn.Modul
     return model
 
 
+def _convolutions(block: type[nn.Module], expansion: float, depth: int) -> nn.Module:
+    """GSPN-DiT's patches, embeddings and end around other blocks."""
+    model = _ours()
+    model.blocks = nn.ModuleList(block(64, expansion) for _ in range(depth))
+    return model
+
+
 def _paper(**config) -> nn.Module:
     shape = dict(sample_size=32, patch_size=2, in_channels=3, learn_sigma=False, num_classes=CLASSES)
     shape |= dict(class_dropout_prob=DROPPED, prediction_type="v_prediction", segment=None)
@@ -96,6 +104,8 @@ CONTENDERS = {
         "GSPN-DiT, depthwise 7x7 in the scan's place",
         lambda: _ours(lambda width: DepthwiseConv2d(width, 7), mlp_ratio=3.3),
     ),
+    "convnext": Contender("ConvNeXt V2's block (FCDM)", lambda: _convolutions(ConvNeXtBlock, 3.8, 6)),
+    "dico": Contender("DiCo's block", lambda: _convolutions(DiCoBlock, 4.0, 4)),
     "ours-positions": Contender("GSPN-DiT with positions", lambda: _ours(positions=True)),
     "ours-centred": Contender("GSPN-DiT, centred", lambda: _ours(center=True)),
     "paper": Contender("the paper's block", lambda: _paper(hidden_size=96, depth=4)),

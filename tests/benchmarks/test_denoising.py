@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("matplotlib")
 
 from benchmarks.quality import denoising
 from benchmarks.quality.denoising import CLASSES, CONTENDERS, RATES, SEEDS, Run
+from benchmarks.quality.denoising_blocks import ConvNeXtBlock, DiCoBlock
 from benchmarks.quality.mixers.tasks import Photos
 from gspn.tasks.objective import Objective, make_scheduler
 
@@ -22,6 +24,29 @@ def test_all_models_have_as_many_parameters():
     for name, contender in CONTENDERS.items():
         parameters = sum(p.numel() for p in contender.make().parameters())
         assert abs(parameters / 318_000 - 1) < 0.05, name
+
+
+@pytest.mark.parametrize(("block", "tensors"), [(ConvNeXtBlock, 3), (DiCoBlock, 6)])
+def test_convolutional_blocks_start_as_nothing_and_hear_the_condition(block, tensors):
+    torch.manual_seed(0)
+    block, x, c = block(8, 2.0), torch.randn(2, 5, 7, 8), torch.randn(2, 8)
+    assert torch.equal(block(x, c), x)
+    torch.nn.init.normal_(block.modulation.weight)
+    assert block.modulation.weight.shape == (8 * tensors, 8)
+    assert (block(x, c) - x).abs().mean() > 0.1 and not torch.allclose(block(x, c), block(x, -c))
+
+
+def test_global_response_normalization():
+    """Against the formula of ConvNeXt V2 for one image: h_c |h_c| / mean over c of |h_c|, with norms over the map."""
+    torch.manual_seed(0)
+    block, x = ConvNeXtBlock(4, 2.0), torch.randn(1, 5, 7, 4)
+    block.modulation.bias.data[8:] = 1.0  # the gate
+    block.weight.data.fill_(0.5)
+    mixed = block.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    h = F.gelu(block.expand(F.layer_norm(mixed, (4,), eps=1e-6)))
+    size = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
+    wanted = x + block.project(h + 0.5 * h * size / size.mean())
+    torch.testing.assert_close(block(x, torch.zeros(1, 4)), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_measured(photos):

@@ -30,7 +30,7 @@ SIZES = {
 }
 
 
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without parameters over the last axis, then x * (1 + scale) + shift."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
@@ -77,8 +77,8 @@ class GSPNDiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None, None].chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.mix(_modulated(x, shift1, scale1)))
-        h = self.mlp_in(_modulated(x, shift2, scale2)).permute(0, 3, 1, 2)
+        x = torch.addcmul(x, gate1, self.mix(modulated(x, shift1, scale1)))
+        h = self.mlp_in(modulated(x, shift2, scale2)).permute(0, 3, 1, 2)
         return torch.addcmul(x, gate2, self.mlp_out(F.silu(self.dwconv(h).permute(0, 2, 3, 1))))
 
 

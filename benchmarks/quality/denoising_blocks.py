@@ -1,0 +1,75 @@
+"""Blocks of convolutions alone, for benchmarks.quality.denoising: what the two newest convolutional generators are made
+of, written from the descriptions in their papers.
+
+Both were published as U-nets. Here each stands in the place of GSPN-DiT's block, so that all contenders have as many
+tokens in every block. Both take maps (B,H,W,C) and a condition (B,C), as GSPNDiTBlock does, and start as the identity.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gspn.depthwise import DepthwiseConv2d
+from gspn.models.gspn_dit import modulated
+
+
+def _on_maps(convolution: nn.Module, x: Tensor) -> Tensor:
+    return convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class _Modulated(nn.Module):
+    """A block with `count` modulating vectors of C channels, which start at 0."""
+
+    def __init__(self, channels: int, count: int):
+        super().__init__()
+        self.count, self.modulation = count, nn.Linear(channels, count * channels)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def modulating(self, c: Tensor) -> tuple[Tensor, ...]:
+        return self.modulation(c)[:, None, None].chunk(self.count, dim=-1)
+
+
+class ConvNeXtBlock(_Modulated):
+    """ConvNeXt V2's block with an adaptive norm (FCDM, arXiv 2603.09408)::
+
+    x = x + g * out(GRN(GELU(in(LN(DWConv7x7(x)) * (1 + s) + b))))
+    """
+
+    def __init__(self, channels: int, expansion: float):
+        super().__init__(channels, 3)
+        hidden = int(channels * expansion)
+        self.depthwise = DepthwiseConv2d(channels, 7)
+        self.expand, self.project = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+        self.weight, self.bias = nn.Parameter(torch.zeros(hidden)), nn.Parameter(torch.zeros(hidden))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate = self.modulating(c)
+        h = F.gelu(self.expand(modulated(_on_maps(self.depthwise, x), shift, scale)))
+        size = h.square().sum((1, 2), keepdim=True).add(1e-12).sqrt()  # global response normalization
+        h = h + self.weight * (h * size / (size.mean(-1, keepdim=True) + 1e-6)) + self.bias
+        return torch.addcmul(x, gate, self.project(h))
+
+
+class DiCoBlock(_Modulated):
+    """DiCo's block (arXiv 2505.11196): a depthwise convolution between two pointwise ones, with compact channel
+    attention, and a feed-forward network::
+
+        y = GELU(DWConv3x3(in(LN(x) * (1 + s1) + b1)))
+        x = x + g1 * out(y * sigmoid(attention(mean of y over the map)))
+        x = x + g2 * down(GELU(up(LN(x) * (1 + s2) + b2)))
+    """
+
+    def __init__(self, channels: int, expansion: float):
+        super().__init__(channels, 6)
+        hidden = int(channels * expansion)
+        self.inner, self.outer = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.depthwise, self.attention = DepthwiseConv2d(channels, 3), nn.Linear(channels, channels)
+        self.up, self.down = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulating(c)
+        y = F.gelu(_on_maps(self.depthwise, self.inner(modulated(x, shift1, scale1))))
+        y = y * torch.sigmoid(self.attention(y.mean((1, 2), keepdim=True)))
+        x = torch.addcmul(x, gate1, self.outer(y))
+        return torch.addcmul(x, gate2, self.down(F.gelu(self.up(modulated(x, shift2, scale2)))))
