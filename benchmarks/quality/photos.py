@@ -64,7 +64,7 @@ class Depthwise(nn.Module):
         return on_maps(self.convolution, x)
 
 
-def _between(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+def between(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
     """A mixer for (B,H,W,INNER) between two projections."""
     return lambda channels: nn.Sequential(Pointwise(channels, INNER), OnMaps(make(INNER)), Pointwise(INNER, channels))
 
@@ -79,11 +79,11 @@ class Contender(NamedTuple):
 CONTENDERS = {
     "gspn": Contender("GSPN"),
     "none": Contender("none: depthwise 3x3 alone", lambda channels: Nothing()),
-    "attention": Contender("attention", _between(lambda width: Attention(width, 2, bias=False))),
+    "attention": Contender("attention", between(lambda width: Attention(width, 2, bias=False))),
     "linear": Contender(
-        "linear attention + 5x5", _between(lambda width: ReluLinearAttentionConvolution(width, bias=False))
+        "linear attention + 5x5", between(lambda width: ReluLinearAttentionConvolution(width, bias=False))
     ),
-    "dw7": Contender("depthwise 7x7", _between(Depthwise)),
+    "dw7": Contender("depthwise 7x7", between(Depthwise)),
 }
 
 

@@ -1,8 +1,8 @@
 """Time and peak memory of segmenting one image on a CPU, with GSPN and with other mixers in its place.
 
-    python -m benchmarks.speed.segmenters_cpu --out benchmarks/results/speed/segmenters-cpu.json [--rounds 3]
+    python -m benchmarks.speed.segmenters_cpu --out FILE [--rounds 3] [--model gspn_mobile]
 
-The segmenters are those of benchmarks.quality.segmentation: `gspn_micro`, 11 classes, equal parameters within 2%. The
+The segmenters are those of benchmarks.quality.segmentation_mixers: 11 classes, equal parameters within 2%. The
 weights are random, for neither time nor memory depends on them. One image, float32, channels_last as in `gspn segment`.
 """
 
@@ -13,16 +13,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import harness
-from benchmarks.quality.segmentation import CLASSES, CONTENDERS, MODEL, expansion_of, segmenter_with
+from benchmarks.quality.segmentation_mixers import CONTENDERS, made
 
 SIZES = ((90, 120), (180, 240), (360, 480), (720, 960), (900, 1200))  # height, width; the last is over a megapixel
-OURS = "gspn"
+OURS = {"gspn_micro": "gspn", "gspn_mobile": "mobile"}  # what the others are compared with
 
 
 def call_of(mixer: str, size: tuple[int, int]):
     torch.manual_seed(0)
-    arguments = {"num_classes": CLASSES, "expansion": expansion_of(mixer), "center": CONTENDERS[mixer].center}
-    model = segmenter_with(mixer, MODEL, **arguments).eval().to(memory_format=torch.channels_last)
+    model = made(mixer).eval().to(memory_format=torch.channels_last)
     return harness.eval_call(model, torch.randn(1, 3, *size).contiguous(memory_format=torch.channels_last))
 
 
@@ -39,17 +38,19 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed/segmenters-cpu.json"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", choices=OURS, default="gspn_mobile")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         memory_of(*json.loads(options.memory_of))
         return
     torch.set_num_threads(options.threads)
-    content = {"what": "segmenting one image with gspn_micro and other mixers in the place of GSPN, float32"}
+    content = {"what": f"segmenting one image with {options.model} and other mixers in the place of GSPN, float32"}
     content |= {"environment": harness.environment(), "rounds": options.rounds, "threads": options.threads, "cases": []}
     for size in SIZES:
-        calls = {mixer: call_of(mixer, size) for mixer in CONTENDERS}
-        found = harness.summary(harness.interleaved(calls, options.rounds, options.threads), OURS)
+        mixers = [mixer for mixer, contender in CONTENDERS.items() if contender.model == options.model]
+        calls = {mixer: call_of(mixer, size) for mixer in mixers}
+        found = harness.summary(harness.interleaved(calls, options.rounds, options.threads), OURS[options.model])
         for mixer in found:
             asked = json.dumps([mixer, size, options.threads])
             found[mixer]["extra_mib"] = harness.in_fresh_process(

@@ -11,17 +11,14 @@ pytest.importorskip("matplotlib")
 import gspn
 from benchmarks.harness import study
 from benchmarks.quality import segmentation
-from benchmarks.quality.segmentation import CLASSES, CONTENDERS, MODEL, RATES, SEEDS, Run, WindowAttention
+from benchmarks.quality.segmentation import RATES, SEEDS, Run
+from benchmarks.quality.segmentation_mixers import CLASSES, CONTENDERS, WindowAttention, made
 
 
-def made(name):
-    arguments = dict(expansion=segmentation.expansion_of(name), center=CONTENDERS[name].center)
-    return segmentation.segmenter_with(name, MODEL, num_classes=CLASSES, **arguments)
-
-
-def test_all_have_as_many_parameters_and_take_any_size():
-    wanted = study.parameters_of(gspn.create_segmenter(MODEL, num_classes=CLASSES))
-    for name in CONTENDERS:
+@pytest.mark.parametrize("of", ["gspn_micro", "gspn_mobile"])
+def test_all_have_as_many_parameters_and_take_any_size(of):
+    wanted = study.parameters_of(gspn.create_segmenter(of, num_classes=CLASSES))
+    for name in segmentation.of_model(of):
         model = made(name).eval()
         assert abs(study.parameters_of(model) / wanted - 1) < 0.02, name
         scans = any(isinstance(module, gspn.GSPN2d) for module in model.modules())
@@ -42,14 +39,15 @@ def test_window_attention_is_attention_within_windows(shift):
 def test_missing_runs_come_in_order_and_the_report_tells_them(tmp_path):
     runs = iter(segmentation.wanted({}, 3, 0.25))
     first = next(runs)
-    assert first == Run("gspn", RATES[1], SEEDS[0], 3, 0.25)
-    for rate, seed, miou in ((RATES[0], 0, 0.2), (RATES[1], 0, 0.4), (RATES[1], 1, 0.5)):
+    rates = RATES["gspn_micro"]
+    assert first == Run("mobile", RATES["gspn_mobile"][1], SEEDS[0], 3, 0.25)
+    for rate, seed, miou in ((rates[0], 0, 0.2), (rates[1], 0, 0.4), (rates[1], 1, 0.5)):
         run = Run("gspn", rate, seed, 3, 0.25)
         test = {str(f): {"miou": miou, "seconds_with_metrics": 0.5} for f in segmentation.FACTORS}
-        content = run._asdict() | {"val_miou": miou, "parameters": 1234, "test": test}
+        content = run._asdict() | {"val_miou": miou, "parameters": 1234, "test": test, "cpu_seconds_of_training": 9}
         (tmp_path / f"{run.stem}.json").write_text(json.dumps(content))
     done = segmentation.read(tmp_path)
-    assert segmentation.best_rate(done, "gspn", 3, 0.25) == RATES[1]
+    assert segmentation.best_rate(done, "gspn", 3, 0.25) == rates[1]
     text = segmentation.report(tmp_path)
     assert "| GSPN | 1,234 | 0.002 of 2 | 2 | 45.0 ± 5.0 |" in text and "not run" in text
     segmentation.draw(tmp_path, tmp_path / "sizes.png")
