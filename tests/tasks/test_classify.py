@@ -274,6 +274,8 @@ def test_presets_and_small_inputs():
     tiny_input = settle(Options(size=(2, 1), model="gspn_tiny", model_args={"backend": "reference"}), "digits", split)
     assert build_model(tiny_input[1], tiny_input[0], 10).num_classes == 10  # smaller than the model's stride: works
     assert preprocessing.crop == 1
+    models = [settle(Options(channels=channels), "digits", split)[1].model for channels in (None, 3)]
+    assert [options.model, *models] == ["gspn_micro", "gspn_micro", "gspn_mobile"]  # grey, grey, colour
 
 
 def test_picture_of_the_context_at_a_place(digits_run, tmp_path):

@@ -114,7 +114,7 @@ def test_starting_from_a_classifier(masked, colours, tmp_path, without_pictures)
 
     from gspn.tasks.classify import train_classifier
 
-    classifier, _, _ = train_classifier(colours, tmp_path / "colours", tiny_options(batch_size=16))
+    classifier, _, _ = train_classifier(colours, tmp_path / "colours", tiny_options(batch_size=16, model="gspn_micro"))
     run, _ = base.start(Setup, masked, tmp_path / "run", options(model_args={}, init_from=str(classifier.path), lr=0.0))
     own, weights = run.load_checkpoint("last")[0]["model"], classifier.load_checkpoint("best")[0]["ema"]
     backbone = {name.removeprefix("backbone."): w for name, w in own.items() if name.startswith("backbone.")}

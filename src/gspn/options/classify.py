@@ -70,8 +70,8 @@ class ModelOptions(OptionSet):
 
     model: str | None = option(
         None,
-        "gspn_micro (small images), gspn_mobile (small photos), gspn_tiny, gspn_small, gspn_base.",
-        fallback="gspn_micro",
+        "gspn_mobile, gspn_micro, gspn_tiny, gspn_small, gspn_base. Default: gspn_micro to classify grey images, else "
+        "gspn_mobile.",
         complete=("gspn_micro", "gspn_mobile", "gspn_tiny", "gspn_small", "gspn_base"),
     )
     model_args: Mapping = option(
@@ -111,7 +111,7 @@ SPEC = TaskSpec(
     module="gspn.tasks.classify",
     options=Options,
     data_help=DATA_HELP,
-    label=lambda options: options.model or ("finetuned" if options.init_from else "gspn_micro"),
+    label=lambda options: options.model or ("finetuned" if options.init_from else "gspn"),
     drawn=("curves.png", "predictions.png", "context.png", "context-*.png"),
     taken_by="gspn eval, predict and show take it, and gspn.load_run in Python",
 )

@@ -160,7 +160,7 @@ SPEC = TaskSpec(
     module="gspn.tasks.segment",
     options=SegmentationOptions,
     data_help=MASKED_HELP,
-    label=lambda options: options.model or ("finetuned" if options.init_from else "gspn_micro"),
+    label=lambda options: options.model or ("finetuned" if options.init_from else "gspn"),
     drawn=("curves.png", "predictions.png", "confusion.png", "segmented/*.png"),
     taken_by="gspn eval and segment take it, and gspn.load_run in Python",
 )

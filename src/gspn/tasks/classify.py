@@ -279,7 +279,7 @@ def settle(
             mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     preprocessing = Preprocessing(channels, size, mean, std, crop=1.0 if small else 0.875)
 
-    model = options.model or (source and source.name) or "gspn_micro"
+    model = options.model or (source and source.name) or ("gspn_micro" if channels == 1 else "gspn_mobile")
     arguments = dict(options.model_args)
     if source and source.model_args:
         arguments = {**source.model_args, **arguments}

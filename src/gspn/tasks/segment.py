@@ -240,7 +240,7 @@ def settle(options: SegmentationOptions, sizes: Counter, channels: int, source: 
         largest = (max(side) * options.scale for side in zip(*(size for size in sizes if sizes[size]), strict=True))
         options = replace(options, size=tuple(max(1, min(round(side), CROP)) for side in largest))
     arguments = {**(source.model_args or {}), **options.model_args} if source else dict(options.model_args)
-    model = options.model or (source and source.name) or "gspn_micro"
+    model = options.model or (source and source.name) or "gspn_mobile"
     return replace(options, channels=channels, model=model, model_args=arguments).resolved(PRESET)
 
 
