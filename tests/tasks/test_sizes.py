@@ -1,9 +1,11 @@
 """Random sizes of training images: which sizes, and that what is seen is the picture."""
 
+import numpy as np
 import pytest
 import torch
 
-from gspn.tasks.sizes import ChosenSizes, RandomSizes
+from gspn.data.images import Split
+from gspn.tasks.sizes import ChosenSizes, RandomSizes, enlarged_note
 
 
 def test_random_sizes():
@@ -46,3 +48,11 @@ def test_chosen_sizes_cut_and_do_not_stretch(monkeypatch, factors, seen):
     for span, share, length in zip(spans, shares, rows.shape, strict=True):
         assert span == pytest.approx(share * (1 - 1 / length), abs=0.03)
     assert abs(float(rows.mean())) < 1e-3 and abs(float(columns.mean())) < 1e-3  # about the centre
+
+
+def test_enlarged_images_are_told():
+    split = Split(np.zeros(1, int), ["a"], pixels=torch.zeros(1, 3, 20, 30, dtype=torch.uint8))
+    assert enlarged_note(split, (20, 30)) is None and enlarged_note(split, (8, 8)) is None
+    assert "first image is 20x30; at sizes up to 24x24" in enlarged_note(split, (24, 24))
+    damaged = Split(np.zeros(1, int), ["a"], read=lambda i: 1 / 0, names=str)
+    assert enlarged_note(damaged, (24, 24)) is None

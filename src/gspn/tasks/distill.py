@@ -29,7 +29,7 @@ from gspn.stable_diffusion.swap import swap
 from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, resume, start
 from gspn.tasks.side_by_side import SideBySide
-from gspn.tasks.sizes import ChosenSizes
+from gspn.tasks.sizes import ChosenSizes, enlarged_note, times
 from gspn.tasks.student import PARTS, Distillation, Student
 from gspn.tasks.text_to_image import TextToImage, open_text_to_image
 from gspn.train.loop import autocast, seed_everything
@@ -104,6 +104,8 @@ class Setup(BaseSetup):
         notes = [*data.notes, far, teacher.too_long(train_split.captions)]
         if options.sizes and 1 not in options.sizes:
             notes.append("sizes: the factor 1 is not among them: the student never sees the size of its validation")
+        if options.sizes:
+            notes.append(enlarged_note(train_split, times(options.size, (max(options.sizes),) * 2, teacher.multiple)))
         return cls(
             data=data,
             train_split=train_split,

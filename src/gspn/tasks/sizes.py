@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gspn.data.images import Split
+
 
 class RandomSizes:
     """Resizes batches of images (B,C,H,W) in [-1, 1] to random sizes, by bicubic interpolation.
@@ -46,6 +48,22 @@ class ChosenSizes:
             have, kept = images.shape[axis], round(wanted * scale)
             images = images.narrow(axis, (have - kept) // 2, kept)
         return resized(images, size)
+
+
+def enlarged_note(split: Split, size: tuple[int, int]) -> str | None:
+    """A note where the first image of a split is smaller than (H, W) `size`; else None, also of a stream."""
+    if not len(split) or (split.pixels is None and split.read is None):
+        return None
+    try:
+        width, height = split.image(0).size
+    except Exception:  # Pillow raises anything on damaged files, which are told elsewhere
+        return None
+    if height >= size[0] and width >= size[1]:
+        return None
+    shown = "{}x{}".format(*size)
+    return (
+        f"sizes: the first image is {height}x{width}; at sizes up to {shown} such images are enlarged and look smooth"
+    )
 
 
 def times(size: Sequence[int], factors: Sequence[float], unit: int) -> tuple[int, int]:
