@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)  # a file, any module, a package, torch.compile
+SNIPPETS = re.findall(
+    r"```python\n(.*?)```", PAGE, re.DOTALL
+)  # a classifier, a segmenter, any module, a package, torch.compile
+BLOCKED = "import sys\nsys.modules['torch'] = sys.modules['gspn'] = None\n"
 
 
 def gspn_command(*arguments):
@@ -58,9 +62,8 @@ def test_the_file_is_usable_without_torch_and_gspn(run):
     folder = run.parent.parent
     pixels = np.random.default_rng(0).integers(0, 255, (37, 29, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
-    blocked = "import sys\nsys.modules['torch'] = sys.modules['gspn'] = None\n"
     told = subprocess.run(
-        [sys.executable, "-c", blocked + SNIPPETS[0]], cwd=folder, capture_output=True, encoding="utf-8", check=True
+        [sys.executable, "-c", BLOCKED + SNIPPETS[0]], cwd=folder, capture_output=True, encoding="utf-8", check=True
     ).stdout
     answers = json.loads(gspn_command("predict", run, folder / "picture.png", "--json")[1])
     classes = answers[0]["classes"]
@@ -68,6 +71,22 @@ def test_the_file_is_usable_without_torch_and_gspn(run):
     for line, expected in zip(told.splitlines(), classes, strict=True):
         name, probability = line.split()
         assert name == expected["name"] and abs(float(probability) - expected["probability"]) < 2e-4
+
+
+def test_a_segmenter_gives_the_same_masks_without_torch_and_gspn(masked_run, tmp_path):
+    """One size and batch, as tracing with open ones takes a minute; that is tested with the layers."""
+    saved = shutil.copytree(masked_run.path, tmp_path / "runs" / "street")
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    code, out, err = gspn_command("export", saved, "--onnx", "--size", "24x32", "--batch", 1)
+    assert code == 0 and "1x3x24x32" in out, err
+    told = subprocess.run(
+        [sys.executable, "-c", BLOCKED + SNIPPETS[1]], cwd=tmp_path, capture_output=True, encoding="utf-8", check=True
+    ).stdout
+    run = gspn.load_run(saved, task="segmentation")
+    numbers = run.numbers(Image.open(tmp_path / "photo.jpg").convert("RGB"))
+    shares = [f"{name}: {(numbers == i).mean():.1%}" for i, name in enumerate(run.classes.names)]
+    assert told.splitlines() == shares and len(set(shares)) > 1
 
 
 @pytest.mark.slow
@@ -111,7 +130,7 @@ def test_no_run_no_extra_no_place(run, tmp_path, monkeypatch):
     assert code == 2 and 'pip install "gspn[onnx]"' in err
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS[1::2], ids=["module", "compile"])
+@pytest.mark.parametrize("snippet", SNIPPETS[2::2], ids=["module", "compile"])
 def test_the_page_s_other_snippets(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet.replace("dynamic=True", 'dynamic=True, backend="aot_eager"'), "docs/export.md", "exec"), {})

@@ -1,4 +1,4 @@
-"""The commands around classifiers: eval, predict, show, export; and what `gspn train` prints at its end."""
+"""The commands around classifiers: eval, predict, show, export (of any run); what `gspn train` prints at its end."""
 
 import json
 
@@ -150,7 +150,8 @@ def show(options):
 def export_run(options):
     """Export a run for use without gspn (--onnx), compiled (--aoti), as a pipeline (--diffusers), for the hub (--hub).
 
-    Classes, preprocessing and the model's configuration are kept in the file. Example: gspn export runs/first --onnx
+    Classes, preprocessing and the model's configuration are kept in the file. A segmenter's output is the logits
+    (batch, classes, height, width). Example: gspn export runs/first --onnx
     """
     run = options.run
     if options.diffusers:
@@ -164,21 +165,27 @@ def export_run(options):
         _export_for_hub(options)
         return
     from gspn.files import check_absent
-    from gspn.runs import load_classifier
+    from gspn.runs import load_classifier, load_segmenter
 
     file = options.out or options.beside(f"model{options.suffix()}")
     check_absent(file, overwrite=options.overwrite)
-    classifier = load_classifier(run, options.checkpoint or "best")
-    preprocessing = classifier.preprocessing
-    if options.size and (far := far_from(options.size, preprocessing.size, "the run was trained at")):
-        warn([far])
     given = {name: getattr(options, name) for name in ("size", "batch", "opset", "precision")}
     given = {name: value for name, value in given.items() if value is not None}
-    given["metadata"] = {"class_names": classifier.classes, "preprocessing": preprocessing.to_json()}
+    if _task_of(run) == "segmentation":
+        loaded = load_segmenter(run, options.checkpoint or "best")
+        preprocessing = loaded.preprocessing.to_json() | {"scale": loaded.scale}
+        given["metadata"] = {"class_names": loaded.classes.names, "classes": loaded.classes.to_json()}
+    else:
+        loaded = load_classifier(run, options.checkpoint or "best")
+        preprocessing = loaded.preprocessing.to_json()
+        given["metadata"] = {"class_names": loaded.classes}
+        if options.size and (far := far_from(options.size, loaded.preprocessing.size, "the run was trained at")):
+            warn([far])
+    given["metadata"] |= {"preprocessing": preprocessing}
     write = gspn.export_onnx if options.onnx else gspn.export_aoti
     try:
         with Progress("exporting", console=progress_on(err)):  # compiling takes minutes
-            written = write(classifier.model, file, check=not options.no_check, **given)
+            written = write(loaded.model, file, check=not options.no_check, **given)
     except ImportError as error:
         fail(str(error), 2)
     sizes = ", ".join("x".join(map(str, shape)) for shape in written.checked)
@@ -190,10 +197,14 @@ def export_run(options):
     out.print(f"wrote {written.path}, {written.size_bytes / 1e6:.1f} MB, {checked}", markup=False, highlight=False)
 
 
+def _task_of(run):
+    return (config_or_none(run / "config.json") or {}).get("task")
+
+
 def _export_for_hub(options):
     from gspn.files import check_absent, remove
 
-    task = (config_or_none(options.run / "config.json") or {}).get("task")
+    task = _task_of(options.run)
     if task not in ("classification", "segmentation"):
         raise OptionError(f"--hub is for classifiers and segmenters, but {options.run} is a run of {task}")
     folder, checkpoint = options.out or options.beside("saved"), options.checkpoint or "best"

@@ -56,7 +56,8 @@ def export_onnx(
         path: the file. An existing one is replaced when the new one is complete.
         opset: version of the ONNX operators, 18 or newer.
         precision: "fp32", or "fp16" for weights, input and output in float16; the scan's state stays float32.
-        metadata: kept in the file, as text or JSON, beside "gspn" (version) and a backbone's config as "model".
+        metadata: kept in the file, as text or JSON, beside "gspn" (version) and the config of a backbone or segmenter
+            as "model".
         check: compares the outputs with the model's at several sizes in onnxruntime before the file gets its name.
 
     Returns:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from gspn.files import check_writable
 from gspn.layers import GSPN2d
 from gspn.models import Backbone
+from gspn.models.segmenter import Segmenter
 
 Size = tuple[int, int]
 
@@ -47,9 +48,10 @@ def export_program(
     """The model as a graph of torch's operators, in which each scan is one gspn operator.
 
     Args:
-        model: takes one image or feature map (B,C,H,W): a backbone, a layer, or any module that contains some. A copy
-            of it is exported, in evaluation mode.
-        example: an input with the right channels, dtype and device; gspn's backbones and layers do not need it.
+        model: takes one image or feature map (B,C,H,W): a backbone, a segmenter, a layer, or any module that contains
+            some. A copy of it is exported, in evaluation mode.
+        example: an input with the right channels, dtype and device; gspn's backbones, segmenters and layers do not
+            need it.
         size, batch: (H,W) and B, to fix the program's size or batch; None leaves them open.
 
     Returns:
@@ -107,9 +109,10 @@ def traced(model: nn.Module, example: Tensor, size: Size | None, batch: int | No
 
 def _example_for(model: nn.Module) -> Tensor:
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if isinstance(model, Backbone):
-        side = 4 * model.feature_info[-1]["reduction"]
-        return weight.new_zeros(2, model.in_chans, side, side)
+    if isinstance(model, Backbone | Segmenter):
+        backbone = model.backbone if isinstance(model, Segmenter) else model
+        side = 4 * backbone.feature_info[-1]["reduction"]
+        return weight.new_zeros(2, backbone.in_chans, side, side)
     channels = getattr(model, "channels", None)
     if weight is None or not isinstance(channels, int):
         raise ExportError(f"to export a {type(model).__name__}, pass an example input (B,C,H,W)")
@@ -159,8 +162,8 @@ def shapes_to_check(model: nn.Module, example: Tensor, size: Size | None, batch:
 
 
 def config_of(model: nn.Module) -> dict[str, dict]:
-    """{"model": config} of a backbone, for gspn.create_model to make it again."""
-    return {"model": model.config} if isinstance(model, Backbone) and model.config else {}
+    """{"model": config} of a backbone or segmenter, for gspn.create_model or create_segmenter to make it again."""
+    return {"model": model.config} if isinstance(model, Backbone | Segmenter) and model.config else {}
 
 
 def as_text(metadata: Mapping | None) -> dict[str, str]:
