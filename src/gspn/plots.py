@@ -245,15 +245,15 @@ def shortened(names, length):
     return short
 
 
-def context(path, classifier, image, place=None, block=None):
-    """Draws where the context of one pixel of a classifier's input comes from; arguments and errors as for
+def context(path, loaded, image, place=None, block=None):
+    """Draws where the context of one pixel of a model's input comes from; arguments and errors as for
     `context_figure`, and SaveError.
 
     Args:
-        path: of the PNG. classifier: runs.Classifier. image: PIL.
+        path: of the PNG. loaded: runs.Classifier or runs.Segmentation. image: PIL, upright.
     """
-    preprocessing = classifier.preprocessing
-    save(context_figure(classifier.model, preprocessing(image), preprocessing.normalize, place, block), path)
+    pixels, normalize = loaded.pixels(image), loaded.preprocessing.normalize
+    save(context_figure(loaded.model, pixels, normalize, place, block), path)
 
 
 def context_figure(model, pixels, normalize, place=None, block=None) -> Figure:

@@ -108,7 +108,11 @@ class Classifier(Saving):
 
         Raises TypeError for anything else, and Pillow's errors for a file that it cannot read.
         """
-        return self._normalized(self.preprocessing(_image(image))[None])[0]
+        return self._normalized(self.pixels(_image(image))[None])[0]
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """The pixels that the model sees of an upright PIL image: uint8 (C,H,W)."""
+        return self.preprocessing(image)
 
     def predict(self, image: Image.Image | str | os.PathLike, top: int | None = None) -> dict[str, float]:
         """{class: probability}, the most probable class first.

@@ -133,3 +133,12 @@ def test_memory():
     for text in ("", "GB", "0GB", "2TB", "-1"):
         with pytest.raises(ValueError, match="2GB"):
             parse_memory(text)
+
+
+def test_the_context_of_a_pixel_is_drawn(run, masked, tmp_path):
+    image, picture = sorted((masked / "images").iterdir())[0], tmp_path / "context.png"
+    code, out, err = gspn_command("show", run, image, "--place", "3,5", "--out", picture)
+    assert code == 0 and f"wrote {picture}" in out.replace("\n", ""), err
+    assert decode(picture).width > 500
+    code, _, err = gspn_command("show", run, image, "--place", "999,0", "--out", tmp_path / "no.png")
+    assert code == 2 and "(999, 0) is not on the" in err

@@ -125,22 +125,25 @@ def _refuse(problems, options):
 
 @command("show", ShowOptions)
 def show(options):
-    """Draw where the context of one pixel of IMAGE comes from, in each direction and merged."""
+    """Draw where the context of one pixel of IMAGE comes from, in each direction and merged.
+
+    RUN is a run of gspn train or gspn train-segmentation."""
     image, picture = options.image, options.out or options.beside(f"context-{options.image.stem}.png")
     from gspn.files import check_absent
 
     check_absent(picture, overwrite=options.overwrite)
     from gspn import plots
     from gspn.data.images import DataError, decode
-    from gspn.runs import load_classifier
+    from gspn.runs import load_classifier, load_segmenter
 
-    classifier = load_classifier(options.run, options.checkpoint)
+    load = load_segmenter if _task_of(options.run) == "segmentation" else load_classifier
+    loaded = load(options.run, options.checkpoint)
     try:
         opened = decode(image)
     except Exception as error:  # Pillow raises anything on damaged files
         raise DataError(f"{image} cannot be read as an image: {error}") from error
     try:
-        plots.context(picture, classifier, opened, options.place, options.block)
+        plots.context(picture, loaded, opened, options.place, options.block)
     except ValueError as error:  # no such pixel or block
         raise OptionError(str(error)) from error
     out.print(f"wrote {picture}", markup=False, highlight=False)

@@ -113,7 +113,8 @@ class ShowOptions(WriteOptions, RunOptions):
     )
     block: int | str | None = option(
         None,
-        "The block: an index, negative from the end, or a name. Default: the last with a map of 8x8 or more.",
+        "The block: an index, negative from the end, or a name. Default: the last with a map of 8x8 or more; of a "
+        "segmenter, the decoder's last.",
         parse=parse_block,
         metavar="NUMBER|NAME",
     )

@@ -162,5 +162,5 @@ SPEC = TaskSpec(
     data_help=MASKED_HELP,
     label=lambda options: options.model or ("finetuned" if options.init_from else "gspn"),
     drawn=("curves.png", "predictions.png", "confusion.png", "segmented/*.png"),
-    taken_by="gspn eval and segment take it, and gspn.load_run in Python",
+    taken_by="gspn eval, segment, show and export take it, and gspn.load_run in Python",
 )
