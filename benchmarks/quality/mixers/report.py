@@ -126,6 +126,18 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 # -- pictures --
 
+TASK_TITLES = {
+    "classes": "CIFAR-10",
+    "tracing": "Following curves",
+    "filling": "Filling in",
+    "far": "Comparing far ends",
+}
+FORM_TITLES = {"bare": "only this layer mixes pixels", "conv": "beside a depthwise 3x3 convolution"}
+
+
+def _title(task, form: str) -> str:
+    return f"{TASK_TITLES[task.name]}, a small backbone: {FORM_TITLES[form]}"
+
 
 def _axes(title: str, across: str, up: str):
     figure = Figure(figsize=(8, 4.6), layout="constrained")
@@ -137,9 +149,7 @@ def _axes(title: str, across: str, up: str):
 
 def curves_picture(runs: dict[str, list[dict]], task, form: str, path: Path, ms: dict[str, float]) -> None:
     """What the held-out examples said while training, mean over the seeds, against CPU time."""
-    figure, axes = _axes(
-        f"{task.name}, {form}: while training", "CPU seconds of training, one core", f"{task.better}, held-out examples"
-    )
+    figure, axes = _axes(_title(task, form), "CPU seconds of training, one core", f"{task.better}, held-out examples")
     for name, content in runs.items():
         if name not in ms:
             continue
@@ -155,7 +165,7 @@ def settings_picture(runs: dict[str, list[dict]], task, form: str, path: Path) -
     """The test examples at every numbered setting, mean and deviation over the seeds."""
     numbered = [s for s in task.settings if s.replace(".", "").isdigit()]
     across = "distance of the ends, places" if task.usual == "mixed" else "size, times that of training"
-    figure, axes = _axes(f"{task.name}, {form}: sizes seen and unseen", across, f"test {task.better}")
+    figure, axes = _axes(_title(task, form), across, f"test {task.better}")
     for name, content in runs.items():
         found = [mean_and_deviation(list(_by_seed(content, s, task.better).values())) for s in numbered]
         axes.errorbar(
