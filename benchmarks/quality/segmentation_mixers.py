@@ -112,6 +112,8 @@ def segmenter_with(mixer: str, name: str, **arguments) -> nn.Module:
             blocks = [module for module in part.modules() if isinstance(module, (GSPNBlock, InvertedBlock))]
             for index, block in enumerate(blocks):
                 block.gspn = make(block.gspn.channels, reduction, index)
+                if isinstance(block, GSPNBlock) and isinstance(block.gspn, Nothing):
+                    block.gspn = nn.Identity()  # the mixer is all of this block's branch: zeros would switch it off
     return model
 
 

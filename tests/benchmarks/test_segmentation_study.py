@@ -13,6 +13,7 @@ from benchmarks.harness import study
 from benchmarks.quality import segmentation
 from benchmarks.quality.segmentation import RATES, SEEDS, Run
 from benchmarks.quality.segmentation_mixers import CLASSES, CONTENDERS, WindowAttention, made
+from gspn.layers import GlobalResponseNorm
 
 
 @pytest.mark.parametrize("of", ["gspn_micro", "gspn_mobile"])
@@ -25,6 +26,20 @@ def test_all_have_as_many_parameters_and_take_any_size(of):
         assert scans == (CONTENDERS[name].make is None)
         with torch.no_grad():
             assert model(torch.randn(1, 3, 45, 37)).shape == (1, CLASSES, 45, 37)
+
+
+@pytest.mark.parametrize("name", segmentation.of_model("gspn_mobile"))
+def test_every_parameter_of_a_contender_takes_part(name):
+    """A mixer of zeros in a block that has no way around it would leave the block's parameters dead."""
+    torch.manual_seed(0)
+    model = made(name).train()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.LayerNorm, GlobalResponseNorm)):
+            torch.nn.init.normal_(next(module.parameters()))  # some start at 0
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    unused = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # what is added before a batch norm, or where a mixer gives nothing, has no effect
+    assert not [key for key in unused if not (name == "mobile-none" and ".norm." in key)], unused
 
 
 @pytest.mark.parametrize("shift", [0, 3])
