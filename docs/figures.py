@@ -157,7 +157,7 @@ def draw_context(run: str) -> Figure:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help="a run of gspn train on colour images, for context.png")
+    parser.add_argument("--run", help="a run of gspn train --model gspn_micro on colour images, for context.png")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/images")
     options = parser.parse_args()
     figures = {"growth": draw_growth(), "directions": draw_directions()}

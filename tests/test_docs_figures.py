@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -98,9 +99,14 @@ def test_the_segmenters_are_those_of_the_report():
     report = (ROOT / "benchmarks/results/quality/segmentation/report.md").read_text(encoding="utf-8")
     split = lambda page: [line.split("|") for line in page.splitlines() if line.startswith("| ")]  # noqa: E731
     cells = lambda page: {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in split(page)}  # noqa: E731
-    measured, shown = cells(report), cells(text)
-    del shown["mixer"]
-    assert len(shown) == 5 and all(measured[mixer][3:] == values for mixer, values in shown.items())
+    tables = re.split(r"\n\| `(gspn_\w+)`, (\d+) epochs ", text)[1:]
+    for model, epochs, rows in zip(tables[::3], tables[1::3], tables[2::3], strict=True):
+        (section,) = re.findall(
+            rf"## {model}, trained at \d+x\d+ for {epochs} epochs\n(.*?)(?=\n## |$)", report, re.DOTALL
+        )
+        measured, shown = cells(section), cells(rows)
+        assert len(shown) > 1 and all(measured[mixer][3:6] == values for mixer, values in shown.items()), model
+    assert len(tables) == 3 * report.count("\n## ")
 
 
 def test_what_the_scans_of_gspn_mobile_are_worth_is_what_the_report_says():

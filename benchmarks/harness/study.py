@@ -6,6 +6,7 @@ A run is a NamedTuple whose fields stand in its file too; its `stem` names the f
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,6 +46,17 @@ def work(
         print(f"      {told(content)}", flush=True)
         made += 1
     return made
+
+
+def times(contents: Iterable[dict], what: str) -> tuple[str, dict[str, float]]:
+    """(a processor, the median of `what` by contender) of the contents of runs: on the processor that ran most of the
+    contenders, as times of different processors cannot be compared."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for content in contents:
+        of_processor = found.setdefault(content["environment"]["cpu"], {})
+        of_processor.setdefault(content["contender"], []).append(content[what])
+    processor = max(found, key=lambda each: (len(found[each]), sum(map(len, found[each].values()))))
+    return processor, {name: statistics.median(values) for name, values in found[processor].items()}
 
 
 def parameters_of(model: nn.Module) -> int:

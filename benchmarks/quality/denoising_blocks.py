@@ -1,5 +1,5 @@
-"""Blocks of convolutions alone, for benchmarks.quality.denoising: what the two newest convolutional generators are made
-of, written from the descriptions in their papers.
+"""Blocks of convolutions alone, for benchmarks.quality.denoising: those of the convolutional generators FCDM (2026) and
+DiCo (2025), written from the descriptions in their papers.
 
 Both were published as U-nets. Here each stands in the place of GSPN-DiT's block, so that all contenders have as many
 tokens in every block. Both take maps (B,H,W,C) and a condition (B,C), as GSPNDiTBlock does, and start as the identity.
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn.depthwise import DepthwiseConv2d
+from gspn.layers import GlobalResponseNorm
 from gspn.models.gspn_dit import modulated
 
 
@@ -41,14 +42,12 @@ class ConvNeXtBlock(_Modulated):
         hidden = int(channels * expansion)
         self.depthwise = DepthwiseConv2d(channels, 7)
         self.expand, self.project = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
-        self.weight, self.bias = nn.Parameter(torch.zeros(hidden)), nn.Parameter(torch.zeros(hidden))
+        self.grn = GlobalResponseNorm(hidden)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate = self.modulating(c)
         h = F.gelu(self.expand(modulated(_on_maps(self.depthwise, x), shift, scale)))
-        size = h.square().sum((1, 2), keepdim=True).add(1e-12).sqrt()  # global response normalization
-        h = h + self.weight * (h * size / (size.mean(-1, keepdim=True) + 1e-6)) + self.bias
-        return torch.addcmul(x, gate, self.project(h))
+        return torch.addcmul(x, gate, self.project(self.grn(h)))
 
 
 class DiCoBlock(_Modulated):

@@ -26,47 +26,25 @@ from unittest.mock import patch
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import gspn
 from benchmarks.harness import harness, study
-from gspn.bench.contenders import Attention, OnMaps, ReluLinearAttentionConvolution, on_maps
-from gspn.layers import InvertedBlock, Pointwise
+from benchmarks.quality.compact_mixers import Depthwise, Nothing, between
+from gspn.bench.contenders import Attention, ReluLinearAttentionConvolution
+from gspn.layers import InvertedBlock
 from gspn.metrics.classification import evaluate
 from gspn.options import Options
 from gspn.tasks import classify
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "photos"
-MODEL, CLASSES, SIDE, INNER = "gspn_mobile", 10, 32, 16
+MODEL, CLASSES, SIDE = "gspn_mobile", 10, 32
 RATES = (5e-3, 1e-2, 2.5e-3)  # the first is that of the library's preset
 SEEDS = (0, 1, 2)
 FACTORS = (0.75, 1, 1.5, 2)  # of the trained side, at which the test images are classified
 
 
 # -- the contenders --
-
-
-class Nothing(nn.Module):
-    """Zeros: the block is an inverted residual alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-
-class Depthwise(nn.Module):
-    """A depthwise 7x7 convolution."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.convolution = nn.Conv2d(width, width, 7, padding=3, groups=width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return on_maps(self.convolution, x)
-
-
-def between(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
-    """A mixer for (B,H,W,INNER) between two projections."""
-    return lambda channels: nn.Sequential(Pointwise(channels, INNER), OnMaps(make(INNER)), Pointwise(INNER, channels))
 
 
 class Contender(NamedTuple):

@@ -109,7 +109,7 @@ def wanted(done: dict[Run, dict], epochs: int, scale: float) -> Iterator[Run]:
     """All runs, the most important first, model by model: each contender at the middle rate, then at the others, then
     the other seeds at the best rate."""
     for model, rates in RATES.items():
-        names = [name for name, contender in CONTENDERS.items() if contender.model == model]
+        names = of_model(model)
         for rate in (rates[1], rates[2], rates[0]):
             yield from (Run(name, rate, SEEDS[0], epochs, scale) for name in names)
         for seed in SEEDS[1:]:
@@ -147,14 +147,17 @@ def report(folder: Path) -> str:
         "# Street scenes with other mixers in the place of GSPN\n\nMade by `python -m benchmarks.quality.segmentation "
         "--report`. CamVid, from random weights; mean IoU on the 233 test images, against masks of 480x360. *rate*: "
         "the best of how many learning rates, by the validation images. Of two seeds a figure is the mean, "
-        "with half of their difference.\n"
+        "with half of their difference. *CPU s*: of a training with its validations and pictures, while other work ran "
+        "beside; the median of the runs on one processor.\n"
     )
     for model, epochs, scale in groups(done):
         sides = [tuple(round(side * scale * factor) for side in reversed(FULL)) for factor in FACTORS]
         text += f"\n## {model}, trained at {sides[0][0]}x{sides[0][1]} for {epochs} epochs\n\n"
-        header = ["mixer", "parameters", "rate", "seeds", *(f"{w}x{h}" for w, h in sides), "CPU s of training"]
-        rows = []
-        for name, contender in of_model(model).items():
+        header = ["mixer", "parameters", "rate", "seeds", *(f"{w}x{h}" for w, h in sides), "CPU s"]
+        rows, group = [], of_model(model)
+        own = [done[run] for run in done if run.contender in group and (run.epochs, run.scale) == (epochs, scale)]
+        processor, seconds = study.times(own, "cpu_seconds_of_training")
+        for name, contender in group.items():
             runs = chosen(done, name, epochs, scale)
             if not runs:
                 rows.append([contender.title, *["not run"] * (len(header) - 1)])
@@ -165,9 +168,10 @@ def report(folder: Path) -> str:
                 values = [100 * run["test"][str(factor)]["miou"] for run in runs]
                 spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.fmean(values):.1f}{spread}")
-            cells.append(f"{statistics.fmean(run['cpu_seconds_of_training'] for run in runs):.0f}")
+            cells.append(f"{seconds[name]:.0f}" if name in seconds else "")
             rows.append(cells)
         text += "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)) + "\n"
+        text += f"\nTimes are of {processor}.\n"
     return text
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gspn
 from benchmarks.harness import study
-from benchmarks.quality.photos import INNER, Depthwise, Nothing, between
+from benchmarks.quality.compact_mixers import Depthwise, Nothing, between
 from gspn.bench.contenders import Attention, OnMaps, ReluLinearAttentionConvolution
 from gspn.layers import GSPNBlock, InvertedBlock
 
@@ -57,9 +57,8 @@ class WindowAttention(Attention):
         return self.out(mixed[:, self.shift :, self.shift :][:, :height, :width])
 
 
-def _attention(width: int, reduction: int, index: int) -> nn.Module:
+def _attention(width: int, reduction: int, index: int, heads: int | None = None) -> nn.Module:
     """Windows where the map has many pixels, all pixels from an eighth of the image's sides on."""
-    heads = 2 if width == INNER else None
     return Attention(width, heads, bias=False) if reduction >= 8 else WindowAttention(width, 3 * (index % 2), heads)
 
 
@@ -80,7 +79,7 @@ CONTENDERS = {
     "mobile-attention": Contender(
         "gspn_mobile",
         "attention (7x7 windows at 1/4)",
-        lambda c, *where: between(lambda width: _attention(width, *where))(c),
+        lambda c, *where: between(lambda width: _attention(width, *where, heads=2))(c),
     ),
     "mobile-linear": Contender(
         "gspn_mobile",

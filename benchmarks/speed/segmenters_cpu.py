@@ -35,7 +35,7 @@ def memory_of(mixer: str, size: tuple[int, int], threads: int) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed/segmenters-cpu.json"))
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", choices=OURS, default="gspn_mobile")
@@ -44,6 +44,8 @@ def main():
     if options.memory_of:
         memory_of(*json.loads(options.memory_of))
         return
+    if options.out is None:
+        parser.error("--out is missing: name the JSON file to write")
     torch.set_num_threads(options.threads)
     content = {"what": f"segmenting one image with {options.model} and other mixers in the place of GSPN, float32"}
     content |= {"environment": harness.environment(), "rounds": options.rounds, "threads": options.threads, "cases": []}

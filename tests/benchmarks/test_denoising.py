@@ -36,17 +36,16 @@ def test_convolutional_blocks_start_as_nothing_and_hear_the_condition(block, ten
     assert (block(x, c) - x).abs().mean() > 0.1 and not torch.allclose(block(x, c), block(x, -c))
 
 
-def test_global_response_normalization():
-    """Against the formula of ConvNeXt V2 for one image: h_c |h_c| / mean over c of |h_c|, with norms over the map."""
+def test_dico_s_channel_attention():
+    """Against the formula: each channel times the sigmoid of a projection of the means over the map."""
     torch.manual_seed(0)
-    block, x = ConvNeXtBlock(4, 2.0), torch.randn(1, 5, 7, 4)
-    block.modulation.bias.data[8:] = 1.0  # the gate
-    block.weight.data.fill_(0.5)
-    mixed = block.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    h = F.gelu(block.expand(F.layer_norm(mixed, (4,), eps=1e-6)))
-    size = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
-    wanted = x + block.project(h + 0.5 * h * size / size.mean())
-    torch.testing.assert_close(block(x, torch.zeros(1, 4)), wanted, rtol=1e-4, atol=1e-4)
+    block, x = DiCoBlock(4, 2.0), torch.randn(2, 5, 7, 4)
+    block.modulation.bias.data[8:12] = 1.0  # the first gate: the second half of the block stays off
+    inner = block.inner(F.layer_norm(x, (4,), eps=1e-6)).permute(0, 3, 1, 2)
+    y = F.gelu(F.conv2d(inner, block.depthwise.weight, block.depthwise.bias, padding=1, groups=4))
+    weight = torch.sigmoid(block.attention(y.mean((2, 3))))
+    wanted = x + block.outer((y * weight[:, :, None, None]).permute(0, 2, 3, 1))
+    torch.testing.assert_close(block(x, torch.zeros(2, 4)), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_measured(photos):

@@ -60,6 +60,7 @@ def test_missing_runs_come_in_order_and_the_report_tells_them(tmp_path):
         run = Run("gspn", rate, seed, 3, 0.25)
         test = {str(f): {"miou": miou, "seconds_with_metrics": 0.5} for f in segmentation.FACTORS}
         content = run._asdict() | {"val_miou": miou, "parameters": 1234, "test": test, "cpu_seconds_of_training": 9}
+        content |= {"environment": {"cpu": "a chip"}}
         (tmp_path / f"{run.stem}.json").write_text(json.dumps(content))
     done = segmentation.read(tmp_path)
     assert segmentation.best_rate(done, "gspn", 3, 0.25) == rates[1]

@@ -138,6 +138,18 @@ def test_a_backbone_with_what_it_was_made_of(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gspn_micro", "gspn_mobile"])
+def test_a_segmenter_at_every_size(tmp_path, name):
+    torch.manual_seed(0)
+    model = gspn.create_segmenter(name, num_classes=3, width=8, depths=(1, 1), global_levels=(0, 1)).eval()
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)):
+        torch.nn.init.normal_(norm.weight)  # some start at 0
+    written = gspn.export_onnx(model, tmp_path / "model.onnx")
+    assert written.difference is not None and written.difference < 1e-4
+    assert_same_outputs(written.path, model, 3)
+
+
 def test_the_released_form_is_exported_as_it_is(tmp_path, capfd):
     arguments = dict(in_chans=1, num_classes=3, width=8, depths=(1,), global_levels=(), segment=3, activation=None)
     model = gspn.create_model("gspn_micro", alignment="released", **arguments)

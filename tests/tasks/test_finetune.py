@@ -66,7 +66,9 @@ def test_a_file_of_weights(digits_run, tmp_path):
     weights = load_classifier(digits_run[0].path).model.state_dict()
     save_file(weights, tmp_path / "weights.safetensors")
     model = gspn.create_model("gspn_micro", num_classes=10, in_chans=1, **TINY)
-    note = start_from(open_source(tmp_path / "weights.safetensors", None, {}), model, ["a"] * 10, "x")
+    with pytest.raises(OptionError, match=r"weights\.safetensors does not say which model.*--model"):
+        open_source(tmp_path / "weights.safetensors", None, {})
+    note = start_from(open_source(tmp_path / "weights.safetensors", "gspn_micro", {}), model, ["a"] * 10, "x")
     assert note.endswith("with a new head for 10 classes") and same(body(model.state_dict()), body(weights))
 
 

@@ -53,6 +53,6 @@ def test_chosen_sizes_cut_and_do_not_stretch(monkeypatch, factors, seen):
 def test_enlarged_images_are_told():
     split = Split(np.zeros(1, int), ["a"], pixels=torch.zeros(1, 3, 20, 30, dtype=torch.uint8))
     assert enlarged_note(split, (20, 30)) is None and enlarged_note(split, (8, 8)) is None
-    assert "first image is 20x30; at sizes up to 24x24" in enlarged_note(split, (24, 24))
+    assert "first image is 20x30, smaller than the largest size in training, 24x24" in enlarged_note(split, (24, 24))
     damaged = Split(np.zeros(1, int), ["a"], read=lambda i: 1 / 0, names=str)
     assert enlarged_note(damaged, (24, 24)) is None

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.harness.study import times
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
 from benchmarks.quality.mixers.inside import LEVERS
 from benchmarks.quality.mixers.study import RATES, RESULTS, SEEDS, STEPS, Run, best_rate, read
 from benchmarks.quality.mixers.tasks import TASKS
 
+TIME = "cpu_ms_per_step"
 OURS = "gspn-global"  # what the others are compared with
 CONTROL = "gspn-g8"  # what the remedies are compared with
 REMEDIES = (
@@ -62,26 +64,13 @@ def _shown(value: float, deviation: float | None, what: str, sign: bool = False)
     return text if deviation is None else f"{text} ± {deviation * scale:.{digits}f}"
 
 
-def times(done: dict[Run, dict], task: str, form: str, steps: int) -> tuple[str, dict[str, float]]:
-    """(a processor, CPU milliseconds a training step by contender): on the processor that ran most of the contenders,
-    the median over rates and seeds."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for run, content in done.items():
-        if (run.task, run.form, run.steps) == (task, form, steps):
-            of_processor = found.setdefault(content["environment"]["cpu"], {})
-            of_processor.setdefault(run.contender, []).append(content["cpu_ms_per_step"])
-    mixers = lambda processor: sum(not CONTENDERS[name].remedy for name in found[processor])  # noqa: E731
-    processor = max(found, key=lambda each: (mixers(each), len(found[each])))
-    return processor, {name: statistics.median(values) for name, values in found[processor].items()}
-
-
 def main_table(runs: dict[str, list[dict]], task, ms: dict[str, float], ours: str = OURS) -> str:
     """A row a contender: held-out loss, test at the usual setting with the difference from `ours`, every other
     setting; what a training step takes."""
     what, others = task.better, [s for s in task.settings if s != task.usual]
     unit = "%" if what == "accuracy" else what
     header = ["mixer", "parameters", "rate", "seeds", "held-out loss", f"test, {unit}"]
-    header += [f"minus {CONTENDERS[ours].title}", *others, "CPU ms a step"]
+    header += [f"minus {CONTENDERS[ours].title}", *others, *(["CPU ms a step"] if ms else [])]
     rows = []
     compared = _by_seed(runs[ours], task.usual, what) if ours in runs else {}
     for name, content in runs.items():
@@ -97,7 +86,7 @@ def main_table(runs: dict[str, list[dict]], task, ms: dict[str, float], ours: st
                 _shown(*mean_and_deviation(list(values.values())), what),
                 _shown(*difference, what, sign=True) if difference else "",
                 *(_shown(*mean_and_deviation(list(_by_seed(content, s, what).values())), what) for s in others),
-                f"{ms[name]:.0f}" if name in ms else "",
+                *([f"{ms[name]:.0f}" if name in ms else ""] if ms else []),
             ]
         )
     return _markdown(header, rows)
@@ -149,7 +138,9 @@ def _axes(title: str, across: str, up: str):
 
 def curves_picture(runs: dict[str, list[dict]], task, form: str, path: Path, ms: dict[str, float]) -> None:
     """What the held-out examples said while training, mean over the seeds, against CPU time."""
-    figure, axes = _axes(_title(task, form), "CPU seconds of training, one core", f"{task.better}, held-out examples")
+    figure, axes = _axes(
+        _title(task, form), "steps x CPU seconds of a step, one core", f"{task.better}, held-out examples"
+    )
     for name, content in runs.items():
         if name not in ms:
             continue
@@ -384,15 +375,15 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS, inside: dict[s
                 f"{task.about} Mean ± standard deviation over the seeds; a difference is paired by seed, ± its "
                 "standard error.",
             ]
-            processor, ms = times(done, task.name, form, steps)
             if runs:
+                own = [c for run, c in done.items() if run[:2] == (task.name, form) and run.steps == steps]
+                processor, ms = times((c for c in own if c["contender"] in runs), TIME)
                 curves_picture(runs, task, form, stem.with_name(f"{name}-curves.png"), ms)
                 settings_picture(runs, task, form, stem.with_name(f"{name}-settings.png"))
                 pictures = f"![Curves]({name}-curves.png) ![Settings]({name}-settings.png)"
-                parts += [main_table(runs, task, ms), pictures]
+                parts += [main_table(runs, task, ms), _about_times(processor, runs, ms), pictures]
             if remedies:
-                parts += [REMEDIES, main_table(remedies, task, ms, CONTROL)]
-            parts += [f"Times are medians of the runs on {processor}."]
+                parts += [REMEDIES, main_table(remedies, task, {}, CONTROL)]
             parts += [
                 "Loss on the held-out examples by learning rate, first seed:",
                 rates_table(done, task.name, form, steps),
@@ -401,6 +392,16 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS, inside: dict[s
         parts += inside_section(content, stem, name)
     text = "\n\n".join(parts) + "\n"
     stem.with_suffix(".md").write_text(text)
+    return text
+
+
+def _about_times(processor: str, runs: dict, ms: dict[str, float]) -> str:
+    text = (
+        f"Times are CPU time: medians over rates and seeds on one processor, {processor}, while other work ran beside. "
+        "The picture multiplies them by the steps."
+    )
+    if left := [CONTENDERS[name].title for name in runs if name not in ms]:
+        text += f" It lacks what ran on other processors only: {', '.join(left)}."
     return text
 
 

@@ -42,7 +42,7 @@ def evaluate(options):
 
     Of a run of segmentation: mean IoU, the IoU of each class, pixel accuracy, boundary F1, confusion.
     """
-    task = (config_or_none(options.run / "config.json") or {}).get("task")
+    task = _task_of(options.run)
     values = options.of_task(task)
     if task == "segmentation":
         segment.evaluate(options, values)
@@ -134,10 +134,8 @@ def show(options):
     check_absent(picture, overwrite=options.overwrite)
     from gspn import plots
     from gspn.data.images import DataError, decode
-    from gspn.runs import load_classifier, load_segmenter
 
-    load = load_segmenter if _task_of(options.run) == "segmentation" else load_classifier
-    loaded = load(options.run, options.checkpoint)
+    loaded = _classifier_or_segmenter(options.run, options.checkpoint)
     try:
         opened = decode(image)
     except Exception as error:  # Pillow raises anything on damaged files
@@ -168,23 +166,21 @@ def export_run(options):
         _export_for_hub(options)
         return
     from gspn.files import check_absent
-    from gspn.runs import load_classifier, load_segmenter
+    from gspn.runs import Classifier
 
     file = options.out or options.beside(f"model{options.suffix()}")
     check_absent(file, overwrite=options.overwrite)
     given = {name: getattr(options, name) for name in ("size", "batch", "opset", "precision")}
     given = {name: value for name, value in given.items() if value is not None}
-    if _task_of(run) == "segmentation":
-        loaded = load_segmenter(run, options.checkpoint or "best")
-        preprocessing = loaded.preprocessing.to_json() | {"scale": loaded.scale}
-        given["metadata"] = {"class_names": loaded.classes.names, "classes": loaded.classes.to_json()}
-    else:
-        loaded = load_classifier(run, options.checkpoint or "best")
-        preprocessing = loaded.preprocessing.to_json()
-        given["metadata"] = {"class_names": loaded.classes}
+    loaded = _classifier_or_segmenter(run, options.checkpoint or "best")
+    preprocessing = loaded.preprocessing.to_json()
+    if isinstance(loaded, Classifier):
+        given["metadata"] = {"class_names": loaded.classes, "preprocessing": preprocessing}
         if options.size and (far := far_from(options.size, loaded.preprocessing.size, "the run was trained at")):
             warn([far])
-    given["metadata"] |= {"preprocessing": preprocessing}
+    else:
+        given["metadata"] = {"class_names": loaded.classes.names, "classes": loaded.classes.to_json()}
+        given["metadata"] |= {"preprocessing": preprocessing | {"scale": loaded.scale}}
     write = gspn.export_onnx if options.onnx else gspn.export_aoti
     try:
         with Progress("exporting", console=progress_on(err)):  # compiling takes minutes
@@ -198,6 +194,15 @@ def export_run(options):
         else "not checked"
     )
     out.print(f"wrote {written.path}, {written.size_bytes / 1e6:.1f} MB, {checked}", markup=False, highlight=False)
+
+
+def _classifier_or_segmenter(run, checkpoint):
+    """Errors: RunError, which says what takes a run of another task."""
+    from gspn.runs import load_classifier, load_segmenter
+    from gspn.train.run import Run
+
+    task = Run.open(run).check_task("classification", "segmentation")
+    return (load_classifier if task == "classification" else load_segmenter)(run, checkpoint)
 
 
 def _task_of(run):

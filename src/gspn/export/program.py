@@ -16,8 +16,7 @@ from torch.utils import _pytree as pytree
 
 from gspn.files import check_writable
 from gspn.layers import GSPN2d
-from gspn.models import Backbone
-from gspn.models.segmenter import Segmenter
+from gspn.models import Backbone, Segmenter
 
 Size = tuple[int, int]
 

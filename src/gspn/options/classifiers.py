@@ -27,7 +27,7 @@ class RunOptions(OptionSet):
 
     run: Path = option(
         REQUIRED,
-        "A run folder of `gspn train`, a saved model, or the name of trained weights: digits.",
+        "A run folder, a saved model, or the name of trained weights: digits.",
         metavar="RUN",
         argument=True,
         parse=run_folder,
@@ -114,7 +114,7 @@ class ShowOptions(WriteOptions, RunOptions):
     block: int | str | None = option(
         None,
         "The block: an index, negative from the end, or a name. Default: the last with a map of 8x8 or more; of a "
-        "segmenter, the decoder's last.",
+        "segmenter, the last.",
         parse=parse_block,
         metavar="NUMBER|NAME",
     )

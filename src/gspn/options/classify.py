@@ -70,8 +70,8 @@ class ModelOptions(OptionSet):
 
     model: str | None = option(
         None,
-        "gspn_mobile, gspn_micro, gspn_tiny, gspn_small, gspn_base. Default: gspn_micro to classify grey images, else "
-        "gspn_mobile.",
+        "gspn_mobile, gspn_micro, gspn_tiny, gspn_small, gspn_base. Default: that of --init-from; else gspn_micro to "
+        "classify grey images and gspn_mobile otherwise.",
         complete=("gspn_micro", "gspn_mobile", "gspn_tiny", "gspn_small", "gspn_base"),
     )
     model_args: Mapping = option(
@@ -113,5 +113,5 @@ SPEC = TaskSpec(
     data_help=DATA_HELP,
     label=lambda options: options.model or ("finetuned" if options.init_from else "gspn"),
     drawn=("curves.png", "predictions.png", "context.png", "context-*.png"),
-    taken_by="gspn eval, predict and show take it, and gspn.load_run in Python",
+    taken_by="gspn eval, predict, show and export take it, and gspn.load_run in Python",
 )

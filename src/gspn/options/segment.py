@@ -161,6 +161,6 @@ SPEC = TaskSpec(
     options=SegmentationOptions,
     data_help=MASKED_HELP,
     label=lambda options: options.model or ("finetuned" if options.init_from else "gspn"),
-    drawn=("curves.png", "predictions.png", "confusion.png", "segmented/*.png"),
+    drawn=("curves.png", "predictions.png", "confusion.png", "segmented/*.png", "context-*.png"),
     taken_by="gspn eval, segment, show and export take it, and gspn.load_run in Python",
 )

@@ -20,7 +20,9 @@ class LoopOptions(OptionSet):
 
     epochs: int | None = option(None, "Passes over the training images.", low=1, high=1_000_000)
     batch_size: int | None = option(None, "Images per step, over all processes together.", low=1, high=1_000_000)
-    accumulate: int = option(1, "Split each batch into this many parts, to save memory.", low=1, high=1_000_000)
+    accumulate: int = option(
+        1, "Split each batch into this many parts, to save memory. Batch norm sees one part.", low=1, high=1_000_000
+    )
     lr: float | None = option(None, "The highest learning rate.", low=0)
     min_lr: float | None = option(None, "The final learning rate. Default: a hundredth of the highest.", low=0)
     warmup_lr: float | None = option(None, "The learning rate at the start of the warm-up.", low=0, fallback=0.0)

@@ -69,7 +69,7 @@ class Setup:
         return None
 
     def reads_without_workers(self) -> bool:
-        """Whether the training images are decoded once and kept, so that no worker starts."""
+        """Whether the training images are decoded once and kept, so that no worker reads them."""
         return False
 
     def crowded(self) -> str | None:

@@ -27,6 +27,8 @@ from gspn.train.loop import autocast
 from gspn.train.run import Run, RunError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TITLES = {"flip": "flip", "erase": "random erasing", "rand_augment": "RandAugment", "color_jitter": "colour jitter"}
+TITLES |= {"mixup": "mixup", "cutmix": "cutmix"}
 
 
 class Classification:
@@ -163,9 +165,10 @@ class Setup(BaseSetup):
 
     def about(self, model):
         options = self.options
-        others = ("flip", "erase", "rand_augment", "color_jitter", "mixup", "cutmix")
-        on = [name.replace("_", " ") for name in others if getattr(options, name) not in (0, "none")]
-        augmentation = [options.augment] * (options.augment != "none") + on
+        augmentation = [options.augment] * (options.augment != "none")
+        augmentation += [title for name, title in TITLES.items() if getattr(options, name) not in (0, "none")]
+        if options.rand_augment != "none" and options.color_jitter:
+            augmentation.remove(TITLES["color_jitter"])  # RandAugment takes its place
         return (
             f"{options.model}, {parameters_of(model)}",
             f"of {len(self.class_names)} classes, {describe_size(self.preprocessing)}",

@@ -45,7 +45,8 @@ class Source:
 def open_source(path: str | Path, model: str | None, model_args: Mapping, channels: int | None = None) -> Source:
     """The weights in a run folder (the averaged ones of its best checkpoint, if it has them) or a saved model, of which
     the name in the package gspn-weights will do; in a .safetensors file with the names of our models; or in a published
-    checkpoint (.pth). The last needs the name `model`, and its stem can be converted to `channels` other than 3.
+    checkpoint (.pth). Both kinds of files need the name `model`; the stem of the last can be converted to `channels`
+    other than 3.
 
     Errors: RunError, OptionError."""
     path = run_folder(path)
@@ -59,13 +60,15 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
             arguments.pop(own, None)
         weights, data = classifier.model.state_dict(), classifier.run.config["data"]["where"]
         return Source(f"the run {path}", weights, name, arguments, classifier.classes, data)
+    if not path.is_file() and path.suffix != ".safetensors":
+        raise OptionError(f"init_from: there is no {path}; expected a run folder, a .safetensors or a .pth file")
     if path.suffix == ".safetensors":
         try:
-            return Source(str(path), load_file(path))
+            weights = load_file(path)
         except (OSError, SafetensorError) as error:
             raise OptionError(f"init_from: {path} cannot be read: {error}") from error
-    if not path.is_file():
-        raise OptionError(f"init_from: there is no {path}; expected a run folder, a .safetensors or a .pth file")
+        if model is not None:
+            return Source(str(path), weights)
     if model is None:
         raise OptionError(f"init_from: {path} does not say which model its weights have; name it with --model")
     arguments = {

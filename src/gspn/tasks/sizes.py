@@ -60,9 +60,9 @@ def enlarged_note(split: Split, size: tuple[int, int]) -> str | None:
         return None
     if height >= size[0] and width >= size[1]:
         return None
-    shown = "{}x{}".format(*size)
     return (
-        f"sizes: the first image is {height}x{width}; at sizes up to {shown} such images are enlarged and look smooth"
+        f"sizes: the first image is {height}x{width}, smaller than the largest size in training, {size[0]}x{size[1]}: "
+        "such images are enlarged there and look smooth"
     )
 
 

@@ -237,7 +237,7 @@ class Saver:
         saved = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
         finite = torch.stack([_local(tensor).isfinite().all() for tensor in saved]).all()
         if self.accelerator.reduce((~finite).float(), "sum").item():
-            raise _diverged(f"weights are not finite after step {at.step}", self)
+            raise _diverged(f"weights or running statistics are not finite after step {at.step}", self)
         tensors = self.tensors()
         self.has_saved(at)
         if self.run is None:
