@@ -198,3 +198,7 @@ def test_the_loss_is_a_mean_over_labelled_pixels(masked):
     entropy = -(logits.gather(1, index[:, None])[:, 0] * weights[index])[batch["mask"] != IGNORED].sum()
     dice = dice_losses(model(batch["image"]), batch["mask"].long()).sum()
     assert whole.item() == pytest.approx((entropy + dice).item(), rel=1e-5)
+
+
+def test_the_default_model(masked_run):
+    assert masked_run.config["options"]["model"] == masked_run.config["model"]["name"] == "gspn_mobile"
