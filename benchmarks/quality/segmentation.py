@@ -180,14 +180,16 @@ def draw(folder: Path, out: Path) -> None:
     done = read(folder)
     found = groups(done)
     figure = Figure(figsize=(6 * max(1, len(found)), 4), layout="constrained")
-    panels = figure.subplots(1, max(1, len(found)), squeeze=False, sharey=True)[0]
+    titles = dict.fromkeys(contender.title for contender in CONTENDERS.values())
+    colours = {title: f"C{i}" for i, title in enumerate(titles)}
+    panels = figure.subplots(1, max(1, len(found)), squeeze=False)[0]
     for axes, (model, epochs, scale) in zip(panels, found, strict=False):
         for name, contender in of_model(model).items():
             runs = chosen(done, name, epochs, scale)
             if runs:
                 mean = [100 * statistics.fmean(run["test"][str(f)]["miou"] for run in runs) for f in FACTORS]
                 widths = [round(FULL[1] * scale * factor) for factor in FACTORS]
-                axes.plot(range(len(widths)), mean, marker="o", label=contender.title)
+                axes.plot(range(len(widths)), mean, marker="o", label=contender.title, color=colours[contender.title])
                 axes.set_xticks(range(len(widths)), [f"{w}x{w * 3 // 4}" for w in widths])
         title = f"{model}, trained at {round(FULL[1] * scale)}x{round(FULL[0] * scale)}, {epochs} epochs"
         axes.set(title=title, xlabel="size of the test images", ylabel="mean IoU (%)", ylim=(0, None))
