@@ -128,7 +128,7 @@ def test_python_loads_it_and_segments_any_image(masked_run):
     assert found.mode == "P" and found.size == (50, 37)
     assert (np.asarray(found) == mask)[mask != 255].mean() > 0.85
     assert found.convert("RGB").getpixel((0, 0)) in {(0x88,) * 3, (208, 32, 32), run.classes.colours[2]}
-    with pytest.raises(RunError, match=r"segmentation, expected classification.*gspn eval and segment"):
+    with pytest.raises(RunError, match=r"segmentation, expected classification.*gspn eval, segment, show"):
         gspn.load_run(masked_run.path, task="classification")
 
 

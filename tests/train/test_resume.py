@@ -280,11 +280,11 @@ def test_a_run_that_an_older_version_began_goes_on(stopped, colours, capsys):
 
 
 def test_options_of_the_result_cannot_change(stopped):
-    with pytest.raises(OptionError, match=r"lr .*0\.002.* 0\.1 .*: .*workers.*--init"):
+    with pytest.raises(OptionError, match=r"lr .*0\.005.* 0\.1 .*: .*workers.*--init"):
         resume_classifier(stopped, {"lr": 0.1})
     with pytest.raises(OptionError, match=r"epochs.*'x'"):
         resume_classifier(stopped, {"epochs": "x"})
-    resume_classifier(stopped, {"lr": 0.002, "save_every": "never", "keep_every": 1})
+    resume_classifier(stopped, {"lr": 0.005, "save_every": "never", "keep_every": 1})
     assert Run.open(stopped).has_checkpoint("epoch-0002")
 
 
