@@ -272,6 +272,7 @@ def tried(done: dict[Run, dict], contender: str) -> list[float]:
 def report(folder: Path) -> str:
     """Markdown: each contender at its best rate, its mean over the seeds."""
     done, ours = read(folder), None
+    processor, ms = study.times((content for run, content in done.items() if run.steps == STEPS), "cpu_ms_per_step")
     rows, notes = [], []
     for name, contender in sorted(CONTENDERS.items(), key=lambda item: item[0] != "ours"):
         rate = best_rate(done, name)
@@ -296,7 +297,7 @@ def report(folder: Path) -> str:
             known = all(size in c["test"] for c in contents)
             cells.append(f"{mean(lambda c, size=size: c['test'][size]['loss']):.4f}" if known else "square only")
         worth = mean(lambda c: statistics.fmean(c["test"][TRAINED]["class_is_worth"]))
-        cells += [f"{worth:.4f}", f"{mean(lambda c: c['cpu_ms_per_step']):.0f}"]
+        cells += [f"{worth:.4f}", f"{ms[name]:.0f}" if name in ms else ""]
         rows.append(cells)
     header = ["model", "parameters", "rate", "seeds", f"loss at {TRAINED}", "minus GSPN-DiT"]
     header += [*list(SIZES)[1:], "class is worth", "CPU ms a step"]
@@ -306,8 +307,8 @@ def report(folder: Path) -> str:
         "`python -m benchmarks.quality.denoising --report`.\n\n"
         "The error of a difference is that of its mean over the same test photos, timesteps and noise. It does not "
         "tell what another seed would change. *rate*: the best of how many learning rates, by held-out training "
-        "photos. *class is worth*: loss with the null class minus loss with the right one. Other work ran beside, "
-        "which the times show.\n"
+        "photos. *class is worth*: loss with the null class minus loss with the right one. Times are "
+        f"medians on one processor, {processor}, while other work ran beside.\n"
     )
     return f"{about}\n{table}\n" + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
 
