@@ -5,13 +5,16 @@ images, a classifier's guesses, loss curves, and the time of a training step.
         --classifier RUN --run GSPN=runs/fashion-gspn --run DiT=runs/fashion-dit --checkpoint epoch-0003 --work DIR
 
 The runs are made by `gspn train-diffusion` with equal settings. DIR keeps samples and statistics, so that the command
-can be stopped and started again. Writes STEM.json, STEM.md, STEM-curves.png, STEM-sizes.png and a grid of each run at
-the trained size.
+can be stopped and started again. With --photos, for runs on CIFAR-10, it also measures the denoising loss of test
+photos, by timestep, with the right class and with the null class. Writes STEM.json, STEM.md, STEM-curves.png,
+STEM-sizes.png and a grid of each run at the trained size.
 """
 
 import argparse
+import itertools
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -19,6 +22,8 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.harness import harness
+from benchmarks.quality import denoising
+from benchmarks.quality.mixers.tasks import Photos
 from gspn.metrics.fid import evaluate_samples
 from gspn.options.generators import SampleOptions
 from gspn.sampling.generators import build_generator, load_pipeline
@@ -63,50 +68,117 @@ def step_times(runs: dict[str, Path], checkpoint: str, rounds: int) -> dict[str,
     return harness.summary(harness.interleaved(calls, rounds, threads=1), next(iter(runs)))
 
 
-def compare(runs: dict[str, Path], arguments) -> list[dict]:
-    """A row for each size, run and network of features."""
-    rows, console = [], Console()
-    trained = Run.open(next(iter(runs.values()))).config["space"]["image_size"]
+class Way(NamedTuple):
+    """How one set of samples is made. `name`: of the run; `factor`: size over trained size."""
+
+    name: str
+    factor: float
+    count: int
+    guidance: float
+    dilation: int = 1
+    enlarge: float | None = None
+
+    @property
+    def title(self) -> str:
+        dilated = "" if self.dilation == 1 else f", dilated by {self.dilation}"
+        enlarged = "" if self.enlarge is None else f", enlarged, {self.enlarge:g} of the steps again"
+        return self.name + dilated + enlarged
+
+    def size(self, trained) -> tuple[int, int]:
+        return tuple(round(side * self.factor) for side in trained)
+
+    def folder(self, arguments, trained) -> Path:
+        height, width = self.size(trained)
+        name = f"{self.name}-{arguments.checkpoint}-{height}x{width}-g{self.guidance:g}"
+        name += "" if self.dilation == 1 else f"-dilation{self.dilation}"
+        return arguments.work / (name if self.enlarge is None else f"{name}-enlarge{self.enlarge:g}")
+
+
+def ways(names: list[str], arguments) -> list[Way]:
+    """All sets of samples: every size at the guidance of the pictures, the trained size at the others too."""
+    found = []
     for factor, count in zip(arguments.factors, arguments.counts, strict=True):
-        size = tuple(round(side * factor) for side in trained)
-        for name, path in runs.items():
-            folder = arguments.work / f"{name}-{arguments.checkpoint}-{size[0]}x{size[1]}"
-            options = SampleOptions(
-                count=count,
-                guidance=arguments.guidance,
-                steps=arguments.steps,
-                size=size,
-                scheduler=arguments.scheduler,
-                seed=arguments.seed,
-                batch_size=20,
-                precision=arguments.precision,
-            )
-            sample(path, folder, options, checkpoint=arguments.checkpoint, console=console)
-            for features in [f"classifier:{arguments.classifier}", *arguments.features]:
-                found = evaluate_samples(
-                    folder, arguments.data, features, size=tuple(trained), cache=arguments.work, workers=0
-                )
-                found["features"] = found["features"].replace(str(arguments.classifier), "a run of gspn train")
-                row = {"run": name, "factor": factor, "size": size, "images": count, "features": found["features"]}
-                rows.append(row | {key: found[key] for key in COLUMNS} | {"notes": found["notes"]})
-                print(rows[-1], flush=True)
+        for name in names:
+            found.append(Way(name, factor, count, arguments.guidance))
+            if factor > 1 and name in arguments.dilate:
+                found.append(Way(name, factor, count, arguments.guidance, dilation=2))
+            if factor > 1:
+                found += [Way(name, factor, count, arguments.guidance, enlarge=part) for part in arguments.enlarge]
+            if factor == 1:
+                found += [Way(name, factor, count, other) for other in arguments.other_guidance]
+    return found
+
+
+def compare(runs: dict[str, Path], trained: tuple[int, int], arguments) -> list[dict]:
+    """A row for each way to sample and network of features."""
+    rows, console = [], Console()
+    for way in ways(list(runs), arguments):
+        options = SampleOptions(
+            count=way.count,
+            guidance=way.guidance,
+            steps=arguments.steps,
+            size=way.size(trained),
+            dilation=way.dilation,
+            enlarge=way.enlarge,
+            scheduler=arguments.scheduler,
+            seed=arguments.seed,
+            batch_size=20,
+            precision=arguments.precision,
+        )
+        folder = way.folder(arguments, trained)
+        sample(runs[way.name], folder, options, checkpoint=arguments.checkpoint, console=console)
+        for features in [f"classifier:{arguments.classifier}", *arguments.features]:
+            found = evaluate_samples(folder, arguments.data, features, size=trained, cache=arguments.work, workers=0)
+            found["features"] = found["features"].replace(str(arguments.classifier), "a run of gspn train")
+            row = {"run": way.title, "factor": way.factor, "size": way.size(trained), "guidance": way.guidance}
+            row |= {"images": way.count, "features": found["features"]}
+            rows.append(row | {key: found[key] for key in COLUMNS} | {"notes": found["notes"]})
+            print(rows[-1], flush=True)
     return rows
+
+
+def losses(runs: dict[str, Path], trained: tuple[int, int], arguments) -> dict[str, dict]:
+    """{run: {size: what denoising.measure gives}} of test photos."""
+    photos, found = Photos.open(arguments.photos)["test"], {}
+    for name, path in runs.items():
+        pipeline = load_pipeline(path, arguments.checkpoint)
+        model, objective = pipeline.transformer, Objective(pipeline.scheduler)
+        for factor, count in zip(arguments.factors, arguments.loss_counts, strict=True):
+            size = "x".join(str(round(side * factor)) for side in trained)
+            measured = denoising.measure(model, objective, photos, size, count)
+            found.setdefault(name, {})[size] = measured
+            print(name, size, measured["loss"], flush=True)
+    return found
+
+
+def losses_table(found: dict[str, dict]) -> str:
+    """Markdown."""
+    edges = [f"{round(1_000 * i / denoising.BUCKETS)}" for i in range(denoising.BUCKETS + 1)]
+    parts = " | ".join(f"t {a} to {b}" for a, b in itertools.pairwise(edges))
+    lines = [f"| size | model | loss | {parts} | class is worth |", "|---|---|---|" + "---|" * (denoising.BUCKETS + 1)]
+    for size in next(iter(found.values())):
+        for name, sizes in found.items():
+            values = [sizes[size]["loss"], *sizes[size]["by_timestep"]]
+            worth = sum(sizes[size]["class_is_worth"]) / denoising.BUCKETS
+            lines.append(f"| {size} | {name} | {' | '.join(f'{value:.4f}' for value in values)} | {worth:.4f} |")
+    return "\n".join(lines)
 
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
     lines = [
-        f"| features | size | samples of | images | {' | '.join(title for title, _ in COLUMNS.values())} |",
-        f"|---|---|---|---|{'---|' * len(COLUMNS)}",
+        f"| features | size | guidance | samples of | images | {' | '.join(t for t, _ in COLUMNS.values())} |",
+        f"|---|---|---|---|---|{'---|' * len(COLUMNS)}",
     ]
-    for row in sorted(rows, key=lambda row: (row["features"], row["factor"])):
+    for row in sorted(rows, key=lambda row: (row["features"], row["factor"], row["guidance"])):
         values = [row[key]["mean"] if isinstance(row[key], dict) else row[key] for key in COLUMNS]
         cells = [
             "" if value is None else format(value, form)
             for value, (_, form) in zip(values, COLUMNS.values(), strict=True)
         ]
         size = f"{row['size'][0]}x{row['size'][1]}"
-        lines.append(f"| {row['features']} | {size} | {row['run']} | {row['images']} | {' | '.join(cells)} |")
+        about = [row["features"], size, f"{row['guidance']:g}", row["run"], str(row["images"])]
+        lines.append(f"| {' | '.join(about + cells)} |")
     return "\n".join(lines)
 
 
@@ -135,20 +207,19 @@ def curves(runs: dict[str, Path], last: int, path: Path) -> dict[str, list[dict]
     return found
 
 
-def sizes_picture(runs: dict[str, Path], arguments, classes: int, path: Path) -> None:
+def sizes_picture(names: list[str], trained: tuple[int, int], arguments, classes: int, path: Path) -> None:
     """A row of samples, one for each class, for every size and run, all at their own number of pixels."""
-    trained = Run.open(next(iter(runs.values()))).config["space"]["image_size"]
-    figure = Figure(figsize=(1.1 * classes + 1, 1.12 * len(arguments.factors) * len(runs)), layout="constrained")
-    axes = figure.subplots(len(arguments.factors) * len(runs), classes, squeeze=False)
-    lines = [(factor, name) for factor in arguments.factors for name in runs]
-    for (factor, name), line in zip(lines, axes, strict=True):
-        height, width = (round(side * factor) for side in trained)
-        files = sorted((arguments.work / f"{name}-{arguments.checkpoint}-{height}x{width}" / "images").iterdir())
+    shown = [way for way in ways(names, arguments) if way.guidance == arguments.guidance]
+    figure = Figure(figsize=(1.1 * classes + 1, 1.12 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), classes, squeeze=False)
+    for way, line in zip(shown, axes, strict=True):
+        height, width = way.size(trained)
+        files = sorted((way.folder(arguments, trained) / "images").iterdir())
         for file, panel in zip(files[:classes], line, strict=True):
             with Image.open(file) as image:
                 panel.imshow(image.convert("RGB"), interpolation="nearest")
             panel.axis("off")
-        line[0].set_title(f"{name}, {height}x{width}", loc="left", fontsize=9)
+        line[0].set_title(f"{way.title}, {height}x{width}", loc="left", fontsize=9)
     figure.savefig(path, dpi=100, facecolor="white")
 
 
@@ -163,6 +234,11 @@ def main():
     parser.add_argument("--factors", type=float, nargs="+", default=[1, 1.5, 2])
     parser.add_argument("--counts", type=int, nargs="+", default=[500, 300, 300], help="number of samples at each size")
     parser.add_argument("--guidance", type=float, default=2)
+    parser.add_argument("--other-guidance", type=float, nargs="*", default=[], help="further ones at the trained size")
+    parser.add_argument("--dilate", action="append", default=[], metavar="NAME", help="also sampled with dilation 2")
+    parser.add_argument("--enlarge", type=float, nargs="*", default=[], help="also larger sizes from enlarged samples")
+    parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10, for losses of test photos")
+    parser.add_argument("--loss-counts", type=int, nargs="+", default=[2_000, 400, 400], help="test photos a size")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scheduler", default="dpm-solver++", help="as for gspn sample")
     parser.add_argument("--seed", type=int, default=0)
@@ -175,32 +251,34 @@ def main():
     arguments = parser.parse_args()
     runs = {name: Path(path) for name, _, path in (each.partition("=") for each in arguments.run)}
 
-    trained = {name: Run.open(path) for name, path in runs.items()}
-    states = {name: run.load_checkpoint(arguments.checkpoint, ())[1] for name, run in trained.items()}
+    opened = {name: Run.open(path) for name, path in runs.items()}
+    states = {name: run.load_checkpoint(arguments.checkpoint, ())[1] for name, run in opened.items()}
     if len({(state["epoch"], state["step"]) for state in states.values()}) > 1:
         raise SystemExit(
             f"expected runs at the same epoch and step, got {[(s['epoch'], s['step']) for s in states.values()]}"
         )
     state = next(iter(states.values()))
-    stem, classes = arguments.stem, len(next(iter(trained.values())).config["class_names"])
+    config = next(iter(opened.values())).config
+    stem, classes, trained = arguments.stem, len(config["class_names"]), tuple(config["space"]["image_size"])
     parameters = {
         name: sum(p.numel() for p in build_generator(run.config["model"]).parameters())  # as trained: DiT's ties count
-        for name, run in trained.items()
+        for name, run in opened.items()
     }
-    rows = compare(runs, arguments)
+    measured = losses(runs, trained, arguments) if arguments.photos else {}
+    rows = compare(runs, trained, arguments)
     seconds = step_times(runs, arguments.checkpoint, arguments.rounds)
     epochs = curves(runs, state["epoch"], Path(f"{stem}-curves.png"))
-    sizes_picture(runs, arguments, classes, Path(f"{stem}-sizes.png"))
+    sizes_picture(list(runs), trained, arguments, classes, Path(f"{stem}-sizes.png"))
     first = min(arguments.factors, key=lambda factor: abs(factor - 1))
-    size = "x".join(str(round(side * first)) for side in next(iter(trained.values())).config["space"]["image_size"])
     for name in runs:
-        shutil.copyfile(arguments.work / f"{name}-{arguments.checkpoint}-{size}" / "grid.png", f"{stem}-{name}.png")
+        folder = Way(name, first, 0, arguments.guidance).folder(arguments, trained)
+        shutil.copyfile(folder / "grid.png", f"{stem}-{name}.png")
     result = {
         "commands": arguments.command,
         "commit": arguments.commit,
         "environment": harness.environment(),
-        "versions": {name: run.config["versions"] for name, run in trained.items()},
-        "options": {name: run.config["options"] for name, run in trained.items()},
+        "versions": {name: run.config["versions"] for name, run in opened.items()},
+        "options": {name: run.config["options"] for name, run in opened.items()},
         "parameters": parameters,
         "steps": state["step"],
         "epochs": epochs,
@@ -209,6 +287,7 @@ def main():
         "scheduler": arguments.scheduler,
         "sampling_precision": arguments.precision,
         "training_step": seconds,
+        "losses": measured,
         "rows": rows,
     }
     harness.write_json(stem.with_suffix(".json"), result, quiet=True)
@@ -217,11 +296,12 @@ def main():
     minutes = {name: sum(row["seconds"] for row in rows) / 60 for name, rows in epochs.items()}
     text = [
         f"{'; '.join(told)}; {state['step']:,} steps ({state['epoch']} epochs) each, the same data, order, learning "
-        f"rate and seed; commit {arguments.commit[:12]}. Samples: averaged weights, guidance {arguments.guidance:g}, "
+        f"rate and seed; commit {arguments.commit[:12]}. Samples: averaged weights, "
         f"{arguments.steps} steps of {arguments.scheduler} in {arguments.precision}, resized to the trained size "
         "before they are compared with the training images.",
         *["```sh\n" + "\n".join(arguments.command) + "\n```"][: bool(arguments.command)],
         table(rows),
+        *[losses_table(measured)][: bool(measured)],
         f"A training step on one thread, in turns (ratio to the first): {times}. Minutes of training, on a machine "
         f"busy with other work: {', '.join(f'{name} {value:.0f}' for name, value in minutes.items())}.",
         *arguments.note,

@@ -63,13 +63,14 @@ def _attention(width: int, reduction: int, index: int, heads: int | None = None)
 
 
 class Contender(NamedTuple):
-    """`model` with another mixer: `make` gives a layer of maps (B,C,H,W) from C, the pixels of the image for one of the
-    map, and the number of the block; None keeps GSPN. `options` are those of the model."""
+    """`model` with another mixer in its `blocks`. `make` gives a layer of maps (B,C,H,W) from C, pixels of the image
+    for one of the map, and the number of the block; None keeps GSPN. `options` are those of the model."""
 
     model: str
     title: str
     make: Callable[[int, int, int], nn.Module] | None = None
     options: Mapping[str, Any] = MappingProxyType({})
+    blocks: tuple[type[nn.Module], ...] = (GSPNBlock, InvertedBlock)
 
 
 CONTENDERS = {
@@ -87,6 +88,11 @@ CONTENDERS = {
         lambda c, *_: between(lambda width: ReluLinearAttentionConvolution(width, bias=False))(c),
     ),
     "mobile-plain": Contender("gspn_mobile", "GSPN", options={"center": False}),
+    "mobile-decoder": Contender(
+        "gspn_mobile", "GSPN, center, in the decoder alone", lambda *_: Nothing(), blocks=(InvertedBlock,)
+    ),
+    "mobile-local": Contender("gspn_mobile", "GSPN, center, the backbone's local", options={"global_levels": ()}),
+    "mobile-path": Contender("gspn_mobile", "GSPN, center, drop path 0.1", options={"drop_path_rate": 0.1}),
     "gspn": Contender("gspn_micro", "GSPN"),
     "none": Contender("gspn_micro", "depthwise 7x7 alone", lambda *_: nn.Identity()),
     "attention": Contender(
@@ -103,12 +109,12 @@ CONTENDERS = {
 
 def segmenter_with(mixer: str, name: str, **arguments) -> nn.Module:
     """`create_segmenter` with another mixer. The model's config is that of the GSPN segmenter."""
-    model, make = gspn.create_segmenter(name, **arguments), CONTENDERS[mixer].make
+    model, make, kinds = gspn.create_segmenter(name, **arguments), CONTENDERS[mixer].make, CONTENDERS[mixer].blocks
     if make is not None:
         levels = zip(model.backbone.levels, model.backbone.feature_info, strict=True)
         parts = [(level, info["reduction"]) for level, info in levels] + [(model.blocks, model.stride)]
         for part, reduction in parts:
-            blocks = [module for module in part.modules() if isinstance(module, (GSPNBlock, InvertedBlock))]
+            blocks = [module for module in part.modules() if isinstance(module, kinds)]
             for index, block in enumerate(blocks):
                 block.gspn = make(block.gspn.channels, reduction, index)
                 if isinstance(block, GSPNBlock) and isinstance(block.gspn, Nothing):

@@ -149,6 +149,44 @@ def test_it_does_what_euler_and_the_model_do_step_by_step(pixels):
     torch.testing.assert_close(result, x, atol=1e-3, rtol=1e-4)
 
 
+def test_from_an_image_it_enlarges_adds_noise_and_runs_the_last_steps(pixels):
+    scheduler, small = DDIMScheduler(clip_sample=False), torch.rand(1, 3, 6, 6)
+    pipeline, seen = quiet(GSPNPipeline(pixels.transformer, scheduler)), []
+    call = dict(num_inference_steps=5, height=8, width=12, output_type="latent", image=small, generator=seeds(3))
+    result = pipeline([2], 1.0, **call, strength=0.4, callback_on_step_end=lambda p, i, t, tensors: seen.append(int(t)))
+    assert seen == [200, 0]
+    product = scheduler.alphas_cumprod
+    x = torch.nn.functional.interpolate(small, (8, 12), mode="bicubic", antialias=True)
+    noise = torch.randn(1, 3, 8, 12, generator=seeds(3)[0])
+    x = product[200].sqrt() * (2 * x.clamp(0, 1) - 1) + (1 - product[200]).sqrt() * noise
+    for t, before in ((200, product[0]), (0, scheduler.final_alpha_cumprod)):
+        with torch.no_grad():
+            epsilon = pixels.transformer(x, torch.tensor([t]), torch.tensor([2])).sample[:, :3]
+        x = before.sqrt() * (x - (1 - product[t]).sqrt() * epsilon) / product[t].sqrt() + (1 - before).sqrt() * epsilon
+    torch.testing.assert_close(result.images, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted({*SCHEDULERS} - {"PNDMScheduler", "LMSDiscreteScheduler"}))
+def test_schedulers_that_start_from_an_image(latents, name, monkeypatch):
+    """A model that knows the image leads back to it."""
+    scheduler = getattr(diffusers, name)()
+    if "clip_sample" in scheduler.config:
+        scheduler.register_to_config(clip_sample=False)
+    pipeline = quiet(GSPNPipeline(latents.transformer, scheduler, latents.vae))
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    start, product, steps = pipeline._encode(image, (1, 4, 8, 8)), scheduler.alphas_cumprod, []
+
+    def knows(x, timestep, **more):
+        steps.append(int(timestep[0]))
+        signal = product[steps[-1]]
+        return ((x - signal.sqrt() * start) / (1 - signal).sqrt(),)
+
+    monkeypatch.setattr(latents.transformer, "forward", knows)
+    result = pipeline([1], 1.0, 20, height=16, width=16, image=image, strength=0.5, output_type="latent").images
+    assert 400 < max(steps) < 600 and len(set(steps)) == 10
+    assert (result - start).square().mean().sqrt() < 0.1 * start.std()
+
+
 def test_an_image_does_not_depend_on_its_batch(pixels):
     together = pixels([3, 0, 1], 2.0, 3, 8, 16, generator=seeds(7, 8, 9), output_type="pt").images
     for place, (label, seed) in enumerate(((3, 7), (0, 8), (1, 9))):
@@ -265,12 +303,27 @@ def test_classes_that_are_none(pixels, labels, message):
         (dict(eta=0.5), r"DDPMScheduler.*eta.*0\.5"),
         (dict(generator=seeds(1, 2)), "generator.*1 image.*2"),
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "callback.*latents.*noise"),
+        (dict(image=torch.zeros(2, 3, 4, 4)), r"image.*\(1,3,H,W\).*\(2, 3, 4, 4\)"),
+        (dict(image="photo.png"), "image.*got str"),
+        (dict(image=torch.full((1, 3, 4, 4), 2.0)), "values from 0 to 1"),
+        (dict(image=torch.zeros(1, 3, 4, 4), strength=0.0), "strength.*above 0.*0.0"),
+        (
+            dict(image=torch.zeros(1, 3, 4, 4), strength=0.1, num_inference_steps=2),
+            "strength=0.1 of 2 steps is no step",
+        ),
+        (dict(image=torch.zeros(1, 3, 4, 4), latents=torch.zeros(1, 3, 8, 8)), "image and latents"),
     ],
 )
 def test_bad_arguments(pixels, arguments, message, monkeypatch):
     monkeypatch.setattr(pixels.transformer, "forward", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         pixels([0], **arguments)
+
+
+def test_a_scheduler_that_has_to_start_at_noise(pixels):
+    pipeline = GSPNPipeline(pixels.transformer, diffusers.PNDMScheduler())
+    with pytest.raises(ValueError, match="PNDMScheduler cannot start from an image: expected DDPM"):
+        pipeline([0], image=torch.zeros(1, 3, 4, 4))
 
 
 def test_a_size_counts_in_pixels_of_the_image(latents):

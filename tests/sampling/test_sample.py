@@ -18,6 +18,7 @@ from gspn.sampling.generators import load_pipeline
 from gspn.sampling.sample import sample
 from gspn.sampling.sample_folder import Samples
 from gspn.train.loop import TrainingError
+from gspn.train.run import RunError
 
 # -- what is made --
 
@@ -71,6 +72,20 @@ def test_classes_sizes_and_schedulers(run, tmp_path):
     assert len(set(images.values())) == len(SCHEDULERS)
 
 
+def test_larger_images_from_enlarged_ones(run, tmp_path):
+    """Those of the trained number of pixels, and the last steps again from there, with each image's own noise."""
+    said = sample(run, tmp_path / "a", options(count=2, steps=4, size=(8, 32), enlarge=0.5))
+    assert said["images"] == 2 and Samples.open(tmp_path / "a").settings["first_size"] == [4, 16]
+    pipeline = load_pipeline(run)
+    for i in range(2):
+        source = [generator(0, i)]
+        small = pipeline([i], 2.0, 4, 4, 16, generator=source, output_type="pt").images
+        [image] = pipeline([i], 2.0, 4, 8, 32, generator=source, image=small, strength=0.5).images
+        assert abs(pixels(tmp_path / "a")[i].astype(int) - np.asarray(image)).max() <= 1
+    with pytest.raises(RunError, match=r"with enlarge 0\.5, not 0\.25"):
+        sample(run, tmp_path / "a", options(count=2, steps=4, size=(8, 32), enlarge=0.25))
+
+
 def test_names_and_numbers_of_classes(tmp_path):
     run, _ = generator_run(tmp_path / "run", class_names=("7", "all", "b"))
     pipeline = load_pipeline(run.path)
@@ -97,6 +112,8 @@ def test_default_count(run, tmp_path, monkeypatch):
         (dict(per_class=2), "count 7.*per_class 2"),
         (dict(size=(9, 8)), "multiples of 2.*9x8"),
         (dict(steps=1001), "num_inference_steps.*1 to 1000.*1001"),
+        (dict(enlarge=0.5), "enlarge is for images larger than in training, 8x8, but these are 8x8"),
+        (dict(enlarge=0.1, size=(16, 16)), "strength=0.1 of 2 steps is no step"),
     ],
 )
 def test_bad_options(run, tmp_path, more, message):

@@ -9,11 +9,12 @@ from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
-from gspn.models.latents import check_finite, check_scale, check_schedule, unscale_latents
+from gspn.models.latents import check_finite, check_scale, check_schedule, scale_latents, unscale_latents
 from gspn.names import unknown
 
 try:
@@ -24,6 +25,8 @@ try:
         DiffusionPipeline,
         DiTTransformer2DModel,
         ImagePipelineOutput,
+        LMSDiscreteScheduler,
+        PNDMScheduler,
         SchedulerMixin,
         UnCLIPScheduler,
     )
@@ -32,6 +35,7 @@ except ImportError as error:
     raise ImportError(f'generation needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+START_AT_NOISE = (LMSDiscreteScheduler, PNDMScheduler)  # their first steps are special, so none can be left out
 TAKE_VARIANCE = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)  # they can use a learned variance
 
 
@@ -135,6 +139,8 @@ class GSPNPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         dilation: int = 1,
         dilate_from: float = 0.7,
+        image: Tensor | None = None,
+        strength: float = 0.6,
     ) -> ImagePipelineOutput | Any:  # a tuple with return_dict=False
         """One image for each of `class_labels`.
 
@@ -155,6 +161,9 @@ class GSPNPipeline(DiffusionPipeline):
             dilation: k for images about k times as large as in training, of GSPNDiTTransformer2DModel. In the noisy
                 steps, where an image's layout arises, the model then sees k x k interleaved maps of the trained size.
             dilate_from: the noisy steps begin at this part of all timesteps, from 0 (all steps) to 1.
+            image: images (B,C,H,W) in [0, 1] of any size to start from, such as smaller samples (output_type "pt").
+                They are enlarged by bicubic interpolation, noise is added, and the last steps are run.
+            strength: the part of the steps that are run from `image`, above 0 and up to 1.
         Returns: ImagePipelineOutput, or (images,) without `return_dict`.
         Raises ValueError, before any work, for arguments that do not fit together; NotFiniteError, a RuntimeError, if
         images are infinite or NaN ("latent" is not checked).
@@ -170,6 +179,8 @@ class GSPNPipeline(DiffusionPipeline):
             output_type,
             dilation,
             dilate_from,
+            image,
+            strength,
         )
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"expected one generator for each of {len(labels)} images, got {len(generator)}")
@@ -186,10 +197,19 @@ class GSPNPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         # The map stays in float32, whatever the weights' dtype: a sum over steps must not be rounded to bfloat16.
-        latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma
+        latents = latents.to(device, torch.float32)
+        timesteps = scheduler.timesteps
+        if image is None:
+            latents = latents * scheduler.init_noise_sigma
+        else:
+            skipped = (num_inference_steps - _last_steps(num_inference_steps, strength)) * scheduler.order
+            timesteps = timesteps[skipped:]
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(skipped)
+            latents = scheduler.add_noise(self._encode(image.to(device), shape), latents, timesteps[:1])
 
-        with _evaluating(self.transformer), self.progress_bar(total=len(scheduler.timesteps)) as bar:
-            for i, t in enumerate(scheduler.timesteps):
+        with _evaluating(self.transformer), self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
                 scaled = scheduler.scale_model_input(latents, t)
                 dilated = dilation != 1 and float(t) >= dilate_from * scheduler.config.num_train_timesteps
                 options = {"dilation": dilation} if dilated else {}
@@ -226,6 +246,15 @@ class GSPNPipeline(DiffusionPipeline):
             prediction = free + scale * (prediction - free)
         return prediction, variance
 
+    def _encode(self, images, shape):
+        """The model's map, float32 of `shape` (B,C,h,w), of images in [0, 1]. Draws nothing: the VAE's mode."""
+        size = tuple(side * self.vae_scale_factor for side in shape[2:])
+        images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+        if self.vae is None:
+            return images
+        found = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode().float()
+        return scale_latents(found, self.vae.config)
+
     def _decode(self, latents, output_type):
         if output_type == "latent":
             return latents
@@ -255,6 +284,8 @@ class GSPNPipeline(DiffusionPipeline):
         output_type: str = "pil",
         dilation: int = 1,
         dilate_from: float = 0.7,
+        image: Tensor | None = None,
+        strength: float = 0.6,
     ) -> tuple[list[int], tuple[int, int, int, int]]:
         """Checks the arguments of a call without running the model.
 
@@ -263,6 +294,7 @@ class GSPNPipeline(DiffusionPipeline):
         self._check_parts(output_type)
         self._check_numbers(guidance_scale, num_inference_steps, eta)
         self._check_dilation(dilation, dilate_from)
+        self._check_image(image, strength, len(labels), num_inference_steps, latents)
         return labels, self._map_shape(len(labels), height, width, latents, dilation)
 
     def _scheduler(self):
@@ -352,6 +384,25 @@ class GSPNPipeline(DiffusionPipeline):
         if not isinstance(dilate_from, int | float) or not 0 <= dilate_from <= 1:
             raise ValueError(f"dilate_from has to be from 0 to 1, got {dilate_from!r}")
 
+    def _check_image(self, image, strength, count, steps, latents):
+        if not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise ValueError(f"strength has to be above 0 and at most 1, got {strength!r}")
+        if image is None:
+            return
+        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
+        if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[:2] != (count, channels):
+            got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"image has to be a tensor ({count},{channels},H,W), an image for each class, got {got}")
+        if not bool(((image >= 0) & (image <= 1)).all()):
+            raise ValueError("image has to have values from 0 to 1; samples of output_type 'pt' have them")
+        if latents is not None:
+            raise ValueError("image and latents both say where to start: give one")
+        if isinstance(self.scheduler, START_AT_NOISE):
+            name = type(self.scheduler).__name__
+            raise ValueError(f"{name} cannot start from an image: expected DDPM, DDIM, DPM-Solver++, UniPC or Euler")
+        if not _last_steps(steps, strength):
+            raise ValueError(f"strength={strength} of {steps} steps is no step: choose more of either")
+
     def _map_shape(self, count, height, width, latents, dilation):
         config, factor = self.transformer.config, self.vae_scale_factor
         if not count:
@@ -374,6 +425,11 @@ class GSPNPipeline(DiffusionPipeline):
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents have to have the shape {shape} for these images, got {tuple(latents.shape)}")
         return shape
+
+
+def _last_steps(steps, strength):
+    """How many of the steps are run from an image."""
+    return round(steps * strength)
 
 
 @contextmanager

@@ -48,6 +48,14 @@ class SampleOptions(OptionSet):
         metavar="K",
     )
     dilate_from: float = option(0.7, "The part of all timesteps at which noisy steps begin.", low=0, high=1)
+    enlarge: float | None = option(
+        None,
+        "For images larger than in training: draw them with as many pixels as in training, enlarge them, add noise and "
+        "run this part of the steps again, such as 0.5.",
+        low=0,
+        high=1,
+        metavar="PART",
+    )
     scheduler: str | None = option(
         None, f"{', '.join(SCHEDULERS)}. Default: the generator's own.", choices=tuple(SCHEDULERS)
     )

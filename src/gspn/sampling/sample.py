@@ -5,7 +5,9 @@ interruptions; another batch size may change rounding in the last bit. A batch i
 was interrupted, only the missing images are written.
 """
 
+import itertools
 import json
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -99,6 +101,9 @@ def _plan(pipeline, out, options):
     try:
         dilated = {"dilation": options.dilation, "dilate_from": options.dilate_from}
         _, shape = pipeline.check_inputs(classes, options.guidance, options.steps, *size, **dilated)
+        native = pipeline.image_size or (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
+        full = tuple(side * pipeline.vae_scale_factor for side in shape[2:])
+        small = None if options.enlarge is None else _first_size(pipeline, classes, options, full, native)
     except ValueError as error:
         raise OptionError(str(error)) from error
     scheduler = pipeline.scheduler
@@ -106,17 +111,39 @@ def _plan(pipeline, out, options):
         "weights": _digest(pipeline, like=_weights_told(out)),
         "guidance": options.guidance,
         "steps": options.steps,
-        "size": [side * pipeline.vae_scale_factor for side in shape[2:]],
+        "size": list(full),
         "scheduler": {"class": type(scheduler).__name__, **_plain(scheduler.config)},
         "seed": options.seed,
         "precision": options.precision,
     }
     if options.dilation != 1:  # absent else, as in folders that were made before there was dilation
         settings |= dilated
-    native = pipeline.image_size or (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
+    if small is not None:
+        settings |= {"enlarge": options.enlarge, "first_size": list(small)}
     notes = [_late_start(scheduler, options.steps), far_from(settings["size"], native, "the generator was trained at")]
     settings = json.loads(json.dumps(settings))  # as a file gives it back
     return Samples(out, settings, number, classes, names), [note for note in notes if note]
+
+
+def _first_size(pipeline, classes, options, size, native):
+    """(H, W) of the images that are enlarged to `size`: the same proportions, about as many pixels as in training.
+
+    Errors: ValueError, OptionError."""
+    unit = pipeline.transformer.config.patch_size * pipeline.vae_scale_factor
+    factor = (math.prod(size) / math.prod(native)) ** 0.5
+    small = tuple(max(1, round(side / factor / unit)) * unit for side in size)
+    if math.prod(small) >= math.prod(size):
+        raise OptionError(
+            f"enlarge is for images larger than in training, {native[0]}x{native[1]}, but these are {size[0]}x{size[1]}"
+        )
+    start = torch.zeros(len(classes), _channels(pipeline), 1, 1)
+    pipeline.check_inputs(classes, options.guidance, options.steps, *size, image=start, strength=options.enlarge)
+    return small
+
+
+def _channels(pipeline):
+    """The number of channels of images."""
+    return pipeline.transformer.config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels
 
 
 def _late_start(scheduler, steps):
@@ -221,13 +248,16 @@ def _make(pipeline, wanted, options, batches, accelerator, console):
     """Makes the batches of this process: of n processes each takes every n-th batch."""
     own = batches[accelerator.process_index :: accelerator.num_processes]
     total, done = sum(len(missing) for _, missing in batches), 0
+    scheduler = pipeline.scheduler
+    steps = len(scheduler.timesteps) + round(options.steps * (options.enlarge or 0)) * scheduler.order
     with Progress("sampling", total, console=console) as bar:
         for numbers, missing in own:
             share = len(missing) * accelerator.num_processes  # the others are about as far
+            taken = itertools.count(1)
 
-            def step(pipeline, i, t, tensors, done=done, share=share):
-                images = done + share * (i + 1) / len(pipeline.scheduler.timesteps)
-                bar.update(min(round(images, 1), total), f"step {i + 1}/{len(pipeline.scheduler.timesteps)}")
+            def step(pipeline, i, t, tensors, done=done, share=share, taken=taken):
+                at = next(taken)
+                bar.update(min(round(done + share * at / steps, 1), total), f"step {at}/{steps}")
 
             pixels = _images(pipeline, wanted, options, numbers, step)
             images = pipeline.numpy_to_pil(pixels)
@@ -239,18 +269,25 @@ def _make(pipeline, wanted, options, batches, accelerator, console):
 def _images(pipeline, wanted, options, numbers, step):
     """float32 (B,H,W,C) in [0, 1]. Errors: TrainingError."""
     height, width = wanted.settings["size"]
+    labels, start = [wanted.label(i) for i in numbers], {}
+    common = {"generator": [generator(options.seed, i) for i in numbers], "callback_on_step_end": step}
     try:
+        if "first_size" in wanted.settings:
+            small = pipeline(
+                labels, options.guidance, options.steps, *wanted.settings["first_size"], output_type="pt", **common
+            )
+            start = {"image": small.images, "strength": options.enlarge}
         return pipeline(
-            [wanted.label(i) for i in numbers],
+            labels,
             options.guidance,
             options.steps,
             height,
             width,
-            generator=[generator(options.seed, i) for i in numbers],
             output_type="np",
-            callback_on_step_end=step,
             dilation=options.dilation,
             dilate_from=options.dilate_from,
+            **start,
+            **common,
         ).images
     except NotFiniteError as error:
         wrong = [str(numbers[i]) for i in error.images]
@@ -287,5 +324,6 @@ def _grid(wanted):
         f"{height}x{width}, guidance {settings['guidance']:g}, {settings['steps']} steps of "
         f"{settings['scheduler']['class'].removesuffix('Scheduler')}, seed {settings['seed']}"
         + (f", dilation {settings['dilation']}" if "dilation" in settings else "")
+        + (f", enlarged, {settings['enlarge']:g} of the steps again" if "enlarge" in settings else "")
     )
     return draw_grid(images, labels, wanted.class_names, title=title)
