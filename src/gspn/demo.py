@@ -190,6 +190,7 @@ def _looking(gradio, shown, pictures):
             return enlarged(pixels, place), shown.context(pixels, place)
 
     private = {"api_visibility": "private", "show_progress": "minimal"}
+    private["concurrency_id"] = "model"  # one at a time: a look into the model would see another request's map
     small = max(shown.loaded.preprocessing.size) <= SMALL
     with gradio.Row():
         with gradio.Column(elem_classes=["small"] if small else None):
@@ -228,7 +229,7 @@ def _generating(gradio, shown):
 
     def make(number, seed, times, guidance, steps):
         with _told(gradio):
-            return shown.images(number, int(seed), times, guidance, int(steps))
+            return shown.images(number, int(seed or 0), times, guidance, int(steps))
 
     with gradio.Row():
         with gradio.Column():

@@ -41,7 +41,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     try:
         remove(temporary)
         yield temporary
-        for file in temporary.iterdir() if temporary.is_dir() else [temporary]:
+        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
             _sync(file)
         if temporary.is_dir():
             _sync(temporary)

@@ -41,6 +41,13 @@ def location(data: str | Path) -> str:
     return str(path.resolve()) if path.exists() else str(data)
 
 
+def check_outside(out: str | Path, data: str | Path) -> None:
+    """Raises OptionError for a folder to write that lies in DATA, where it would count as data the next time."""
+    folder = expanded(data)
+    if folder.is_dir() and expanded(out).resolve().is_relative_to(folder.resolve()):
+        raise OptionError(f"out: {out} lies in the folder of the data, {data}, and would count as data: choose another")
+
+
 def no_run(path: Path) -> RunError:
     """The error for a folder that is no run."""
     earlier = path / EARLIER

@@ -125,6 +125,7 @@ def test_a_classifier_cannot_segment(masked, tmp_path):
 
 def test_what_is_ignored():
     assert parse_ignored("255,void") == ("255", "void") and parse_ignored("") == parse_ignored([]) == ()
+    assert parse_ignored(0) == parse_ignored("0") == ("0",)  # a file's number
 
 
 def test_memory():

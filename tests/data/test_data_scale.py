@@ -191,6 +191,9 @@ def test_streams_are_splits(streamed):
 def test_streaming_of_other_kinds_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"streaming.*`datasets`.*digits"):
         open_data("digits", streaming=True)
+    for column in ("image_column", "label_column"):
+        with pytest.raises(DataError, match=f"{column} is for data that `datasets` loads.*digits"):
+            open_data("digits", **{column: "x"})
     (tmp_path / "train.csv").write_text("image,label\nx.png,1\n")
     with pytest.raises(DataError, match="columns' types"):
         open_data(tmp_path / "train.csv", streaming=True)
@@ -299,3 +302,20 @@ def test_training_and_evaluation_on_shards_and_on_a_stream(tmp_path, streamed, m
         assert metrics["images"] == count and run.metrics[0]["step"] == 9
         again, _ = evaluate(run.path, data, workers=0)
         assert again["images"] == count and again["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+# -- numbers as classes --
+
+
+def test_names_for_numbers_when_a_split_lacks_a_class(tmp_path):
+    import datasets
+
+    for name, labels in (("train", [0, 1, 2, 2]), ("validation", [1, 2])):
+        rows = {"image": [{"bytes": picture(i), "path": None} for i in range(len(labels))], "label": labels}
+        features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    splits = open_data(tmp_path, class_names=["a", "b", "c"], label_column="label").splits
+    assert {name: split.labels.tolist() for name, split in splits.items()} == {"train": [0, 1, 2, 2], "val": [1, 2]}
+    assert {tuple(split.class_names) for split in splits.values()} == {("a", "b", "c")}
+    with pytest.raises(DataError, match="2 class names were given for 3 classes"):
+        open_data(tmp_path, class_names=["a", "b"], label_column="label")

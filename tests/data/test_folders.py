@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gspn import plots
 from gspn.data.captions import open_captions
-from gspn.data.folders import by_split, counts, scan, walk
+from gspn.data.folders import by_split, counts, is_image, scan, walk
 from gspn.data.labelled import DataError, open_data
 from gspn.files import SaveError
 from gspn.metrics.classification import evaluate
@@ -477,3 +477,8 @@ def test_names_that_are_not_utf8_train_and_are_told(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "s\udcff.tar", samples("0\udcff.png", "0\udcff.cls", "1.png", "1.cls"))
     assert open_data(tar).splits["all"].names(0) == f"{tmp_path}/s\\xff.tar, 0\\xff"
     assert len(open_data(tar).fingerprint()) == len("2:") + 64
+
+
+def test_formats_that_pillow_cannot_read_are_no_images():
+    assert all(is_image(f"a.{end}") for end in ("png", "JPG", "jpeg", "webp", "tif", "bmp", "gif"))
+    assert not any(is_image(f"a.{end}") for end in ("pdf", "h5", "hdf", "grib", "bufr", "mpg", "txt", ""))

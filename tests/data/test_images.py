@@ -4,13 +4,14 @@ import io
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from gspn.data.images import Preprocessing, Split, decode, with_channels
+from gspn.data.images import Preprocessing, Split, centre_box, decode, with_channels
 
 
 def grey(file):
@@ -198,3 +199,22 @@ def test_a_large_image_is_read_without_a_warning_and_a_larger_one_refused(monkey
 def test_preprocessing_of_16_bits_in_colour():
     pixels = Preprocessing(3, (1, 3), (0,) * 3, (1,) * 3)(decode(io.BytesIO(png([0, 200, 255]))))
     assert torch.equal(pixels, torch.tensor([0, 1, 1], dtype=torch.uint8).expand(3, 1, 3))
+
+
+def test_every_size_has_a_centre_box_within_the_image():
+    """Also where a rounding error would make it larger than the image."""
+    for size in ((224, 224), (480, 360), (299, 299), (28, 28)):
+        for width in range(1, 1100):
+            for image in ((width, 450), (450, width), (width, width)):
+                left, top, right, bottom = centre_box(image, size, 1.0)
+                assert 0 <= left < right <= image[0] and 0 <= top < bottom <= image[1], (size, image)
+    preprocessing = Preprocessing(1, (299, 299), (0,), (1,))
+    for side in (225, 350, 704, 900):
+        assert preprocessing(Image.new("L", (side, side + 1), 7)).float().mean() == 7
+
+
+def test_threads_that_decode_leave_the_warnings_as_they_are():
+    content, before = saved(Image.new("L", (300, 300)), "PNG"), list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: decode(io.BytesIO(content)), range(200)))
+    assert warnings.filters == before

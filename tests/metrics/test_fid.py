@@ -265,6 +265,14 @@ def test_the_reference_is_looked_at_once(pictures):
     assert looked_at(extractor) == samples
 
 
+def test_the_cache_of_a_reference_stays_where_the_samples_are_the_same_images(pictures):
+    extractor, cache = colour_extractor(), pictures.at / "cache"
+    same_images = dict(split="all", samples_split="all", cache=cache)
+    found = compare(pictures.real, pictures.real, extractor, **same_images)
+    assert found["frechet_distance"] < 1e-6 and looked_at(extractor) == found["reference"]["images"]
+    assert len(list(cache.glob("*.safetensors"))) == 1
+
+
 def test_anything_else_is_computed_anew(pictures):
     extractor, cache = colour_extractor(), pictures.at / "cache"
     go = lambda **more: compare(pictures.drawn, pictures.real, extractor, cache=cache, **more)  # noqa: E731

@@ -113,7 +113,8 @@ def test_default_count(run, tmp_path, monkeypatch):
         (dict(size=(9, 8)), "multiples of 2.*9x8"),
         (dict(steps=1001), "num_inference_steps.*1 to 1000.*1001"),
         (dict(enlarge=0.5), "enlarge is for images larger than in training, 8x8, but these are 8x8"),
-        (dict(enlarge=0.1, size=(16, 16)), "strength=0.1 of 2 steps is no step"),
+        (dict(enlarge=0.1, size=(16, 16)), "enlarge: 0.1 of 2 steps is no step"),
+        (dict(enlarge=0.0, size=(16, 16)), "enlarge: 0 of 2 steps is no step"),
     ],
 )
 def test_bad_options(run, tmp_path, more, message):

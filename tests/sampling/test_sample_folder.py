@@ -105,6 +105,13 @@ def test_other_arguments_in_the_same_folder_are_refused(run, done, more, what):
     assert tree(done[0]) == before
 
 
+def test_samples_made_with_an_option_are_not_mixed_with_others(run, tmp_path):
+    """Options that are stored only where they are used."""
+    sample(run, tmp_path / "a", options(size=(16, 16), steps=4, enlarge=0.5))
+    with pytest.raises(RunError, match=r"with enlarge 0\.5, not without it"):
+        sample(run, tmp_path / "a", options(size=(16, 16), steps=4))
+
+
 def test_other_weights_in_the_same_folder_are_refused(done, tmp_path):
     run, _ = generator_run(tmp_path / "run")
     tensors, state = run.load_checkpoint("last")

@@ -217,6 +217,14 @@ def test_old_checkpoints_are_pruned(tmp_path):
     assert len(os.listdir(run.path / "checkpoints")) == 4
 
 
+def test_the_newest_checkpoints_are_kept_whatever_their_number_of_digits(tmp_path):
+    run = Run.create(tmp_path / "run", {"task": "x"})
+    for epoch in (9998, 9999, 10000):
+        run.save_checkpoint(f"epoch-{epoch:04}", {"model": {}}, {})
+    run.prune(2)
+    assert sorted(os.listdir(run.path / "checkpoints")) == ["epoch-10000", "epoch-9999"]
+
+
 def test_runs_that_cannot_be_opened(tmp_path):
     with pytest.raises(RunError, match="no run: "):
         Run.open(tmp_path / "nowhere")

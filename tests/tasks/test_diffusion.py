@@ -4,18 +4,21 @@ import json
 
 import pytest
 import torch
+from helpers.encoding import SIZE
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from gspn.cli import app
-from gspn.data.images import DataError
+from gspn.data.images import DataError, Split
 from gspn.data.unreadable import Unreadable
 from gspn.models.dit import create_dit
 from gspn.models.generator import config_of
 from gspn.options import OptionError
 from gspn.options.diffusion import GeneratorOptions
+from gspn.sampling.encode import encode
 from gspn.sampling.generators import build_generator, load_pipeline
+from gspn.tasks import base
 from gspn.tasks.diffusion import Diffusion, resume_generator, train_generator
 from gspn.tasks.objective import Objective, make_scheduler, negative_log_likelihood
 from gspn.train.run import Run, RunError
@@ -299,6 +302,45 @@ def test_bad_options(tmp_path, changes, message):
     with pytest.raises(OptionError, match=message):
         train_generator("digits", tmp_path / "run", options(**changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": ("a", "b")}, "class_names: .* latents, .*gspn encode.*leave it out"),
+        ({"label_column": "kind"}, "label_column: .* latents"),
+        ({"streaming": True}, "streaming: .* latents"),
+        ({"channels": 3}, "channels: .* latents"),
+        ({"size": (8, 8)}, r"size: .* latents of images of \(16, 8\), got \(8, 8\)"),
+        ({"strict": True}, "strict: 1 images were left out of .*5.png"),
+    ],
+)
+def test_options_that_latents_cannot_follow(latents, tmp_path, changes, message):
+    with pytest.raises(OptionError, match=message):
+        train_generator(latents[1], tmp_path / "run", options(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mirrored_images_that_were_not_encoded_are_missed_before_a_run_is_made(pictures, vae, tmp_path):
+    encode(pictures, vae, tmp_path / "latents", **SIZE)
+    with pytest.raises(DataError, match=r"without the mirrored images: expected gspn encode --flip"):
+        train_generator(tmp_path / "latents", tmp_path / "run", options(flip=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_of_more_images_than_are_evaluated(monkeypatch, tmp_path):
+    monkeypatch.setattr(base, "Stream", Split)  # every split counts as one
+    with pytest.raises(OptionError, match=r"a stream is evaluated as a whole; its test split has 359 .* got 50"):
+        train_generator("digits", tmp_path / "run", options())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_made_within_its_data(pictures, vae):
+    with pytest.raises(OptionError, match=r"out: .*runs.x lies in the folder of the data"):
+        train_generator(pictures, pictures / "runs" / "x", options())
+    with pytest.raises(OptionError, match=r"out: .* lies in the folder of the data"):
+        encode(pictures, vae, pictures / "latents", **SIZE)
+    assert not (pictures / "runs").exists() and not (pictures / "latents").exists()
 
 
 def test_a_run_of_another_task_or_result_is_not_gone_on_with(whole, tmp_path):

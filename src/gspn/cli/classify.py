@@ -223,9 +223,16 @@ def _export_for_hub(options):
 
     about = {"license": options.license, "data": options.trained_on, "metrics": _on_card(options.evaluation)}
     loaded = load_run(options.run, checkpoint)
-    if "class" in (config_or_none(folder / "config.json") or {}):  # written by this command, so the card is too
-        remove(folder / "README.md")
-    loaded.save_pretrained(folder, dtype=torch.float16 if options.precision == "fp16" else None, **about)
+    card, old = folder / "README.md", None
+    if "class" in (config_or_none(folder / "config.json") or {}) and card.exists():
+        old = card.read_bytes()  # written by this command; another one would be kept
+        remove(card)
+    try:
+        loaded.save_pretrained(folder, dtype=torch.float16 if options.precision == "fp16" else None, **about)
+    except BaseException:
+        if old is not None and not card.exists():
+            card.write_bytes(old)
+        raise
     out.print(f"wrote {folder}, checkpoint {checkpoint}; README.md is its card", markup=False, highlight=False)
 
 

@@ -71,6 +71,7 @@ def segment(options):
     from gspn import plots, plots_masks
     from gspn.data.images import decode
     from gspn.runs import load_segmenter
+    from gspn.train.loop import is_out_of_memory
 
     segmenter = load_segmenter(options.run, options.checkpoint)
     names, answers, problems = segmenter.classes.names, [], dict(absent)
@@ -88,8 +89,13 @@ def segment(options):
         bound = segmenter.allowed_bytes(image) if options.max_memory is None else options.max_memory
         try:
             numbers = segmenter.numbers(image, bound, told.append)
-        except ValueError as error:  # it does not fit
-            raise OptionError(f"{path}: {error} (--max-memory)") from error
+        except (ValueError, RuntimeError, MemoryError) as error:  # it does not fit
+            if not isinstance(error, ValueError) and not is_out_of_memory(error):
+                raise
+            lines = str(error).splitlines() or ["memory does not suffice"]
+            problems[path] = f"{lines[0]} (--max-memory)"
+            answers.append({"image": str(path), "error": problems[path]})
+            continue
         plots.save_picture(mask_file, segmenter.classes.picture(numbers))
         plots.save_picture(overlay_file, plots_masks.overlay(image, numbers, segmenter.classes))
         shares = np.bincount(numbers.ravel(), minlength=len(names)) / numbers.size
@@ -111,9 +117,9 @@ def segment(options):
 
 
 def _told(problems, images, known=()):
-    """The message about images that cannot be read, with their reasons by path, except for those in `known`."""
+    """The message about images that cannot be read or do not fit: their reasons by path, except those in `known`."""
     named = "".join(f"\n  {path}: {reason}" for path, reason in problems.items() if path not in known)
-    return f"{len(problems)} of {len(set(images))} images could not be read{':' * bool(named)}{named}"
+    return f"{len(problems)} of {len(set(images))} images could not be segmented{':' * bool(named)}{named}"
 
 
 def _refuse(problems, options):

@@ -11,6 +11,7 @@ import os
 import re
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePath
 
 from PIL import Image
@@ -19,6 +20,7 @@ from gspn.data.images import SPLIT_NAMES, DataError, listed
 
 SYSTEM = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "$recycle.bin"}
 SYSTEM |= {"system volume information", "lost+found", "__pycache__"}
+STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow recognises these formats, but cannot decode them
 
 
 def counts(path: str | PurePath) -> bool:
@@ -32,7 +34,13 @@ def _left_out(name):
 
 def is_image(path: str | PurePath) -> bool:
     """Whether a file is an image, by its extension."""
-    return os.path.splitext(path)[1].lower() in Image.registered_extensions()
+    return os.path.splitext(path)[1].lower() in _extensions()
+
+
+@cache
+def _extensions():
+    """Those of formats that Pillow reads; it also names some that it only writes, or only recognises."""
+    return {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in STUBS}
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import gzip
 import re
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     """
     try:
         content = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     magic = content[:4]
     expected = bytes([0, 0, 8, dimensions])

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -227,7 +228,7 @@ def read_class_names(folder: Path) -> list[str] | None:
     file = folder / "classes.txt"
     if not file.exists():
         return None
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def labelled(splits: dict[str, Split], where: str) -> tuple[dict[str, Split], list[str]]:
@@ -287,8 +288,7 @@ def decode(file) -> Image.Image:
     than twice PIL.Image.MAX_IMAGE_PIXELS, or whose values have no fixed range; whatever Pillow raises on a damaged
     file, which may be any exception.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata, and about images of more than half the limit
+    with _silent:  # warnings are about metadata, and about images of more than half the limit
         try:
             with Image.open(file) as image:
                 image.load()
@@ -299,6 +299,32 @@ def decode(file) -> Image.Image:
             raise ValueError(
                 f"the image is too large: {found}. Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS in Python"
             ) from error
+
+
+class _Silent:
+    """Like warnings.catch_warnings with everything ignored, for several threads at once: the first that enters takes
+    the filters away, the last that leaves brings them back. With catch_warnings itself, a thread that leaves late
+    would bring back what another one had set."""
+
+    def __init__(self):
+        self.lock, self.inside, self.caught = threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.caught = warnings.catch_warnings()
+                self.caught.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.caught.__exit__(*error)
+
+
+_silent = _Silent()
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -415,9 +441,10 @@ class Preprocessing:
 def centre_box(image_size, size, crop):
     """(left, top, right, bottom) of the centre crop, in an image of (W, H) `image_size`, for a result of (H, W)."""
     scale = min(image_size[0] / size[1], image_size[1] / size[0]) * crop
-    w, h = size[1] * scale, size[0] * scale
+    # Rounding may give a box larger than the image by one part in 10^16, which Pillow refuses.
+    w, h = (min(side * scale, whole) for side, whole in zip(reversed(size), image_size, strict=True))
     left, top = (image_size[0] - w) / 2, (image_size[1] - h) / 2
-    return left, top, left + w, top + h
+    return left, top, min(left + w, image_size[0]), min(top + h, image_size[1])
 
 
 def random_box(image_size, numbers, least):

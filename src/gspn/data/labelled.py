@@ -5,6 +5,7 @@
 
 import difflib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -160,8 +161,11 @@ def open_data(
             shards=read_shards,
             tables=partial(load_tables, **columns),
         )
-    if streaming and kind != "datasets":
-        raise DataError(f"streaming is for data that `datasets` loads, but {data} is of the kind {kind}")
+    for option, given in (("streaming", streaming), ("image_column", image_column), ("label_column", label_column)):
+        if given and kind != "datasets":
+            raise DataError(f"{option} is for data that `datasets` loads, but {data} is of the kind {kind}")
+    if class_names is not None:
+        splits = _alike(splits)  # a split may lack a class
     for split in splits.values():
         if class_names is not None:
             if split.class_names is not None and len(split.class_names) != len(class_names):
@@ -172,6 +176,17 @@ def open_data(
             raise DataError(f"two classes of {data} have the same name: {', '.join(twice)}; expected distinct names")
     splits, held_out = with_held_out(splits, val_fraction)
     return Data(kind, location(data), splits, [*notes, *held_out], left_out=notes)
+
+
+def _alike(splits):
+    """The splits with the classes of all of them, where each has its own: in order, numbers by value."""
+    own = [split.class_names for split in splits.values() if split.class_names is not None]
+    if all(names == own[0] for names in own):
+        return splits
+    names = {name for each in own for name in each}
+    number = all(re.fullmatch(r"-?\d+", name) for name in names)
+    classes = sorted(names, key=int) if number else sorted(names)
+    return {name: split if split.class_names is None else split.relabelled(classes) for name, split in splits.items()}
 
 
 # -- the embedded digits --

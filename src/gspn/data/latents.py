@@ -179,6 +179,12 @@ def _open_split(shards, where):
 # -- batches --
 
 
+def check_mirrored(split: LatentSplit) -> None:
+    """Raises DataError where the mirrored images were not encoded."""
+    if not split.flip:
+        raise DataError(f"{split.shards.folder} was encoded without the mirrored images: expected gspn encode --flip")
+
+
 class LatentDataset(Dataset):
     """A LatentSplit as the loader reads it: by lists of (epoch, index), in batches.
 
@@ -223,8 +229,8 @@ def make_latent_loader(
 
     Errors: DataError for `flip` where the mirrored images were not encoded.
     """
-    if train and flip and not split.flip:
-        raise DataError(f"{split.shards.folder} was encoded without the mirrored images: expected gspn encode --flip")
+    if train and flip:
+        check_mirrored(split)
     return Loader(
         LatentDataset(split, draw=train, flip=train and flip, seed=seed),
         batch_size=batch_size,

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from gspn.data.augment import SMALL, Augmentation
 from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split, generator
@@ -180,7 +180,7 @@ def make_loader(
         batch_size=batch_size,
         sampler=EpochSampler(split, shuffle=train, seed=seed),
         drop_last=train and len(split) >= batch_size,
-        collate_fn=_as_it_is,
+        collate_fn=default_convert,
         num_workers=workers if slow else 0,
         persistent_workers=slow and workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -201,10 +201,6 @@ def workers_note(workers: int, split: Split) -> str | None:
     if split.pixels is not None or workers <= processors:
         return None
     return f"{workers} workers on {processors} processor{'s' * (processors > 1)}: fewer (--workers) may be faster"
-
-
-def _as_it_is(batch):
-    return batch
 
 
 def batches(loader: Iterable[dict]) -> Iterator[dict]:

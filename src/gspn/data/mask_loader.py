@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_convert
 
 from gspn.data.images import UNREADABLE, DataError, MaskedSplit, Preprocessing, generator, with_channels
 from gspn.data.loader import PROBLEM, EpochSampler, Loader
@@ -163,12 +163,8 @@ def make_masked_loader(
         batch_size=batch_size,
         sampler=EpochSampler(split, shuffle=train, seed=seed),
         drop_last=train and len(split) >= batch_size,
-        collate_fn=_as_it_is,
+        collate_fn=default_convert,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def _as_it_is(batch):
-    return batch

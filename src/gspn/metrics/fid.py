@@ -112,7 +112,7 @@ def evaluate_samples(
         result = {"features": extractor.name, **_compare(ours, theirs, extractor, notes)}
         result |= {"samples": ours.described(), "reference": theirs.described()}
         result |= {"size": list(size), "resized": f"{RESIZED}; then {extractor.rule}", "notes": notes}
-        if file is not None and file.exists():
+        if file is not None and file != theirs.file and file.exists():
             remove(file, quietly=True)  # samples come and go; the reference stays
     (result,) = broadcast_object_list([result])
     return result
@@ -127,6 +127,7 @@ class FeatureSet:
         statistics: see Statistics; None in all but the main process, and where only mean and covariance are known.
         published: mean (d,) and covariance (d, d), where only these are known.
         size: (H, W) at which the features were made, where it is fixed. classes: the names of those that have images.
+        file: where the cache has the statistics.
     """
 
     where: str
@@ -135,6 +136,7 @@ class FeatureSet:
     published: tuple[np.ndarray, np.ndarray] | None = None
     size: tuple[int, int] | None = None
     classes: set[str] | None = None
+    file: Path | None = None
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (d,) and covariance (d, d)."""
@@ -160,10 +162,10 @@ def _of_reference(images: ImageSet, where, work: Work, save: Path | None, overwr
     key = work.key(images) if save is not None else None
     if save is not None and not _holds(save, key):
         check_absent(save, overwrite=overwrite)
-    statistics, _ = work.statistics(images, "reference")
+    statistics, file = work.statistics(images, "reference")
     if save is not None and statistics is not None and work.accelerator.is_main_process:
         save_statistics(save, statistics, key)
-    return FeatureSet(str(where), images.part, statistics, classes=images.classes)
+    return FeatureSet(str(where), images.part, statistics, classes=images.classes, file=file)
 
 
 def _holds(file: Path, key: dict) -> bool:

@@ -1,6 +1,7 @@
 """The sets of images that are compared: samples and reference, of any origin."""
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,7 +166,7 @@ def _open_npz(path):
         raise DataError(f"there is no {path}") from error
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read, it is damaged or no npz file: {error}") from error
     labels = np.asarray(labels)
     if labels.shape != (pixels.shape[0],) or labels.dtype.kind not in "iu":

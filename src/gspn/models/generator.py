@@ -86,7 +86,7 @@ class GSPNTransformer2DModel(Generator):
         sample_size: side of the square map that :class:`diffusers.DiTPipeline` generates; the model takes any H and W.
         patch_size: side of a patch in pixels of the map.
         in_channels: 4 for a VAE's latents, 1 or 3 for images.
-            learn_sigma: the output has twice the channels, the second half for the variance.
+        learn_sigma: the output has twice the channels, the second half for the variance.
         hidden_size: width D.
         depth: number of blocks without the middle one, an even number.
         num_classes: the classes are 0 to num_classes - 1; num_classes itself is the null class of guidance.

@@ -89,12 +89,12 @@ def fitting_tile(
     logits = torch.empty(1, steps.model.num_classes, *(-(-side // stride) for side in image), device="meta")
     enlarging = peak_bytes(steps, "best", logits, image, size)
     fixed, logit_bytes = pixels.nbytes + WORKSPACE, logits.nbytes
-    longest, parts, needed = max(image), 1, 0
+    longest, parts = max(image), 1
     while True:
         side = -(-longest // parts // reduction) * reduction
-        tile = image if parts == 1 else (min(side, image[0]), min(side, image[1]))
         if parts > 1 and side < LEAST * reduction:
             break
+        tile = image if parts == 1 else (min(side, image[0]), min(side, image[1]))
         seen = torch.empty(*pixels.shape[:2], *tile, dtype=torch.uint8, device="meta")
         seen = seen.contiguous(memory_format=torch.channels_last)
         # two maps hold the blended logits and the sum of the weights while the tiles are computed

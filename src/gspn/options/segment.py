@@ -35,7 +35,7 @@ def parse_weights(value):
 
 def parse_ignored(value):
     """("255", "void") from "255,void" or a list, which may be empty."""
-    return parse_names(value) if value else ()
+    return () if value in (None, "", (), []) else parse_names(value)
 
 
 def parse_memory(value):

@@ -30,7 +30,7 @@ from gspn.data.loader import ImageDataset, Loader, batches, workers_note
 from gspn.files import LOCK, atomic, is_temporary, remove, save_tensors, write_json, writing
 from gspn.options import OptionError
 from gspn.options.generators import EncodeOptions
-from gspn.places import expanded
+from gspn.places import check_outside, expanded
 from gspn.progress import Progress, duration
 from gspn.sampling.vae import describe_vae, latent_shape, open_vae
 from gspn.train.loop import autocast, is_out_of_memory, make_accelerator
@@ -76,6 +76,7 @@ def encode(
     EncodeOptions.check(size=size, dtype=dtype, precision=precision, shard_size=shard_size)
     EncodeOptions.check(batch_size=batch_size, workers=workers)
     accelerator, out = make_accelerator(), expanded(out)
+    check_outside(out, data)
     main = accelerator.is_main_process
     console = console if main else None
     with Progress(f"opening {data}", console=console):

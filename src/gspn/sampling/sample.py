@@ -136,6 +136,8 @@ def _first_size(pipeline, classes, options, size, native):
         raise OptionError(
             f"enlarge is for images larger than in training, {native[0]}x{native[1]}, but these are {size[0]}x{size[1]}"
         )
+    if not round(options.steps * options.enlarge):
+        raise OptionError(f"enlarge: {options.enlarge:g} of {options.steps} steps is no step, choose more of either")
     start = torch.zeros(len(classes), _channels(pipeline), 1, 1)
     pipeline.check_inputs(classes, options.guidance, options.steps, *size, image=start, strength=options.enlarge)
     return small
@@ -151,10 +153,13 @@ def _late_start(scheduler, steps):
     steps that avoids this. Leaves the scheduler set to `steps`."""
     last, firsts = scheduler.config.num_train_timesteps, {}
     for count in [*(n for n in range(1, last + 1) if last % n == 0), steps]:
-        scheduler.set_timesteps(count)
+        try:
+            scheduler.set_timesteps(count)
+        except ValueError:  # some schedulers refuse few steps
+            continue
         firsts[count] = int(scheduler.timesteps[0])
     good = [count for count, first in firsts.items() if first >= EARLY * last]
-    if steps in good or not good:
+    if steps in good or not good or steps not in firsts:
         return None
     better = min(good, key=lambda count: abs(count - steps))
     return (
@@ -205,22 +210,28 @@ def _check_folder(wanted):
         return
     before = Samples.open(folder)
     pairs = [(name, getattr(before, name), getattr(wanted, name)) for name in ("classes", "class_names")]
-    for name, value in wanted.settings.items():
-        was = before.settings.get(name)
+    for name in {**wanted.settings, **before.settings}:  # some are only there where they are used
+        was, value = before.settings.get(name), wanted.settings.get(name)
         if isinstance(value, dict) and isinstance(was, dict):  # the scheduler's config: what differs in it
             pairs += [(f"{name} {key}", was.get(key), value.get(key)) for key in ("class", *sorted({*was, *value}))]
         else:
             pairs.append((name, was, value))
     for name, was, value in pairs:
         if was != value:
-            what = "other weights" if name == "weights" else f"{name} {_short(was)}, not {_short(value)}"
+            what = "other weights" if name == "weights" else _differs(name, was, value)
             raise RunError(f"the samples in {folder} were made with {what}: choose another folder")
     if before.count > wanted.count:
         raise RunError(f"{folder} is of {before.count} samples, more than {wanted.count}: choose another folder")
 
 
-def _short(value):
-    text = str(value)
+def _differs(name, was, value):
+    was, value = (None if each is None else _short(str(each)) for each in (was, value))
+    if was is None or value is None:
+        return f"no {name}, not {value}" if was is None else f"{name} {was}, not without it"
+    return f"{name} {was}, not {value}"
+
+
+def _short(text):
     return text if len(text) < 200 else text[:200] + " ..."
 
 

@@ -25,10 +25,11 @@ import gspn
 from gspn.data.images import DataError, Preprocessing, Split
 from gspn.data.labelled import Data, open_data
 from gspn.data.loader import Loader, workers_note
+from gspn.data.tables import Stream
 from gspn.files import writing
 from gspn.metrics.classification import OPEN_OPTIONS
 from gspn.options import LoopOptions, OptionError, TaskSpec, file_text
-from gspn.places import expanded, location
+from gspn.places import check_outside, expanded, location
 from gspn.progress import Progress
 from gspn.train.board import check_tensorboard
 from gspn.train.loop import Position, Task, make_accelerator, train
@@ -158,6 +159,7 @@ def start(
     say = speaker(accelerator, console)
     options = options.located()  # so that the run's options.yaml means the same in every working directory
     Run.check_free(out, overwrite)
+    check_outside(out, data)
     if options.tensorboard:
         check_tensorboard()
     quiet = None if not accelerator.is_main_process else console
@@ -345,6 +347,15 @@ def labelled_splits(data: Data) -> tuple[Split, Split, str, list[str]]:
     train_split, eval_split, eval_name = data.for_training()
     class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
     return train_split.relabelled(class_names), eval_split.relabelled(class_names), eval_name, class_names
+
+
+def check_stream(eval_split: Split, eval_name: str, eval_images: int) -> None:
+    """Raises OptionError for an evaluation split of which only a part would be taken, but which is a stream."""
+    if isinstance(eval_split, Stream) and len(eval_split) > eval_images:
+        raise OptionError(
+            f"eval_images: a stream is evaluated as a whole; its {eval_name} split has {len(eval_split)} images: "
+            f"expected at least as many, got {eval_images}"
+        )
 
 
 def parameters_of(model: torch.nn.Module) -> str:

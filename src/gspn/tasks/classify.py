@@ -112,7 +112,7 @@ class Setup(BaseSetup):
     def of(cls, where: str | Path, options: Options, *, resuming: bool = False) -> "Setup":
         data, source = open_with(where, options), None
         if options.init_from and not resuming:
-            channels = options.channels or data.splits["train"].channels()
+            channels = options.channels or data.for_training()[0].channels()
             source = open_source(options.init_from, options.model, options.model_args, channels)
         converts = options.channels is not None
         refuse_one_class(data, data.for_training()[0])

@@ -15,7 +15,7 @@ from gspn import plots
 from gspn.data.augment import Augmentation
 from gspn.data.images import UNREADABLE, Preprocessing, Split, generator
 from gspn.data.latent_folder import is_latents
-from gspn.data.latents import make_latent_loader, open_latents
+from gspn.data.latents import check_mirrored, make_latent_loader, open_latents
 from gspn.data.loader import Loader, batches, can_be_kept, make_loader
 from gspn.data.unreadable import Unreadable, warning_of
 from gspn.models.dit import dit_names
@@ -27,7 +27,7 @@ from gspn.plots import draw_grid, drawing_samples, save_picture
 from gspn.sampling.generators import build_generator, named_scheduler
 from gspn.sampling.vae import check_vae, open_vae, scale_of
 from gspn.tasks.base import Setup as BaseSetup
-from gspn.tasks.base import Training, labelled_splits, open_with, parameters_of, resume, start
+from gspn.tasks.base import Training, check_stream, labelled_splits, open_with, parameters_of, resume, start
 from gspn.tasks.held_out import HeldOutTask, fixed_noise
 from gspn.tasks.objective import Objective, make_scheduler
 from gspn.tasks.sizes import RandomSizes
@@ -137,10 +137,9 @@ class Setup(BaseSetup):
         latents = is_latents(where)
         data = open_latents(where, val_fraction=options.val_fraction) if latents else open_with(where, options)
         train_split, eval_split, eval_name, class_names = labelled_splits(data)
+        check_stream(eval_split, eval_name, options.eval_images)
         if latents:
-            for name, value, own in (("size", options.size, data.image_size), ("channels", options.channels, None)):
-                if value not in (None, own):
-                    raise OptionError(f"{name}: {where} holds latents of images of {data.image_size}, got {value}")
+            _check_latents(where, data, train_split, options)
             preprocessing, channels, size, image_size = None, data.channels, data.size, data.image_size
         else:
             channels, size = options.channels or train_split.channels(), options.size or _size_of(train_split)
@@ -303,6 +302,21 @@ class Setup(BaseSetup):
             plots.losses(run)
         problems = list(task.unreadable.problems.values())
         return run, [warning_of(problems)] if problems else []
+
+
+def _check_latents(where, data, train_split, options):
+    """Raises OptionError for options that encoded images cannot follow."""
+    if options.size not in (None, data.image_size):
+        raise OptionError(f"size: {where} holds latents of images of {data.image_size}, got {options.size}")
+    for name in ("channels", "class_names", "image_column", "label_column", "streaming"):
+        if getattr(options, name) not in (None, False):
+            raise OptionError(f"{name}: {where} holds latents, for which `gspn encode` has settled it: leave it out")
+    if options.strict and data.unreadable:
+        raise OptionError(
+            f"strict: {len(data.unreadable)} images were left out of {where}, such as {data.unreadable[0]}"
+        )
+    if options.flip:
+        check_mirrored(train_split)
 
 
 def _vae_of(described):

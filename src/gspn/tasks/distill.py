@@ -18,7 +18,6 @@ from gspn.data.augment import Augmentation
 from gspn.data.captions import open_captions
 from gspn.data.images import Preprocessing, Split, mixed_seed
 from gspn.data.loader import Loader, batches, make_loader
-from gspn.data.tables import Stream
 from gspn.data.unreadable import Unreadable, warning_of
 from gspn.digests import is_earlier
 from gspn.options import OptionError, far_from
@@ -27,7 +26,7 @@ from gspn.stable_diffusion import fit, rank
 from gspn.stable_diffusion.keeping import check_count, is_count
 from gspn.stable_diffusion.swap import swap
 from gspn.tasks.base import Setup as BaseSetup
-from gspn.tasks.base import Training, resume, start
+from gspn.tasks.base import Training, check_stream, resume, start
 from gspn.tasks.side_by_side import SideBySide
 from gspn.tasks.sizes import ChosenSizes, enlarged_note, times
 from gspn.tasks.student import PARTS, Distillation, Student
@@ -87,11 +86,7 @@ class Setup(BaseSetup):
             streaming=options.streaming,
         )
         train_split, eval_split, eval_name = data.for_training()
-        if isinstance(eval_split, Stream) and len(eval_split) > options.eval_images:
-            raise OptionError(
-                f"eval_images: a stream is evaluated as a whole; its {eval_name} split has {len(eval_split)} images: "
-                f"expected at least as many, got {options.eval_images}"
-            )
+        check_stream(eval_split, eval_name, options.eval_images)
         teacher = open_text_to_image(
             options.base, precision=options.precision, variant=options.variant, cache=options.cache
         )

@@ -22,19 +22,20 @@ def masked_means(
     Returns: ({name: mean}, {"images": how many were read, "unreadable": how many were not, "unreadable_in_training"}),
         the same in every process. Errors: DataError where no image could be read.
     """
-    names, rows = (), []
+    names, images, rows = (), [], []
     for batch, losses in batches:
         names, known = tuple(losses), batch["label"] != UNREADABLE
-        columns = [batch["index"], known, *losses.values()]
-        rows.append(torch.stack([column.double() for column in columns], 1))
-    rows = accelerator.gather(torch.cat(rows)).cpu().numpy()
-    _, first = np.unique(rows[:, 0], return_index=True)  # processes get equal shares, some images twice
-    rows = rows[first]
-    unreadable.note("evaluation", rows[rows[:, 1] == 0, 0].astype(int).tolist())
-    known, *sums = rows[:, 1:].sum(0).tolist()
+        images.append(torch.stack([batch["index"], known.long()], 1))
+        rows.append(torch.stack([column.float() for column in losses.values()], 1))
+    # float64 on the CPU only: Apple's GPUs have none
+    images, rows = (accelerator.gather(torch.cat(each)).cpu().numpy() for each in (images, rows))
+    _, first = np.unique(images[:, 0], return_index=True)  # processes get equal shares, some images twice
+    images, rows = images[first], rows[first].astype(np.float64)
+    unreadable.note("evaluation", images[images[:, 1] == 0, 0].tolist())
+    known, sums = int(images[:, 1].sum()), rows.sum(0).tolist()
     if not known:
         raise DataError(f"none of the {len(rows)} images of the evaluation could be read")
-    counts = {"images": int(known), "unreadable": len(rows) - int(known), "unreadable_in_training": unreadable.gather()}
+    counts = {"images": known, "unreadable": len(rows) - known, "unreadable_in_training": unreadable.gather()}
     return {name: total / known for name, total in zip(names, sums, strict=True)}, counts
 
 

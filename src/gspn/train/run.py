@@ -240,7 +240,8 @@ class Run:
         """Removes the checkpoints "epoch-..." except the newest `keep` (0 keeps all), and what a killed process left
         half written or removed. Each is renamed first, so that no partial checkpoint is seen."""
         folder = self.path / "checkpoints"
-        for number, old in enumerate(sorted(folder.glob("epoch-*"), reverse=True)):
+        epoch = lambda path: int(path.name.removeprefix("epoch-"))  # noqa: E731
+        for number, old in enumerate(sorted(folder.glob("epoch-[0-9]*"), key=epoch, reverse=True)):
             if keep and number >= keep:
                 os.rename(old, old.with_name(f".{old.name}{TEMPORARY}"))
         for left in filter(is_temporary, folder.glob(".*")):
