@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -325,6 +326,8 @@ class _Silent:
 
 
 _silent = _Silent()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_silent.__init__)  # a thread that held the lock is not there
 
 
 def upright(image: Image.Image) -> Image.Image:
