@@ -160,6 +160,18 @@ def test_a_replaced_part_and_no_other(call, part):
     assert torch.allclose(constant[part][0, 0, :, 1:, 0, 0], first, atol=1e-5)
 
 
+def test_a_centred_call_stays_centred(call):
+    """Its mean is that of the input gate that it has after a replacement."""
+    mean_of = lambda call: gspn.layers.input_means(call.x, call.proxy, call.input_proj)  # noqa: E731
+    centred, means = call._replace(center=mean_of(call)), inside.means(call)
+    for replace in (inside.with_mean(centred, "input gate", means), inside.of_another_photo(centred, "input gate")):
+        assert torch.equal(replace.center, mean_of(replace)) and not torch.allclose(replace.center, centred.center)
+    other = inside.with_mean(centred, "weights", means)
+    assert torch.allclose(other.center, centred.center, atol=1e-6)
+    levers = inside.levers(centred)
+    assert levers["as it is"] == pytest.approx(levers["as it is, centred"], rel=1e-4)
+
+
 def test_parts_that_are_taken_out(call):
     means = inside.means(call)
     run = {name: replace(call, means)() for name, replace in inside.REPLACEMENTS.items()}

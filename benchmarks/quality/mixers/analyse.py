@@ -23,7 +23,12 @@ from benchmarks.quality.mixers.study import BATCH, EXAMPLES, RATES, RESULTS, SEE
 from benchmarks.quality.mixers.tasks import TASKS, Photos, Task
 
 INSIDE = RESULTS / "inside"  # not among the runs, which the study reads
-SETTINGS = {"classes": ("1", "2"), "tracing": ("1", "2"), "far": ("32", "128")}  # where figures are taken, and the largest that is tested
+# where figures are taken, and the largest that is tested
+SETTINGS = {"classes": ("1", "2"), "tracing": ("1", "2"), "far": ("32", "128")}
+    "classes": ("1", "2"),
+    "tracing": ("1", "2"),
+    "far": ("32", "128"),
+}  # where figures are taken, and the largest that is tested
 PHOTOS = {"figures": 300, "growth": 100, "test": 1_000, "largest": 300}
 GRADIENTS = 16  # batches
 FROM_PROXY = ("weight_proj", "input_proj", "output_proj", "skip_proj", "ray_bias")
@@ -157,9 +162,10 @@ def main():
         run = Run(task.name, "bare", name, arguments.rate, arguments.seed, arguments.steps)
         found = look_into(run, task, arguments.models)
         content = json.loads(out.read_text()) if out.exists() else {}  # another process may have written meanwhile
-        content[name] = found | {"environment": harness.environment()}
+        key = name if run.rate == RATES[1] else f"{name}, rate {run.rate:g}"
+        content[key] = found | {"environment": harness.environment()}
         harness.write_json(out, content, quiet=True)
-        print(f"{time.strftime('%H:%M')} {out}: {name}", flush=True)
+        print(f"{time.strftime('%H:%M')} {out}: {key}", flush=True)
 
 
 if __name__ == "__main__":

@@ -283,12 +283,17 @@ def means(call: Call) -> Means:
 PARTS = {"weights": "weight_proj", "input gate": "input_proj", "output gate": "output_proj", "skip gate": "skip_proj"}
 
 
+def recentred(call: Call) -> Call:
+    """With the mean of its own gated input, where the call takes a mean away."""
+    return call if call.center is None else call._replace(center=input_means(call.x, call.proxy, call.input_proj))
+
+
 def with_constant(call: Call, part: str, value: Tensor) -> Call:
     """One part is `value` (D,3,G), (D,C) or (C,) everywhere, whatever the input."""
     widened = {name: F.pad(getattr(call, name), (0, 1)) for name in PARTS.values()}
     name = PARTS[part]
     widened[name] = torch.cat([torch.zeros_like(getattr(call, name)), value.unsqueeze(-1)], -1)
-    return call._replace(proxy=torch.cat([call.proxy, torch.ones_like(call.proxy[:, :1])], 1), **widened)
+    return recentred(call._replace(proxy=torch.cat([call.proxy, torch.ones_like(call.proxy[:, :1])], 1), **widened))
 
 
 def with_mean(call: Call, part: str, means: Means) -> Call:
@@ -305,7 +310,7 @@ def of_another_photo(call: Call, part: str) -> Call:
     widened = {
         name: F.pad(getattr(call, name), (size, 0) if name == PARTS[part] else (0, size)) for name in PARTS.values()
     }
-    return call._replace(proxy=torch.cat([call.proxy, other], 1), **widened)
+    return recentred(call._replace(proxy=torch.cat([call.proxy, other], 1), **widened))
 
 
 def thirds(call: Call) -> Call:
@@ -363,7 +368,7 @@ def levers(call: Call) -> dict[str, float]:
     """By how much the input-dependent part of the weights would move a block's output, over its size (both RMS), if
     the layer were another one with the same input and projections; `centred`, if the mean of the gated input over the
     map came once instead of once in each line (GSPN2d: center)."""
-    call, found = call._replace(x=call.x[:LEVERED], proxy=call.proxy[:LEVERED]), {}
+    call, found = recentred(call._replace(x=call.x[:LEVERED], proxy=call.proxy[:LEVERED])), {}
     for name, change in LEVERS.items():
         changed = change(call)
         usual = changed()

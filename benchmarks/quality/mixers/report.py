@@ -263,8 +263,8 @@ FIGURES: dict[str, Callable[[dict], list[float]]] = {
 }  # fmt: skip
 
 
-def _trained(name: str, content: dict) -> str:
-    return f"{CONTENDERS[name].title}, {content['steps']} steps"
+def _trained(content: dict) -> str:
+    return f"{CONTENDERS[content['contender']].title}, {content['steps']} steps, rate {content['rate']:g}"
 
 
 def figures_table(inside: dict[str, dict]) -> str:
@@ -276,16 +276,16 @@ def figures_table(inside: dict[str, dict]) -> str:
             values = figure(content)
             cells.append(f"{statistics.fmean(values):.3g} ({min(values):.2g} to {max(values):.2g})")
         rows.append([title, *cells])
-    titles = [_trained(name, content) for name, content in inside.items()]
+    titles = [_trained(content) for content in inside.values()]
     return _markdown(["mean of the blocks (least to largest)", *titles], rows)
 
 
 def replaced_table(inside: dict[str, dict]) -> str:
     """A row a replacement, two columns a contender, at the usual setting and at the largest: accuracy and loss."""
     header, columns = ["replaced in every block"], []
-    for name, content in inside.items():
+    for content in inside.values():
         for setting, found in content["replaced"].items():
-            header.append(f"{_trained(name, content)}, at {setting} ({found['nothing']['examples']} photos)")
+            header.append(f"{_trained(content)}, at {setting} ({found['nothing']['examples']} photos)")
             loss = found["nothing"]["loss"]
             columns.append({n: f"{100 * m['accuracy']:.1f} ({m['loss'] - loss:+.3f})" for n, m in found.items()})
     rows = [[what, *(column[what] for column in columns)] for what in columns[0]]
@@ -299,8 +299,8 @@ def inside_picture(inside: dict[str, dict], path: Path) -> None:
     count, settings = len(inside), next(iter(inside.values()))["settings"]
     names = [what for what in next(iter(inside.values()))["replaced"][settings[0]] if what != "nothing"]
     gradients = {"weights": "weight_proj", "input gate": "input_proj", "output gate": "output_proj"}
-    for i, (name, content) in enumerate(inside.items()):
-        style = {"color": f"C{i}", "label": _trained(name, content)}
+    for i, content in enumerate(inside.values()):
+        style = {"color": f"C{i}", "label": _trained(content)}
         shift, thickness = (i - (count - 1) / 2) * 0.8 / count, 0.8 / count
         found = content["replaced"][settings[0]]
         losses = [100 * (found[what]["accuracy"] - found["nothing"]["accuracy"]) for what in names]
@@ -332,20 +332,21 @@ def inside_picture(inside: dict[str, dict], path: Path) -> None:
     for axes in (lost, chosen, grown, learnt):
         axes.spines[["top", "right"]].set_visible(False)
     learnt.margins(0.2)
-    figure.legend(*lost.get_legend_handles_labels(), loc="outside upper center", ncols=count, frameon=False)
+    figure.legend(*lost.get_legend_handles_labels(), loc="outside upper center", ncols=min(count, 3), frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def inside_section(inside: dict[str, dict], stem: Path, name: str) -> list[str]:
     """The parts of the report on what analyse.py found in one task's models; draws the picture."""
-    inside = {contender: inside[contender] for contender in CONTENDERS if contender in inside}
+    order = [*CONTENDERS]
+    inside = dict(sorted(inside.items(), key=lambda item: (order.index(item[1]["contender"]), item[1]["rate"])))
     picture = stem.with_name(f"{stem.name}-inside-{name}.png")
     inside_picture(inside, picture)
     first = next(iter(inside.values()))
     numbers = lambda what: ", ".join(str(what(content)) for content in inside.values())  # noqa: E731
     return [
         f"## What the trained layers look like: {name}",
-        f"Backbones of seed {first['seed']}, rate {first['rate']:g}, by analyse.py. Figures are of the first "
+        f"Backbones of seed {first['seed']}, by analyse.py. Figures are of the first "
         f"{numbers(lambda c: c['photos']['figures'])} test photos, gradients of "
         f"{numbers(lambda c: c['gradient batches'])} batches (noise alone agrees to one over the root of that). "
         "Figures of a direction are means over the four. A state can only choose among three neighbours "
