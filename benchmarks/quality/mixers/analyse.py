@@ -25,10 +25,6 @@ from benchmarks.quality.mixers.tasks import TASKS, Photos, Task
 INSIDE = RESULTS / "inside"  # not among the runs, which the study reads
 # where figures are taken, and the largest that is tested
 SETTINGS = {"classes": ("1", "2"), "tracing": ("1", "2"), "far": ("32", "128")}
-    "classes": ("1", "2"),
-    "tracing": ("1", "2"),
-    "far": ("32", "128"),
-}  # where figures are taken, and the largest that is tested
 PHOTOS = {"figures": 300, "growth": 100, "test": 1_000, "largest": 300}
 GRADIENTS = 16  # batches
 FROM_PROXY = ("weight_proj", "input_proj", "output_proj", "skip_proj", "ray_bias")
