@@ -61,9 +61,9 @@ def test_the_context_is_that_of_the_clicked_pixel(digits, seven, monkeypatch):
     asked = []
     original = demo.plots.context_maps
 
-    def context_maps(model, image, place, block):
-        asked.append((place, block))
-        return original(model, image, place, block)
+    def context_maps(model, image, place, *more):
+        asked.append((place, more))
+        return original(model, image, place, *more)
 
     monkeypatch.setattr(demo.plots, "context_maps", context_maps)
     pixels = digits.pixels(seven, 1)

@@ -116,6 +116,23 @@ def test_every_parameter_has_a_gradient_at_every_size(shape, options, backend):
     assert (layer.weight_proj.grad == 0).all()
 
 
+def test_the_narrowest_context_is_that_of_one_channel():
+    """Of a channel that goes straight on, beside others that spread."""
+    torch.manual_seed(0)
+    layer = gspn.GSPN2d(6, proxy_dim=4, groups=3)
+    with torch.no_grad():
+        layer.weight_proj.zero_()
+        layer.proxy_proj.weight.fill_(1.0)
+        layer.weight_proj[:, 1, 2] = 100.0  # the neighbour straight before; channels 4 and 5
+        layer.weight_proj[:, ::2, 2] = -100.0
+    context = layer.context(torch.rand(2, 6, 7, 9) + 0.1, 3, 4)
+    right, down, left, up = context.narrowest.unbind(1)
+    for straight, row in ((right, right[:, 3, :5]), (left, left[:, 3, 4:]), (down, down[:, :4, 4]), (up, up[:, 3:, 4])):
+        torch.testing.assert_close(row, torch.ones_like(row), atol=1e-4, rtol=0)
+        assert straight.sum() == pytest.approx(row.sum().item(), rel=1e-3)
+    assert (context.directions[:, 0, 2, 3] > 0.1).all()  # the mean over channels spreads
+
+
 def test_context_inside_inference_mode():
     layer, x = gspn.GSPN2d(4), torch.randn(1, 4, 3, 5)
     with torch.inference_mode():

@@ -29,10 +29,13 @@ class Context(NamedTuple):
             mean over channels. It is non-negative; in a global layer it sums to 1 over each line that has a path.
         merged: (B,H,W), the share of each pixel in the layer's output there: magnitude of the sum over directions of
             merger * output gate * weight * input gate, mean over channels; the skip gate counts at the pixel itself.
+        narrowest: (B,D,H,W), like `directions`, of one channel: that with the largest sum(map^2) / sum(map)^2 in this
+            direction. Channels with weights of their own follow paths of their own, which the mean over channels blurs.
     """
 
     directions: Tensor
     merged: Tensor
+    narrowest: Tensor
 
 
 @torch.fx.wrap
@@ -273,7 +276,9 @@ class GSPN2d(Pretrained, nn.Module):
             parts[..., row, column] += project(self._scaled(self.skip_proj))[..., row, column]
         if self.alignment == "released":
             arriving, parts = (turn_back(maps, self.directions) for maps in (arriving, parts))
-        return Context(arriving.mean(2), parts.sum(1).abs().mean(1))
+        narrowness = arriving.square().sum((-1, -2)) / arriving.sum((-1, -2)).square()
+        channel = narrowness.argmax(2)[:, :, None, None, None].expand(-1, -1, 1, height, width)
+        return Context(arriving.mean(2), parts.sum(1).abs().mean(1), arriving.gather(2, channel)[:, :, 0])
 
     def _arguments(self) -> dict[str, Any]:
         kept = ("channels", "proxy_dim", "groups", "scan_dim", "segment", "average", "center", "alignment")

@@ -245,7 +245,7 @@ def shortened(names, length):
     return short
 
 
-def context(path, loaded, image, place=None, block=None):
+def context(path, loaded, image, place=None, block=None, narrowest=False):
     """Draws where the context of one pixel of a model's input comes from; arguments and errors as for
     `context_figure`, and SaveError.
 
@@ -253,10 +253,10 @@ def context(path, loaded, image, place=None, block=None):
         path: of the PNG. loaded: runs.Classifier or runs.Segmentation. image: PIL, upright.
     """
     pixels, normalize = loaded.pixels(image), loaded.preprocessing.normalize
-    save(context_figure(loaded.model, pixels, normalize, place, block), path)
+    save(context_figure(loaded.model, pixels, normalize, place, block, narrowest), path)
 
 
-def context_figure(model, pixels, normalize, place=None, block=None) -> Figure:
+def context_figure(model, pixels, normalize, place=None, block=None, narrowest=False) -> Figure:
     """Where the context of one pixel comes from: the input with the pixel marked, the four directions, merged.
 
     Args:
@@ -264,6 +264,7 @@ def context_figure(model, pixels, normalize, place=None, block=None) -> Figure:
         place: the pixel (row, column); None is the middle.
         block: number of the block, from the end if negative, or its name. None is the last one whose feature map has at
             least eight rows and columns (or the last of the first level); of a segmenter, the last one of the decoder.
+        narrowest: draws each direction for the channel with the narrowest context, not the mean over channels.
     Errors: ValueError for a pixel outside the input, an unknown block, or values that are not finite.
     """
     height, width = pixels.shape[1:]
@@ -275,7 +276,7 @@ def context_figure(model, pixels, normalize, place=None, block=None) -> Figure:
                 if block == -1 or min(height, width) / level["reduction"] >= 8:
                     block += depth
     device = next(model.parameters()).device
-    maps = context_maps(model, normalize(pixels[None].to(device))[0], (row, column), block)
+    maps = context_maps(model, normalize(pixels[None].to(device))[0], (row, column), block, narrowest)
     if wrong := int((~torch.as_tensor(maps["merged"]).isfinite()).sum()):
         raise ValueError(f"{wrong} values of the context in {maps['block']} are not finite: the weights are damaged")
     figure = Figure(figsize=(9.6, 6.2), layout="constrained")
@@ -298,6 +299,7 @@ def context_figure(model, pixels, normalize, place=None, block=None) -> Figure:
             bar = figure.colorbar(shown, ax=axes, shrink=0.8, ticks=ticks, format=PercentFormatter(1, decimals))
             bar.ax.tick_params(labelsize=7)
             what = "all four merged" if name == "merged" else f"{arrows[name]} scan going {name}"
+            what += ", one channel" if narrowest and name != "merged" else ""
             axes.set_title(f"{what}; itself {share[maps['place']]:.0%}", fontsize=10)
         _mark(axes, row, column, height, width)
         axes.set_xticks([])

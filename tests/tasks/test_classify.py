@@ -9,6 +9,7 @@ import torch
 from helpers.training import TINY, same, tiny_options
 from PIL import Image
 
+import gspn
 from gspn import plots
 from gspn.data.labelled import DataError, open_data
 from gspn.files import write_json
@@ -283,6 +284,11 @@ def test_picture_of_the_context_at_a_place(digits_run, tmp_path):
     image = open_data("digits").splits["test"].image(0)
     plots.context(tmp_path / "a.png", classifier, image, (0, 7), block=0)
     assert (tmp_path / "a.png").stat().st_size > 10_000
+    plots.context(tmp_path / "n.png", classifier, image, (0, 7), block=0, narrowest=True)
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "n.png").read_bytes()
     with pytest.raises(ValueError, match=r"pixel.*8x8"):
         plots.context(tmp_path / "b.png", classifier, image, (8, 0))
-    assert os.listdir(tmp_path) == ["a.png"]
+    shared = gspn.create_model("gspn_mobile", num_classes=10)
+    with pytest.raises(ValueError, match=r"all channels of levels\.2\.blocks\.1 share their weights"):
+        gspn.models.context_maps(shared, torch.zeros(3, 32, 32), (0, 0), narrowest=True)
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "n.png"]

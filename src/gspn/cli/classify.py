@@ -141,7 +141,7 @@ def show(options):
     except Exception as error:  # Pillow raises anything on damaged files
         raise DataError(f"{image} cannot be read as an image: {error}") from error
     try:
-        plots.context(picture, loaded, opened, options.place, options.block)
+        plots.context(picture, loaded, opened, options.place, options.block, options.narrowest)
     except ValueError as error:  # no such pixel or block
         raise OptionError(str(error)) from error
     out.print(f"wrote {picture}", markup=False, highlight=False)

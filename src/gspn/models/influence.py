@@ -9,13 +9,16 @@ from gspn.models.segmenter import Segmenter
 
 
 @torch.no_grad()
-def context_maps(model: Backbone | Segmenter, image: Tensor, place: tuple[int, int], block: int | str = -1) -> dict:
+def context_maps(
+    model: Backbone | Segmenter, image: Tensor, place: tuple[int, int], block: int | str = -1, narrowest: bool = False
+) -> dict:
     """The influence maps of one pixel in one block of a backbone or a segmenter.
 
     Args:
         image: (in_chans,H,W), preprocessed.
         place: the pixel's (row, column) in the image.
         block: its number over all levels (negative: from the end) or its name.
+        narrowest: each direction's map is that of the channel with the narrowest context, not the mean over channels.
 
     Returns:
         "image size": (H,W); "block": the block's name; "place": the pixel on the block's map; "right", "down", "left",
@@ -33,6 +36,8 @@ def context_maps(model: Backbone | Segmenter, image: Tensor, place: tuple[int, i
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(f"block has to be from {-len(blocks)} to {len(blocks) - 1}, got {block}")
     name, chosen = blocks[block]
+    if narrowest and chosen.gspn.groups == 1:
+        raise ValueError(f"all channels of {name} share their weights, so none has a context of its own")
     seen: list[Tensor] = []
     handle = chosen.gspn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     modes = {module: module.training for module in model.modules()}
@@ -45,5 +50,6 @@ def context_maps(model: Backbone | Segmenter, image: Tensor, place: tuple[int, i
     rows, columns = seen[0].shape[-2:]
     row, column = place[0] * rows // height, place[1] * columns // width
     context = chosen.gspn.context(seen[0], row, column)
-    maps = dict(zip(chosen.gspn.directions, context.directions[0].unbind(0), strict=True))
+    directions = context.narrowest if narrowest else context.directions
+    maps = dict(zip(chosen.gspn.directions, directions[0].unbind(0), strict=True))
     return {"image size": (height, width), "block": name, "place": (row, column), **maps, "merged": context.merged[0]}

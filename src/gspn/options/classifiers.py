@@ -118,6 +118,9 @@ class ShowOptions(WriteOptions, RunOptions):
         parse=parse_block,
         metavar="NUMBER|NAME",
     )
+    narrowest: bool = option(
+        False, "Draw each direction for the channel with the narrowest context, not the mean over channels."
+    )
     out: Path | None = option(None, "The PNG to write. Default: RUN/context-IMAGE.png.", suffix=".png")
 
     def check_paths(self):
