@@ -16,11 +16,12 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -48,10 +49,11 @@ FACTORS = (0.75, 1, 1.5, 2)  # of the trained side, at which the test images are
 
 
 class Contender(NamedTuple):
-    """`make` gives a layer of maps (B,C,H,W) from C; None keeps GSPN."""
+    """`make` gives a layer of maps (B,C,H,W) from C; None keeps GSPN. `options` are those of the model."""
 
     title: str
     make: Callable[[int], nn.Module] | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 CONTENDERS = {
@@ -62,6 +64,7 @@ CONTENDERS = {
         "linear attention + 5x5", between(lambda width: ReluLinearAttentionConvolution(width, bias=False))
     ),
     "dw7": Contender("depthwise 7x7", between(Depthwise)),
+    "own": Contender("GSPN, every channel with weights of its own", options={"groups": 16}),
 }
 
 
@@ -116,7 +119,7 @@ class Run(NamedTuple):
 
 def train(run: Run, photos: Path, console: Console | None = None, **more) -> dict:
     """Trains, and classifies the test images; gives the content of the run's file. `more`: options of the training."""
-    arguments = {"expansion": expansion_of(run.contender)}
+    arguments = {"expansion": expansion_of(run.contender), **CONTENDERS[run.contender].options}
     shared = dict(model=MODEL, model_args=arguments, epochs=run.epochs, lr=run.rate, seed=run.seed, workers=0, ema=0.99)
     options = Options(**shared, **{"warmup": 0.3, "erase": 0.0, "precision": "bf16", **more})
     with exchanged(run.contender), tempfile.TemporaryDirectory() as folder:

@@ -92,6 +92,7 @@ CONTENDERS = {
         "gspn_mobile", "GSPN, center, in the decoder alone", lambda *_: Nothing(), blocks=(InvertedBlock,)
     ),
     "mobile-local": Contender("gspn_mobile", "GSPN, center, the backbone's local", options={"global_levels": ()}),
+    "mobile-own": Contender("gspn_mobile", "GSPN, center, own weights", options={"groups": 16}),
     "mobile-path": Contender("gspn_mobile", "GSPN, center, drop path 0.1", options={"drop_path_rate": 0.1}),
     "gspn": Contender("gspn_micro", "GSPN"),
     "none": Contender("gspn_micro", "depthwise 7x7 alone", lambda *_: nn.Identity()),
