@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from diffusers.models import modeling_utils
 from helpers.diffusion import generator_run
 from helpers.stable_diffusion import tiny_sd
 from helpers.training import TINY
@@ -17,12 +18,15 @@ from PIL import Image
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+import gspn
 from gspn.data import loader as module
 from gspn.data.images import Preprocessing
 from gspn.data.labelled import open_data
 from gspn.data.loader import batches, make_loader, workers_note
 from gspn.options import Options
+from gspn.options.generators import SampleOptions
 from gspn.sampling.generators import load_pipeline
+from gspn.sampling.sample import sample
 from gspn.tasks.classify import train_classifier
 from gspn.tasks.text_to_image import open_text_to_image
 from gspn.train.loop import make_accelerator, with_strides
@@ -64,6 +68,15 @@ def test_the_strides_of_sides_of_length_1_become_the_parameters():
     assert other.stride() == (4, 4, 2, 1) and torch.equal(other, gradient) and other.data_ptr() == gradient.data_ptr()
     turned = torch.arange(12.0).view(3, 1, 2, 2).transpose(2, 3)
     assert with_strides((4, 4, 2, 1), turned) is turned  # its values lie elsewhere: that warning is right
+
+
+def test_a_generator_in_bfloat16(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda *message: said.append(message))
+    run, options = generator_run(tmp_path / "run")[0].path, SampleOptions(count=1, steps=1, precision="bf16")
+    sample(run, tmp_path / "samples", options)
+    assert gspn.load_run(run, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+    assert not said
 
 
 def _save_table(file):

@@ -335,11 +335,11 @@ def load_run(
     saved_pipeline = task in (None, "diffusion") and (path / "model_index.json").exists()
     found = "diffusion" if saved_pipeline else Run.open(path).check_task(*TASKS if task is None else (task,))
     if found == "diffusion":
-        from gspn.sampling.generators import load_pipeline
+        from gspn.sampling.generators import cast, load_pipeline
 
         pipeline = load_pipeline(path, checkpoint or "last", vae).to(device)
         if dtype is not None:
-            pipeline.transformer.to(dtype)  # the VAE stays in float32, as in `gspn sample`
+            cast(pipeline.transformer, dtype)  # the VAE stays in float32, as in `gspn sample`
         return pipeline
     if vae is not None:
         raise OptionError(f"vae is only for generators of latents, but {path} holds a {LOADED[found]}")

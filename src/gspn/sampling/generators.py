@@ -80,6 +80,11 @@ def load_pipeline(source: str | Path, checkpoint: str = "last", vae: str | Path 
         ) from error
 
 
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Converts a model of diffusers. Its own `to` warns of the modules that should stay in float32, also of none."""
+    torch.nn.Module.to(model, dtype)
+
+
 def _vae_of(run, described, moved):
     """The VAE of a run of latents, from its recorded path or from `moved`; None for a run of pixels."""
     if not described:

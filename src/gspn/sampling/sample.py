@@ -25,7 +25,7 @@ from gspn.options.generators import PER_CLASS, SampleOptions
 from gspn.places import expanded
 from gspn.plots import GRID_CLASSES, GRID_COLUMNS, draw_grid, save_picture
 from gspn.progress import Progress
-from gspn.sampling.generators import load_pipeline, named_scheduler
+from gspn.sampling.generators import cast, load_pipeline, named_scheduler
 from gspn.sampling.sample_folder import ABOUT, ARRAYS, GRID, IMAGES, Samples
 from gspn.train.loop import TrainingError, is_out_of_memory, make_accelerator
 from gspn.train.run import RunError
@@ -58,7 +58,7 @@ def sample(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)
     if options.precision == "bf16":
-        pipeline.transformer.to(torch.bfloat16)
+        cast(pipeline.transformer, torch.bfloat16)
     if pipeline.vae is not None:
         pipeline.vae.enable_slicing()  # decodes an image at a time, which bounds the memory
     main = accelerator.is_main_process
