@@ -161,7 +161,15 @@ def losses_table(found: dict[str, dict]) -> str:
             values = [sizes[size]["loss"], *sizes[size]["by_timestep"]]
             worth = sum(sizes[size]["class_is_worth"]) / denoising.BUCKETS
             lines.append(f"| {size} | {name} | {' | '.join(f'{value:.4f}' for value in values)} | {worth:.4f} |")
-    return "\n".join(lines)
+    first, told = next(iter(found)), []
+    for size in found[first]:
+        for name in list(found)[1:]:
+            if "each" in found[first][size]:
+                mean, error = denoising.paired(found[first][size], found[name][size])
+                told.append(
+                    f"{name} minus {first} at {size}, over the same photos and noise: {mean:+.4f} ± {error:.4f}."
+                )
+    return "\n".join(lines) + "\n\nDenoising loss of test photos. " + " ".join(told)
 
 
 def table(rows: list[dict]) -> str:
