@@ -298,8 +298,8 @@ def context_figure(model, pixels, normalize, place=None, block=None, narrowest=F
             ticks = MaxNLocator(5)
             bar = figure.colorbar(shown, ax=axes, shrink=0.8, ticks=ticks, format=PercentFormatter(1, decimals))
             bar.ax.tick_params(labelsize=7)
-            what = "all four merged" if name == "merged" else f"{arrows[name]} scan going {name}"
-            what += ", one channel" if narrowest and name != "merged" else ""
+            going = f"{name}, one channel" if narrowest else f"scan going {name}"
+            what = "all four merged" if name == "merged" else f"{arrows[name]} {going}"
             axes.set_title(f"{what}; itself {share[maps['place']]:.0%}", fontsize=10)
         _mark(axes, row, column, height, width)
         axes.set_xticks([])
