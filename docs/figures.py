@@ -3,12 +3,16 @@
     python docs/figures.py              # growth.png and directions.png
     python docs/figures.py --run RUN    # and context.png; RUN is a classifier of colour images; the published picture
                                         # shows gspn-micro-plain of benchmarks/README.md
+    python docs/figures.py --model FILE # and paths.png; FILE holds the weights of a centred backbone, as
+                                        # `benchmarks.quality.mixers.study --models FOLDER` keeps them; the published
+                                        # picture shows classes-bare-gspn-center-lr0.012-seed0-600steps
 
 The photo is scikit-learn's china.jpg, by danielbuechele, CC BY 2.0.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
@@ -155,14 +160,43 @@ def draw_context(run: str) -> Figure:
     return figure
 
 
+def draw_paths(weights: Path) -> Figure:
+    """The photo, and the paths to one of its pixels in channels of a trained backbone: those whose weights vary most
+    over the photo (deviation over the pixels, mean over the three neighbours), in its first two blocks."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.quality.mixers import inside
+    from benchmarks.quality.mixers.contenders import PATCH, backbone
+    from benchmarks.quality.mixers.tasks import normalized
+
+    model, image = backbone("gspn-center", "bare", 10, True, seed=0), photo()
+    model.load_state_dict(load_file(weights))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    calls, place = inside.calls_of(model.eval(), [normalized(pixels)]), tuple(side // PATCH for side in PIXEL)
+    figure = Figure(figsize=(9.6, 4), layout="constrained")
+    rows = [["photo", *(f"{block},{i}" for i in range(4))] for block in range(2)]
+    panels = figure.subplot_mosaic(rows, width_ratios=(2.1, 1, 1, 1, 1))
+    panels["photo"].imshow(image, extent=(0, SIDE, SIDE, 0))
+    finish(panels["photo"], "where does this pixel's context come from?", PIXEL)
+    for block in range(2):
+        own = inside.one_pass(calls[block], 0).weights[0].detach()  # (channels,3,H,W), of the scan going right
+        for i, channel in enumerate(own.std((2, 3)).mean(1).topk(4).indices.tolist()):
+            title = f"block {block + 1}, channel {channel}"
+            show(panels[f"{block},{i}"], influence(own[None, channel, None], "right", place), place, title)
+    caption(figure, f"the scan going right; GSPN2d(center=True), CIFAR-10, 600 steps, learning rate 0.012; {CREDIT}")
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="a run of gspn train --model gspn_micro on colour images, for context.png")
+    parser.add_argument("--model", type=Path, help="the weights of a centred backbone, for paths.png")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/images")
     options = parser.parse_args()
     figures = {"growth": draw_growth(), "directions": draw_directions()}
     if options.run:
         figures["context"] = draw_context(options.run)
+    if options.model:
+        figures["paths"] = draw_paths(options.model)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(options.out / f"{name}.png", dpi=110)
