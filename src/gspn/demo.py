@@ -128,9 +128,8 @@ class Generating:
     def images(self, number: int, seed: int, times: float, guidance: float, steps: int) -> list[Image.Image]:
         """Pictures of the class with this number, `times` as large as in training."""
         config, factor = self.loaded.transformer.config, self.loaded.vae_scale_factor
-        trained = self.loaded.image_size or (config.sample_size * factor,) * 2
         unit = config.patch_size * factor
-        height, width = (max(unit, round(side * times / unit) * unit) for side in trained)
+        height, width = (max(unit, round(side * times / unit) * unit) for side in self.loaded.native_size)
         generators = [torch.Generator().manual_seed(seed * AT_ONCE + i) for i in range(AT_ONCE)]
         made = self.loaded([number] * AT_ONCE, guidance, steps, height, width, generator=generators).images
         return [enlarged(torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)) for image in made]

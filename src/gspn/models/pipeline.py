@@ -89,6 +89,11 @@ class GSPNPipeline(DiffusionPipeline):
         """The side in pixels of a pixel of the model's map; 1 without a VAE."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """The default (H, W) of images in pixels: image_size, or else the square of the model's sample_size."""
+        return self.image_size or (self.transformer.config.sample_size * self.vae_scale_factor,) * 2
+
     def get_label_ids(self, labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
         """The numbers of classes given by number or name.
 
@@ -202,7 +207,7 @@ class GSPNPipeline(DiffusionPipeline):
         if image is None:
             latents = latents * scheduler.init_noise_sigma
         else:
-            skipped = (num_inference_steps - _last_steps(num_inference_steps, strength)) * scheduler.order
+            skipped = (num_inference_steps - last_steps(num_inference_steps, strength)) * scheduler.order
             timesteps = timesteps[skipped:]
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(skipped)
@@ -400,7 +405,7 @@ class GSPNPipeline(DiffusionPipeline):
         if isinstance(self.scheduler, START_AT_NOISE):
             name = type(self.scheduler).__name__
             raise ValueError(f"{name} cannot start from an image: expected DDPM, DDIM, DPM-Solver++, UniPC or Euler")
-        if not _last_steps(steps, strength):
+        if not last_steps(steps, strength):
             raise ValueError(f"strength={strength} of {steps} steps is no step: choose more of either")
 
     def _map_shape(self, count, height, width, latents, dilation):
@@ -413,7 +418,7 @@ class GSPNPipeline(DiffusionPipeline):
             if latents is not None:
                 height, width = (side * factor for side in latents.shape[-2:])
             else:
-                height, width = self.image_size or (config.sample_size * factor,) * 2
+                height, width = self.native_size
         unit = config.patch_size * factor * dilation
         if not all(isinstance(side, int) and side > 0 and side % unit == 0 for side in (height, width)):
             parts = f"the patch size {config.patch_size}" + (f" times the VAE's factor {factor}" if factor > 1 else "")
@@ -427,7 +432,7 @@ class GSPNPipeline(DiffusionPipeline):
         return shape
 
 
-def _last_steps(steps, strength):
+def last_steps(steps: int, strength: float) -> int:
     """How many of the steps are run from an image."""
     return round(steps * strength)
 

@@ -20,6 +20,7 @@ from gspn.data.images import decode, generator
 from gspn.digests import digest, settings, tensors_of
 from gspn.files import make_folder, remove, write_json, writing
 from gspn.models.latents import NotFiniteError
+from gspn.models.pipeline import last_steps
 from gspn.options import OptionError, far_from
 from gspn.options.generators import PER_CLASS, SampleOptions
 from gspn.places import expanded
@@ -101,9 +102,8 @@ def _plan(pipeline, out, options):
     try:
         dilated = {"dilation": options.dilation, "dilate_from": options.dilate_from}
         _, shape = pipeline.check_inputs(classes, options.guidance, options.steps, *size, **dilated)
-        native = pipeline.image_size or (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
         full = tuple(side * pipeline.vae_scale_factor for side in shape[2:])
-        small = None if options.enlarge is None else _first_size(pipeline, classes, options, full, native)
+        small = None if options.enlarge is None else _first_size(pipeline, classes, options, full)
     except ValueError as error:
         raise OptionError(str(error)) from error
     scheduler = pipeline.scheduler
@@ -120,23 +120,27 @@ def _plan(pipeline, out, options):
         settings |= dilated
     if small is not None:
         settings |= {"enlarge": options.enlarge, "first_size": list(small)}
-    notes = [_late_start(scheduler, options.steps), far_from(settings["size"], native, "the generator was trained at")]
+    notes = [
+        _late_start(scheduler, options.steps),
+        far_from(settings["size"], pipeline.native_size, "the generator was trained at"),
+    ]
     settings = json.loads(json.dumps(settings))  # as a file gives it back
     return Samples(out, settings, number, classes, names), [note for note in notes if note]
 
 
-def _first_size(pipeline, classes, options, size, native):
+def _first_size(pipeline, classes, options, size):
     """(H, W) of the images that are enlarged to `size`: the same proportions, about as many pixels as in training.
 
     Errors: ValueError, OptionError."""
     unit = pipeline.transformer.config.patch_size * pipeline.vae_scale_factor
+    native = pipeline.native_size
     factor = (math.prod(size) / math.prod(native)) ** 0.5
     small = tuple(max(1, round(side / factor / unit)) * unit for side in size)
     if math.prod(small) >= math.prod(size):
         raise OptionError(
             f"enlarge is for images larger than in training, {native[0]}x{native[1]}, but these are {size[0]}x{size[1]}"
         )
-    if not round(options.steps * options.enlarge):
+    if not last_steps(options.steps, options.enlarge):
         raise OptionError(f"enlarge: {options.enlarge:g} of {options.steps} steps is no step, choose more of either")
     start = torch.zeros(len(classes), _channels(pipeline), 1, 1)
     pipeline.check_inputs(classes, options.guidance, options.steps, *size, image=start, strength=options.enlarge)
@@ -260,7 +264,7 @@ def _make(pipeline, wanted, options, batches, accelerator, console):
     own = batches[accelerator.process_index :: accelerator.num_processes]
     total, done = sum(len(missing) for _, missing in batches), 0
     scheduler = pipeline.scheduler
-    steps = len(scheduler.timesteps) + round(options.steps * (options.enlarge or 0)) * scheduler.order
+    steps = len(scheduler.timesteps) + last_steps(options.steps, options.enlarge or 0) * scheduler.order
     with Progress("sampling", total, console=console) as bar:
         for numbers, missing in own:
             share = len(missing) * accelerator.num_processes  # the others are about as far
