@@ -13,7 +13,7 @@ from gspn.cli import app
 from gspn.data.images import decode
 from gspn.models import tiles
 from gspn.options.segment import parse_ignored, parse_memory
-from gspn.runs import load_segmenter
+from gspn.runs import Segmentation, load_segmenter
 from gspn.train.run import Run
 
 
@@ -93,6 +93,25 @@ def test_segment_writes_masks_and_overlays_and_tells_shares(run, masked, tmp_pat
     assert code == 0 and "overlapping tiles" in text
     code, _, err = gspn_command("segment", run, large, "--out", out, "--overwrite", "--max-memory", "100KB")
     assert code == 2 and "150x210 does not fit" in err and "--max-memory" in err
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("150x210 does not fit"), RuntimeError("CUDA out of memory: does not fit")]
+)
+def test_an_image_that_does_not_fit_leaves_the_others(run, masked, tmp_path, monkeypatch, error):
+    def numbers(self, image, *more):
+        if image.height == 150:
+            raise error
+        return original(self, image, *more)
+
+    original = Segmentation.numbers
+    monkeypatch.setattr(Segmentation, "numbers", numbers)
+    large = tmp_path / "large.png"
+    Image.new("RGB", (210, 150)).save(large)
+    code, text, err = gspn_command("segment", run, large, masked / "images/00.png", "--out", tmp_path / "out", "--json")
+    first, second = json.loads(text)
+    assert code == 1 and "does not fit (--max-memory)" in first["error"] and second["size"] == [24, 32]
+    assert "1 of 2 images could not be segmented" in err and "does not fit" in err
 
 
 def test_pictures_of_16_bit_images_are_not_white(run, tmp_path):

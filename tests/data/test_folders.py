@@ -1,5 +1,6 @@
 """Which files are data: the rule, and that every reader keeps to it; which folders are classes."""
 
+import gzip
 import io
 import json
 import os
@@ -13,6 +14,8 @@ from rich.console import Console
 from gspn import plots
 from gspn.data.captions import open_captions
 from gspn.data.folders import by_split, counts, is_image, scan, walk
+from gspn.data.idx import read_idx
+from gspn.data.images import read_class_names
 from gspn.data.labelled import DataError, open_data
 from gspn.files import SaveError
 from gspn.metrics.classification import evaluate
@@ -482,3 +485,17 @@ def test_names_that_are_not_utf8_train_and_are_told(tmp_path, monkeypatch):
 def test_formats_that_pillow_cannot_read_are_no_images():
     assert all(is_image(f"a.{end}") for end in ("png", "JPG", "jpeg", "webp", "tif", "bmp", "gif"))
     assert not any(is_image(f"a.{end}") for end in ("pdf", "h5", "hdf", "grib", "bufr", "mpg", "txt", ""))
+
+
+def test_names_of_classes_in_a_file_that_begins_with_a_mark(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert read_class_names(tmp_path) == ["cat", "dog"]
+
+
+def test_a_compressed_file_whose_content_is_damaged(tmp_path):
+    """Not its end or its header: zlib complains of the middle."""
+    content = bytearray(gzip.compress(os.urandom(5_000)))
+    content[10] = 0b00000111  # a type of block that does not exist
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz cannot be read"):
+        read_idx(tmp_path / "train-labels-idx1-ubyte.gz", 1)

@@ -1,5 +1,6 @@
 """Segmentation within a bound of memory: what tiles cover, that they change nothing in a local model, the bound."""
 
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import gspn
 from gspn.models import tiles
 from gspn.models.segmenter import Segmenter
-from gspn.models.tiles import _Steps, fitting_tile, segment, spans
+from gspn.models.tiles import LEAST, _Steps, fitting_tile, segment, spans
 
 TINY = dict(depths=[1, 1], width=8, global_levels=[0, 1])
 
@@ -89,3 +90,10 @@ def test_the_bound(monkeypatch):
         assert fitting_tile(steps, pixels, (256, 384), bound)[1] <= bound
     with pytest.raises(ValueError, match=r"256x384 does not fit into 0\.0003 GB"):
         fitting_tile(steps, pixels, (256, 384), 300_000)
+    smallest = LEAST * steps.model.reduction
+    for bound in range(300_000, needs[1], 20_000):  # the message names a tile that was tried, with its own need
+        try:
+            fitting_tile(steps, pixels, (256, 384), bound)
+        except ValueError as error:
+            sides = re.search(r"tiles of (\d+)x(\d+) ([\d.]+) GB", str(error))
+            assert min(int(sides[1]), int(sides[2])) >= smallest and float(sides[3]) * 1e9 > 0.99 * bound

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from helpers.diffusion import generator_run
 from helpers.sampling import options, pixels
 from PIL import Image
@@ -155,6 +156,14 @@ def test_a_number_of_steps_that_begins_too_late_is_told(run, tmp_path):
     assert "begins at timestep 500 of 1000" in note and "with 10 it begins at 900" in note
     assert module._plan(load_pipeline(run), tmp_path, options(steps=600, scheduler="dpm-solver++"))[1] == []
     assert module._plan(load_pipeline(run), tmp_path, options(steps=250))[1] == []
+
+
+def test_schedulers_that_refuse_few_steps(run):
+    """What a note on the first timestep needs is left out where the scheduler cannot tell it."""
+    scheduler = PNDMScheduler.from_config(load_pipeline(run).scheduler.config, skip_prk_steps=False)
+    with pytest.raises(ValueError, match="broadcast"):
+        scheduler.set_timesteps(1)
+    assert module._late_start(scheduler, 50) is None and len(scheduler.timesteps) > 50
 
 
 def test_a_size_far_from_the_trained_one_is_told(run, tmp_path):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from helpers.training import TINY, same, tiny_options
+from PIL import Image
 from safetensors.torch import save_file
 
 import gspn
 from gspn import plots
+from gspn.data.images import DataError
 from gspn.options import OptionError
 from gspn.runs import load_classifier
 from gspn.tasks.classify import train_classifier
@@ -102,3 +104,12 @@ def test_what_does_not_fit(digits_run, colours, tmp_path):
         with pytest.raises(OptionError, match=f"ema_device '{device}'"):
             train_classifier("digits", tmp_path / "run", tiny_options(ema_device=device))
     assert not (tmp_path / "run").exists()
+
+
+def test_data_without_training_images(digits_run, tmp_path):
+    """The error is the same as without --init-from."""
+    (tmp_path / "data" / "test" / "a").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "data" / "test" / "a" / "0.png")
+    for options in (tiny_options(), from_run(digits_run[0])):
+        with pytest.raises(DataError, match="has no train split, only test"):
+            train_classifier(tmp_path / "data", tmp_path / "run", options)
