@@ -90,10 +90,14 @@ def test_the_bound(monkeypatch):
         assert fitting_tile(steps, pixels, (256, 384), bound)[1] <= bound
     with pytest.raises(ValueError, match=r"256x384 does not fit into 0\.0003 GB"):
         fitting_tile(steps, pixels, (256, 384), 300_000)
-    smallest = LEAST * steps.model.reduction
-    for bound in range(300_000, needs[1], 20_000):  # the message names a tile that was tried, with its own need
-        try:
-            fitting_tile(steps, pixels, (256, 384), bound)
-        except ValueError as error:
-            sides = re.search(r"tiles of (\d+)x(\d+) ([\d.]+) GB", str(error))
-            assert min(int(sides[1]), int(sides[2])) >= smallest and float(sides[3]) * 1e9 > 0.99 * bound
+
+
+def test_the_message_names_the_smallest_tile_that_was_tried(monkeypatch):
+    """Of a model that takes 0.9 GB whatever the tile, and the rest nothing."""
+    steps, pixels = _Steps(segmenter(), normalize), pixels_of(256, 384)
+    monkeypatch.setattr(tiles, "WORKSPACE", 0)
+    monkeypatch.setattr(tiles, "peak_bytes", lambda steps, what, *inputs: 9 * 10**8 * (what == "coarse"))
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        fitting_tile(steps, pixels, (256, 384), 8 * 10**8)
+    sides = re.search(r"tiles of (\d+)x(\d+) 0\.9 GB", str(caught.value))
+    assert min(map(int, sides.groups())) >= LEAST * steps.model.reduction
