@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_what_the_mixer_is_worth_is_what_the_runs_say():
     from benchmarks.quality.mixers import report, study
 
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    text = text[text.index("## What the mixer is worth") : text.index("## Segmentation")]
+    text = text[text.index("## What the mixer is worth") : text.index("**What trained layers do with them.**")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     done = study.read(study.RESULTS)
     found = {task: report.at_best(done, task, "bare", study.STEPS) for task in ("classes", "tracing")}
@@ -190,3 +191,30 @@ def test_the_losses_of_distilling_for_sizes_are_those_of_the_report():
         found = measured[title.replace("`", "")]
         assert seeds == found[0]
         assert losses == [cell.partition("(")[2].partition(" ")[0] for cell in found[1:]]
+
+
+def test_what_replacing_the_weights_costs_is_what_was_measured():
+    found = json.loads((ROOT / "benchmarks/results/quality/mixers/inside/classes-bare.json").read_text())
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = text[text.index("| | learning rate | its own weights |") : text.index("So it is centring")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
+    names = ("gspn-global", "gspn-global, rate 0.012", "gspn-center", "gspn-center, rate 0.012")
+    for row, content in zip(rows, (found[name] for name in names), strict=True):
+        assert (content["steps"], content["seed"]) == (600, 0)
+        kept = ("nothing", "weights are 1/3", "weights of another photo")
+        shares = [content["replaced"]["1"][part]["accuracy"] for part in kept]
+        largest, first, last = (
+            mean_of_blocks(content, value)
+            for value in (
+                lambda block, way: way["largest"],
+                lambda block, way: way["state by line"][0] / block["x"]["rms"],
+                lambda block, way: way["state by line"][-1] / block["x"]["rms"],
+            )
+        )
+        wanted = [f"{content['rate']:g}", *(f"{100 * share:.1f}" for share in shares), f"{largest:.2f}"]
+        assert row[1:] == [*wanted, f"{last / first:.1f}"]
+
+
+def mean_of_blocks(content, value):
+    """The mean over blocks and directions of value(block, direction)."""
+    return statistics.fmean(value(block, way) for block in content["blocks"] for way in block["directions"].values())
