@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn.bench.contenders import OnMaps, on_maps
+from gspn.depthwise import DepthwiseConv2d
 from gspn.layers import Pointwise
 
 INNER = 16  # channels in which a mixer works, as the scan of gspn_mobile does
@@ -23,7 +24,7 @@ class Depthwise(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.convolution = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.convolution = DepthwiseConv2d(width, 7)
 
     def forward(self, x: Tensor) -> Tensor:
         return on_maps(self.convolution, x)

@@ -21,6 +21,7 @@ from gspn.bench.contenders import (
     ReluLinearAttentionConvolution,
     on_maps,
 )
+from gspn.depthwise import DepthwiseConv2d
 
 WIDTH, DEPTH, PATCH = 64, 4, 2
 PARAMETERS = 190_000  # of every backbone with ten outputs, as nearly as whole inner widths allow
@@ -120,7 +121,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, inner: int, form: str):
         super().__init__()
         self.into, self.out = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.convolution = nn.Conv2d(inner, inner, 3, padding=1, groups=inner) if form == "conv" else None
+        self.convolution = DepthwiseConv2d(inner, 3) if form == "conv" else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
