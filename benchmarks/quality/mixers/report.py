@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from benchmarks.harness.study import times
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
 from benchmarks.quality.mixers.inside import LEVERS
-from benchmarks.quality.mixers.study import RATES, RESULTS, SEEDS, STEPS, Run, best_rate, read
-from benchmarks.quality.mixers.tasks import TASKS
+from benchmarks.quality.mixers.study import MAIN, RATES, RESULTS, SEEDS, STEPS, Run, best_rate, read
+from benchmarks.quality.mixers.tasks import SIDE, TASKS
 
 TIME = "cpu_ms_per_step"
 OURS = "gspn-global"  # what the others are compared with
@@ -129,50 +129,63 @@ def _title(task, form: str) -> str:
 
 
 def _axes(title: str, across: str, up: str):
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=across, ylabel=up)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
+def _scale(task) -> float:
+    return 100.0 if task.better == "accuracy" else 1.0
+
+
+def _unit(task) -> str:
+    return "accuracy in %" if task.better == "accuracy" else task.better
+
+
+def _style(name: str) -> dict:
+    """Of a contender's line; ours is the thickest."""
+    ours = name == MAIN[0]
+    return dict(
+        color=COLOURS[name], label=CONTENDERS[name].title, marker="o", ms=5 if ours else 3, lw=3 if ours else 1.4
+    )
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def curves_picture(runs: dict[str, list[dict]], task, form: str, path: Path, ms: dict[str, float]) -> None:
     """What the held-out examples said while training, mean over the seeds, against CPU time."""
-    figure, axes = _axes(
-        _title(task, form), "steps x CPU seconds of a step, one core", f"{task.better}, held-out examples"
-    )
+    figure, axes = _axes(_title(task, form), "CPU seconds of training, one core", f"{_unit(task)}, held-out examples")
     for name, content in runs.items():
         if name not in ms:
             continue
         looks = [[*run["looks"], {"step": run["steps"], **run["val"]}] for run in content]
         seconds = [look["step"] * ms[name] / 1e3 for look in looks[0]]
-        means = [statistics.fmean(look[task.better] for look in row) for row in zip(*looks, strict=True)]
-        axes.plot(seconds, means, color=COLOURS[name], label=CONTENDERS[name].title, marker="o", ms=3)
-    axes.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=120)
+        means = [_scale(task) * statistics.fmean(look[task.better] for look in row) for row in zip(*looks, strict=True)]
+        axes.plot(seconds, means, **_style(name))
+    _save(figure, path)
 
 
 def settings_picture(runs: dict[str, list[dict]], task, form: str, path: Path) -> None:
     """The test examples at every numbered setting, mean and deviation over the seeds."""
-    numbered = [s for s in task.settings if s.replace(".", "").isdigit()]
-    across = "distance of the ends, places" if task.usual == "mixed" else "size, times that of training"
-    figure, axes = _axes(_title(task, form), across, f"test {task.better}")
+    numbered, far = [s for s in task.settings if s.replace(".", "").isdigit()], task.usual == "mixed"
+    across = "distance of the ends, places" if far else f"pixels a side (trained: {SIDE})"
+    several = any(len(content) > 1 for content in runs.values())
+    up = f"{_unit(task)}, test" + ("; bars: deviation, where there are several seeds" if several else "")
+    figure, axes = _axes(_title(task, form), across, up)
     for name, content in runs.items():
         found = [mean_and_deviation(list(_by_seed(content, s, task.better).values())) for s in numbered]
-        axes.errorbar(
-            [float(s) for s in numbered],
-            [mean for mean, _ in found],
-            yerr=[deviation or 0.0 for _, deviation in found],
-            color=COLOURS[name],
-            label=CONTENDERS[name].title,
-            marker="o",
-            ms=3,
-            capsize=2,
-        )
+        means = [_scale(task) * mean for mean, _ in found]
+        deviations = [_scale(task) * (deviation or 0.0) for _, deviation in found]
+        axes.errorbar([float(s) for s in numbered], means, yerr=deviations, capsize=2, **_style(name))
     axes.set_xscale("log", base=2)
-    axes.set_xticks([float(s) for s in numbered], numbered)
-    axes.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=120)
+    axes.set_xticks([float(s) for s in numbered], numbered if far else [f"{float(s) * SIDE:g}" for s in numbered])
+    axes.minorticks_off()
+    _save(figure, path)
 
 
 # -- inside trained layers --
