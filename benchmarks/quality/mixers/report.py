@@ -175,8 +175,8 @@ def settings_picture(runs: dict[str, list[dict]], task, form: str, path: Path) -
     numbered, far = [s for s in task.settings if s.replace(".", "").isdigit()], task.usual == "mixed"
     across = "distance of the ends, places" if far else f"pixels a side (trained: {SIDE})"
     several = any(len(content) > 1 for content in runs.values())
-    up = f"{_unit(task)}, test" + ("; bars: deviation, where there are several seeds" if several else "")
-    figure, axes = _axes(_title(task, form), across, up)
+    across += "; bars: deviation, where there are several seeds" if several else ""
+    figure, axes = _axes(_title(task, form), across, f"{_unit(task)}, test")
     for name, content in runs.items():
         found = [mean_and_deviation(list(_by_seed(content, s, task.better).values())) for s in numbered]
         means = [_scale(task) * mean for mean, _ in found]
