@@ -34,7 +34,8 @@ GROWTH = ROOT / "benchmarks/results/speed/growth-cpu.json"
 CONTENDERS = {
     "attention": ("self-attention", (7, 3), "#c62828"),
     "linear attention": ("linear attention", (-96, 6), "#3a8f5c"),
-    "gspn": ("GSPN", (7, 3), "#2f6db3"),
+    "gspn": ("GSPN", (7, 0), "#2f6db3"),
+    "depthwise 7x7": ("depthwise 7x7", (-24, -27), "#e07b22"),
 }
 SIDE, PIXEL, BLOCK = 160, (100, 90), "levels.0.blocks.1"
 CREDIT = "photo: danielbuechele, CC BY 2.0"
