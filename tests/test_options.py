@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -223,3 +224,35 @@ def test_files_that_cannot_be(tmp_path, name, text, message):
         Options.read(read_file(tmp_path / name))
     with pytest.raises(OptionError, match=r"gone\.yaml cannot be read: No such file"):
         read_file(tmp_path / "gone.yaml")
+
+
+def test_a_presets_warm_up_leaves_time_for_the_rate_to_fall():
+    preset = dict(epochs=30, lr=1e-3, warmup=5.0)
+    assert Options().resolved(preset).warmup == 5
+    assert Options(epochs=2).resolved(preset).warmup == 1
+    assert Options(epochs=2, warmup=2.0).resolved(preset).warmup == 2  # as it was asked for
+
+
+@pytest.mark.parametrize("name", ["min_lr", "warmup_lr"])
+def test_no_rate_is_above_the_highest(name):
+    with pytest.raises(OptionError, match=f"{name} has to be at most lr, the highest rate, 0.001: got 1"):
+        Options(**{name: 1.0}).resolved(dict(epochs=3, lr=1e-3))
+
+
+def test_options_that_do_nothing_are_told():
+    preset = dict(epochs=3, lr=1e-3)
+    assert Options().resolved(preset).idle() == []
+    idle = Options(keep=3, ema_device="cpu", mix_switch=0.2, warmup=3.0).resolved(preset).idle()
+    assert [re.search("warm-up|--keep |--ema-device|--mix-switch", note)[0].strip() for note in idle] == [
+        "warm-up",
+        "--keep",
+        "--ema-device",
+        "--mix-switch",
+    ]
+
+
+@pytest.mark.parametrize("text", ["lr: 1\nlr: 2", "batch-size: 1\nbatch_size: 2"])
+def test_an_option_stands_once_in_a_file(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(OptionError, match="twice"):
+        read_file(tmp_path / "a.yaml")

@@ -218,3 +218,11 @@ def test_exporting_tells(kind, talkative, monkeypatch, tmp_path):
     monkeypatch.setattr(gspn, f"export_{kind}", export)
     result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), f"--{kind}"])
     assert "exporting: 0 s so far" in result.stderr and "wrote" in result.stdout, result.output
+
+
+def test_a_bar_takes_any_text():
+    """Paths may hold braces and brackets."""
+    console = Console(force_terminal=True, file=io.StringIO(), width=100)
+    with Progress("reading samples{1}[red]", 3, unit="{image}", console=console) as progress:
+        progress.update(1)
+    assert "samples{1}[red]" in console.file.getvalue()

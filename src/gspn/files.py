@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -105,7 +105,8 @@ def writing(path: Path | str) -> Iterator[None]:
     except OSError as error:
         raise SaveError(f"cannot write {path / LOCK}: {error.strerror or error}") from error
     try:
-        (path / LOCK).write_text(f"process {os.getpid()} on {platform.node()}\n")
+        with suppress(OSError):  # a full disk: the text is for people, the lock holds without it
+            (path / LOCK).write_text(f"process {os.getpid()} on {platform.node()}\n")
         yield
     finally:
         lock.release()

@@ -1,10 +1,19 @@
-"""Messages about unknown names, with the nearest known one."""
+"""What messages say: of unknown names the nearest known one, of errors the reason."""
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
 
 SHOWN = 12  # known names listed at most
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none.
+
+    >>> reason_of(ValueError("a is 1\\nb is 2")), reason_of(MemoryError())
+    ('a is 1', 'MemoryError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def guess(name: object, known: Iterable[object]) -> str:

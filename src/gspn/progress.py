@@ -158,10 +158,10 @@ def _bar(what, total, unit, done, console):
     from rich.table import Column
 
     bar = Progress(
-        TextColumn(what, markup=False),
+        TextColumn("{task.description}", markup=False),
         BarColumn(min(max(console.width - 80, 5), 40)),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TextColumn(f"{unit} ", markup=False),
+        TextColumn("{task.fields[unit]} ", markup=False),
         TextColumn("{task.fields[told]} ", markup=False, table_column=Column(ratio=1, no_wrap=True)),
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         TextColumn("left"),
@@ -169,5 +169,5 @@ def _bar(what, total, unit, done, console):
         transient=True,
         expand=True,
     )
-    bar.add_task(what, total=total, completed=done, told="")
+    bar.add_task(what, total=total, completed=done, unit=unit, told="")
     return bar

@@ -14,7 +14,7 @@ from gspn import plots
 from gspn.data.labelled import DataError, open_data
 from gspn.files import write_json
 from gspn.metrics.classification import evaluate
-from gspn.options import OptionError, Options
+from gspn.options import OptionError, Options, read_file
 from gspn.runs import load_classifier
 from gspn.tasks.classify import build_model, settle, train_classifier
 from gspn.train.run import FORMAT, Run, RunError
@@ -292,3 +292,17 @@ def test_picture_of_the_context_at_a_place(digits_run, tmp_path):
     with pytest.raises(ValueError, match=r"all channels of levels\.2\.blocks\.1 share their weights"):
         gspn.models.context_maps(shared, torch.zeros(3, 32, 32), (0, 0), narrowest=True)
     assert sorted(os.listdir(tmp_path)) == ["a.png", "n.png"]
+
+
+def test_a_model_without_a_number_for_each_class_is_refused(tmp_path):
+    with pytest.raises(OptionError, match=r"global_pool='' gives an output of shape \(1, 10, .*expected \(1, 10\)"):
+        train_classifier("digits", tmp_path / "run", tiny_options(model_args=dict(TINY, global_pool="")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_file_of_options_converts_images_only_if_that_was_asked_for(colours, tmp_path):
+    for channels, kept in ((None, None), (1, 1)):
+        run, _, _ = train_classifier(
+            colours, tmp_path / f"run{channels}", tiny_options(channels=channels, batch_size=16, epochs=1)
+        )
+        assert read_file(run.path / "options.yaml")["channels"] == kept

@@ -10,10 +10,12 @@ from torch import nn
 
 import gspn
 from gspn.data.images import UNREADABLE, mixed_seed
+from gspn.files import writing
 from gspn.metrics.classification import classify
 from gspn.options import LoopOptions, OptionError
-from gspn.train.loop import TrainingError, backward, train
+from gspn.train.loop import TrainingError, backward, explained, train
 from gspn.train.optim import Ema, frozen_modules, layer_scales, learning_rate, make_optimizer
+from gspn.train.run import Run, RunError
 
 
 def trained(path, **options):
@@ -270,3 +272,33 @@ def test_no_averages(tmp_path):
 
 def test_mixed_seed_tells_its_numbers_apart():
     assert len({mixed_seed(a, b) for a in range(30) for b in range(30)}) == 900
+
+
+def test_too_little_memory_is_told_whatever_the_error_says():
+    """Python's MemoryError has no text."""
+    for error in (MemoryError(), RuntimeError("out of memory\nand so on")):
+        with (
+            pytest.raises(TrainingError, match=r"memory does not suffice.*\((MemoryError|out of memory)\)"),
+            explained(),
+        ):
+            raise error
+
+
+def test_a_full_disk_does_not_hinder_the_lock(tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with writing(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_refused_clearly(tmp_path, monkeypatch):
+    """Without rights of its own: tests may run as root, whom nothing hinders."""
+
+    def forbidden(path, **_options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.stat", forbidden)
+    with pytest.raises(RunError, match=r"cannot make the folder .*: Permission denied"):
+        Run.check_free(tmp_path / "private" / "run")

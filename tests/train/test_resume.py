@@ -18,7 +18,8 @@ from gspn import files, plots
 from gspn.data.images import mixed_seed
 from gspn.data.labelled import open_data
 from gspn.files import BusyError, writing
-from gspn.options import OptionError, Options
+from gspn.metrics.classification import evaluate
+from gspn.options import OptionError, Options, read_file
 from gspn.runs import load_classifier
 from gspn.tasks.classify import resume_classifier, train_classifier
 from gspn.train import loop
@@ -251,8 +252,13 @@ def test_changed_data_are_refused(stopped, colours):
         resume_classifier(stopped)
     extra.unlink()
     colours.rename(colours.with_name("moved"))
-    run, _, _ = resume_classifier(stopped, data=colours.with_name("moved"))
+    moved = colours.with_name("moved")
+    run, _, _ = resume_classifier(stopped, data=moved)
     assert len(run.metrics) == 2
+    # the run says where its data are now, in both of its files
+    assert json.loads((stopped / "config.json").read_text())["data"]["where"] == str(moved)
+    assert read_file(stopped / "options.yaml")["data"] == str(moved)
+    assert evaluate(stopped, moved, workers=0)[0]["split"] == "val"
 
 
 def test_an_image_of_the_same_size_and_time_is_other_data(stopped, colours):
@@ -384,4 +390,21 @@ def test_a_killed_training_leaves_no_lock(tmp_path, monkeypatch):
 def test_a_resumed_training_that_diverges_names_the_checkpoint_it_has(stopped, monkeypatch):
     monkeypatch.setattr(loop, "backward", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(TrainingError, match=r"nan at step 3 \(epoch 2, .*`last`.* step 2 \(epoch 1\)"):
+        resume_classifier(stopped)
+
+
+def test_a_folder_beside_the_checkpoints_is_left_alone(stopped):
+    """Such as a copy that the user made."""
+    copied = stopped / "checkpoints" / "epoch-0010.bak"
+    copied.mkdir()
+    assert len(resume_classifier(stopped)[0].metrics) == 2
+    assert copied.exists()
+
+
+def test_an_optimizer_of_another_model_is_refused(stopped, colours, tmp_path):
+    other = tmp_path / "other"
+    train_classifier(colours, other, tiny_options(epochs=1, batch_size=16, model_args=dict(TINY, width=24)))
+    name = "checkpoints/last/optimizer.safetensors"
+    shutil.copyfile(other / name, stopped / name)
+    with pytest.raises(RunError, match=r"optimizer state of .* has the shape .*, expected .* another run"):
         resume_classifier(stopped)

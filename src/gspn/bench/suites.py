@@ -32,6 +32,7 @@ from gspn.bench.measuring import (
     summary,
     train_call,
 )
+from gspn.names import reason_of
 from gspn.progress import Progress, duration
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,11 +99,11 @@ class Session:
         try:
             return run()
         except (torch.OutOfMemoryError, MemoryError) as error:
-            self.leave_out(suite, f"{name}, {what}", f"out of memory: {str(error).splitlines()[0]}")
+            self.leave_out(suite, f"{name}, {what}", f"out of memory: {reason_of(error)}")
         except (RuntimeError, AssertionError) as error:
             if name.startswith(OURS) and "allocate memory" not in str(error):  # as the CPU's allocator says it
                 raise
-            self.leave_out(suite, f"{name}, {what}", f"failed: {(str(error).splitlines() or [repr(error)])[0]}")
+            self.leave_out(suite, f"{name}, {what}", f"failed: {reason_of(error)}")
         return None
 
     def seconds_of(self, call: Callable) -> float:

@@ -1,5 +1,6 @@
 """The commands that train, one for each task: made from its TaskSpec."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
 from inspect import cleandoc
@@ -92,7 +93,11 @@ def arguments_of(spec, argument, data, run, config, overrides):
     for name, value in {"data": data, "out": run}.items():
         if not isinstance(value, str | Path | None):
             raise OptionError(f"{config}: {name} takes text, got {value!r}")
-    options = spec.options.read(from_file, f"{config}: ").updated(overrides)
+    options = spec.options.read(from_file, f"{config}: ")
+    for name, value in overrides.items():
+        if isinstance(own := getattr(options, name), Mapping) and own:  # --model-arg adds to those of the file
+            overrides = {**overrides, name: {**own, **value}}
+    options = options.updated(overrides)
     if argument is not None and getattr(options, argument.name) is None:
         raise OptionError(f"Missing argument '{argument.metadata['metavar']}'")
     if data is None:

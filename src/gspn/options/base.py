@@ -370,7 +370,7 @@ def read_file(path: Path) -> dict:
         if path.suffix == ".toml":
             values = tomllib.loads(content.decode())
         elif path.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(content)
+            values = yaml.load(content, Loader=_OnceLoader)
         else:
             raise OptionError(f"{path} has to be a .yaml or .toml file")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
@@ -378,7 +378,23 @@ def read_file(path: Path) -> dict:
         raise OptionError(f"{path} cannot be read: {reason}") from error
     if not isinstance(values, dict):
         raise OptionError(f"{path} has to hold options with their values, such as `epochs: 12`")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+    found = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if len(found) < len(values):
+        names = [str(name).replace("-", "_") for name in values]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise OptionError(f"{path} names {twice} twice, with - and with _: expected it once")
+    return found
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is repeated, of which YAML's own loader takes the last value."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def file_text(options: OptionSet, more: Mapping[str, Any]) -> str:

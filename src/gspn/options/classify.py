@@ -99,6 +99,12 @@ class Options(DataOptions, RecipeOptions, LoopOptions, ModelOptions):
         if self.init_from:
             check_file(run_folder(self.init_from), "init_from", "a run folder, a .safetensors or a .pth file")
 
+    def idle(self):
+        found = super().idle()
+        if self.mix_switch != type(self).mix_switch and not (self.mixup and self.cutmix):
+            found.append("--mix-switch does nothing unless both --mixup and --cutmix are on")
+        return found
+
 
 SPEC = TaskSpec(
     name="classification",
@@ -110,6 +116,7 @@ SPEC = TaskSpec(
     """,
     module="gspn.tasks.classify",
     options=Options,
+    takes_own_runs=True,
     data_help=DATA_HELP,
     label=lambda options: options.model or ("finetuned" if options.init_from else "gspn"),
     drawn=("curves.png", "predictions.png", "context.png", "context-*.png"),

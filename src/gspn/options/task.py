@@ -17,7 +17,7 @@ class TaskSpec:
         data_help: what DATA may be. label: gives what the default run folder is named after, beside the data.
         written: the files of a run beside config.json, options.yaml, metrics.jsonl and checkpoints, from its first
             epoch on. drawn: those that the end of the training adds. Both are patterns.
-        taken_by: what takes such a run; {} stands for its path.
+        taken_by: what takes such a run; {} stands for its path. takes_own_runs: whether --init-from takes such a run.
     """
 
     name: str
@@ -31,3 +31,4 @@ class TaskSpec:
     written: tuple[str, ...] = ()
     drawn: tuple[str, ...] = ()
     taken_by: str
+    takes_own_runs: bool = False

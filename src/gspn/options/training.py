@@ -1,9 +1,11 @@
 """The options that several trainings share, of the loop and of data with classes; how other commands read images."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from gspn.options.base import OptionSet, option, parse_interval, parse_names, parse_size
+from gspn.places import OptionError
 
 DATA_HELP = (
     "`digits` (embedded), a folder of class folders with images, a folder of MNIST-format idx files, tar files "
@@ -70,6 +72,33 @@ class LoopOptions(OptionSet):
         resumable=True,
     )
 
+    def resolved(self, preset: Mapping[str, Any] | None = None) -> Self:
+        """As for every OptionSet; a preset's warm-up takes at most half of the epochs.
+
+        Errors: OptionError for rates above the highest one."""
+        preset = dict(preset or {})
+        if "warmup" in preset and (epochs := self.epochs or preset.get("epochs")):
+            preset["warmup"] = min(preset["warmup"], epochs / 2)
+        found = super().resolved(preset)
+        for name in ("min_lr", "warmup_lr"):
+            if found.lr is not None and (rate := getattr(found, name)) is not None and rate > found.lr:
+                raise OptionError(f"{name} has to be at most lr, the highest rate, {found.lr:g}: got {rate:g}")
+        return found
+
+    def idle(self) -> list[str]:
+        """Notes on values that do nothing, or not what their names say, because of others."""
+        found = []
+        if self.warmup and self.epochs and self.warmup >= self.epochs:
+            found.append(
+                f"the warm-up takes {self.warmup:g} epochs of {self.epochs}, so the learning rate only rises; a lower "
+                "--warmup lets it reach --lr and fall again"
+            )
+        if self.keep and not self.keep_every:
+            found.append("--keep does nothing without --keep-every")
+        if self.ema_device and not self.ema:
+            found.append("--ema-device does nothing without averaged weights (--ema)")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions(OptionSet):
@@ -89,7 +118,10 @@ class ShapeOptions(OptionSet):
     """What a training makes of the images."""
 
     size: tuple | None = option(
-        None, "Input size in pixels: N or HxW. Default: that of the data.", parse=parse_size, metavar="N|HxW"
+        None,
+        "Input size in pixels: N or HxW. Default: that of the data; to classify photos or images of mixed sizes, 224.",
+        parse=parse_size,
+        metavar="N|HxW",
     )
     channels: int | None = option(None, "Convert the images to 1 (grey) or 3 (colour) channels.", choices=(1, 3))
     val_fraction: float = option(0.1, "Fraction of the images to hold out where DATA has no evaluation split.")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from gspn.data.hub import out_of_reach
 from gspn.digests import digest, settings, tensors_of
 from gspn.models.latents import check_scale
+from gspn.names import reason_of
 from gspn.options import OptionError
 from gspn.places import expanded, location
 from gspn.progress import bars_on_terminals_only
@@ -39,7 +40,7 @@ def open_vae(where: str | Path) -> AutoencoderKL:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, OptionError):
             raise
-        reason = "; ".join(filter(None, [problem, str(error).strip().splitlines()[0]]))
+        reason = "; ".join(filter(None, [problem, reason_of(error)]))
         raise OptionError(f"the VAE {where} cannot be loaded: {reason}") from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])

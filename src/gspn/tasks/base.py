@@ -28,6 +28,7 @@ from gspn.data.loader import Loader, workers_note
 from gspn.data.tables import Stream
 from gspn.files import writing
 from gspn.metrics.classification import OPEN_OPTIONS
+from gspn.names import reason_of
 from gspn.options import LoopOptions, OptionError, TaskSpec, file_text
 from gspn.places import check_outside, expanded, location
 from gspn.progress import Progress
@@ -81,6 +82,10 @@ class Setup:
     def config(self, model: torch.nn.Module) -> dict:
         """What config.json keeps, beside options, versions and where the data are."""
         raise NotImplementedError
+
+    def for_file(self) -> LoopOptions:
+        """The options for options.yaml, which make another training like this one."""
+        return self.options
 
     def check_config(self, config: Mapping) -> None:
         """Takes over from the config of a run what was fixed when it began. Errors: RunError where the training could
@@ -169,7 +174,7 @@ def start(
     model = new_model(setup, accelerator.device)
     with Progress("preparing the weights", console=quiet):
         weights_note = setup.first_weights(model)
-    for note in [*setup.notes, *filter(None, [setup.crowded(), weights_note])]:
+    for note in [*setup.notes, *setup.options.idle(), *filter(None, [setup.crowded(), weights_note])]:
         say(f"note: {note}")
     say(setup.describe(model))
     own = setup.config(model)
@@ -192,7 +197,7 @@ def start(
     with writing(out) if accelerator.is_main_process else nullcontext():
         run = None
         if accelerator.is_main_process:
-            run = Run.create(out, config, overwrite, options=file_text(setup.options, {"data": location(data)}))
+            run = Run.create(out, config, overwrite, options=file_text(setup.for_file(), {"data": location(data)}))
         try:
             return setup.train(Training(model, out, run, accelerator, console))
         except BaseException:
@@ -240,8 +245,8 @@ def resume(
             recorded = config["data"].get("fingerprint")
             if setup.data.fingerprint(recorded, quiet) != recorded:
                 hint = ""
-                if hasattr(options, "init_from"):
-                    command = f"gspn {spec.command} --init-from {quote(str(path))}"
+                if spec.takes_own_runs:
+                    command = f"gspn {spec.command} {quote(str(where))} --init-from {quote(str(path))}"
                     hint = f"; `{command}` starts a new training from its weights"
                 raise RunError(
                     f"{setup.data.where} is not what {path} was trained on: images, labels, captions or class names "
@@ -276,6 +281,8 @@ def resume(
         say(f"{setup.describe(model)}\ngoing on from {begin}")
         accelerator.wait_for_everyone()  # every process has read the run
         if accelerator.is_main_process:
+            if data is not None:
+                run.data_moved(setup.data.where, location(where))
             run.rewind(checkpoint[1]["epoch"] if checkpoint else 0)
             run.prune(options.keep)
         own = run if accelerator.is_main_process else None
@@ -302,7 +309,7 @@ def changed(config: Mapping, changes: Mapping[str, Any], spec: TaskSpec) -> Loop
     for one in fields(spec.options):
         if getattr(saved, one.name) != getattr(options, one.name) and not one.metadata["resumable"]:
             resumable = ", ".join(one.name for one in fields(spec.options) if one.metadata["resumable"])
-            hint = " --init-from starts a new training from its weights" if hasattr(options, "init_from") else ""
+            hint = " --init-from starts a new training from its weights" if spec.takes_own_runs else ""
             raise OptionError(
                 f"{one.name} was {getattr(saved, one.name)} and cannot be {getattr(options, one.name)} in a resumed "
                 f"training; what can be changed: {resumable}.{hint}"
@@ -332,7 +339,7 @@ def new_model(setup: Setup, device: torch.device) -> torch.nn.Module:
     try:
         torch.zeros(1, device=options.ema_device or device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"ema_device {options.ema_device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise OptionError(f"ema_device {options.ema_device!r} cannot be used: {reason_of(error)}") from error
     return model
 
 

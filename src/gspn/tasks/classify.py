@@ -108,6 +108,9 @@ class Setup(BaseSetup):
     source: Source | None = None
     begun_from: str | None = None
 
+    def for_file(self):
+        return self.options if self.converts else replace(self.options, channels=None)
+
     @classmethod
     def of(cls, where: str | Path, options: Options, *, resuming: bool = False) -> "Setup":
         data, source = open_with(where, options), None
@@ -302,9 +305,10 @@ def build_model(
     num_classes: int,
     device: torch.device | str = "cpu",
     make: Callable[..., torch.nn.Module] = create_model,
+    pixels: tuple[int, ...] = (),
 ) -> torch.nn.Module:
-    """The model for these data that `make` makes, on `device` and tried there on one empty image. Errors:
-    OptionError."""
+    """The model for these data that `make` makes, on `device` and tried there on one empty image. It has to give a
+    number for each class, of an image or of each of `pixels` (H,W). Errors: OptionError."""
     arguments = {"num_classes": num_classes, "in_chans": preprocessing.channels, **options.model_args}
     if arguments["in_chans"] != preprocessing.channels:
         raise OptionError(
@@ -321,8 +325,13 @@ def build_model(
         raise OptionError(f"the model {options.model} cannot be made: {error}") from error
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, preprocessing.channels, *preprocessing.size, device=device))
+            found = model.eval()(torch.zeros(1, preprocessing.channels, *preprocessing.size, device=device)).shape
     except (RuntimeError, ValueError) as error:
         what = f"an image of {describe_size(preprocessing)} on {device}"
         raise OptionError(f"{options.model} fails when tried with {what}: {error}") from error
+    if tuple(found) != (wanted := (1, num_classes, *pixels)):
+        given = ", ".join(f"{name}={value!r}" for name, value in options.model_args.items())
+        raise OptionError(
+            f"{options.model} with {given} gives an output of shape {tuple(found)} for one image: expected {wanted}"
+        )
     return model

@@ -164,7 +164,8 @@ class Setup(BaseSetup):
         )
 
     def model(self, device) -> torch.nn.Module:
-        return build_model(self.options, self.preprocessing, len(self.classes), device, create_segmenter)
+        size = self.preprocessing.size
+        return build_model(self.options, self.preprocessing, len(self.classes), device, create_segmenter, size)
 
     def first_weights(self, model) -> str | None:
         if not self.options.init_from:

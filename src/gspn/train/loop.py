@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from gspn.data.images import mixed_seed
 from gspn.data.loader import batches, untold_workers
+from gspn.names import reason_of
 from gspn.progress import Progress
 from gspn.train.board import Board
 from gspn.train.optim import Ema, frozen_modules, learning_rate, make_optimizer, running_statistics
@@ -355,7 +356,7 @@ def explained():
             raise
         raise TrainingError(
             "memory does not suffice: cut a step into parts with --accumulate 2, 4, ..., or lower --batch-size or "
-            f"--size, or use --precision bf16. The checkpoints are good. ({str(error).splitlines()[0]})"
+            f"--size, or use --precision bf16. The checkpoints are good. ({reason_of(error)})"
         ) from error
 
 

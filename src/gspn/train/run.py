@@ -17,6 +17,7 @@ a run folder, until the new one has its first best checkpoint.
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,7 +43,7 @@ from gspn.files import (
 )
 from gspn.names import guess
 from gspn.options import TASKS
-from gspn.places import EARLIER, RunError, config_or_none, no_run, run_folder
+from gspn.places import EARLIER, NOTHING, RunError, config_or_none, missing, no_run, run_folder
 from gspn.pretrained import FORMAT, WEIGHTS, read_weights
 
 __all__ = ["EARLIER", "Run", "RunError"]
@@ -80,9 +81,16 @@ class Run:
         """Raises RunError unless `path` may become a run folder: it does not exist, or is empty, or is a run and
         `overwrite` is true. The error names the command that resumes a stopped run."""
         path = Path(path)
-        if path.exists() and not path.is_dir():
+        why = missing(path)
+        if why not in (None, NOTHING):
+            raise RunError(f"cannot make the folder {path}: {why}")
+        if why is None and not path.is_dir():
             raise RunError(f"{path} is a file; expected a new or empty folder")
-        if path.exists() and any(file.name != LOCK and not is_temporary(file) for file in path.iterdir()):
+        try:
+            there = [] if why else list(path.iterdir())
+        except OSError as error:
+            raise RunError(f"cannot read the folder {path}: {error.strerror or error}") from error
+        if any(file.name != LOCK and not is_temporary(file) for file in there):
             if not overwrite:
                 begun = _going_on(path)
                 choice = f"{begun}; or choose another folder" if begun else "choose another folder"
@@ -111,6 +119,19 @@ class Run:
             run.restore_earlier()
             raise
         return run
+
+    def data_moved(self, where: str, named: str) -> None:
+        """Notes where the data of the run are now: `where` in config.json, `named` in options.yaml, where that is.
+        Errors: SaveError."""
+        if self.config["data"]["where"] == where:
+            return
+        self.config["data"]["where"] = where
+        write_json(self.path / "config.json", self.config)
+        file = self.path / "options.yaml"
+        if file.exists():
+            first, _, rest = file.read_text(encoding="utf-8").partition("\n")
+            if first.startswith("data:"):
+                write_text(file, f"data: {json.dumps(named, ensure_ascii=False)}\n{rest}")  # JSON is YAML
 
     def _set_earlier_aside(self):
         """The checkpoints move first and config.json last. So after any crash, .earlier with a config.json is complete,
@@ -240,8 +261,9 @@ class Run:
         """Removes the checkpoints "epoch-..." except the newest `keep` (0 keeps all), and what a killed process left
         half written or removed. Each is renamed first, so that no partial checkpoint is seen."""
         folder = self.path / "checkpoints"
-        epoch = lambda path: int(path.name.removeprefix("epoch-"))  # noqa: E731
-        for number, old in enumerate(sorted(folder.glob("epoch-[0-9]*"), key=epoch, reverse=True)):
+        epochs = {path: re.fullmatch(r"epoch-(\d+)", path.name) for path in folder.glob("epoch-*")}
+        ours = {path: int(found[1]) for path, found in epochs.items() if found}
+        for number, old in enumerate(sorted(ours, key=ours.__getitem__, reverse=True)):
             if keep and number >= keep:
                 os.rename(old, old.with_name(f".{old.name}{TEMPORARY}"))
         for left in filter(is_temporary, folder.glob(".*")):

@@ -40,6 +40,11 @@ def restore(tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer
         name, _, slot = key.rpartition(".")
         if name not in parameters:
             raise RunError(f"the checkpoint has optimizer state of a parameter that is not trained here: {name}")
+        if slot != "step" and tensor.shape != parameters[name].shape:
+            raise RunError(
+                f"the checkpoint's optimizer state of {name} has the shape {tuple(tensor.shape)}, expected "
+                f"{tuple(parameters[name].shape)}: its files are of another run"
+            )
         optimizer.state[parameters[name]][slot] = _like(tensor, parameters[name], on_device=slot != "step")
     missing = [name for name, p in parameters.items() if p not in optimizer.state]
     if missing:
