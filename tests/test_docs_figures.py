@@ -79,7 +79,7 @@ def test_what_the_mixer_is_worth_is_what_the_runs_say():
     from benchmarks.quality.mixers import report, study
 
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    text = text[text.index("## What the mixer is worth") : text.index("**What trained layers do with them.**")]
+    text = text[text.index("## What the mixer is worth") : text.index("**Beside a convolution.**")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     done = study.read(study.RESULTS)
     found = {task: report.at_best(done, task, "bare", study.STEPS) for task in ("classes", "tracing")}
@@ -218,3 +218,16 @@ def test_what_replacing_the_weights_costs_is_what_was_measured():
 def mean_of_blocks(content, value):
     """The mean over blocks and directions of value(block, direction)."""
     return statistics.fmean(value(block, way) for block in content["blocks"] for way in block["directions"].values())
+
+
+def test_what_the_mixer_is_worth_beside_a_convolution_is_what_the_report_says():
+    report = (ROOT / "benchmarks/results/quality/mixers/report.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = text[text.index("**Beside a convolution.**") : text.index("The convolution narrows the differences")]
+    split = lambda page: [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]  # noqa: E731
+    measured = {row[0]: row for row in split(report[report.index("## classes, conv") :].partition("Times are")[0])}
+    rows = split(text)[2:]
+    assert len(rows) == 5
+    for title, *shown in rows:
+        row = measured[title]
+        assert row[3] == "1" and shown == [row[7], row[5], row[8], row[9]]

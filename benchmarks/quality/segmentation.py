@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -181,7 +182,7 @@ def draw(folder: Path, out: Path) -> None:
     found = groups(done)
     figure = Figure(figsize=(6 * max(1, len(found)), 4), layout="constrained")
     titles = dict.fromkeys(contender.title for contender in CONTENDERS.values())
-    colours = {title: f"C{i}" for i, title in enumerate(titles)}
+    colours = {title: colormaps["tab20"](i) for i, title in enumerate(titles)}
     panels = figure.subplots(1, max(1, len(found)), squeeze=False)[0]
     for axes, (model, epochs, scale) in zip(panels, found, strict=False):
         for name, contender in of_model(model).items():
@@ -192,7 +193,7 @@ def draw(folder: Path, out: Path) -> None:
                 axes.plot(range(len(widths)), mean, marker="o", label=contender.title, color=colours[contender.title])
                 axes.set_xticks(range(len(widths)), [f"{w}x{w * 3 // 4}" for w in widths])
         title = f"{model}, trained at {round(FULL[1] * scale)}x{round(FULL[0] * scale)}, {epochs} epochs"
-        axes.set(title=title, xlabel="size of the test images", ylabel="mean IoU (%)", ylim=(0, None))
+        axes.set(title=title, xlabel="size of the test images", ylabel="mean IoU (%)")
         axes.legend(fontsize=8)
     figure.savefig(out, dpi=120)
 
