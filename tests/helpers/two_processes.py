@@ -114,7 +114,7 @@ def statistics(folder):
 def others(folder):
     """Damaged pictures, shards of a model, generators."""
     found = {}
-    options = Options(**OPTIONS | dict(batch_size=16))
+    options = Options(**OPTIONS | dict(batch_size=16, model="gspn_micro"))  # without batch norm, which differs
     _, found["of damaged"], found["warnings"] = train_classifier(folder / "data", folder / "damaged", options)
     (found["sharded"], found["parameters"]), found["sharded losses"] = losses_of(
         lambda: stopped_and_resumed(folder / "sharded")
