@@ -74,6 +74,12 @@ def test_what_options_mean():
     options = dict(flip=True, crop_area=0.1, erase=0.25, rand_augment="none", color_jitter=0.0)
     shifted = Augmentation.of(SimpleNamespace(augment="shift", **options), "idx", (28, 28))
     assert shifted == Augmentation(shift=3, fill="zero", flip=True, crop_area=0.1, erase=0.25) and not shifted.slow
+    of_size = {
+        size: Augmentation.of(SimpleNamespace(augment="shift", **options), "folder", size).shift
+        for size in ((8, 128), (1, 5), (96, 20), *((n, n) for n in range(2, 100)))
+    }
+    assert (of_size[8, 128], of_size[1, 5], of_size[96, 20]) == ((1, 16), (0, 1), (12, 2))
+    assert all(of_size[n, n] == (max(n // 8, 1),) * 2 for n in range(2, 100))
     cropped = Augmentation.of(SimpleNamespace(augment="crop", **options), "folder", (224, 224))
     assert cropped == Augmentation(crop=True, flip=True, crop_area=0.1, erase=0.25) and cropped.slow
 
@@ -112,6 +118,21 @@ def test_shift_moves_and_fills():
     assert torch.equal(flipped, image.flip(-1))
     one = torch.ones(1, 1, 1, 1, dtype=torch.uint8)
     assert Augmentation(shift=1).move(one, right_most).item() == 1
+
+
+def test_rows_and_columns_are_shifted_by_their_own_numbers():
+    image = torch.arange(1, 8 * 30 + 1, dtype=torch.uint8).view(1, 1, 8, 30)
+    far = torch.tensor([[0.99, 0.99, 0.9]])
+    moved = Augmentation(shift=(1, 3), fill="zero").move(image, far)
+    assert torch.equal(moved[..., :7, :27], image[..., 1:, 3:]) and not moved[..., 7, :].any()
+    for size in (7, 8, 28, 96):  # both numbers alike give the pixels that one number gave
+        numbers = torch.rand(200, 3, generator=torch.Generator().manual_seed(size))
+        pixels = torch.randint(255, (200, 1, size, size), generator=torch.Generator().manual_seed(1)).byte()
+        shift = max(size // 8, 1)
+        source = torch.arange(size)[:, None] + ((numbers[:, :2] * (2 * shift + 1)).long() - shift)[:, None]
+        y, x = ((size - 1 - (size - 1 - each.abs()).abs()) for each in source.unbind(2))
+        expected = pixels[torch.arange(200)[:, None, None], 0, y[:, :, None], x[:, None]]
+        assert torch.equal(Augmentation(shift=shift).move(pixels, numbers)[:, 0], expected)
 
 
 # -- random erasing --

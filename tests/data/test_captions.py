@@ -172,6 +172,28 @@ def test_splits_are_folders(tmp_path, way):
             open_captions(tmp_path)
 
 
+@pytest.mark.parametrize("way", ["one list", "a list each", "texts"])
+def test_splits_are_folders_at_any_depth(tmp_path, way):
+    for name, count, start in (("a/train", 4, 0), ("a/val", 2, 50)):
+        write_images(tmp_path / name, count, start)
+        if way == "a list each":
+            write_list(tmp_path / name, rows(count, start))
+        if way == "texts":
+            for i in range(start, start + count):
+                (tmp_path / name / f"{i:03}.txt").write_text(f"grey {i}")
+    if way == "one list":
+        write_list(tmp_path, [*rows(4, folder="a/train/"), *rows(2, 50, folder="a/val/")])
+    train, val, name = open_captions(tmp_path).for_training()
+    check(train, 4)
+    check(val, 2)
+    assert name == "val"
+    (tmp_path / "a").rename(tmp_path / "test")
+    if way == "one list":
+        write_list(tmp_path, [*rows(4, folder="test/train/"), *rows(2, 50, folder="test/val/")])
+    with pytest.raises(DataError, match=r"test/train/000\.png lies in folders of two splits: test, train; .*rename"):
+        open_captions(tmp_path)
+
+
 def test_faults_of_lists(tmp_path):
     write_images(tmp_path, 3)
     cases = {

@@ -1,5 +1,6 @@
 """Data too many for memory: shards and streams; what is read in which order; fingerprints; workers that die."""
 
+import errno
 import io
 import os
 import signal
@@ -138,6 +139,40 @@ def test_faults_of_shards(tmp_path):
         open_data(tmp_path / "cut")
 
 
+def test_joined_tar_files_are_read_whole(tmp_path):
+    folder = write_shards(tmp_path / "parts", shards=3, images_each=20)
+    (tmp_path / "all.tar").write_bytes(b"".join(file.read_bytes() for file in sorted(folder.iterdir())))
+    split = open_data(tmp_path / "all.tar").splits["all"]
+    assert [split.image(i).getpixel((0, 0)) for i in range(len(split))] == list(range(60))
+    assert split.labels.tolist() == [i % 4 for i in range(60)]
+
+
+def test_tar_files_that_do_not_end_as_tar_files_do(tmp_path):
+    whole = (write_shards(tmp_path / "whole", shards=1, images_each=40) / "train-0000.tar").read_bytes()
+    more = (write_shards(tmp_path / "more", shards=1, images_each=40, start=40) / "train-0000.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole/train-0000.tar") as tar:
+        starts, end = [member.offset for member in tar], tar.offset
+    cut = tmp_path / "cut.tar"
+    for content, message in [
+        (whole[: starts[6]], rf"header or the end .* at byte {starts[6]}, but the file ends"),
+        (whole[: starts[6] + 100], rf"at byte {starts[6]}, but"),
+        (whole[:end], rf"at byte {end}, but the file ends.*Download it or pack it again"),
+        (whole[: end + 511], rf"at byte {end}, but the file ends"),
+        (whole[: starts[6]] + bytes(len(whole) - starts[6]), rf"zeros follow byte {starts[6]}, .*not finished"),
+        (whole[: starts[6]] + bytes(starts[70] - starts[6]) + whole[starts[70] :], rf"follow byte {starts[6]}, "),
+        (whole[: starts[6]] + bytes(1100) + whole[starts[6] + 1100 :], r"something else"),
+        (whole[: starts[6]] + b"x" * 512 + whole[starts[6] + 512 :], rf"at byte {starts[6]}, .*something else"),
+        (whole + b"x", rf"at byte {len(whole)}, .*something else"),
+        (whole + more[: starts[6]], rf"byte {len(whole) + starts[6]}, but the file ends"),
+    ]:
+        cut.write_bytes(content)
+        with pytest.raises(DataError, match=rf"cut\.tar: .*{message}"):
+            open_data(cut)
+    for content in (whole[: end + 512], whole[: end + 1024], whole[: end + 1024].ljust(2 * 65536, b"\0")):
+        cut.write_bytes(content)
+        assert len(open_data(cut).splits["all"]) == 40
+
+
 # -- streams of `datasets` --
 
 
@@ -179,7 +214,7 @@ def test_streams_give_every_image_once_in_an_order_that_repeats(streamed):
 def test_streams_are_splits(streamed):
     train = open_data(streamed, streaming=True).splits["train"].relabelled(["odd", "even"])
     assert [train.image(i).getpixel((0, 0)) for i in (0, 29, 30, 89)] == [0, 29, 30, 89]
-    assert train.labels[:3].tolist() == [1, 0, 1] and train.channels() == 1 and len(train.sample(7)) == 7
+    assert train.labels[:3].tolist() == [1, 0, 1] and train.channels() == 1 and len(list(train.sample(7))) == 7
     assert "row 5" in train.problem(5)
     with pytest.raises(DataError, match=r"held out.*stream"):
         open_data(streamed / "train-0.parquet", streaming=True)
@@ -285,6 +320,27 @@ def test_unreadable_images_in_shards_and_streams_are_marked(tmp_path):
     split = open_data(tmp_path).splits["all"]
     (batch,) = make_loader(split, GREY8, 8)
     assert torch.where(batch["label"] == UNREADABLE)[0].tolist() == [5] and "all.tar, 5" in split.problem(5)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "open"), OSError(errno.EIO, "read")])
+def test_what_the_machine_lacks_is_no_unreadable_image(error):
+    split = images.Split([0, 0], ["a"], read=Raises(error))
+    for work in (lambda: list(batches(make_loader(split, GREY8, 2))), lambda: list(split.sample())):
+        with pytest.raises(type(error)) as told:
+            work()
+        assert told.value is error
+    for own in (OSError("image file is truncated"), FileNotFoundError(errno.ENOENT, "no such file")):
+        split = images.Split([0, 0], ["a"], read=Raises(own))
+        (batch,) = batches(make_loader(split, GREY8, 2))
+        assert batch["label"].tolist() == [UNREADABLE] * 2
+
+
+class Raises:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, i):
+        raise self.error
 
 
 # -- in training --

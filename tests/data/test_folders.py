@@ -15,7 +15,6 @@ from gspn import plots
 from gspn.data.captions import open_captions
 from gspn.data.folders import by_split, counts, is_image, scan, walk
 from gspn.data.idx import read_idx
-from gspn.data.images import read_class_names
 from gspn.data.labelled import DataError, open_data
 from gspn.files import SaveError
 from gspn.metrics.classification import evaluate
@@ -485,11 +484,6 @@ def test_names_that_are_not_utf8_train_and_are_told(tmp_path, monkeypatch):
 def test_formats_that_pillow_cannot_read_are_no_images():
     assert all(is_image(f"a.{end}") for end in ("png", "JPG", "jpeg", "webp", "tif", "bmp", "gif"))
     assert not any(is_image(f"a.{end}") for end in ("pdf", "h5", "hdf", "grib", "bufr", "mpg", "txt", ""))
-
-
-def test_names_of_classes_in_a_file_that_begins_with_a_mark(tmp_path):
-    (tmp_path / "classes.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
-    assert read_class_names(tmp_path) == ["cat", "dog"]
 
 
 def test_a_compressed_file_whose_content_is_damaged(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gspn.data.images import Preprocessing, Split, centre_box, decode, with_channels
+from gspn.data.images import DataError, Preprocessing, Split, centre_box, decode, upright, with_channels
 
 
 def grey(file):
@@ -124,6 +125,23 @@ def test_every_other_mode_has_a_way_to_grey_and_colour():
             assert values.min() >= 253, (mode, channels)  # LAB's white is rounded
 
 
+def test_an_opened_image_means_what_its_file_means():
+    about = Image.Exif()
+    about[0x0112] = 6
+    turned, levels = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)), np.array([[0, 300, 1023]], np.uint16)
+    files = [saved(turned, kind, exif=about) for kind in ("PNG", "TIFF", "MPO")]
+    files += [b"P5 3 1 %d " % most + levels.astype(">u2").tobytes() for most in (1023, 65535)]
+    files += [tiff(levels.astype("<u2").tobytes(), 3, 16, white=white) for white in (0, 1)]
+    files += [png([0, 300, 65535]), tiff(bytes([0xFF, 0xF8, 0x00, 0x00, 0x01, 0x01]), 4, 12)]
+    for file in files:
+        expected, opened = decode(io.BytesIO(file)), upright(Image.open(io.BytesIO(file)))
+        for image in (opened, upright(opened), upright(expected)):
+            assert image.size == expected.size and np.array_equal(np.asarray(image), np.asarray(expected))
+            assert grey(image) == grey(file)
+    plain = Image.new("RGB", (3, 2))
+    assert upright(plain) is plain
+
+
 # -- metadata --
 
 
@@ -183,6 +201,23 @@ def test_a_truncated_image_is_an_error_all_the_same():
 
 
 # -- large images --
+
+
+def test_few_images_of_a_sample_are_in_memory_at_once():
+    made, most = [], 0
+
+    def read(i):
+        nonlocal most
+        image = Image.new("L", (9, 9))
+        made.append(weakref.ref(image))
+        most = max(most, sum(each() is not None for each in made))
+        return image
+
+    split = Split([0] * 100, None, read=read)
+    assert {image.size for image in split.sample()} == {(9, 9)} and len(made) == 32
+    assert split.channels() == 1 and most <= 2
+    with pytest.raises(DataError, match=r"none of 7 images .*image 0"):
+        list(Split([0] * 100, None, read=lambda i: 1 / 0).sample(7))
 
 
 def test_a_large_image_is_read_without_a_warning_and_a_larger_one_refused(monkeypatch):

@@ -1,5 +1,8 @@
 """Batches of images with masks: whatever changes an image changes its mask alike; an evaluation resizes no mask."""
 
+import errno
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +80,10 @@ def test_unreadable_pairs_and_pairs_that_do_not_fit(tmp_path):
     split = open_masked(folder).splits["all"]
     loader = make_masked_loader(split, THREE, prepared(), 3, augmentation=MaskAugmentation())
     (batch,) = batches(loader)
+    split.masks, masks = Mock(side_effect=OSError(errno.EMFILE, "too many open files")), split.masks
+    with pytest.raises(OSError, match="too many open files"):
+        list(batches(loader))
+    split.masks = masks
     row = batch["index"].tolist().index(1)
     assert batch["label"][row] == UNREADABLE and (batch["mask"][row] == IGNORED).all()
     assert (batch["label"] == 0).sum() == 2

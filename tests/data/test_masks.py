@@ -1,17 +1,22 @@
 """What DATA means where images have masks: layouts, classes, and every kind of pair that does not fit."""
 
+import errno
 import io
 import json
+import math
+import struct
 import tarfile
+import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from helpers.masks import CLASSES, make_masked, pair, save_pair
 from PIL import Image
 
-from gspn.data.images import DataError
+from gspn.data.images import DataError, decode, with_channels
 from gspn.data.labelled import Data
-from gspn.data.mask_classes import IGNORED, Classes
+from gspn.data.mask_classes import IGNORED, Classes, values_of
 from gspn.data.masks import find_classes, open_masked, survey
 
 
@@ -263,6 +268,8 @@ def test_classes_from_json(tmp_path):
         ([3], "classes"),
         ([{"name": "a", "color": [1, 2]}], "color"),
         ([], "0 classes"),
+        ([{"name": "a", "value": 1.7}], r"the value 1\.7, expected a whole number from 0 to 65535"),
+        ([{"name": "a", "value": math.inf}], "the value inf"),
     ]:
         file.write_text(json.dumps(content))
         with pytest.raises(DataError, match=message):
@@ -270,6 +277,46 @@ def test_classes_from_json(tmp_path):
     file.write_text("{")
     with pytest.raises(DataError, match="cannot be read"):
         Classes.read(file, ())
+
+
+def test_a_file_of_classes_that_begins_with_a_mark(tmp_path):
+    (tmp_path / "classes.json").write_text('["a", "b"]', encoding="utf-8-sig")
+    assert Classes.read(tmp_path / "classes.json", ()).names == ("a", "b")
+
+
+def grey_png(values, bits, chunks=()):
+    """A grey PNG of (H, W) values of few bits, which Pillow does not write; `chunks` (name, content) before them."""
+    width = 8 // bits * -(-values.shape[1] * bits // 8)
+    padded = np.pad(values, ((0, 0), (0, width - values.shape[1])))
+    rows = np.packbits(np.unpackbits(padded[..., None], axis=2)[..., 8 - bits :].reshape(len(values), -1), axis=1)
+    header = struct.pack(">IIBBBBB", *values.shape[::-1], bits, 0, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    joined = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(joined)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_masks_of_few_bits_have_the_values_of_their_files(tmp_path, bits):
+    values = (np.arange(24 * 31).reshape(24, 31) % min(2**bits, 200)).astype(np.uint8)
+    content = grey_png(values, bits)
+    assert np.array_equal(values_of(decode(io.BytesIO(content))), values)
+    orientation = b"MM\0*" + struct.pack(">IHHHIIH", 8, 1, 0x0112, 3, 1, 6 << 16, 0) + bytes(2)
+    turned = decode(io.BytesIO(grey_png(values, bits, [(b"eXIf", orientation)])))
+    assert np.array_equal(values_of(turned), np.rot90(values, -1))
+    seen = np.asarray(with_channels(decode(io.BytesIO(content)), 1))  # as an image it has its full range
+    assert np.array_equal(seen, values.astype(int) * (255 // (2**bits - 1)))
+    for seed in range(3):
+        save_pair(tmp_path, f"{seed}", pair(0, 24, 31)[0], pair(0, 24, 31)[1])
+        (tmp_path / "masks" / f"{seed}.png").write_bytes(content)
+    assert surveyed(tmp_path).classes.values == tuple(range(min(2**bits, 200)))
+
+
+def test_a_survey_does_not_count_what_the_machine_lacks(tmp_path):
+    split = open_masked(make_masked(tmp_path, 4)).splits["all"]
+    split.masks = Mock(side_effect=OSError(errno.ENFILE, "too many open files"))
+    with pytest.raises(OSError, match="too many open files"):
+        survey({"train": split}, None, ("255",))
 
 
 def test_palettes_give_colours_and_masks_keep_their_values():

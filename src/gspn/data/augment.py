@@ -105,7 +105,7 @@ class Augmentation:
     """The augmentation of single training images.
 
     Attributes:
-        shift: moves by up to this many pixels in each direction.
+        shift: moves by up to this many pixels in each direction: (rows, columns), or one number for both.
         fill: what a shift uncovers: "zero" or "reflect".
         flip: mirrors left and right half of the time.
         crop: takes a random box, of `crop_area` to all of the image, instead of the centre box.
@@ -115,7 +115,7 @@ class Augmentation:
     Errors: OptionError for settings that timm does not know, or without timm.
     """
 
-    shift: int = 0
+    shift: int | tuple[int, int] = 0
     fill: str = "reflect"
     flip: bool = False
     crop: bool = False
@@ -126,6 +126,8 @@ class Augmentation:
     _painters: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        if isinstance(self.shift, int):
+            object.__setattr__(self, "shift", (self.shift, self.shift))
         if self.rand_augment != "none":
             if not re.fullmatch(r"m\d+(-(n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]))*", self.rand_augment):
                 raise OptionError(
@@ -141,7 +143,7 @@ class Augmentation:
         """The augmentation that resolved options ask for, of data of a kind at (H, W) `size`."""
         names = ("flip", "crop_area", "erase", "rand_augment", "color_jitter")
         return cls(
-            shift=max(max(size) // 8, 1) if options.augment == "shift" else 0,
+            shift=tuple(_eighth(side) if options.augment == "shift" else 0 for side in size),
             fill="zero" if kind in ("digits", "idx") else "reflect",
             crop=options.augment == "crop",
             **{name: getattr(options, name) for name in names},
@@ -196,10 +198,11 @@ class Augmentation:
 
     def move(self, images, numbers):
         """Shifts and flips a batch, uint8 (B, C, H, W), by random `numbers` (B, 3) in [0, 1)."""
-        if not (self.shift or self.flip):
+        if not (any(self.shift) or self.flip):
             return images
         B, C, H, W = images.shape
-        offset = (numbers[:, :2] * (2 * self.shift + 1)).long() - self.shift
+        shift = torch.tensor(self.shift)
+        offset = (numbers[:, :2] * (2 * shift + 1)).long() - shift
         y = torch.arange(H) + offset[:, :1]
         x = torch.arange(W) + offset[:, 1:]
         if self.flip:
@@ -227,6 +230,11 @@ class Augmentation:
                 image[:, y : y + h, x : x + w] = (noise * 255).round().clamp(0, 255).byte()
                 break
         return image
+
+
+def _eighth(side):
+    """How far a side of so many pixels is shifted: an eighth, at least one pixel; not at all if it has only one."""
+    return max(side // 8, min(side - 1, 1))
 
 
 def _reflect(index, length):

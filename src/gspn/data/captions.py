@@ -123,7 +123,7 @@ def _splits(root, rows: list[tuple[Path, tuple]], split_of: Callable[[Path], str
         strange = listed([image for image, _ in of_split[None]], "image", "images")
         raise DataError(
             f"{root} holds {strange} of no split, beside others of {', '.join(filter(None, of_split))}: expected "
-            f"only {', '.join(SPLIT_NAMES)} as folders, or none of these"
+            f"{', '.join(SPLIT_NAMES)} as folders around all images, or around none"
         )
     splits = {}
     for name, mine in of_split.items():
@@ -134,8 +134,20 @@ def _splits(root, rows: list[tuple[Path, tuple]], split_of: Callable[[Path], str
 
 
 def _by_folder(root):
-    """A function of an image under `root`: the split that its first folder is named after, or None."""
-    return lambda image: SPLIT_NAMES.get(image.relative_to(root).parts[0])
+    """A function of an image under `root`: the split that one of its folders is named after, at any depth, or None.
+    Its errors: DataError where folders name two splits."""
+
+    def split_of(image):
+        parts = image.relative_to(root).parts[:-1]
+        named = {SPLIT_NAMES[part] for part in parts if part in SPLIT_NAMES}
+        if len(named) > 1:
+            raise DataError(
+                f"{image} lies in folders of two splits: {', '.join(sorted(named))}; expected one. Move the image, or "
+                "rename a folder"
+            )
+        return named.pop() if named else None
+
+    return split_of
 
 
 # -- a text beside each image --

@@ -1,6 +1,7 @@
 """Splits of images of any kind, and preprocessing: from an image file to the model's input."""
 
 import copy
+import errno
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from gspn.files import shown
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 USUAL_CAPTIONS = ("text", "caption")  # what a column of captions is called
 UNREADABLE = -100  # the label of an image that could not be decoded: cross_entropy's ignore_index
+OF_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}  # see raise_if_of_machine
 TOGETHER = 8  # shards whose images are shuffled together
 
 
@@ -135,17 +137,20 @@ class Split:
         grey = ("1", "L", "LA", "La", "I")
         return 1 if all(i.mode in grey or i.mode.startswith("I;") for i in self.sample()) else 3
 
-    def sample(self, count: int = 32) -> list[Image.Image]:
-        """Up to `count` readable images, evenly spaced. Errors: DataError if none of them is readable."""
-        images, at = [], np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+    def sample(self, count: int = 32) -> Iterable[Image.Image]:
+        """Up to `count` readable images, evenly spaced, one after the other, as they may be large. Errors: DataError at
+        the end if none of them is readable; those of the machine."""
+        at, found = np.unique(np.linspace(0, len(self) - 1, count).astype(int)), False
         for i in at.tolist():
             try:
-                images.append(self.image(i))
-            except Exception:
+                image = self.image(i)
+            except Exception as error:
+                raise_if_of_machine(error)
                 continue
-        if not images:
+            found = True
+            yield image
+        if not found:
             raise DataError(f"none of {len(at)} images looked at can be read; the first: {self.problem(0)}")
-        return images
 
 
 class MaskedSplit(Split):
@@ -218,6 +223,13 @@ class Chosen:
         return self.function(int(self.index[i]))
 
 
+def raise_if_of_machine(error: Exception) -> None:
+    """Raises an error of reading an image again if it is the machine's (no memory, too many open files, a disk that
+    fails), so that it does not count as one of the image."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OF_MACHINE):
+        raise error
+
+
 def listed(things, one, many):
     """'3 files: a, b, c', at most five of them by name."""
     names = [shown(str(thing)) for thing in things[:5]] + (["..."] if len(things) > 5 else [])
@@ -225,11 +237,18 @@ def listed(things, one, many):
 
 
 def read_class_names(folder: Path) -> list[str] | None:
-    """The lines of classes.txt in a folder, if there is one: the names of classes that the data number."""
+    """The lines of classes.txt in a folder, if there is one: the names of classes that the data number. Blank lines at
+    its end do not count. Errors: DataError for one before a name, as it is not clear which number that name has."""
     file = folder / "classes.txt"
     if not file.exists():
         return None
-    return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    if "" in names:
+        raise DataError(
+            f"line {names.index('') + 1} of {file} is blank: expected the name of a class in each line, as the classes "
+            "are numbered by them. Remove the line, or write a name there"
+        )
+    return names
 
 
 def labelled(splits: dict[str, Split], where: str) -> tuple[dict[str, Split], list[str]]:
@@ -279,6 +298,7 @@ TURNS = {
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 WHITE_IS_ZERO, UNSIGNED = 0, 1  # values of PHOTOMETRIC and SAMPLE_FORMAT
 WHITE = 65535  # in a 16-bit image
+GREY_BITS = "grey_bits"  # in the info of an image: 2 or 4 where its PNG has so many, which Pillow spreads over 8
 
 
 def decode(file) -> Image.Image:
@@ -292,9 +312,10 @@ def decode(file) -> Image.Image:
     with _silent:  # warnings are about metadata, and about images of more than half the limit
         try:
             with Image.open(file) as image:
-                image.load()
-                turn = _turn(image)
-                return _turned(_sixteen_bits(image), turn).copy()
+                bits = _few_bits(image)
+                image = upright(image).copy()
+                image.info |= bits
+                return image
         except Image.DecompressionBombError as error:
             found = str(error).split(",")[0]
             raise ValueError(
@@ -331,8 +352,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A PIL image turned upright by its EXIF orientation; the same image where it has none that can be read."""
-    return _turned(image, _turn(image))
+    """A PIL image turned upright by its EXIF orientation. One that was opened from a file comes as `decode` gives the
+    file. It is the same image where nothing has to change. Errors: as for `decode`."""
+    with _silent:
+        image.load()  # before its orientation is read, as Pillow turns TIFF while it loads
+        turn = _turn(image)
+        return _turned(_sixteen_bits(image), turn)
 
 
 def _turned(image, turn):
@@ -351,6 +376,12 @@ def _turn(image):
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # Pillow raises anything on EXIF that it cannot parse
         return None
+
+
+def _few_bits(image):
+    """{GREY_BITS: 2 or 4} of an opened image, not loaded, that is a grey PNG of so many bits; otherwise {}."""
+    bits = {"L;2": 2, "L;4": 4}.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
+    return {GREY_BITS: bits} if bits else {}
 
 
 def _sixteen_bits(image):

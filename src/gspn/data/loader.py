@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from gspn.data.augment import SMALL, Augmentation
-from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split, generator
+from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split, generator, raise_if_of_machine
 
 PROBLEM = "problem"  # a batch's key for a DataError's text: torch would bury a worker's exception in a traceback
 DYING = 1.0  # seconds for a worker to be gone after its connection broke
@@ -72,12 +72,13 @@ class ImageDataset(Dataset):
         return {"image": image, "label": label, "index": index}
 
     def read(self, key, *crop):
-        """One image, preprocessed; None if it cannot be decoded."""
+        """One image, preprocessed; None if it cannot be decoded. Errors: those of the machine."""
         if self.known[key[0]]:
             return self.kept[key[0]]
         try:
             found = self.preprocessing(self.split.image(*key), *crop)
-        except Exception:  # Pillow raises anything on damaged files; Split.problem says what it was
+        except Exception as error:  # Pillow raises anything on damaged files; Split.problem says what it was
+            raise_if_of_machine(error)
             return None
         if self.kept is not None:
             self.kept[key[0]], self.known[key[0]] = found, True

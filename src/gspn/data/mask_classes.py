@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor
 
-from gspn.data.images import DataError, listed
+from gspn.data.images import GREY_BITS, DataError, listed
 
 IGNORED = 255  # in the masks of a batch: pixels that count neither in the loss nor in a metric
 MOST = 255  # classes, as a mask has 8 bits and one value is IGNORED
@@ -62,7 +62,7 @@ class Classes:
             it is a class of the file. mask: its palette colours the classes that have no colour.
         Errors: DataError."""
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise DataError(f"the classes in {file} cannot be read: {error}") from error
         try:
@@ -121,14 +121,17 @@ class Classes:
 
 
 def values_of(mask: Image.Image) -> np.ndarray:
-    """The values of a mask's pixels, (H, W). Errors: DataError for a mask in colours."""
+    """The values of a mask's pixels, (H, W), as its file has them. Errors: DataError for a mask in colours."""
     if mask.mode not in _INDEXED and not mask.mode.startswith("I;16"):
         raise DataError(
             f"is in colours without a palette (Pillow's mode {mask.mode}); expected one value for each pixel, in a PNG "
             "of indices or with a palette. Convert it: write the number of the class of each colour into an 8-bit grey "
             'image (mode "L"), and name the classes in a JSON file (--classes)'
         )
-    return np.asarray(mask).astype(np.uint16)
+    values = np.asarray(mask).astype(np.uint16)
+    if bits := mask.info.get(GREY_BITS):
+        values //= 255 // (2**bits - 1)
+    return values
 
 
 def ignored_values(ignore: Sequence[str] | None, named: dict[str, int]) -> tuple[int, ...]:
@@ -158,8 +161,9 @@ def _row(key, value):
         colour = ImageColor.getrgb(colour)
     if colour is not None and (len(colour) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in colour)):
         raise ValueError(f"the color {colour!r}")
-    if not 0 <= int(number) < VALUES:
-        raise ValueError(f"the value {number!r}")
+    whole = not isinstance(number, float) or number.is_integer()
+    if not whole or not 0 <= int(number) < VALUES:
+        raise ValueError(f"the value {number!r}, expected a whole number from 0 to {VALUES - 1}")
     return int(number), entry["name"], colour and tuple(colour)
 
 

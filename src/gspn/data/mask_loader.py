@@ -12,7 +12,15 @@ import torch
 from PIL import Image, ImageEnhance
 from torch.utils.data import Dataset, default_convert
 
-from gspn.data.images import UNREADABLE, DataError, MaskedSplit, Preprocessing, generator, with_channels
+from gspn.data.images import (
+    UNREADABLE,
+    DataError,
+    MaskedSplit,
+    Preprocessing,
+    generator,
+    raise_if_of_machine,
+    with_channels,
+)
 from gspn.data.loader import PROBLEM, EpochSampler, Loader
 from gspn.data.mask_classes import IGNORED, Classes
 
@@ -70,7 +78,8 @@ class MaskedDataset(Dataset):
                 labels.append(0)
             except DataError as error:
                 return {PROBLEM: str(error)}
-            except Exception:  # Pillow raises anything on damaged files; MaskedSplit.problem says what it was
+            except Exception as error:  # Pillow raises anything on damaged files; MaskedSplit.problem says what it was
+                raise_if_of_machine(error)
                 size = self.preprocessing.size if self.augmentation else (1, 1)
                 image = np.zeros((*size, self.preprocessing.channels), np.uint8)
                 mask = np.full(size, IGNORED, np.uint8)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gspn.data.folders import is_image, walk
-from gspn.data.images import SPLIT_NAMES, DataError, MaskedSplit, listed
+from gspn.data.images import SPLIT_NAMES, DataError, MaskedSplit, listed, raise_if_of_machine
 from gspn.data.labelled import Data, ImageFiles
 from gspn.data.mask_classes import IGNORED, MOST, VALUES, Classes, ignored_values, values_of
 from gspn.data.shards import read_masked
@@ -242,7 +242,8 @@ def _counted(split, classes, i):
         image, values = split.pair(i, classes.numbers if classes else values_of)
     except DataError:
         raise
-    except Exception:  # Pillow raises anything on damaged files
+    except Exception as error:  # Pillow raises anything on damaged files
+        raise_if_of_machine(error)
         return None
     return (image.height, image.width), *np.unique(values, return_counts=True)
 
@@ -251,6 +252,7 @@ def _first_mask(split):
     for i in range(len(split)):
         try:
             return split.mask(i)
-        except Exception:
+        except Exception as error:
+            raise_if_of_machine(error)
             continue
     return None

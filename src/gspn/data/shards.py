@@ -7,6 +7,9 @@
 The names say which members make a sample, as in webdataset: the key is the path up to the first dot of its last part,
 the extension is what follows that dot, in upper or lower case, and the members of a sample follow each other.
 
+Tar files that were joined (cat 0.tar 1.tar) are read whole. A tar file without its end, a block of zeros, is an error:
+it was cut, and nothing says what is missing.
+
 The headers are read once and say where each image lies. Shards are then read like any other images: in an order that is
 a function of (seed, epoch), by any number of workers and processes. Images are shuffled over a few whole shards at a
 time (Split.keys), so that reading stays local.
@@ -37,6 +40,7 @@ from gspn.digests import Content
 from gspn.files import shown
 
 MASK = "seg.png"  # the extension of a mask
+BLOCK, RECORD = 512, 10240  # bytes: tar files consist of blocks, and are filled up with zeros to whole records
 SPECIAL = re.compile(r"__[^/]*__($|/)")  # members that describe the tar file, which webdataset leaves out too
 
 
@@ -207,8 +211,8 @@ def _members(path, wanted, what, unused):
     """(key, extension of the text, text, offset, size) of every image in a tar file."""
     rows, seen, sample = [], set(), None
     try:
-        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
-            for member in tar:
+        with open(path, "rb") as file:
+            for member in _headers(path, file):
                 if member.isdir():
                     continue
                 if not counts(member.name) or SPECIAL.match(member.name):
@@ -232,6 +236,46 @@ def _members(path, wanted, what, unused):
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path} cannot be read as an uncompressed tar file: {error}") from error
     return rows
+
+
+def _headers(path, file):
+    """The headers of an open tar file, also of several tar files one after the other. Errors: tarfile's, and DataError
+    where the file does not end as a tar file does."""
+    start, size = 0, path.stat().st_size
+    while start < size:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            yield from tar
+            end = tar.offset  # tarfile also stops where there is no header
+        zeros = _zeros(file, end)
+        if zeros < BLOCK:
+            found = "the file ends" if end + zeros == size else "there is something else"
+            raise DataError(
+                f"{path}: expected a header or the end of the tar file, a block of {BLOCK} zeros, at byte {end}, but "
+                f"{found}: the file is cut or damaged, and samples may be missing. Download it or pack it again"
+            )
+        after = end + zeros // BLOCK * BLOCK if end + zeros < size else size
+        # a record has 20 blocks; in files of larger records their number is a power of two as a rule
+        record = max(RECORD, (after - start) & (start - after))
+        if zeros >= 2 * BLOCK + record:
+            raise DataError(
+                f"{path}: {zeros} zeros follow byte {end}, expected fewer than {2 * BLOCK + record} at the end of a "
+                "tar file: the download was probably not finished, and samples may be missing. Download it or pack it "
+                "again"
+            )
+        start = after
+
+
+def _zeros(file, start):
+    """The number of zeros in a file from byte `start` on, up to the first other byte."""
+    file.seek(start)
+    count = 0
+    while part := file.read(2**20):
+        rest = len(part.lstrip(b"\0"))
+        count += len(part) - rest
+        if rest:
+            break
+    return count
 
 
 def _key(name):

@@ -24,6 +24,7 @@ from gspn.data.images import (
     decode,
     labelled,
     listed,
+    raise_if_of_machine,
 )
 from gspn.digests import Content, Earlier
 from gspn.progress import bars_on_terminals_only
@@ -371,15 +372,17 @@ class Stream(Split):
         yield from waiting
 
     def sample(self, count=32):
-        images = []
+        found = False
         for _, cell in islice(self._rows(), count):
             try:
-                images.append(_decoded(cell))
-            except Exception:
+                image = _decoded(cell)
+            except Exception as error:
+                raise_if_of_machine(error)
                 continue
-        if not images:
+            found = True
+            yield image
+        if not found:
             raise DataError(f"none of the first {count} images can be read; the first: {self.problem(0)}")
-        return images
 
     def subset(self, index):
         raise DataError("nothing can be held out of a stream: expected a validation or test split beside train")
