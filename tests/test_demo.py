@@ -124,6 +124,9 @@ def test_pictures_to_pick(tmp_path):
     assert len(demo.pictures_of("digits", None)) == 12
     for name in ("b.PNG", "a.jpg", "notes.txt"):
         (tmp_path / name).touch()
+    for name in ("._a.png", ".b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
     assert [file.name for file in demo.pictures_of("digits", tmp_path)] == ["a.jpg", "b.PNG"]
     assert demo.pictures_of(tmp_path, None) == []
 

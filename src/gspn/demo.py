@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gspn import plots, plots_masks
+from gspn.data.folders import counts
 from gspn.data.images import upright
 from gspn.places import run_folder
 from gspn.runs import MANY_PIXELS, Classifier, Segmentation, load_run
@@ -149,7 +150,8 @@ def subject(run: str | Path) -> Classifying | Segmenting | Generating:
 def pictures_of(run: str | Path, folder: Path | None) -> list[Path]:
     """The pictures to pick: those in `folder`, or else in the folder "examples" of RUN, if there is one."""
     where = folder or run_folder(run) / "examples"
-    return sorted(file for file in where.glob("*") if file.suffix.lower() in ENDINGS)
+    files = (file for file in where.glob("*") if file.suffix.lower() in ENDINGS)
+    return sorted(file for file in files if counts(file.name) and file.is_file())
 
 
 def page(shown: Classifying | Segmenting | Generating, name: str, pictures: Sequence[Path] = ()) -> Any:

@@ -1,6 +1,8 @@
 """How much memory a module's method needs, before anything is computed, and how much is free."""
 
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux: what limits containers and jobs
+# By version: the files of a group with its limit and its usage, and the line of memory.stat with the part of this that
+# the system takes back when memory is short.
+CGROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 
 class _Peak(TorchDispatchMode):
@@ -80,15 +89,49 @@ def peak_bytes(module: nn.Module, method: str, *args, dtype: torch.dtype | None 
 
 
 def free_bytes(device: torch.device) -> int:
-    """The memory for new tensors on `device`: what is free and what torch holds without using it."""
+    """The memory for new tensors on `device`: what is free and what torch holds without using it. On the CPU a
+    container's limit counts too."""
     if device.type == "cpu":
         import psutil  # comes with accelerate, which the extra installs
 
-        return psutil.virtual_memory().available
+        return min([psutil.virtual_memory().available, *_rooms_in_cgroups()])
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     held = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
     return torch.accelerator.get_memory_info(device)[0] + held
+
+
+def _rooms_in_cgroups() -> Iterator[int]:
+    """What the limits of this process's cgroups, and of those around them, leave free. A group without a limit, or one
+    that cannot be read, gives nothing."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()  # "0::/a/b" of version 2, "4:memory:/a/b" of version 1
+    except (OSError, ValueError):
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            room = _room(group, *CGROUP_FILES[1 if controllers else 2])
+            if room is not None:
+                yield room
+            if group == root:
+                break
+
+
+def _room(group, limit, usage, reclaimable):
+    try:
+        most, used = (int((group / name).read_text()) for name in (limit, usage))
+    except (OSError, ValueError):  # ValueError: "max"
+        return None
+    try:
+        rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(rows[reclaimable])
+    except (OSError, ValueError, KeyError):
+        pass  # then all of it counts
+    return max(most - max(used, 0), 0)
 
 
 def weight_bytes(module: nn.Module | None) -> int:

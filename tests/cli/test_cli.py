@@ -107,6 +107,28 @@ def test_eval_options_that_cannot_be(run):
         assert code == 2 and message in err
 
 
+def test_eval_takes_a_size_once_and_data_that_have_a_name(run, tmp_path):
+    code, out, err = gspn_command("eval", run, "digits", "--sizes", "8,12,8x8", "--out", tmp_path / "out")
+    assert code == 2 and "sizes holds 8x8 more than once" in err and out == "" and not (tmp_path / "out").exists()
+    code, _, err = gspn_command("eval", run, "")  # which as a path is the current folder
+    assert code == 2 and "DATA is empty: expected `digits`" in err
+
+
+def test_probabilities_that_are_not_finite_are_an_error(run, digit_files, monkeypatch):
+    forward, calls = gspn.models.Backbone.forward, []
+
+    def broken(self, images):
+        calls.append(images)
+        return forward(self, images) * (torch.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(gspn.models.Backbone, "forward", broken)
+    files = sorted(digit_files.rglob("*.png"))[:3]
+    for more in (["--json"], []):
+        calls.clear()
+        code, out, err = gspn_command("predict", run, *files, *more)
+        assert code == 2 and out == "" and "not finite for 1 of 3 images: its weights are damaged" in err
+
+
 def test_a_failing_model_is_not_an_unreadable_image(run, digit_files, monkeypatch):
     def fail(*_):
         raise RuntimeError("the kernel")
@@ -175,6 +197,17 @@ def test_predict_names_what_it_cannot_read(run, digit_files, tmp_path):
         assert code == 2 and "bad.png" in err and out == ""
 
 
+def test_an_error_without_a_text_is_told_by_its_kind(run, digit_files, monkeypatch):
+    def fail(path):
+        raise EOFError
+
+    monkeypatch.setattr("gspn.data.images.decode", fail)
+    file = next(digit_files.rglob("*.png"))
+    for command in ("predict", "show"):
+        code, _, err = gspn_command(command, run, file)
+        assert code == 2 and str(file) in err and ": EOFError" in err
+
+
 MISSING = {
     "predict {run} gone.png": "gone.png",
     "predict gone x.png": "gone/config.json",
@@ -235,6 +268,7 @@ def test_show(run, digit_files, tmp_path):
     code, out, _ = gspn_command("show", run, image, "--place", "2,5", "--block", "0", "--out", tmp_path / "c.png")
     assert code == 0 and (tmp_path / "c.png").exists() and "c.png" in out
     assert gspn_command("show", run, image)[0] == 0 and (run / f"context-{image.stem}.png").exists()
+    assert gspn_command("show", run, image, "--out", tmp_path / "new" / "folder" / "c.png")[0] == 0
     for bad, message in {"8,8": "not on the 8x8 image", "middle": "takes ROW,COL"}.items():
         code, _, err = gspn_command("show", run, image, "--place", bad, "--out", tmp_path / "d.png")
         assert code == 2 and message in err

@@ -135,6 +135,23 @@ def test_fid(run, photos, tmp_path):
 # -- what cannot be written, and blocks by name --
 
 
+def test_the_result_of_fid_is_not_lost(run, photos, tmp_path, monkeypatch):
+    arguments = ("fid", photos, "--reference", photos, "--features", f"classifier:{run}", "--workers", 0, "--no-cache")
+    assert command(*arguments, "--out", tmp_path / "new" / "folder" / "result.json").exit_code == 0
+    assert json.loads((tmp_path / "new/folder/result.json").read_text())["frechet_distance"] is not None
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:  # a folder that cannot be made is told before the work
+        patch.setattr("gspn.metrics.fid.evaluate_samples", None)
+        result = command(*arguments, "--out", tmp_path / "file" / "result.json")
+    assert result.exit_code == 1 and "cannot make the folder" in result.stderr
+    for more in (("--json",), ()):
+        with monkeypatch.context() as patch:  # a disk that is full by then
+            patch.setattr(os, "replace", lambda *_: os.stat("/no/such/file"))
+            result = command(*arguments, "--out", tmp_path / "result.json", *more)
+        assert result.exit_code == 1 and "cannot write" in result.stderr
+        assert "Frechet distance" in result.stdout
+
+
 def test_a_read_only_disk_is_one_line(run, picture, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

@@ -136,6 +136,22 @@ def test_segment_names_what_it_cannot_read(run, masked, tmp_path):
     assert code == 2 and "same name" in err
 
 
+def test_strict_stops_at_the_first_image_that_cannot_be_read(run, masked, tmp_path, monkeypatch):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    images = [masked / "images/00.png", bad, masked / "images/01.png"]
+    code, _, err = gspn_command("segment", run, *images, "--out", tmp_path / "out", "--strict")
+    assert code == 2 and "1 of 3 images could not be segmented" in err and str(bad) in err
+    assert [file.name for file in sorted((tmp_path / "out").iterdir())] == ["00-mask.png", "00-overlay.png"]
+
+    def fail(path):
+        raise EOFError
+
+    monkeypatch.setattr("gspn.data.images.decode", fail)
+    code, _, err = gspn_command("segment", run, bad, "--out", tmp_path / "none")
+    assert code == 2 and f"{bad}: EOFError" in err
+
+
 def test_a_classifier_cannot_segment(masked, tmp_path):
     Run.create(tmp_path / "run", {"task": "classification"})
     code, _, err = gspn_command("segment", tmp_path / "run", masked / "images/00.png")

@@ -19,6 +19,7 @@ from gspn.cli import app
 from gspn.data.images import UNREADABLE
 from gspn.data.labelled import Data, DataError
 from gspn.metrics.classification import Outcome, evaluate, mistakes
+from gspn.models import Backbone
 from gspn.options import Options
 from gspn.tasks.classify import train_classifier
 
@@ -133,6 +134,46 @@ def test_data_that_changed_or_moved_since_hold_out_others_than_one_expects(colou
     monkeypatch.setattr(Data, "fingerprint", lambda self, like, console=None: given.append(console))
     changed(console=console)
     assert given == [console]  # reading all data is long work, of which a user is told
+
+
+def test_the_part_that_the_run_held_out_is_that_of_a_copy_of_its_data(colours, tmp_path, monkeypatch):
+    for name in ("curves", "predictions", "context"):
+        monkeypatch.setattr(plots, name, lambda *args: None)
+    run, _, _ = train_classifier(colours, tmp_path / "run", tiny_options(batch_size=16, val_fraction=0.25))
+    copy = shutil.copytree(colours, tmp_path / "copy")
+    metrics, warnings = evaluate(run.path, copy, workers=0)
+    assert metrics["split"] == "all" and sum("most of these images were trained on" in each for each in warnings) == 1
+    own = evaluate(run.path, colours, workers=0)[0]
+    assert own["split"] == "val" and own["images"] < metrics["images"]
+    copied, warnings = evaluate(run.path, copy, split="val", workers=0)
+    assert copied["images"] == own["images"] and copied["loss"] == own["loss"] and "trained on" not in str(warnings)
+    for data in (colours, copy):
+        for fraction, warned in ((0.1, 0), (0.25, 0), (0.5, 1)):  # a smaller part lies in the one that was held out
+            _, warnings = evaluate(run.path, data, split="val", workers=0, val_fraction=fraction)
+            assert sum("val_fraction is 0.5, but was 0.25" in each for each in warnings) == warned, fraction
+            assert "has changed" not in str(warnings)
+    assert "most of these" in str(evaluate(run.path, copy, workers=0, val_fraction=0.5)[1])
+    other_byte(copy / "blue" / "5.png")  # it may be any other data
+    assert "val_fraction" not in str(evaluate(run.path, copy, split="val", workers=0, val_fraction=0.5)[1])
+
+
+def test_the_evaluation_is_not_written_into_the_data(run, colours):
+    result = CliRunner().invoke(app, ["eval", str(run.path), str(colours), "--out", str(colours / "evaluation")])
+    assert result.exit_code == 2 and "lies in the folder of the data" in result.stderr
+    assert not (colours / "evaluation").exists()
+
+
+def test_outputs_that_are_not_finite_are_an_error(run, monkeypatch):
+    forward = Backbone.forward
+
+    def broken(self, images):
+        logits = forward(self, images)
+        logits[:3] = torch.nan
+        return logits
+
+    monkeypatch.setattr(Backbone, "forward", broken)
+    result = CliRunner().invoke(app, ["eval", str(run.path), "digits", "--batch-size", "200", "--json"])
+    assert result.exit_code == 2 and "not finite for 6 of 359 images" in result.stderr and result.stdout == ""
 
 
 def test_faults(run, tmp_path):

@@ -1,6 +1,8 @@
 """`gspn fid`: what is compared, what is kept in files, what an interruption leaves."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -386,6 +388,21 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_note(pictures):
     assert result["frechet_distance"] == compare(pictures.drawn, pictures.real)["frechet_distance"]
     with pytest.raises(SaveError, match="folder"):
         compare(pictures.drawn, pictures.real, save=blocked / "statistics.safetensors")
+
+
+def test_a_cache_without_permission_costs_nothing_but_a_note(pictures, monkeypatch):
+    cache, stat = pictures.at / "cache", os.stat
+
+    def refuse(path, **more):
+        if str(path).startswith(str(cache)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **more)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    result = compare(pictures.drawn, pictures.real, cache=cache)
+    told = [note for note in result["notes"] if "Permission denied" in note]
+    assert told == [f"the cache {cache} cannot be used, nothing is kept there: Permission denied"]
+    assert result["frechet_distance"] == compare(pictures.drawn, pictures.real)["frechet_distance"]
 
 
 def test_saved_statistics_stand_for_the_reference(pictures, monkeypatch):

@@ -1,6 +1,7 @@
-"""IoU, boundary F1: against scikit-learn, and where a class is not there."""
+"""IoU, boundary F1: against scikit-learn, and where a class is not there. What an evaluation warns of and refuses."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 from gspn.data.images import UNREADABLE, DataError
 from gspn.data.mask_classes import IGNORED, Classes
-from gspn.metrics.segmentation import Segmented, boundary_scores, confusion_of, intersection_over_union
+from gspn.metrics.segmentation import Segmented, boundary_scores, confusion_of, evaluate, intersection_over_union
+from gspn.models import Segmenter
+from gspn.options import OptionError
+from gspn.train.run import RunError
 
 CLASSES = Classes(("a", "b", "c", "d"), range(4), ((0, 0, 0),) * 4, (255,))
 
@@ -61,3 +65,30 @@ def test_boundary_f1():
     half = truth.clone()
     half[50:] = IGNORED
     assert boundary_scores(moved, torch.where(half == IGNORED, half, moved))[0] == 2.0  # whatever is below
+
+
+# -- a run --
+
+
+def test_the_data_of_the_training_in_another_place(masked_run, masked, tmp_path):
+    copy = shutil.copytree(masked, tmp_path / "copy")
+    metrics, warnings = evaluate(masked_run.path, copy, workers=0)
+    assert metrics["split"] == "all" and metrics["images"] == 20
+    assert sum("most of these images were trained on" in each for each in warnings) == 1
+    own = evaluate(masked_run.path, masked, workers=0)[0]
+    copied, warnings = evaluate(masked_run.path, copy, split="val", workers=0)
+    assert copied["images"] == own["images"] == 4 and copied["loss"] == own["loss"] and warnings == []
+    shutil.copy(copy / "images/00.png", copy / "images/01.png")
+    assert evaluate(masked_run.path, copy, workers=0)[1] == []
+
+
+def test_the_evaluation_is_not_written_into_the_data(masked_run, masked):
+    with pytest.raises(OptionError, match="lies in the folder of the data"):
+        evaluate(masked_run.path, masked, workers=0, out=masked / "evaluation")
+
+
+def test_outputs_that_are_not_finite_are_an_error(masked_run, masked, monkeypatch):
+    forward = Segmenter.forward
+    monkeypatch.setattr(Segmenter, "forward", lambda *args, **more: forward(*args, **more) * math.nan)
+    with pytest.raises(RunError, match="not finite for 4 of 4 images"):
+        evaluate(masked_run.path, masked, workers=0)

@@ -1,6 +1,7 @@
 """The commands around classifiers: eval, predict, show, export (of any run); what `gspn train` prints at its end."""
 
 import json
+import math
 
 from rich.markup import escape
 from rich.table import Table
@@ -63,7 +64,7 @@ def evaluate(options):
         if options.out:
             written += [file.name for file in evaluation_files(options.out, metrics["size"])]
         if options.as_json:
-            print(json.dumps(metrics), flush=True)
+            print(json.dumps(metrics, allow_nan=False), flush=True)
         else:
             _print_metrics(metrics, f"{options.run} on {options.data}")
         warn(warnings)
@@ -94,15 +95,16 @@ def predict(options):
                 try:
                     pixels = classifier.preprocessing(decode(path))
                 except Exception as error:  # Pillow raises anything on damaged files
-                    problems[path] = getattr(error, "strerror", None) or str(error)
+                    problems[path] = segment.why(error)
             if path in problems:
                 answers.append({"image": str(path), "error": problems[path]})
                 continue
             (classes,) = classifier.rank(pixels[None], options.top)
             answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
     _refuse(problems, options)
+    _check_finite([answer["classes"][0]["probability"] for answer in answers if "classes" in answer], options.run)
     if options.as_json:
-        print(json.dumps(answers))
+        print(json.dumps(answers, allow_nan=False))
     else:
         for answer in answers:
             classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in answer.get("classes", []))
@@ -123,13 +125,23 @@ def _refuse(problems, options):
         raise OptionError(_told(problems, options.images))
 
 
+def _check_finite(probabilities, run):
+    """Errors: RunError where the model gives an image no finite probability."""
+    if not all(map(math.isfinite, probabilities)):
+        import torch
+
+        from gspn.metrics.classification import check_finite
+
+        check_finite(torch.tensor(probabilities), run)
+
+
 @command("show", ShowOptions)
 def show(options):
     """Draw where the context of one pixel of IMAGE comes from, in each direction and merged.
 
     RUN is a run of gspn train or gspn train-segmentation."""
     image, picture = options.image, options.out or options.beside(f"context-{options.image.stem}.png")
-    from gspn.files import check_absent
+    from gspn.files import check_absent, make_folder
 
     check_absent(picture, overwrite=options.overwrite)
     from gspn import plots
@@ -139,7 +151,8 @@ def show(options):
     try:
         opened = decode(image)
     except Exception as error:  # Pillow raises anything on damaged files
-        raise DataError(f"{image} cannot be read as an image: {error}") from error
+        raise DataError(f"{image} cannot be read as an image: {segment.why(error)}") from error
+    make_folder(picture.parent)
     try:
         plots.context(picture, loaded, opened, options.place, options.block, options.narrowest)
     except ValueError as error:  # no such pixel or block

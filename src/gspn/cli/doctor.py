@@ -68,6 +68,8 @@ def doctor():
     """
     import torch
 
+    from gspn.kernels.cpu import COMPILERS
+
     def line(text):
         out.print(text, markup=False, highlight=False)
 
@@ -79,9 +81,7 @@ def doctor():
     for name, (available, reason) in gspn.available_backends().items():
         line(f"kernels, {name}: {'available' if available else 'not available'}, {reason}")
         if name == "cpu" and not available:
-            advice.append(
-                "Install a C++ compiler (GCC 11, Clang 14 or newer) and install gspn again, for the CPU kernels."
-            )
+            advice.append(f"Install a C++ compiler ({COMPILERS}) and install gspn again, for the CPU kernels.")
     try:
         for extra in ("train", "diffusion", "onnx", "timm", "metrics", "hub", "demo"):
             missing = missing_packages(extra)

@@ -63,7 +63,7 @@ def fid(options):
     The same call continues after a stop; torchrun runs it over several processes.
     Example: gspn fid samples --reference digits --features classifier:runs/digits
     """
-    from gspn.files import check_absent, write_json
+    from gspn.files import check_absent, check_writable, make_folder, write_json
 
     if options.out is not None:
         check_absent(options.out, overwrite=options.overwrite)
@@ -71,18 +71,21 @@ def fid(options):
     from gspn.train.loop import make_accelerator
 
     main_process = make_accelerator().is_main_process
+    if options.out is not None and main_process:  # before the work, which takes long
+        make_folder(options.out.parent)
+        check_writable(options.out)
     values = options.values("cache", "no_cache", "out", "as_json")
     values["cache"] = None if options.no_cache else options.cache or default_cache()
     result = evaluate_samples(**values, console=progress_on(err if options.as_json else out))
     if not main_process:
         return
-    if options.out is not None:
-        write_json(options.out, result)
     if options.as_json:
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
     else:
         _print_comparison(result)
     warn(result["notes"])
+    if options.out is not None:  # last, as the disk may be full by now
+        write_json(options.out, result)
 
 
 def _print_comparison(result):

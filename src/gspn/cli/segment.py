@@ -24,7 +24,7 @@ def evaluate(options, values):
     if not main_process:
         return
     if options.as_json:
-        print(json.dumps(metrics), flush=True)
+        print(json.dumps(metrics, allow_nan=False), flush=True)
     else:
         _print_metrics(metrics, f"{options.run} on {options.data}")
         if options.out:
@@ -81,7 +81,8 @@ def segment(options):
             try:
                 image = decode(path)
             except Exception as error:  # Pillow raises anything on damaged files
-                problems[path] = getattr(error, "strerror", None) or str(error)
+                problems[path] = why(error)
+                _refuse(problems, options)
         if image is None:
             answers.append({"image": str(path), "error": problems[path]})
             continue
@@ -94,6 +95,7 @@ def segment(options):
                 raise
             lines = str(error).splitlines() or ["memory does not suffice"]
             problems[path] = f"{lines[0]} (--max-memory)"
+            _refuse(problems, options)
             answers.append({"image": str(path), "error": problems[path]})
             continue
         plots.save_picture(mask_file, segmenter.classes.picture(numbers))
@@ -107,13 +109,17 @@ def segment(options):
             shown = "  ".join(f"{name} {share:.1%}" for name, share in most if share)
             size = f"{image.height}x{image.width}"
             out.print(f"{path} ({size}, {told[0]}): {shown}", markup=False, highlight=False)
-    _refuse(problems, options)
     if options.as_json:
-        print(json.dumps(answers))
+        print(json.dumps(answers, allow_nan=False))
     else:
         out.print(f"in {folder}: *-mask.png, *-overlay.png", markup=False, highlight=False)
     if problems:
         fail(_told(problems, options.images, known=absent), 1)
+
+
+def why(error):
+    """The reason why a file cannot be read, from what its reading raised."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _told(problems, images, known=()):

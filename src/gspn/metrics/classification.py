@@ -1,6 +1,7 @@
 """Evaluation of a trained classifier (`gspn eval`)."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from rich.console import Console
 
 from gspn import plots
 from gspn.data.images import UNREADABLE, DataError
-from gspn.data.labelled import open_data
+from gspn.data.labelled import Data, open_data
 from gspn.data.loader import batches, make_loader, workers_note
+from gspn.data.sources import with_held_out
 from gspn.data.unreadable import warning_of
 from gspn.files import check_absent, make_folder, write_json
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions
-from gspn.places import location
+from gspn.places import RunError, check_outside, location
 from gspn.progress import Progress
 from gspn.runs import load_classifier
 from gspn.train.loop import autocast, make_accelerator
@@ -127,6 +129,73 @@ def warnings_of(metrics: dict, problems: list[str], unit: str = "image", figure:
     return warnings
 
 
+def opening(data: str | Path, trained_on: dict, names: Sequence[str], given: dict) -> dict:
+    """The options with which a run's evaluation opens `data`.
+
+    Args:
+        trained_on: "data" of the run's config. names: the options that it keeps. given: those that the caller gave.
+    Returns: what is given; else the run's own, of which only val_fraction is for other data than those of the run.
+    """
+    kept = names if location(data) == trained_on["where"] else ("val_fraction",)
+    given = {name: value for name, value in given.items() if value is not None}
+    return {name: trained_on[name] for name in kept if name in trained_on} | given
+
+
+def seen_in_training(
+    data: str | Path,
+    opened: Data,
+    name: str,
+    split: str | None,
+    fraction: float | None,
+    trained_on: dict,
+    console: Console | None,
+) -> list[str]:
+    """The warnings that a run may have been trained on the images of its evaluation. Which images are held out of data
+    without an evaluation split follows from the whole of the data: where that matters, all of them are read.
+
+    Args:
+        data: as the user gave it. opened: its Data. name: of the evaluated split. split: the one asked for, or None.
+        fraction: the val_fraction of `opened`. trained_on: "data" of the run's config.
+        console: rich's, for the progress; None is silent.
+    """
+    recorded, kept = trained_on.get("fingerprint"), trained_on.get("val_fraction")
+    own = opened.where == trained_on["where"]
+    more = name == "val" and kept is not None and fraction > kept  # a smaller part lies in the one of the training
+    doubtful = more or (name == "val" if own else name == "all" and split is None)
+    if not doubtful or "all" not in opened.splits or recorded is None:
+        return []
+    if kept not in (None, fraction):  # the fingerprint holds the sizes of the splits
+        opened = replace(opened, splits=with_held_out({"train": opened.splits["all"]}, kept)[0])
+    same_kind = opened.kind == trained_on.get("kind", opened.kind)
+    if not same_kind or opened.fingerprint(recorded, console) != recorded:
+        if not own:
+            return []
+        return [
+            f"{data} has changed since the run was trained: other images may be held out of it now, so that some of "
+            "these may have been trained on"
+        ]
+    if more:
+        return [
+            f"val_fraction is {fraction:g}, but was {kept:g} in the training on the same data: some of these images "
+            "were trained on"
+        ]
+    if own:
+        return []
+    return [
+        f"{data} holds what the run was trained on, in another place: most of these images were trained on; "
+        "--split val evaluates those that were held out"
+    ]
+
+
+def check_finite(values: torch.Tensor, path: str | Path) -> None:
+    """Raises RunError, with their number, where the `values` (N,) that the model of a run gave are not finite."""
+    if wrong := int((~values.isfinite()).sum()):
+        raise RunError(
+            f"the outputs of the model of {path} are not finite for {wrong} of {len(values)} images: its weights are "
+            "damaged; choose another checkpoint or run"
+        )
+
+
 def evaluate(
     path: str | Path,
     data: str | Path,
@@ -153,7 +222,7 @@ def evaluate(
         size: (H, W) of the input; None: as in training.
         out: a folder for evaluation-HxW.json and confusion-HxW.png. overwrite: these may be replaced.
         console: rich's, for the progress; None is silent.
-    If the run was trained on `data`, missing `open_options` are as in training.
+    Missing `open_options` are as in training; for other data than those of the run only val_fraction.
     Returns: (metrics, list of warnings); metrics, the same in every process, are those of Outcome and
         "split", "size", "trained_size";
         "reliability": see Outcome.calibration;
@@ -168,28 +237,19 @@ def evaluate(
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
     if out is not None:
+        check_outside(out, data)
         check_absent(*evaluation_files(out, preprocessing.size), overwrite=overwrite)
     if channels not in (None, preprocessing.channels):
         raise OptionError(f"channels is {channels}, but the model of {path} takes {preprocessing.channels}")
     trained_on, accelerator = config["data"], make_accelerator()
     console = console if accelerator.is_main_process else None
-    own = location(data) == trained_on["where"]
-    if own:
-        given = {name: value for name, value in open_options.items() if value is not None}
-        open_options = {name: trained_on[name] for name in OPEN_OPTIONS if name in trained_on} | given
+    open_options = opening(data, trained_on, OPEN_OPTIONS, open_options)
     with Progress(f"opening {data}", console=console):
         data_set = open_data(data, **open_options)
     chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
     chosen = chosen.relabelled(class_names)
-    # Which images were held out of data without an evaluation split follows from the whole of the data. To compare
-    # these all of them are read.
-    recorded = trained_on.get("fingerprint")
-    compared = "all" in data_set.splits and recorded is not None
-    if own:
-        compared = compared and name == "val"
-    else:
-        compared = compared and name == "all" and split is None and data_set.kind == trained_on.get("kind")
-    same = data_set.fingerprint(recorded, console) == recorded if compared else None
+    seen = seen_in_training(data, data_set, name, split, open_options.get("val_fraction"), trained_on, console)
+    own = data_set.where == trained_on["where"]
     converts = channels is not None or own or trained_on.get("converts", False)
     if not converts and chosen.channels() != preprocessing.channels:
         raise DataError(
@@ -205,6 +265,7 @@ def evaluate(
     problems = [chosen.problem(i) for i in outcome.index[outcome.label == UNREADABLE].tolist()]
     if problems and strict:
         raise DataError(f"unreadable image (--strict): {problems[0]}")
+    check_finite(outcome.loss[outcome.seen], path)
     seconds = {"images_per_second": outcome.waiting + outcome.working, "model_images_per_second": outcome.working}
     sizes = {"size": list(preprocessing.size), "trained_size": list(trained_size)}
     metrics = {"split": name, **sizes, **outcome.metrics(class_names)}
@@ -217,17 +278,7 @@ def evaluate(
         write_json(table, metrics)
         plots.confusion(picture, confusion, class_names, metrics)
     far = far_from(preprocessing.size, trained_size, f"the model of {path} was trained at")
-    told = [*data_set.left_out, *filter(None, [far, workers_note(workers, chosen)])]
-    if own and same is False:
-        told.append(
-            f"{data} has changed since the run was trained: other images may be held out of it now, so that some of "
-            "these may have been trained on"
-        )
-    if not own and same:
-        told.append(
-            f"{data} holds what the run was trained on, in another place: most of these images were trained on; "
-            "--split val evaluates those that were held out"
-        )
+    told = [*data_set.left_out, *filter(None, [far, workers_note(workers, chosen)]), *seen]
     return metrics, [*told, *warnings_of(metrics, problems)]
 
 

@@ -21,6 +21,7 @@ from gspn.files import LOCK, SaveError, atomic, check_format, make_folder, save_
 from gspn.metrics.distances import Moments, Score
 from gspn.metrics.features import Extractor
 from gspn.metrics.image_sets import NO_CLASS, ImageSet, lazily
+from gspn.places import NOTHING, missing
 from gspn.progress import Progress
 
 FORMAT = 1  # of a file of statistics
@@ -191,6 +192,9 @@ class Work:
         main = self.accelerator.is_main_process
         key = self.key(images) if self.cache is not None else None  # this reads all images
         file = self.file(key) if key else None
+        if main and file and (reason := missing(file)) not in (None, NOTHING):
+            file, note = None, f"the cache {self.cache} cannot be used, nothing is kept there: {reason}"
+            self.notes += [note] if note not in self.notes else []
         statistics = self.found(file, len(images.split)) if main and file else None
         known = statistics.left_out.tolist() if statistics else []
         refused = self.strict and statistics and refusal(statistics, images.where, images.split, file)

@@ -17,9 +17,9 @@ from gspn.data.mask_classes import IGNORED, Classes
 from gspn.data.mask_loader import make_masked_loader
 from gspn.data.masks import open_masked
 from gspn.files import check_absent, make_folder, write_json
-from gspn.metrics.classification import warnings_of
+from gspn.metrics.classification import check_finite, opening, seen_in_training, warnings_of
 from gspn.options import OptionError
-from gspn.places import location
+from gspn.places import check_outside
 from gspn.progress import Progress
 from gspn.runs import load_segmenter
 from gspn.train.loop import autocast, make_accelerator
@@ -178,7 +178,7 @@ def evaluate(
         scale: the factor on the images' size; None: as in training. Masks are never resized.
         out: a folder for evaluation.json, confusion.png and predictions.png. overwrite: these may be replaced.
         console: rich's, for the progress; None is silent.
-    If the run was trained on `data`, missing `open_options` are as in training.
+    Missing `open_options` are as in training; for other data than those of the run only val_fraction.
     Returns: (metrics, list of warnings); metrics are those of Segmented, and "split", "scale", "images_per_second",
         "model_images_per_second".
     Errors: DataError, ExistsError, OptionError, RunError, SaveError.
@@ -189,16 +189,16 @@ def evaluate(
     config, classes = segmenter.run.config, segmenter.classes
     scale = segmenter.scale if scale is None else scale
     files = evaluation_files(out) if out is not None else ()
-    check_absent(*files, overwrite=overwrite)
+    if files:
+        check_outside(out, data)
+        check_absent(*files, overwrite=overwrite)
     trained_on, accelerator = config["data"], make_accelerator()
     console = console if accelerator.is_main_process else None
-    own = location(data) == trained_on["where"]
-    if own:
-        given = {name: value for name, value in open_options.items() if value is not None}
-        open_options = {name: trained_on[name] for name in OPEN_OPTIONS if name in trained_on} | given
+    open_options = opening(data, trained_on, OPEN_OPTIONS, open_options)
     with Progress(f"opening {data}", console=console):
         data_set = open_masked(data, **open_options)
     chosen, name = data_set.for_evaluation(split, trained_on=trained_on["where"])
+    seen = seen_in_training(data, data_set, name, split, open_options.get("val_fraction"), trained_on, console)
     batch_size += -batch_size % accelerator.num_processes  # they share a batch
     model, preprocessing = segmenter.model.to(accelerator.device), segmenter.preprocessing
     loader = make_masked_loader(chosen, classes, preprocessing, batch_size, scale=scale, workers=workers)
@@ -209,6 +209,7 @@ def evaluate(
     problems = [chosen.problem(i) for i in outcome.index[outcome.label == UNREADABLE].tolist()]
     if problems and strict:
         raise DataError(f"unreadable image (--strict): {problems[0]}")
+    check_finite(outcome.loss[outcome.label != UNREADABLE], path)
     metrics = {"split": name, "scale": scale, **outcome.metrics(classes)}
     seconds = {"images_per_second": outcome.waiting + outcome.working, "model_images_per_second": outcome.working}
     metrics |= {rate: round(len(chosen) / duration, 2) for rate, duration in seconds.items()}
@@ -218,12 +219,8 @@ def evaluate(
         write_json(table, metrics)
         plots_masks.pixel_confusion(confusion, outcome.confusion, classes.names, metrics)
         plots_masks.pairs(predictions, chosen, outcome.shown, classes, metrics)
-    notes = [workers_note(workers, chosen)]
-    if own and name == "val" and "all" in data_set.splits:
-        recorded = trained_on.get("fingerprint")
-        if data_set.fingerprint(recorded, console) != recorded:
-            notes.append(f"{data} has changed since the run was trained: other images may be held out of it now")
-    return metrics, [*data_set.left_out, *filter(None, notes), *warnings_of(metrics, problems, "pixel", "the mean IoU")]
+    told = [*data_set.left_out, *filter(None, [workers_note(workers, chosen)]), *seen]
+    return metrics, [*told, *warnings_of(metrics, problems, "pixel", "the mean IoU")]
 
 
 def evaluation_files(folder: str | Path) -> tuple[Path, Path, Path]:

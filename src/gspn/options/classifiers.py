@@ -1,5 +1,6 @@
 """The options of the commands around classifiers: eval, predict, show, export."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -79,8 +80,16 @@ class EvalOptions(ReadOptions, WriteOptions, RunOptions):
     )
     as_json: bool = option(False, "Print JSON, one line per size.", flag="--json")
 
+    def __post_init__(self):
+        super().__post_init__()
+        twice = [size for size, count in Counter(self.sizes or ()).items() if count > 1]
+        if twice:
+            raise OptionError(f"sizes holds {'{}x{}'.format(*twice[0])} more than once: expected distinct sizes")
+
     def check_paths(self):
         super().check_paths()
+        if not self.data:  # as of a shell's variable that is not set; a path would be the current folder
+            raise OptionError(f"DATA is empty: expected {DATA_HELP}")
         check_named(self.data, "DATA", DATA_HELP)
 
     def of_task(self, task: str) -> dict:

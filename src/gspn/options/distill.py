@@ -85,7 +85,7 @@ class DistillWatchOptions(OptionSet):
         8, "How many captions of the evaluation split to draw.", low=1, high=60, resumable=True
     )
     sample_steps: int = option(25, "Sampling steps.", low=2, resumable=True)
-    guidance: float = option(7.0, "Guidance scale of these samples; 1 for none.", low=0, resumable=True)
+    guidance: float = option(7.0, "Guidance scale of these samples; 1 for none.", low=1, resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
