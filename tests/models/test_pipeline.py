@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from helpers.diffusion import ddpm, lively, tiny_generator, tiny_vae
 
+from gspn.models.generator import create_generator
 from gspn.models.pipeline import GSPNPipeline
 
 SCHEDULERS = (
@@ -320,6 +321,15 @@ def test_bad_arguments(pixels, arguments, message, monkeypatch):
         pixels([0], **arguments)
 
 
+def test_numbers_of_numpy_and_no_booleans(pixels):
+    call = dict(num_inference_steps=np.int64(2), height=np.int32(8), width=np.int64(12), output_type="np")
+    call |= dict(guidance_scale=np.float32(2), dilation=np.int64(1), dilate_from=np.float32(0.5))
+    assert pixels([np.int64(0)], **call).images.shape == (1, 8, 12, 3)
+    for change in (dict(guidance_scale=True), dict(height=True), dict(num_inference_steps=True)):
+        with pytest.raises(ValueError, match="True"):
+            pixels.check_inputs([0], **dict(height=8, width=8) | change)
+
+
 def test_a_scheduler_that_has_to_start_at_noise(pixels):
     pipeline = GSPNPipeline(pixels.transformer, diffusers.PNDMScheduler())
     with pytest.raises(ValueError, match="PNDMScheduler cannot start from an image: expected DDPM"):
@@ -336,7 +346,7 @@ def test_a_size_counts_in_pixels_of_the_image(latents):
     [
         (DDIMScheduler(prediction_type="v_prediction"), "'epsilon'.*DDIMScheduler.*'v_prediction'"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler.*timesteps"),
-        (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "'flow_prediction'"),
+        (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "use_flow_sigmas"),
         (diffusers.EDMEulerScheduler(), "EDMEulerScheduler.*timesteps"),
     ],
 )
@@ -413,6 +423,15 @@ def test_dit(dit):
         pipeline([0], height=8, width=12)
     with pytest.raises(ValueError, match=r"0 to 4.*5"):
         pipeline([5])
+
+
+def test_a_compiled_model_is_known_as_what_it_is(dit):
+    with pytest.raises(ValueError, match=r"square.*8x12"):
+        GSPNPipeline(torch.compile(dit), ddpm()).check_inputs([0], height=8, width=12)
+    with pytest.raises(ValueError, match=r"dilation=2.*got a DiTTransformer2DModel"):
+        GSPNPipeline(torch.compile(dit), ddpm()).check_inputs([0], dilation=2)
+    ours = create_generator("GSPN-DiT-micro/2", num_classes=5, sample_size=8, in_channels=3)
+    GSPNPipeline(torch.compile(ours), ddpm()).check_inputs([0], dilation=2)
 
 
 def test_a_saved_pipeline_makes_the_same_images(tmp_path, latents):

@@ -1,6 +1,7 @@
 """Generators from runs and saved pipelines: loading, the VAE, schedulers by name, export."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -149,6 +150,41 @@ def test_solvers_clip_where_ddpm_does(name):
     clipped, free = predicted
     assert free.abs().max() > 100
     torch.testing.assert_close(clipped, free.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("name", ["dpm-solver++", "unipc"])
+def test_solvers_clip_no_further_and_threshold_as_their_own_scheduler_does(name):
+    """They would divide an image by the range that it is clipped to."""
+    with pytest.raises(OptionError, match=f"{re.escape(name)} cannot clip images to 2, .*ddim or heun"):
+        named_scheduler(name, ddpm(clip_sample=True, clip_sample_range=2.0))
+    assert named_scheduler("heun", ddpm(clip_sample=True, clip_sample_range=2.0)).config.clip_sample_range == 2
+    own = ddpm(clip_sample=True, thresholding=True, sample_max_value=1.5, clip_sample_range=2.0)
+    made = named_scheduler(name, own).config
+    assert made.thresholding and made.sample_max_value == 1.5
+
+
+@pytest.mark.parametrize("name", ["dpm-solver++", "unipc", "euler", "heun"])
+def test_as_many_steps_as_timesteps(name):
+    """A model that knows that pixels have mean 0.4 and deviation 0.3 leads to such pixels."""
+    own = ddpm(num_train_timesteps=25, beta_schedule="squaredcos_cap_v2")
+    scheduler, signals = named_scheduler(name, own, 25), own.alphas_cumprod.double().sqrt()
+    scheduler.set_timesteps(25)
+    x = torch.randn(1, 1, 64, 64) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        signal, noisy = signals[int(t)], scheduler.scale_model_input(x, t)
+        noise = (1 - signal**2).sqrt()
+        start = 0.4 + signal * 0.09 / (signal**2 * 0.09 + noise**2) * (noisy - signal * 0.4)
+        x = scheduler.step(((noisy - signal * start) / noise).float(), t, x).prev_sample
+    assert abs(x.mean() - 0.4) < 0.02 and abs(x.std() - 0.3) < 0.06
+
+
+def test_a_schedule_that_a_scheduler_does_not_know_is_refused():
+    own = ddpm(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    for name in SCHEDULERS:
+        if name != "heun":
+            named_scheduler(name, own)
+    with pytest.raises(OptionError, match=r"heun .*DDPMScheduler.*rescale_betas_zero_snr"):
+        named_scheduler("heun", own)
 
 
 def test_a_scheduler_for_another_prediction(tmp_path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from helpers.training import tree
 from PIL import Image
 
 from gspn.digests import is_earlier
-from gspn.files import SaveError
+from gspn.files import SaveError, writing
 from gspn.sampling import sample as module
 from gspn.sampling.generators import load_pipeline
 from gspn.sampling.sample import sample
@@ -34,6 +35,21 @@ def test_batches_are_the_same_when_a_part_is_there(tmp_path):
     for i in (0, 1, 2, 3, 5):
         samples.path(i).touch()
     assert module._batches(samples, 3) == [([3, 4, 5], [4]), ([6, 7], [6, 7])]
+
+
+def test_a_folder_that_another_process_began_in_the_meantime_is_refused(run, done, tmp_path, monkeypatch):
+    """Between the first look and the lock."""
+
+    @contextmanager
+    def late(folder):
+        with writing(folder):
+            shutil.copy(done[0] / "samples.json", folder)
+            yield
+
+    monkeypatch.setattr(module, "writing", late)
+    with pytest.raises(RunError, match="made with seed 0, not 1"):
+        sample(run, tmp_path / "a", options(seed=1))
+    assert Samples.open(tmp_path / "a").settings["seed"] == 0 and not (tmp_path / "a/images").exists()
 
 
 @pytest.mark.parametrize("after", [0, 1, 4, 6])

@@ -320,6 +320,8 @@ def test_a_callers_generator_decides_and_moves_on(sd):
         (dict(native_steps=2.5), "native_steps"),
         (dict(strengths=[0.4, 1.5]), r"strengths.* 1\.5"),
         (dict(guidance_scale=-1), "guidance_scale"),
+        (dict(guidance_scale=0.5), "guidance_scale.*at least 1.* 0.5"),
+        (dict(guidance_scale=True), "guidance_scale.* True"),
         (dict(blend=-1), "blend.*-1"),
         (dict(seed=-1), "seed.*-1"),
         (dict(seed=1, generator=torch.Generator()), "pass one of them"),
@@ -336,6 +338,29 @@ def test_a_callers_generator_decides_and_moves_on(sd):
 def test_bad_values(sd, change, message):
     with pytest.raises(ValueError, match=message):
         HighResPipeline(sd)(**dict(prompt="fox", height=64, width=32, native_steps=1, steps=1) | change)
+
+
+@pytest.mark.parametrize(
+    "name, config, steps, message",
+    [
+        ("DPMSolverMultistepScheduler", dict(num_train_timesteps=20), 20, "NaN in 20 steps"),
+        ("DEISMultistepScheduler", dict(num_train_timesteps=20), 20, "NaN in 20 steps"),
+        ("LCMScheduler", {}, 60, "LCMScheduler cannot make 60 steps"),
+    ],
+)
+def test_steps_of_a_later_stage_that_cannot_be_made(sd, monkeypatch, name, config, steps, message):
+    scheduler = getattr(diffusers, name).from_config(sd.scheduler.config, **config)
+    pipe = type(sd)(**sd.components | {"scheduler": scheduler}, requires_safety_checker=False)
+    monkeypatch.setattr(pipe.unet, "forward", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=message):
+        HighResPipeline(pipe)("fox", 24, 24, native_steps=2, steps=steps)
+
+
+def test_numbers_of_numpy(sd, tmp_path):
+    call = dict(native_steps=np.int64(2), steps=np.int32(4), strengths=np.float32(0.5), seed=np.int64(3))
+    call |= dict(guidance_scale=np.float32(2), blend=np.float64(3), dilation=np.float32(1), memory_mib=np.int64(4096))
+    result = HighResPipeline(sd)("fox", np.int64(24), np.int32(24), **call, workdir=tmp_path, output_type="np")
+    assert result.images.shape == (1, 24, 24, 3) and result.seed == 3
 
 
 def test_bad_kinds(sd):
@@ -367,6 +392,14 @@ def test_schedulers_that_cannot_run_stages(sd, name):
     scheduler = kind() if name.startswith("Flow") else kind.from_config(sd.scheduler.config)
     pipe = diffusers.StableDiffusionPipeline(**sd.components | {"scheduler": scheduler}, requires_safety_checker=False)
     with pytest.raises(ValueError, match=f"{name} cannot run"):
+        HighResPipeline(pipe)
+
+
+def test_a_scheduler_for_flow_matching_by_its_settings(sd):
+    kind = diffusers.DPMSolverMultistepScheduler
+    scheduler = kind.from_config(sd.scheduler.config, use_flow_sigmas=True)
+    pipe = type(sd)(**sd.components | {"scheduler": scheduler}, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="use_flow_sigmas"):
         HighResPipeline(pipe)
 
 

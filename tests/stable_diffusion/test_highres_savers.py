@@ -15,7 +15,7 @@ from torch import nn
 
 import gspn
 from gspn import files
-from gspn.stable_diffusion.highres import HighResPipeline, Savers, memory, pipeline, savers
+from gspn.stable_diffusion.highres import HighResPipeline, Savers, memory, pipeline, savers, state
 from gspn.stable_diffusion.highres.images import decode
 from gspn.stable_diffusion.highres.passes import Guidance
 
@@ -253,6 +253,25 @@ def test_settings_of_the_models_that_are_no_weights_count(tmp_path):
     with pytest.raises(ValueError, match=r"another image: pipeline\.vae "):
         high(**call)
     pipe.vae.register_to_config(scaling_factor=0.5)
+    high(**call)
+
+
+def test_layers_that_are_adapted_and_tiles_count(tmp_path):
+    pipe = tiny_sd()
+    gspn.swap(pipe, segment=2, init="random")
+    high, call = HighResPipeline(pipe), dict(prompt="owl", height=16, width=16, **FEW, workdir=tmp_path)
+    for module in (*pipe.unet.modules(), *pipe.vae.modules()):
+        assert set(state._settings_of(module)) <= {*state.SETTINGS}  # as in older folders
+    high(**call)
+    with gspn.adapt(pipe, (32, 32)), pytest.raises(ValueError, match=r"another image: pipeline\.unet "):
+        high(**call)
+    pipe.vae.enable_tiling()
+    with pytest.raises(ValueError, match=r"another image: pipeline\.vae "):
+        high(**call)
+    tiled = state.fingerprint(pipe)
+    pipe.vae.tile_latent_min_size += 1
+    assert state.fingerprint(pipe) != tiled
+    pipe.vae.disable_tiling()
     high(**call)
 
 

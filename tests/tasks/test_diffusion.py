@@ -212,6 +212,7 @@ def test_a_stopped_run_goes_on_exactly(whole, tmp_path, monkeypatch, stopped_at)
         {"prediction": "sample", "precision": "bf16", "gradient_checkpointing": True, "accumulate": 2},
         {"model": "DiT-micro/2", "model_args": {"num_layers": 1}, "schedule": "squaredcos_cap_v2"},
         {"size": (8, 12), "channels": 3, "ema": 0.0, "sample_every": 0},
+        {"timesteps": 25, "sample_steps": 25},
         {"model": "GSPN-DiT-micro/2", "sizes": (0.5, 1.5), "accumulate": 2, "sample_every": 0},
         {"model": "DiT-micro/2", "model_args": {"num_layers": 1}, "sizes": (0.5, 1.5), "sample_every": 0},
     ],

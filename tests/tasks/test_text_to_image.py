@@ -12,6 +12,7 @@ from helpers.stable_diffusion import ddim, tiny_sd, tiny_sdxl
 
 from gspn.digests import is_earlier
 from gspn.options.distill import DistillOptions
+from gspn.stable_diffusion.highres.images import encode
 from gspn.tasks.side_by_side import SideBySide
 from gspn.tasks.text_to_image import WARN_OF_LENGTHS, TextToImage, open_text_to_image
 
@@ -60,6 +61,16 @@ def test_a_cache_depends_on_no_batch():
         posterior = teacher.vae.encode(images[:1]).latent_dist
     torch.testing.assert_close(drawn.mean(0), posterior.mean[0] * 0.5, atol=0.1, rtol=0)
     torch.testing.assert_close(drawn.std(0), posterior.std[0] * 0.5, atol=0.02, rtol=0.1)
+
+
+def test_latents_are_scaled_as_the_pipeline_does_it():
+    """It does not apply a VAE's shift_factor."""
+    teacher = TextToImage(tiny_sd(vae=dict(shift_factor=0.35)), "here")
+    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        mean = teacher.vae.encode(image).latent_dist.mean
+    torch.testing.assert_close(teacher.latents(image, draw=False), mean * 0.5)
+    torch.testing.assert_close(encode(teacher.pipe, image), mean * 0.5)
 
 
 def test_long_captions_are_told():

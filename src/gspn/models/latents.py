@@ -1,5 +1,5 @@
-"""Shared by all pipelines: the check of noise schedules, the scaling of a VAE's latents, and the check that values are
-finite before they become images."""
+"""Shared by all pipelines: the scaling of a VAE's latents, and the check that values are finite before they become
+images."""
 
 import math
 from collections.abc import Mapping
@@ -28,19 +28,6 @@ def check_finite(values: Tensor | np.ndarray, hint: str = "") -> None:
         raise NotFiniteError(
             f"{sum(wrong)} of {total} values, in {len(images)} of {len(wrong)} images, are not finite{hint}", images
         )
-
-
-def check_schedule(scheduler) -> None:
-    """Raises ValueError for a scheduler of diffusers that ends in pure noise while the model predicts the noise. There
-    x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) divides by 0: it is infinite or NaN, or only a sign if clipped."""
-    product = getattr(scheduler, "alphas_cumprod", None)
-    if product is None or scheduler.config.get("prediction_type") != "epsilon" or bool((product > 0).all()):
-        return
-    raise ValueError(
-        f"the scheduler ({type(scheduler).__name__}) cannot be used with prediction_type 'epsilon': its last timestep "
-        "is pure noise (alphas_cumprod is 0), so predicted noise gives infinity or NaN. "
-        "Make the scheduler with rescale_betas_zero_snr=False, or use a model that predicts 'v_prediction' or 'sample'"
-    )
 
 
 # -- latents --

@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
-from gspn.models.latents import check_finite, check_scale, check_schedule, scale_latents, unscale_latents
+from gspn.models.latents import check_finite, check_scale, scale_latents, unscale_latents
+from gspn.models.schedulers import check_sampler, check_schedule, check_steps
 from gspn.names import unknown
 
 try:
@@ -28,7 +29,6 @@ try:
         LMSDiscreteScheduler,
         PNDMScheduler,
         SchedulerMixin,
-        UnCLIPScheduler,
     )
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
@@ -36,7 +36,7 @@ except ImportError as error:
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 START_AT_NOISE = (LMSDiscreteScheduler, PNDMScheduler)  # their first steps are special, so none can be left out
-TAKE_VARIANCE = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)  # they can use a learned variance
+TAKE_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)  # they can use a learned variance
 
 
 class GSPNPipeline(DiffusionPipeline):
@@ -79,6 +79,11 @@ class GSPNPipeline(DiffusionPipeline):
     # -- properties of the parts --
 
     @property
+    def _model(self):
+        """The transformer, without the wrapper that torch.compile puts around it."""
+        return getattr(self.transformer, "_orig_mod", self.transformer)
+
+    @property
     def num_classes(self) -> int:
         """The number of classes, without the null class."""
         config = self.transformer.config
@@ -118,7 +123,7 @@ class GSPNPipeline(DiffusionPipeline):
                     raise ValueError(f"there is no class {label!r}: the classes have numbers but no names")
                 raise ValueError(unknown("class", label, names))
             return next(iter(numbers))
-        if isinstance(label, bool) or not isinstance(label, Integral):
+        if not _is_whole(label):
             raise ValueError(f"a class is a whole number or a name, got {label!r}")
         if not 0 <= label < self.num_classes:
             raise ValueError(f"class labels have to be from 0 to {self.num_classes - 1}, got {label}")
@@ -197,6 +202,7 @@ class GSPNPipeline(DiffusionPipeline):
         scheduler, takes_variance = self._scheduler()
         known = inspect.signature(scheduler.step).parameters
         extra = {name: value for name, value in dict(generator=generator, eta=eta).items() if name in known}
+        num_inference_steps = int(num_inference_steps)
         scheduler.set_timesteps(num_inference_steps, device=device)
         labels = torch.tensor(labels, device=device)
         if latents is None:
@@ -298,6 +304,8 @@ class GSPNPipeline(DiffusionPipeline):
         labels = self.get_label_ids(class_labels)
         self._check_parts(output_type)
         self._check_numbers(guidance_scale, num_inference_steps, eta)
+        scheduler, takes_variance = self._scheduler()
+        check_steps(scheduler, int(num_inference_steps), takes_variance)
         self._check_dilation(dilation, dilate_from)
         self._check_image(image, strength, len(labels), num_inference_steps, latents)
         return labels, self._map_shape(len(labels), height, width, latents, dilation)
@@ -324,14 +332,13 @@ class GSPNPipeline(DiffusionPipeline):
                 f"{name} does not take the timesteps and predictions of this model, which was trained with DDPM's "
                 f"noise: expected DDPM, DDIM, DPM-Solver++, Euler, ... with prediction_type {expected!r}"
             )
+        check_sampler(scheduler)
         if actual != expected:
             raise ValueError(
                 f"the model predicts {expected!r}, but the scheduler ({name}) has prediction_type {actual!r}: make it "
                 f"with {name}.from_config(scheduler.config, prediction_type={expected!r})"
             )
         check_schedule(scheduler)
-        if actual != "epsilon":  # all schedulers take epsilon
-            self._try_step()
         channels = config.in_channels
         learns = config.get("out_channels") == 2 * channels
         if config.get("out_channels") not in (None, channels, 2 * channels):
@@ -348,28 +355,11 @@ class GSPNPipeline(DiffusionPipeline):
         if self.vae is None and output_type == "pil" and channels not in (1, 3):
             raise ValueError(f"maps of {channels} channels are no pictures: pass a vae, or another output_type")
 
-    def _try_step(self):
-        """Raises ValueError if the scheduler refuses its own prediction_type; some do so only in a step."""
-        scheduler, takes_variance = self._scheduler()
-        scheduler, last = copy.deepcopy(scheduler), self.scheduler.config.num_train_timesteps
-        scheduler.set_timesteps(min(4, last))
-        x, t = torch.zeros(1, 2, 2, 2), scheduler.timesteps[0]
-        output = x.repeat(1, 2, 1, 1) if takes_variance else x
-        try:
-            with torch.random.fork_rng(devices=[]):
-                scheduler.step(output, t, scheduler.scale_model_input(x, t))
-        except (NotImplementedError, ValueError) as error:
-            raise ValueError(
-                f"{type(scheduler).__name__} cannot make steps with the model's prediction_type "
-                f"{scheduler.config.prediction_type!r}: expected another scheduler, such as DDPM, DDIM, DPM-Solver++ "
-                f"or UniPC ({error})"
-            ) from error
-
     def _check_numbers(self, scale, steps, eta):
-        if not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+        if not _is_real(scale) or not 0 <= scale < math.inf:
             raise ValueError(f"guidance_scale has to be a finite number of at least 0, got {scale!r}")
         last = self.scheduler.config.num_train_timesteps
-        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= last:
+        if not _is_whole(steps) or not 1 <= steps <= last:
             raise ValueError(f"num_inference_steps has to be a whole number from 1 to {last}, got {steps!r}")
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"{type(self.scheduler).__name__} takes no eta, got {eta}")
@@ -379,18 +369,18 @@ class GSPNPipeline(DiffusionPipeline):
             )
 
     def _check_dilation(self, dilation, dilate_from):
-        if not isinstance(dilation, int) or isinstance(dilation, bool) or dilation < 1:
+        if not _is_whole(dilation) or dilation < 1:
             raise ValueError(f"dilation has to be a positive whole number, got {dilation!r}")
-        if dilation != 1 and not isinstance(self.transformer, GSPNDiTTransformer2DModel):
-            name = type(self.transformer).__name__
+        if dilation != 1 and not isinstance(self._model, GSPNDiTTransformer2DModel):
+            name = type(self._model).__name__
             raise ValueError(
                 f"dilation={dilation} needs a GSPNDiTTransformer2DModel, such as GSPN-DiT-S/2, got a {name}"
             )
-        if not isinstance(dilate_from, int | float) or not 0 <= dilate_from <= 1:
+        if not _is_real(dilate_from) or not 0 <= dilate_from <= 1:
             raise ValueError(f"dilate_from has to be from 0 to 1, got {dilate_from!r}")
 
     def _check_image(self, image, strength, count, steps, latents):
-        if not isinstance(strength, int | float) or not 0 < strength <= 1:
+        if not _is_real(strength) or not 0 < strength <= 1:
             raise ValueError(f"strength has to be above 0 and at most 1, got {strength!r}")
         if image is None:
             return
@@ -420,16 +410,24 @@ class GSPNPipeline(DiffusionPipeline):
             else:
                 height, width = self.native_size
         unit = config.patch_size * factor * dilation
-        if not all(isinstance(side, int) and side > 0 and side % unit == 0 for side in (height, width)):
+        if not all(_is_whole(side) and side > 0 and side % unit == 0 for side in (height, width)):
             parts = f"the patch size {config.patch_size}" + (f" times the VAE's factor {factor}" if factor > 1 else "")
             parts += f" times the dilation {dilation}" if dilation > 1 else ""
             raise ValueError(f"height and width have to be multiples of {unit}, {parts}, got {height}x{width}")
-        if height != width and isinstance(self.transformer, DiTTransformer2DModel):
+        if height != width and isinstance(self._model, DiTTransformer2DModel):
             raise ValueError(f"diffusers' DiT only makes square images, got {height}x{width}")
-        shape = (count, config.in_channels, height // factor, width // factor)
+        shape = (count, config.in_channels, int(height) // factor, int(width) // factor)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents have to have the shape {shape} for these images, got {tuple(latents.shape)}")
         return shape
+
+
+def _is_whole(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value):
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def last_steps(steps: int, strength: float) -> int:

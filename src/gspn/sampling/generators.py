@@ -12,6 +12,7 @@ from gspn.files import atomic, check_absent
 from gspn.models.dit import create_dit, dit_names, untie
 from gspn.models.generator import create_generator, generator_names
 from gspn.models.pipeline import GSPNPipeline
+from gspn.models.schedulers import explicit
 from gspn.names import unknown
 from gspn.options import OptionError
 from gspn.options.generators import SCHEDULERS
@@ -19,6 +20,9 @@ from gspn.places import expanded
 from gspn.progress import bars_on_terminals_only
 from gspn.sampling.vae import check_vae, open_vae, scale_of
 from gspn.train.run import Run, RunError
+
+MULTISTEP = ("dpm-solver++", "unipc")  # they threshold images, and round the timesteps of "linspace"
+SIGNAL_ERROR = 1e-3  # in sqrt(alphas_cumprod): more than the 2^-12 that some schedulers have in the place of 0
 
 
 def build_generator(config: Mapping) -> torch.nn.Module:
@@ -59,7 +63,7 @@ def load_pipeline(source: str | Path, checkpoint: str = "last", vae: str | Path 
     try:
         config = run.config
         scheduler = getattr(diffusers, config["scheduler"]["class"]).from_config(
-            _explicit(config["scheduler"]["config"])
+            explicit(config["scheduler"]["config"])
         )
         transformer = build_generator(config["model"])
         transformer.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
@@ -138,19 +142,32 @@ def export_pipeline(
     return pipeline
 
 
-def named_scheduler(name: str, own) -> diffusers.SchedulerMixin:
-    """The scheduler called `name` (see SCHEDULERS), for the noise schedule and the prediction type of `own`."""
-    config = _explicit(own.config)
+def named_scheduler(name: str, own, steps: int | None = None) -> diffusers.SchedulerMixin:
+    """The scheduler called `name` (see SCHEDULERS), for the noise schedule and the prediction type of `own`.
+
+    Args:
+        steps: how many steps are to be made. With as many as timesteps, some solvers then do not repeat one.
+    Errors: OptionError if it cannot have the noise schedule, or cannot clip as `own` does."""
+    config = explicit(own.config)
     if name not in ("ddpm", "ddim"):
         for key in ("timestep_spacing", "steps_offset"):  # how DDPM skips steps; solvers have their own way
             config.pop(key, None)
-        if config.get("clip_sample"):
-            # What DDPM calls clipping, of the image predicted at each step, is to solvers a threshold of at most that.
-            config |= {"thresholding": True, "sample_max_value": config.get("clip_sample_range", 1.0)}
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
-
-
-def _explicit(config):
-    """A scheduler's config with all values explicit. from_config would take defaulted values from the new class, whose
-    noise schedule may differ."""
-    return {key: value for key, value in config.items() if key != "_use_default_values"}
+        if config.get("clip_sample") and not config.get("thresholding"):
+            # What DDPM calls clipping, of the image predicted at each step, is to solvers a threshold of at most 1.
+            # They divide by a larger one.
+            if name in MULTISTEP and config.get("clip_sample_range", 1.0) != 1:
+                raise OptionError(
+                    f"scheduler: {name} cannot clip images to {config['clip_sample_range']:g}, as the generator's own "
+                    "scheduler does, only to 1: expected ddpm, ddim or heun"
+                )
+            config |= {"thresholding": True, "sample_max_value": 1.0}
+        if name in MULTISTEP and steps == own.config.num_train_timesteps:
+            config["timestep_spacing"] = "trailing"  # "linspace" rounds one more point than there are timesteps
+    made = getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    signal, expected = made.alphas_cumprod.sqrt(), own.alphas_cumprod.to(made.alphas_cumprod).sqrt()
+    if (signal - expected).abs().max() > SIGNAL_ERROR:
+        raise OptionError(
+            f"scheduler: {name} would have another noise schedule than {type(own).__name__}, as it does not know a "
+            "setting of it, such as rescale_betas_zero_snr: expected another scheduler"
+        )
+    return made

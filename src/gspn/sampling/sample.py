@@ -21,6 +21,7 @@ from gspn.digests import digest, settings, tensors_of
 from gspn.files import make_folder, remove, write_json, writing
 from gspn.models.latents import NotFiniteError
 from gspn.models.pipeline import last_steps
+from gspn.names import reason_of
 from gspn.options import OptionError, far_from
 from gspn.options.generators import PER_CLASS, SampleOptions
 from gspn.places import expanded
@@ -71,6 +72,7 @@ def sample(
     with writing(out) if main else nullcontext():
         batches = None
         if main:
+            _check_folder(wanted)  # again: another process may have begun it since
             _begin(wanted)
             batches = _batches(wanted, options.batch_size)
         [batches] = broadcast_object_list([batches])
@@ -97,7 +99,7 @@ def _plan(pipeline, out, options):
         raise OptionError(f"count {options.count} and per_class {options.per_class} exclude each other: give one")
     number = options.count or (options.per_class or PER_CLASS) * len(classes)
     if options.scheduler:
-        pipeline.scheduler = named_scheduler(options.scheduler, pipeline.scheduler)
+        pipeline.scheduler = named_scheduler(options.scheduler, pipeline.scheduler, options.steps)
     size = options.size or (None, None)
     try:
         dilated = {"dilation": options.dilation, "dilate_from": options.dilate_from}
@@ -313,7 +315,7 @@ def _images(pipeline, wanted, options, numbers, step):
             raise
         raise TrainingError(
             f"memory does not suffice for {len(numbers)} images of {height}x{width} at a time: lower --batch-size; "
-            f"the samples made so far are kept ({str(error).splitlines()[0]})"
+            f"the samples made so far are kept ({reason_of(error)})"
         ) from error
 
 

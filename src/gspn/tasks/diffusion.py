@@ -352,7 +352,7 @@ class Samples:
         count = len(setup.class_names)
         classes = np.unique(np.linspace(0, count - 1, min(count, SHOWN_CLASSES)).astype(int)).tolist()
         labels = [label for label in classes for _ in range(SHOWN_EACH)]
-        scheduler = named_scheduler("dpm-solver++", setup.scheduler())
+        scheduler = named_scheduler("dpm-solver++", setup.scheduler(), options.sample_steps)
         device = next(model.parameters()).device
         if self.vae is not None:
             self.vae.to(device)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from gspn.data.hub import out_of_reach
 from gspn.digests import digest, settings, tensors_of
-from gspn.models.latents import check_scale, check_schedule, scale_latents
+from gspn.models.latents import check_scale, scale_latents
+from gspn.models.schedulers import check_schedule
 from gspn.options import OptionError
 from gspn.places import expanded, location
 from gspn.progress import bars_on_terminals_only
 from gspn.sampling.generators import named_scheduler
-from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline
+from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline, scale_of
 from gspn.tasks.objective import Objective
 
 CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
@@ -127,7 +128,7 @@ class TextToImage:
         mean."""
         mean, std = self._by_item(self._posterior, images, lambda image: digest([image]))
         z = mean + std * torch.randn_like(std) if draw else mean
-        return scale_latents(z, self.vae.config)
+        return scale_latents(z, scale_of(self.pipe))
 
     def _posterior(self, images):
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist

@@ -11,7 +11,7 @@ from gspn.models.latents import check_finite, scale_latents, unscale_latents
 from gspn.stable_diffusion.highres.memory import working_dtype
 
 try:
-    from gspn.stable_diffusion.pipelines import StableDiffusionXLPipeline, retrieve_latents
+    from gspn.stable_diffusion.pipelines import retrieve_latents, scale_of
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
@@ -34,26 +34,16 @@ def encode(pipe, image: Tensor) -> Tensor:
     the UNet."""
     with _working(pipe.vae) as dtype:
         latents = retrieve_latents(pipe.vae.encode(image.to(dtype)), sample_mode="argmax").float()
-    return scale_latents(latents, _scale(pipe))
+    return scale_latents(latents, scale_of(pipe))
 
 
 def decode(pipe, latents: Tensor) -> Tensor:
     """The image (1,3,H,W) in [-1, 1], float32, on the CPU. Raises NotFiniteError if it is not finite."""
-    latents = unscale_latents(latents.to(pipe._execution_device, torch.float32), _scale(pipe))
+    latents = unscale_latents(latents.to(pipe._execution_device, torch.float32), scale_of(pipe))
     with _working(pipe.vae) as dtype:
         image = pipe.vae.decode(latents.to(dtype), return_dict=False)[0].float().cpu()
     check_finite(image, f": the VAE overflows in {dtype}, load it in float32" if dtype != torch.float32 else "")
     return image
-
-
-def _scale(pipe) -> dict:
-    """How the pipeline itself scales latents: SDXL's uses the VAE's mean and deviation by channel, the others only
-    scaling_factor."""
-    config = pipe.vae.config
-    scale = {name: config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std")}
-    if None in scale.values() or not isinstance(pipe, StableDiffusionXLPipeline):
-        return {"scaling_factor": config.scaling_factor}
-    return scale
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ class HighResPipeline:
 
         Args:
             prompt, negative_prompt: texts.
-            guidance_scale: g in null + g * (prompted - null); 1 is without.
+            guidance_scale: g in null + g * (prompted - null), at least 1, which is without.
             height, width: of the image, multiples of 8 (and of the VAE's factor).
             seed: the first stage's image is then the one that the pipeline makes with
                 ``torch.Generator().manual_seed(seed)``; None draws one, from `generator` if there is one.
@@ -174,6 +175,10 @@ class HighResPipeline:
         """
         pipe = self.pipe
         self._check(prompt, negative_prompt, seed, generator, blend, dilation, output_type, options)
+        guidance_scale = _scale(guidance_scale)
+        # as JSON has them
+        blend, dilation = (None if value is None else float(value) for value in (blend, dilation))
+        seed = None if seed is None else int(seed)
         found = make_stages(pipe, height, width, stages, native_steps, steps, strengths, dilation is not None)
         wanted = Savers(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
         with opened(workdir) as folder:
@@ -184,7 +189,7 @@ class HighResPipeline:
             if seed is None:
                 seed = int(torch.randint(2**31, ()))
 
-            guidance = Guidance(pipe, prompt, negative_prompt, _scale(guidance_scale), options, found[0].size)
+            guidance = Guidance(pipe, prompt, negative_prompt, guidance_scale, options, found[0].size)
             by_stage = [wanted] * len(found)
             if folder is not None:
                 asked = dict(prompt=prompt, negative_prompt=negative_prompt, seed=seed, guidance_scale=guidance_scale)
@@ -255,7 +260,7 @@ class HighResPipeline:
                 raise ValueError(f"{name} and {name}_embeds both say what to draw: pass one of them")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator both set the noise: pass one of them")
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+        if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63):
             raise ValueError(f"seed has to be a whole number from 0 on, got {seed!r}")
         for name, value in (("blend", blend), ("dilation", dilation)):
             if value is not None and not _is_finite(value):
@@ -266,7 +271,7 @@ class HighResPipeline:
     def _fit(self, found, by_stage, guidance, memory_mib):
         """The stages with their savers and memory. Raises ValueError if one does not fit."""
         pipe, device = self.pipe, self.pipe._execution_device
-        if memory_mib is not None and not (isinstance(memory_mib, int | float) and memory_mib > 0):
+        if memory_mib is not None and not (isinstance(memory_mib, Real) and memory_mib > 0):
             raise ValueError(f"memory_mib has to be a number above 0, got {memory_mib!r}")
         room = SHARE * free_bytes(device) if memory_mib is None else memory_mib * MIB
         if device.type == "cpu" and any(wanted.offload for wanted in by_stage):
@@ -433,13 +438,15 @@ def _check_options(pipe, options):
 
 
 def _scale(value):
-    if not _is_finite(value):
-        raise ValueError(f"guidance_scale has to be a finite number of at least 0, got {value!r}")
-    return value
+    if not _is_finite(value) or value < 1:
+        raise ValueError(
+            f"guidance_scale has to be a finite number of at least 1, which is without guidance, got {value!r}"
+        )
+    return float(value)
 
 
 def _is_finite(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _check_finite(latents, index, stage, pipe):

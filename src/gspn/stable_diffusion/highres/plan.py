@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from gspn.models.latents import check_schedule
+from gspn.models.schedulers import check_sampler, check_schedule, check_steps
 from gspn.stable_diffusion.highres.savers import Savers
 
 try:
@@ -138,6 +139,7 @@ def check_scheduler(scheduler) -> None:
             f"the scheduler {name} cannot run the stages: it is for flow matching, or its steps do not start from the "
             f"sample passed in; expected one of {', '.join(SCHEDULERS)}"
         )
+    check_sampler(scheduler)
     check_schedule(scheduler)
     if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
         raise ValueError(
@@ -192,16 +194,19 @@ def make_stages(
     first = Stage(*sizes[0], _whole(native_steps, "native_steps", pipe))
     scales = [max(1, round(math.sqrt(h * w / area))) if dilated else 1 for h, w in sizes]
     later = zip(sizes[1:], steps, strengths, scales[1:], strict=True)
-    return [first, *(Stage(*size, n, strength, scale) for size, n, strength, scale in later)]
+    found = [first, *(Stage(*size, n, strength, scale) for size, n, strength, scale in later)]
+    for count in {stage.steps: None for stage in found}:
+        check_steps(pipe.scheduler, count)
+    return found
 
 
 def _size(size, unit):
     size = tuple(size) if isinstance(size, Sequence) else size
     if not isinstance(size, tuple) or len(size) != 2:
         raise ValueError(f"a stage is (height, width), got {size!r}")
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 and side % unit == 0 for side in size):
+    if not all(_is_a(Integral, side) and side > 0 and side % unit == 0 for side in size):
         raise ValueError(f"height and width have to be multiples of {unit}, got {_shown(size)}")
-    return size
+    return tuple(map(int, size))
 
 
 def _shown(size):
@@ -218,12 +223,17 @@ def _each(values, count, name):
 
 def _whole(value, name, pipe):
     last = pipe.scheduler.config.num_train_timesteps
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= last:
+    if not _is_a(Integral, value) or not 1 <= value <= last:
         raise ValueError(f"{name} have to be whole numbers from 1 to {last}, got {value!r}")
-    return value
+    return int(value)
 
 
 def _strength(value):
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+    if not _is_a(Real, value) or not 0 < value <= 1:
         raise ValueError(f"strengths have to be above 0 and at most 1, got {value!r}")
     return float(value)
+
+
+def _is_a(kind, value):
+    """Whether a value is a number of that kind; numpy's count, booleans do not."""
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -152,8 +152,17 @@ def fingerprint(pipe) -> dict:
 def _parts(model):
     yield settings(model)
     for name, module in model.named_modules():
-        more = {name: value for name, value in vars(module).items() if name in SETTINGS and value}
-        yield f"{name} {module.extra_repr()} {more}"
+        yield f"{name} {module.extra_repr()} {_settings_of(module)}"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield name
         yield tensor
+
+
+def _settings_of(module):
+    """Those of its attributes that change images. Defaults are left out, as older folders do not have them."""
+    found = {name: value for name, value in vars(module).items() if name in SETTINGS and value}
+    if getattr(module, "apart", (1, 1)) != (1, 1):  # by gspn.adapt
+        found["apart"] = tuple(module.apart)
+    if getattr(module, "use_tiling", False):  # of a VAE
+        found |= {name: value for name, value in vars(module).items() if name.startswith(("use_tiling", "tile_"))}
+    return found

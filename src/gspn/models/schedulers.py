@@ -1,0 +1,86 @@
+"""Checks of diffusers' schedulers before any work, for models that were trained with DDPM's noise."""
+
+from collections.abc import Mapping
+
+import torch
+
+from gspn.names import reason_of
+
+# They turn an image into noise, or need more than a prediction, a timestep and a sample for a step.
+NO_SAMPLERS = (
+    "CogVideoXDPMScheduler",
+    "DDIMInverseScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "RePaintScheduler",
+    "UnCLIPScheduler",
+)
+INSTEAD = "expected another scheduler, such as DDPM, DDIM, DPM-Solver++ or UniPC"
+
+
+def explicit(config: Mapping) -> dict:
+    """A scheduler's config with all values explicit. from_config would take those that diffusers holds to be defaults
+    from the new class, whose noise schedule may differ; it holds values passed by position to be defaults too."""
+    return {key: value for key, value in config.items() if key != "_use_default_values"}
+
+
+def check_schedule(scheduler) -> None:
+    """Raises ValueError for a scheduler of diffusers that ends in pure noise while the model predicts the noise. There
+    x_0 = (x_t - sqrt(1 - a_t) noise) / sqrt(a_t) divides by 0: it is infinite or NaN, or only a sign if clipped. Some
+    schedulers, such as Euler, put 2^-24 in the place of a_t = 0, which is no better."""
+    product, config = getattr(scheduler, "alphas_cumprod", None), scheduler.config
+    if product is None or config.get("prediction_type") != "epsilon":
+        return
+    if bool((product > 0).all()) and not (config.get("rescale_betas_zero_snr") and float(product[-1]) < 1e-6):
+        return
+    raise ValueError(
+        f"the scheduler ({type(scheduler).__name__}) cannot be used with prediction_type 'epsilon': its last timestep "
+        "is pure noise (alphas_cumprod is 0), so predicted noise gives infinity or NaN. "
+        "Make the scheduler with rescale_betas_zero_snr=False, or use a model that predicts 'v_prediction' or 'sample'"
+    )
+
+
+def check_sampler(scheduler) -> None:
+    """Raises ValueError for a scheduler of diffusers whose steps do not lead from DDPM's noise to an image."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if any(kind.__name__ in NO_SAMPLERS for kind in type(scheduler).__mro__):
+        raise ValueError(f"{name} does not make images from noise by predictions alone: {INSTEAD}")
+    if config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{name} has use_flow_sigmas=True, which is for models of flow matching: make it with "
+            f"{name}.from_config(scheduler.config, use_flow_sigmas=False)"
+        )
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        raise ValueError(
+            f'{name} has timestep_type="continuous", but the model was trained with whole timesteps: make it with '
+            f'{name}.from_config(scheduler.config, timestep_type="discrete")'
+        )
+
+
+def check_steps(scheduler, steps: int, learned: bool = False) -> None:
+    """Runs all steps on a tiny map. Raises ValueError if the scheduler of diffusers refuses one of them, or if values
+    that are not finite come out, as they do of a solver whose timesteps repeat.
+
+    Args:
+        learned: whether the scheduler takes a learned variance beside the prediction.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    last, predicted = config.num_train_timesteps, config.get("prediction_type")
+    scheduler, x = type(scheduler).from_config(explicit(config)), torch.ones(1, 2, 2, 2)
+    output = torch.zeros(1, 4 if learned else 2, 2, 2)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            scheduler.set_timesteps(steps)
+            for t in scheduler.timesteps:
+                scheduler.scale_model_input(x, t)  # some want to be asked before a step
+                x = scheduler.step(output, t, x, return_dict=False)[0]
+    except (IndexError, NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot make {steps} steps with the model's prediction_type {predicted!r}: {INSTEAD}, or another "
+            f"number of steps ({reason_of(error)})"
+        ) from error
+    if not bool(x.isfinite().all()):
+        trailing = ', or timestep_spacing="trailing"' if steps == last else ""
+        raise ValueError(
+            f"{name} makes infinity or NaN in {steps} steps of {last} timesteps: expected another number of "
+            f"steps{trailing}, or another scheduler"
+        )
