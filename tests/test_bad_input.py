@@ -1,12 +1,17 @@
 """Bad input to the operators, the layer and the models: a clear error that says what was got and what was expected."""
 
+import importlib
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers.problems import random_problem
 
 import gspn
+from gspn import registration
+from gspn.kernels import cpu
 
 X, PROXY, WEIGHT_PROJ, INPUT_PROJ, OUTPUT_PROJ, SKIP_PROJ = range(6)
 
@@ -25,6 +30,7 @@ def replaced(index, value):
         (X, [[1.0]], TypeError, r"^x .*tensor.*list"),
         (X, torch.randn(1, 5, 4, 5), ValueError, r"weight_proj.*6 groups.*5 channels"),
         (X, torch.randn(1, 6, 0, 5), ValueError, r"H >= 1"),
+        (X, torch.randn(1, 0, 4, 5), ValueError, r"x has 0 channels.*at least 1"),
         (X, torch.randn(1, 6, 4, 5).double(), TypeError, r"autocast.*x torch.float64.*proxy torch.float32"),
         (PROXY, torch.randn(1, 3, 5, 4), ValueError, r"proxy.*\(1, any, 4, 5\).*\(1, 3, 5, 4\)"),
         (PROXY, torch.randn(1, 2, 4, 5), ValueError, r"weight_proj.*\(4, 3, any, 2\).*\(4, 3, 6, 3\)"),
@@ -49,7 +55,11 @@ def test_propagate(index, value, error, message):
         ({"directions": ()}, ValueError, r"one to four.*\(\)"),
         ({"segment": 0}, ValueError, "segment.*0"),
         ({"segment": 2.0}, TypeError, r"segment.*2\.0"),
+        ({"segment": True}, TypeError, "segment.*True"),
+        ({"segment": 2**63}, ValueError, r"segment.*below 2\^63.*9223372036854775808"),
         ({"workspace_mib": 0}, ValueError, "workspace_mib.*0"),
+        ({"workspace_mib": 2**43}, ValueError, r"workspace_mib.*below 2\^43.*8796093022208"),
+        ({"directions": iter(("up", "up"))}, ValueError, "different directions.*'up', 'up'"),
         ({"backend": "cuda"}, ValueError, "backend 'cuda'.*reference, cpu, triton"),
         ({"backend": "triton"}, ValueError, "'triton'.*cpu"),
     ],
@@ -89,12 +99,62 @@ def test_the_other_operators():
         gspn.line_scan(x, torch.randn(1, 4, 2, 3, 5), direction="up")
     with pytest.raises(ValueError, match=r"input_gate.*\(1, 4, 4, 3, 5\)"):
         gspn.gated_scan(x, torch.randn(1, 4, 3, 3, 5), torch.randn(1, 4, 4, 3, 3, 5))
+    nothing, weights = torch.randn(1, 0, 3, 5), torch.randn(1, 2, 3, 3, 5)
+    with pytest.raises(ValueError, match="x has 0 channels"):
+        gspn.line_scan(nothing, weights, direction="up")
+    with pytest.raises(ValueError, match="x has 0 channels"):
+        gspn.gated_scan(nothing, nothing[:, None], weights[:, None], directions=("up",))
+    with pytest.raises(ValueError, match="x has 0 channels"):
+        cpu.line_scan(nothing, weights, 0)
     with pytest.raises(ValueError, match=r"logits.*3 groups"):
         gspn.gated_scan(x, torch.randn(1, 4, 4, 3, 5), torch.randn(1, 4, 3, 3, 3, 5))
     with pytest.raises(TypeError, match=r"logits.*torch\.int32"):
         gspn.normalize_weights(torch.zeros(1, 1, 3, 2, 2, dtype=torch.int32), direction="up")
     with pytest.raises(ValueError, match="direction 'top'"):
         gspn.normalize_weights(torch.zeros(1, 1, 3, 2, 2), direction="top")
+
+
+def test_numbers_of_numpy_are_numbers():
+    x, weights = torch.randn(1, 2, 3, 5), torch.rand(1, 2, 3, 3, 5)
+    three = gspn.line_scan(x, weights, direction="left", segment=np.int64(3))
+    assert torch.equal(three, gspn.line_scan(x, weights, direction="left", segment=3))
+    sizes = dict(proxy_dim=3, groups=2, scan_dim=4, segment=2)
+    layer = gspn.GSPN2d(np.int64(8), **{name: np.int32(size) for name, size in sizes.items()})
+    kept = {"channels": 8} | sizes
+    assert {name: (type(value), value) for name, value in vars(layer).items() if name in kept} == {
+        name: (int, value) for name, value in kept.items()
+    }
+
+
+def test_an_open_size_is_no_segment():
+    class Halves(torch.nn.Module):
+        def forward(self, x, weights):
+            return gspn.line_scan(x, weights, direction="right", segment=x.shape[-1] // 2)
+
+    x, weights, auto = torch.randn(1, 2, 3, 8), torch.rand(1, 2, 3, 3, 8), torch.export.Dim.AUTO
+    with pytest.raises(TypeError, match=r"segment.*number of lines.*open size"):
+        torch.export.export(Halves(), (x, weights), dynamic_shapes=({3: auto}, {4: auto}), strict=False)
+
+
+@pytest.mark.parametrize("error", [ImportError("libtriton.so is damaged"), AttributeError("no jit")])
+def test_a_backend_that_cannot_be_imported_is_not_available(error, monkeypatch):
+    from gspn import dispatch
+
+    def damaged(name):
+        if name == "gspn.kernels.triton":
+            raise error
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(dispatch, "_statuses", {})
+    monkeypatch.setattr(dispatch, "importlib", SimpleNamespace(import_module=damaged))
+    found = gspn.available_backends()
+    assert found["reference"].available and not found["triton"].available
+    assert f"cannot be imported: {type(error).__name__}: {error}" in found["triton"].reason
+
+
+def test_finders_of_the_old_kind_are_passed_over(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [object(), *sys.meta_path])
+    assert registration._WithTorch.find_spec("torch").name == "torch"
 
 
 def test_a_backend_that_is_not_there_is_an_error_when_named(monkeypatch):
@@ -134,6 +194,11 @@ def test_the_layer():
         gspn.layers.DropPath(1.0)
     with pytest.raises(ValueError, match=r"proxy_dim.*0"):
         gspn.GSPN2d(8, proxy_dim=0)
+    for name in ("channels", "proxy_dim", "groups", "scan_dim"):
+        for value in (True, 8.0, "8"):
+            with pytest.raises(TypeError, match=f"{name} has to be a whole number, got {value!r}"):
+                gspn.GSPN2d(**{"channels": 8, name: value})
+    assert gspn.GSPN2d(8, directions=(d for d in ("left", "up"))).directions == ("left", "up")
     with pytest.raises(ValueError, match="segment"):
         gspn.GSPN2d(8, segment=0)
     with pytest.raises(ValueError, match="backend 'gpu'"):

@@ -292,7 +292,7 @@ def test_average_divides_each_direction_by_its_lines(segment):
         assert averaged.extra_repr() == f"{plain.extra_repr()}, average"
 
 
-@pytest.mark.parametrize("option", ["average", "center"])
+@pytest.mark.parametrize("option", ["skip", "average", "center"])
 def test_switches_are_true_or_false(option):
     with pytest.raises(TypeError, match=f"{option}.*'False'"):
         gspn.GSPN2d(6, **{option: "False"})
@@ -335,3 +335,25 @@ def test_centered_in_autocast():
         y.sum().backward()
     assert y.dtype == torch.float32 and all(p.grad.isfinite().all() for p in layer.parameters())
     torch.testing.assert_close(y, layer(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("options", [{}, {"average": True}, {"center": True}, {"alignment": "released"}])
+def test_16_bit_data_of_another_dtype_than_autocast_s(options, backend):
+    layer = gspn.GSPN2d(8, backend=backend, **options).half()
+    x = torch.randn(1, 8, 5, 5).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y, layer(x), rtol=0.05, atol=0.05)
+
+
+def test_context_is_exact_in_autocast_and_float64():
+    layer, x = gspn.GSPN2d(8, center=True, average=True), torch.randn(2, 8, 5, 6)
+    outside = layer.context(x, 2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = layer.context(x, 2, 3)
+        layer.context(x.bfloat16(), 2, 3)
+    exact = copy.deepcopy(layer).double().context(x.double(), 2, 3)
+    for got, want, double in zip(inside, outside, exact, strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, want)
+        assert double.dtype == torch.float64 and not torch.equal(double, want.double())

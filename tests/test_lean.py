@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -173,6 +174,19 @@ def test_wrong_input_gets_the_usual_errors():
         layer.weight_proj.data = torch.randn(4, 3, 20, 7)
         with pytest.raises(ValueError, match="weight_proj"):
             layer(torch.randn(1, 20, 5, 4))
+
+
+@pytest.mark.parametrize("segment", [0, -3, True, 2.5, 2**63])
+def test_a_wrong_segment_is_an_error_without_gradients_too(segment, lean_calls):
+    layer = layer_of()
+    layer.segment = segment
+    with torch.no_grad(), pytest.raises((ValueError, TypeError), match=f"segment.*{segment}"):
+        layer(torch.randn(1, 20, 5, 4))
+    layer.segment = np.int64(3)
+    with torch.no_grad():
+        y = layer(torch.ones(1, 20, 5, 4))
+    layer.segment = 3
+    torch.testing.assert_close(y, usual(layer, torch.ones(1, 20, 5, 4)))
 
 
 def changes(layer, rng):

@@ -127,11 +127,31 @@ def test_a_failure_keeps_what_was_saved_before(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    for arguments, options in (({"channels": object()}, {}), ({}, {"license": object()})):
+        other = gspn.GSPN2d(4)
+        vars(other).update(arguments)
+        with pytest.raises(Exception, match="object"):
+            other.save_pretrained(tmp_path, **options)
+        assert torch.equal(gspn.GSPN2d.from_pretrained(tmp_path).weight_proj, layer.weight_proj)
+        (tmp_path / "README.md").unlink(missing_ok=True)  # a card is made only where there is none
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         gspn.GSPN2d(4).save_pretrained(tmp_path)
     loaded = gspn.GSPN2d.from_pretrained(tmp_path)
     assert torch.equal(loaded.weight_proj, layer.weight_proj)
+
+
+def test_loaded_models_are_float32_whatever_the_default(tmp_path):
+    layer = gspn.GSPN2d(4)
+    layer.save_pretrained(tmp_path)
+    try:
+        torch.set_default_dtype(torch.float64)
+        loaded = gspn.GSPN2d.from_pretrained(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loaded.weight_proj.dtype == torch.float32 and torch.equal(loaded.weight_proj, layer.weight_proj)
+    with torch.device("meta"), pytest.raises(RuntimeError, match=r"meta.*holds no weights.*outside"):
+        gspn.GSPN2d.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,17 @@ def test_vmap_over_data_and_over_parameters():
     torch.testing.assert_close(torch.vmap(scan)(weights), torch.stack([scan(w) for w in weights]))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_vmap_where_the_map_is_not_mapped(memory_format, backend):
+    x = torch.randn(2, 4, 5, 3).to(memory_format=memory_format)
+    weights = torch.rand(3, 2, 4, 3, 5, 3)
+    scan = lambda w: gspn.line_scan(x, w, direction="right", backend=backend)  # noqa: E731
+    torch.testing.assert_close(torch.vmap(scan)(weights), torch.stack([scan(w) for w in weights]))
+    gate, logits = torch.randn(2, 4, 4, 5, 3), torch.randn(3, 2, 4, 2, 3, 5, 3)
+    gated = lambda a: gspn.gated_scan(x, gate, a, backend=backend)  # noqa: E731
+    torch.testing.assert_close(torch.vmap(gated)(logits), torch.stack([gated(a) for a in logits]))
+
+
 def test_vmap_over_the_backward_pass():
     problem = [t.requires_grad_() for t in random_problem(1, 2, 4, 3, 2)]
     y = gspn.propagate(*problem)
@@ -267,6 +278,27 @@ def test_torch_script():
     traced = torch.jit.trace(model, (x,))
     other = torch.randn(1, 1, 24, 18)
     torch.testing.assert_close(traced(other), model(other))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("size", "segment"), [(8, 10), (16, 10), (8, None)])
+def test_a_trace_averages_over_the_lines_of_other_maps(size, segment):
+    layer = gspn.GSPN2d(8, average=True, segment=segment)
+    traced = torch.jit.trace(layer, torch.randn(1, 8, size, size))
+    for height, width in ((5, 24), (24, 5), (size, size)):
+        x = torch.randn(2, 8, height, width)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_reference_is_traced_at_one_size_and_normalisation_at_any():
+    normalize = lambda logits: gspn.normalize_weights(logits, direction="right")  # noqa: E731
+    traced = torch.jit.trace(normalize, torch.randn(1, 2, 3, 4, 5))
+    for height, width in ((1, 1), (9, 6)):
+        logits = torch.randn(2, 2, 3, height, width)
+        assert torch.equal(traced(logits), normalize(logits))
+    layer, x = gspn.GSPN2d(8, backend="reference"), torch.randn(2, 8, 4, 5)
+    torch.testing.assert_close(torch.jit.trace(layer, torch.zeros_like(x))(x), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

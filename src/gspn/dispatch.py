@@ -57,6 +57,8 @@ def backend_status(name: str) -> BackendStatus:
             _statuses[name] = BackendStatus(
                 False, "not part of this version of gspn" if error.name == missing else f"{error.name} is not installed"
             )
+        except Exception as error:  # whatever a damaged package raises while it is imported
+            _statuses[name] = BackendStatus(False, f"it cannot be imported: {type(error).__name__}: {error}")
     return _statuses[name]
 
 
@@ -88,7 +90,11 @@ _library = torch.library.Library("gspn", "DEF")
 def in_format_of(template: Tensor, result: Tensor) -> Tensor:
     """The result in the memory format that torch.empty_like(template) has, copied only where it differs."""
     promised = torch.empty_like(template)
-    return result if result.stride() == promised.stride() else promised.copy_(result)
+    if result.stride() == promised.stride():
+        return result
+    if torch._C._are_functorch_transforms_active():  # vmap may map the result and not the template
+        promised = result.new_empty_strided(result.shape, promised.stride(), dtype=template.dtype)
+    return promised.copy_(result)
 
 
 def _as_promised(template: Tensor | None, result: Tensor | None, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from gspn.depthwise import DepthwiseConv2d
 from gspn.kernels.reference import lines_before, no_autocast
 from gspn.layers_released import propagate_released, scan_released, turn_back
 from gspn.lean import propagate_lean
-from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment
+from gspn.ops import DIRECTIONS, check_backend, direction_indices, gated_scan, propagate, validate_segment, whole_number
 from gspn.pretrained import Pretrained
 
 # torch.fx.symbolic_trace cannot follow code that depends on sizes and layouts. Each function wrapped here and below is
@@ -73,8 +73,10 @@ def average_over_lines(
     """`output_proj` (D,...), each direction divided by the number of lines that its scan on a (H,W) map passes before
     it resets. Because the output gate multiplies the hidden state, this averages the state over the lines."""
     lines = [size[1] if direction in ("right", "left") else size[0] for direction in directions]
-    lines = [n if segment is None else min(segment, n) for n in lines]
-    return torch.stack([projection / n for projection, n in zip(output_proj.unbind(0), lines, strict=True)])
+    if segment is not None:  # torch.jit.trace gives sizes as tensors, and would keep what min finds
+        lines = [n.clamp(max=segment) if isinstance(n, Tensor) else min(segment, n) for n in lines]
+    with no_autocast(output_proj):  # which refuses to stack 16-bit data of another dtype than its own
+        return torch.stack([projection / n for projection, n in zip(output_proj.unbind(0), lines, strict=True)])
 
 
 def input_means(x: Tensor, proxy: Tensor, input_proj: Tensor) -> Tensor:
@@ -124,8 +126,8 @@ class GSPN2d(Pretrained, nn.Module):
     ``skip_proj`` (D,K,S) with K = scan_dim or C, ``merger`` (D,), ``reduce.weight`` (K,C,1,1), ``expand.weight``
     (C,K,1,1); without an option, its entries are absent.
 
-    Raises ValueError if sizes, groups or names do not fit, TypeError if average or center is no bool. Source:
-    arXiv 2501.12381, section 3.4; scan_dim and groups: arXiv 2512.07884.
+    Raises ValueError if sizes, groups or names do not fit, TypeError if a size is no integer or a switch no bool.
+    Source: arXiv 2501.12381, section 3.4; scan_dim and groups: arXiv 2512.07884.
 
     >>> import torch, gspn
     >>> layer = gspn.GSPN2d(96, backend="reference")
@@ -156,9 +158,12 @@ class GSPN2d(Pretrained, nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        channels = whole_number("channels", channels)
+        scan_dim = None if scan_dim is None else whole_number("scan_dim", scan_dim)
         scanned = channels if scan_dim is None else scan_dim
         proxy_dim = max(8, channels // 16) if proxy_dim is None else proxy_dim
         groups = (scanned if scan_dim is None else 1) if groups is None else groups
+        proxy_dim, groups = whole_number("proxy_dim", proxy_dim), whole_number("groups", groups)
         sizes = {"channels": channels, "proxy_dim": proxy_dim, "groups": groups, "scan_dim": scanned}
         for name, value in sizes.items():
             if value < 1:
@@ -169,16 +174,16 @@ class GSPN2d(Pretrained, nn.Module):
             raise ValueError(f'merger has to be "learned" or "mean", got {merger!r}')
         if alignment not in ("aligned", "released"):
             raise ValueError(f'alignment has to be "aligned" or "released", got {alignment!r}')
-        for name, value in {"average": average, "center": center}.items():
+        for name, value in {"skip": skip, "average": average, "center": center}.items():
             if not isinstance(value, bool):  # the text "false" would be true
                 raise TypeError(f"{name} has to be True or False, got {value!r}")
-            if value and alignment == "released":
+            if value and name != "skip" and alignment == "released":
                 raise ValueError(f'{name}=True needs alignment="aligned": the released form has no such part')
         check_backend(backend)
-        validate_segment(segment)
-        count = len(direction_indices(directions))
+        directions = tuple(DIRECTIONS[i] for i in direction_indices(directions))
+        count = len(directions)
         self.channels, self.proxy_dim, self.groups, self.scan_dim = channels, proxy_dim, groups, scan_dim
-        self.segment, self.directions, self.backend = segment, tuple(directions), backend
+        self.segment, self.directions, self.backend = validate_segment(segment), directions, backend
         self.alignment, self.average, self.center = alignment, average, center
         self.proxy_proj = Pointwise(channels, proxy_dim)
         self.weight_proj = nn.Parameter(torch.empty(count, 3, groups, proxy_dim))
@@ -257,8 +262,14 @@ class GSPN2d(Pretrained, nn.Module):
         height, width = x.shape[-2:]
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"the pixel ({row}, {column}) is not on the {height}x{width} feature map")
-        proxy, scanned = self.proxy_proj(x).float(), self.reduce(x)
-        project = lambda p: torch.einsum("...s,bshw->b...hw", p.float(), proxy)  # noqa: E731
+        with no_autocast(x):
+            return self._context(x.to(self.proxy_proj.weight.dtype), row, column)
+
+    def _context(self, x: Tensor, row: int, column: int) -> Context:
+        height, width = x.shape[-2:]
+        exact = torch.promote_types(x.dtype, torch.float32)
+        proxy, scanned = self.proxy_proj(x).to(exact), self.reduce(x)
+        project = lambda p: torch.einsum("...s,bshw->b...hw", p.to(exact), proxy)  # noqa: E731
         logits = project(self.weight_proj).transpose(2, 3)
         # A scan is linear in its gated input: the gradient of the state at (row, column) is the weight of each pixel.
         with torch.enable_grad():

@@ -12,6 +12,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
+from gspn.kernels.reference import no_autocast
 from gspn.ops import line_scan
 
 torch.fx.wrap("line_scan")  # as in layers.py
@@ -48,13 +49,13 @@ def propagate_released(
     def project(projection: Tensor) -> Tensor:
         return F.conv2d(proxy, projection.flatten(0, -2)[..., None, None]).unflatten(1, projection.shape[:-1])
 
-    turned = torch.stack([_TURN[d](x) for d in directions], 1)
+    turned = _turned(x, directions)
     logits = project(weight_proj).transpose(2, 3)
     h = scan_released(project(input_proj) * turned, logits, segment=segment, backend=backend)
     y = project(output_proj) * h
     if skip_proj is not None:
         y = y + project(skip_proj) * turned
-    return _in_layout_of(x, y.sum(1))
+    return _in_layout_of(x, y.sum(1).to(x.dtype))
 
 
 def scan_released(gated: Tensor, logits: Tensor, *, segment: int | None, backend: str | None) -> Tensor:
@@ -67,6 +68,12 @@ def scan_released(gated: Tensor, logits: Tensor, *, segment: int | None, backend
 def turn_back(maps: Tensor, directions: Sequence[str]) -> Tensor:
     """Turns the maps (B,D,C,H,H) back, each from the orientation of its direction."""
     return torch.stack([_BACK[d](t) for d, t in zip(directions, maps.unbind(1), strict=True)], 1)
+
+
+@torch.fx.wrap
+def _turned(x: Tensor, directions: Sequence[str]) -> Tensor:
+    with no_autocast(x):  # which refuses to stack 16-bit data of another dtype than its own
+        return torch.stack([_TURN[d](x) for d in directions], 1)
 
 
 @torch.fx.wrap

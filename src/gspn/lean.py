@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from gspn.dispatch import backend_status
 from gspn.kernels import cpu
-from gspn.ops import direction_indices
+from gspn.ops import LARGEST_SEGMENT, direction_indices
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -35,6 +35,9 @@ def propagate_lean(layer: torch.nn.Module, x: Tensor, proxy: Tensor, center: Ten
         return None
     if layer.backend not in (None, "cpu") or layer.alignment != "aligned" or not backend_status("cpu").available:
         return None
+    segment = layer.segment
+    if segment is not None and not (type(segment) is int and 0 < segment <= LARGEST_SEGMENT):
+        return None  # the usual way says what is wrong
     tensors = []
     for name in ("weight_proj", "input_proj", "output_proj", "skip_proj", "merger"):
         if name not in layer._parameters:  # parametrised: a property computes it
@@ -45,4 +48,4 @@ def propagate_lean(layer: torch.nn.Module, x: Tensor, proxy: Tensor, center: Ten
         tensors.append(tensor)
     indices = direction_indices(layer.directions)
     center = None if center is None else center.contiguous()
-    return cpu.propagate_unmerged(x, proxy, *tensors, indices, layer.segment, layer.average, center)
+    return cpu.propagate_unmerged(x, proxy, *tensors, indices, segment, layer.average, center)

@@ -30,7 +30,9 @@ Common rules:
   numbers that do not fit, RuntimeError for a backend that is not available.
 """
 
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -42,6 +44,9 @@ from gspn.kernels import reference
 __all__ = ["DIRECTIONS", "available_backends", "gated_scan", "line_scan", "normalize_weights", "propagate"]
 
 DIRECTIONS = ("right", "down", "left", "up")  # inside the operators a direction is its index here
+
+LARGEST_SEGMENT = 2**63 - 1
+_LARGEST_WORKSPACE_MIB = 2**43 - 1  # bytes are numbers of 64 bits
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -88,6 +93,9 @@ def line_scan(
 
     Returns:
         h (B,C,H,W). The module says the rules and the errors.
+
+    States are saved in x's dtype. So beside 16-bit x the gradient of float32 weights is exact to 16 bits only. The
+    Triton kernels give NaN where a state is infinite, or beyond about 1.7e38.
 
     >>> import torch, gspn
     >>> x = torch.ones(1, 1, 1, 4)
@@ -222,6 +230,8 @@ def propagate(
         raise ValueError(f"proxy (B,S,H,W) has to have S >= 1, got {tuple(proxy.shape)}")
     if isinstance(workspace_mib, bool) or not isinstance(workspace_mib, int) or workspace_mib < 1:
         raise ValueError(f"workspace_mib has to be at least 1 MiB, got {workspace_mib!r}")
+    if workspace_mib > _LARGEST_WORKSPACE_MIB:
+        raise ValueError(f"workspace_mib has to be below 2^43 MiB, got {workspace_mib}")
     _check_shape("proxy", proxy, "(B,S,H,W)", (batch, None, *size))
     _check_shape("weight_proj", weight_proj, "(D,3,G,S)", (count, 3, None, features))
     _check_groups("weight_proj", weight_proj.shape[2], channels)
@@ -274,6 +284,8 @@ def _check_shape(name: str, value: Tensor, form: str, expected: tuple[int | None
 
 
 def _check_groups(name: str, groups: int, channels: int) -> None:
+    if channels == 0:
+        raise ValueError("x has 0 channels, expected at least 1")
     if groups == 0 or channels % groups:
         raise ValueError(f"{name} has {groups} groups, expected a divisor of x's {channels} channels")
 
@@ -328,20 +340,34 @@ def _direction_index(direction: str) -> int:
 def direction_indices(directions: Sequence[str]) -> list[int]:
     if isinstance(directions, str):
         raise TypeError(f"directions has to be a sequence of names, got the string {directions!r}")
-    indices = [_direction_index(d) for d in directions]
+    names = tuple(directions)
+    indices = [_direction_index(d) for d in names]
     if not indices or len(set(indices)) != len(indices):
-        raise ValueError(f"directions has to name one to four different directions, got {tuple(directions)}")
+        raise ValueError(f"directions has to name one to four different directions, got {names}")
     return indices
 
 
 def validate_segment(segment: int | None) -> int | None:
     if segment is None:
         return None
-    if isinstance(segment, bool) or not isinstance(segment, int):
-        raise TypeError(f"segment has to be a number of lines or None, got {segment!r}")
+    segment = whole_number("segment", segment, "a number of lines or None")
     if segment < 1:
         raise ValueError(f"segment has to be at least 1 line, or None for global, got {segment}")
+    if segment > LARGEST_SEGMENT:
+        raise ValueError(f"segment has to be below 2^63 lines, or None for global, got {segment}")
     return segment
+
+
+def whole_number(name: str, value: SupportsIndex, expected: str = "a whole number") -> int:
+    """The value as an int, whatever integer it is, such as one of numpy."""
+    if isinstance(value, torch.SymInt):
+        raise TypeError(f"{name} has to be {expected}, got the open size {value} of a model that is traced: fix it")
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} has to be {expected}, got {value!r}")
 
 
 def check_backend(backend: str | None) -> None:

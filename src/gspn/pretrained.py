@@ -127,7 +127,8 @@ class Pretrained:
                 local folder needs none of them.
 
         Raises FileNotFoundError if there is no such folder and it is no name on the hub; ValueError if it holds another
-        model, is damaged, or was written by a newer gspn; huggingface_hub's errors for the hub.
+        model, is damaged, or was written by a newer gspn; RuntimeError under torch.device("meta"); huggingface_hub's
+        errors for the hub.
         """
         folder = weights.named(where) or Path(where)
         if not folder.is_dir():
@@ -141,11 +142,15 @@ class Pretrained:
             )
         config, tensors = read(folder, cls._saved_as)
         try:
-            model = cls._made_from(config["model"])
-            model.load_state_dict(tensors)  # type: ignore[attr-defined]
+            model: Any = cls._made_from(config["model"])
+            empty = any(parameter.is_meta for parameter in model.parameters())
+            if not empty:
+                model.float().load_state_dict(tensors)  # torch's default dtype may be another one
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the {cls._saved_as} in {folder} is damaged: {type(error).__name__}: {error}") from error
-        return model.eval()  # type: ignore[attr-defined]
+        if empty:
+            raise RuntimeError('a model on torch.device("meta") holds no weights: call from_pretrained outside of it')
+        return model.eval()
 
 
 def read(folder: Path, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -232,6 +237,12 @@ def _holder(model, card, dtype, more, name):
     """The object that is saved and uploaded. What may fail for the model comes before anything is written."""
     need("hub")
     config = {"format": FORMAT, "class": model._saved_as, **(more or {}), "model": model._arguments()}
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"this {type(model).__name__} cannot be saved, because {CONFIG} cannot hold its arguments: {error}"
+        ) from error
     _check_made_again(model, config["model"])
     return _holder_class()(model, config, stored(model.state_dict(), dtype), card or Card(), name)
 
@@ -275,12 +286,13 @@ def _holder_class():
 
         def save_pretrained(self, save_directory, **_):
             """In place of the mixin's, which removes the old config.json before it can know that a new one follows."""
+            card = None if (save_directory / CARD).exists() else str(self.generate_model_card())
             make_folder(save_directory)
             with atomic(save_directory / WEIGHTS) as temporary:
                 save_tensors(temporary, self.tensors, {"format": "pt"})
             write_json(save_directory / CONFIG, self.config)
-            if not (save_directory / CARD).exists():
-                write_text(save_directory / CARD, str(self.generate_model_card()))
+            if card is not None:
+                write_text(save_directory / CARD, card)
 
         def generate_model_card(self):
             """Called by the mixin too."""

@@ -15,7 +15,8 @@ class _WithTorch:
         if name != "torch":
             return None
         others = (finder for finder in sys.meta_path if finder is not _WithTorch)
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        searches = (finder.find_spec for finder in others if hasattr(finder, "find_spec"))  # old finders have none
+        spec = next(filter(None, (search(name, path, target) for search in searches)), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -9,6 +9,7 @@ from torch import nn
 
 import gspn
 from gspn.export import ExportError, export_aoti, export_program
+from gspn.export.program import compare
 from gspn.layers import GSPNBlock, StridedConv2d
 
 TINY = dict(num_classes=3, in_chans=1, width=8, depths=(1, 1), global_levels=(1,))
@@ -64,6 +65,41 @@ def test_what_cannot_be_exported():
         export_program(DataDependent(), torch.zeros(2, 1, 4, 4))
     with pytest.raises(ExportError, match=r"one batch.*batch=B"):
         export_program(OneBatch(), torch.zeros(2, 1, 4, 4))
+
+
+def test_whatever_the_model_raises_is_an_export_error():
+    x = torch.zeros(2, 8, 8, 8)
+    with pytest.raises(ExportError, match=r"does not take an input of 2x8x8x8.*IndexError"):
+        export_program(nn.Sequential(gspn.GSPN2d(8), Channel(9)), x)
+    with pytest.raises(ExportError, match=r"does not take an input of 2x8x7x8.*AssertionError: even"):
+        export_program(EvenHeight(), torch.zeros(2, 8, 7, 8))
+    model = EvenHeight().eval()
+    with pytest.raises(ExportError, match=r"does not take 1x8x5x4; size=.*AssertionError: even"):
+        compare(model, lambda x: [model(x)], [(1, 8, 4, 4), (1, 8, 5, 4)], 1e-4)
+
+
+def test_whatever_torch_export_raises_is_an_export_error(monkeypatch):
+    def fails(*_, **__):
+        raise KeyError("node")
+
+    monkeypatch.setattr(torch.export, "export", fails)
+    with pytest.raises(ExportError, match=r"cannot follow the model: KeyError: 'node'"):
+        export_program(gspn.GSPN2d(8))
+
+
+class Channel(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return x[:, [self.number]]
+
+
+class EvenHeight(nn.Module):
+    def forward(self, x):
+        assert x.shape[2] % 2 == 0, "even"
+        return x + 1
 
 
 class DataDependent(nn.Module):

@@ -51,9 +51,10 @@ def compile_scan(
     return _compile(device.scan_forward, target, value, constants, {"center"} if centered else set(), plan.warps)
 
 
-def compile_elementwise(target, kernel, value, **constants):
-    """One of merge.py's kernels, compiled."""
-    constants = dict(ALIGN=16, STATE=_STATE[value], PIXELS=64, BC=32, **constants)
+def compile_elementwise(target, kernel, value, wide=False, **constants):
+    """One of merge.py's kernels, compiled; `wide`, for maps of 2^31 pixels."""
+    index = tl.int64 if wide else tl.int32
+    constants = dict(ALIGN=16, STATE=_STATE[value], INDEX=index, PIXELS=64, BC=32, **constants)
     return _compile(getattr(merge, kernel), target, value, constants, {"g", "h", "partial"}, 4)
 
 

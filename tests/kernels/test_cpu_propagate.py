@@ -294,6 +294,15 @@ def test_batch_of_nothing():
     assert all((d == 0).all() for d in grads)
 
 
+@pytest.mark.parametrize("size", [(0, 3), (3, 0)])
+def test_maps_of_no_pixels_are_refused(size):
+    x, proxy = torch.randn(2, 4, *size), torch.randn(2, 3, *size)
+    tensors = (x, proxy, torch.randn(4, 3, 4, 3), torch.randn(4, 4, 3), torch.randn(4, 4, 3), None, list(ALL))
+    for call in (lambda: cpu.propagate(*tensors), lambda: cpu.propagate_backward(x, *tensors)):
+        with pytest.raises(ValueError, match=r"H >= 1 and W >= 1.*\(2, 4, "):
+            call()
+
+
 def test_16_bit_projections_keep_their_type():
     case = CASES[4]
     grad_y, inputs, _, _ = problem(case, torch.bfloat16)

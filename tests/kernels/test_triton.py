@@ -338,3 +338,11 @@ def test_maps_of_more_than_two_to_the_31_elements():
     assert torch.equal(h, backend.gated_scan(*problem, [1], None, plan=p))
     for a, b in zip(got, backend.gated_scan_backward(grad, *problem, h, [1], None, plan=p), strict=True):
         assert torch.equal(a, b)
+
+
+def test_numbers_of_pixels_have_64_bits_where_a_map_has_two_to_the_31(monkeypatch):
+    narrow, wide_index = triton.language.int32, triton.language.int64
+    assert launch._pixel_index(1 << 15, 1 << 15) is narrow and launch._pixel_index(1 << 16, 1 << 15) is wide_index
+    assert launch._pixel_index(1, (1 << 31) - 5) is wide_index  # a tile reaches beyond the last pixel
+    monkeypatch.setattr(launch, "_pixel_index", lambda *_: wide_index)
+    check_propagate(Case(2, 4, 3, 5, 2))

@@ -86,6 +86,7 @@ def test_elementwise_kernels_compile():
         dict(kernel="merge_forward", COUNT=4, SKIP=True, ADD=True),
         dict(kernel="merge_backward", COUNT=4, SKIP=True, ADD=True, MERGED=True),
         dict(kernel="finish_logits", PARTS=4, NORMALIZED=True),
+        dict(kernel="merge_forward", COUNT=1, SKIP=False, ADD=False, wide=True),
     ]
     for one in compile_all([dict(target="sm_90", value="bf16", **case) for case in cases]):
         assert one["spills"] == one["stack"] == 0, one

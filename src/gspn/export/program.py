@@ -92,14 +92,14 @@ def traced(model: nn.Module, example: Tensor, size: Size | None, batch: int | No
     with torch.no_grad():
         try:
             model(example)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ExportError(f"the model does not take an input of {_described(example)}: {error}") from error
+        except Exception as error:  # whatever the model raises
+            raise ExportError(f"the model does not take an input of {_described(example)}: {_said(error)}") from error
         try:
             dynamic = dict.fromkeys(open_dims, torch.export.Dim.AUTO)
             with without_notices("torch.fx.experimental.symbolic_shapes"):  # about what it cannot simplify
                 program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,))
-        except RuntimeError as error:
-            raise ExportError(f"torch.export cannot follow the model: {error}") from error
+        except Exception as error:
+            raise ExportError(f"torch.export cannot follow the model: {_said(error)}") from error
     fixed = [name for d, name in open_dims.items() if is_concrete_int(input_shape(program)[d])]
     if fixed:
         raise ExportError(f"the model works at one {' and '.join(fixed)} only; fix it with size=(H, W) or batch=B")
@@ -136,9 +136,9 @@ def compare(
         try:
             with torch.no_grad():
                 wanted = pytree.tree_leaves(model(x.to(like.device)))
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
             advice = "size=(H, W) exports it for one size"
-            raise ExportError(f"the model does not take {_sizes(shape)}; {advice}: {error}") from error
+            raise ExportError(f"the model does not take {_sizes(shape)}; {advice}: {_said(error)}") from error
         for got, want in zip(run(x), wanted, strict=True):
             want = want.cpu().double()
             difference = float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30))
@@ -205,6 +205,12 @@ def without_notices(name: str) -> Iterator[None]:
 
 def _counts(number) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
+def _said(error: Exception) -> str:
+    """What an error says; with its class where the message may be no sentence, as that of a KeyError."""
+    plain = isinstance(error, RuntimeError | ValueError | TypeError)
+    return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
 def _described(t: Tensor) -> str:

@@ -18,6 +18,7 @@ import torch
 
 ABI_VERSION = 6  # GSPN_ABI_VERSION in cpu/api.h
 DEPTHWISE_KERNELS = (5, 7)  # those that cpu/depthwise/ is compiled for
+COMPILERS = "GCC 12, Clang 14 or newer"  # the oldest with what cpu/vec.h needs
 ISAS = ("portable", "avx2", "avx512")  # GspnIsa in cpu/api.h, worst first
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # GspnDtype in cpu/api.h
@@ -58,7 +59,7 @@ def _find() -> Path | None:
 
 def _open(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
     if path is None:
-        return None, "the native library was not built (no C++ compiler at installation)"
+        return None, f"not built: no C++ compiler ({COMPILERS}), or compilation failed"
     try:
         library = ctypes.CDLL(str(path))
         library.gspn_abi_version.restype = ctypes.c_int64
@@ -161,6 +162,8 @@ def _direction_words(directions) -> tuple[int, ...]:
 
 
 def _check_groups(channels: int, groups: int) -> None:
+    if channels == 0:
+        raise ValueError("x has 0 channels, expected at least 1")
     if groups == 0 or channels % groups:
         raise ValueError(f"groups must divide the {channels} channels, got {groups}")
 
@@ -445,6 +448,8 @@ def _propagate_head(
     batch, channels, height, width = x.shape
     features, groups = proxy.shape[1], weight_proj.shape[2]
     _check_x(x)
+    if height == 0 or width == 0:
+        raise ValueError(f"x must have H >= 1 and W >= 1, got {tuple(x.shape)}")
     _check("proxy", proxy, (batch, features, height, width), x.dtype)
     _check_groups(channels, groups)
     return (

@@ -249,10 +249,9 @@ def _missing(logits: Tensor, direction: int) -> Tensor:
     """(3,H,W) or a shape that broadcasts to it: whether the previous, same and next place in the line do not exist."""
     lines_are_columns = direction % 2 == 0
     places = logits.shape[-2 if lines_are_columns else -1]
-    missing = logits.new_zeros(3, places, dtype=torch.bool)  # fake if the logits are, whatever mode is on
-    missing[0, :1].fill_(True)
-    missing[2, -1:].fill_(True)
-    return missing.unsqueeze(-1 if lines_are_columns else -2)
+    none = logits.new_zeros(places, dtype=torch.bool)  # fake if the logits are, whatever mode is on
+    first, last = (F.pad(none[1:], pad, value=True) for pad in ((1, 0), (0, 1)))
+    return torch.stack((first, none, last)).unsqueeze(-1 if lines_are_columns else -2)
 
 
 def _weights_and_sigmoids(logits: Tensor, direction: int) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,8 @@ def scan_backward(
         merging.finish_logits[_elementwise_grid(batch * count, height, width, groups)](
             partial, logits, dlogits, *logits_strides, *out_strides, partial.stride(0),
             height, width, groups // align, pack_directions(list(enumerate(directions))), count, _chunks(groups),
-            PARTS=parts, NORMALIZED=normalized, ALIGN=align, STATE=_TYPES[g.dtype], **_tile(groups),
+            PARTS=parts, NORMALIZED=normalized, ALIGN=align, STATE=_TYPES[g.dtype],
+            INDEX=_pixel_index(height, width), **_tile(groups),
         )  # fmt: skip
     return g
 
@@ -246,7 +247,7 @@ def merge(
         h, output_gate, x if skip is None else skip, x, y, y,
         *h_strides, *gate_strides, *(n for of in strides for n in of),
         height, width, channels // align, _chunks(channels), COUNT=h.shape[1], SKIP=skip is not None, ADD=add,
-        ALIGN=align, STATE=_TYPES[state_dtype(x.dtype)], **_tile(channels),
+        ALIGN=align, STATE=_TYPES[state_dtype(x.dtype)], INDEX=_pixel_index(height, width), **_tile(channels),
     )  # fmt: skip
 
 
@@ -282,7 +283,7 @@ def merge_backward(
         *gate_strides, *x_strides, *grad_strides, *h_strides, *skip_strides, *dx_strides, *dgate_strides,
         *doutput_strides, *dskip_strides, height, width, channels // align, _chunks(channels),
         COUNT=gate.shape[1], MERGED=merged is not None, SKIP=skip, ADD=add,
-        ALIGN=align, STATE=_TYPES[g.dtype], **_tile(channels),
+        ALIGN=align, STATE=_TYPES[g.dtype], INDEX=_pixel_index(height, width), **_tile(channels),
     )  # fmt: skip
 
 
@@ -290,6 +291,11 @@ def _tile(channels: int) -> dict[str, int]:
     """The tile of an elementwise kernel: whole vectors of channels, as many pixels as that leaves room for."""
     wide = min(1 << (channels - 1).bit_length(), _CHANNELS)
     return {"PIXELS": _TILE // wide, "BC": wide}
+
+
+def _pixel_index(height: int, width: int):
+    """The type of the pixels' numbers in an elementwise kernel, and of those up to a tile beyond the last."""
+    return triton.language.int32 if height * width + _TILE < 1 << 31 else triton.language.int64
 
 
 def _elementwise_grid(images: int, height: int, width: int, channels: int) -> tuple[int]:

@@ -9,12 +9,14 @@ from gspn.kernels.triton.device import SIZES, inverse_sigmoid, logit_gradients, 
 
 
 @triton.jit
-def _pixels(height, width, unit, chunks, ALIGN: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr):
+def _pixels(
+    height, width, unit, chunks, ALIGN: tl.constexpr, INDEX: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr
+):
     """A tile of PIXELS pixels of an image times BC channels: image, row, column, channel, and which exist."""
     rest = tl.program_id(0)
     c = (rest % chunks) * BC + tl.arange(0, BC)[None, :]
     rest = rest // chunks
-    size = height * width
+    size = height.to(INDEX) * width
     tiles = (size + PIXELS - 1) // PIXELS
     pixel = (rest % tiles) * PIXELS + tl.arange(0, PIXELS)[:, None]
     row = pixel // width
@@ -28,11 +30,11 @@ def finish_logits(
     partial, logits, dlogits, logits_b, logits_d, logits_k, logits_h, logits_w, dlogits_b, dlogits_d, dlogits_k,
     dlogits_h, dlogits_w, part_stride, height, width, unit, directions, count,
     chunks, PARTS: tl.constexpr, NORMALIZED: tl.constexpr, ALIGN: tl.constexpr, STATE: tl.constexpr,
-    PIXELS: tl.constexpr, BC: tl.constexpr,
+    INDEX: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Sums what the PARTS blocks of each group gave to the gradients of its weights, (PARTS, B, count, H, W, 3, G), in
     their order, and takes it back to the logits where the weights were made of those. Channels here are groups."""
-    image, i, j, g, exists = _pixels(height, width, unit, chunks, ALIGN, PIXELS, BC)
+    image, i, j, g, exists = _pixels(height, width, unit, chunks, ALIGN, INDEX, PIXELS, BC)
     groups = unit * ALIGN
     which = (image % count).to(tl.int32)
     direction = (directions >> (4 * which + 2)) & 3
@@ -77,11 +79,11 @@ def merge_forward(
     skip_b, skip_h, skip_w, x_b, x_h, x_w, y_b, y_h, y_w,
     height, width, unit, chunks,
     COUNT: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, ALIGN: tl.constexpr, STATE: tl.constexpr,
-    PIXELS: tl.constexpr, BC: tl.constexpr,
+    INDEX: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y = sum over the COUNT directions of output_gate * h, plus skip * x where SKIP, plus y_in where ADD; y_in has the
     strides of y, and may be y: each element is read by the one that writes it."""
-    image, i, j, c, exists = _pixels(height, width, unit, chunks, ALIGN, PIXELS, BC)
+    image, i, j, c, exists = _pixels(height, width, unit, chunks, ALIGN, INDEX, PIXELS, BC)
     total = tl.zeros((PIXELS, BC), STATE)
     y_at = (image * y_b + i * y_h + j * y_w) * ALIGN + c
     if ADD:
@@ -106,12 +108,12 @@ def merge_backward(
     dx_b, dx_h, dx_w, dgate_b, dgate_d, dgate_h, dgate_w, doutput_b, doutput_d, doutput_h, doutput_w,
     dskip_b, dskip_h, dskip_w, height, width, unit, chunks,
     COUNT: tl.constexpr, MERGED: tl.constexpr, SKIP: tl.constexpr, ADD: tl.constexpr, ALIGN: tl.constexpr,
-    STATE: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr,
+    STATE: tl.constexpr, INDEX: tl.constexpr, PIXELS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """From g, the gradient of gate * x (B, COUNT, H, W, C) dense: dgate = g * x and dx = sum over the directions of
     g * gate, plus dx_in where ADD, which has the strides of dx and may be dx. MERGED: also doutput = grad * h, the
     gradient of the output gates; SKIP: also dskip = grad * x, and skip * grad is added to dx."""
-    image, i, j, c, exists = _pixels(height, width, unit, chunks, ALIGN, PIXELS, BC)
+    image, i, j, c, exists = _pixels(height, width, unit, chunks, ALIGN, INDEX, PIXELS, BC)
     value = tl.load(x + (image * x_b + i * x_h + j * x_w) * ALIGN + c, exists, 0.0).to(STATE)
     total = tl.zeros((PIXELS, BC), STATE)
     dx_at = (image * dx_b + i * dx_h + j * dx_w) * ALIGN + c
