@@ -8,12 +8,13 @@ SHOWN = 12  # known names listed at most
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none.
+    """What the system says of it, or the first line of an error's text, or its type where it has none.
 
-    >>> reason_of(ValueError("a is 1\\nb is 2")), reason_of(MemoryError())
-    ('a is 1', 'MemoryError')
+    >>> [reason_of(error) for error in (OSError(2, "No such file", "a"), ValueError("a is 1\\nb is 2"), MemoryError())]
+    ['No such file', 'a is 1', 'MemoryError']
     """
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    said = getattr(error, "strerror", None) or str(error)
+    return next(iter(said.strip().splitlines()), type(error).__name__)
 
 
 def guess(name: object, known: Iterable[object]) -> str:

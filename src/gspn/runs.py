@@ -17,6 +17,7 @@ from gspn.data.mask_classes import Classes
 from gspn.data.mask_loader import scaled
 from gspn.memory import free_bytes
 from gspn.models import Backbone, Segmenter, create_model, create_segmenter
+from gspn.models.latents import NotFiniteError
 from gspn.models.tiles import segment
 from gspn.options import OptionError
 from gspn.places import run_folder
@@ -144,6 +145,7 @@ class Classifier(Saving):
     @torch.inference_mode()
     def _ranked(self, inputs, top):
         probability = self.model(inputs).float().softmax(1)
+        check_finite(probability.sum(1), self.run.path)
         probability, number = probability.topk(min(top or len(self.classes), len(self.classes)))
         return [
             [(self.classes[n], p) for n, p in zip(ns, ps, strict=True)]
@@ -177,7 +179,8 @@ class Segmentation(Saving):
             image: a PIL image of any mode, or a file.
             max_bytes: what it may take in memory; a larger image is segmented in overlapping tiles. None: no limit.
 
-        Raises ValueError if not even small tiles fit; otherwise as Classifier.preprocess.
+        Raises ValueError if not even small tiles fit, RunError for logits that are not finite; otherwise as
+        Classifier.preprocess.
         """
         return self.classes.picture(self.numbers(_image(image), max_bytes))
 
@@ -196,8 +199,24 @@ class Segmentation(Saving):
     def numbers(self, image: Image.Image, max_bytes: int | None = None, tell: Callable[[str], None] | None = None):
         """The number of the class of each pixel of an upright PIL image, uint8 (H,W); arguments as for `segment`.
         `tell` gets a sentence on whether tiles are used, and on the memory, before the work begins."""
-        pixels = self.pixels(image)[None]
-        return segment(self.model, pixels, self.preprocessing.normalize, (image.height, image.width), max_bytes, tell)
+        pixels, size = self.pixels(image)[None], (image.height, image.width)
+        try:
+            return segment(self.model, pixels, self.preprocessing.normalize, size, max_bytes, tell)
+        except NotFiniteError as error:
+            raise _damaged(self.run.path, str(error)) from error
+
+
+def check_finite(values: Tensor, path: str | Path) -> None:
+    """Raises RunError, with their number, where the `values` (N,) that the model of a run gave are not finite."""
+    if wrong := int((~values.isfinite()).sum()):
+        raise _damaged(path, f"{wrong} of {len(values)} images")
+
+
+def _damaged(path, where):
+    return RunError(
+        f"the outputs of the model of {path} are not finite for {where}: its weights are damaged; choose another "
+        "checkpoint or run"
+    )
 
 
 def _image(image):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from gspn import plots, plots_masks
 from gspn.cli import app
 from gspn.data.images import decode
-from gspn.models import tiles
+from gspn.models import Segmenter, tiles
 from gspn.options.segment import parse_ignored, parse_memory
 from gspn.runs import Segmentation, load_segmenter
 from gspn.train.run import Run
@@ -150,6 +150,14 @@ def test_strict_stops_at_the_first_image_that_cannot_be_read(run, masked, tmp_pa
     monkeypatch.setattr("gspn.data.images.decode", fail)
     code, _, err = gspn_command("segment", run, bad, "--out", tmp_path / "none")
     assert code == 2 and f"{bad}: EOFError" in err
+
+
+def test_logits_that_are_not_finite_are_an_error(run, masked, tmp_path, monkeypatch):
+    """Of NaN the largest is no class."""
+    coarse = Segmenter.coarse_logits
+    monkeypatch.setattr(Segmenter, "coarse_logits", lambda self, x: coarse(self, x) * float("nan"))
+    code, out, err = gspn_command("segment", run, masked / "images/00.png", "--out", tmp_path / "out", "--json")
+    assert code == 2 and out == "" and "not finite for some pixels: its weights are damaged" in err
 
 
 def test_a_classifier_cannot_segment(masked, tmp_path):

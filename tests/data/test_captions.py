@@ -150,21 +150,26 @@ def test_texts_beside_images(tmp_path):
         open_captions(tmp_path)
 
 
-@pytest.mark.parametrize("way", ["one list", "a list each", "texts"])
-def test_splits_are_folders(tmp_path, way):
-    for name, count, start in (("train", 4, 0), ("validation", 2, 50)):
-        write_images(tmp_path / name, count, start)
+def write_splits(folder, way, above=""):
+    """Images of two splits under folder/above, with their captions, and a check of what is read."""
+    for name, count, start in ((f"{above}train", 4, 0), (f"{above}validation", 2, 50)):
+        write_images(folder / name, count, start)
         if way == "a list each":
-            write_list(tmp_path / name, rows(count, start))
+            write_list(folder / name, rows(count, start))
         if way == "texts":
             for i in range(start, start + count):
-                (tmp_path / name / f"{i:03}.txt").write_text(f"grey {i}")
+                (folder / name / f"{i:03}.txt").write_text(f"grey {i}")
     if way == "one list":
-        write_list(tmp_path, [*rows(4, folder="train/"), *rows(2, 50, folder="validation/")])
-    train, val, name = open_captions(tmp_path).for_training()
+        write_list(folder, [*rows(4, folder=f"{above}train/"), *rows(2, 50, folder=f"{above}validation/")])
+    train, val, name = open_captions(folder).for_training()
     check(train, 4)
     check(val, 2)
     assert name == "val"
+
+
+@pytest.mark.parametrize("way", ["one list", "a list each", "texts"])
+def test_splits_are_folders(tmp_path, way):
+    write_splits(tmp_path, way)
     if way == "one list":
         write_images(tmp_path, 1)
         write_list(tmp_path, [*rows(4, folder="train/"), *rows(1)])
@@ -174,22 +179,10 @@ def test_splits_are_folders(tmp_path, way):
 
 @pytest.mark.parametrize("way", ["one list", "a list each", "texts"])
 def test_splits_are_folders_at_any_depth(tmp_path, way):
-    for name, count, start in (("a/train", 4, 0), ("a/val", 2, 50)):
-        write_images(tmp_path / name, count, start)
-        if way == "a list each":
-            write_list(tmp_path / name, rows(count, start))
-        if way == "texts":
-            for i in range(start, start + count):
-                (tmp_path / name / f"{i:03}.txt").write_text(f"grey {i}")
-    if way == "one list":
-        write_list(tmp_path, [*rows(4, folder="a/train/"), *rows(2, 50, folder="a/val/")])
-    train, val, name = open_captions(tmp_path).for_training()
-    check(train, 4)
-    check(val, 2)
-    assert name == "val"
+    write_splits(tmp_path, way, above="a/")
     (tmp_path / "a").rename(tmp_path / "test")
     if way == "one list":
-        write_list(tmp_path, [*rows(4, folder="test/train/"), *rows(2, 50, folder="test/val/")])
+        write_list(tmp_path, [*rows(4, folder="test/train/"), *rows(2, 50, folder="test/validation/")])
     with pytest.raises(DataError, match=r"test/train/000\.png lies in folders of two splits: test, train; .*rename"):
         open_captions(tmp_path)
 

@@ -1,7 +1,6 @@
 """The commands around classifiers: eval, predict, show, export (of any run); what `gspn train` prints at its end."""
 
 import json
-import math
 
 from rich.markup import escape
 from rich.table import Table
@@ -9,6 +8,7 @@ from rich.table import Table
 import gspn
 from gspn.cli import segment
 from gspn.cli.app import command, err, fail, out, progress_on, warn
+from gspn.names import reason_of
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
 from gspn.places import config_or_none, missing
@@ -95,14 +95,13 @@ def predict(options):
                 try:
                     pixels = classifier.preprocessing(decode(path))
                 except Exception as error:  # Pillow raises anything on damaged files
-                    problems[path] = segment.why(error)
+                    problems[path] = reason_of(error)
             if path in problems:
                 answers.append({"image": str(path), "error": problems[path]})
                 continue
             (classes,) = classifier.rank(pixels[None], options.top)
             answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
     _refuse(problems, options)
-    _check_finite([answer["classes"][0]["probability"] for answer in answers if "classes" in answer], options.run)
     if options.as_json:
         print(json.dumps(answers, allow_nan=False))
     else:
@@ -125,16 +124,6 @@ def _refuse(problems, options):
         raise OptionError(_told(problems, options.images))
 
 
-def _check_finite(probabilities, run):
-    """Errors: RunError where the model gives an image no finite probability."""
-    if not all(map(math.isfinite, probabilities)):
-        import torch
-
-        from gspn.metrics.classification import check_finite
-
-        check_finite(torch.tensor(probabilities), run)
-
-
 @command("show", ShowOptions)
 def show(options):
     """Draw where the context of one pixel of IMAGE comes from, in each direction and merged.
@@ -151,7 +140,7 @@ def show(options):
     try:
         opened = decode(image)
     except Exception as error:  # Pillow raises anything on damaged files
-        raise DataError(f"{image} cannot be read as an image: {segment.why(error)}") from error
+        raise DataError(f"{image} cannot be read as an image: {reason_of(error)}") from error
     make_folder(picture.parent)
     try:
         plots.context(picture, loaded, opened, options.place, options.block, options.narrowest)

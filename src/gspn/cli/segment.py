@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gspn.cli.app import command, err, fail, out, progress_on, warn
+from gspn.names import reason_of
 from gspn.options import OptionError
 from gspn.options.segment import SegmentArguments
 from gspn.places import missing
@@ -81,7 +82,7 @@ def segment(options):
             try:
                 image = decode(path)
             except Exception as error:  # Pillow raises anything on damaged files
-                problems[path] = why(error)
+                problems[path] = reason_of(error)
                 _refuse(problems, options)
         if image is None:
             answers.append({"image": str(path), "error": problems[path]})
@@ -115,11 +116,6 @@ def segment(options):
         out.print(f"in {folder}: *-mask.png, *-overlay.png", markup=False, highlight=False)
     if problems:
         fail(_told(problems, options.images, known=absent), 1)
-
-
-def why(error):
-    """The reason why a file cannot be read, from what its reading raised."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _told(problems, images, known=()):

@@ -18,9 +18,9 @@ from gspn.data.unreadable import warning_of
 from gspn.files import check_absent, make_folder, write_json
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions
-from gspn.places import RunError, check_outside, location
+from gspn.places import check_outside, location
 from gspn.progress import Progress
-from gspn.runs import load_classifier
+from gspn.runs import check_finite, load_classifier
 from gspn.train.loop import autocast, make_accelerator
 
 # Options of open_data that a run keeps for its evaluation.
@@ -185,15 +185,6 @@ def seen_in_training(
         f"{data} holds what the run was trained on, in another place: most of these images were trained on; "
         "--split val evaluates those that were held out"
     ]
-
-
-def check_finite(values: torch.Tensor, path: str | Path) -> None:
-    """Raises RunError, with their number, where the `values` (N,) that the model of a run gave are not finite."""
-    if wrong := int((~values.isfinite()).sum()):
-        raise RunError(
-            f"the outputs of the model of {path} are not finite for {wrong} of {len(values)} images: its weights are "
-            "damaged; choose another checkpoint or run"
-        )
 
 
 def evaluate(

@@ -17,11 +17,11 @@ from gspn.data.mask_classes import IGNORED, Classes
 from gspn.data.mask_loader import make_masked_loader
 from gspn.data.masks import open_masked
 from gspn.files import check_absent, make_folder, write_json
-from gspn.metrics.classification import check_finite, opening, seen_in_training, warnings_of
+from gspn.metrics.classification import opening, seen_in_training, warnings_of
 from gspn.options import OptionError
 from gspn.places import check_outside
 from gspn.progress import Progress
-from gspn.runs import load_segmenter
+from gspn.runs import check_finite, load_segmenter
 from gspn.train.loop import autocast, make_accelerator
 
 OPEN_OPTIONS = ("val_fraction", "image_column", "mask_column")  # of open_masked, which a run keeps

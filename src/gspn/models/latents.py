@@ -1,8 +1,9 @@
-"""Shared by all pipelines: the scaling of a VAE's latents, and the check that values are finite before they become
-images."""
+"""Shared by all pipelines: the scaling of a VAE's latents, the check that values are finite before they become images,
+and those of numbers that callers give."""
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -28,6 +29,16 @@ def check_finite(values: Tensor | np.ndarray, hint: str = "") -> None:
         raise NotFiniteError(
             f"{sum(wrong)} of {total} values, in {len(images)} of {len(wrong)} images, are not finite{hint}", images
         )
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; numpy's count, booleans do not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    """Whether a value is a number; numpy's count, booleans do not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 # -- latents --

@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
-from gspn.models.latents import check_finite, check_scale, scale_latents, unscale_latents
+from gspn.models.latents import check_finite, check_scale, is_real, is_whole, scale_latents, unscale_latents
 from gspn.models.schedulers import check_sampler, check_schedule, check_steps
 from gspn.names import unknown
 
@@ -123,7 +123,7 @@ class GSPNPipeline(DiffusionPipeline):
                     raise ValueError(f"there is no class {label!r}: the classes have numbers but no names")
                 raise ValueError(unknown("class", label, names))
             return next(iter(numbers))
-        if not _is_whole(label):
+        if not is_whole(label):
             raise ValueError(f"a class is a whole number or a name, got {label!r}")
         if not 0 <= label < self.num_classes:
             raise ValueError(f"class labels have to be from 0 to {self.num_classes - 1}, got {label}")
@@ -356,10 +356,10 @@ class GSPNPipeline(DiffusionPipeline):
             raise ValueError(f"maps of {channels} channels are no pictures: pass a vae, or another output_type")
 
     def _check_numbers(self, scale, steps, eta):
-        if not _is_real(scale) or not 0 <= scale < math.inf:
+        if not is_real(scale) or not 0 <= scale < math.inf:
             raise ValueError(f"guidance_scale has to be a finite number of at least 0, got {scale!r}")
         last = self.scheduler.config.num_train_timesteps
-        if not _is_whole(steps) or not 1 <= steps <= last:
+        if not is_whole(steps) or not 1 <= steps <= last:
             raise ValueError(f"num_inference_steps has to be a whole number from 1 to {last}, got {steps!r}")
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"{type(self.scheduler).__name__} takes no eta, got {eta}")
@@ -369,18 +369,18 @@ class GSPNPipeline(DiffusionPipeline):
             )
 
     def _check_dilation(self, dilation, dilate_from):
-        if not _is_whole(dilation) or dilation < 1:
+        if not is_whole(dilation) or dilation < 1:
             raise ValueError(f"dilation has to be a positive whole number, got {dilation!r}")
         if dilation != 1 and not isinstance(self._model, GSPNDiTTransformer2DModel):
             name = type(self._model).__name__
             raise ValueError(
                 f"dilation={dilation} needs a GSPNDiTTransformer2DModel, such as GSPN-DiT-S/2, got a {name}"
             )
-        if not _is_real(dilate_from) or not 0 <= dilate_from <= 1:
+        if not is_real(dilate_from) or not 0 <= dilate_from <= 1:
             raise ValueError(f"dilate_from has to be from 0 to 1, got {dilate_from!r}")
 
     def _check_image(self, image, strength, count, steps, latents):
-        if not _is_real(strength) or not 0 < strength <= 1:
+        if not is_real(strength) or not 0 < strength <= 1:
             raise ValueError(f"strength has to be above 0 and at most 1, got {strength!r}")
         if image is None:
             return
@@ -410,7 +410,7 @@ class GSPNPipeline(DiffusionPipeline):
             else:
                 height, width = self.native_size
         unit = config.patch_size * factor * dilation
-        if not all(_is_whole(side) and side > 0 and side % unit == 0 for side in (height, width)):
+        if not all(is_whole(side) and side > 0 and side % unit == 0 for side in (height, width)):
             parts = f"the patch size {config.patch_size}" + (f" times the VAE's factor {factor}" if factor > 1 else "")
             parts += f" times the dilation {dilation}" if dilation > 1 else ""
             raise ValueError(f"height and width have to be multiples of {unit}, {parts}, got {height}x{width}")
@@ -420,14 +420,6 @@ class GSPNPipeline(DiffusionPipeline):
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents have to have the shape {shape} for these images, got {tuple(latents.shape)}")
         return shape
-
-
-def _is_whole(value):
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_real(value):
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def last_steps(steps: int, strength: float) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn.memory import MIB, peak_bytes
+from gspn.models.latents import NotFiniteError
 from gspn.models.segmenter import Segmenter
 
 OVERLAP = 4  # a quarter of a tile at least lies in its neighbour
@@ -61,7 +62,7 @@ def segment(
         model: in evaluation mode. pixels: uint8 (1,C,H,W), what the model is to see. normalize: makes them its input.
         max_bytes: what this may take, with `pixels` and beside the weights and the program; None: no limit.
         tell: gets a sentence on what is done, before the work begins.
-    Raises ValueError where not even small tiles fit.
+    Raises ValueError where not even small tiles fit; NotFiniteError for logits that are infinite or NaN.
     """
     steps, where = _Steps(model, normalize), model.classifier.weight.device
     image = (pixels.shape[-2], pixels.shape[-1])
@@ -75,6 +76,8 @@ def segment(
         logits = steps.coarse(pixels.to(where))
     else:
         logits = _blended(steps, pixels, tile, where)
+    if not bool(logits.sum().isfinite()):  # a sum takes no memory; of NaN the largest logit says nothing
+        raise NotFiniteError("some pixels", [0])
     return steps.best(logits, image, size).cpu().numpy()
 
 

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gspn.memory import MIB, free_bytes, weight_bytes
-from gspn.models.latents import check_finite
+from gspn.models.latents import check_finite, is_real, is_whole
 from gspn.progress import Progress
 from gspn.stable_diffusion.highres.images import decode, encode, rematched, resize
 from gspn.stable_diffusion.highres.memory import SHARE, choose, is_offloaded
@@ -260,7 +259,7 @@ class HighResPipeline:
                 raise ValueError(f"{name} and {name}_embeds both say what to draw: pass one of them")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator both set the noise: pass one of them")
-        if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63):
+        if seed is not None and not (is_whole(seed) and 0 <= seed < 2**63):
             raise ValueError(f"seed has to be a whole number from 0 on, got {seed!r}")
         for name, value in (("blend", blend), ("dilation", dilation)):
             if value is not None and not _is_finite(value):
@@ -271,7 +270,7 @@ class HighResPipeline:
     def _fit(self, found, by_stage, guidance, memory_mib):
         """The stages with their savers and memory. Raises ValueError if one does not fit."""
         pipe, device = self.pipe, self.pipe._execution_device
-        if memory_mib is not None and not (isinstance(memory_mib, Real) and memory_mib > 0):
+        if memory_mib is not None and not (is_real(memory_mib) and memory_mib > 0):
             raise ValueError(f"memory_mib has to be a number above 0, got {memory_mib!r}")
         room = SHARE * free_bytes(device) if memory_mib is None else memory_mib * MIB
         if device.type == "cpu" and any(wanted.offload for wanted in by_stage):
@@ -446,7 +445,7 @@ def _scale(value):
 
 
 def _is_finite(value):
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return is_real(value) and 0 <= value < float("inf")
 
 
 def _check_finite(latents, index, stage, pipe):

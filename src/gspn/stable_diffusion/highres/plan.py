@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
+from gspn.models.latents import is_real, is_whole
 from gspn.models.schedulers import check_sampler, check_schedule, check_steps
 from gspn.stable_diffusion.highres.savers import Savers
 
@@ -204,7 +204,7 @@ def _size(size, unit):
     size = tuple(size) if isinstance(size, Sequence) else size
     if not isinstance(size, tuple) or len(size) != 2:
         raise ValueError(f"a stage is (height, width), got {size!r}")
-    if not all(_is_a(Integral, side) and side > 0 and side % unit == 0 for side in size):
+    if not all(is_whole(side) and side > 0 and side % unit == 0 for side in size):
         raise ValueError(f"height and width have to be multiples of {unit}, got {_shown(size)}")
     return tuple(map(int, size))
 
@@ -223,17 +223,12 @@ def _each(values, count, name):
 
 def _whole(value, name, pipe):
     last = pipe.scheduler.config.num_train_timesteps
-    if not _is_a(Integral, value) or not 1 <= value <= last:
+    if not is_whole(value) or not 1 <= value <= last:
         raise ValueError(f"{name} have to be whole numbers from 1 to {last}, got {value!r}")
     return int(value)
 
 
 def _strength(value):
-    if not _is_a(Real, value) or not 0 < value <= 1:
+    if not is_real(value) or not 0 < value <= 1:
         raise ValueError(f"strengths have to be above 0 and at most 1, got {value!r}")
     return float(value)
-
-
-def _is_a(kind, value):
-    """Whether a value is a number of that kind; numpy's count, booleans do not."""
-    return isinstance(value, kind) and not isinstance(value, bool)
