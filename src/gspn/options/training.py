@@ -31,7 +31,13 @@ class LoopOptions(OptionSet):
     weight_decay: float | None = option(
         None, "Weight decay of AdamW; biases and norms have none.", low=0, high=10, fallback=0.05
     )
-    warmup: float | None = option(None, "Epochs over which the learning rate rises.", low=0, high=1e6, fallback=0.0)
+    warmup: float | None = option(
+        None,
+        "Epochs over which the learning rate rises. Default: the preset's, at most half of the epochs.",
+        low=0,
+        high=1e6,
+        fallback=0.0,
+    )
     layer_decay: float = option(
         1.0, "Factor on the learning rate from each layer to the one below it, for fine-tuning.", low=0.01, high=1
     )
