@@ -294,6 +294,29 @@ def test_nan_and_infinity_go_where_they_go_in_eager(layout, value):
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("dtype", "bits", "integer"),
+    [
+        (torch.float64, 0x7FF80000000007A2, torch.int64),
+        (torch.float64, 0x7FF00000000007A2, torch.int64),
+        (torch.float64, -1, torch.int64),
+        (torch.float32, 0x7FC00081, torch.int32),
+        (torch.float32, 0x7FC001FF, torch.int32),
+        (torch.bfloat16, 0x7FC1, torch.int16),
+        (torch.float16, 0x7E55, torch.int16),
+    ],
+)
+def test_nan_of_any_payload_stays_nan(dtype, bits, integer, isa):
+    nan = torch.tensor([bits], dtype=integer).view(dtype)
+    x, logits = torch.ones(1, 20, 3, 4, dtype=dtype), torch.zeros(1, 1, 20, 3, 3, 4, dtype=dtype)
+    for k in range(3):
+        poisoned = logits.clone()
+        poisoned[0, 0, 7, k, 1, 2] = nan
+        h = cpu.gated_scan(x, x[:, None], poisoned, [0], isa=isa)[0, 0]
+        assert h[7, 1, 2].isnan() and h.isnan().sum() < h[7].numel()
+
+
 def test_weights_of_missing_neighbours_and_first_lines_are_not_read():
     for shape, place in itertools.product(((1, 3, 3, 6, 9), (1, 4, 1, 6, 9), (2, 20, 20, 5, 5)), LAYOUTS.values()):
         x, _, weights, grad = problem(*shape, directions=1)

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #ifdef GSPN_X86
+#include <cpuid.h>
 #define GSPN_FOR_EACH_ISA(X) X(gspn_portable) X(gspn_avx2) X(gspn_avx512)
 #else
 #define GSPN_FOR_EACH_ISA(X) X(gspn_portable)
@@ -39,7 +40,9 @@ const Kernels kernels[] = {GSPN_FOR_EACH_ISA(GSPN_TABLE)};
 int64_t best_isa() {
 #ifdef GSPN_X86
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return GSPN_ISA_PORTABLE;
+    unsigned a, b, c, d;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // which Clang 14 cannot be asked for
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !f16c) return GSPN_ISA_PORTABLE;
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     return avx512 ? GSPN_ISA_AVX512 : GSPN_ISA_AVX2;

@@ -190,7 +190,12 @@ GSPN_INLINE vf at_most(vf v, float cap) { return (vf)_mm_min_ps(_mm_set1_ps(cap)
 GSPN_INLINE vf at_least(vf v, float floor) { return (vf)_mm_max_ps(_mm_set1_ps(floor), (__m128)v); }
 #endif
 
-// 2^y to about 1 ulp; y <= 120. Far below 0 it goes to 0 (not lower than 2^-126 off AVX-512).
+// 1.5 * 2^23 plus the exponent of 1: added to y, it leaves the exponent of 2^(nearest integer) in the lowest bits. A
+// product with that power of two keeps a NaN. An integer added to the exponent of a NaN would make it a number.
+constexpr float kShift = 12582912.0f + 127.0f;
+constexpr double kShiftDouble = 0x1.8p52 + 1023.0;
+
+// 2^y to about 1 ulp; y <= 120. Far below 0 it goes to 0 (not lower than 2^-125 off AVX-512).
 GSPN_INLINE vf exp2(vf y) {
 #ifdef GSPN_AVX512
     vf f = (vf)_mm512_reduce_ps((__m512)y, 0x09);  // y - floor(y)
@@ -201,15 +206,15 @@ GSPN_INLINE vf exp2(vf y) {
     p = p * f + 9.999999404e-01f;
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)y);
 #else
-    y = at_least(y, -126.0f);
-    vf shifted = y + 12582912.0f;  // 1.5 * 2^23: the low bits are now the nearest integer
-    vf f = y - (shifted - 12582912.0f);
+    y = at_least(y, -125.0f);
+    vf shifted = y + kShift;
+    vf f = y - (shifted - kShift);
     vf p = f * 1.327647129e-3f + 9.675540961e-3f;
     p = p * f + 5.550713092e-2f;
     p = p * f + 0.2402212023735f;
     p = p * f + 0.69314694404f;
     p = p * f + 1.0000001192f;
-    return (vf)((vu32)p + ((vu32)shifted << 23));
+    return p * (vf)((vu32)shifted << 23);
 #endif
 }
 
@@ -222,21 +227,21 @@ GSPN_INLINE vf rough_exp2(vf y) {
     p = p * f + 9.999252192e-01f;
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)y);
 #else
-    y = at_least(y, -126.0f);
-    vf shifted = y + 12582912.0f;
-    vf f = y - (shifted - 12582912.0f);
+    y = at_least(y, -125.0f);
+    vf shifted = y + kShift;
+    vf f = y - (shifted - kShift);
     vf p = f * 5.517166954e-02f + 2.426111254e-01f;
     p = p * f + 6.932609857e-01f;
     p = p * f + 9.999280733e-01f;
-    return (vf)((vu32)p + ((vu32)shifted << 23));
+    return p * (vf)((vu32)shifted << 23);
 #endif
 }
 
 // 2^y to about 1e-15; -1000 <= y <= 1000 after the cut below. Taylor series of e^(f ln 2), |f| <= 1/2.
 GSPN_INLINE vd exp2(vd y) {
     y = at_least(y, -1000.0);
-    vd shifted = y + 0x1.8p52;
-    vd g = (y - (shifted - 0x1.8p52)) * 0.693147180559945309417;
+    vd shifted = y + kShiftDouble;
+    vd g = (y - (shifted - kShiftDouble)) * 0.693147180559945309417;
     vd p = g * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
     p = p * g + 1.0 / 39916800.0;
     p = p * g + 1.0 / 3628800.0;
@@ -250,7 +255,7 @@ GSPN_INLINE vd exp2(vd y) {
     p = p * g + 0.5;
     p = p * g + 1.0;
     p = p * g + 1.0;
-    return (vd)((vi64)p + ((vi64)shifted << 52));
+    return p * (vd)((vi64)shifted << 52);
 }
 
 // 1/q for finite q whose reciprocal is normal

@@ -143,7 +143,7 @@ template <class A> struct Backward {
     int64_t round_images() {
         const int64_t fixed = shared_bytes(0, Carver{nullptr});
         const int64_t each = shared_bytes(1, Carver{nullptr}) - fixed;
-        return max(1, min(call.batch, max(team.images, call.round_bytes() / each / team.images * team.images)));
+        return max(1, min(call.batch, max(team.images, call.round_bytes() / max(1, each) / team.images * team.images)));
     }
 
     int64_t run() {
