@@ -25,6 +25,7 @@ from benchmarks.harness import harness
 from benchmarks.quality import denoising
 from benchmarks.quality.mixers.tasks import Photos
 from gspn.metrics.fid import evaluate_samples
+from gspn.options.base import parse_parts
 from gspn.options.generators import SampleOptions
 from gspn.sampling.generators import build_generator, load_pipeline
 from gspn.sampling.sample import sample
@@ -77,12 +78,16 @@ class Way(NamedTuple):
     guidance: float
     dilation: int = 1
     enlarge: float | None = None
+    shift: float = 1.0
+    interval: tuple[float, float] | None = None  # of guidance
 
     @property
     def title(self) -> str:
         dilated = "" if self.dilation == 1 else f", dilated by {self.dilation}"
         enlarged = "" if self.enlarge is None else f", enlarged, {self.enlarge:g} of the steps again"
-        return self.name + dilated + enlarged
+        shifted = "" if self.shift == 1 else f", timesteps shifted by {self.shift:g}"
+        between = "" if self.interval is None else ", guided from {:g} to {:g}".format(*self.interval)
+        return self.name + dilated + enlarged + shifted + between
 
     def size(self, trained) -> tuple[int, int]:
         return tuple(round(side * self.factor) for side in trained)
@@ -91,7 +96,9 @@ class Way(NamedTuple):
         height, width = self.size(trained)
         name = f"{self.name}-{arguments.checkpoint}-{height}x{width}-g{self.guidance:g}"
         name += "" if self.dilation == 1 else f"-dilation{self.dilation}"
-        return arguments.work / (name if self.enlarge is None else f"{name}-enlarge{self.enlarge:g}")
+        name += "" if self.enlarge is None else f"-enlarge{self.enlarge:g}"
+        name += "" if self.shift == 1 else f"-shift{self.shift:g}"
+        return arguments.work / (name if self.interval is None else "{}-from{:g}to{:g}".format(name, *self.interval))
 
 
 def ways(names: list[str], arguments) -> list[Way]:
@@ -104,8 +111,12 @@ def ways(names: list[str], arguments) -> list[Way]:
                 found.append(Way(name, factor, count, arguments.guidance, dilation=2))
             if factor > 1:
                 found += [Way(name, factor, count, arguments.guidance, enlarge=part) for part in arguments.enlarge]
+                found += [Way(name, factor, count, arguments.guidance, shift=shift) for shift in arguments.shift]
             if factor == 1:
                 found += [Way(name, factor, count, other) for other in arguments.other_guidance]
+            if factor == 1 and arguments.interval is not None:
+                guided = sorted({arguments.guidance, *arguments.other_guidance} - {1})
+                found += [Way(name, factor, count, other, interval=arguments.interval) for other in guided]
     return found
 
 
@@ -120,6 +131,8 @@ def compare(runs: dict[str, Path], trained: tuple[int, int], arguments) -> list[
             size=way.size(trained),
             dilation=way.dilation,
             enlarge=way.enlarge,
+            timestep_shift=way.shift,
+            guidance_interval=way.interval,
             scheduler=arguments.scheduler,
             seed=arguments.seed,
             batch_size=20,
@@ -245,6 +258,8 @@ def main():
     parser.add_argument("--other-guidance", type=float, nargs="*", default=[], help="further ones at the trained size")
     parser.add_argument("--dilate", action="append", default=[], metavar="NAME", help="also sampled with dilation 2")
     parser.add_argument("--enlarge", type=float, nargs="*", default=[], help="also larger sizes from enlarged samples")
+    parser.add_argument("--shift", type=float, nargs="*", default=[], help="also larger sizes with shifted timesteps")
+    parser.add_argument("--interval", type=parse_parts, metavar="LOW,HIGH", help="also the trained size guided there")
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10, for losses of test photos")
     parser.add_argument("--loss-counts", type=int, nargs="+", default=[2_000, 400, 400], help="test photos a size")
     parser.add_argument("--steps", type=int, default=20)

@@ -16,6 +16,7 @@ TRAINED = (32, 24)
 
 def arguments(**more):
     values = dict(factors=[1, 1.5], counts=[50, 20], guidance=2.0, other_guidance=[], dilate=[], enlarge=[])
+    values |= dict(shift=[], interval=None)
     return SimpleNamespace(checkpoint="last", work=Path("work"), **(values | more))
 
 
@@ -46,8 +47,14 @@ def test_other_guidance_is_for_the_trained_size_and_help_for_larger_ones():
 
 def test_no_two_ways_share_a_folder():
     """A folder that is there is continued: two ways in one would be one set of samples."""
-    given = arguments(other_guidance=[1], dilate=["A", "B"], enlarge=[0.25, 0.5])
+    given = arguments(other_guidance=[1], dilate=["A", "B"], enlarge=[0.25, 0.5], shift=[2, 4], interval=(0, 0.8))
     found = ways(["A", "B"], given)
+    assert {way.shift for way in found if way.factor > 1} == {1, 2, 4}
+    assert {(way.guidance, way.interval) for way in found if way.factor == 1} == {
+        (1, None),
+        (2, None),
+        (2, (0, 0.8)),
+    }
     assert len({way.folder(given, TRAINED) for way in found}) == len(found)
 
 

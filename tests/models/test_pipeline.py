@@ -313,12 +313,43 @@ def test_classes_that_are_none(pixels, labels, message):
             "strength=0.1 of 2 steps is no step",
         ),
         (dict(image=torch.zeros(1, 3, 4, 4), latents=torch.zeros(1, 3, 8, 8)), "image and latents"),
+        (dict(timestep_shift=0.5), "timestep_shift.*at least 1, got 0.5"),
+        (dict(timestep_shift=float("nan")), "timestep_shift.*nan"),
+        (dict(guidance_interval=0.5), "guidance_interval has to be two numbers.*got 0.5"),
+        (dict(guidance_interval=(0.8, 0.2)), "the lower first, got .0.8, 0.2."),
+        (dict(guidance_interval=(0, 2)), "from 0 to 1.*got .0, 2."),
     ],
 )
 def test_bad_arguments(pixels, arguments, message, monkeypatch):
     monkeypatch.setattr(pixels.transformer, "forward", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         pixels([0], **arguments)
+
+
+def test_guidance_in_an_interval_and_shifted_timesteps(pixels):
+    """The model is asked twice only where the timestep lies in the interval; images are those of a loop by hand."""
+    pipeline, seen = GSPNPipeline(pixels.transformer, DDPMScheduler()), []
+    pipeline.set_progress_bar_config(disable=True)
+    call = dict(num_inference_steps=5, latents=torch.randn(1, 3, 8, 8), output_type="latent")
+    hook = pixels.transformer.register_forward_pre_hook(
+        lambda _, given, named: seen.append((int(named["timestep"][0]), len(given[0]))), with_kwargs=True
+    )
+    pipeline([1], 3.0, guidance_interval=(0.2, 0.6), **call)
+    assert seen == [(800, 1), (600, 2), (400, 2), (200, 2), (0, 1)]
+    seen.clear()
+    shifted = pipeline([1], 3.0, timestep_shift=2.0, generator=torch.Generator().manual_seed(0), **call).images
+    hook.remove()
+    timesteps = [t for t, _ in seen]
+    assert timesteps[0] == 800 and all(t > own for t, own in zip(timesteps[1:], (600, 400, 200, 0), strict=True))
+    scheduler, latents, generator = DDPMScheduler(), call["latents"], torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(timesteps=timesteps)
+    for t in timesteps:
+        with torch.no_grad():
+            both = pixels.transformer(
+                latents.repeat(2, 1, 1, 1), timestep=torch.tensor([t, t]), class_labels=torch.tensor([1, 5])
+            ).sample[:, :3]
+        latents = scheduler.step(both[1:] + 3 * (both[:1] - both[1:]), t, latents, generator=generator).prev_sample
+    torch.testing.assert_close(shifted, latents)
 
 
 def test_numbers_of_numpy_and_no_booleans(pixels):

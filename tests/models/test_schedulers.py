@@ -1,6 +1,7 @@
-"""Checks of schedulers before any work: those that cannot sample, and numbers of steps that give NaN."""
+"""Checks of schedulers before any work: those that cannot sample, and numbers of steps that give NaN. Shifted ones."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -16,7 +17,7 @@ from diffusers import (
 from helpers.diffusion import tiny_generator
 
 from gspn.models.pipeline import GSPNPipeline
-from gspn.models.schedulers import check_sampler, check_schedule, check_steps
+from gspn.models.schedulers import check_sampler, check_schedule, check_steps, set_timesteps
 
 TO_NOISE = dict(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
 
@@ -89,3 +90,49 @@ def test_a_number_close_to_zero_for_the_last_signal_is_no_better(kind):
         check_schedule(kind(**TO_NOISE))
     check_schedule(kind(prediction_type="v_prediction", **TO_NOISE))
     check_schedule(kind(beta_schedule="scaled_linear"))
+
+
+# -- shifted timesteps --
+
+
+@pytest.mark.parametrize("shift", [1.5, 4])
+@pytest.mark.parametrize("kind", [DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_shifted_timesteps_have_so_many_times_as_much_noise(kind, shift):
+    plain, shifted = kind(), kind()
+    set_timesteps(plain, 10)
+    set_timesteps(shifted, 10, shift)
+    signal, (own, got) = plain.alphas_cumprod.double().numpy(), (s.timesteps.double().numpy() for s in (plain, shifted))
+    noise = ((1 - signal) / signal) ** 0.5
+    assert len(got) == 10 and got[0] == own[0] and (np.diff(got) < 0).all()
+    assert (got[1:] > own[1:]).all()
+    # one factor brings the first one back to where it was: r(t'_0) = s r(u t_0) = r(t_0)
+    u = np.interp(noise[int(own[0])] / shift, noise, np.arange(1000)) / own[0]
+    middle = slice(2, 8)  # where a timestep rounded to a whole number is as exact as a few per cent of the noise
+    expected = shift * np.interp(u * own, np.arange(1000), noise)
+    np.testing.assert_allclose(np.interp(got, np.arange(1000), noise)[middle], expected[middle], rtol=0.02)
+
+
+def test_a_shift_of_a_solver_of_second_order_and_of_a_single_step():
+    heun = HeunDiscreteScheduler()
+    set_timesteps(heun, 5, 2.0)
+    assert heun.timesteps.tolist() == sorted(heun.timesteps.tolist(), reverse=True) and len(heun.timesteps) == 9
+    one = DDPMScheduler()
+    set_timesteps(one, 1, 2.0)
+    assert one.timesteps.tolist() == [0]
+    check_steps(HeunDiscreteScheduler(), 5, shift=2.0)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "message"),
+    [
+        (DDIMScheduler(), 5, "DDIMScheduler cannot be given timesteps, so timestep_shift has to be 1, got 2.0: .*DDPM"),
+        (EulerAncestralDiscreteScheduler(), 5, "EulerAncestralDiscreteScheduler cannot be given timesteps"),
+        (DDPMScheduler(), 1000, "timestep_shift=2.0 makes 1000 steps repeat a timestep"),
+        (EulerDiscreteScheduler(use_karras_sigmas=True), 5, "timesteps.*karras"),
+    ],
+)
+def test_what_cannot_be_shifted_is_refused_before_any_work(scheduler, steps, message, monkeypatch):
+    model = tiny_generator()
+    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=message):
+        GSPNPipeline(model, scheduler)([0], num_inference_steps=steps, timestep_shift=2.0)

@@ -87,6 +87,25 @@ def test_larger_images_from_enlarged_ones(run, tmp_path):
         sample(run, tmp_path / "a", options(count=2, steps=4, size=(8, 32), enlarge=0.25))
 
 
+def test_shifted_timesteps_and_guidance_in_an_interval(run, tmp_path):
+    ways = {"plain": {}, "shift": dict(timestep_shift=2.0), "interval": dict(guidance_interval=(0.0, 0.7))}
+    found = {}
+    for name, way in ways.items():
+        sample(run, tmp_path / name, options(count=1, steps=4, **way))
+        about = Samples.open(tmp_path / name).settings
+        assert {key: about[key] for key in ("timestep_shift", "guidance_interval") if key in about} == {
+            key: list(value) if isinstance(value, tuple) else value for key, value in way.items()
+        }
+        found[name] = pixels(tmp_path / name)
+    [image] = load_pipeline(run)([0], 2.0, 4, generator=[generator(0, 0)], timestep_shift=2.0).images
+    assert abs(found["shift"][0].astype(int) - np.asarray(image)).max() <= 1
+    assert len({each.tobytes() for each in found.values()}) == 3
+    with pytest.raises(RunError, match=r"with timestep_shift 2\.0, not without it"):
+        sample(run, tmp_path / "shift", options(count=1, steps=4))
+    with pytest.raises(OptionError, match="DDIMScheduler cannot be given timesteps"):
+        sample(run, tmp_path / "ddim", options(count=1, steps=4, scheduler="ddim", timestep_shift=2.0))
+
+
 def test_names_and_numbers_of_classes(tmp_path):
     run, _ = generator_run(tmp_path / "run", class_names=("7", "all", "b"))
     pipeline = load_pipeline(run.path)
@@ -114,6 +133,7 @@ def test_default_count(run, tmp_path, monkeypatch):
         (dict(size=(9, 8)), "multiples of 2.*9x8"),
         (dict(steps=1001), "num_inference_steps.*1 to 1000.*1001"),
         (dict(enlarge=0.5), "enlarge is for images larger than in training, 8x8, but these are 8x8"),
+        (dict(guidance_interval=(0.8, 0.2)), "guidance_interval.*the lower first"),
         (dict(enlarge=0.1, size=(16, 16)), "enlarge: 0.1 of 2 steps is no step"),
         (dict(enlarge=0.0, size=(16, 16)), "enlarge: 0 of 2 steps is no step"),
     ],
@@ -124,7 +144,16 @@ def test_bad_options(run, tmp_path, more, message):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("values", [dict(guidance=-1.0), dict(steps=0), dict(count=0), dict(scheduler="magic")])
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(guidance=-1.0),
+        dict(steps=0),
+        dict(count=0),
+        dict(scheduler="magic"),
+        dict(timestep_shift=0.5),
+    ],
+)
 def test_values_out_of_range(values):
     with pytest.raises(OptionError, match=next(iter(values))):
         SampleOptions(**values)
@@ -184,3 +213,8 @@ def test_the_command(run, tmp_path):
     assert result.exit_code == 2 and "steps 3, not 1" in result.output
     result = CliRunner().invoke(app, ["sample", str(run), "--out", str(tmp_path / "b"), "--guidance", "-1"])
     assert result.exit_code == 2 and "guidance" in result.output
+    again = ["sample", str(run), "--out", str(tmp_path / "c"), "--steps", "2", "--guidance-interval"]
+    result = CliRunner().invoke(app, [*again, "0.8"])
+    assert result.exit_code == 2 and "--guidance-interval takes two numbers from 0 to 1" in result.output
+    result = CliRunner().invoke(app, [*again, "0,0.8", "--timestep-shift", "2", "--count", "1"])
+    assert result.exit_code == 0, result.output

@@ -15,7 +15,7 @@ from torch import Tensor
 from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
 from gspn.models.latents import check_finite, check_scale, is_real, is_whole, scale_latents, unscale_latents
-from gspn.models.schedulers import check_sampler, check_schedule, check_steps
+from gspn.models.schedulers import check_sampler, check_schedule, check_steps, set_timesteps
 from gspn.names import unknown
 
 try:
@@ -151,6 +151,8 @@ class GSPNPipeline(DiffusionPipeline):
         dilate_from: float = 0.7,
         image: Tensor | None = None,
         strength: float = 0.6,
+        timestep_shift: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
     ) -> ImagePipelineOutput | Any:  # a tuple with return_dict=False
         """One image for each of `class_labels`.
 
@@ -174,6 +176,11 @@ class GSPNPipeline(DiffusionPipeline):
             image: images (B,C,H,W) in [0, 1] of any size to start from, such as smaller samples (output_type "pt").
                 They are enlarged by bicubic interpolation, noise is added, and the last steps are run.
             strength: the part of the steps that are run from `image`, above 0 and up to 1.
+            timestep_shift: s for images about s times as large as in training: moves the timesteps to s times as much
+                noise, see gspn.models.schedulers.set_timesteps.
+            guidance_interval: (low, high), parts of all timesteps. Steps outside of them are made without guidance, at
+                half the cost. In the noisiest steps guidance makes images alike, in the last ones it changes little
+                (Kynkaanniemi et al., 2024).
         Returns: ImagePipelineOutput, or (images,) without `return_dict`.
         Raises ValueError, before any work, for arguments that do not fit together; NotFiniteError, a RuntimeError, if
         images are infinite or NaN ("latent" is not checked).
@@ -191,6 +198,8 @@ class GSPNPipeline(DiffusionPipeline):
             dilate_from,
             image,
             strength,
+            timestep_shift,
+            guidance_interval,
         )
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(f"expected one generator for each of {len(labels)} images, got {len(generator)}")
@@ -203,7 +212,7 @@ class GSPNPipeline(DiffusionPipeline):
         known = inspect.signature(scheduler.step).parameters
         extra = {name: value for name, value in dict(generator=generator, eta=eta).items() if name in known}
         num_inference_steps = int(num_inference_steps)
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        set_timesteps(scheduler, num_inference_steps, float(timestep_shift), device)
         labels = torch.tensor(labels, device=device)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -221,10 +230,10 @@ class GSPNPipeline(DiffusionPipeline):
 
         with _evaluating(self.transformer), self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
-                scaled = scheduler.scale_model_input(latents, t)
-                dilated = dilation != 1 and float(t) >= dilate_from * scheduler.config.num_train_timesteps
-                options = {"dilation": dilation} if dilated else {}
-                prediction, variance = self._predict(scaled, t, labels, guidance_scale, sequential_guidance, options)
+                scaled, part = scheduler.scale_model_input(latents, t), float(t) / scheduler.config.num_train_timesteps
+                options = {"dilation": dilation} if dilation != 1 and part >= dilate_from else {}
+                scale = guidance_scale if guidance_interval[0] <= part <= guidance_interval[1] else 1
+                prediction, variance = self._predict(scaled, t, labels, scale, sequential_guidance, options)
                 if takes_variance:
                     prediction = torch.cat([prediction, variance], 1)
                 latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
@@ -297,15 +306,17 @@ class GSPNPipeline(DiffusionPipeline):
         dilate_from: float = 0.7,
         image: Tensor | None = None,
         strength: float = 0.6,
+        timestep_shift: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
     ) -> tuple[list[int], tuple[int, int, int, int]]:
         """Checks the arguments of a call without running the model.
 
         Returns: (numbers of the classes, shape (B,C,h,w) of the maps). Raises ValueError as the call does."""
         labels = self.get_label_ids(class_labels)
         self._check_parts(output_type)
-        self._check_numbers(guidance_scale, num_inference_steps, eta)
+        self._check_numbers(guidance_scale, num_inference_steps, eta, timestep_shift, guidance_interval)
         scheduler, takes_variance = self._scheduler()
-        check_steps(scheduler, int(num_inference_steps), takes_variance)
+        check_steps(scheduler, int(num_inference_steps), takes_variance, float(timestep_shift))
         self._check_dilation(dilation, dilate_from)
         self._check_image(image, strength, len(labels), num_inference_steps, latents)
         return labels, self._map_shape(len(labels), height, width, latents, dilation)
@@ -355,7 +366,7 @@ class GSPNPipeline(DiffusionPipeline):
         if self.vae is None and output_type == "pil" and channels not in (1, 3):
             raise ValueError(f"maps of {channels} channels are no pictures: pass a vae, or another output_type")
 
-    def _check_numbers(self, scale, steps, eta):
+    def _check_numbers(self, scale, steps, eta, shift, interval):
         if not is_real(scale) or not 0 <= scale < math.inf:
             raise ValueError(f"guidance_scale has to be a finite number of at least 0, got {scale!r}")
         last = self.scheduler.config.num_train_timesteps
@@ -363,6 +374,11 @@ class GSPNPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps has to be a whole number from 1 to {last}, got {steps!r}")
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"{type(self.scheduler).__name__} takes no eta, got {eta}")
+        if not is_real(shift) or not 1 <= shift < math.inf:
+            raise ValueError(f"timestep_shift has to be a finite number of at least 1, got {shift!r}")
+        ends = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (math.nan, math.nan)
+        if not all(map(is_real, ends)) or not 0 <= ends[0] <= ends[1] <= 1:
+            raise ValueError(f"guidance_interval has to be two numbers from 0 to 1, the lower first, got {interval!r}")
         if scale != 1 and self.transformer.config.get("class_dropout_prob", 0.1) == 0:
             raise ValueError(
                 f"the model has no null class (class_dropout_prob 0): guidance_scale has to be 1, got {scale}"

@@ -1,7 +1,10 @@
-"""Checks of diffusers' schedulers before any work, for models that were trained with DDPM's noise."""
+"""Timesteps of diffusers' schedulers, and checks before any work, for models that were trained with DDPM's noise."""
 
+import inspect
+import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from gspn.names import reason_of
@@ -56,12 +59,41 @@ def check_sampler(scheduler) -> None:
         )
 
 
-def check_steps(scheduler, steps: int, learned: bool = False) -> None:
+def set_timesteps(scheduler, steps: int, shift: float = 1.0, device: torch.device | str | None = None) -> None:
+    """Sets the scheduler of diffusers to `steps` steps, with `shift` s > 1 to noisier ones.
+
+    Where r(t) = sqrt((1 - a_t) / a_t) is the noise of timestep t, relative to the signal, the scheduler's own timesteps
+    t_i become t'_i with r(t'_i) = s r(u t_i). The factor u <= 1 is such that the first one stays as it is. In a larger
+    image more pixels say the same, so that a layout is still seen at more noise (Hoogeboom et al., "simple diffusion",
+    2023); s is about the ratio of the sides.
+
+    Raises ValueError where the scheduler cannot be given timesteps, or where they would repeat."""
+    scheduler.set_timesteps(steps, device=device)
+    own = np.array(list(dict.fromkeys(scheduler.timesteps.tolist())))  # solvers of second order name most of them twice
+    if shift == 1 or len(own) == 1:
+        return
+    name = type(scheduler).__name__
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"{name} cannot be given timesteps, so timestep_shift has to be 1, got {shift}: expected another "
+            "scheduler, such as DDPM, DPM-Solver++, Euler or Heun"
+        )
+    signal = scheduler.alphas_cumprod.double().numpy()
+    noise, every = (np.log1p(-signal) - np.log(signal)) / 2, np.arange(len(signal))
+    first = np.interp(np.interp(own[0], every, noise) - math.log(shift), noise, every)
+    shifted = np.interp(np.interp(own * (first / own[0]), every, noise) + math.log(shift), noise, every)
+    shifted = shifted.round().astype(int).tolist()
+    if len(set(shifted)) < len(shifted):
+        raise ValueError(f"timestep_shift={shift} makes {steps} steps repeat a timestep: choose less of either")
+    scheduler.set_timesteps(device=device, timesteps=shifted)
+
+
+def check_steps(scheduler, steps: int, learned: bool = False, shift: float = 1.0) -> None:
     """Runs all steps on a tiny map. Raises ValueError if the scheduler of diffusers refuses one of them, or if values
     that are not finite come out, as they do of a solver whose timesteps repeat.
 
     Args:
-        learned: whether the scheduler takes a learned variance beside the prediction.
+        learned: whether the scheduler takes a learned variance beside the prediction. shift: see set_timesteps.
     """
     name, config = type(scheduler).__name__, scheduler.config
     last, predicted = config.num_train_timesteps, config.get("prediction_type")
@@ -69,7 +101,7 @@ def check_steps(scheduler, steps: int, learned: bool = False) -> None:
     output = torch.zeros(1, 4 if learned else 2, 2, 2)
     try:
         with torch.random.fork_rng(devices=[]):
-            scheduler.set_timesteps(steps)
+            set_timesteps(scheduler, steps, shift)
             for t in scheduler.timesteps:
                 scheduler.scale_model_input(x, t)  # some want to be asked before a step
                 x = scheduler.step(output, t, x, return_dict=False)[0]

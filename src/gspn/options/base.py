@@ -155,6 +155,17 @@ def parse_factors(value):
     return factors
 
 
+def parse_parts(value):
+    """(0.1, 0.8) from "0.1,0.8" or a list: two parts of a whole, the lower first."""
+    try:
+        parts = tuple(map(float, value if isinstance(value, list | tuple) else str(value).split(",")))
+    except (TypeError, ValueError):
+        parts = ()
+    if len(parts) != 2 or not 0 <= parts[0] <= parts[1] <= 1:
+        raise ValueError("two numbers from 0 to 1 with a comma between them, the lower first, such as 0.1,0.8")
+    return parts
+
+
 def parse_sizes(value):
     """((H, W), ...) from "N,HxW"."""
     try:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from gspn.options.base import REQUIRED, OptionSet, option, parse_size
+from gspn.options.base import REQUIRED, OptionSet, option, parse_parts, parse_size
 from gspn.options.classifiers import WriteOptions
 from gspn.options.training import DATA_HELP, ReadOptions
 from gspn.places import OptionError, check_file, check_named, check_run, run_folder
@@ -37,6 +37,13 @@ class SampleOptions(OptionSet):
     per_class: int | None = option(None, f"Images of each class. Default: {PER_CLASS}.", low=1, high=100_000_000)
     count: int | None = option(None, "Images in total; the classes take turns.", low=1, high=100_000_000)
     guidance: float = option(4.0, "Weight of the class: 1 is no guidance.", low=0)
+    guidance_interval: tuple | None = option(
+        None,
+        "Guide between these parts of all timesteps only, such as 0,0.8: in the noisiest steps guidance makes images "
+        "alike. Default: everywhere.",
+        parse=parse_parts,
+        metavar="LOW,HIGH",
+    )
     steps: int = option(50, "Steps from noise to image.", low=1, high=100_000)
     size: tuple | None = option(
         None, "Size of the images in pixels: N or HxW. Default: as in training.", parse=parse_size, metavar="N|HxW"
@@ -55,6 +62,13 @@ class SampleOptions(OptionSet):
         low=0,
         high=1,
         metavar="PART",
+    )
+    timestep_shift: float = option(
+        1.0,
+        "For images about K times as large as in training: steps with K times as much noise. Needs ddpm, dpm-solver++, "
+        "euler or heun.",
+        low=1,
+        metavar="K",
     )
     scheduler: str | None = option(
         None, f"{', '.join(SCHEDULERS)}. Default: the generator's own.", choices=tuple(SCHEDULERS)

@@ -32,6 +32,7 @@ from gspn.sampling.sample_folder import ABOUT, ARRAYS, GRID, IMAGES, Samples
 from gspn.train.loop import TrainingError, is_out_of_memory, make_accelerator
 from gspn.train.run import RunError
 
+ALWAYS = (0.0, 1.0)  # the parts of all timesteps that are guided by default
 EARLY = 0.88  # part of all timesteps that the first step has to reach
 
 
@@ -103,7 +104,8 @@ def _plan(pipeline, out, options):
     size = options.size or (None, None)
     try:
         dilated = {"dilation": options.dilation, "dilate_from": options.dilate_from}
-        _, shape = pipeline.check_inputs(classes, options.guidance, options.steps, *size, **dilated)
+        moved = {"timestep_shift": options.timestep_shift, "guidance_interval": options.guidance_interval or ALWAYS}
+        _, shape = pipeline.check_inputs(classes, options.guidance, options.steps, *size, **dilated, **moved)
         full = tuple(side * pipeline.vae_scale_factor for side in shape[2:])
         small = None if options.enlarge is None else _first_size(pipeline, classes, options, full)
     except ValueError as error:
@@ -120,6 +122,10 @@ def _plan(pipeline, out, options):
     }
     if options.dilation != 1:  # absent else, as in folders that were made before there was dilation
         settings |= dilated
+    if options.timestep_shift != 1:
+        settings["timestep_shift"] = options.timestep_shift
+    if moved["guidance_interval"] != ALWAYS:
+        settings["guidance_interval"] = list(options.guidance_interval)
     if small is not None:
         settings |= {"enlarge": options.enlarge, "first_size": list(small)}
     notes = [
@@ -145,7 +151,8 @@ def _first_size(pipeline, classes, options, size):
     if not last_steps(options.steps, options.enlarge):
         raise OptionError(f"enlarge: {options.enlarge:g} of {options.steps} steps is no step, choose more of either")
     start = torch.zeros(len(classes), _channels(pipeline), 1, 1)
-    pipeline.check_inputs(classes, options.guidance, options.steps, *size, image=start, strength=options.enlarge)
+    again = {"image": start, "strength": options.enlarge, "timestep_shift": options.timestep_shift}
+    pipeline.check_inputs(classes, options.guidance, options.steps, *size, **again)
     return small
 
 
@@ -288,6 +295,7 @@ def _images(pipeline, wanted, options, numbers, step):
     height, width = wanted.settings["size"]
     labels, start = [wanted.label(i) for i in numbers], {}
     common = {"generator": [generator(options.seed, i) for i in numbers], "callback_on_step_end": step}
+    common["guidance_interval"] = options.guidance_interval or ALWAYS
     try:
         if "first_size" in wanted.settings:
             small = pipeline(
@@ -303,6 +311,7 @@ def _images(pipeline, wanted, options, numbers, step):
             output_type="np",
             dilation=options.dilation,
             dilate_from=options.dilate_from,
+            timestep_shift=options.timestep_shift,
             **start,
             **common,
         ).images
@@ -337,9 +346,11 @@ def _grid(wanted):
     images, labels = [decode(wanted.path(i)) for i in shown], [wanted.label(i) for i in shown]
     settings = wanted.settings
     height, width = settings["size"]
+    between = "from {:g} to {:g} ".format(*settings["guidance_interval"]) if "guidance_interval" in settings else ""
     title = (
-        f"{height}x{width}, guidance {settings['guidance']:g}, {settings['steps']} steps of "
+        f"{height}x{width}, guidance {settings['guidance']:g} {between}".rstrip() + f", {settings['steps']} steps of "
         f"{settings['scheduler']['class'].removesuffix('Scheduler')}, seed {settings['seed']}"
+        + (f", shift {settings['timestep_shift']:g}" if "timestep_shift" in settings else "")
         + (f", dilation {settings['dilation']}" if "dilation" in settings else "")
         + (f", enlarged, {settings['enlarge']:g} of the steps again" if "enlarge" in settings else "")
     )
