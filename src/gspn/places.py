@@ -119,7 +119,9 @@ def check_file(path: str | Path, what: str, expected: str) -> None:
 
 
 def check_named(where: str | Path, what: str, expected: str) -> None:
-    """Raises OptionError for what does not exist and cannot be a name on the hub."""
+    """Raises OptionError for what does not exist and cannot be a name on the hub, and for an empty text."""
+    if not str(where):  # as of a shell's variable that is not set; a path would be the current folder
+        raise OptionError(f"{what} is empty: expected {expected}")
     if not ON_A_HUB.fullmatch(str(where)) or missing(where) not in (None, NOTHING):
         check_file(where, what, expected)
 

@@ -18,6 +18,7 @@ from gspn import plots
 from gspn.cli import app
 from gspn.data.images import UNREADABLE
 from gspn.data.labelled import Data, DataError
+from gspn.files import SaveError
 from gspn.metrics.classification import Outcome, evaluate, mistakes
 from gspn.models import Backbone
 from gspn.options import Options
@@ -161,6 +162,13 @@ def test_the_evaluation_is_not_written_into_the_data(run, colours):
     result = CliRunner().invoke(app, ["eval", str(run.path), str(colours), "--out", str(colours / "evaluation")])
     assert result.exit_code == 2 and "lies in the folder of the data" in result.stderr
     assert not (colours / "evaluation").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_work(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Backbone, "forward", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(SaveError, match="file"):
+        evaluate(run.path, run.config["data"]["where"], workers=0, out=tmp_path / "file" / "evaluation")
 
 
 def test_outputs_that_are_not_finite_are_an_error(run, monkeypatch):

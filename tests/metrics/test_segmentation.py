@@ -9,6 +9,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 from gspn.data.images import UNREADABLE, DataError
 from gspn.data.mask_classes import IGNORED, Classes
+from gspn.files import SaveError
 from gspn.metrics.segmentation import Segmented, boundary_scores, confusion_of, evaluate, intersection_over_union
 from gspn.models import Segmenter
 from gspn.options import OptionError
@@ -85,6 +86,13 @@ def test_the_data_of_the_training_in_another_place(masked_run, masked, tmp_path)
 def test_the_evaluation_is_not_written_into_the_data(masked_run, masked):
     with pytest.raises(OptionError, match="lies in the folder of the data"):
         evaluate(masked_run.path, masked, workers=0, out=masked / "evaluation")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_work(masked_run, masked, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Segmenter, "forward", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(SaveError, match="file"):
+        evaluate(masked_run.path, masked, workers=0, out=tmp_path / "file" / "evaluation")
 
 
 def test_outputs_that_are_not_finite_are_an_error(masked_run, masked, monkeypatch):

@@ -15,7 +15,7 @@ from gspn.data.labelled import Data, open_data
 from gspn.data.loader import batches, make_loader, workers_note
 from gspn.data.sources import with_held_out
 from gspn.data.unreadable import warning_of
-from gspn.files import check_absent, make_folder, write_json
+from gspn.files import check_absent, check_writable, make_folder, write_json
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions
 from gspn.places import check_outside, location
@@ -250,6 +250,9 @@ def evaluate(
     batch_size += -batch_size % accelerator.num_processes  # they share a batch
     model = classifier.model.to(accelerator.device)
     loader = accelerator.prepare(make_loader(chosen, preprocessing, batch_size, workers=workers))
+    if out is not None and accelerator.is_main_process:  # before the work, which takes long
+        make_folder(Path(out))
+        check_writable(evaluation_files(out, preprocessing.size)[0])
     bar = progress(len(chosen), accelerator, console)
     with bar, autocast(accelerator.device, config["options"]["precision"]):
         outcome = classify(model, loader, preprocessing, accelerator, bar)
@@ -265,7 +268,6 @@ def evaluate(
     metrics |= {"reliability": outcome.calibration()[1], "confused": mistakes(confusion, class_names)}
     if out is not None and accelerator.is_main_process:
         table, picture = evaluation_files(out, preprocessing.size)
-        make_folder(table.parent)
         write_json(table, metrics)
         plots.confusion(picture, confusion, class_names, metrics)
     far = far_from(preprocessing.size, trained_size, f"the model of {path} was trained at")

@@ -16,7 +16,7 @@ from gspn.data.loader import batches, workers_note
 from gspn.data.mask_classes import IGNORED, Classes
 from gspn.data.mask_loader import make_masked_loader
 from gspn.data.masks import open_masked
-from gspn.files import check_absent, make_folder, write_json
+from gspn.files import check_absent, check_writable, make_folder, write_json
 from gspn.metrics.classification import opening, seen_in_training, warnings_of
 from gspn.options import OptionError
 from gspn.places import check_outside
@@ -203,6 +203,9 @@ def evaluate(
     model, preprocessing = segmenter.model.to(accelerator.device), segmenter.preprocessing
     loader = make_masked_loader(chosen, classes, preprocessing, batch_size, scale=scale, workers=workers)
     loader, shown = accelerator.prepare(loader), evenly(len(chosen), plots_masks.PAIRS) if files else []
+    if files and accelerator.is_main_process:  # before the work, which takes long
+        make_folder(Path(out))
+        check_writable(files[0])
     bar = Progress("evaluating", len(chosen), console=console)
     with bar, autocast(accelerator.device, config["options"]["precision"]):
         outcome = segment_batches(model, loader, preprocessing, accelerator, boundary=True, shown=shown, bar=bar)
@@ -215,7 +218,6 @@ def evaluate(
     metrics |= {rate: round(len(chosen) / duration, 2) for rate, duration in seconds.items()}
     if files and accelerator.is_main_process:
         table, confusion, predictions = files
-        make_folder(table.parent)
         write_json(table, metrics)
         plots_masks.pixel_confusion(confusion, outcome.confusion, classes.names, metrics)
         plots_masks.pairs(predictions, chosen, outcome.shown, classes, metrics)

@@ -88,8 +88,6 @@ class EvalOptions(ReadOptions, WriteOptions, RunOptions):
 
     def check_paths(self):
         super().check_paths()
-        if not self.data:  # as of a shell's variable that is not set; a path would be the current folder
-            raise OptionError(f"DATA is empty: expected {DATA_HELP}")
         check_named(self.data, "DATA", DATA_HELP)
 
     def of_task(self, task: str) -> dict:
