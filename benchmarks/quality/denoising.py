@@ -107,6 +107,7 @@ CONTENDERS = {
     "convnext": Contender("ConvNeXt V2's block (FCDM)", lambda: _convolutions(ConvNeXtBlock, 3.8, 6)),
     "dico": Contender("DiCo's block", lambda: _convolutions(DiCoBlock, 4.0, 4)),
     "ours-positions": Contender("GSPN-DiT with positions", lambda: _ours(positions=True)),
+    "ours-gated-positions": Contender("GSPN-DiT with gated positions", lambda: _ours(positions="gated")),
     "ours-centred": Contender("GSPN-DiT, centred", lambda: _ours(center=True)),
     "paper": Contender("the paper's block", lambda: _paper(hidden_size=96, depth=4)),
 }

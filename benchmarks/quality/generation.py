@@ -228,19 +228,21 @@ def curves(runs: dict[str, Path], last: int, path: Path) -> dict[str, list[dict]
     return found
 
 
-def sizes_picture(names: list[str], trained: tuple[int, int], arguments, classes: int, path: Path) -> None:
+def sizes_picture(names: list[str], trained: tuple[int, int], arguments, classes: list[str], path: Path) -> None:
     """A row of samples, one for each class, for every size and run, all at their own number of pixels."""
-    shown = [way for way in ways(names, arguments) if way.guidance == arguments.guidance]
-    figure = Figure(figsize=(1.1 * classes + 1, 1.12 * len(shown)), layout="constrained")
-    axes = figure.subplots(len(shown), classes, squeeze=False)
+    shown = [way for way in ways(names, arguments) if (way.guidance, way.interval) == (arguments.guidance, None)]
+    figure = Figure(figsize=(1.1 * len(classes) + 1, 1.12 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), len(classes), squeeze=False)
     for way, line in zip(shown, axes, strict=True):
         height, width = way.size(trained)
         files = sorted((way.folder(arguments, trained) / "images").iterdir())
-        for file, panel in zip(files[:classes], line, strict=True):
+        for file, panel in zip(files[: len(classes)], line, strict=True):
             with Image.open(file) as image:
                 panel.imshow(image.convert("RGB"), interpolation="nearest")
             panel.axis("off")
         line[0].set_title(f"{way.title}, {height}x{width}", loc="left", fontsize=9)
+    for name, panel in zip(classes, axes[-1], strict=True):
+        panel.text(0.5, -0.05, name, transform=panel.transAxes, ha="center", va="top", fontsize=9)
     figure.savefig(path, dpi=100, facecolor="white")
 
 
@@ -282,7 +284,7 @@ def main():
         )
     state = next(iter(states.values()))
     config = next(iter(opened.values())).config
-    stem, classes, trained = arguments.stem, len(config["class_names"]), tuple(config["space"]["image_size"])
+    stem, classes, trained = arguments.stem, config["class_names"], tuple(config["space"]["image_size"])
     parameters = {
         name: sum(p.numel() for p in build_generator(run.config["model"]).parameters())  # as trained: DiT's ties count
         for name, run in opened.items()
