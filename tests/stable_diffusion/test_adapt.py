@@ -1,5 +1,6 @@
 """Larger images without training: the layers of a swap on sub-lattices of their maps."""
 
+import numpy as np
 import pytest
 import torch
 from helpers.stable_diffusion import tiny_sd
@@ -68,6 +69,23 @@ def test_the_size_of_another_training_counts_and_is_kept_in_the_file(tmp_path):
             assert {layer.apart for layer in swapped.layers.values()} == {apart}
 
 
+def test_a_file_says_the_size_of_its_unet(tmp_path, monkeypatch):
+    """So that it counts in another UNet too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe = tiny_sd()  # whose UNet takes 8x8
+    with gspn.swap(pipe, segment=4, init="random") as swapped:
+        file = swapped.save("~/layers")
+    assert file == tmp_path / "layers" / "gspn_swap.safetensors" and file.is_file()
+    assert gspn.load_swap(pipe, "~/layers").sample_size is None
+    for own in (16, None):
+        other = tiny_sd(sample_size=8)
+        other.unet.register_to_config(sample_size=own)
+        swapped = gspn.load_swap(other, file)
+        assert swapped.sample_size == (8, 8)
+        with gspn.adapt(other, (32, 32)):
+            assert {layer.apart for layer in swapped.layers.values()} == {(2, 2)}
+
+
 def test_maps_that_cannot_be_divided_are_refused():
     pipe = tiny_sd()
     swapped = gspn.swap(pipe, segment=4, init="random")
@@ -80,13 +98,25 @@ def test_maps_that_cannot_be_divided_are_refused():
 
 @pytest.mark.parametrize(
     "size, error, message",
-    [(32, TypeError, "got 32"), ((32, 32, 3), TypeError, "got .32, 32, 3"), ((0, 32), ValueError, "got 0x32")],
+    [
+        (32, TypeError, "got 32"),
+        ((32, 32, 3), TypeError, "got .32, 32, 3"),
+        ((True, 32), TypeError, "got .True, 32"),
+        ((0, 32), ValueError, "got 0x32"),
+    ],
 )
 def test_a_size_is_a_height_and_a_width(size, error, message):
     pipe = tiny_sd()
     gspn.swap(pipe, segment=4, init="random")
     with pytest.raises(error, match=message):
         gspn.adapt(pipe, size)
+
+
+def test_a_size_may_be_of_numpy():
+    pipe = tiny_sd()
+    swapped = gspn.swap(pipe, segment=4, init="random")
+    with gspn.adapt(pipe, tuple(np.array([32, 16]))):
+        assert {layer.apart for layer in swapped.layers.values()} == {(2, 1)}
 
 
 def test_an_adapted_unet():

@@ -60,6 +60,23 @@ def test_the_first_stage_is_the_pipelines_own_image(pipe):
     assert np.array_equal(np.asarray(first.images[0]), np.asarray(own)) and len(first.stages) == 1 and first.seed == 9
 
 
+def test_layers_are_adapted_to_each_stage():
+    """Around it gspn.adapt says only that they are, at whatever size."""
+    pipe = tiny_sd()
+    swapped = gspn.swap(pipe, segment=2, init="random")
+    own, seen = latents_of(pipe, stages=[(16, 16)])[0], []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda unet, args: seen.append((tuple(args[0].shape[2:]), next(iter(swapped.layers.values())).apart))
+    )
+    with gspn.adapt(pipe, (64, 64)):
+        first = latents_of(pipe, stages=[(16, 16), (32, 32)])[0]
+        with pytest.raises(ValueError, match=r"24x40 .* cannot be divided"):
+            HighResPipeline(pipe).plan(stages=[(16, 16), (24, 40)])
+        assert {layer.apart for layer in swapped.layers.values()} == {(4, 4)}
+    hook.remove()
+    assert torch.equal(first, own) and set(seen) == {((8, 8), (1, 1)), ((16, 16), (2, 2))}
+
+
 # diffusers' image to image with the other two takes steps as if those before the first had been taken (see below).
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in ("LMSDiscreteScheduler", "PNDMScheduler")])
 def test_a_plain_stage_is_image_to_image(sd, name):

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from diffusers import AsymmetricAutoencoderKL
 from helpers.high_resolution import FEW, latents_of
 from helpers.stable_diffusion import tiny_ip_adapter, tiny_sd
 from torch import nn
@@ -101,6 +102,37 @@ def test_the_estimate_is_linear_and_savers_lower_it(form, monkeypatch):
             assert need(256, sequential_guidance=True) < 0.6 * large and chunked < 0.9 * large
             assert need(256, chunked_feed_forward=True, parked_residuals=True) < 0.98 * chunked
             assert memory.vae_bytes(pipe, 1024, 1024, True) < 0.8 * memory.vae_bytes(pipe, 1024, 1024, False)
+
+
+@pytest.mark.estimates
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+@pytest.mark.parametrize("named", ["cpu", "triton"])
+def test_the_estimate_takes_any_backend(form, named):
+    """Native kernels, which layers may name, do not run on "meta"."""
+    pipe = tiny_sd()
+    guidance = Guidance(pipe, "red fox", None, 7.0, {}, (16, 16))
+    found = []
+    for backend in (None, named):
+        with gspn.swap(pipe, form=form, backend=backend, init="random") as swapped:
+            found.append(memory.unet_bytes(pipe, 32, 32, Savers(), guidance.on_meta))
+            for layer in swapped.layers.values():
+                assert {module.backend for module in layer.modules() if hasattr(module, "backend")} == {backend}
+    assert found[0] == found[1] > 0
+
+
+@pytest.mark.estimates
+def test_a_vae_without_tiling():
+    pipe = tiny_sd()
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    sizes = dict(down_block_out_channels=(8, 8), up_block_out_channels=(8, 8), norm_num_groups=4)
+    pipe.vae = AsymmetricAutoencoderKL(**kinds, **sizes).eval()
+    high = HighResPipeline(pipe)
+    with pytest.raises(ValueError, match=r"AsymmetricAutoencoderKL.* no tiling: .*vae_tiling=False or None"):
+        high.plan(32, 32, vae_tiling=True)
+    assert not high.plan(stages=[(16, 16), (1024, 1024)])[-1].savers.vae_tiling  # where tiles would be faster
+    with pytest.raises(ValueError, match=r"smaller size$"):  # not: or allow vae_tiling
+        high.plan(stages=[(256, 256)], memory_mib=1)
+    assert high("red fox", 32, 32, **FEW).images[0].size == (32, 32)
 
 
 def chosen(pipe, monkeypatch, room, by_offload=0, **wanted):
@@ -273,6 +305,12 @@ def test_layers_that_are_adapted_and_tiles_count(tmp_path):
     assert state.fingerprint(pipe) != tiled
     pipe.vae.disable_tiling()
     high(**call)
+
+
+def test_the_home_in_a_workdir(sd, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    HighResPipeline(sd)("owl", 16, 16, **FEW, workdir="~/owl")
+    assert (tmp_path / "owl" / "highres.json").is_file()
 
 
 def test_every_weight_and_word_counts(tmp_path):

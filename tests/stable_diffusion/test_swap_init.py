@@ -232,6 +232,69 @@ def test_fit_keeps_the_dtype_and_never_makes_a_layer_worse():
     )
 
 
+def test_fit_inside_autocast_fits_and_is_seen_there():
+    """Autocast keeps its casts of weights until its end: neither the fit nor what follows may go by the old ones."""
+    unet = make_unet()
+    swapped = swap(unet, form="qkv", backend="reference")
+    maps = collect(swapped, runner(unet), 4)
+
+    def told():
+        return {name: relative_error(layer, swapped.attentions[name], maps[name]) for name, layer in layers.items()}
+
+    layers = swapped.layers
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, layer in layers.items():
+            layer(maps[name].tokens[0], map_size=maps[name].sizes[0])  # with gradients: its weights' casts are kept
+        errors = fit(swapped, runner(unet), maps=16, steps=20, batch_size=4)
+        inside = told()
+    assert inside == pytest.approx(told(), rel=0.05)
+    assert all(after < 0.9 * before for before, after in errors.values())
+
+
+def test_a_fit_that_is_stopped_leaves_the_best_weights(monkeypatch):
+    unet = make_unet().bfloat16()
+    swapped = swap(unet, form="qkv", backend="reference")
+    name, layer = next(iter(swapped.layers.items()))
+    layer.requires_grad_(False).to_q.requires_grad_(True)
+
+    def run():
+        unet(torch.randn(2, 4, 8, 8).bfloat16(), 5, torch.randn(2, 5, 16).bfloat16())
+
+    def stopped_at(target):
+        def stop(*_):
+            with torch.no_grad():
+                layer.to_out[0].weight.fill_(9.0)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(fitting, target, stop)
+            fit(swapped, run, maps=4, steps=3)
+        assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+        assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["to_q.weight"]
+
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    stopped_at("relative_error")
+    stopped_at("_solve_out")
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+    fresh = collect(swapped, run, 4)[name]
+    error = relative_error(layer, swapped.attentions[name], fresh)
+    stopped_at("_power")  # in AdamW, after the least squares
+    assert relative_error(layer, swapped.attentions[name], fresh) < 0.9 * error
+
+
+def test_what_cannot_be_fitted_is_told_at_once():
+    swapped = swap(make_unet())
+    for arguments, message in (
+        ({"maps": 1}, "maps has to be at least 2, got 1"),
+        ({"steps": -1}, "steps has to be at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size has to be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(swapped, pytest.fail, **arguments)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        fit(swapped, pytest.fail)
+
+
 def test_relative_error_is_1_for_zero_and_0_for_the_same():
     attention = make_attention()
     maps = FeatureMaps([torch.randn(2, 9, C)], [(3, 3)])

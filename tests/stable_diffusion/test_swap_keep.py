@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers.swapping import assert_same_state, inputs, run, state_of, unet_of
@@ -61,6 +62,11 @@ def test_levels_are_those_of_the_map():
         assert {level_of(unet, name) for name in swapped.layers} == {1}
     with pytest.raises(ValueError, match=r"level:0.* matches none of the .*at level:1"):
         gspn.swap(unet, keep="level:0")
+
+
+def test_a_number_may_be_one_of_numpy():
+    with pytest.raises(ValueError, match=r"from 1 to 6, of 7 .*got 7"):
+        gspn.swap(unet_of(), keep=np.int64(7))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +142,26 @@ def test_the_rank_is_that_of_the_inputs_at_the_time():
         given["encoder_hidden_states"].zero_()
 
     assert rank(swapped, careless, maps=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rank_is_that_of_an_adapters_residuals_too():
+    """Whose list the UNet empties."""
+    unet = unet_of()
+    swapped = gspn.swap(unet, init="random")
+    given, seen = [], []
+
+    def adapted():
+        given.append([torch.randn(2, 8, 8, 8), torch.randn(2, 16, 4, 4)])
+        run(unet, down_intrablock_additional_residuals=list(given[0]))
+
+    hook = unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(list(kwargs["down_intrablock_additional_residuals"])), with_kwargs=True
+    )
+    rank(swapped, adapted, maps=2)
+    hook.remove()
+    assert len(seen) == 2 + len(swapped.layers)
+    for residuals in seen:
+        assert all(torch.equal(a, b) for a, b in zip(residuals, given[0], strict=True))
 
 
 def test_what_cannot_be_ranked_is_told():

@@ -248,6 +248,8 @@ def test_sdxl_in_bfloat16_after_a_fit(bases, photos, tmp_path):
         ({"sizes": "1,big"}, "sizes takes .*0.75,1,1.5, got '1,big'"),
         ({"away_weight": 0.5}, "away_weight .*expected sizes"),
         ({"sizes": (1, 2), "noise_weight": 0.0}, "sizes: noise_weight and away_weight"),
+        ({"size": -16}, "size takes N or HxW .*got -16"),
+        ({"sample_every": 1, "sample_steps": 2000}, "sample_steps: DDIMScheduler cannot make 2000 .*--sample-every 0"),
     ],
 )
 def test_bad_options(bases, photos, tmp_path, changes, message):
@@ -273,7 +275,7 @@ def test_pipelines_that_cannot_be_distilled(bases, tmp_path):
         TextToImage(tiny_sd(in_channels=9), "here")
     with pytest.raises(OptionError, match="time_cond_proj_dim"):
         TextToImage(tiny_sd(time_cond_proj_dim=8), "here")
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import AsymmetricAutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 
     with pytest.raises(OptionError, match=r"FlowMatchEulerDiscreteScheduler.*betas"):
         TextToImage(tiny_sd(scheduler=FlowMatchEulerDiscreteScheduler()), "here")
@@ -281,6 +283,11 @@ def test_pipelines_that_cannot_be_distilled(bases, tmp_path):
     pipe.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     with pytest.raises(OptionError, match=r"latents_mean.*StableDiffusionPipeline"):
         TextToImage(pipe, "here")
+    pipe.vae = AutoencoderTiny(latent_channels=4)
+    with pytest.raises(OptionError, match=r"VAE of here is an AutoencoderTiny.*expected an AutoencoderKL"):
+        TextToImage(pipe, "here")
+    pipe.vae = AsymmetricAutoencoderKL(norm_num_groups=4)  # without latents_mean in its config
+    assert TextToImage(pipe, "here").latents(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 16, 16)
 
 
 def test_a_run_that_an_older_version_began_knows_its_teacher(bases):
@@ -300,6 +307,8 @@ def test_another_teacher_is_not_gone_on_with(whole, bases, tmp_path):
         resume_distillation(whole, {"base": str(tmp_path / "sd")})
     with pytest.raises(OptionError, match=r"form.*pure.*qkv"):
         resume_distillation(whole, {"form": "qkv"})
+    with pytest.raises(OptionError, match=r"sample_steps: .* 2000 steps"):
+        resume_distillation(whole, {"sample_steps": 2000})
 
 
 def test_the_size_is_the_base_s(bases, photos):
@@ -307,6 +316,7 @@ def test_the_size_is_the_base_s(bases, photos):
     assert setup.options.size == (16, 16) and setup.options.lr == 1e-4 and setup.options.precision == "bf16"
     assert setup.teacher.unet.dtype == torch.bfloat16 and setup.teacher.vae.dtype == torch.float32
     assert setup.model(torch.device("cpu")).swap.sample_size is None
+    assert Setup.of(photos, DistillOptions(base=str(bases / "sd"), size=24)).options.size == (24, 24)
     setup = Setup.of(photos, DistillOptions(base=str(bases / "sd"), size=(32, 16)))
     swapped = setup.model(torch.device("cpu")).swap
     assert swapped.sample_size == (32 // setup.teacher.pipe.vae_scale_factor, 16 // setup.teacher.pipe.vae_scale_factor)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from helpers.stable_diffusion import ddim, tiny_sd, tiny_sdxl
 
 from gspn.digests import is_earlier
@@ -110,6 +111,21 @@ def test_what_makes_another_teacher(tmp_path):
         (path / "scheduler/scheduler_config.json").write_text(json.dumps(config | change))
         digests.append(open_text_to_image(path).digest())
     assert digests[0] == digests[1] and len(set(digests[1:])) == 5
+
+
+def test_the_precision_does_not_depend_on_the_version_of_diffusers(tmp_path, monkeypatch):
+    """An older one does not know `dtype`, and loads all in float32."""
+    tiny_sd().save_pretrained(tmp_path)
+    load = StableDiffusionPipeline.from_pretrained
+    for older in (False, True):
+        if older:
+            monkeypatch.setattr(
+                StableDiffusionPipeline, "from_pretrained", lambda *args, dtype, **more: load(*args, **more)
+            )
+        teacher = open_text_to_image(tmp_path, precision="bf16")
+        assert teacher.unet.dtype == teacher.pipe.text_encoder.dtype == torch.bfloat16
+        assert teacher.vae.dtype == torch.float32
+        assert open_text_to_image(tmp_path).unet.dtype == torch.float32
 
 
 def test_settings_and_words_make_another_teacher():

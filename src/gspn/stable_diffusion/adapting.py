@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from gspn.models.latents import is_whole
 from gspn.stable_diffusion.keeping import level_of
-from gspn.stable_diffusion.swap import unet_of
+from gspn.stable_diffusion.swap import own_size, unet_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -20,7 +21,8 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
     For a side k times as long as in training (rounded, half goes up) each layer scans k interleaved sub-lattices of its
     map, so that a segment of 4 lines spans 4k lines. At the trained size nothing changes, nor does any attention.
     The trained size is :attr:`gspn.stable_diffusion.swap.Swap.sample_size`, or that in the UNet's config where it is
-    None. The layers change for all threads that use the UNet.
+    None. The layers change for all threads that use the UNet. Around a :class:`gspn.HighResPipeline` they are adapted
+    to the size of each stage.
 
     Args:
         target: a swapped pipeline, or its UNet.
@@ -31,7 +33,7 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
     the maps cannot be divided by k.
     """
     unet = unet_of(target)
-    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(map(is_whole, size)):
         raise TypeError(f"size has to be (height, width) in pixels, got {size!r}")
     if min(size) < 1:
         raise ValueError(f"size has to be at least 1x1, got {size[0]}x{size[1]}")
@@ -39,13 +41,12 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
         raise ValueError("this UNet is not swapped: adapt is for the layers that gspn.swap or gspn.load_swap puts in")
     if unet._gspn_swap.segment is None:
         raise ValueError("the layers are global (segment=None): they see the whole map at any size, nothing is adapted")
-    native = unet._gspn_swap.sample_size or unet.config.sample_size
+    native = unet._gspn_swap.sample_size or own_size(unet)
     if native is None:
         raise ValueError(
             "the trained size is not known: the UNet has no sample_size in its config. Set sample_size of the Swap, "
             "(height, width) of the UNet's input"
         )
-    native = (native, native) if isinstance(native, int) else tuple(native)
     scale = 1 if isinstance(target, nn.Module) else target.vae_scale_factor
     layers = unet._gspn_swap.layers
     apart = tuple(

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 
 @dataclass
@@ -115,25 +115,30 @@ def rank(swap, run: Callable[[], object], *, maps: int = 16) -> dict[str, float]
         raise ValueError(f"maps has to be at least 1, got {maps}")
     inputs, unet, count = [], swap.unet, 0
 
-    def seen(module, args, kwargs, output):
+    def seen(module, args, kwargs):
         nonlocal count
         inputs.append(tree_map_only(Tensor, Tensor.clone, (args, kwargs)))  # run() may write into its own tensors
-        count += len(_sample(output))
+        count += len(args[0] if args else kwargs["sample"])
+
+    def again(given):
+        args, kwargs = tree_map(lambda leaf: leaf, given)  # diffusers empties a list of a T2I-Adapter's residuals
+        return _sample(unet(*args, **kwargs)).float()
 
     with swap.use("attention"), map_sizes(swap, swap.layers) as sizes:
-        hook = unet.register_forward_hook(seen, with_kwargs=True)
+        hook = unet.register_forward_pre_hook(seen, with_kwargs=True)
         try:
             _until(maps, run, lambda: count)
         finally:
             hook.remove()
-        calls = [(args, kwargs, _sample(unet(*args, **kwargs)).float()) for args, kwargs in inputs]
-        whole = sum(output.square().sum().item() for *_, output in calls)
+        outputs = [again(given) for given in inputs]
+        whole = sum(output.square().sum().item() for output in outputs)
         errors = {}
         for name, layer in swap.layers.items():
             replaced = partial(_instead, layer, sizes[name])
             hook = swap.attentions[name].register_forward_hook(replaced, with_kwargs=True)
             try:
-                wrong = sum((_sample(unet(*a, **k)).float() - y).square().sum().item() for a, k, y in calls)
+                pairs = zip(inputs, outputs, strict=True)
+                wrong = sum((again(given) - output).square().sum().item() for given, output in pairs)
             finally:
                 hook.remove()
             errors[name] = (wrong / max(whole, 1e-30)) ** 0.5

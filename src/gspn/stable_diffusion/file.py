@@ -1,6 +1,7 @@
 """The file of swapped layers: one safetensors file whose header holds the config."""
 
 import json
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -47,7 +48,7 @@ def _identity(unet: nn.Module) -> dict:
 def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], options: dict) -> Path:
     """Writes the layers of `unet` by their names, with the `options` that build them, and returns the file's path:
     `path` if it ends in .safetensors, else a file in the folder `path`. An existing file is replaced at once."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     path = path if path.suffix == ".safetensors" else path / FILE
     tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
     if any(value.is_meta for value in tensors.values()):
@@ -67,11 +68,11 @@ def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], optio
 
 def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """The config in a file or folder, and the state dict of each layer. Two entries of the config are not always there:
-    "kept" names the attentions that stayed, "sample_size" is that of a training at another size than the UNet's own.
+    "kept" names the attentions that stayed, "sample_size" is the size for which the layers were trained.
 
     Raises FileNotFoundError, or ValueError if the file is damaged, is something else, or holds layers that do not fit
     `unet`, with those `channels` by name."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"there are no swapped layers at {path}")

@@ -34,8 +34,16 @@ def fit(
         progress: called after each layer with its name and the errors.
 
     Returns the relative error on the held-out maps (see `relative_error`), before and after, by the layer's name. A
-    layer that the fit would make worse on them keeps its weights. Computes in float32; the layers keep their dtype.
+    layer that the fit would make worse on them keeps its weights. Computes in float32, also inside autocast; the layers
+    keep their dtype. After an error or an interrupt each layer has the best weights that were found so far.
+
+    Raises ValueError for numbers that are too small, in inference mode, and where run() does not run the UNet.
     """
+    for name, value, least in (("maps", maps, 2), ("steps", steps, 0), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name} has to be at least {least}, got {value}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("fit trains the layers, which torch.inference_mode() does not allow: call it outside")
     errors = {}
     waiting = list(swap.layers)
     shapes = collect(swap, run, 1, device="meta")
@@ -45,7 +53,8 @@ def fit(
             group.append(waiting.pop(0))
         collected = collect(swap, run, maps, group)
         for name in group:
-            errors[name] = _fit_layer(swap, name, collected.pop(name), steps, batch_size, lr, seed)
+            with torch.autocast(next(swap.layers[name].parameters()).device.type, enabled=False):
+                errors[name] = _fit_layer(swap, name, collected.pop(name), steps, batch_size, lr, seed)
             if progress is not None:
                 progress(name, *errors[name])
     return errors
@@ -68,11 +77,10 @@ def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
     device, dtype = next(layer.parameters()).device, next(layer.parameters()).dtype
     attention_dtype = next(attention.parameters()).dtype
     training, held = maps.split(1 / 8)
-    wanted = [(p, p.requires_grad) for p in layer.parameters()]
+    wanted, state = [(p, p.requires_grad) for p in layer.parameters()], _copy(layer)
     try:
-        layer.float().to(device).requires_grad_(True)
-        before = relative_error(layer, attention, held)
-        best, state = before, _copy(layer)
+        layer.float().requires_grad_(True)
+        before = best = relative_error(layer, attention, held)
 
         def keep_if_better():
             nonlocal best, state
@@ -104,9 +112,10 @@ def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
         keep_if_better()
         _solve_out(layer, training, targets, device)
         keep_if_better()
-        layer.load_state_dict(state)
     finally:
+        layer.load_state_dict(state)
         layer.to(dtype)
+        torch.clear_autocast_cache()  # a surrounding autocast would go on with its casts of the old weights
         for parameter, wants in wanted:
             parameter.requires_grad_(wants)
             parameter.grad = None

@@ -5,6 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from gspn.models.latents import is_whole
+
 Keep = str | Sequence[str] | int | None  # what `keep` of gspn.swap takes
 
 
@@ -62,4 +64,4 @@ def check_count(keep: int, names: Sequence[str]) -> None:
 
 
 def is_count(keep: Keep) -> bool:
-    return isinstance(keep, int) and not isinstance(keep, bool)
+    return is_whole(keep)

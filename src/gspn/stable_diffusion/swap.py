@@ -190,9 +190,10 @@ class Swap:
         gate_bias = next(iter(self.layers.values())).gate_bias
         options = {"form": self.form, "segment": self.segment, "gate_bias": gate_bias}
         options |= {"kept": list(self.kept)} if self.kept else {}  # without it as every earlier version reads it
-        if self.sample_size is not None:
-            swap_file.check_size(self.sample_size, "sample_size")
-            options |= {"sample_size": list(self.sample_size)}
+        size = own_size(self.unet) if self.sample_size is None else self.sample_size
+        if size is not None:  # always said where it is known: another UNet may have another one
+            swap_file.check_size(size, "sample_size")
+            options |= {"sample_size": list(size)}
         return swap_file.write(path, self.unet, self.layers, options)
 
     def __repr__(self) -> str:
@@ -308,15 +309,21 @@ def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, back
             raise ValueError(f"{path} does not hold the layer {name} of its config: {error}") from error
         layers[name] = layer.train(block.attn1.training)
     swapped = Swap(unet, layers, [name for name in blocks if name not in states])
-    swapped.sample_size = config.get("sample_size") and tuple(config["sample_size"])
+    trained = tuple(config.get("sample_size", ()))
+    if trained and trained != own_size(unet):
+        swapped.sample_size = trained
     return swapped
+
+
+def own_size(unet: nn.Module) -> tuple[int, int] | None:
+    """(H, W) of the input for which the UNet was trained; None where its config does not say."""
+    size = unet.config.sample_size
+    return size and ((size, size) if isinstance(size, int) else tuple(size))
 
 
 def _native_size(unet, name) -> tuple[int, int]:
     """H and W of the map at the attention `name` for an input of the UNet's own sample size (64 if it has none)."""
-    size = unet.config.sample_size or 64
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    return tuple(max(1, -(-n // 2 ** level_of(unet, name))) for n in size)
+    return tuple(max(1, -(-n // 2 ** level_of(unet, name))) for n in own_size(unet) or (64, 64))
 
 
 # -- what can be swapped --

@@ -20,6 +20,7 @@ from gspn.data.images import Preprocessing, Split, mixed_seed
 from gspn.data.loader import Loader, batches, make_loader
 from gspn.data.unreadable import Unreadable, warning_of
 from gspn.digests import is_earlier
+from gspn.models.schedulers import check_sampler, check_steps
 from gspn.options import OptionError, far_from
 from gspn.options.distill import PRESET, SPEC, DistillOptions
 from gspn.stable_diffusion import fit, rank
@@ -66,8 +67,9 @@ class Setup(BaseSetup):
             raise OptionError("noise_weight, output_weight and feature_weight are all 0: expected one above 0")
         if options.away_weight and not options.sizes:
             raise OptionError("away_weight is for training at several sizes: expected sizes too, such as 0.75,1,1.5")
+        options = options.updated({"size": options.size})  # reads and checks what did not come from a flag
         if options.sizes:
-            options = options.updated({"sizes": options.sizes})  # checks what did not come from a flag
+            options = options.updated({"sizes": options.sizes})
             if not options.noise_weight + options.away_weight:
                 raise OptionError(
                     "sizes: noise_weight and away_weight are both 0, so that nothing is learned at other sizes: "
@@ -90,6 +92,12 @@ class Setup(BaseSetup):
         teacher = open_text_to_image(
             options.base, precision=options.precision, variant=options.variant, cache=options.cache
         )
+        if options.sample_every:
+            try:
+                check_sampler(teacher.pipe.scheduler)
+                check_steps(teacher.pipe.scheduler, options.sample_steps)
+            except ValueError as error:
+                raise OptionError(f"sample_steps: {error}; --sample-every 0 draws none") from error
         far = None
         if options.size and teacher.unet.config.sample_size is not None:
             far = far_from(options.size, teacher.native_size(), f"{teacher.path} was made for")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -67,6 +67,10 @@ class TextToImage:
         for part in ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
             if getattr(pipe, part, pipe) is None and not (self.is_xl and part in ("text_encoder", "tokenizer")):
                 raise OptionError(f"the pipeline {where} has no {part}")
+        if isinstance(self.vae, AutoencoderTiny):
+            raise OptionError(
+                f"the VAE of {where} is an AutoencoderTiny, which has no posterior: expected an AutoencoderKL"
+            )
         unet, latents = self.unet.config, self.vae.config.latent_channels
         if {unet.in_channels, unet.out_channels} != {latents}:
             raise OptionError(
@@ -77,7 +81,7 @@ class TextToImage:
             raise OptionError(
                 f"the UNet of {where} is conditioned on guidance: expected one without time_cond_proj_dim"
             )
-        if self.vae.config.latents_mean is not None and not self.is_xl:
+        if self.vae.config.get("latents_mean") is not None and not self.is_xl:
             raise OptionError(
                 f"the VAE of {where} has latents_mean, which {type(pipe).__name__} does not apply: expected a "
                 "StableDiffusionXLPipeline, or a VAE with one scaling_factor for all channels"
@@ -269,6 +273,9 @@ def open_text_to_image(
                 local_files_only=offline,
                 **more,
             )
+        for part, model in pipe.components.items():  # an older diffusers does not know `dtype`
+            if isinstance(model, torch.nn.Module):
+                model.to(torch.float32 if part == "vae" else dtype)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         if isinstance(error, OptionError):
             raise

@@ -1,13 +1,16 @@
 """How much memory a stage of a high-resolution image needs, and which savers to switch on."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
 from torch import nn
 
+from gspn.layers import GSPN2d
 from gspn.memory import MIB, peak_bytes
-from gspn.stable_diffusion.highres.savers import SAVERS, Savers, saving, tile_of, vae_factor
+from gspn.stable_diffusion.highres.savers import SAVERS, Savers, has_tiling, saving, tile_of, vae_factor
+from gspn.stable_diffusion.layer import GSPNAttention
 
 SHARE = 0.9  # of the free memory that a plan may use: kernels take workspaces that no estimate sees
 MANY_PIXELS = 4096 * 4096  # from here on all savers are on where no estimate can be made
@@ -45,10 +48,24 @@ def unet_bytes(pipe, height: int, width: int, savers: Savers, conditions: Callab
         "timestep": torch.empty((), dtype=torch.int64, device="meta"),
         "return_dict": False,
     }
-    with saving(pipe, replace(savers, vae_tiling=False)):
+    with saving(pipe, replace(savers, vae_tiling=False)), _any_backend(pipe.unet):
         peak = peak_bytes(pipe.unet, "forward", **arguments)
     # in addition: latents, encoded image, noise, the blended map and the predictions of two passes, in float32
     return peak + 10 * 4 * channels * shape[2] * shape[3]
+
+
+@contextmanager
+def _any_backend(unet) -> Iterator[None]:
+    """In the block, the layers of a swap take any backend: native ones, which they may name, do not run on "meta"."""
+    layers = [module for module in unet.modules() if isinstance(module, GSPNAttention | GSPN2d)]
+    named = [(layer, layer.backend) for layer in layers if layer.backend != "reference"]
+    for layer, _ in named:
+        layer.backend = None
+    try:
+        yield
+    finally:
+        for layer, backend in named:
+            layer.backend = backend
 
 
 def vae_bytes(pipe, height: int, width: int, tiling: bool) -> int:
@@ -84,8 +101,12 @@ def choose(
             fit without it (tiles also if the VAE's attention would take most of the time).
         useless: savers that do nothing in this stage, whatever is asked for: they stay off.
         conditions: see unet_bytes. room: the bytes that it may take. by_offload: what offloading adds to them.
-    Raises ValueError, with the numbers, where it does not fit.
+    Raises ValueError, with the numbers, where it does not fit; and where tiles are asked for and the VAE has none.
     """
+    if not has_tiling(pipe.vae):
+        if wanted.vae_tiling:
+            raise ValueError(f"{type(pipe.vae).__name__}, the VAE, has no tiling: pass vae_tiling=False or None")
+        useless = {*useless, "vae_tiling"}
     asked = {name: value for name, value in asdict(wanted).items() if name not in useless}
     on = dict.fromkeys(SAVERS, False) | {name: bool(value) for name, value in asked.items()}
     undecided = [name for name, value in asked.items() if value is None]

@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from gspn.memory import MIB, free_bytes, weight_bytes
 from gspn.models.latents import check_finite, is_real, is_whole
 from gspn.progress import Progress
+from gspn.stable_diffusion.adapting import adapt
 from gspn.stable_diffusion.highres.images import decode, encode, rematched, resize
 from gspn.stable_diffusion.highres.memory import SHARE, choose, is_offloaded
 from gspn.stable_diffusion.highres.passes import Guidance, allowed_options, cosine_share
@@ -223,7 +224,7 @@ class HighResPipeline:
         with _offloading(pipe, any(stage.savers.offload for stage in found)):
             image = None
             for i, stage in enumerate(found):
-                with run.progress(i), saving(pipe, stage.savers):
+                with run.progress(i), saving(pipe, stage.savers), _adapted(pipe, stage.size):
                     shape = (1, pipe.unet.config.in_channels, *(side // pipe.vae_scale_factor for side in stage.size))
                     latents = folder.load(i, stage.size, shape) if folder is not None else None
                     known = latents is not None
@@ -287,7 +288,8 @@ class HighResPipeline:
                 useless.add("sequential_guidance")
             if device.type == "cpu":
                 useless |= {name for name in ("parked_residuals", "offload") if not getattr(wanted, name)}
-            savers, need = choose(pipe, stage.size, wanted, useless, guidance.on_meta, device, room, by_offload)
+            with _adapted(pipe, stage.size):
+                savers, need = choose(pipe, stage.size, wanted, useless, guidance.on_meta, device, room, by_offload)
             planned.append(replace(stage, savers=savers, memory_mib=None if need is None else need / MIB))
         return planned
 
@@ -451,6 +453,14 @@ def _is_finite(value):
 def _check_finite(latents, index, stage, pipe):
     hint = ": the UNet overflows in float16, load it in bfloat16" if pipe.unet.dtype == torch.float16 else ""
     check_finite(latents, f" after stage {index + 1} ({stage.height}x{stage.width}){hint}")
+
+
+def _adapted(pipe, size) -> AbstractContextManager:
+    """In its block, layers that gspn.adapt has adapted, to whatever size, are adapted to that of a stage."""
+    swapped = getattr(pipe.unet, "_gspn_swap", None)
+    if swapped is None or all(layer.apart == (1, 1) for layer in swapped.layers.values()):
+        return nullcontext()
+    return adapt(pipe, size)
 
 
 @contextmanager

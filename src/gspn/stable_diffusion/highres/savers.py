@@ -10,6 +10,7 @@ except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
 TILE = 512  # pixels, the smallest side of the VAE's tiles: in smaller ones its norms see too little of the image
+TILING = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")  # what a VAE that has it is set by
 CHUNK = 2**14  # tokens in one piece of a feed-forward layer
 
 
@@ -61,14 +62,17 @@ def saving(pipe, savers: Savers) -> Iterator[None]:
         yield
 
 
+def has_tiling(vae) -> bool:
+    """Whether the VAE can work on tiles; AsymmetricAutoencoderKL, for one, cannot."""
+    return all(hasattr(vae, name) for name in TILING)
+
+
 @contextmanager
 def _tiled(vae):
-    names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
-    before = {name: getattr(vae, name) for name in names if hasattr(vae, name)}
+    before = {name: getattr(vae, name) for name in TILING}
     vae.enable_tiling()
-    if len(before) == len(names):
-        vae.tile_sample_min_size = tile_of(vae)
-        vae.tile_latent_min_size = tile_of(vae) // vae_factor(vae)
+    vae.tile_sample_min_size = tile_of(vae)
+    vae.tile_latent_min_size = tile_of(vae) // vae_factor(vae)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The work folder of a high-resolution image: the arguments of the call, and each finished stage."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,8 @@ def opened(path: Path | str | None) -> Iterator["Workdir | None"]:
     if path is None:
         yield None
         return
-    if Path(path).exists() and not Path(path).is_dir():
+    path = Path(os.path.expanduser(path))
+    if path.exists() and not path.is_dir():
         raise ValueError(f"workdir has to be a folder, {path} is a file")
     with writing(path):
         yield Workdir(path)
