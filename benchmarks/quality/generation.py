@@ -115,8 +115,7 @@ def ways(names: list[str], arguments) -> list[Way]:
             if factor == 1:
                 found += [Way(name, factor, count, other) for other in arguments.other_guidance]
             if factor == 1 and arguments.interval is not None:
-                guided = sorted({arguments.guidance, *arguments.other_guidance} - {1})
-                found += [Way(name, factor, count, other, interval=arguments.interval) for other in guided]
+                found.append(Way(name, factor, count, arguments.guidance, interval=arguments.interval))
     return found
 
 
