@@ -14,11 +14,13 @@ from diffusers.models import modeling_utils
 from helpers.diffusion import generator_run
 from helpers.stable_diffusion import tiny_sd
 from helpers.training import TINY
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 import gspn
+from gspn import plots
 from gspn.data import loader as module
 from gspn.data.images import Preprocessing
 from gspn.data.labelled import open_data
@@ -103,6 +105,13 @@ def test_bars_of_loading_appear_on_a_terminal_only(load, save, tmp_path, capsys,
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     load(paths[1])
     assert "%|" in (told := capsys.readouterr().err) or "examples/s" in told  # the libraries' own, as before
+
+
+def test_letters_without_a_glyph_are_not_told(tmp_path, recwarn):
+    figure = Figure(layout="constrained")
+    figure.suptitle("熊猫 גמל")
+    plots.save(figure, tmp_path / "picture.png")
+    assert not [each for each in recwarn if "Glyph" in str(each.message) or "Matplotlib" in str(each.message)]
 
 
 @pytest.mark.slow

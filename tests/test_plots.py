@@ -6,7 +6,7 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from gspn import plots
+from gspn import plots, plots_masks
 from gspn.data.images import Preprocessing, Split
 from gspn.metrics.classification import Outcome
 from gspn.train.run import Run
@@ -56,6 +56,19 @@ def test_names_of_classes_are_no_formulas(drawn, tmp_path):
         texts = with_dollars(figure)
         assert len(texts) >= 4
         assert not any(text.get_parse_math() for text in texts)
+
+
+@pytest.mark.parametrize("draw", [plots.confusion, plots_masks.pixel_confusion])
+@pytest.mark.parametrize("count", [1, 3, 10, 19])
+@pytest.mark.parametrize("longest", [1, 18])
+def test_nothing_is_cut_off_at_the_border(draw, count, longest, tmp_path):
+    names = [f"{i}".zfill(longest) for i in range(count)]
+    names = ["traffic light", "person", "bus"] if (count, longest) == (3, 18) else names
+    metrics = {"images": 4, "split": "val", "miou": 0.5, "scale": 1, "iou": dict.fromkeys(names, 0.5)}
+    metrics |= {"size": (8, 8), "top1": 0.5, "ece": 0.1, "reliability": []}
+    draw(tmp_path / "c.png", torch.ones(count, count, dtype=torch.int64), names, metrics)
+    picture = np.asarray(Image.open(tmp_path / "c.png").convert("L"))
+    assert all((line == 255).all() for line in (picture[0], picture[-1], picture[:, 0], picture[:, -1]))
 
 
 @pytest.mark.parametrize("draw", [plots.losses, plots.distillation])

@@ -120,6 +120,15 @@ def test_what_cannot_be_saved(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_model_of_another_class_is_not_replaced(tmp_path):
+    layer = gspn.GSPN2d(4)
+    layer.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ExistsError, match="holds a saved GSPN2d, and this is a Backbone: choose another folder"):
+        backbone().save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_a_failure_keeps_what_was_saved_before(tmp_path, monkeypatch):
     layer = gspn.GSPN2d(4)
     layer.save_pretrained(tmp_path)
@@ -340,6 +349,25 @@ def test_the_command(digits_run, tmp_path):
     ):
         code, told = call(*arguments)
         assert code == 2 and message in told
+
+
+def test_the_command_replaces_a_model_of_another_class(digits_run, masked_run, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from gspn.cli import app
+
+    def call(run):
+        return CliRunner().invoke(app, ["export", str(run), "--hub", "--out", str(tmp_path / "out"), "--overwrite"])
+
+    assert call(digits_run[0].path).exit_code == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("gspn.runs.save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert call(masked_run.path).exit_code == 1
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert call(masked_run.path).exit_code == 0
+    Segmenter.from_pretrained(tmp_path / "out")
+    assert "Segmenter.from_pretrained" in (tmp_path / "out/README.md").read_text()
 
 
 # -- gspn-weights --

@@ -44,10 +44,12 @@ def unknown(what: str, name: object, known: Iterable[object]) -> str:
     return f"there is no {what} {name!r}{meant + ' There' if meant else '; there'} are {', '.join(shown)}"
 
 
-def check_arguments(function: Callable, given: Iterable[str]) -> None:
-    """Raises TypeError for a keyword that `function` does not take; the message names the nearest parameter."""
-    parameters = list(inspect.signature(function).parameters.values())
-    known = [one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
+def check_arguments(function: Callable, given: Iterable[str], *others: Callable) -> None:
+    """Raises TypeError for a keyword that neither `function` takes nor one of the `others`, to which it passes keywords
+    on; the message names the nearest parameter."""
+    parameters = [one for each in (function, *others) for one in inspect.signature(each).parameters.values()]
+    named = (one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD))
+    known = list(dict.fromkeys(named))
     for name in given:
         if name not in known:
             raise TypeError(unknown("argument", name, [each for each in known if each != "self"]))

@@ -1,6 +1,7 @@
 """Pictures: learning curves, predictions on test images, confusion, where one pixel's context comes from, samples."""
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,9 @@ AS_IT_IS = {"parse_math": False}  # for text with names of classes, in which mat
 
 def save(figure, path):
     """Writes a figure as PNG, atomically. Errors: SaveError."""
-    with atomic(path) as temporary:
+    with atomic(path) as temporary, warnings.catch_warnings():
+        for said in ("Glyph .* missing from", "Matplotlib currently does not support .* natively"):
+            warnings.filterwarnings("ignore", said)  # a line for each letter; docs/limits.md tells of them
         figure.savefig(temporary, format="png", dpi=130, facecolor="white")
 
 

@@ -21,7 +21,8 @@ def pixel_confusion(path, matrix, class_names, metrics):
         path: of the PNG. matrix: int64 (K, K). metrics: of metrics.segmentation, with "split" and "scale".
     """
     side, margin = matrix_size(class_names)
-    figure = Figure(figsize=(side + margin + 4.6, side + margin + 1.1), layout="constrained")
+    # "compressed" lays out what surrounds the square matrix, and keeps the bars beside its rows
+    figure = Figure(figsize=(side + margin + 5.0, side + margin + 1.3), layout="compressed")
     axes, bars = figure.subplots(1, 2, width_ratios=(side + margin + 1.2, 3.2))
     draw_matrix(figure, axes, matrix, class_names)
     at = "" if metrics["scale"] == 1 else f" at {metrics['scale']:g} times their size"

@@ -73,14 +73,15 @@ class Pretrained:
         """Writes the model to a folder: config.json, model.safetensors, and a model card (README.md) if there is none.
 
         Args:
-            save_directory: a new folder, or one that save_pretrained wrote before; its weights are replaced.
+            save_directory: a new folder, or one that save_pretrained wrote before for a model of the same class; its
+                weights are replaced.
             dtype: of the stored weights, such as torch.float16; None keeps the model's.
             license, data, metrics: for the card: the licence of the weights (such as "cc-by-4.0"), what the model was
                 trained on, and {name: value}.
 
-        Raises ExistsError if the folder holds another config.json, such as that of a run; ValueError if the model was
-        not made from arguments, or a weight is too large for `dtype`; ImportError if huggingface_hub is not installed;
-        SaveError if the folder cannot be written.
+        Raises ExistsError if the folder holds another config.json, such as that of a run or of another class;
+        ValueError if the model was not made from arguments, or a weight is too large for `dtype`; ImportError if
+        huggingface_hub is not installed; SaveError if the folder cannot be written.
         """
         save(self, save_directory, Card(license, data, metrics or {}), dtype)
 
@@ -216,8 +217,9 @@ def save(
     from gspn.files import ExistsError
 
     folder = Path(folder)
-    if (folder / CONFIG).exists() and "class" not in _config(folder):
-        raise ExistsError(f"{folder} holds the {CONFIG} of something else, such as a run: choose another folder")
+    if (folder / CONFIG).exists() and (found := _config(folder).get("class")) != model._saved_as:
+        what = f"a saved {found}" if found else f"the {CONFIG} of something else, such as a run"
+        raise ExistsError(f"{folder} holds {what}, and this is a {model._saved_as}: choose another folder")
     _holder(model, card, dtype, more, folder.resolve().name).save_pretrained(folder)
 
 

@@ -1,6 +1,11 @@
 """`gspn bench` as a user meets it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +101,34 @@ def test_a_wrong_layer_ends_it(tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "check_layer", wrong)
     code, _, err = bench("layer", "--threads", 1, "--out", tmp_path)
     assert code == 1 and "differs from the reference" in err and not (tmp_path / "layer.png").exists()
+
+
+INTERRUPTED = """
+import sys
+from gspn.bench import measuring, suites
+from gspn.cli import app
+
+def waiting(*_):
+    print("begun", flush=True)
+    measuring.in_own_process(eval, "print('inside', flush=True) or __import__('time').sleep(60)")
+
+suites.in_own_process = waiting
+app(["bench", "growth", "--threads", "1", "--out", sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")
+@pytest.mark.parametrize("moment", ["begun", "inside"])
+def test_an_interrupt_ends_all_processes_without_a_traceback(moment, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "out")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        while moment not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(1)  # at first the server imports, which takes longer
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=50)  # all processes have closed their outputs
+    assert process.returncode == 130 and "Traceback" not in err, err
 
 
 def test_the_help_names_the_suites_and_importing_gspn_measures_nothing():

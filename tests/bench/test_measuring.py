@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from gspn import memory
 from gspn.bench import measuring
 from gspn.bench.measuring import Cpu, in_own_process, in_turns, interleaved, peak_extra_mib, summary
 
@@ -88,6 +89,11 @@ def test_the_cpu_and_the_machine(monkeypatch):
     monkeypatch.setattr(measuring, "Path", lambda path: measuring.os.devnull_path)
     monkeypatch.setattr(measuring.os, "devnull_path", _Unreadable(), raising=False)
     assert measuring.cpu_name()  # as on a system without /proc
+
+
+def test_the_memory_of_a_container_is_what_its_limit_leaves(monkeypatch):
+    monkeypatch.setattr(memory, "_rooms_in_cgroups", lambda: iter([3 * 2**20]))
+    assert Cpu(1).free_mib() == 3
 
 
 class _Unreadable:

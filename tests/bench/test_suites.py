@@ -118,6 +118,18 @@ def test_everything_is_measured_saved_and_drawn(small, tmp_path):
     assert [table.row_count for table in tables.tables(results)] == [7, 7, 7, 2]
 
 
+def test_one_legend_names_what_some_panels_lack(small, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    results = run("layer", "models")
+    results["layer"] = [case for case in results["layer"] if case["pass"] == "forward"]
+    for case in results["models"]["cases"]:
+        del case["models"]["gspn_micro"]["images/s"]
+    figures.draw(results, tmp_path)
+    told = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in drawn]
+    assert told == [[name for name in CONTENDERS if name != OURS], ["gspn_micro"]]
+
+
 class OnGpu(Gpu):
     """A GPU that is not there: tensors have shapes only."""
 

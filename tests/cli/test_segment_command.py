@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.masks import FLAGS, pair
+from helpers.masks import FLAGS, make_masked, pair, save_pair
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -62,6 +62,16 @@ def test_eval_goes_by_the_task_of_the_run(run, masked, tmp_path):
     assert code == 2 and "--sizes" in err and "segmentation" in err
     code, _, err = gspn_command("eval", run, tmp_path / "nothing")
     assert code == 2 and "nothing" in err
+
+
+def test_eval_with_an_unknown_value_names_no_option_that_it_lacks(run, tmp_path):
+    folder = make_masked(tmp_path / "data", 3)
+    image, mask = pair(9)
+    save_pair(folder, "zz", image, np.where(mask == 1, 9, mask).astype(np.uint8))
+    code, _, err = gspn_command("eval", run, folder, "--split", "all", "--workers", 0)
+    told = " ".join(err.split())
+    assert code == 2 and "holds 1 value: 9" in told and "Correct the mask: give these pixels one of these" in told
+    assert "--classes" not in told and "--ignore" not in told
 
 
 def test_eval_of_a_classifier_has_no_options_of_segmentation(tmp_path):
@@ -156,8 +166,10 @@ def test_logits_that_are_not_finite_are_an_error(run, masked, tmp_path, monkeypa
     """Of NaN the largest is no class."""
     coarse = Segmenter.coarse_logits
     monkeypatch.setattr(Segmenter, "coarse_logits", lambda self, x: coarse(self, x) * float("nan"))
-    code, out, err = gspn_command("segment", run, masked / "images/00.png", "--out", tmp_path / "out", "--json")
+    images = [masked / "images/00.png", masked / "images/01.png"]
+    code, out, err = gspn_command("segment", run, *images, "--out", tmp_path / "out", "--json")
     assert code == 2 and out == "" and "not finite for some pixels: its weights are damaged" in err
+    assert "--max-memory" not in err and "could not be segmented" not in err
 
 
 def test_a_classifier_cannot_segment(masked, tmp_path):

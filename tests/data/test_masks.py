@@ -193,7 +193,7 @@ def test_pairs_that_do_not_fit_name_file_and_value(tmp_path):
     wrong[3, :4] = 9
     for name, bad, message in [
         ("size", mask[:-1], r"images/zz\.png is 32x24 .* mask 32x23"),
-        ("value", wrong, r"images/zz\.png holds 1 value: 9 \(4 pixels\).*0 ground, 1 disc, 2 square.*255"),
+        ("value", wrong, r"images/zz\.png holds 1 value: 9 \(4 pixels\).*0 ground, 1 disc, 2 square.*255.*--ignore"),
         ("colour", Image.fromarray(image), r"images/zz\.png is in colours without a palette.*RGB.*grey"),
     ]:
         folder = make_masked(tmp_path / name, 3)
@@ -270,6 +270,10 @@ def test_classes_from_json(tmp_path):
         ([], "0 classes"),
         ([{"name": "a", "value": 1.7}], r"the value 1\.7, expected a whole number from 0 to 65535"),
         ([{"name": "a", "value": math.inf}], "the value inf"),
+        ([{"id": 0, "name": "sky"}, {"id": 2, "name": "tree"}], "no key 'id'; there are name, value, color"),
+        ([{"name": "a", "colour": "#ff0000"}], "no key 'colour', did you mean 'color'"),
+        ("abc", "does not hold classes, but 'abc': expected a list"),
+        (3, "does not hold classes, but '3'"),
     ]:
         file.write_text(json.dumps(content))
         with pytest.raises(DataError, match=message):

@@ -74,6 +74,18 @@ def test_the_file_is_usable_without_torch_and_gspn(run):
         assert name == expected["name"] and abs(float(probability) - expected["probability"]) < 2e-4
 
 
+@pytest.mark.parametrize("picture", [(29, 40), (40, 29), (28, 28), (1000, 333)])
+def test_the_page_s_preprocessing_takes_any_picture(picture, tmp_path):
+    """Rounding may make the box larger than the picture, which Pillow refuses."""
+    preparing = Preprocessing(3, (28, 28), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), crop=1.0)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*picture[::-1], 3), dtype=np.uint8))
+    image.save(tmp_path / "picture.png")
+    names = {"Image": Image, "np": np, "prep": preparing.to_json()}
+    exec(re.search(r"def prepared.*?\n\n", SNIPPETS[0], re.DOTALL)[0], names)
+    expected = preparing.normalize(preparing(image)[None]).numpy()
+    np.testing.assert_allclose(names["prepared"](tmp_path / "picture.png"), expected, atol=1e-5)
+
+
 def test_a_segmenter_gives_the_same_masks_without_torch_and_gspn(masked, masked_run, tmp_path):
     """A model that sees images at half their size: the page's lines give its classes, pixel by pixel."""
     saved = shutil.copytree(masked_run.path, tmp_path / "runs" / "street")
@@ -106,6 +118,19 @@ def test_what_is_no_classifier_and_no_segmenter(tmp_path):
         code, _, err = gspn_command(*arguments)
         told = " ".join(err.split())
         assert code != 0 and "run of diffusion, expected classification or segmentation" in told, told
+
+
+def test_an_evaluation_of_another_task_is_not_put_on_the_card(run, masked_run, tmp_path):
+    figures = {
+        run: {"split": "test", "images": 3, "top1": 0.5},
+        masked_run.path: {"split": "val", "images": 3, "miou": 0.5},
+    }
+    for path, told in ((run, "no top-1 accuracy.*classification"), (masked_run.path, "no mean IoU.*segmentation")):
+        (other,) = figures.keys() - {path}
+        file = tmp_path / "evaluation.json"
+        file.write_text(json.dumps(figures[other]))
+        code, _, err = gspn_command("export", path, "--hub", "--evaluation", file, "--out", tmp_path / "saved")
+        assert code == 2 and re.search(told, " ".join(err.split())) and not (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow

@@ -122,6 +122,14 @@ def test_forward_intermediates():
     assert torch.equal(stopped, one[0]) and len(one) == 1
 
 
+@pytest.mark.parametrize("level", range(3))
+def test_forward_intermediates_stops_after_any_level(level):
+    model, x = small().eval(), torch.randn(2, 1, 20, 16)
+    final, maps = model.forward_intermediates(x)
+    stopped, (one,) = model.forward_intermediates(x, [level], stop_early=True)
+    assert torch.equal(one, maps[level]) and torch.equal(stopped, final if level == 2 else one)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     model, x = small(), torch.randn(2, 1, 12, 12)
     grads = []

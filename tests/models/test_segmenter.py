@@ -74,6 +74,8 @@ def test_config_makes_the_same_model_and_the_names_are_frozen():
         (dict(decoder_width=1), ValueError, "width=1"),
         (dict(decoder_depth=-1), ValueError, "depth=-1"),
         (dict(colour=1), TypeError, "colour"),
+        (dict(decoder_widht=96), TypeError, "no argument 'decoder_widht', did you mean 'decoder_width'"),
+        (dict(drop_path_rat=0.1), TypeError, "did you mean 'drop_path_rate'"),
         (dict(alignment="released"), ValueError, "square"),
     ],
 )

@@ -78,7 +78,7 @@ def _layer(cases, results):
         axes.axhline(1, color=BLUE, lw=1.5)
         axes.set_ylabel("times as long as GSPN2d")
         axes.set_title(f"{SIZES[told]}; above the line GSPN2d is faster", fontsize=10, loc="left")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    _legend(figure)
     return figure
 
 
@@ -125,8 +125,17 @@ def _models(part, results):
         axes.set_title(
             "images/s" if key == "images/s" else "peak memory beyond weights and images, MiB", fontsize=10, loc="left"
         )
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    _legend(figure)
     return figure
+
+
+def _legend(figure):
+    """One legend of all panels: what could not be measured is missing in some of them."""
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=9)
 
 
 def _digits(value):

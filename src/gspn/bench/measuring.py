@@ -9,22 +9,27 @@ import gc
 import os
 import platform
 import random
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from ctypes import CDLL
-from multiprocessing import get_context
+from functools import cache
+from multiprocessing import active_children, forkserver, get_context, resource_tracker
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import gspn
+from gspn.memory import free_bytes
 
 LEAST_SECONDS = 0.01  # a sample on a CPU repeats its call until it has lasted this long
 MIB = 2**20
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 Call = Callable[[], object]
 
 
@@ -141,16 +146,46 @@ def _status_kib(key: str) -> int:
 
 def in_own_process(function: Callable, *arguments):
     """What `function(*arguments)` returns in a process of its own, which begins with what importing gspn.bench takes.
+    Ctrl+C ends it silently.
 
     Errors: MemoryError where the system ends the process, which it does to one that takes too much memory."""
     context = get_context("forkserver")
     # what the first backward pass imports takes longer than most passes
     context.set_forkserver_preload(["__main__", "torch.fx.experimental.symbolic_shapes", "gspn.bench.suites"])
+    _start_server(context)
+    others = active_children()
     try:
-        with ProcessPoolExecutor(1, context) as pool:
-            return pool.submit(function, *arguments).result()
+        with ProcessPoolExecutor(1, context, initializer=_end_with_the_server) as pool:
+            try:
+                return pool.submit(function, *arguments).result()
+            except KeyboardInterrupt:
+                for process in set(active_children()) - set(others):
+                    process.kill()  # or leaving the pool waits for it
+                raise
     except BrokenProcessPool:
         raise MemoryError("the system ended the process, probably for want of memory") from None
+
+
+@cache
+def _start_server(context):
+    """Starts the server that forks the processes. Ctrl+C goes to all processes of a terminal: the server and what it
+    forks inherit that SIGINT is blocked, so that this process alone answers it."""
+    resource_tracker.ensure_running()  # which the server starts, too, and which unblocks SIGINT here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    first = context.Process(target=abs, args=(0,))  # it waits for the server's imports, and may be left behind
+    first.start()
+    first.join()
+
+
+def _end_with_the_server():
+    """Lets Linux end this process with the server, which ends with the process that measures: where that is interrupted
+    at the start, nobody else would."""
+    if sys.platform == "linux":
+        CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 # -- machines --
@@ -172,9 +207,7 @@ class Cpu:
         pass
 
     def free_mib(self) -> float:
-        import psutil  # comes with accelerate, which the extra installs
-
-        return psutil.virtual_memory().available / MIB
+        return free_bytes(self.device) / MIB
 
 
 class Gpu:

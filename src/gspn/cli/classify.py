@@ -17,6 +17,7 @@ from gspn.progress import Progress
 # The figures of evaluations that model cards show.
 ON_CARDS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "loss": "loss", "ece": "calibration error"}
 ON_CARDS |= {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "boundary_f1": "boundary F1"}
+MAIN = {"classification": "top1", "segmentation": "miou"}  # the figure that each evaluation has
 
 
 def report(spec, path, trained, metrics, warnings):
@@ -223,28 +224,36 @@ def _export_for_hub(options):
 
     from gspn.runs import load_run
 
-    about = {"license": options.license, "data": options.trained_on, "metrics": _on_card(options.evaluation)}
+    about = {"license": options.license, "data": options.trained_on, "metrics": _on_card(options.evaluation, task)}
     loaded = load_run(options.run, checkpoint)
-    card, old = folder / "README.md", None
-    if "class" in (config_or_none(folder / "config.json") or {}) and card.exists():
-        old = card.read_bytes()  # written by this command; another one would be kept
-        remove(card)
+    old = {}
+    if found := (config_or_none(folder / "config.json") or {}).get("class"):
+        # a card that this command wrote would be kept, and the config of another class is refused
+        gone = ["README.md"] if found == loaded.model._saved_as else ["README.md", "config.json"]
+        old = {file: file.read_bytes() for name in gone if (file := folder / name).exists()}
+        for file in old:
+            remove(file)
     try:
         loaded.save_pretrained(folder, dtype=torch.float16 if options.precision == "fp16" else None, **about)
     except BaseException:
-        if old is not None and not card.exists():
-            card.write_bytes(old)
+        for file, content in old.items():
+            if not file.exists():
+                file.write_bytes(content)
         raise
     out.print(f"wrote {folder}, checkpoint {checkpoint}; README.md is its card", markup=False, highlight=False)
 
 
-def _on_card(file):
-    """The figures of an evaluation, as a model card names them. Errors: OptionError."""
+def _on_card(file, task):
+    """The figures of an evaluation of a run of `task`, as a model card names them. Errors: OptionError."""
     if file is None:
         return {}
     found = config_or_none(file)
     if found is None or not {"split", "images"} <= found.keys():
         raise OptionError(f"evaluation: {file} was not written by `gspn eval --out`")
+    if MAIN[task] not in found:
+        raise OptionError(
+            f"evaluation: {file} holds no {ON_CARDS[MAIN[task]]}, expected an evaluation of a run of {task}"
+        )
     of = f"{found['split']}, {found['images']} images"
     return {f"{name} ({of})": found[key] for key, name in ON_CARDS.items() if found.get(key) is not None}
 

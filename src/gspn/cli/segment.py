@@ -9,7 +9,7 @@ from gspn.cli.app import command, err, fail, out, progress_on, warn
 from gspn.names import reason_of
 from gspn.options import OptionError
 from gspn.options.segment import SegmentArguments
-from gspn.places import missing
+from gspn.places import RunError, missing
 
 AT_ONCE = 16  # images that are read at a time, at most: they are large, and segmented one by one
 
@@ -91,6 +91,8 @@ def segment(options):
         bound = segmenter.allowed_bytes(image) if options.max_memory is None else options.max_memory
         try:
             numbers = segmenter.numbers(image, bound, told.append)
+        except RunError:  # the weights are damaged, so no image can be segmented
+            raise
         except (ValueError, RuntimeError, MemoryError) as error:  # it does not fit
             if not isinstance(error, ValueError) and not is_out_of_memory(error):
                 raise

@@ -9,11 +9,13 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from gspn.data.images import GREY_BITS, DataError, listed
+from gspn.names import unknown
 
 IGNORED = 255  # in the masks of a batch: pixels that count neither in the loss nor in a metric
 MOST = 255  # classes, as a mask has 8 bits and one value is IGNORED
 VALUES = 65536  # that a mask of 16 bits may hold
 _UNKNOWN = -1
+_KEYS = ("name", "value", "color")  # of a class in the file
 _INDEXED = ("P", "L", "1")  # Pillow's modes of masks with one value for each pixel, beside I;16
 EXPECTED = (
     'expected a list of names, of objects with "name" and, if wanted, "value" (in the masks) and "color" ("#rrggbb" or '
@@ -65,6 +67,8 @@ class Classes:
             content = json.loads(file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise DataError(f"the classes in {file} cannot be read: {error}") from error
+        if not isinstance(content, list | dict):
+            raise DataError(f"{file} does not hold classes, but {str(content)[:60]!r}: {EXPECTED}")
         try:
             rows = [_row(*each) for each in (content.items() if isinstance(content, dict) else enumerate(content))]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -81,9 +85,10 @@ class Classes:
         colours = [given or other for (*_, given), other in zip(rows, _colours(numbers, mask), strict=True)]
         return cls([name for _, name, _ in rows], numbers, colours, ignored)
 
-    def numbers(self, mask: Image.Image) -> np.ndarray:
+    def numbers(self, mask: Image.Image, advice: str = "give these pixels one of these values") -> np.ndarray:
         """The number of the class of each pixel, or IGNORED: uint8 (H, W).
-        Errors: DataError for colours instead of values, and for values that are no class; without the file's name."""
+        Errors: DataError for colours instead of values, and for values that are no class, with `advice`; without the
+        file's name."""
         values = values_of(mask)
         numbers = self._table[values]
         if (unknown := numbers == _UNKNOWN).any():
@@ -94,8 +99,7 @@ class Classes:
             known = ", ".join([*shown, "..."] if len(self) > 8 else shown)
             raise DataError(
                 f"holds {told} that {'is' if len(most) == 1 else 'are'} no class; the classes are {known}, and "
-                f"{', '.join(map(str, self.ignored)) or 'nothing'} is ignored. Correct the mask, name the class "
-                "(--classes) or ignore the value (--ignore)"
+                f"{', '.join(map(str, self.ignored)) or 'nothing'} is ignored. Correct the mask: {advice}"
             )
         return numbers.astype(np.uint8)
 
@@ -126,7 +130,7 @@ def values_of(mask: Image.Image) -> np.ndarray:
         raise DataError(
             f"is in colours without a palette (Pillow's mode {mask.mode}); expected one value for each pixel, in a PNG "
             "of indices or with a palette. Convert it: write the number of the class of each colour into an 8-bit grey "
-            'image (mode "L"), and name the classes in a JSON file (--classes)'
+            'image (mode "L")'
         )
     values = np.asarray(mask).astype(np.uint16)
     if bits := mask.info.get(GREY_BITS):
@@ -154,6 +158,8 @@ def ignored_values(ignore: Sequence[str] | None, named: dict[str, int]) -> tuple
 def _row(key, value):
     """(value, name, colour or None) of an entry of the file."""
     entry = {"name": value} if isinstance(value, str) else value
+    if others := sorted(entry.keys() - set(_KEYS)):
+        raise ValueError(unknown("key", others[0], _KEYS))
     number, colour = entry.get("value", key), entry.get("color")
     if not isinstance(entry["name"], str) or isinstance(number, bool):
         raise ValueError(f"{str(entry)[:60]!r}")

@@ -29,6 +29,7 @@ MASKED = (
 CLASSES = "classes.json"  # beside images/ and masks/, shards or tables
 ON_HUB = "id2label.json"  # by convention in data sets of masks on the hub: {"0": "wall", "1": "floor"}
 READERS = 8  # threads of the survey
+ADVICE = "give these pixels one of these values, name the class (--classes) or ignore the value (--ignore)"
 
 
 def open_masked(
@@ -239,7 +240,7 @@ def _counted(split, classes, i):
     """((height, width), the values or classes of the mask, how often each occurs) of a pair; None if it cannot be
     read."""
     try:
-        image, values = split.pair(i, classes.numbers if classes else values_of)
+        image, values = split.pair(i, partial(classes.numbers, advice=ADVICE) if classes else values_of)
     except DataError:
         raise
     except Exception as error:  # Pillow raises anything on damaged files

@@ -300,9 +300,10 @@ class Backbone(Pretrained, nn.Module):
         if not all(-count <= i < count for i in listed) or not len(listed):
             raise ValueError(f"indices has to name some of the {count} levels, got {indices}")
         wanted = {i % count for i in listed}
+        last = max(wanted) if stop_early else count - 1
         x, maps = self._enter(x), []
         for i, level in enumerate(self.levels):
-            if stop_early and i > max(wanted):
+            if i > last:
                 break
             x = level(x)
             if i in wanted:
@@ -310,7 +311,7 @@ class Backbone(Pretrained, nn.Module):
                 maps.append(chosen if output_fmt == "NCHW" else chosen.permute(0, 2, 3, 1))
         if intermediates_only:
             return maps
-        return (self.norm(x) if i == count - 1 else x), maps
+        return (self.norm(x) if last == count - 1 else x), maps
 
     def get_classifier(self) -> nn.Module:
         return self.head

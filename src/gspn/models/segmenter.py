@@ -165,7 +165,7 @@ def create_segmenter(
     >>> twin = gspn.create_segmenter(**model.config)
     """
     size_of(name)  # an unknown name first
-    check_arguments(Backbone.__init__, kwargs)
+    check_arguments(create_segmenter, kwargs, Backbone.__init__)
     backbone = Backbone.from_name(name, **{"stem_stride": 4, **kwargs, "num_classes": 0})
     block = {key: backbone.config[key] for key in _BLOCK if key in backbone.config}
     decoder = {"width": decoder_width, "depth": decoder_depth, "drop_rate": decoder_drop_rate}
