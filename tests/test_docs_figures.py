@@ -100,14 +100,14 @@ def test_the_segmenters_are_those_of_the_report():
     report = (ROOT / "benchmarks/results/quality/segmentation/report.md").read_text(encoding="utf-8")
     split = lambda page: [line.split("|") for line in page.splitlines() if line.startswith("| ")]  # noqa: E731
     cells = lambda page: {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in split(page)}  # noqa: E731
-    tables = re.split(r"\n\| `(gspn_\w+)`, (\d+) epochs ", text)[1:]
-    for model, epochs, rows in zip(tables[::3], tables[1::3], tables[2::3], strict=True):
+    tables = re.split(r"\n\| `(gspn_\w+)`, (\d+) epochs \| (\d+) x (\d+) ", text)[1:]
+    for model, epochs, width, height, rows in zip(*(tables[i::5] for i in range(5)), strict=True):
         (section,) = re.findall(
-            rf"## {model}, trained at \d+x\d+ for {epochs} epochs\n(.*?)(?=\n## |$)", report, re.DOTALL
+            rf"## {model}, trained at {width}x{height} for {epochs} epochs\n(.*?)(?=\n## |$)", report, re.DOTALL
         )
         measured, shown = cells(section), cells(rows.partition("\n")[2])
-        assert len(shown) > 1 and all(measured[mixer][3:6] == values for mixer, values in shown.items()), model
-    assert len(tables) == 3 * report.count("\n## ")
+        assert shown and all(measured[mixer][3:6] == values for mixer, values in shown.items()), model
+    assert len(tables) == 5 * report.count("\n## ")
 
 
 def test_what_the_scans_of_gspn_mobile_are_worth_is_what_the_report_says():

@@ -180,10 +180,13 @@ def draw(folder: Path, out: Path) -> None:
     """Mean IoU against the size of the image, for each budget."""
     done = read(folder)
     found = groups(done)
-    figure = Figure(figsize=(6 * max(1, len(found)), 4), layout="constrained")
+    across, down = min(2, max(1, len(found))), max(1, -(-len(found) // 2))
+    figure = Figure(figsize=(6 * across, 4 * down), layout="constrained")
     titles = dict.fromkeys(contender.title for contender in CONTENDERS.values())
     colours = {title: colormaps["tab20"](i) for i, title in enumerate(titles)}
-    panels = figure.subplots(1, max(1, len(found)), squeeze=False)[0]
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for axes in panels[len(found) :]:
+        axes.axis("off")
     for axes, (model, epochs, scale) in zip(panels, found, strict=False):
         for name, contender in of_model(model).items():
             runs = chosen(done, name, epochs, scale)
