@@ -122,13 +122,27 @@ def test_a_shift_of_a_solver_of_second_order_and_of_a_single_step():
     check_steps(HeunDiscreteScheduler(), 5, shift=2.0)
 
 
+@pytest.mark.parametrize("kind", [DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
+def test_a_shift_where_the_last_timestep_is_pure_noise(kind, beta_schedule, recwarn):
+    scheduler = kind(rescale_betas_zero_snr=True, beta_schedule=beta_schedule, timestep_spacing="trailing")
+    set_timesteps(scheduler, 8, 2.0)
+    timesteps = scheduler.timesteps.tolist()
+    assert timesteps[0] == 999 and (np.diff(timesteps) < 0).all() and timesteps[1] > 999 * 7 / 8
+    assert not [str(each.message) for each in recwarn if issubclass(each.category, RuntimeWarning)]  # of numpy
+
+
 @pytest.mark.parametrize(
     ("scheduler", "steps", "message"),
     [
-        (DDIMScheduler(), 5, "DDIMScheduler cannot be given timesteps, so timestep_shift has to be 1, got 2.0: .*DDPM"),
+        (
+            DDIMScheduler(),
+            5,
+            "^DDIMScheduler cannot be given timesteps, so timestep_shift has to be 1, got 2.0: .*DDPM",
+        ),
         (EulerAncestralDiscreteScheduler(), 5, "EulerAncestralDiscreteScheduler cannot be given timesteps"),
         (DDPMScheduler(), 1000, "timestep_shift=2.0 makes 1000 steps repeat a timestep"),
-        (EulerDiscreteScheduler(use_karras_sigmas=True), 5, "timesteps.*karras"),
+        (EulerDiscreteScheduler(use_karras_sigmas=True), 5, "^this EulerDisc.* timestep_shift has to be 1.*karras"),
     ],
 )
 def test_what_cannot_be_shifted_is_refused_before_any_work(scheduler, steps, message, monkeypatch):

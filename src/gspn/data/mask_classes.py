@@ -158,6 +158,8 @@ def ignored_values(ignore: Sequence[str] | None, named: dict[str, int]) -> tuple
 def _row(key, value):
     """(value, name, colour or None) of an entry of the file."""
     entry = {"name": value} if isinstance(value, str) else value
+    if not isinstance(entry, dict):
+        raise ValueError(f"{str(entry)[:60]!r}")
     if others := sorted(entry.keys() - set(_KEYS)):
         raise ValueError(unknown("key", others[0], _KEYS))
     number, colour = entry.get("value", key), entry.get("color")

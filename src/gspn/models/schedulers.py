@@ -17,6 +17,7 @@ NO_SAMPLERS = (
     "RePaintScheduler",
     "UnCLIPScheduler",
 )
+LEAST_SIGNAL = 2**-30  # in the place of 0, less than any that a schedule holds
 INSTEAD = "expected another scheduler, such as DDPM, DDIM, DPM-Solver++ or UniPC"
 
 
@@ -59,6 +60,10 @@ def check_sampler(scheduler) -> None:
         )
 
 
+class ShiftError(ValueError):
+    """The timesteps cannot be shifted."""
+
+
 def set_timesteps(scheduler, steps: int, shift: float = 1.0, device: torch.device | str | None = None) -> None:
     """Sets the scheduler of diffusers to `steps` steps, with `shift` s > 1 to noisier ones.
 
@@ -67,25 +72,34 @@ def set_timesteps(scheduler, steps: int, shift: float = 1.0, device: torch.devic
     image more pixels say the same, so that a layout is still seen at more noise (Hoogeboom et al., "simple diffusion",
     2023); s is about the ratio of the sides.
 
-    Raises ValueError where the scheduler cannot be given timesteps, or where they would repeat."""
+    Raises ShiftError, a ValueError, where the scheduler cannot be given timesteps, or where they would repeat."""
     scheduler.set_timesteps(steps, device=device)
     own = np.array(list(dict.fromkeys(scheduler.timesteps.tolist())))  # solvers of second order name most of them twice
     if shift == 1 or len(own) == 1:
         return
     name = type(scheduler).__name__
     if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(
+        raise ShiftError(
             f"{name} cannot be given timesteps, so timestep_shift has to be 1, got {shift}: expected another "
             "scheduler, such as DDPM, DPM-Solver++, Euler or Heun"
         )
-    signal = scheduler.alphas_cumprod.double().numpy()
-    noise, every = (np.log1p(-signal) - np.log(signal)) / 2, np.arange(len(signal))
+    signal, every = (
+        scheduler.alphas_cumprod.double().numpy().clip(LEAST_SIGNAL),
+        np.arange(len(scheduler.alphas_cumprod)),
+    )
+    # some schedulers put a small signal in the place of none, and so make the last timestep less noisy
+    noise = np.maximum.accumulate((np.log1p(-signal) - np.log(signal)) / 2)
     first = np.interp(np.interp(own[0], every, noise) - math.log(shift), noise, every)
     shifted = np.interp(np.interp(own * (first / own[0]), every, noise) + math.log(shift), noise, every)
-    shifted = shifted.round().astype(int).tolist()
+    shifted = [round(own[0]), *shifted[1:].round().astype(int).tolist()]
     if len(set(shifted)) < len(shifted):
-        raise ValueError(f"timestep_shift={shift} makes {steps} steps repeat a timestep: choose less of either")
-    scheduler.set_timesteps(device=device, timesteps=shifted)
+        raise ShiftError(f"timestep_shift={shift} makes {steps} steps repeat a timestep: choose less of either")
+    try:
+        scheduler.set_timesteps(device=device, timesteps=shifted)
+    except ValueError as error:
+        raise ShiftError(
+            f"this {name} cannot be given timesteps, so timestep_shift has to be 1, got {shift} ({reason_of(error)})"
+        ) from error
 
 
 def check_steps(scheduler, steps: int, learned: bool = False, shift: float = 1.0) -> None:
@@ -105,6 +119,8 @@ def check_steps(scheduler, steps: int, learned: bool = False, shift: float = 1.0
             for t in scheduler.timesteps:
                 scheduler.scale_model_input(x, t)  # some want to be asked before a step
                 x = scheduler.step(output, t, x, return_dict=False)[0]
+    except ShiftError:
+        raise
     except (IndexError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(
             f"{name} cannot make {steps} steps with the model's prediction_type {predicted!r}: {INSTEAD}, or another "

@@ -39,8 +39,8 @@ class SampleOptions(OptionSet):
     guidance: float = option(4.0, "Weight of the class: 1 is no guidance.", low=0)
     guidance_interval: tuple | None = option(
         None,
-        "Guide between these parts of all timesteps only, such as 0,0.8: in the noisiest steps guidance makes images "
-        "alike. Default: everywhere.",
+        "Guide only at timesteps between these parts of all; 1 is pure noise. 0,0.8 leaves out the noisiest steps, "
+        "where guidance makes images of a class alike. Default: everywhere.",
         parse=parse_parts,
         metavar="LOW,HIGH",
     )

@@ -104,7 +104,7 @@ def _plan(pipeline, out, options):
     size = options.size or (None, None)
     try:
         dilated = {"dilation": options.dilation, "dilate_from": options.dilate_from}
-        moved = {"timestep_shift": options.timestep_shift, "guidance_interval": options.guidance_interval or ALWAYS}
+        moved = {"timestep_shift": options.timestep_shift, "guidance_interval": _interval(options)}
         _, shape = pipeline.check_inputs(classes, options.guidance, options.steps, *size, **dilated, **moved)
         full = tuple(side * pipeline.vae_scale_factor for side in shape[2:])
         small = None if options.enlarge is None else _first_size(pipeline, classes, options, full)
@@ -125,7 +125,7 @@ def _plan(pipeline, out, options):
     if options.timestep_shift != 1:
         settings["timestep_shift"] = options.timestep_shift
     if moved["guidance_interval"] != ALWAYS:
-        settings["guidance_interval"] = list(options.guidance_interval)
+        settings["guidance_interval"] = list(moved["guidance_interval"])
     if small is not None:
         settings |= {"enlarge": options.enlarge, "first_size": list(small)}
     notes = [
@@ -154,6 +154,11 @@ def _first_size(pipeline, classes, options, size):
     again = {"image": start, "strength": options.enlarge, "timestep_shift": options.timestep_shift}
     pipeline.check_inputs(classes, options.guidance, options.steps, *size, **again)
     return small
+
+
+def _interval(options):
+    """The parts of all timesteps between which there is guidance."""
+    return ALWAYS if options.guidance_interval is None else tuple(options.guidance_interval)
 
 
 def _channels(pipeline):
@@ -295,7 +300,7 @@ def _images(pipeline, wanted, options, numbers, step):
     height, width = wanted.settings["size"]
     labels, start = [wanted.label(i) for i in numbers], {}
     common = {"generator": [generator(options.seed, i) for i in numbers], "callback_on_step_end": step}
-    common["guidance_interval"] = options.guidance_interval or ALWAYS
+    common["guidance_interval"] = _interval(options)
     try:
         if "first_size" in wanted.settings:
             small = pipeline(
