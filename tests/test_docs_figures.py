@@ -167,6 +167,18 @@ def test_the_losses_of_denoising_are_those_of_the_report():
         assert cells[4] == "2" and [loss, difference, at_48, at_64, time] == [*cells[5:9], cells[11]]
 
 
+def test_the_ways_to_larger_samples_are_those_of_the_results():
+    rows = json.loads((ROOT / "benchmarks/results/quality/cifar10-generation.json").read_text())["rows"]
+    text = " ".join((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").split())
+    text = text[text.index("For larger images `--enlarge") : text.index("A denoising step with guidance takes")]
+    ways = ("enlarged", "dilated", "shifted", "guided")
+    told = [row for row in rows if any(way in row["run"] for way in ways)]
+    assert len(told) == 12
+    for row in told:
+        share = format(row["accuracy"], ".0%")
+        assert re.search(rf"{row['frechet_distance']:.2f} and {share}", text), row["run"]
+
+
 def test_what_keeping_attentions_costs_is_what_was_counted():
     counted = json.loads((ROOT / "benchmarks/results/speed/stable-diffusion-structure.json").read_text())
     counted = counted["SDXL, one step, attentions kept"]
