@@ -104,9 +104,11 @@ def test_a_wrong_layer_ends_it(tmp_path, monkeypatch):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from gspn.bench import measuring, suites
 from gspn.cli import app
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
 
 def waiting(*_):
     print("begun", flush=True)
