@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.harness import harness, study
-from benchmarks.quality.denoising_blocks import ConvNeXtBlock, DiCoBlock
+from benchmarks.quality.denoising_blocks import ConvNeXtBlock, DiCoBlock, GatedPositions
 from benchmarks.quality.mixers.tasks import Photos
 from gspn.bench.contenders import Attention, OnMaps
 from gspn.depthwise import DepthwiseConv2d
@@ -73,6 +73,13 @@ def _convolutions(block: type[nn.Module], expansion: float, depth: int) -> nn.Mo
     return model
 
 
+def _gated_positions() -> nn.Module:
+    """GSPN-DiT with positions that timestep and class switch on."""
+    model = _ours()
+    model.blocks.insert(0, GatedPositions(64, trained=16))
+    return model
+
+
 def _paper(**config) -> nn.Module:
     shape = dict(sample_size=32, patch_size=2, in_channels=3, learn_sigma=False, num_classes=CLASSES)
     shape |= dict(class_dropout_prob=DROPPED, prediction_type="v_prediction", segment=None)
@@ -107,7 +114,7 @@ CONTENDERS = {
     "convnext": Contender("ConvNeXt V2's block (FCDM)", lambda: _convolutions(ConvNeXtBlock, 3.8, 6)),
     "dico": Contender("DiCo's block", lambda: _convolutions(DiCoBlock, 4.0, 4)),
     "ours-positions": Contender("GSPN-DiT with positions", lambda: _ours(positions=True)),
-    "ours-gated-positions": Contender("GSPN-DiT with gated positions", lambda: _ours(positions="gated")),
+    "ours-gated-positions": Contender("GSPN-DiT with gated positions", _gated_positions),
     "ours-centred": Contender("GSPN-DiT, centred", lambda: _ours(center=True)),
     "paper": Contender("the paper's block", lambda: _paper(hidden_size=96, depth=4)),
 }

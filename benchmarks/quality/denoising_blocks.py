@@ -1,8 +1,9 @@
-"""Blocks of convolutions alone, for benchmarks.quality.denoising: those of the convolutional generators FCDM (2026) and
-DiCo (2025), written from the descriptions in their papers.
+"""Blocks for benchmarks.quality.denoising: those of the convolutional generators FCDM (2026) and DiCo (2025), written
+from the descriptions in their papers, and one that adds positions before GSPN-DiT's own.
 
-Both were published as U-nets. Here each stands in the place of GSPN-DiT's block, so that all contenders have as many
-tokens in every block. Both take maps (B,H,W,C) and a condition (B,C), as GSPNDiTBlock does, and start as the identity.
+FCDM and DiCo were published as U-nets. Here each stands in the place of GSPN-DiT's block, so that all contenders have
+as many tokens in every block. All take maps (B,H,W,C) and a condition (B,C), as GSPNDiTBlock does, and start as the
+identity.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from gspn.depthwise import DepthwiseConv2d
 from gspn.layers import GlobalResponseNorm
-from gspn.models.gspn_dit import modulated
+from gspn.models.gspn_dit import modulated, stretched_positions
 
 
 def _on_maps(convolution: nn.Module, x: Tensor) -> Tensor:
@@ -72,3 +73,22 @@ class DiCoBlock(_Modulated):
         y = y * torch.sigmoid(self.attention(y.mean((1, 2), keepdim=True)))
         x = torch.addcmul(x, gate1, self.outer(y))
         return torch.addcmul(x, gate2, self.down(F.gelu(self.up(modulated(x, shift2, scale2)))))
+
+
+class GatedPositions(nn.Module):
+    """Adds DiT's positions p, stretched over the map, where the condition switches them on: x + gate(c) * p. The gate
+    starts at 0.
+
+    Args:
+        trained: side of the map, in tokens, over which the positions are not stretched.
+    """
+
+    def __init__(self, channels: int, trained: int):
+        super().__init__()
+        self.gate, self.trained = nn.Linear(channels, channels), trained
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        positions = stretched_positions(x.shape[-1], x.shape[1], x.shape[2], self.trained, x.device)
+        return torch.addcmul(x, self.gate(c)[:, None, None], positions.to(x.dtype))

@@ -228,8 +228,14 @@ def curves(runs: dict[str, Path], last: int, path: Path) -> dict[str, list[dict]
 
 
 def sizes_picture(names: list[str], trained: tuple[int, int], arguments, classes: list[str], path: Path) -> None:
-    """A row of samples, one for each class, for every size and run, all at their own number of pixels."""
-    shown = [way for way in ways(names, arguments) if (way.guidance, way.interval) == (arguments.guidance, None)]
+    """A row of samples, one for each class, for every size and run, all at their own number of pixels; with help for
+    larger sizes, at the largest size."""
+    shown = [
+        way
+        for way in ways(names, arguments)
+        if (way.guidance, way.interval) == (arguments.guidance, None)
+        and (way.title == way.name or way.factor == max(arguments.factors))
+    ]
     figure = Figure(figsize=(1.1 * len(classes) + 1, 1.12 * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), len(classes), squeeze=False)
     for way, line in zip(shown, axes, strict=True):
@@ -242,7 +248,7 @@ def sizes_picture(names: list[str], trained: tuple[int, int], arguments, classes
         line[0].set_title(f"{way.title}, {height}x{width}", loc="left", fontsize=9)
     for name, panel in zip(classes, axes[-1], strict=True):
         panel.text(0.5, -0.05, name, transform=panel.transAxes, ha="center", va="top", fontsize=9)
-    figure.savefig(path, dpi=100, facecolor="white")
+    figure.savefig(path, dpi=80, facecolor="white")
 
 
 def main():

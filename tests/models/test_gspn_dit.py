@@ -4,9 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTPipeline
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from helpers.diffusion import lively, tiny_vae
-from torch import nn
 
 import gspn
 from gspn.models.dit import create_dit
@@ -141,30 +139,6 @@ def test_positions_are_stretched_over_any_map():
     assert not torch.allclose(trained[:, 1:], trained[:, :-1], atol=0.1)
     with pytest.raises(ValueError, match="multiple of 4, got 30"):
         tiny(positions=True, hidden_size=30, groups=2)
-    with pytest.raises(ValueError, match=r"positions has to be False, True or .*, got 'learned'"):
-        tiny(positions="learned")
-
-
-def test_gated_positions_start_at_nothing_and_hear_the_timestep(tmp_path):
-    start = GSPNDiTTransformer2DModel(sample_size=8, hidden_size=32, depth=1, positions="gated").position_gate
-    assert not start.weight.any() and not start.bias.any()
-    model, plain, given = tiny(positions="gated"), tiny(), inputs(1)
-    nn.init.zeros_(model.position_gate.weight)
-    nn.init.zeros_(model.position_gate.bias)
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("position_gate.")})
-    assert torch.equal(model(**given).sample, plain(**given).sample)
-    nn.init.normal_(model.position_gate.weight)
-    added = []
-    for each in (model, plain):
-        each.blocks[0].register_forward_pre_hook(lambda module, args: added.append(args))
-        each(**given)
-    (x, c), (without, _) = added
-    table = get_2d_sincos_pos_embed(32, 4, base_size=4, output_type="pt").view(1, 4, 4, 32).to(x.dtype)
-    torch.testing.assert_close(x - without, model.position_gate(c)[:, None, None] * table, atol=1e-5, rtol=1e-5)
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    assert again.config.positions == "gated"
-    torch.testing.assert_close(again(**given).sample, model(**given).sample)
 
 
 def test_the_size_is_heard():

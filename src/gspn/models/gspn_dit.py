@@ -101,9 +101,7 @@ class GSPNDiTTransformer2DModel(Generator):
         proxy_dim: S, the width from which the scan's weights and gates are predicted.
         groups: channel groups that share propagation weights.
         average, center: as in :class:`gspn.GSPN2d`.
-        positions: True adds DiT's sinusoidal positions p, stretched over the map, whatever its size. "gated" adds
-            g(c) * p, where the linear layer g starts at 0 and hears timestep and class: positions tell where things lie
-            on average, which is most of what there is to know in the noisiest steps and disturbs in the others.
+        positions: adds DiT's sinusoidal positions, stretched over the map, whatever its size.
         size_condition: the blocks hear log(H / sample_size) and log(W / sample_size), for training at several sizes;
             with a dilation, those of the sub-lattices.
         prediction_type: what the model is trained to predict: "epsilon", "v_prediction" or "sample". Pipelines refuse a
@@ -116,8 +114,8 @@ class GSPNDiTTransformer2DModel(Generator):
     Raises ValueError if sizes do not fit or, on the CPU, a class is out of range.
 
     State dict (frozen): ``patch_embed`` (D,in_channels,p,p) with bias, ``embed.*`` as in diffusers, ``size_embed``
-    (D,2) with size_condition, ``position_gate`` (D,D) with bias for gated positions, ``blocks.i.*`` (see GSPNDiTBlock),
-    ``modulation`` (2D,D) and ``proj_out`` (p*p*out_channels,D) with bias.
+    (D,2) with size_condition, ``blocks.i.*`` (see GSPNDiTBlock), ``modulation`` (2D,D) and ``proj_out``
+    (p*p*out_channels,D) with bias.
     """
 
     _no_split_modules = ("GSPNDiTBlock",)
@@ -140,7 +138,7 @@ class GSPNDiTTransformer2DModel(Generator):
         groups: int = 8,
         average: bool = True,
         center: bool = False,
-        positions: bool | str = False,
+        positions: bool = False,
         size_condition: bool = False,
         prediction_type: str = "epsilon",
     ):
@@ -148,11 +146,8 @@ class GSPNDiTTransformer2DModel(Generator):
         self._make_start()
         if int(hidden_size * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio has to leave at least one of {hidden_size} channels, got {mlp_ratio}")
-        if positions not in (False, True, "gated"):
-            raise ValueError(f'positions has to be False, True or "gated", got {positions!r}')
         if positions and hidden_size % 4:
-            raise ValueError(f"positions need a hidden_size that is a multiple of 4, got {hidden_size}")
-        self.position_gate = nn.Linear(hidden_size, hidden_size) if positions == "gated" else None
+            raise ValueError(f"positions=True needs a hidden_size that is a multiple of 4, got {hidden_size}")
         self.size_embed = nn.Linear(2, hidden_size, bias=False) if size_condition else None
         gspn = dict(proxy_dim=proxy_dim, groups=groups, average=average, center=center)
         self.blocks = nn.ModuleList(GSPNDiTBlock(hidden_size, mlp_ratio=mlp_ratio, **gspn) for _ in range(depth))
@@ -171,23 +166,19 @@ class GSPNDiTTransformer2DModel(Generator):
             nn.init.zeros_(block.modulation.weight)
         if self.size_embed is not None:
             nn.init.zeros_(self.size_embed.weight)
-        if self.position_gate is not None:
-            nn.init.zeros_(self.position_gate.weight)
-            nn.init.zeros_(self.position_gate.bias)
 
     def _predict(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, dilation: int = 1) -> Tensor:
         x = self.patch_embed(hidden_states).permute(0, 2, 3, 1).contiguous()
         height, width = x.shape[1:3]
         _check_dilation(dilation, height, width, self.config.patch_size)
         trained = self.config.sample_size // self.config.patch_size
+        if self.config.positions:
+            x = x + stretched_positions(x.shape[-1], height, width, trained, x.device).to(x.dtype)
         condition = self.embed(timestep, class_labels, hidden_dtype=x.dtype)
         if self.size_embed is not None:
             size = [math.log(height / dilation / trained), math.log(width / dilation / trained)]
             condition = condition + self.size_embed(torch.tensor([size], dtype=x.dtype, device=x.device))
         c = F.silu(condition)
-        if self.config.positions:
-            positions = _positions(x.shape[-1], height, width, trained, x.device).to(x.dtype)
-            x = x + (positions if self.position_gate is None else self.position_gate(c)[:, None, None] * positions)
         if dilation != 1:
             x, c = sub_lattices(x, (dilation, dilation)), c.repeat_interleave(dilation * dilation, 0)
         for block in self.blocks:
@@ -199,7 +190,7 @@ class GSPNDiTTransformer2DModel(Generator):
         return self._project_out(F.layer_norm(x, x.shape[-1:], eps=1e-6), condition)
 
 
-def _positions(channels: int, height: int, width: int, trained: int, device: torch.device) -> Tensor:
+def stretched_positions(channels: int, height: int, width: int, trained: int, device: torch.device) -> Tensor:
     """(1,height,width,channels): DiT's positions on a map of side `trained`, stretched over one of this size."""
     # Not cached: what torch.export traces must not be kept for later calls.
     grid = (height, width)

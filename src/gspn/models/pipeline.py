@@ -179,8 +179,7 @@ class GSPNPipeline(DiffusionPipeline):
             timestep_shift: s for images about s times as large as in training: moves the timesteps to s times as much
                 noise, see gspn.models.schedulers.set_timesteps.
             guidance_interval: (low, high), parts of all timesteps. Steps outside of them are made without guidance, at
-                half the cost. In the noisiest steps guidance makes images alike, in the last ones it changes little
-                (Kynkaanniemi et al., 2024).
+                half the cost (Kynkaanniemi et al., "Applying guidance in a limited interval", 2024).
         Returns: ImagePipelineOutput, or (images,) without `return_dict`.
         Raises ValueError, before any work, for arguments that do not fit together; NotFiniteError, a RuntimeError, if
         images are infinite or NaN ("latent" is not checked).

@@ -39,8 +39,8 @@ class SampleOptions(OptionSet):
     guidance: float = option(4.0, "Weight of the class: 1 is no guidance.", low=0)
     guidance_interval: tuple | None = option(
         None,
-        "Guide only at timesteps between these parts of all; 1 is pure noise. 0,0.8 leaves out the noisiest steps, "
-        "where guidance makes images of a class alike. Default: everywhere.",
+        "Guide only at timesteps between these parts of all, where 1 is pure noise. The other steps cost half as much. "
+        "Default: everywhere.",
         parse=parse_parts,
         metavar="LOW,HIGH",
     )
