@@ -167,6 +167,18 @@ def test_the_losses_of_denoising_are_those_of_the_report():
         assert cells[4] == "2" and [loss, difference, at_48, at_64, time] == [*cells[5:9], cells[11]]
 
 
+def test_the_longer_trainings_of_denoising_are_those_of_the_runs():
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = text[text.index("| after 4,800 steps") : text.index("All took the rate that was best")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
+    runs = ("ours", "ours-positions", "ours-gated-positions", "dit")
+    for name, (_, loss, noisiest, larger) in zip(runs, rows, strict=True):
+        file = ROOT / f"benchmarks/results/quality/denoising/{name}-lr0.01-seed0-4800steps.json"
+        found = json.loads(file.read_text())["test"]
+        expected = (found["32x32"]["loss"], found["32x32"]["by_timestep"][-1], found["64x64"]["loss"])
+        assert [loss, noisiest, larger] == [f"{value:.4f}" for value in expected], name
+
+
 def test_the_ways_to_larger_samples_are_those_of_the_results():
     rows = json.loads((ROOT / "benchmarks/results/quality/cifar10-generation.json").read_text())["rows"]
     text = " ".join((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").split())
