@@ -5,9 +5,10 @@ In `gspn_micro` a mixer works in all channels of a block. In `gspn_mobile` it wo
 projections, as the scan does there.
 """
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -64,13 +65,16 @@ def _attention(width: int, reduction: int, index: int, heads: int | None = None)
 
 class Contender(NamedTuple):
     """`model` with another mixer in its `blocks`. `make` gives a layer of maps (B,C,H,W) from C, pixels of the image
-    for one of the map, and the number of the block; None keeps GSPN. `options` are those of the model."""
+    for one of the map, and the number of the block; None keeps GSPN. `options` are those of the model. `segments` are
+    numbers of lines between the resets of all scans, None for no resets: in training one of them is drawn for each
+    batch, after it the first is taken."""
 
     model: str
     title: str
     make: Callable[[int, int, int], nn.Module] | None = None
     options: Mapping[str, Any] = MappingProxyType({})
     blocks: tuple[type[nn.Module], ...] = (GSPNBlock, InvertedBlock)
+    segments: tuple[int | None, ...] = ()
 
 
 CONTENDERS = {
@@ -92,6 +96,10 @@ CONTENDERS = {
         "gspn_mobile", "GSPN, center, in the decoder alone", lambda *_: Nothing(), blocks=(InvertedBlock,)
     ),
     "mobile-local": Contender("gspn_mobile", "GSPN, center, the backbone's local", options={"global_levels": ()}),
+    "mobile-15": Contender("gspn_mobile", "GSPN, center, segments of 15 lines", segments=(15,)),
+    "mobile-random": Contender(
+        "gspn_mobile", "GSPN, center, whole in half of the batches, else 15 lines", segments=(None, 15)
+    ),
     "mobile-own": Contender("gspn_mobile", "GSPN, center, own weights", options={"groups": 16}),
     "mobile-path": Contender("gspn_mobile", "GSPN, center, drop path 0.1", options={"drop_path_rate": 0.1}),
     "gspn": Contender("gspn_micro", "GSPN"),
@@ -120,7 +128,18 @@ def segmenter_with(mixer: str, name: str, **arguments) -> nn.Module:
                 block.gspn = make(block.gspn.channels, reduction, index)
                 if isinstance(block, GSPNBlock) and isinstance(block.gspn, Nothing):
                     block.gspn = nn.Identity()  # the mixer is all of this block's branch: zeros would switch it off
+    if segments := CONTENDERS[mixer].segments:
+        dice = random.Random(0)  # not torch's generator, which draws the crops
+        model.register_forward_pre_hook(partial(_cut, segments=segments, dice=dice))
     return model
+
+
+def _cut(model: nn.Module, _, segments: tuple[int | None, ...], dice: random.Random) -> None:
+    """Before a segmenter's forward pass: sets the lines between the resets of its scans."""
+    segment = dice.choice(segments) if model.training else segments[0]
+    for module in model.modules():
+        if isinstance(module, gspn.GSPN2d):
+            module.segment = segment
 
 
 def made(mixer: str, **arguments) -> nn.Module:
