@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import gspn
 from gspn import plots
-from gspn.cli import app
+from gspn.cli import app, main
 from gspn.cli.training import arguments_of
 from gspn.data.labelled import open_data
 from gspn.metrics.features import load_extractor
@@ -300,6 +300,21 @@ def test_user_errors_are_one_message_and_exit_code_2(arguments, message, tmp_pat
     code, _, err = gspn_command(*arguments)
     assert code == 2 and "Traceback" not in err and message in " ".join(err.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["train", "digits", "--out", ""], "after '--out'"),
+        (["eval", "", "digits"], "after 'eval'"),
+        (["--out="], "--out="),
+    ],
+)
+def test_an_empty_argument_is_not_the_current_folder(arguments, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gspn", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"{named} is empty" in capsys.readouterr().err
 
 
 def test_a_runs_options_repeat_it(run, tmp_path, monkeypatch):

@@ -148,10 +148,21 @@ def main():
     """The entry point of the `gspn` command."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+    _refuse_empty(sys.argv[1:])
     try:
         app()
     finally:
         _leave_processes()
+
+
+def _refuse_empty(arguments):
+    """No argument of ours may be empty. An empty path would otherwise mean the current folder."""
+    for before, argument in zip(["gspn", *arguments], arguments, strict=False):
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            err.print("[bold red]error:[/]", end=" ")
+            what = argument or f"the argument after {before!r}"
+            err.print(f"{what} is empty; give it a value. Is a variable of the shell unset?", markup=False)
+            raise SystemExit(2)
 
 
 def _leave_processes():
