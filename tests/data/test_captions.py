@@ -183,7 +183,7 @@ def test_splits_are_folders_at_any_depth(tmp_path, way):
     (tmp_path / "a").rename(tmp_path / "test")
     if way == "one list":
         write_list(tmp_path, [*rows(4, folder="test/train/"), *rows(2, 50, folder="test/validation/")])
-    with pytest.raises(DataError, match=r"test/train/000\.png lies in folders of two splits: test, train; .*rename"):
+    with pytest.raises(DataError, match=r"test/train/000\.png has the names of two splits: test, train; .*rename"):
         open_captions(tmp_path)
 
 

@@ -17,9 +17,10 @@ from gspn.data import images, tables
 from gspn.data.augment import Augmentation
 from gspn.data.images import UNREADABLE, Preprocessing, generator
 from gspn.data.labelled import DataError, open_data
-from gspn.data.loader import batches, make_loader
+from gspn.data.loader import ImageDataset, batches, make_loader
 from gspn.metrics.classification import evaluate
 from gspn.options import Options
+from gspn.tasks.base import labelled_splits
 from gspn.tasks.classify import train_classifier
 from gspn.train.loop import make_accelerator
 
@@ -171,6 +172,40 @@ def test_tar_files_that_do_not_end_as_tar_files_do(tmp_path):
     for content in (whole[: end + 512], whole[: end + 1024], whole[: end + 1024].ljust(2 * 65536, b"\0")):
         cut.write_bytes(content)
         assert len(open_data(cut).splits["all"]) == 40
+
+
+def test_numbers_of_classes_that_do_not_count_from_0(tmp_path):
+    """Such as the keys of a data base: two million classes would be made of them."""
+    write_shards(tmp_path / "keys", label=lambda i: ("2119789", "2084071")[i % 2])
+    with pytest.raises(DataError, match=r"keys numbers classes up to 2,119,789, but only 2 .*count from 0.*names"):
+        labelled_splits(open_data(tmp_path / "keys"))
+    write_shards(tmp_path / "few", label=lambda i: str(i % 2 * 999))  # two of ImageNet's classes
+    assert len(labelled_splits(open_data(tmp_path / "few"))[3]) == 1000
+
+
+# -- images in memory --
+
+
+def test_images_in_memory_that_are_too_many_at_the_models_size(monkeypatch):
+    """They are resized one by one, to the same pixels."""
+    split, size = open_data("digits").splits["test"], Preprocessing(3, (12, 16), (0,) * 3, (1,) * 3)
+    monkeypatch.setattr("gspn.data.loader.KEPT", len(split) * 3 * 12 * 16)
+    at_once = make_loader(split, size, 50, train=True, seed=1, workers=2)
+    monkeypatch.setattr("gspn.data.loader.KEPT", len(split) * 3 * 12 * 16 - 1)
+    one_by_one = make_loader(split, size, 50, train=True, seed=1, workers=2)
+    assert at_once.dataset.pixels.shape == (359, 3, 12, 16) and at_once.num_workers == 0
+    assert one_by_one.dataset.pixels is None and one_by_one.num_workers == 2
+    for here, there in zip(at_once, one_by_one, strict=True):
+        assert all(torch.equal(here[key], there[key]) for key in here)
+    assert ImageDataset(split, GREY8).pixels is split.pixels  # which takes no memory
+
+
+def test_images_in_memory_are_resized_into_place(monkeypatch):
+    """So that they are in memory once, not twice."""
+    split, size = open_data("digits").splits["test"], Preprocessing(1, (12, 16), (0,), (1,))
+    expected = torch.stack([size(image) for image in map(split.image, range(len(split)))])
+    monkeypatch.setattr(torch, "stack", None)
+    assert torch.equal(ImageDataset(split, size).pixels, expected)
 
 
 # -- streams of `datasets` --

@@ -277,7 +277,7 @@ WRONG_LEVEL = {
         ["Training/cat/0.png", "test_images/cat/1.png"],
         r"2 folders: Training, test_images.*: expected .* train, val",
     ),
-    "one of them": (["TRAIN/cat/0.png", "TRAIN/dog/0.png"], "1 folder: TRAIN, .*parts"),
+    "one of them": (["TRAINING/cat/0.png", "TRAINING/dog/0.png"], "1 folder: TRAINING, .*parts"),
 }
 
 

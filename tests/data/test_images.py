@@ -27,10 +27,11 @@ def saved(image, kind, **options):
     return file.getvalue()
 
 
-def png(levels, chunks=()):
-    """A PNG of one row of 16-bit grey `levels`; `chunks` (name, content) before its pixels."""
-    header = struct.pack(">IIBBBBB", len(levels), 1, 16, 0, 0, 0, 0)
-    pixels = zlib.compress(b"\0" + np.array(levels, ">u2").tobytes())
+def png(levels, chunks=(), bits=16):
+    """A PNG of one row of grey `levels`; `chunks` (name, content) before its pixels."""
+    header = struct.pack(">IIBBBBB", len(levels), 1, bits, 0, 0, 0, 0)
+    row = np.unpackbits(np.array(levels, ">u2").view(np.uint8)).reshape(-1, 16)[:, 16 - bits :]
+    pixels = zlib.compress(b"\0" + np.packbits(row).tobytes())
     parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
     joined = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts]
     return b"\x89PNG\r\n\x1a\n" + b"".join(joined)
@@ -81,6 +82,13 @@ def test_12_bit_levels_and_white_as_zero():
 
 def test_a_transparent_16_bit_level_is_white():
     assert grey(png([0, 300, 301], [(b"tRNS", struct.pack(">H", 300))])) == [[0, 255, 1]]
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, [0, 255, 170]), (4, [0, 255, 34]), (8, [0, 255, 2])])
+def test_a_transparent_level_of_few_bits_is_white(bits, expected):
+    file = png([0, 1, 2], [(b"tRNS", struct.pack(">H", 1))], bits)
+    opened = upright(Image.open(io.BytesIO(file)))
+    assert grey(file) == grey(opened) == grey(upright(opened)) == [expected]
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,14 @@ shards; anything that `datasets` loads.
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gspn.data.folders import is_image, walk
-from gspn.data.images import SPLIT_NAMES, USUAL_CAPTIONS, DataError, Split, listed
+from gspn.data.folders import by_split, is_image, walk
+from gspn.data.images import USUAL_CAPTIONS, DataError, Split, listed, text_of
 from gspn.data.labelled import Data, ImageFiles
 from gspn.data.shards import json_caption, read_captioned
-from gspn.data.sources import check_fraction, check_one_kind, read_source, with_held_out
+from gspn.data.sources import check_fraction, check_one_kind, no_data, read_source, with_held_out
 from gspn.data.tables import TABLES, load_captioned
 from gspn.places import location
 
@@ -107,47 +106,17 @@ def _open_folder(path, columns):
     elif images:
         kind, (splits, notes) = "folder", _beside(path, images, files, columns["caption_column"])
     else:
-        there = sorted(file.name for file in path.iterdir())
-        what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
-        raise DataError(f"{path} holds {what}; expected {CAPTIONED}")
+        raise no_data(path, CAPTIONED)
     return kind, splits, [*notes, *left_out]
 
 
-def _splits(root, rows: list[tuple[Path, tuple]], split_of: Callable[[Path], str | None]) -> dict[str, Split]:
-    """Splits of (image, captions), by `split_of` an image: a split's name, or None for all images.
-    Errors: DataError where only some images have one."""
-    of_split = {}
-    for image, captions in rows:
-        of_split.setdefault(split_of(image), []).append((image, captions))
-    if None in of_split and len(of_split) > 1:
-        strange = listed([image for image, _ in of_split[None]], "image", "images")
-        raise DataError(
-            f"{root} holds {strange} of no split, beside others of {', '.join(filter(None, of_split))}: expected "
-            f"{', '.join(SPLIT_NAMES)} as folders around all images, or around none"
-        )
+def _splits(root, captions: dict[Path, tuple]) -> dict[str, Split]:
+    """Splits of the images, by the names of their folders. Errors: DataError."""
     splits = {}
-    for name, mine in of_split.items():
-        files = ImageFiles(root, [image for image, _ in mine])
-        captions = [captions for _, captions in mine]
-        splits[name or "train"] = Split([0] * len(mine), None, read=files, names=files.name, captions=captions)
+    for name, images in by_split(root, captions, "image", "images", folders=True).items():
+        files, texts = ImageFiles(root, images), [captions[image] for image in images]
+        splits[name] = Split([0] * len(images), None, read=files, names=files.name, captions=texts)
     return splits
-
-
-def _by_folder(root):
-    """A function of an image under `root`: the split that one of its folders is named after, at any depth, or None.
-    Its errors: DataError where folders name two splits."""
-
-    def split_of(image):
-        parts = image.relative_to(root).parts[:-1]
-        named = {SPLIT_NAMES[part] for part in parts if part in SPLIT_NAMES}
-        if len(named) > 1:
-            raise DataError(
-                f"{image} lies in folders of two splits: {', '.join(sorted(named))}; expected one. Move the image, or "
-                "rename a folder"
-            )
-        return named.pop() if named else None
-
-    return split_of
 
 
 # -- a text beside each image --
@@ -167,18 +136,10 @@ def _beside(root, images, files, column):
             f"{root}: {len(without)} of {len(images)} images have no caption, such as {without[0]}: expected a .txt "
             f"file of the same name beside each, or one of {', '.join(LISTS)} for all"
         )
-    rows = [(image, (_text(image.with_suffix(".txt")),)) for image in images]
+    captions = {image: (" ".join(text_of(image.with_suffix(".txt")).split()),) for image in images}
     lonely = [file.name for file in files if file.suffix == ".txt" and file.with_suffix("") not in twins]
     notes = [f"ignored {listed(lonely, 'text', 'texts')} without an image"] if lonely else []
-    return _splits(root, rows, _by_folder(root)), notes
-
-
-def _text(file):
-    """The content of a text file, on one line. Errors: DataError."""
-    try:
-        return " ".join(file.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as a text in UTF-8: {error}") from error
+    return _splits(root, captions), notes
 
 
 # -- a list of captions --
@@ -193,18 +154,17 @@ def _listed(root, lists, images, column):
         raise DataError(f"{folder} holds {names}: expected one of them")
     if len(lists) > 1 and any(file.parent == root for file in lists):
         raise DataError(f"{root} holds a list of captions, and others in its folders: expected one or the others")
-    rows, seen = [], {}
+    captions, seen = {}, {}
     for file in lists:
-        for where, image, captions in _rows(file, column):
+        for where, image, texts in _rows(file, column):
             if not image.is_file():
                 raise DataError(f"{where} names {image}, which does not exist")
             if image in seen:
                 raise DataError(f"{where} names {image}, which {seen[image]} names too: expected each image once")
-            seen[image] = where
-            rows.append((image, captions))
+            seen[image], captions[image] = where, texts
     more = [str(image.relative_to(root)) for image in images if image not in seen]
     notes = [f"ignored {listed(more, 'image', 'images')} without a caption"] if more else []
-    return _splits(root, rows, _by_folder(root)), notes
+    return _splits(root, captions), notes
 
 
 def _rows(file, column):
@@ -228,16 +188,15 @@ def _rows(file, column):
 
 
 def _json_lines(file):
+    # not splitlines, which also cuts at characters that a JSON text may hold as they are, such as U+2028
+    lines = text_of(file).split("\n")
     try:
-        # not splitlines, which also cuts at characters that a JSON text may hold as they are, such as U+2028
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError(f"{line[:40]!r} is no JSON object")
                 yield number, row
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as a text in UTF-8: {error}") from error
     except ValueError as error:
         raise DataError(f"{file}, line {number}: {error}") from error
 

@@ -1,20 +1,12 @@
 """Classes that are folders: root/CLASS/IMAGE, or root/SPLIT/CLASS/IMAGE. Images may lie at any depth below a class."""
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gspn.data.folders import Found, is_image
+from gspn.data.folders import PART, Found, is_image
 from gspn.data.images import SPLIT_NAMES, DataError, listed
 from gspn.files import shown
-
-# Names of parts of a data set, such as Training, test_images or val-set.
-PART = re.compile(
-    r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev(elopment)?|eval(uation)?)[-_ ]?"
-    r"(sets?|data|datasets?|split|images?|imgs?|pictures|photos)?[-_ ]?\d*",
-    re.IGNORECASE,
-)
 
 
 @dataclass
@@ -71,7 +63,8 @@ def _splits(found):
     """{split: the folder with its class folders}."""
     path = found.root
     folders = {folder.name: folder for folder in found.inside(path)}
-    if "train" not in folders and not set(folders) <= set(SPLIT_NAMES):
+    strange = [name for name in folders if name.lower() not in SPLIT_NAMES]
+    if "train" not in folders and strange:  # Train may be a class beside others
         if all(PART.fullmatch(name) for name in folders):
             raise DataError(
                 f"{path} holds {listed(list(folders), 'folder', 'folders')}, which sounds like parts of a data set, "
@@ -79,15 +72,15 @@ def _splits(found):
                 f"classes, {_as_classes(path)}"
             )
         return {"train": path}
-    strange = [name for name in folders if name not in SPLIT_NAMES]
     if strange:
         raise DataError(
             f"{path} has a train folder beside {listed(strange, 'folder', 'folders')}: expected either class "
             f"folders only, or only {', '.join(SPLIT_NAMES)}; if train is a class, {_as_classes(path)}"
         )
-    if len({SPLIT_NAMES[name] for name in folders}) < len(folders):
+    splits = {SPLIT_NAMES[name.lower()]: folder for name, folder in folders.items()}
+    if len(splits) < len(folders):
         raise DataError(f"{path} has two folders for one split: {', '.join(folders)}")
-    return {SPLIT_NAMES[name]: folder for name, folder in folders.items()}
+    return splits
 
 
 def _as_classes(path):

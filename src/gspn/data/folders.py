@@ -1,4 +1,4 @@
-"""Which files are data: one rule wherever folders and archives are walked.
+"""Which files are data, and of which split: one rule wherever folders and archives are walked.
 
 - Hidden files and folders (names that begin with a dot) and those of operating systems and archive programs, such as
   __MACOSX and Thumbs.db, are not data, at any depth.
@@ -10,6 +10,7 @@
 import os
 import re
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
@@ -21,6 +22,12 @@ from gspn.data.images import SPLIT_NAMES, DataError, listed
 SYSTEM = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "$recycle.bin"}
 SYSTEM |= {"system volume information", "lost+found", "__pycache__"}
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow recognises these formats, but cannot decode them
+# Names of parts of a data set, such as Training, test_images or val-set.
+PART = re.compile(
+    r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev(elopment)?|eval(uation)?)[-_ ]?"
+    r"(sets?|data|datasets?|split|images?|imgs?|pictures|photos)?[-_ ]?\d*",
+    re.IGNORECASE,
+)
 
 
 def counts(path: str | PurePath) -> bool:
@@ -138,20 +145,38 @@ def scan(folder: str | Path) -> Found:
     return found
 
 
-def by_split(root: Path, files: list[Path], one: str, many: str) -> dict[str, list[Path]]:
-    """{split: files}, by the names of the files and of their folders below `root`: train-0003.tar,
-    imagenet-val-01.tar, test/0003.tar. If none of them names a split, all are train.
-    Errors: DataError where only some name one; it calls them `one` or `many`."""
+def by_split(root: Path, files: Iterable[Path], one: str, many: str, *, folders: bool = False) -> dict[str, list[Path]]:
+    """{split: files}, by the words in the names of the files and of their folders below `root`, in upper or lower case:
+    train-0003.tar, imagenet-val-01.tar, Test/0003.tar. With `folders`, by the names of folders alone: Train/a/1.png. If
+    no name has a split, all files are train.
+    Errors: DataError for a name such as val2017, which only sounds like a split, for a file of two splits, and where
+    only some files are of one; it calls them `one` or `many`."""
     of_split: dict[str | None, list[Path]] = {}
     for file in files:
-        path = file.relative_to(root).with_suffix("")
-        words = [word for part in path.parts for word in re.split(r"[-_.]", part.lower())]
-        split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
-        of_split.setdefault(split, []).append(file)
+        parts = file.relative_to(root).with_suffix("").parts
+        names = parts[:-1] if folders else [word for part in parts for word in re.split(r"[-_.]", part)]
+        of_split.setdefault(_split_of(file, names), []).append(file)
     if None in of_split and len(of_split) > 1:
-        strange = listed([file.name for file in of_split[None]], one, many)
+        strange = listed([file.relative_to(root) for file in of_split[None]], one, many)
         raise DataError(
             f"{root} holds {strange} of no split, beside others of {', '.join(filter(None, of_split))}: expected "
-            f"{', '.join(SPLIT_NAMES)} in each name, or in none"
+            f"{', '.join(SPLIT_NAMES)} {'as a folder around' if folders else 'in the name of'} each, or none"
         )
     return {name or "train": of_one for name, of_one in of_split.items()}
+
+
+def _split_of(file: Path, names: Sequence[str]) -> str | None:
+    """The split that names in the path of a file stand for, if one does. Errors: DataError."""
+    found = {SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES}
+    unclear = [name for name in names if PART.fullmatch(name) and name.lower() not in SPLIT_NAMES]
+    if unclear:  # or images for evaluation could be trained on
+        raise DataError(
+            f"{file}: the name {unclear[0]} sounds like a part of a data set, but is none of {', '.join(SPLIT_NAMES)}: "
+            "rename it"
+        )
+    if len(found) > 1:
+        raise DataError(
+            f"{file} has the names of two splits: {', '.join(sorted(found))}; expected one. Move the file, or rename "
+            "it or a folder"
+        )
+    return found.pop() if found else None

@@ -116,18 +116,17 @@ class Split:
     def relabelled(self, class_names: list[str]) -> "Split":
         """The same images with labels into `class_names`. Data without class names are assumed to number them alike.
         Errors: DataError names the classes that are not among `class_names`."""
-        own = self.class_names or class_names
+        own, number = self.class_names or class_names, {name: i for i, name in enumerate(class_names)}
         present = self.labels.unique().tolist()
-        beyond = [i for i in present if i >= len(own)]
-        unknown = [str(i) for i in beyond] or [own[i] for i in present if own[i] not in class_names]
+        beyond = [str(i) for i in present if not 0 <= i < len(own)]
+        unknown = beyond or [own[i] for i in present if own[i] not in number]
         if unknown:
             raise DataError(
                 f"the data hold {listed(unknown, 'class', 'classes')} that the model does not know; "
                 f"it knows {', '.join(class_names)}"
             )
-        number = torch.tensor([class_names.index(name) if name in class_names else 0 for name in own])
         same = copy.copy(self)
-        same.labels, same.class_names = number[self.labels], class_names
+        same.labels, same.class_names = torch.tensor([number.get(name, 0) for name in own])[self.labels], class_names
         return same
 
     def channels(self) -> int:
@@ -238,17 +237,26 @@ def listed(things, one, many):
 
 def read_class_names(folder: Path) -> list[str] | None:
     """The lines of classes.txt in a folder, if there is one: the names of classes that the data number. Blank lines at
-    its end do not count. Errors: DataError for one before a name, as it is not clear which number that name has."""
+    its end do not count. Errors: DataError for other blank lines, which would shift the numbers, and for what is not
+    UTF-8."""
     file = folder / "classes.txt"
     if not file.exists():
         return None
-    names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    names = [line.strip() for line in text_of(file).rstrip().splitlines()]
     if "" in names:
         raise DataError(
             f"line {names.index('') + 1} of {file} is blank: expected the name of a class in each line, as the classes "
             "are numbered by them. Remove the line, or write a name there"
         )
     return names
+
+
+def text_of(file: Path) -> str:
+    """The content of a text file. Errors: DataError."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as a text in UTF-8: {error}") from error
 
 
 def labelled(splits: dict[str, Split], where: str) -> tuple[dict[str, Split], list[str]]:
@@ -298,7 +306,7 @@ TURNS = {
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 WHITE_IS_ZERO, UNSIGNED = 0, 1  # values of PHOTOMETRIC and SAMPLE_FORMAT
 WHITE = 65535  # in a 16-bit image
-GREY_BITS = "grey_bits"  # in the info of an image: 2 or 4 where its PNG has so many, which Pillow spreads over 8
+SPREAD = "spread"  # in the info of an image: the factor by which Pillow spreads grey PNGs of 2 and 4 bits over 8
 
 
 def decode(file) -> Image.Image:
@@ -312,10 +320,7 @@ def decode(file) -> Image.Image:
     with _silent:  # warnings are about metadata, and about images of more than half the limit
         try:
             with Image.open(file) as image:
-                bits = _few_bits(image)
-                image = upright(image).copy()
-                image.info |= bits
-                return image
+                return upright(image).copy()
         except Image.DecompressionBombError as error:
             found = str(error).split(",")[0]
             raise ValueError(
@@ -355,9 +360,11 @@ def upright(image: Image.Image) -> Image.Image:
     """A PIL image turned upright by its EXIF orientation. One that was opened from a file comes as `decode` gives the
     file. It is the same image where nothing has to change. Errors: as for `decode`."""
     with _silent:
+        info = _info_of_spread(image)
         image.load()  # before its orientation is read, as Pillow turns TIFF while it loads
-        turn = _turn(image)
-        return _turned(_sixteen_bits(image), turn)
+        image = _turned(_sixteen_bits(image), _turn(image))
+        image.info |= info
+        return image
 
 
 def _turned(image, turn):
@@ -378,10 +385,13 @@ def _turn(image):
         return None
 
 
-def _few_bits(image):
-    """{GREY_BITS: 2 or 4} of an opened image, not loaded, that is a grey PNG of so many bits; otherwise {}."""
-    bits = {"L;2": 2, "L;4": 4}.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
-    return {GREY_BITS: bits} if bits else {}
+def _info_of_spread(image):
+    """What belongs into the info of an opened image, not loaded, whose 2 or 4 bits Pillow will spread over 8."""
+    factor = {"L;2": 85, "L;4": 17}.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
+    info = {SPREAD: factor} if factor else {}
+    if factor and "transparency" in image.info:  # a level, which Pillow leaves as the file has it
+        info["transparency"] = factor * image.info["transparency"]
+    return info
 
 
 def _sixteen_bits(image):

@@ -22,7 +22,7 @@ from gspn.data.idx import IDX, idx_folder
 from gspn.data.images import SPLIT_NAMES, DataError, Numbered, Split, decode, listed
 from gspn.data.latent_folder import refuse_latents
 from gspn.data.shards import read_shards
-from gspn.data.sources import check_fraction, check_one_kind, hold_out, read_source, with_held_out
+from gspn.data.sources import check_fraction, check_one_kind, hold_out, no_data, read_source, with_held_out
 from gspn.data.tables import TABLES, load_tables
 from gspn.digests import Content, digest, is_earlier
 from gspn.files import shown
@@ -233,21 +233,17 @@ def _open_folder(path, columns):
         kind, (splits, notes) = "shards", read_shards(path, shards)
     elif saved or tables:
         kind, (splits, notes) = "datasets", load_tables("disk" if saved else str(path), path, found=found, **columns)
+    elif images:
+        there = listed(found.names(images), "image", "images")
+        raise DataError(f"{path} holds {there}, but no class folders: give the folder that has them; expected {KINDS}")
     else:
-        raise DataError(f"{path} holds {_nothing_of_use(path, images, found)}; expected {KINDS}")
+        raise no_data(path, KINDS)
     return kind, splits, [*notes, *found.notes()]
 
 
 def _of_files(folders):
     images = ImageFiles(folders.root, folders.files)
     return Split(folders.labels, folders.class_names, read=images, names=images.name)
-
-
-def _nothing_of_use(path, images, found):
-    if images:
-        return f"{listed(found.names(images), 'image', 'images')}, but no class folders: give the folder that has them"
-    there = sorted(f.name for f in path.iterdir())
-    return f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
 
 
 @dataclass(frozen=True)

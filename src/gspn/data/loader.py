@@ -31,7 +31,8 @@ class ImageDataset(Dataset):
     A batch is {"image": uint8 (B, C, H, W), "label": int64 (B,), "index": int64 (B,)}. An image that could not be
     decoded has the label UNREADABLE and pixels of 0, so that batches keep their size.
 
-    With `keep` each image is decoded once and kept, as it is before it is augmented.
+    With `keep` each image is decoded once and kept, as it is before it is augmented. Images in memory are resized at
+    once if they then fit into KEPT bytes, and otherwise as they are needed.
     """
 
     def __init__(self, split, preprocessing, augmentation=None, seed=0, keep=False):
@@ -43,8 +44,10 @@ class ImageDataset(Dataset):
         if split.pixels is not None and not (augmentation and augmentation.crop):
             if tuple(split.pixels.shape[1:]) == wanted and preprocessing.crop == 1:
                 self.pixels = split.pixels
-            else:
-                self.pixels = torch.stack([preprocessing(split.image(i)) for i in range(len(split))])
+            elif _fits(split, preprocessing):
+                self.pixels = torch.empty(len(split), *wanted, dtype=torch.uint8)
+                for i, pixels in enumerate(self.pixels):
+                    pixels.copy_(preprocessing(split.image(i)))
 
     def __len__(self):
         return len(self.split)
@@ -141,15 +144,18 @@ class Loader(DataLoader):
         self.sampler.epoch, self.sampler.start = epoch, batches_done * self.batch_size
 
 
+def _fits(split, preprocessing):
+    """Whether the images of a split fit into KEPT bytes at the model's input size."""
+    return len(split) * preprocessing.channels * math.prod(preprocessing.size) <= KEPT
+
+
 def can_be_kept(split: Split, preprocessing: Preprocessing, augmentation: Augmentation | None) -> bool:
     """Whether decoding a split's images once pays: they are small, as the first of them shows, so that workers would
     gain little; they fit into KEPT bytes at the model's input size; and neither random crops nor RandAugment nor jitter
     works on what was decoded. Streams have no place for an image."""
     if split.pixels is not None or split.read is None or not len(split):
         return False
-    if augmentation is not None and (augmentation.crop or augmentation.slow):
-        return False
-    if len(split) * preprocessing.channels * math.prod(preprocessing.size) > KEPT:
+    if (augmentation is not None and augmentation.slow) or not _fits(split, preprocessing):
         return False
     try:
         return max(split.image(0).size) <= SMALL

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor
 
-from gspn.data.images import GREY_BITS, DataError, listed
+from gspn.data.images import SPREAD, DataError, listed
 from gspn.names import unknown
 
 IGNORED = 255  # in the masks of a batch: pixels that count neither in the loss nor in a metric
@@ -132,10 +132,7 @@ def values_of(mask: Image.Image) -> np.ndarray:
             "of indices or with a palette. Convert it: write the number of the class of each colour into an 8-bit grey "
             'image (mode "L")'
         )
-    values = np.asarray(mask).astype(np.uint16)
-    if bits := mask.info.get(GREY_BITS):
-        values //= 255 // (2**bits - 1)
-    return values
+    return np.asarray(mask).astype(np.uint16) // mask.info.get(SPREAD, 1)
 
 
 def ignored_values(ignore: Sequence[str] | None, named: dict[str, int]) -> tuple[int, ...]:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gspn.data.folders import is_image, walk
-from gspn.data.images import SPLIT_NAMES, DataError, MaskedSplit, listed, raise_if_of_machine
+from gspn.data.folders import by_split, is_image, walk
+from gspn.data.images import DataError, MaskedSplit, listed, raise_if_of_machine
 from gspn.data.labelled import Data, ImageFiles
 from gspn.data.mask_classes import IGNORED, MOST, VALUES, Classes, ignored_values, values_of
 from gspn.data.shards import read_masked
-from gspn.data.sources import check_fraction, check_one_kind, read_source, with_held_out
+from gspn.data.sources import check_fraction, check_one_kind, no_data, read_source, with_held_out
 from gspn.data.tables import TABLES, load_masked
 from gspn.places import expanded, location
 
@@ -79,9 +79,7 @@ def _open_folder(path, tables):
     elif listing:
         kind, (splits, notes) = "datasets", tables(str(path), path, found=found)
     else:
-        there = sorted(file.name for file in path.iterdir())
-        what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
-        raise DataError(f"{path} holds {what}; expected {MASKED}")
+        raise no_data(path, MASKED)
     return kind, splits, [*notes, *found.notes()]
 
 
@@ -111,23 +109,12 @@ def _pairs(found, images):
             f"{root} holds no mask of {listed(found.names(without), 'image', 'images')}; expected "
             f"{_mask_of(root, without[0])}, a PNG of the same name (all of the ignored value if nothing is known)"
         )
-    lossy = [masks[key] for key in pictures if masks[key].suffix.lower() != ".png"]
+    pairs = {pictures[key]: masks[key] for key in sorted(pictures)}
+    lossy = [mask for mask in pairs.values() if mask.suffix.lower() != ".png"]
     if lossy:
         raise DataError(
             f"{root} holds {listed(found.names(lossy), 'mask', 'masks')}; expected PNGs, because other formats may "
             "change the values"
-        )
-    splits: dict[str | None, list] = {}
-    for key in sorted(pictures):
-        named = {SPLIT_NAMES[part] for part in key[:-1] if part in SPLIT_NAMES}
-        if len(named) > 1:
-            raise DataError(f"{pictures[key]} lies in folders of two splits: {', '.join(sorted(named))}")
-        splits.setdefault(named.pop() if named else None, []).append(key)
-    if None in splits and len(splits) > 1:
-        strange = listed(found.names([pictures[key] for key in splits[None]]), "image", "images")
-        raise DataError(
-            f"{root} holds {strange} of no split, beside others of {', '.join(filter(None, splits))}: expected "
-            f"{', '.join(SPLIT_NAMES)} as folders around all images, or around none"
         )
     lonely = [file for key, file in masks.items() if key not in pictures]
     told = (
@@ -135,11 +122,11 @@ def _pairs(found, images):
         (beside, "image outside of images/ and masks/", "images outside of images/ and masks/"),
     )
     notes = [f"ignored {listed(found.names(files), one, many)}" for files, one, many in told if files]
-    result = {}
-    for name, keys in splits.items():
-        files, truth = (ImageFiles(root, [side[key] for key in keys]) for side in (pictures, masks))
-        result[name or "train"] = MaskedSplit(len(keys), truth, read=files, names=files.name)
-    return result, notes
+    splits = {}
+    for name, mine in by_split(root, pairs, "image", "images", folders=True).items():
+        files, truth = ImageFiles(root, mine), ImageFiles(root, [pairs[image] for image in mine])
+        splits[name] = MaskedSplit(len(mine), truth, read=files, names=files.name)
+    return splits, notes
 
 
 def _mask_of(root, image):

@@ -1,5 +1,5 @@
-"""What labelled.py (images with classes) and captions.py (images with captions) have in common: telling the kinds of
-DATA apart, and holding out images for evaluation.
+"""What labelled.py (images with classes), captions.py and masks.py have in common: telling the kinds of DATA apart, and
+holding out images for evaluation.
 """
 
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gspn.data.images import DataError, Split
+from gspn.data.images import DataError, Split, listed
 from gspn.data.tables import TABLES
 from gspn.places import ON_A_HUB, alike, expanded
 
@@ -58,6 +58,13 @@ def check_one_kind(path: Path, kinds: dict[str, object]) -> None:
     there = [kind for kind, found in kinds.items() if found]
     if len(there) > 1:
         raise DataError(f"{path} holds {' and '.join(there)}, so it is not clear what is meant: give one of them")
+
+
+def no_data(path: Path, expected: str) -> DataError:
+    """The error for a folder that holds no DATA."""
+    there = sorted(file.name for file in path.iterdir())
+    what = f"only {listed(there, 'other thing', 'other things')}" if there else "nothing"
+    return DataError(f"{path} holds {what}; expected {expected}")
 
 
 def check_fraction(fraction: float) -> None:

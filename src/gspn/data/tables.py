@@ -245,7 +245,7 @@ def _masked(table, name, image_column, mask_column):
         )
     for column in (image, mask):
         table = _undecoded(table, column, name)
-    read, masks = (_Rows(table.select_columns(column), column) for column in (image, mask))
+    read, masks = (_Rows.of(table.select_columns(column), column) for column in (image, mask))
     return MaskedSplit(len(table), masks, read=read, names=Numbered(f"{name}, row"))
 
 
@@ -281,22 +281,28 @@ def _split(table, image_column, name, counts, labels, class_names, **more):
     if counts is not None:
         more["remote"] = not Path(name).exists()
         return Stream(labels, class_names, table.select_columns(image_column), image_column, counts, names, **more)
-    return Split(labels, class_names, read=_Rows(table, image_column), names=names, **more)
+    return Split(labels, class_names, read=_Rows.of(table, image_column), names=names, **more)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The images of a table of `datasets`, as a Split reads them."""
+    """The images of a table of `datasets`, as a Split reads them. `table` has their column alone, as `datasets` would
+    decode the others too; `about` is what digests of gspn 0.1 hold of the whole table."""
 
     table: object
     column: str
+    about: str
+
+    @classmethod
+    def of(cls, table, column):
+        return cls(table.select_columns(column), column, f"{table.features} {table.num_rows} {table.data.nbytes}")
 
     def __call__(self, i):
         return _decoded(self.table[i][self.column])
 
     def identity(self) -> Iterator:
-        yield Earlier(f"{self.table.features} {self.table.num_rows} {self.table.data.nbytes}")
-        for rows in self.table.select_columns(self.column).with_format("arrow").iter(BATCH):
+        yield Earlier(self.about)
+        for rows in self.table.with_format("arrow").iter(BATCH):
             yield from map(_content, rows[self.column].to_pylist())
 
 

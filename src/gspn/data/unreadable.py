@@ -50,8 +50,9 @@ class Unreadable:
         return sum(split == "train" for split, _ in self.problems)
 
     def state(self) -> list:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps: what any process recorded. All processes call it."""
         self.look()
+        self.gather()
         return [[*key, problem] for key, problem in self.problems.items()]
 
     def restore(self, state: list) -> None:

@@ -37,6 +37,8 @@ from gspn.train.loop import Position, Task, make_accelerator, train
 from gspn.train.optim import check_trainable
 from gspn.train.run import STATE_FORMAT, Run, RunError
 
+UNUSED = 100_000  # numbers of classes without a training image; more are no numbers that count from 0
+
 
 @dataclass(kw_only=True)
 class Setup:
@@ -350,9 +352,18 @@ def open_with(data, options):
 
 def labelled_splits(data: Data) -> tuple[Split, Split, str, list[str]]:
     """(training split, evaluation split, its name, class names) of data with classes. Both splits have these classes,
-    which are numbers where the data name none."""
+    which are numbers where the data name none. Errors: DataError where almost no number has an image."""
     train_split, eval_split, eval_name = data.for_training()
-    class_names = train_split.class_names or [str(i) for i in range(int(train_split.labels.max()) + 1)]
+    class_names = train_split.class_names
+    if not class_names:
+        most, present = int(train_split.labels.max()), len(train_split.labels.unique())
+        if most - present > UNUSED:
+            raise DataError(
+                f"{data.where} numbers classes up to {most:,}, but only {present:,} of these have training images: "
+                "expected numbers that count from 0, as each of them becomes a class. Number the classes anew, or give "
+                "their names instead"
+            )
+        class_names = [str(i) for i in range(most + 1)]
     return train_split.relabelled(class_names), eval_split.relabelled(class_names), eval_name, class_names
 
 
