@@ -1,5 +1,6 @@
 """Options: one definition for flags, files and runs."""
 
+import codecs
 import dataclasses
 import inspect
 import re
@@ -18,6 +19,7 @@ from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions,
 from gspn.options.diffusion import GeneratorOptions
 from gspn.options.distill import DistillOptions
 from gspn.options.generators import EncodeOptions, FidOptions, SampleArguments, SampleOptions
+from gspn.options.segment import SegmentationOptions
 from gspn.sampling.encode import encode
 
 TRAININGS = [Options, GeneratorOptions, DistillOptions]
@@ -195,6 +197,9 @@ def test_files_say_the_same_in_yaml_and_toml(tmp_path):
     expected = Options(lr=1e-3, model_args={"width": 16}, size=(20, 30), freeze=("stem",), flip=False, epochs=3)
     assert Options.read(read_file(tmp_path / "a.yaml")) == Options.read(read_file(tmp_path / "a.toml")) == expected
     assert isinstance(expected.model_args, Mapping)
+    for file in (tmp_path / "a.yaml", tmp_path / "a.toml"):
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())  # as some editors write it
+        assert Options.read(read_file(file)) == expected
 
 
 @pytest.mark.parametrize(
@@ -239,6 +244,13 @@ def test_no_rate_is_above_the_highest(name):
         Options(**{name: 1.0}).resolved(dict(epochs=3, lr=1e-3))
 
 
+@pytest.mark.parametrize("name", ["min_lr", "warmup_lr"])
+def test_a_presets_rates_follow_a_lower_highest_one(name):
+    preset = {"epochs": 3, "lr": 1e-3, name: 1e-5}
+    rates = [getattr(Options(lr=lr).resolved(preset), name) for lr in (None, 1e-4, 1e-6, 0.0)]
+    assert rates == [1e-5, 1e-5, 1e-6, 0.0]
+
+
 def test_options_that_do_nothing_are_told():
     preset = dict(epochs=3, lr=1e-3)
     assert Options().resolved(preset).idle() == []
@@ -249,6 +261,12 @@ def test_options_that_do_nothing_are_told():
         "--ema-device",
         "--mix-switch",
     ]
+
+
+def test_weights_of_classes_that_cannot_be():
+    for bad in ([1, None], [1, [2]], "1,x", "-1,1", "0,0", []):
+        with pytest.raises(OptionError, match="class_weights takes none, balanced, or a number for each class"):
+            SegmentationOptions.read({"class_weights": bad})
 
 
 @pytest.mark.parametrize("text", ["lr: 1\nlr: 2", "batch-size: 1\nbatch_size: 2"])

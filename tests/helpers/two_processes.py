@@ -47,8 +47,8 @@ def losses_of(training):
         loop.look = look
 
 
-def stopped_and_resumed(path):
-    """Stops before the 8th step, the second after a checkpoint."""
+def stopped_and_resumed(path, data="digits", options=SHARDED):
+    """Stops before the 8th step, the second after a checkpoint, where one is written every three steps."""
     count, backward, parameters = [0], loop.backward, []
 
     def stopping(task, model, *more):
@@ -60,7 +60,7 @@ def stopped_and_resumed(path):
 
     loop.backward = stopping
     try:
-        train_classifier("digits", path, Options(**SHARDED))
+        train_classifier(data, path, Options(**options))
     except Stopped:
         pass
     loop.backward = backward
@@ -109,6 +109,16 @@ def statistics(folder):
             train_classifier("digits", folder / f"statistics-{fsdp}", Options(**options, fsdp=fsdp))
     found["statistics"] = gather_object([seen])
     return found
+
+
+def damaged(folder):
+    """A training on damaged pictures, and one that is stopped and resumed."""
+    for file in (folder / "data").rglob("[1-4].png"):
+        file.write_bytes(b"damaged")
+    options = OPTIONS | dict(batch_size=4, save_every="3", model="gspn_micro")
+    train_classifier(folder / "data", folder / "whole", Options(**options))
+    stopped_and_resumed(folder / "resumed", folder / "data", options)
+    return {}
 
 
 def others(folder):

@@ -3,13 +3,16 @@
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from gspn.data.images import UNREADABLE, DataError
 from gspn.data.mask_classes import IGNORED, Classes
 from gspn.files import SaveError
+from gspn.metrics.classification import warnings_of
 from gspn.metrics.segmentation import Segmented, boundary_scores, confusion_of, evaluate, intersection_over_union
 from gspn.models import Segmenter
 from gspn.options import OptionError
@@ -27,15 +30,20 @@ def test_iou_is_that_of_scikit_learn():
     assert intersection_over_union(confusion).tolist() == pytest.approx(expected.tolist())
 
 
-def test_a_class_that_never_occurs_is_not_a_number_and_does_not_count():
+def test_a_class_without_a_pixel_counts_only_if_it_is_predicted():
     truth = torch.tensor([[0, 0, 1, 1, 1, IGNORED]]).byte()
-    taken = torch.tensor([[0, 1, 1, 1, 2, 3]]).byte()  # 2 is taken for something, but there is none
+    taken = torch.tensor([[0, 1, 1, 1, 2, 3]]).byte()  # what is taken for 3 is ignored
     confusion = confusion_of(taken, truth, 4)
-    iou = intersection_over_union(confusion)
-    assert iou[:2].tolist() == pytest.approx([1 / 2, 2 / 4]) and iou[2:].isnan().all()
+    iou, known = intersection_over_union(confusion), truth != IGNORED
+    assert iou[:3].tolist() == pytest.approx([1 / 2, 2 / 4, 0]) and iou[3].isnan()
     outcome = Segmented(torch.tensor([0]), torch.tensor([0]), confusion, torch.tensor([5.0]), torch.tensor([5.0]), None)
     metrics = outcome.metrics(CLASSES)
-    assert metrics["miou"] == pytest.approx(0.5) and metrics["iou"] == {"a": 0.5, "b": 0.5, "c": None, "d": None}
+    assert metrics["miou"] == pytest.approx(jaccard_score(truth[known], taken[known], average="macro"))
+    assert metrics["iou"] == {"a": 0.5, "b": 0.5, "c": 0, "d": None}
+    assert [each.partition("; ")[2] for each in warnings_of(metrics, [], "pixel", "it")] == [
+        "it is over the others: d",
+        "it counts them as 0, because they were predicted: c",
+    ]
     assert metrics["missing_classes"] == ["c", "d"] and metrics["pixel_accuracy"] == pytest.approx(3 / 5)
     assert metrics["loss"] == 1 and "boundary_f1" not in metrics
 
@@ -66,6 +74,21 @@ def test_boundary_f1():
     half = truth.clone()
     half[50:] = IGNORED
     assert boundary_scores(moved, torch.where(half == IGNORED, half, moved))[0] == 2.0  # whatever is below
+
+
+def test_boundaries_are_as_far_as_scipy_says():
+    truth = (torch.rand(400, 300) < 0.002).byte()
+    taken = truth.roll((3, 3), (0, 1))  # farther than 4 pixels, which are 0.75% of the diagonal
+    reach, expected = 4, []
+    for number in range(2):
+        edges = [side == number for side in (taken.numpy(), truth.numpy())]
+        edges = [inside & ~ndimage.binary_erosion(inside, np.ones((3, 3)), border_value=1) for inside in edges]
+        near = [ndimage.distance_transform_edt(~edge) <= reach for edge in edges]
+        precision, recall = near[1][edges[0]].mean(), near[0][edges[1]].mean()
+        expected.append(2 * precision * recall / (precision + recall))
+    assert boundary_scores(taken, truth) == (pytest.approx(sum(expected), rel=1e-5), 2)
+    thin = torch.tensor([[0, 1, 1, 0] * 500]).byte()  # lower than the distance
+    assert boundary_scores(thin, thin) == (2.0, 2)
 
 
 # -- a run --

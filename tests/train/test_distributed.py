@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.two_processes import copies, main, others, statistics
+from helpers.two_processes import copies, damaged, main, others, statistics
 
 from gspn.metrics.classification import evaluate
 from gspn.train.run import Run
@@ -89,6 +89,14 @@ def test_shards_generators_and_damaged_pictures(folders):
         assert shared["images"] == 51 and shared["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-5)
         pictures = [(folder / name / "samples/epoch-0001.png").read_bytes() for folder in folders]
         assert pictures[0] == pictures[1]
+
+
+@pytest.mark.slow
+def test_what_either_could_not_read_is_known_after_resuming(folders):
+    in_both(damaged, folders)
+    rows = [Run.open(folder / name).metrics[-1] for folder in folders for name in ("whole", "resumed")]
+    (found,) = {row["unreadable_in_training"] for row in rows}
+    assert found > 8
 
 
 @pytest.mark.slow

@@ -121,11 +121,13 @@ def progress(images: int, accelerator, console: Console | None) -> Progress:
 
 
 def warnings_of(metrics: dict, problems: list[str], unit: str = "image", figure: str = "accuracy") -> list[str]:
-    """The warnings after training or evaluation, where `figure` counts the `unit`s of each class."""
+    """The warnings after training or evaluation, where `figure` counts the `unit`s of each class. The IoU of a class
+    that is missing, but was predicted, is 0."""
     warnings = [warning_of(problems)] if problems else []
-    if metrics["missing_classes"]:
-        missing = ", ".join(metrics["missing_classes"])
-        warnings.append(f"no {unit} of these classes in the evaluation; {figure} is over the others: {missing}")
+    found = {name for name, value in metrics.get("iou", {}).items() if value is not None}
+    for counts, what in ((False, "is over the others"), (True, "counts them as 0, because they were predicted")):
+        if missing := [name for name in metrics["missing_classes"] if (name in found) == counts]:
+            warnings.append(f"no {unit} of these classes in the evaluation; {figure} {what}: {', '.join(missing)}")
     return warnings
 
 

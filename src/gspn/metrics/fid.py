@@ -4,6 +4,7 @@ Inception's features), kernel distance, precision, recall, score, accuracy.
 The statistics of the reference are cached in a file, by images, size and network.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from gspn.data.images import DataError, Split, listed
+from gspn.data.images import DataError, listed
 from gspn.files import check_absent, remove
 from gspn.metrics.distances import (
     NEIGHBOUR,
@@ -24,7 +25,15 @@ from gspn.metrics.distances import (
 )
 from gspn.metrics.features import Extractor, load_extractor
 from gspn.metrics.image_sets import ARRAYS, NO_CLASS, ImageSet, open_images
-from gspn.metrics.image_statistics import Statistics, Work, is_safetensors, read_statistics, refusal, save_statistics
+from gspn.metrics.image_statistics import (
+    OF_SAMPLES,
+    Statistics,
+    Work,
+    is_safetensors,
+    read_statistics,
+    refusal,
+    save_statistics,
+)
 from gspn.options import OptionError
 from gspn.options.generators import FidOptions
 from gspn.places import expanded
@@ -112,8 +121,8 @@ def evaluate_samples(
         result = {"features": extractor.name, **_compare(ours, theirs, extractor, notes)}
         result |= {"samples": ours.described(), "reference": theirs.described()}
         result |= {"size": list(size), "resized": f"{RESIZED}; then {extractor.rule}", "notes": notes}
-        if file is not None and file != theirs.file and file.exists():
-            remove(file, quietly=True)  # samples come and go; the reference stays
+        if file is not None and file.name.endswith(OF_SAMPLES):
+            remove(file, quietly=True)  # samples come and go; a reference stays
     (result,) = broadcast_object_list([result])
     return result
 
@@ -127,7 +136,6 @@ class FeatureSet:
         statistics: see Statistics; None in all but the main process, and where only mean and covariance are known.
         published: mean (d,) and covariance (d, d), where only these are known.
         size: (H, W) at which the features were made, where it is fixed. classes: the names of those that have images.
-        file: where the cache has the statistics.
     """
 
     where: str
@@ -136,7 +144,6 @@ class FeatureSet:
     published: tuple[np.ndarray, np.ndarray] | None = None
     size: tuple[int, int] | None = None
     classes: set[str] | None = None
-    file: Path | None = None
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (d,) and covariance (d, d)."""
@@ -162,10 +169,10 @@ def _of_reference(images: ImageSet, where, work: Work, save: Path | None, overwr
     key = work.key(images) if save is not None else None
     if save is not None and not _holds(save, key):
         check_absent(save, overwrite=overwrite)
-    statistics, file = work.statistics(images, "reference")
+    statistics, _ = work.statistics(images, "reference")
     if save is not None and statistics is not None and work.accelerator.is_main_process:
         save_statistics(save, statistics, key)
-    return FeatureSet(str(where), images.part, statistics, classes=images.classes, file=file)
+    return FeatureSet(str(where), images.part, statistics, classes=images.classes)
 
 
 def _holds(file: Path, key: dict) -> bool:
@@ -229,7 +236,8 @@ def _numbered(images: ImageSet, extractor: Extractor, what: str, notes: list[str
             return images
         except DataError as error:
             notes.append(f"no accuracy on {what}: {error}")
-    images.split = Split(torch.full_like(split.labels, NO_CLASS), None, read=split.image, names=split.names)
+    images.split = copy.copy(split)
+    images.split.labels, images.split.class_names = torch.full_like(split.labels, NO_CLASS), None
     return images
 
 

@@ -4,6 +4,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -109,19 +110,20 @@ def _without_splits(path):
     return _open_folder(path) if path.is_dir() and _loose_files(path) else None
 
 
-def lazily(split: Split, start: int = 0) -> Split:
-    """The images from `start` on, decoded and resized one by one. A loader would resize images in memory all at once,
-    which takes too much memory at large sizes."""
-    return Split(split.labels[start:], split.class_names, read=_From(split.image, start), names=split.names)
+class Rest(Split):
+    """The images of a split from `start` on, decoded and resized one by one. A loader would resize images in memory all
+    at once, which takes too much memory at large sizes."""
 
+    def __init__(self, split: Split, start: int = 0):
+        super().__init__(split.labels[start:], split.class_names)
+        self.split, self.start = split, start
 
-@dataclass(frozen=True)
-class _From:
-    image: object
-    start: int
+    def image(self, i, *cell):
+        return self.split.image(self.start + i, *cell)
 
-    def __call__(self, i):
-        return self.image(self.start + i)
+    def keys(self, source=None):
+        """In order; those of a stream have the undecoded images, which it can only read one after the other."""
+        return ((i - self.start, *cell) for i, *cell in islice(self.split.keys(), self.start, None))
 
 
 # -- a folder of image files --

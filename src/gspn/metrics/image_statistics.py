@@ -17,16 +17,17 @@ from torch import Tensor
 from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split
 from gspn.data.loader import batches, make_loader, workers_note
 from gspn.digests import SCHEME, digest, tensors_of
-from gspn.files import LOCK, SaveError, atomic, check_format, make_folder, save_tensors
+from gspn.files import LOCK, atomic, check_format, make_folder, save_tensors
 from gspn.metrics.distances import Moments, Score
 from gspn.metrics.features import Extractor
-from gspn.metrics.image_sets import NO_CLASS, ImageSet, lazily
+from gspn.metrics.image_sets import NO_CLASS, ImageSet, Rest
 from gspn.places import NOTHING, missing
 from gspn.progress import Progress
 
 FORMAT = 1  # of a file of statistics
 KEPT = 10_000  # images whose features are kept for kernel distance, precision and recall
 SAVE_EVERY = 60  # seconds between two saves
+OF_SAMPLES = ".samples.safetensors"  # ends the name of a cache file that goes when the samples have been compared
 NAMED = 20  # unreadable images that are named at most
 
 
@@ -97,17 +98,12 @@ class Statistics:
 
 
 def save_statistics(path: Path, statistics: Statistics, key: dict) -> None:
-    """Writes statistics and their key, atomically; one process at a time in a folder. Errors: SaveError."""
+    """Writes statistics and their key, atomically. Errors: SaveError."""
     tensors = {name: tensor.contiguous() for name, tensor in statistics.tensors().items()}
     metadata = {"gspn": json.dumps(key), "digest": _digest(tensors, key)}
-    try:
-        make_folder(path.parent)
-        with FileLock(path.parent / LOCK, timeout=SAVE_EVERY), atomic(path) as temporary:
-            save_tensors(temporary, tensors, metadata)
-    except SaveError:
-        raise
-    except OSError as error:  # FileLock's Timeout too
-        raise SaveError(f"cannot write {path}: {error}") from error
+    make_folder(path.parent)
+    with atomic(path) as temporary:
+        save_tensors(temporary, tensors, metadata)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -188,11 +184,15 @@ class Work:
         return self.cache / f"{digest([what]).removeprefix(SCHEME)[:32]}.safetensors"
 
     def statistics(self, images: ImageSet, what: str) -> tuple[Statistics | None, Path | None]:
-        """(the statistics of all images, in the main process; the cache file)."""
+        """(the statistics of all images, in the main process; the cache file). `what` is "samples" or "reference". The
+        file of samples ends in OF_SAMPLES, unless the images are a reference's too: then it is the reference's."""
         main = self.accelerator.is_main_process
         key = self.key(images) if self.cache is not None else None  # this reads all images
         file = self.file(key) if key else None
-        if main and file and (reason := missing(file)) not in (None, NOTHING):
+        reason = missing(file) if main and file else None
+        if reason == NOTHING and what == "samples":
+            file = file.with_suffix(OF_SAMPLES)
+        elif reason not in (None, NOTHING):
             file, note = None, f"the cache {self.cache} cannot be used, nothing is kept there: {reason}"
             self.notes += [note] if note not in self.notes else []
         statistics = self.found(file, len(images.split)) if main and file else None
@@ -224,7 +224,7 @@ class Work:
         """Goes through the images from `start` on. Returns the statistics of all images in the main process."""
         size, workers = self.batch_size, self.workers
         how = Preprocessing(self.extractor.channels, self.size, (0.0,) * 3, (1.0,) * 3)
-        loader = self.accelerator.prepare(make_loader(lazily(images.split, start), how, size, workers=workers))
+        loader = self.accelerator.prepare(make_loader(Rest(images.split, start), how, size, workers=workers))
         if (crowded := workers_note(workers, images.split)) and crowded not in self.notes:
             self.notes.append(crowded)
         network, saved, unreadable = self.extractor.network.to(self.accelerator.device), time.monotonic(), []
@@ -256,7 +256,9 @@ class Work:
         if file is None:
             return
         try:
-            save_statistics(file, statistics, key)
-        except SaveError as error:  # the result does not depend on the cache
-            if str(error) not in self.notes:
-                self.notes.append(str(error))
+            make_folder(file.parent)
+            with FileLock(file.parent / LOCK, timeout=SAVE_EVERY):  # other calls write to the same cache
+                save_statistics(file, statistics, key)
+        except OSError as error:  # SaveError, FileLock's Timeout; the result does not depend on the cache
+            note = f"the cache {self.cache} was not written: {error}"
+            self.notes += [note] if note not in self.notes else []

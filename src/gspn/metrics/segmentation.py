@@ -1,5 +1,6 @@
 """Evaluation of segmentation: confusion of pixels, IoU, boundary F1 (`gspn eval` with a run of segmentation)."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +53,9 @@ class Segmented:
     working: float = 0.0
 
     def metrics(self, classes: Classes) -> dict:
-        """loss (a mean over pixels), miou, pixel_accuracy, iou (by class name; None for a class without a pixel, which
-        does not count in the mean), boundary_f1 if asked for, images, unreadable, missing_classes."""
+        """loss (a mean over pixels), miou, pixel_accuracy, iou (by class name; None for a class without a pixel in the
+        truth and the predictions, which does not count in the mean), boundary_f1 if asked for, images, unreadable,
+        missing_classes (those without a pixel in the truth)."""
         read = self.label != UNREADABLE
         if not read.any():
             raise DataError(f"none of the {len(read)} pairs could be read")
@@ -71,7 +73,7 @@ class Segmented:
             total, count = self.boundary.sum(0).tolist()
             metrics["boundary_f1"] = total / count if count else None
         counts = {"images": int(read.sum()), "unreadable": int((~read).sum())}
-        missing = [name for name, value in metrics["iou"].items() if value is None]
+        missing = [name for name, count in zip(classes.names, self.confusion.sum(1).tolist(), strict=True) if not count]
         return {**metrics, **counts, "missing_classes": missing}
 
 
@@ -83,16 +85,17 @@ def confusion_of(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:
-    """The IoU of each class, float64 (K,); nan for a class that never occurs in the truth."""
-    hits, truth, taken = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    return torch.where(truth > 0, hits / (truth + taken - hits).clamp(min=1).double(), torch.nan)
+    """The IoU of each class, float64 (K,); nan for a class that neither the truth nor the prediction has."""
+    hits = confusion.diagonal().double()
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
 
 def boundary_scores(prediction: Tensor, truth: Tensor) -> tuple[float, int]:
     """(sum of the boundary F1 over the classes in the truth, their number) of an image, both (H,W) with IGNORED.
 
     A boundary pixel of a class has a neighbour (of 8) of another one. F1 = 2 P R / (P + R), where P is the share of the
-    predicted boundary that is within TOLERANCE of the true one, and R the other way round. Source: Csurka et al., 2013.
+    predicted boundary that is within TOLERANCE of the true one, and R the other way round. Distances are Euclidean.
+    Source: Csurka et al., 2013.
     """
     prediction = torch.where(truth == IGNORED, truth, prediction)  # what is ignored bounds both alike
     present = [number for number in truth.unique().tolist() if number != IGNORED]
@@ -101,18 +104,31 @@ def boundary_scores(prediction: Tensor, truth: Tensor) -> tuple[float, int]:
     reach = max(1, round(TOLERANCE * float(np.hypot(*truth.shape))))
     near, edges, found = [], [], []
     for side in (prediction, truth):
-        inside = torch.stack([side == number for number in present]).float()
-        edge = inside * F.max_pool2d(1 - inside, 3, 1, 1)
-        edges.append(edge)
-        found.append(inside.amax((1, 2)) > 0)
-        wide = F.max_pool2d(edge, (2 * reach + 1, 1), 1, (reach, 0))
-        near.append(F.max_pool2d(wide, (1, 2 * reach + 1), 1, (0, reach)))
-    hits = [(edges[0] * near[1]).sum((1, 2)), (edges[1] * near[0]).sum((1, 2))]
+        inside = torch.stack([side == number for number in present])
+        edges.append(inside & (F.max_pool2d((~inside).float(), 3, 1, 1) > 0))
+        found.append(inside.any((1, 2)))
+        near.append(within(edges[-1], reach))
+    hits = [(edges[0] & near[1]).sum((1, 2)), (edges[1] & near[0]).sum((1, 2))]
     lengths = [edge.sum((1, 2)) for edge in edges]
     filled = (lengths[0] == 0) & (lengths[1] == 0) & found[0]  # a class that fills the image, and is found so
     precision, recall = (hit / length.clamp(min=1) for hit, length in zip(hits, lengths, strict=True))
     score = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
     return float(torch.where(filled, 1.0, score).sum()), len(present)
+
+
+def within(edge: Tensor, reach: int) -> Tensor:
+    """Which pixels are at most `reach` pixels away, in a straight line, from one of `edge`, bool (K,H,W)."""
+    height, width = edge.shape[1:]
+    edge = F.pad(edge, (reach,) * 4)
+    wide, found = torch.zeros_like(edge[..., :width]), torch.zeros_like(edge[..., :height, :width])
+    for column in range(reach + 1):  # a disc is made of rectangles, the narrowest and highest first
+        for start in (reach - column, reach + column):
+            wide |= edge[..., start : start + width]
+        for row in range(reach + 1):
+            if math.isqrt(reach**2 - row**2) == column:
+                for start in (reach - row, reach + row):
+                    found |= wide[..., start : start + height, :]
+    return found
 
 
 @torch.inference_mode()

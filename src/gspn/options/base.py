@@ -379,7 +379,7 @@ def read_file(path: Path) -> dict:
     try:
         content = path.read_bytes()
         if path.suffix == ".toml":
-            values = tomllib.loads(content.decode())
+            values = tomllib.loads(content.decode("utf-8-sig"))
         elif path.suffix in (".yaml", ".yml"):
             values = yaml.load(content, Loader=_OnceLoader)
         else:

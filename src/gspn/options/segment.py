@@ -26,7 +26,7 @@ def parse_weights(value):
         return value
     try:
         numbers = tuple(float(each) for each in (value if isinstance(value, list | tuple) else str(value).split(",")))
-    except ValueError:
+    except (TypeError, ValueError):
         numbers = ()
     if not numbers or not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
         raise ValueError("none, balanced, or a number for each class with commas between them")

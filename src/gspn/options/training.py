@@ -79,17 +79,20 @@ class LoopOptions(OptionSet):
     )
 
     def resolved(self, preset: Mapping[str, Any] | None = None) -> Self:
-        """As for every OptionSet; a preset's warm-up takes at most half of the epochs.
+        """As for every OptionSet; a preset's warm-up takes at most half of the epochs, and its other rates are at most
+        the highest one.
 
-        Errors: OptionError for rates above the highest one."""
+        Errors: OptionError for a rate of the user's above the highest one."""
         preset = dict(preset or {})
         if "warmup" in preset and (epochs := self.epochs or preset.get("epochs")):
             preset["warmup"] = min(preset["warmup"], epochs / 2)
-        found = super().resolved(preset)
+        lr = preset.get("lr", float("inf")) if self.lr is None else self.lr
         for name in ("min_lr", "warmup_lr"):
-            if found.lr is not None and (rate := getattr(found, name)) is not None and rate > found.lr:
-                raise OptionError(f"{name} has to be at most lr, the highest rate, {found.lr:g}: got {rate:g}")
-        return found
+            if (rate := getattr(self, name)) is not None and rate > lr:
+                raise OptionError(f"{name} has to be at most lr, the highest rate, {lr:g}: got {rate:g}")
+            if name in preset:
+                preset[name] = min(preset[name], lr)
+        return super().resolved(preset)
 
     def idle(self) -> list[str]:
         """Notes on values that do nothing, or not what their names say, because of others."""

@@ -65,7 +65,7 @@ class Task(Protocol):
         """The PIL images that the last evaluation drew, by name, in the main process."""
 
     def state(self) -> dict:
-        """The task's own state for a checkpoint, JSON-able."""
+        """The task's own state for a checkpoint, JSON-able. All processes call it."""
 
     def restore(self, state: dict) -> None:
         """Restores what `state` returned."""
@@ -239,11 +239,11 @@ class Saver:
         finite = torch.stack([_local(tensor).isfinite().all() for tensor in saved]).all()
         if self.accelerator.reduce((~finite).float(), "sum").item():
             raise _diverged(f"weights or running statistics are not finite after step {at.step}", self)
-        tensors = self.tensors()
+        tensors, own = self.tensors(), self.task.state()  # to which all processes contribute
         self.has_saved(at)
         if self.run is None:
             return
-        state = {"epoch": at.epoch, "step": at.step, "metrics": row, "position": asdict(at), "task": self.task.state()}
+        state = {"epoch": at.epoch, "step": at.step, "metrics": row, "position": asdict(at), "task": own}
         state["processes"] = self.accelerator.num_processes
         *others, last = names
         for name in others:
