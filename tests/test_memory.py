@@ -1,10 +1,11 @@
-"""How much memory is free: a container's limit counts."""
+"""How much memory is free: a container's limit counts; and errors of too little of it."""
 
 import psutil
 import pytest
 import torch
 
 from gspn import memory
+from gspn.options import OptionError
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -73,3 +74,29 @@ def test_files_that_are_missing_or_damaged(free):
         assert free("0::/job\n", job=files | {name: "what"}) == 64
     assert free("0::/job\n", job=files | {"stat": "anon"}) == 5  # then all that is used counts
     assert free("0::/job\n", job=files | {"stat": "anon 5"}) == 5
+
+
+# -- too little --
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), None])
+def test_too_little_memory_is_told_with_what_mends_it(error):
+    with (
+        pytest.raises(OptionError, match=r"^memory does not suffice for 3 images: take fewer$") as told,
+        memory.enough_memory(OptionError, "3 images", "take fewer"),
+    ):
+        if error is None:
+            torch.empty(10**7, 10**7)  # which no address space holds
+        raise error
+    assert isinstance(told.value.__cause__, type(error) if error else RuntimeError)
+
+
+def test_more_bytes_than_can_be_counted_are_too_many():
+    with pytest.raises(RuntimeError, match="overflow") as told:
+        torch.empty(10**9, 10**9, 10)
+    assert memory.is_out_of_memory(told.value)
+
+
+def test_other_errors_stay_as_they_are():
+    with pytest.raises(RuntimeError, match="the kernel"), memory.enough_memory(OptionError, "it", "mend it"):
+        raise RuntimeError("the kernel")

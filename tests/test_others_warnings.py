@@ -25,10 +25,11 @@ from gspn.data import loader as module
 from gspn.data.images import Preprocessing
 from gspn.data.labelled import open_data
 from gspn.data.loader import batches, make_loader, workers_note
-from gspn.options import Options
+from gspn.options import OptionError, Options
 from gspn.options.generators import SampleOptions
 from gspn.sampling.generators import load_pipeline
 from gspn.sampling.sample import sample
+from gspn.sampling.vae import open_vae
 from gspn.tasks.classify import train_classifier
 from gspn.tasks.text_to_image import open_text_to_image
 from gspn.train.loop import make_accelerator, with_strides
@@ -119,3 +120,11 @@ def test_no_advice_to_install_torchvision():
     code = "import gspn.tasks.text_to_image, gspn.stable_diffusion.pipelines as s; assert not s.LOGGER.filters"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torchvision" not in result.stderr
+
+
+def test_a_vae_that_is_nowhere_is_told_without_the_warnings_of_the_hubs_library(monkeypatch):
+    monkeypatch.setattr("gspn.sampling.vae.out_of_reach", lambda *_: "the hub cannot be reached")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(OptionError, match="there is no folder nobody/model here; the hub cannot be reached; "):
+            open_vae("nobody/model")

@@ -1,7 +1,8 @@
-"""How much memory a module's method needs, before anything is computed, and how much is free."""
+"""How much memory a module's method needs, before anything is computed, and how much is free; errors of too little."""
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -132,6 +133,24 @@ def _room(group, limit, usage, reclaimable):
     except (OSError, ValueError, KeyError):
         pass  # then all of it counts
     return max(most - max(used, 0), 0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice; torch has a class of its own for that on GPUs only."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
+    texts += ("storage size calculation overflowed",)  # more bytes than 64 bits count
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
+
+
+@contextmanager
+def enough_memory(error: type[Exception], what: str, advice: str) -> Iterator[None]:
+    """Raises `error` where memory does not suffice in the block, for `what` is done there; `advice` mends it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as found:
+        if not is_out_of_memory(found):
+            raise
+        raise error(f"memory does not suffice for {what}: {advice}") from found
 
 
 def weight_bytes(module: nn.Module | None) -> int:

@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from gspn import weights
@@ -48,8 +49,38 @@ def check_outside(out: str | Path, data: str | Path) -> None:
         raise OptionError(f"out: {out} lies in the folder of the data, {data}, and would count as data: choose another")
 
 
+def check_out(folder: str | Path, option: str = "--out") -> None:
+    """Raises OptionError unless files can be written to the folder, which may have to be made: before any work, and
+    without making it. `option` is the flag that chooses another one."""
+    folder = nearest = expanded(folder)
+    while (reason := missing(nearest)) == NOTHING and nearest != nearest.parent:
+        nearest = nearest.parent
+    if reason is None and not nearest.is_dir():
+        reason = "it is a file" if nearest == folder else f"{nearest} is a file"
+    elif reason is None:
+        try:
+            tempfile.TemporaryFile(dir=nearest).close()  # permissions alone do not tell, as for root and in /proc
+        except OSError as error:
+            reason = f"no file can be made in {nearest} ({error.strerror})"
+    if reason:
+        what = "write to" if nearest == folder else "make"
+        raise OptionError(f"cannot {what} the folder {folder}: {reason}; choose another one with {option}")
+
+
+def is_generator(path: Path) -> bool:
+    """Whether it is the folder of a saved GSPNPipeline, or of diffusers' DiTPipeline, which `gspn sample` takes too."""
+    return (config_or_none(path / "model_index.json") or {}).get("_class_name") in ("GSPNPipeline", "DiTPipeline")
+
+
+def called(run: Path) -> str:
+    """What a user calls a run: weights of the package by their name."""
+    return run.name if run.parent == weights.root() else str(run)
+
+
 def no_run(path: Path) -> RunError:
     """The error for a folder that is no run."""
+    if is_generator(path):
+        return RunError(f"{called(path)} generates images; use `gspn sample`")
     earlier = path / EARLIER
     hint = f"; the run that it was to replace is {earlier}" if (earlier / "config.json").exists() else ""
     if path.name == str(path) and not path.exists():
@@ -116,6 +147,15 @@ def check_file(path: str | Path, what: str, expected: str) -> None:
     if reason := missing(path):
         reason = f"there is no {path}{alike(Path(path))}" if reason == NOTHING else f"{path} cannot be opened: {reason}"
         raise OptionError(f"{what}: {reason}; expected {expected}")
+
+
+def no_image(path: str | Path) -> str | None:
+    """Why there is no image file at `path`; None where there may be one."""
+    folder = expanded(path)
+    if not os.path.isdir(folder):
+        return missing(path)
+    files = "*/*.png" if any(folder.glob("*/")) else "*.png"
+    return f"a folder; expected image files, such as {folder / files}"
 
 
 def check_named(where: str | Path, what: str, expected: str) -> None:

@@ -91,7 +91,7 @@ def test_a_device_that_is_not_there(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = bench("layer", "--out", tmp_path / "file" / "new")
-    assert code == 1 and "cannot make the folder" in err and len(err.splitlines()) == 1
+    assert code == 2 and "cannot make the folder" in err and len(err.splitlines()) == 1
 
 
 def test_a_wrong_layer_ends_it(tmp_path, monkeypatch):

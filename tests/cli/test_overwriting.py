@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from gspn.cli import app
-from gspn.files import SaveError, atomic, remove, write_text
+from gspn.files import SaveError, atomic, check_writable, remove, write_text
 from gspn.models import context_maps, create_model
 from gspn.train.run import Run
 
@@ -143,7 +143,7 @@ def test_the_result_of_fid_is_not_lost(run, photos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # a folder that cannot be made is told before the work
         patch.setattr("gspn.metrics.fid.evaluate_samples", None)
         result = command(*arguments, "--out", tmp_path / "file" / "result.json")
-    assert result.exit_code == 1 and "cannot make the folder" in result.stderr
+    assert result.exit_code == 2 and "cannot write to the folder" in result.stderr
     for more in (("--json",), ()):
         with monkeypatch.context() as patch:  # a disk that is full by then
             patch.setattr(os, "replace", lambda *_: os.stat("/no/such/file"))
@@ -200,3 +200,10 @@ def test_weights_that_are_not_finite_are_not_drawn(model, picture, tmp_path):
     with pytest.raises(ValueError, match=r"\d+ values of the context in .* are not finite"):
         context(tmp_path / "context.png", classifier, decode(picture))
     assert not (tmp_path / "context.png").exists()
+
+
+def test_what_a_killed_process_left_is_not_in_the_way(tmp_path):
+    (tmp_path / ".out.new").mkdir()
+    (tmp_path / ".out.new" / "half").touch()
+    check_writable(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

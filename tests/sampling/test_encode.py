@@ -318,7 +318,7 @@ def test_folders_in_the_way(pictures, vae, tmp_path):
         (tmp_path / "full", "not empty.*gspn encode"),
         (tmp_path / "run", r"no latents: .*config\.json"),
     ):
-        with pytest.raises(RunError, match=message):
+        with pytest.raises((OptionError, RunError), match=message):
             encode(pictures, vae, out, **SIZE)
     assert not is_latents(tmp_path / "run") and not is_latents(tmp_path / "full") and not is_latents("digits")
 
@@ -404,14 +404,17 @@ def test_faults_of_the_vae(pictures, vae, tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if name != "quant_conv.bias"}, lacking)
     cut = shutil.copytree(vae, tmp_path / "cut") / "diffusion_pytorch_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:1000])
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    for name, config in {"other": {"_class_name": "UNet2DModel"}, "run": {"format": 1}, "vit": {"size": 3}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     for name, message in (
         ("channels", "latents_mean and latents_std: .*neither"),
         ("lacking", r"lacks 1 .*quant_conv\.bias"),
         ("cut", "cut cannot be loaded"),
         ("other", "UNet2DModel.*AutoencoderKL"),
-        ("nowhere", "nowhere cannot be loaded"),
+        ("run", "run is a run of gspn, not a VAE of diffusers: expected the folder of an AutoencoderKL"),
+        ("vit", "vit is another model, not a VAE"),
+        ("other2", "other2 cannot be loaded: there is no folder .*other2 here .did you mean .*other"),
     ):
         with pytest.raises(OptionError, match=message):
             encode(pictures, tmp_path / name, tmp_path / "x", **SIZE)

@@ -6,6 +6,7 @@ from pathlib import Path
 from gspn.cli.app import command, fail, out, progress_on, warn
 from gspn.options import OptionError
 from gspn.options.bench import SUITES, BenchOptions
+from gspn.places import check_out
 
 RESULTS = "bench.json"
 
@@ -18,9 +19,10 @@ def bench(options):
     out. Other work on the machine disturbs several threads and a GPU; one thread is measured by its own CPU time.
     Example: gspn bench layer --minutes 2
     """
+    folder = options.out or Path("runs") / time.strftime("bench-%Y%m%d-%H%M%S")
+    check_out(folder)
     from gspn.files import check_absent, remove, write_json, writing
 
-    folder = options.out or Path("runs") / time.strftime("bench-%Y%m%d-%H%M%S")
     files = [folder / RESULTS, *(folder / f"{suite}.png" for suite in SUITES)]
     check_absent(*files, overwrite=options.overwrite)
     import torch

@@ -11,7 +11,7 @@ from gspn.cli.app import command, err, fail, out, progress_on, warn
 from gspn.names import reason_of
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
-from gspn.places import config_or_none, missing
+from gspn.places import check_out, config_or_none, no_image
 from gspn.progress import Progress
 
 # The figures of evaluations that model cards show.
@@ -46,10 +46,13 @@ def evaluate(options):
     """
     task = _task_of(options.run)
     values = options.of_task(task)
+    if options.out:
+        check_out(options.out)
     if task == "segmentation":
         segment.evaluate(options, values)
         return
     from gspn.files import check_absent
+    from gspn.memory import enough_memory
     from gspn.metrics.classification import evaluate, evaluation_files
     from gspn.train.loop import make_accelerator
 
@@ -59,7 +62,9 @@ def evaluate(options):
             check_absent(*evaluation_files(options.out, size), overwrite=options.overwrite)
     written = []
     for size in options.sizes or [None]:
-        metrics, warnings = evaluate(options.run, options.data, size=size, console=progress_on(err), **values)
+        what = f"{options.batch_size} images" + (" of {}x{}".format(*size) if size else "") + " at a time"
+        with enough_memory(OptionError, what, "lower --batch-size or --sizes"):
+            metrics, warnings = evaluate(options.run, options.data, size=size, console=progress_on(err), **values)
         if not main_process:
             continue
         if options.out:
@@ -81,7 +86,7 @@ def predict(options):
     With --json such a file has "error", the reason, instead of "classes".
     """
     images = options.images
-    absent = {path: reason for path in images if (reason := missing(path))}
+    absent = {path: reason for path in images if (reason := no_image(path))}
     _refuse(absent, options)
     warn(f"{path}: {reason}" for path, reason in absent.items())  # now, because the rest takes time
     from gspn.data.images import decode
@@ -131,6 +136,9 @@ def show(options):
 
     RUN is a run of gspn train or gspn train-segmentation."""
     image, picture = options.image, options.out or options.beside(f"context-{options.image.stem}.png")
+    if reason := no_image(image):
+        raise OptionError(f"{image} cannot be read as an image: {reason}")
+    check_out(picture.parent)
     from gspn.files import check_absent, make_folder
 
     check_absent(picture, overwrite=options.overwrite)
@@ -162,16 +170,18 @@ def export_run(options):
         from gspn.sampling.generators import export_pipeline
 
         folder, checkpoint = options.out or options.beside("pipeline"), options.checkpoint or "last"  # as gspn sample
+        check_out(folder.parent)
         export_pipeline(run, folder, checkpoint, options.vae, overwrite=options.overwrite)
         out.print(f"wrote {folder}, checkpoint {checkpoint}", markup=False, highlight=False)
         return
     if options.hub:
         _export_for_hub(options)
         return
+    file = options.out or options.beside(f"model{options.suffix()}")
+    check_out(file.parent)
     from gspn.files import check_absent
     from gspn.runs import Classifier
 
-    file = options.out or options.beside(f"model{options.suffix()}")
     check_absent(file, overwrite=options.overwrite)
     given = {name: getattr(options, name) for name in ("size", "batch", "opset", "precision")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -213,12 +223,13 @@ def _task_of(run):
 
 
 def _export_for_hub(options):
-    from gspn.files import check_absent, remove
-
     task = _task_of(options.run)
     if task not in ("classification", "segmentation"):
         raise OptionError(f"--hub is for classifiers and segmenters, but {options.run} is a run of {task}")
     folder, checkpoint = options.out or options.beside("saved"), options.checkpoint or "best"
+    check_out(folder)
+    from gspn.files import check_absent, remove
+
     check_absent(folder, overwrite=options.overwrite)
     import torch
 

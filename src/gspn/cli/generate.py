@@ -6,7 +6,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from gspn.cli.app import command, err, out, progress_on, warn
+from gspn.options import OptionError
 from gspn.options.generators import EncodeOptions, FidOptions, SampleArguments
+from gspn.places import check_out
 
 
 @command("sample", SampleArguments)
@@ -63,20 +65,22 @@ def fid(options):
     The same call continues after a stop; torchrun runs it over several processes.
     Example: gspn fid samples --reference digits --features classifier:runs/digits
     """
-    from gspn.files import check_absent, check_writable, make_folder, write_json
+    for file, flag in ((options.out, "--out"), (options.save, "--save")):
+        if file is not None:
+            check_out(file.parent, flag)
+    from gspn.files import check_absent, make_folder, write_json
 
     if options.out is not None:
         check_absent(options.out, overwrite=options.overwrite)
+    from gspn.memory import enough_memory
     from gspn.metrics.fid import default_cache, evaluate_samples
     from gspn.train.loop import make_accelerator
 
     main_process = make_accelerator().is_main_process
-    if options.out is not None and main_process:  # before the work, which takes long
-        make_folder(options.out.parent)
-        check_writable(options.out)
     values = options.values("cache", "no_cache", "out", "as_json")
     values["cache"] = None if options.no_cache else options.cache or default_cache()
-    result = evaluate_samples(**values, console=progress_on(err if options.as_json else out))
+    with enough_memory(OptionError, f"{options.batch_size} images at a time", "lower --batch-size or --size"):
+        result = evaluate_samples(**values, console=progress_on(err if options.as_json else out))
     if not main_process:
         return
     if options.as_json:
@@ -85,6 +89,7 @@ def fid(options):
         _print_comparison(result)
     warn(result["notes"])
     if options.out is not None:  # last, as the disk may be full by now
+        make_folder(options.out.parent)
         write_json(options.out, result)
 
 

@@ -9,19 +9,21 @@ from gspn.cli.app import command, err, fail, out, progress_on, warn
 from gspn.names import reason_of
 from gspn.options import OptionError
 from gspn.options.segment import SegmentArguments
-from gspn.places import RunError, missing
+from gspn.places import RunError, check_out, no_image
 
 AT_ONCE = 16  # images that are read at a time, at most: they are large, and segmented one by one
 
 
 def evaluate(options, values):
     """`gspn eval` of a run of segmentation. `values`: the arguments of metrics.segmentation.evaluate."""
+    from gspn.memory import enough_memory
     from gspn.metrics.segmentation import evaluate, evaluation_files
     from gspn.train.loop import make_accelerator
 
     main_process = make_accelerator().is_main_process
     values["batch_size"] = min(values["batch_size"], AT_ONCE)
-    metrics, warnings = evaluate(options.run, options.data, console=progress_on(err), **values)
+    with enough_memory(OptionError, f"{values['batch_size']} images at a time", "lower --batch-size or --scale"):
+        metrics, warnings = evaluate(options.run, options.data, console=progress_on(err), **values)
     if not main_process:
         return
     if options.as_json:
@@ -57,10 +59,11 @@ def segment(options):
     An image of any size is taken in one go if it fits into --max-memory (what it takes is estimated beforehand), and
     otherwise in overlapping tiles. Example: gspn segment runs/street photo.jpg --out masks --max-memory 2GB
     """
+    absent = {path: reason for path in options.images if (reason := no_image(path))}
+    folder = options.out or options.beside("segmented")
+    check_out(folder)
     from gspn.files import check_absent
 
-    absent = {path: reason for path in options.images if (reason := missing(path))}
-    folder = options.out or options.beside("segmented")
     files = {path: (folder / f"{path.stem}-mask.png", folder / f"{path.stem}-overlay.png") for path in options.images}
     if len({mask for mask, _ in files.values()}) < len(files):
         raise OptionError("two of the images have the same name but for folder and ending: segment them one by one")
@@ -71,8 +74,8 @@ def segment(options):
 
     from gspn import plots, plots_masks
     from gspn.data.images import decode
+    from gspn.memory import is_out_of_memory
     from gspn.runs import load_segmenter
-    from gspn.train.loop import is_out_of_memory
 
     segmenter = load_segmenter(options.run, options.checkpoint)
     names, answers, problems = segmenter.classes.names, [], dict(absent)

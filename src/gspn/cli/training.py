@@ -12,7 +12,7 @@ import typer
 from gspn.cli.app import app, out, progress_on, readable_errors, takes_options, warn
 from gspn.extras import need
 from gspn.options import OptionError, TaskSpec, read_file
-from gspn.places import check_named, check_run, expanded, runs_like
+from gspn.places import check_named, check_out, check_run, expanded, runs_like
 
 ConfigFile = Annotated[
     Path | None,
@@ -105,4 +105,5 @@ def arguments_of(spec, argument, data, run, config, overrides):
     options.check_paths()
     check_named(data, "DATA" if argument is None else "data", spec.data_help)
     run = run or Path("runs") / f"{Path(data).name or 'data'}-{spec.label(options)}"
+    check_out(run)
     return data, expanded(run), options

@@ -28,12 +28,13 @@ from gspn.data.latent_folder import KIND
 from gspn.data.latents import LatentData, open_latents
 from gspn.data.loader import ImageDataset, Loader, batches, workers_note
 from gspn.files import LOCK, atomic, is_temporary, remove, save_tensors, write_json, writing
+from gspn.memory import enough_memory
 from gspn.options import OptionError
 from gspn.options.generators import EncodeOptions
-from gspn.places import check_outside, expanded
+from gspn.places import check_out, check_outside, expanded
 from gspn.progress import Progress, duration
 from gspn.sampling.vae import describe_vae, latent_shape, open_vae
-from gspn.train.loop import autocast, is_out_of_memory, make_accelerator
+from gspn.train.loop import autocast, make_accelerator
 from gspn.train.run import RunError
 
 PATIENCE = 6 * 3600  # seconds without a new shard of another process: a CPU may take more than an hour for 4096 images
@@ -76,6 +77,7 @@ def encode(
     EncodeOptions.check(size=size, dtype=dtype, precision=precision, shard_size=shard_size)
     EncodeOptions.check(batch_size=batch_size, workers=workers)
     accelerator, out = make_accelerator(), expanded(out)
+    check_out(out)
     check_outside(out, data)
     main = accelerator.is_main_process
     console = console if main else None
@@ -196,8 +198,6 @@ def _continued(out, config) -> tuple[dict, bool]:
     """(the config of the folder, with the splits that are wanted now; whether it has to be written).
     Errors: RunError for a folder that was begun otherwise or holds something else."""
     if not out.is_dir():
-        if out.exists():
-            raise RunError(f"{out} is a file; expected a folder that is new, empty, or begun by gspn encode")
         return config, True
     if not (out / "config.json").exists():
         if any(file.name != LOCK and not is_temporary(file) for file in out.iterdir()):
@@ -246,7 +246,8 @@ def _run(plan, pictures, vae, accelerator, batch_size, workers, strict, console)
     """Makes this process's part of the missing shards, then waits for the parts of the others."""
     own = plan.todo[accelerator.process_index :: accelerator.num_processes]
     vae.to(accelerator.device).requires_grad_(False).eval()
-    with _Bar(console, plan) as bar:
+    what = "{} images of {}x{} at a time".format(batch_size, *plan.config["image_size"])
+    with _Bar(console, plan) as bar, enough_memory(OptionError, what, "lower --batch-size or --size"):
         for name, split in pictures.items():
             numbers = [number for split_name, number in own if split_name == name]
             if numbers:
@@ -309,13 +310,8 @@ def _encode_shards(shards, split, loader, vae, device, strict, bar):
 
 def _posterior(vae, image, config) -> dict[str, Tensor]:
     """mean and std of a batch, on the CPU, as they are stored."""
-    try:
-        with autocast(image.device, config["precision"]):
-            posterior = vae.encode(image).latent_dist
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OptionError(f"memory does not suffice for {len(image)} images at a time: lower --batch-size") from error
+    with autocast(image.device, config["precision"]):
+        posterior = vae.encode(image).latent_dist
     return {name: getattr(posterior, name).to("cpu", DTYPES[config["dtype"]]) for name in ("mean", "std")}
 
 

@@ -19,17 +19,17 @@ from rich.console import Console
 from gspn.data.images import decode, generator
 from gspn.digests import digest, settings, tensors_of
 from gspn.files import make_folder, remove, write_json, writing
+from gspn.memory import enough_memory
 from gspn.models.latents import NotFiniteError
 from gspn.models.pipeline import last_steps
-from gspn.names import reason_of
 from gspn.options import OptionError, far_from
 from gspn.options.generators import PER_CLASS, SampleOptions
-from gspn.places import expanded
+from gspn.places import check_out, expanded
 from gspn.plots import GRID_CLASSES, GRID_COLUMNS, draw_grid, save_picture
 from gspn.progress import Progress
 from gspn.sampling.generators import cast, load_pipeline, named_scheduler
 from gspn.sampling.sample_folder import ABOUT, ARRAYS, GRID, IMAGES, Samples
-from gspn.train.loop import TrainingError, is_out_of_memory, make_accelerator
+from gspn.train.loop import TrainingError, make_accelerator
 from gspn.train.run import RunError
 
 ALWAYS = (0.0, 1.0)  # the parts of all timesteps that are guided by default
@@ -56,6 +56,7 @@ def sample(
     """
     options = options or SampleOptions()
     accelerator, out = make_accelerator(), expanded(out)
+    check_out(out)
     pipeline = load_pipeline(source, checkpoint, vae)
     wanted, notes = _plan(pipeline, out, options)
     pipeline.set_progress_bar_config(disable=True)
@@ -220,8 +221,6 @@ def _weights_told(folder):
 def _check_folder(wanted):
     """Raises RunError unless the samples can go into their folder."""
     folder = wanted.folder
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; expected a folder that is new, empty, or holds such samples")
     if not (folder / ABOUT).exists():
         if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise RunError(f"{folder} is not empty and holds no samples (no {ABOUT}): choose another folder")
@@ -301,36 +300,31 @@ def _images(pipeline, wanted, options, numbers, step):
     labels, start = [wanted.label(i) for i in numbers], {}
     common = {"generator": [generator(options.seed, i) for i in numbers], "callback_on_step_end": step}
     common["guidance_interval"] = _interval(options)
+    what = f"{len(numbers)} images of {height}x{width} at a time"
     try:
-        if "first_size" in wanted.settings:
-            small = pipeline(
-                labels, options.guidance, options.steps, *wanted.settings["first_size"], output_type="pt", **common
-            )
-            start = {"image": small.images, "strength": options.enlarge}
-        return pipeline(
-            labels,
-            options.guidance,
-            options.steps,
-            height,
-            width,
-            output_type="np",
-            dilation=options.dilation,
-            dilate_from=options.dilate_from,
-            timestep_shift=options.timestep_shift,
-            **start,
-            **common,
-        ).images
+        with enough_memory(TrainingError, what, "lower --batch-size; the samples made so far are kept"):
+            if "first_size" in wanted.settings:
+                small = pipeline(
+                    labels, options.guidance, options.steps, *wanted.settings["first_size"], output_type="pt", **common
+                )
+                start = {"image": small.images, "strength": options.enlarge}
+            return pipeline(
+                labels,
+                options.guidance,
+                options.steps,
+                height,
+                width,
+                output_type="np",
+                dilation=options.dilation,
+                dilate_from=options.dilate_from,
+                timestep_shift=options.timestep_shift,
+                **start,
+                **common,
+            ).images
     except NotFiniteError as error:
         wrong = [str(numbers[i]) for i in error.images]
         shown = ", ".join(wrong[:5]) + ", ..." * (len(wrong) > 5)
         raise TrainingError(f"cannot make sample{'s' * (len(wrong) > 1)} {shown}: {error}") from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"memory does not suffice for {len(numbers)} images of {height}x{width} at a time: lower --batch-size; "
-            f"the samples made so far are kept ({reason_of(error)})"
-        ) from error
 
 
 def _finish(wanted, options):

@@ -1,6 +1,7 @@
 """The VAE between images and latents: an AutoencoderKL of diffusers."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from gspn.digests import digest, settings, tensors_of
 from gspn.models.latents import check_scale
 from gspn.names import reason_of
 from gspn.options import OptionError
-from gspn.places import expanded, location
+from gspn.places import alike, expanded, location
 from gspn.progress import bars_on_terminals_only
 
 
@@ -27,20 +28,24 @@ def open_vae(where: str | Path) -> AutoencoderKL:
     path = expanded(where)
     within = "vae" if not (path / "config.json").exists() and (path / "vae" / "config.json").exists() else None
     name = str(path) if path.exists() else str(where)
-    problem = None if path.exists() else out_of_reach(name, "config.json")
+    absent = None if path.exists() else f"there is no folder {where} here{alike(path)}"
+    problem = absent and out_of_reach(name, "config.json")
     offline = problem is not None  # then a local copy is used
     try:
-        config = AutoencoderKL.load_config(name, subfolder=within, local_files_only=offline)
-        if config.get("_class_name") != "AutoencoderKL":
-            raise OptionError(f"{where} holds a {config.get('_class_name')}, expected an AutoencoderKL")
-        with bars_on_terminals_only():
+        with bars_on_terminals_only(), warnings.catch_warnings():
+            # diffusers gives the hub's library an argument that this no longer takes
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument", UserWarning)
+            config = AutoencoderKL.load_config(name, subfolder=within, local_files_only=offline)
+            if (kind := config.get("_class_name")) != "AutoencoderKL":
+                holds = f"holds a {kind}" if kind else "is a run of gspn" if "format" in config else "is another model"
+                raise OptionError(f"{where} {holds}, not a VAE of diffusers: expected the folder of an AutoencoderKL")
             vae, found = AutoencoderKL.from_pretrained(
                 name, subfolder=within, use_safetensors=True, output_loading_info=True, local_files_only=offline
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, OptionError):
             raise
-        reason = "; ".join(filter(None, [problem, reason_of(error)]))
+        reason = "; ".join(filter(None, [absent, problem, reason_of(error)]))
         raise OptionError(f"the VAE {where} cannot be loaded: {reason}") from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])

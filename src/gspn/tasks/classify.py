@@ -15,6 +15,7 @@ from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split
 from gspn.data.labelled import Data
 from gspn.data.loader import can_be_kept, make_loader
 from gspn.data.unreadable import Unreadable
+from gspn.memory import is_out_of_memory
 from gspn.metrics.classification import classify, progress, warnings_of
 from gspn.models import create_model
 from gspn.options import OptionError
@@ -326,9 +327,10 @@ def build_model(
     try:
         with torch.inference_mode():
             found = model.eval()(torch.zeros(1, preprocessing.channels, *preprocessing.size, device=device)).shape
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, MemoryError) as error:
         what = f"an image of {describe_size(preprocessing)} on {device}"
-        raise OptionError(f"{options.model} fails when tried with {what}: {error}") from error
+        reason = "memory does not suffice; use a smaller --size" if is_out_of_memory(error) else error
+        raise OptionError(f"{options.model} fails when tried with {what}: {reason}") from error
     if tuple(found) != (wanted := (1, num_classes, *pixels)):
         given = ", ".join(f"{name}={value!r}" for name, value in options.model_args.items())
         raise OptionError(

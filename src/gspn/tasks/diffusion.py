@@ -18,6 +18,7 @@ from gspn.data.latent_folder import is_latents
 from gspn.data.latents import check_mirrored, make_latent_loader, open_latents
 from gspn.data.loader import Loader, batches, can_be_kept, make_loader
 from gspn.data.unreadable import Unreadable, warning_of
+from gspn.memory import is_out_of_memory
 from gspn.models.dit import dit_names
 from gspn.models.generator import config_of, generator_names
 from gspn.models.pipeline import GSPNPipeline
@@ -209,12 +210,13 @@ class Setup(BaseSetup):
         torch.manual_seed(self.options.seed)
         model = build_generator(self.model_config()).to(device)
         what = f"{self.options.model} fails when tried with {self.size[0]}x{self.size[1]}"
-        with torch.inference_mode():
-            empty, none = torch.zeros(1, self.channels, *self.size, device=device), torch.zeros(1, device=device)
-            try:
+        try:
+            with torch.inference_mode():
+                empty, none = torch.zeros(1, self.channels, *self.size, device=device), torch.zeros(1, device=device)
                 output = model.eval()(empty, timestep=none.long(), class_labels=none.long()).sample
-            except (RuntimeError, ValueError) as error:
-                raise OptionError(f"{what}: {error}") from error
+        except (RuntimeError, ValueError, MemoryError) as error:
+            reason = "memory does not suffice; use a smaller --size" if is_out_of_memory(error) else error
+            raise OptionError(f"{what}: {reason}") from error
         if output.shape[2:] != empty.shape[2:]:
             raise OptionError(f"{what}: it gives {output.shape[2]}x{output.shape[3]}")
         if "prediction_type" not in model.config:  # DiT of diffusers does not know what it predicts
