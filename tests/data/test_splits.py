@@ -89,3 +89,17 @@ def test_with_folders_the_names_of_files_do_not_count(tmp_path):
     images[1] = tmp_path / "my-test" / "b.png"  # whole names alone
     with pytest.raises(DataError, match=r"1 image: my-test/b\.png of no split, beside others of val.*a folder around"):
         by_split(tmp_path, images, "image", "images", folders=True)
+
+
+def test_images_beside_masks_are_no_classes(tmp_path):
+    for folder in ("images", "Masks"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / "a.png")
+    with pytest.raises(DataError, match="as `gspn train-segmentation` takes them"):
+        open_data(tmp_path)
+
+
+def test_what_is_neither_here_nor_on_the_hub(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("not reachable")))
+    with pytest.raises(DataError, match="^there is no file or folder nosuch, and Hugging Face datasets cannot load it"):
+        open_data("nosuch")

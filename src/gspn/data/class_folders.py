@@ -37,6 +37,11 @@ def class_folders(found: Found) -> tuple[dict[str, ClassFolders], list[str]]:
         classes = found.inside(root)
         if not classes:
             raise DataError(f"{root} has no class folders: expected {root}/CLASS/IMAGE")
+        if {folder.name.lower() for folder in classes} == {"images", "masks"}:
+            raise DataError(
+                f"{root} holds images/ and masks/, as `gspn train-segmentation` takes them: expected class folders; if "
+                "these are classes, rename one of them"
+            )
         files = {folder: [] for folder in classes}
         for file in found.files:
             if is_image(file) and file.is_relative_to(root) and file.parent != root:

@@ -43,8 +43,8 @@ def read_source(
     elif path.is_symlink():
         raise DataError(f"{data} is a link to {os.readlink(path)}, which does not exist; expected {expected}")
     elif ON_A_HUB.fullmatch(data):
-        hint = f"; and there is no such file or folder{alike(path)}; expected {expected}"
-        kind, (splits, notes) = "datasets", tables(data, hint=hint)
+        around = f"there is no file or folder {data}{alike(path)}, and ", f"; expected {expected}"
+        kind, (splits, notes) = "datasets", tables(data, around=around)
     else:
         raise DataError(f"there is no {data}{alike(path)}; expected {expected}")
     for name, split in splits.items():

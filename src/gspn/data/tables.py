@@ -43,7 +43,7 @@ def load_tables(
     label_column: str | None = None,
     streaming: bool = False,
     found: Found | None = None,
-    hint: str = "",
+    around: tuple[str, str] = ("", ""),
 ) -> tuple[dict[str, Split], list[str]]:
     """Splits of what `datasets` loads, and notes for the user.
 
@@ -53,10 +53,10 @@ def load_tables(
             split in which all are -1 is left out.
         streaming: stream the rows. All labels are read first, in one pass over the stream.
         found: the content of the folder at path.
-        hint: the end of the message if it cannot be loaded.
+        around: beginning and end of the message if it cannot be loaded.
     Errors: DataError.
     """
-    name, tables, notes = _load(source, path, streaming, found, hint)
+    name, tables, notes = _load(source, path, streaming, found, around)
     read = {split: _table(table, name, image_column, label_column) for split, table in _known(tables, name, notes)}
     splits, unlabelled = labelled(read, name)
     if not splits:
@@ -75,7 +75,7 @@ def load_captioned(
     caption_column: str | None = None,
     streaming: bool = False,
     found: Found | None = None,
-    hint: str = "",
+    around: tuple[str, str] = ("", ""),
 ) -> tuple[dict[str, Split], list[str]]:
     """Splits of what `datasets` loads, with captions, and notes for the user. All labels are 0.
 
@@ -84,7 +84,7 @@ def load_captioned(
         Others: as for `load_tables`.
     Errors: DataError.
     """
-    name, tables, notes = _load(source, path, streaming, found, hint)
+    name, tables, notes = _load(source, path, streaming, found, around)
     splits = {
         split: _captioned(table, name, image_column, caption_column) for split, table in _known(tables, name, notes)
     }
@@ -100,7 +100,7 @@ def load_masked(
     image_column: str | None = None,
     mask_column: str | None = None,
     found: Found | None = None,
-    hint: str = "",
+    around: tuple[str, str] = ("", ""),
 ) -> tuple[dict[str, Split], list[str]]:
     """Splits of what `datasets` loads, with masks, and notes for the user.
 
@@ -109,7 +109,7 @@ def load_masked(
         Others: as for `load_tables`.
     Errors: DataError.
     """
-    name, tables, notes = _load(source, path, False, found, hint)
+    name, tables, notes = _load(source, path, False, found, around)
     splits = {split: _masked(table, name, image_column, mask_column) for split, table in _known(tables, name, notes)}
     if not splits:
         raise DataError(f"{name} has the splits {', '.join(tables)}; expected train, and validation, valid or test")
@@ -131,7 +131,7 @@ def _known(tables, name, notes):
     return [(split, tables[names[0]]) for split, names in called.items()]
 
 
-def _load(source, path, streaming, found, hint):
+def _load(source, path, streaming, found, around):
     """(name for messages, {split as named there: table}, notes). Errors: DataError."""
     import datasets
 
@@ -154,7 +154,8 @@ def _load(source, path, streaming, found, hint):
         raise
     except Exception as error:  # `datasets` raises its own, its file systems', the hub's and arrow's exceptions
         reason = f"Hugging Face datasets cannot load it: {type(error).__name__}: {error}"
-        raise DataError(f"DATA {name}: {reason}{hint}") from error
+        beginning, end = around
+        raise DataError(f"{beginning or f'DATA {name}: '}{reason}{end}") from error
     return name, loaded if isinstance(loaded, dict) else {"train": loaded}, notes
 
 
