@@ -58,6 +58,7 @@ def test_propagate(index, value, error, message):
         ({"segment": True}, TypeError, "segment.*True"),
         ({"segment": 2**63}, ValueError, r"segment.*below 2\^63.*9223372036854775808"),
         ({"workspace_mib": 0}, ValueError, "workspace_mib.*0"),
+        ({"workspace_mib": 1.5}, TypeError, "workspace_mib has to be a whole number, got 1.5"),
         ({"workspace_mib": 2**43}, ValueError, r"workspace_mib.*below 2\^43.*8796093022208"),
         ({"directions": iter(("up", "up"))}, ValueError, "different directions.*'up', 'up'"),
         ({"backend": "cuda"}, ValueError, "backend 'cuda'.*reference, cpu, triton"),
@@ -118,6 +119,8 @@ def test_numbers_of_numpy_are_numbers():
     x, weights = torch.randn(1, 2, 3, 5), torch.rand(1, 2, 3, 3, 5)
     three = gspn.line_scan(x, weights, direction="left", segment=np.int64(3))
     assert torch.equal(three, gspn.line_scan(x, weights, direction="left", segment=3))
+    problem = random_problem(1, 6, 4, 5, 3)
+    assert torch.equal(gspn.propagate(*problem, workspace_mib=np.int64(1)), gspn.propagate(*problem, workspace_mib=1))
     sizes = dict(proxy_dim=3, groups=2, scan_dim=4, segment=2)
     layer = gspn.GSPN2d(np.int64(8), **{name: np.int32(size) for name, size in sizes.items()})
     kept = {"channels": 8} | sizes
@@ -219,6 +222,21 @@ def test_the_models():
     model = gspn.create_model("gspn_micro", num_classes=2, in_chans=1)
     with pytest.raises(ValueError, match=r"images \(B,1,H,W\).*\(1, 3, 8, 8\)"):
         model(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="num_classes has to be at least 0, got -1"):
+        gspn.create_model("gspn_micro", num_classes=-1)
+    with pytest.raises(ValueError, match="num_classes has to be at least 0, got -1"):
+        model.reset_classifier(-1)
+    with pytest.raises(TypeError, match=r"num_classes has to be a whole number, got 2\.0"):
+        model.reset_classifier(2.0)
+    assert model.num_classes == model.config["num_classes"] == 2
+    for name, value in {"num_classes": 2.0, "in_chans": "3", "width": 32.0, "stem_stride": True}.items():
+        with pytest.raises(TypeError, match=f"{name} has to be a whole number, got {value!r}"):
+            gspn.create_model("gspn_micro", **{name: value})
+    for bad in ("abc", 3):
+        with pytest.raises(TypeError, match=rf"depths takes a list of whole numbers such as \[2,2,2\], got {bad!r}"):
+            gspn.create_model("gspn_micro", depths=bad)
+    with pytest.raises(TypeError, match=r"each of depths has to be a whole number, got 1\.5"):
+        gspn.create_model("gspn_micro", depths=(1, 1.5))
     with pytest.raises(ValueError, match=r"global_pool.*'max'"):
         model.reset_classifier(5, global_pool="max")
     with pytest.raises(ValueError, match=r"drop_rate.*1"):

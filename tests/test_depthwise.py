@@ -77,6 +77,16 @@ def test_values_and_gradients_are_those_of_float64(shape, kernel, bias, calls):
     assert len(calls) == (2 if kernel in cpu.DEPTHWISE_KERNELS else 0)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_single_channel(shape):
+    """Its stride tells no layout."""
+    batch, height, width = shape
+    x = torch.randn(batch, height, width, 1).permute(0, 3, 1, 2).requires_grad_()
+    conv, grad = DepthwiseConv2d(1, 7), torch.randn(batch, 1, height, width)
+    for got, wanted in zip(gradients(conv, x, grad)[1], gradients(plain(conv), x, grad)[1], strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_gradients_are_rounded_once(dtype, calls):

@@ -254,6 +254,8 @@ def test_a_presets_rates_follow_a_lower_highest_one(name):
 def test_options_that_do_nothing_are_told():
     preset = dict(epochs=3, lr=1e-3)
     assert Options().resolved(preset).idle() == []
+    (note,) = Options(lr=0.0).resolved(preset).idle()
+    assert "learning rate is 0" in note and "--lr above 0" in note
     idle = Options(keep=3, ema_device="cpu", mix_switch=0.2, warmup=3.0).resolved(preset).idle()
     assert [re.search("warm-up|--keep |--ema-device|--mix-switch", note)[0].strip() for note in idle] == [
         "warm-up",

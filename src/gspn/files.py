@@ -61,6 +61,7 @@ def check_writable(path: Path | str) -> None:
     """Raises SaveError if no file can be written to the folder of `path`; for work that takes long before it writes."""
     temporary = _temporary(Path(path))
     try:
+        remove(temporary)  # a killed process may have left a folder there
         temporary.touch()
         temporary.unlink()
     except OSError as error:
@@ -187,12 +188,23 @@ def _sync(path):
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions of other new files (safetensors makes it private). Not atomic: use
-    it inside `atomic`."""
+    """Writes a safetensors file with the permissions of other new files (safetensors makes it private). Tensors that
+    share memory, as tied weights do, are stored under each of their names. Not atomic: use it inside `atomic`."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)
+    save_file(_separate(tensors), path, metadata=metadata)
     path.chmod(mode)
+
+
+def _separate(tensors):
+    """The tensors as safetensors needs them: contiguous, and without shared memory."""
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return separate
 
 
 def write_json(path: Path | str, value) -> None:

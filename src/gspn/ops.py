@@ -31,8 +31,8 @@ Common rules:
 """
 
 import operator
-from collections.abc import Sequence
-from typing import SupportsIndex
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -228,8 +228,9 @@ def propagate(
     count, (batch, channels, *size), features = len(indices), x.shape, proxy.shape[1]
     if features == 0:
         raise ValueError(f"proxy (B,S,H,W) has to have S >= 1, got {tuple(proxy.shape)}")
-    if isinstance(workspace_mib, bool) or not isinstance(workspace_mib, int) or workspace_mib < 1:
-        raise ValueError(f"workspace_mib has to be at least 1 MiB, got {workspace_mib!r}")
+    workspace_mib = whole_number("workspace_mib", workspace_mib)
+    if workspace_mib < 1:
+        raise ValueError(f"workspace_mib has to be at least 1 MiB, got {workspace_mib}")
     if workspace_mib > _LARGEST_WORKSPACE_MIB:
         raise ValueError(f"workspace_mib has to be below 2^43 MiB, got {workspace_mib}")
     _check_shape("proxy", proxy, "(B,S,H,W)", (batch, None, *size))
@@ -368,6 +369,13 @@ def whole_number(name: str, value: SupportsIndex, expected: str = "a whole numbe
         except TypeError:
             pass
     raise TypeError(f"{name} has to be {expected}, got {value!r}")
+
+
+def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """The argument `name` as whole numbers, from any sequence. Errors: TypeError."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} takes a list of whole numbers such as [2,2,2], got {values!r}")
+    return tuple(whole_number(f"each of {name}", value) for value in values)
 
 
 def check_backend(backend: str | None) -> None:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gspn import weights
+from gspn.digests import digest
 from gspn.extras import need
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -30,6 +31,14 @@ FORMAT = 1  # of config.json, here and in a run; raised when an older gspn could
 DTYPES = (None, torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS = {"Backbone": "classifier or backbone", "Segmenter": "segmenter", "GSPN2d": "layer"}  # as cards name them
 TAGS = {"classification": "image-classification", "segmentation": "image-segmentation"}  # the hub's names of tasks
+
+
+# Ends a card: the digest of the text before it and of what is told, then what is told, as JSON.
+MARK = "\n<!-- gspn writes this card anew as long as nobody changes it: "
+
+
+class OnMetaError(RuntimeError):
+    """Weights cannot be loaded into a model without memory."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,24 @@ class Card:
     license: str | None = None
     data: str | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def signed(self, text: str) -> str:
+        """The text of a card that tells this, with the mark by which `read` knows it."""
+        metrics = {name: _shown(value) for name, value in self.metrics.items()}
+        told = json.dumps({"license": self.license, "data": self.data, "metrics": metrics})
+        told = told.replace(">", "\\u003e")  # so that it does not end the comment
+        return f"{text}{MARK}{digest([text, told])} {told} -->\n"
+
+    @classmethod
+    def read(cls, file: Path) -> "Card | None":
+        """What the card in a file tells; None where gspn did not write it, or somebody changed it."""
+        text, _, mark = file.read_bytes().decode("utf-8", "replace").rpartition(MARK)
+        found, _, told = mark.removesuffix(" -->\n").partition(" ")
+        return cls(**json.loads(told)) if found == digest([text, told]) else None
+
+    def over(self, before: "Card") -> "Card":
+        """This, with what `before` told where this tells nothing."""
+        return Card(self.license or before.license, self.data or before.data, self.metrics or before.metrics)
 
 
 class Pretrained:
@@ -70,18 +97,21 @@ class Pretrained:
         data: str | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes the model to a folder: config.json, model.safetensors, and a model card (README.md) if there is none.
+        """Writes the model to a folder: config.json, model.safetensors, and a model card, README.md.
 
         Args:
             save_directory: a new folder, or one that save_pretrained wrote before for a model of the same class; its
-                weights are replaced.
+                weights are replaced. Its card is replaced too if nobody has changed it; it then still tells the
+                license, data and metrics of before where no others are given. Another card stays as it is.
             dtype: of the stored weights, such as torch.float16; None keeps the model's.
             license, data, metrics: for the card: the licence of the weights (such as "cc-by-4.0"), what the model was
                 trained on, and {name: value}.
 
         Raises ExistsError if the folder holds another config.json, such as that of a run or of another class;
-        ValueError if the model was not made from arguments, or a weight is too large for `dtype`; ImportError if
-        huggingface_hub is not installed; SaveError if the folder cannot be written.
+        ValueError if the model was not made from arguments, was changed since, or holds no values (on the device
+        "meta"), if a weight is too large for `dtype`, or if license, data or metrics are given and the folder holds a
+        card that somebody wrote or changed; ImportError if huggingface_hub is not installed; SaveError if the folder
+        cannot be written.
         """
         save(self, save_directory, Card(license, data, metrics or {}), dtype)
 
@@ -127,11 +157,13 @@ class Pretrained:
             revision, token, cache_dir, force_download, local_files_only: as for huggingface_hub.snapshot_download. A
                 local folder needs none of them.
 
-        Raises FileNotFoundError if there is no such folder and it is no name on the hub; ValueError if it holds another
-        model, is damaged, or was written by a newer gspn; RuntimeError under torch.device("meta"); huggingface_hub's
-        errors for the hub.
+        Raises FileNotFoundError if there is no such folder and it is no name on the hub; ValueError if it is a file,
+        holds another model, is damaged, or was written by a newer gspn; RuntimeError under torch.device("meta");
+        huggingface_hub's errors for the hub.
         """
         folder = weights.named(where) or Path(where)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file, expected a folder that save_pretrained wrote: pass {folder.parent}")
         if not folder.is_dir():
             folder = _downloaded(
                 str(where),
@@ -144,14 +176,21 @@ class Pretrained:
         config, tensors = read(folder, cls._saved_as)
         try:
             model: Any = cls._made_from(config["model"])
-            empty = any(parameter.is_meta for parameter in model.parameters())
-            if not empty:
-                model.float().load_state_dict(tensors)  # torch's default dtype may be another one
+            load_weights(model, tensors)
+        except OnMetaError:
+            raise
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the {cls._saved_as} in {folder} is damaged: {type(error).__name__}: {error}") from error
-        if empty:
-            raise RuntimeError('a model on torch.device("meta") holds no weights: call from_pretrained outside of it')
-        return model.eval()
+        return model
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts weights into a model that was just made: in float32, whatever torch's default dtype is, and in evaluation
+    mode. Raises OnMetaError under torch.device("meta"), another RuntimeError if the weights do not fit."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise OnMetaError('a model on torch.device("meta") holds no weights: load it outside of it')
+    model.float().load_state_dict(tensors)
+    model.eval()
 
 
 def read(folder: Path, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -250,24 +289,37 @@ def _holder(model, card, dtype, more, name):
 
 
 def _check_made_again(model, arguments):
-    """Raises ValueError where the arguments make a model with other weights, as after `model.head = ...`."""
+    """Raises ValueError where the arguments make a model with other weights, as after `model.head = ...`, or with
+    layers of other arguments, as after `layer.segment = ...`."""
     with torch.device("meta"):
-        twin = type(model)._made_from(arguments).state_dict()
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    made = {name: tuple(tensor.shape) for name, tensor in twin.items()}
+        twin = type(model)._made_from(arguments)
+    own, made = _form(model), _form(twin)
     if changed := sorted(name for name in own.keys() | made.keys() if own.get(name) != made.get(name)):
         raise ValueError(
             f"this {type(model).__name__} was changed after it was made, so its arguments do not make it again: "
-            f"{', '.join(changed[:3])}{', ...' * (len(changed) > 3)}. Use reset_classifier for another head"
+            f"{', '.join(changed[:3])}{', ...' * (len(changed) > 3)}. Use reset_classifier for another head, and make "
+            "another model for other arguments"
         )
 
 
+def _form(model):
+    """{name: value} of what has to agree in a model made again: arguments of the parts, shapes of the weights. Where a
+    parameter is called as an argument (the merger), its shape says enough."""
+    parts = dict(model.named_modules(remove_duplicate=False))  # tied ones under each of their names
+    of = {name: part._arguments() for name, part in parts.items() if name and isinstance(part, Pretrained)}
+    arguments = {f"{name}.{key}": value for name, own in of.items() for key, value in own.items()}
+    return arguments | {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors in `dtype`, contiguous. Raises ValueError where one is finite, but too large for it."""
+    """The tensors in `dtype`, contiguous. Raises ValueError where one is finite, but too large for it, or has no values
+    at all."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype has to be float64, float32, float16 or bfloat16 of torch, or None, got {dtype}")
     result = {}
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f'{name} is on the device "meta" and holds no values to save: load weights first')
         kept = tensor.detach().to(dtype if tensor.is_floating_point() else None).contiguous()
         if dtype is not None and bool((tensor.isfinite() & ~kept.isfinite()).any()):
             largest = tensor.abs().max().item()
@@ -288,13 +340,27 @@ def _holder_class():
 
         def save_pretrained(self, save_directory, **_):
             """In place of the mixin's, which removes the old config.json before it can know that a new one follows."""
-            card = None if (save_directory / CARD).exists() else str(self.generate_model_card())
+            card = self._new_card(save_directory / CARD)
             make_folder(save_directory)
             with atomic(save_directory / WEIGHTS) as temporary:
                 save_tensors(temporary, self.tensors, {"format": "pt"})
             write_json(save_directory / CONFIG, self.config)
             if card is not None:
                 write_text(save_directory / CARD, card)
+
+        def _new_card(self, file):
+            """The text of the card to write; None where somebody else's stays."""
+            if file.exists():
+                before = Card.read(file)
+                if before is None:
+                    if self.card != Card():
+                        raise ValueError(
+                            f"{file} was changed or is not from gspn, so license, data and metrics cannot go there: "
+                            "write them into it and give none, or remove it for a new card"
+                        )
+                    return None
+                self.card = self.card.over(before)
+            return self.card.signed(str(self.generate_model_card()))
 
         def generate_model_card(self):
             """Called by the mixin too."""
@@ -304,6 +370,10 @@ def _holder_class():
             return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
     return Holder
+
+
+def _shown(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def card_text(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: Card, where: str) -> str:
@@ -317,17 +387,16 @@ def card_text(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tenso
         use += f'\nanswer = gspn.load_run({where}).predict("image.png")  # this folder; {{class: probability}}'
     if config.get("task") == "segmentation":
         use += f'\nmask = gspn.load_run({where}).segment("image.png")  # this folder'
-    metrics = "\n".join(
-        f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
-        for name, value in card.metrics.items()
-    )
+    metrics = "\n".join(f"| {name} | {_shown(value)} |" for name, value in card.metrics.items())
+    unknown = "The author of this model did not say what it was trained on."
+    data = card.data or config.get("data", {}).get("where", unknown)
     of = f", for {len(names)} classes" if names else ""
     parts = [
         f"# {kind}",
         f"A {KINDS[config['class']]} of [GSPN](https://arxiv.org/abs/2501.12381){of}: {count:,} parameters, stored as "
         f"{', '.join(dtypes)}.",
         f"## Load it\n\n```python\nimport gspn\n\n{use}\n```",
-        f"## Data\n\n{card.data or 'The author of this model did not say what it was trained on.'}",
+        f"## Data\n\n{data}",
         f"## Metrics\n\n| metric | value |\n|---|---|\n{metrics}" if metrics else "## Metrics\n\nNone were given.",
         f"## Licence\n\n{card.license or 'None was given.'}",
         f"## Architecture\n\n```json\n{json.dumps(arguments, indent=2)}\n```",

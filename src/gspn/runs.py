@@ -21,7 +21,7 @@ from gspn.models.latents import NotFiniteError
 from gspn.models.tiles import segment
 from gspn.options import OptionError
 from gspn.places import run_folder
-from gspn.pretrained import Card, push, save
+from gspn.pretrained import Card, OnMetaError, load_weights, push, save
 from gspn.train.run import Run, RunError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Saving:
 
     run: Run
     model: Any
+    classes: Any
 
     def save_pretrained(
         self,
@@ -54,9 +55,10 @@ class Saving:
     ) -> None:
         """Writes the model to a folder: weights, config.json with classes and preprocessing, and a model card. See
         :meth:`gspn.models.Backbone.save_pretrained` for the arguments and the errors; without `data` the card names
-        the data of the run.
+        the data of the run. ValueError also if `classes` does not name as many classes as the model has, as after
+        ``model.reset_classifier``: set `classes` first.
         """
-        save(self.model, save_directory, self._card(license, data, metrics), dtype, self._kept())
+        save(self.model, save_directory, Card(license, data, metrics or {}), dtype, self._kept())
 
     def push_to_hub(
         self,
@@ -69,15 +71,18 @@ class Saving:
         **options: Any,
     ) -> str:
         """Uploads what :meth:`save_pretrained` writes; see :meth:`gspn.models.Backbone.push_to_hub`."""
-        return push(self.model, repo_id, self._card(license, data, metrics), dtype, self._kept(), **options)
+        return push(self.model, repo_id, Card(license, data, metrics or {}), dtype, self._kept(), **options)
 
-    def _card(self, license, data, metrics):
-        return Card(license, data or self._kept()["data"]["where"], metrics or {})
+    def _named(self):
+        """The classes as config.json holds them."""
+        raise NotImplementedError
 
     def _kept(self):
         """What config.json keeps of the run: nothing that names places of this machine."""
+        advice = "set `classes` to names for all of them, or save the `model` alone"
+        _check_classes(self.classes, self.model.num_classes, advice)
         config = self.run.config
-        kept = {name: config[name] for name in ("task", "preprocessing", "classes", "class_names") if name in config}
+        kept = {name: config[name] for name in ("task", "preprocessing") if name in config} | self._named()
         where = config["data"]["where"]
         kept["data"] = {**config["data"], "where": Path(where).name if Path(where).is_absolute() else where}
         kept["options"] = {name: config["options"][name] for name in KEPT_OPTIONS if name in config["options"]}
@@ -90,7 +95,7 @@ class Classifier(Saving):
 
     Attributes:
         model: the backbone, in evaluation mode.
-        classes: their names, in the order of the logits.
+        classes: their names, in the order of the logits. Set them after ``model.reset_classifier``.
         preprocessing: how an image becomes the model's input: size, channels, crop, mean and deviation.
         run: the run folder: its path, config and metrics.
     """
@@ -99,6 +104,9 @@ class Classifier(Saving):
     model: Backbone
     preprocessing: Preprocessing
     classes: list[str]
+
+    def _named(self):
+        return {"class_names": list(self.classes)}
 
     def preprocess(self, image: Image.Image | str | os.PathLike) -> Tensor:
         """The model's input for an image: float (C,H,W), in the model's dtype and on its device.
@@ -145,6 +153,7 @@ class Classifier(Saving):
     @torch.inference_mode()
     def _ranked(self, inputs, top):
         probability = self.model(inputs).float().softmax(1)
+        _check_classes(self.classes, probability.shape[1], "set `classes` to names for all of them")
         check_finite(probability.sum(1), self.run.path)
         probability, number = probability.topk(min(top or len(self.classes), len(self.classes)))
         return [
@@ -159,7 +168,8 @@ class Segmentation(Saving):
 
     Attributes:
         model: the segmenter, in evaluation mode.
-        classes: their names, values in masks and colours (data.mask_classes.Classes).
+        classes: their names, values in masks and colours (data.mask_classes.Classes). Others of the same number may
+            be set.
         preprocessing: channels, mean and deviation; its size is that of the crops in training.
         scale: the factor by which images are resized before the model sees them.
         run: the run folder: its path, config and metrics.
@@ -170,6 +180,9 @@ class Segmentation(Saving):
     preprocessing: Preprocessing
     classes: Classes
     scale: float
+
+    def _named(self):
+        return {"classes": self.classes.to_json(), "class_names": list(self.classes.names)}
 
     def segment(self, image: Image.Image | str | os.PathLike, max_bytes: int | None = None) -> Image.Image:
         """The mask of an image of any size: a palette image of the same size (turned upright), with the values of the
@@ -206,6 +219,12 @@ class Segmentation(Saving):
             raise _damaged(self.run.path, str(error)) from error
 
 
+def _check_classes(classes, count, advice):
+    """Raises ValueError unless there is a name for each of the model's `count` classes."""
+    if len(classes) != count:
+        raise ValueError(f"there are names of {len(classes)} classes, but the model has {count}: {advice}")
+
+
 def check_finite(values: Tensor, path: str | Path) -> None:
     """Raises RunError, with their number, where the `values` (N,) that the model of a run gave are not finite."""
     if wrong := int((~values.isfinite()).sum()):
@@ -234,13 +253,16 @@ def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
     Errors: RunError.
     """
     with _opened(path, "classification", create_model, checkpoint) as (run, model):
-        return Classifier(run, model, Preprocessing(**run.config["preprocessing"]), run.config["class_names"])
+        names = run.config["class_names"]
+        _check_classes(names, model.num_classes, "correct class_names in its config.json")
+        return Classifier(run, model, Preprocessing(**run.config["preprocessing"]), names)
 
 
 def load_segmenter(path: str | Path, checkpoint: str = "best") -> Segmentation:
     """The Segmentation of a run folder; as load_classifier."""
     with _opened(path, "segmentation", create_segmenter, checkpoint) as (run, model):
         preprocessing, classes = Preprocessing(**run.config["preprocessing"]), Classes(**run.config["classes"])
+        _check_classes(classes, model.num_classes, "correct classes in its config.json")
         return Segmentation(run, model, preprocessing, classes, run.config["options"]["scale"])
 
 
@@ -253,11 +275,11 @@ def _opened(path, task, make, checkpoint):
         # The backend belongs to the machine that trained, not to the model: a run from a GPU also works on a CPU.
         model = make(**{**run.config["model"], "backend": None})
         tensors, _ = run.load_checkpoint(checkpoint, ("model", "ema"))
-        model.load_state_dict(tensors["ema"] if "ema" in tensors else tensors["model"])
+        load_weights(model, tensors["ema"] if "ema" in tensors else tensors["model"])
         for part, needed in (("data", "where"), ("options", "precision")):
             run.config[part][needed]  # evaluation needs them: fail here rather than there
-        yield run, model.eval()
-    except RunError:
+        yield run, model
+    except (RunError, OnMetaError):
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"the run {path} is damaged or foreign: {type(error).__name__}: {error}") from error
@@ -338,8 +360,9 @@ def load_run(
         the names of the classes.
 
     Raises RunError, a ValueError, for a folder that is no run, is damaged, or belongs to `gspn distill`
-    (:func:`gspn.load_swap` takes that); OptionError, also a ValueError, for a VAE that does not fit; ImportError if
-    the extra ``train``, or ``diffusion`` for a generator, is not installed.
+    (:func:`gspn.load_swap` takes that); OptionError, also a ValueError, for a VAE that does not fit; RuntimeError for a
+    classifier or segmenter under torch.device("meta"); ImportError if the extra ``train``, or ``diffusion`` for a
+    generator, is not installed.
 
     >>> import gspn
     >>> run = gspn.load_run("runs/first")  # doctest: +SKIP

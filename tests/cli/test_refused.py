@@ -133,6 +133,8 @@ def test_a_saved_generator_is_for_sample(line, kind, picture, tmp_path):
     (tmp_path / "saved" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     told = refused(*line.format(tmp_path / "saved", picture).split())
     assert told == f"{tmp_path}/saved generates images; use `gspn sample`"
+    told = refused("export", tmp_path / "saved", "--diffusers")
+    assert told == f"{tmp_path}/saved is a folder for GSPNPipeline.from_pretrained already: {tmp_path}/saved"
 
 
 def test_the_generator_of_the_package_is_called_by_its_name(picture, monkeypatch, tmp_path):

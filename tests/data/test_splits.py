@@ -101,5 +101,7 @@ def test_images_beside_masks_are_no_classes(tmp_path):
 
 def test_what_is_neither_here_nor_on_the_hub(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("not reachable")))
-    with pytest.raises(DataError, match="^there is no file or folder nosuch, and Hugging Face datasets cannot load it"):
+    with pytest.raises(
+        DataError, match=r"^there is no file or folder nosuch, and Hugging Face datasets cannot load it"
+    ):
         open_data("nosuch")

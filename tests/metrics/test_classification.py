@@ -193,7 +193,7 @@ def test_faults(run, tmp_path):
         assert result.exit_code == 2 and flag in result.output and message in result.output
     (tmp_path / "file").write_text("x")
     result = CliRunner().invoke(app, ["eval", str(run.path), "digits", "--out", str(tmp_path / "file")])
-    assert result.exit_code == 1 and "folder" in result.output
+    assert result.exit_code == 2 and "folder" in result.output
 
 
 # -- several processes --

@@ -1,10 +1,14 @@
 """GSPN-DiT: its size beside DiT's, its block by hand, any map, positions, sizes, dilation, saving, sampling."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTPipeline
 from helpers.diffusion import lively, tiny_vae
+from torch._dynamo.testing import CompileCounter
 
 import gspn
 from gspn.models.dit import create_dit
@@ -151,10 +155,29 @@ def test_the_size_is_heard():
         model.size_embed.weight.zero_()
         model(**given)
     assert torch.equal(heard[0], heard[2])  # the trained size is log 1 = 0
+    with torch.no_grad():
+        model.size_embed.weight.normal_()
+    model(**given, dilation=2)
+    size = torch.tensor([[math.log(1 / 2), math.log(1 / 2)]])
+    condition = model.embed(given["timestep"], given["class_labels"], hidden_dtype=torch.float32)
+    torch.testing.assert_close(heard[3][:1], F.silu(condition + model.size_embed(size)))
+    with torch.no_grad():
+        model.size_embed.weight.zero_()
     condition = model.embed(given["timestep"], given["class_labels"], hidden_dtype=torch.float32)
     assert not torch.allclose(heard[0], heard[1])
     torch.testing.assert_close(heard[0], F.silu(condition))
     assert tiny().size_embed is None
+
+
+def test_a_compiled_model_hears_every_size_in_one_graph():
+    model, counter = tiny(size_condition=True), CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for height, width in ((12, 16), (16, 20), (24, 12)):
+            given = inputs(height=height, width=width)
+            torch.testing.assert_close(compiled(**given).sample, model(**given).sample)
+    assert counter.frame_count == 1
 
 
 # -- dilation --
@@ -171,6 +194,7 @@ def test_dilation_runs_the_blocks_on_interleaved_maps():
                 got[..., row::2, column::2], model(**dict(given, hidden_states=part)).sample, atol=1e-5, rtol=1e-5
             )
     assert torch.equal(model(**given, dilation=1).sample, model(**given).sample)
+    assert torch.equal(model(**given, dilation=np.int64(2)).sample, got)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +241,11 @@ def test_noisy_steps_are_dilated():
     pipeline.set_progress_bar_config(disable=True)
     seen, forward = [], model.forward
     model.forward = lambda *args, **kwargs: seen.append(kwargs.get("dilation", 1)) or forward(*args, **kwargs)
-    pipeline([1], num_inference_steps=5, height=16, width=16, dilation=2, dilate_from=0.6)
-    assert seen == [2, 2, 1, 1, 1]  # at 800, 600, 400, 200, 0 of 1000
+    for two in (2, np.int64(2)):
+        pipeline([1], num_inference_steps=5, height=16, width=16, dilation=two, dilate_from=0.6)
+        assert seen == [2, 2, 1, 1, 1]  # at 800, 600, 400, 200, 0 of 1000
+        assert {type(each) for each in seen} == {int}
+        seen.clear()
     for wrong, said in (
         (dict(dilation=0), "positive"),
         (dict(dilation=2, dilate_from=2), "from 0 to 1"),

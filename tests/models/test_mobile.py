@@ -95,8 +95,21 @@ def test_what_it_does_not_have(options, message):
         small(**options)
 
 
-def test_gradient_checkpointing_counts_a_batch_once():
-    model, x = small(), torch.randn(4, 1, 12, 9)
+def without_statistics(model):
+    """The model with norms that take those of the batch in evaluation, too."""
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    return model
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [nn.Identity(), nn.SyncBatchNorm.convert_sync_batchnorm, without_statistics],
+    ids=["own", "sync", "without"],
+)
+def test_gradient_checkpointing_counts_a_batch_once(norms):
+    model, x = norms(small()), torch.randn(4, 1, 12, 9)
     twin = copy.deepcopy(model)
     twin.set_grad_checkpointing()
     for each in (model, twin):

@@ -224,6 +224,9 @@ def test_labels_are_not_dropped_and_the_mode_of_the_model_stays():
     pipeline = quiet(GSPNPipeline(model, ddpm()))
     images = [pipeline([1] * 4, 1.0, 2, generator=seeds(*range(4)), output_type="pt").images for _ in range(2)]
     assert torch.equal(*images) and model.training
+    model.blocks[0].eval()  # frozen
+    pipeline([1], 1.0, 2, output_type="latent")
+    assert model.training and model.blocks[1].training and not any(part.training for part in model.blocks[0].modules())
     model.eval()
     assert torch.equal(images[0], pipeline([1] * 4, 1.0, 2, generator=seeds(*range(4)), output_type="pt").images)
     assert not model.training

@@ -1,5 +1,7 @@
 """The segmenter: any size, one grid at all sizes, frozen names, what does not fit."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,11 +68,31 @@ def test_config_makes_the_same_model_and_the_names_are_frozen():
     assert gspn.create_segmenter("gspn_micro", num_classes=2).stride == 4  # 1/4, although the backbone's own is 1/2
 
 
+def test_groups_of_parameters_are_those_of_the_backbone():
+    model = tiny()
+    for coarse in (False, True):
+        own, groups = model.backbone.group_matcher(coarse), model.group_matcher(coarse)
+        assert groups.keys() == own.keys()
+        for name in (name for name, _ in model.backbone.named_parameters()):
+            assert _groups_of(f"backbone.{name}", groups) == _groups_of(name, own)
+    assert _groups_of("backbone.levels.1.blocks.0.norm1.weight", groups) == [("blocks", ("1",))]
+    assert _groups_of("blocks.0.norm1.weight", groups) == []
+
+
+def _groups_of(parameter, groups):
+    """The groups that take a parameter, with the numbers that they read in its name."""
+    patterns = [(name, each) for name, of in groups.items() for each in ([(of, None)] if isinstance(of, str) else of)]
+    found = [(name, re.match(pattern, parameter)) for name, (pattern, _) in patterns]
+    return [(name, match.groups()) for name, match in found if match]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         (dict(name="gspn_mikro"), ValueError, "gspn_micro"),
         (dict(num_classes=0), ValueError, "num_classes=0"),
+        (dict(num_classes=2.0), TypeError, "num_classes has to be a whole number, got 2.0"),
+        (dict(decoder_depth=True), TypeError, "depth has to be a whole number, got True"),
         (dict(decoder_width=1), ValueError, "width=1"),
         (dict(decoder_depth=-1), ValueError, "depth=-1"),
         (dict(colour=1), TypeError, "colour"),

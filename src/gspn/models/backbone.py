@@ -15,19 +15,21 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from gspn import weights
 from gspn.layers import BLOCKS, LayerNorm2d, StridedConv2d, init_weights
 from gspn.names import check_arguments, unknown
-from gspn.pretrained import Pretrained, read
+from gspn.ops import whole_number, whole_numbers
+from gspn.pretrained import OnMetaError, Pretrained, load_weights, read
 
 _SIZES: dict[str, Callable[[], dict]] = {}
 _EVERYWHERE = {"num_classes": 1000, "in_chans": 3, "activation": "silu", "alignment": "aligned"}  # in every config
 
 
 @contextmanager
-def _statistics_kept(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
     before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -41,7 +43,8 @@ def _statistics_kept(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
 
 def _counting_once(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
     """For gradient checkpointing: a block's second forward pass does not change batch norm's running statistics."""
-    return nullcontext(), _statistics_kept([m for m in block.modules() if isinstance(m, nn.BatchNorm2d)])
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
+    return nullcontext(), _statistics_kept(norms)
 
 
 class Level(nn.Module):
@@ -143,15 +146,18 @@ class Backbone(Pretrained, nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        in_chans, width = whole_number("in_chans", in_chans), whole_number("width", width)
+        depths, global_levels = whole_numbers("depths", depths), whole_numbers("global_levels", global_levels)
+        stem_stride = whole_number("stem_stride", stem_stride)
         if stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride has to be 1, 2 or 4, got {stem_stride}")
-        if num_classes < 0 or in_chans < 1 or not depths or min(depths) < 1 or width < 2:
+        if in_chans < 1 or not depths or min(depths) < 1 or width < 2:
             raise ValueError(
-                "expected num_classes >= 0, in_chans >= 1, depths >= 1 and width >= 2, got "
-                f"num_classes={num_classes}, in_chans={in_chans}, depths={tuple(depths)}, width={width}"
+                "expected in_chans >= 1, depths >= 1 and width >= 2, got "
+                f"in_chans={in_chans}, depths={depths}, width={width}"
             )
         if not set(global_levels) <= set(range(len(depths))):
-            raise ValueError(f"global_levels has to name levels below {len(depths)}, got {tuple(global_levels)}")
+            raise ValueError(f"global_levels has to name levels below {len(depths)}, got {global_levels}")
         if block not in BLOCKS:
             raise ValueError(f'block has to be "paper" or "inverted", got {block!r}')
         options = {} if block == "inverted" else {"mlp_ratio": mlp_ratio, "activation": activation}
@@ -161,7 +167,7 @@ class Backbone(Pretrained, nn.Module):
                 raise ValueError(f'{name} is for block="paper"; with "inverted" expected {only!r}, got {given!r}')
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate has to be at least 0 and below 1, got {drop_rate}")
-        self.in_chans, self.depths, self.alignment, self.drop_rate = in_chans, tuple(depths), alignment, drop_rate
+        self.in_chans, self.depths, self.alignment, self.drop_rate = in_chans, depths, alignment, drop_rate
         norm = nn.BatchNorm2d if block == "inverted" else LayerNorm2d
         first, second = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[stem_stride]
         self.stem = nn.Sequential(
@@ -212,7 +218,7 @@ class Backbone(Pretrained, nn.Module):
         arguments = _EVERYWHERE | size_of(name) | kwargs
         check_arguments(Backbone.__init__, kwargs)
         model = cls(**arguments)
-        model.config = {"name": name} | {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+        model.config = {"name": name} | {key: plain(value) for key, value in arguments.items()}
         return model
 
     def forward(self, x: Tensor) -> Tensor:
@@ -318,6 +324,9 @@ class Backbone(Pretrained, nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Makes a new head for ``num_classes`` classes (0: no head). ``global_pool``: "avg", or "" for no pooling."""
+        num_classes = whole_number("num_classes", num_classes)
+        if num_classes < 0:
+            raise ValueError(f"num_classes has to be at least 0, got {num_classes}")
         global_pool = self.global_pool if global_pool is None else global_pool
         if global_pool not in ("avg", ""):
             raise ValueError(f'global_pool has to be "avg" or "", got {global_pool!r}')
@@ -365,6 +374,12 @@ class Backbone(Pretrained, nn.Module):
         return self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
 
+def plain(value: Any) -> Any:
+    """An argument as JSON can hold it: a list for a tuple, Python's own numbers for those of numpy."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [plain(each) for each in value] if isinstance(value, list | tuple | range) else value
+
+
 def arguments_of(model: Any) -> dict[str, Any]:
     """The ``config`` of a backbone or a segmenter, without the backend, which belongs to the machine. Raises ValueError
     where there is none."""
@@ -381,13 +396,14 @@ def create_model(name: str, *, pretrained: bool | str = False, **kwargs: Any) ->
 
     Args:
         name: one of :func:`list_models`.
-        pretrained: False, or the name of weights in the package gspn-weights, such as "digits".
+        pretrained: False, or the name of weights in the package gspn-weights, such as "digits". The model is then in
+            evaluation mode and float32.
         kwargs: ``num_classes=1000``, ``in_chans=3`` and every other argument of :class:`Backbone`. With trained weights
             the defaults are the arguments with which they were trained; another ``num_classes`` makes a new head.
 
     Raises ValueError for an unknown name, or for arguments that do not fit the weights; TypeError for an unknown
     argument; ImportError if gspn-weights is not installed; RuntimeError for ``pretrained=True``, as no model has
-    weights of its own.
+    weights of its own, and for trained weights under torch.device("meta").
 
     >>> import gspn
     >>> model = gspn.create_model("gspn_micro", num_classes=10, in_chans=1, stem_stride=1)
@@ -411,10 +427,12 @@ def _with_weights(name, pretrained, kwargs):
         own = {f"head.{key}": value for key, value in model.head.state_dict().items()}
         tensors = {key: value for key, value in tensors.items() if not key.startswith("head.")} | own
     try:
-        model.load_state_dict(tensors)
+        load_weights(model, tensors)
+    except OnMetaError:
+        raise
     except RuntimeError as error:
         raise ValueError(f"the weights {pretrained!r} do not fit these arguments {kwargs}: {error}") from error
-    return model.eval()
+    return model
 
 
 def no_weights(name: str) -> str:

@@ -1,7 +1,5 @@
 """GSPN-DiT, our own generator: DiT's block with a gated scan instead of attention, and a convolution in its MLP."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +8,7 @@ from gspn.depthwise import DepthwiseConv2d
 from gspn.lattices import interleaved, sub_lattices
 from gspn.layers import GSPN2d
 from gspn.models.generator_base import Generator
+from gspn.models.latents import is_whole
 
 try:
     from diffusers import ModelMixin  # noqa: F401 - pipelines look for it in the module of a component's class
@@ -170,14 +169,21 @@ class GSPNDiTTransformer2DModel(Generator):
     def _predict(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, dilation: int = 1) -> Tensor:
         x = self.patch_embed(hidden_states).permute(0, 2, 3, 1).contiguous()
         height, width = x.shape[1:3]
-        _check_dilation(dilation, height, width, self.config.patch_size)
+        dilation = whole_dilation(dilation)
+        if height % dilation or width % dilation:
+            patch = self.config.patch_size
+            raise ValueError(
+                f"dilation={dilation} takes maps whose H and W are multiples of {dilation * patch}, got "
+                f"{height * patch}x{width * patch}"
+            )
         trained = self.config.sample_size // self.config.patch_size
         if self.config.positions:
             x = x + stretched_positions(x.shape[-1], height, width, trained, x.device).to(x.dtype)
         condition = self.embed(timestep, class_labels, hidden_dtype=x.dtype)
         if self.size_embed is not None:
-            size = [math.log(height / dilation / trained), math.log(width / dilation / trained)]
-            condition = condition + self.size_embed(torch.tensor([size], dtype=x.dtype, device=x.device))
+            # Logarithms of tensors: compiled graphs would keep those of Python as constants, one graph for each size.
+            size = torch.tensor([[height, width]], dtype=torch.float32, device=x.device) / (dilation * trained)
+            condition = condition + self.size_embed(size.log().to(x.dtype))
         c = F.silu(condition)
         if dilation != 1:
             x, c = sub_lattices(x, (dilation, dilation)), c.repeat_interleave(dilation * dilation, 0)
@@ -198,11 +204,8 @@ def stretched_positions(channels: int, height: int, width: int, trained: int, de
     return table.view(1, height, width, channels)
 
 
-def _check_dilation(dilation: int, height: int, width: int, patch: int):
-    if not isinstance(dilation, int) or isinstance(dilation, bool) or dilation < 1:
+def whole_dilation(dilation: int) -> int:
+    """The dilation as an int, whatever integer it is. Raises ValueError if it is none, or below 1."""
+    if not is_whole(dilation) or dilation < 1:
         raise ValueError(f"dilation has to be a positive whole number, got {dilation!r}")
-    if height % dilation or width % dilation:
-        raise ValueError(
-            f"dilation={dilation} takes maps whose H and W are multiples of {dilation * patch}, got "
-            f"{height * patch}x{width * patch}"
-        )
+    return int(dilation)

@@ -1,11 +1,27 @@
 """Influence maps: which pixels of the image one pixel of a block's output depends on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gspn.layers import BLOCKS
 from gspn.models.backbone import Backbone
 from gspn.models.segmenter import Segmenter
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In the block, the model is in evaluation mode. Afterwards each of its parts is in the mode that it had, as frozen
+    ones may differ from the rest."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()
@@ -40,13 +56,11 @@ def context_maps(
         raise ValueError(f"all channels of {name} share their weights, so none has a context of its own")
     seen: list[Tensor] = []
     handle = chosen.gspn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(image[None])
+        with evaluating(model):
+            model(image[None])
     finally:
         handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     rows, columns = seen[0].shape[-2:]
     row, column = place[0] * rows // height, place[1] * columns // width
     context = chosen.gspn.context(seen[0], row, column)

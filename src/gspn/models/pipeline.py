@@ -4,7 +4,6 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
-from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
+from gspn.models.gspn_dit import GSPNDiTTransformer2DModel, whole_dilation
+from gspn.models.influence import evaluating
 from gspn.models.latents import check_finite, check_scale, is_real, is_whole, scale_latents, unscale_latents
 from gspn.models.schedulers import check_sampler, check_schedule, check_steps, set_timesteps
 from gspn.names import unknown
@@ -43,7 +43,7 @@ class GSPNPipeline(DiffusionPipeline):
     """Makes images of given classes with a generator of gspn or diffusers' DiTTransformer2DModel.
 
     Args:
-        transformer: the model. During a call it is in evaluation mode.
+        transformer: the model. During a call it is in evaluation mode; each part is then in its own mode again.
         scheduler: a diffusers scheduler for DDPM's noise (DDPM, DDIM, DPM-Solver++, Euler, UniPC, ...) with the model's
             prediction_type ("epsilon" for DiT). Others, such as those for flow matching, are refused.
         vae: AutoencoderKL, whose scaling_factor, shift_factor, latents_mean and latents_std are applied; None if the
@@ -227,10 +227,10 @@ class GSPNPipeline(DiffusionPipeline):
                 scheduler.set_begin_index(skipped)
             latents = scheduler.add_noise(self._encode(image.to(device), shape), latents, timesteps[:1])
 
-        with _evaluating(self.transformer), self.progress_bar(total=len(timesteps)) as bar:
+        with evaluating(self.transformer), self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 scaled, part = scheduler.scale_model_input(latents, t), float(t) / scheduler.config.num_train_timesteps
-                options = {"dilation": dilation} if dilation != 1 and part >= dilate_from else {}
+                options = {"dilation": int(dilation)} if dilation != 1 and part >= dilate_from else {}
                 scale = guidance_scale if guidance_interval[0] <= part <= guidance_interval[1] else 1
                 prediction, variance = self._predict(scaled, t, labels, scale, sequential_guidance, options)
                 if takes_variance:
@@ -384,9 +384,7 @@ class GSPNPipeline(DiffusionPipeline):
             )
 
     def _check_dilation(self, dilation, dilate_from):
-        if not is_whole(dilation) or dilation < 1:
-            raise ValueError(f"dilation has to be a positive whole number, got {dilation!r}")
-        if dilation != 1 and not isinstance(self._model, GSPNDiTTransformer2DModel):
+        if whole_dilation(dilation) != 1 and not isinstance(self._model, GSPNDiTTransformer2DModel):
             name = type(self._model).__name__
             raise ValueError(
                 f"dilation={dilation} needs a GSPNDiTTransformer2DModel, such as GSPN-DiT-S/2, got a {name}"
@@ -440,14 +438,3 @@ class GSPNPipeline(DiffusionPipeline):
 def last_steps(steps: int, strength: float) -> int:
     """How many of the steps are run from an image."""
     return round(steps * strength)
-
-
-@contextmanager
-def _evaluating(model):
-    """In the block, the model is in evaluation mode: it drops no labels."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn.layers import GSPNBlock, LayerNorm2d, Pointwise, init_weights
-from gspn.models.backbone import Backbone, arguments_of, check_images, size_of
+from gspn.models.backbone import Backbone, arguments_of, check_images, plain, size_of
 from gspn.names import check_arguments
+from gspn.ops import whole_number
 from gspn.pretrained import Pretrained
 
 _BLOCK = ("groups", "scan_dim", "skip", "merger", "center", "activation", "backend", "proxy_dim")  # as in the backbone
@@ -59,6 +60,8 @@ class Segmenter(Pretrained, nn.Module):
         **block: Any,
     ):
         super().__init__()
+        num_classes, depth = whole_number("num_classes", num_classes), whole_number("depth", depth)
+        width = None if width is None else whole_number("width", width)
         if num_classes < 1 or depth < 0 or (width is not None and width < 2) or not 0 <= drop_rate < 1:
             raise ValueError(
                 "expected num_classes >= 1, a decoder of depth >= 0 and width >= 2, and 0 <= drop_rate < 1, got "
@@ -111,11 +114,12 @@ class Segmenter(Pretrained, nn.Module):
         """That of the backbone."""
         self.backbone.set_grad_checkpointing(enable)
 
-    def group_matcher(self) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """That of the backbone, for layer-wise learning rates; the decoder is above all of its layers."""
-        groups = {"stem": r"^backbone\.stem"}
-        levels = [(r"^backbone\.levels\.(\d+)\.downsample", (0,)), (r"^backbone\.levels\.(\d+)\.blocks\.(\d+)", None)]
-        return {**groups, "blocks": levels}
+        stem, level = r"^backbone\.stem", r"^backbone\.levels\.(\d+)"
+        if coarse:
+            return {"stem": stem, "blocks": level}
+        return {"stem": stem, "blocks": [(rf"{level}\.downsample", (0,)), (rf"{level}\.blocks\.(\d+)", None)]}
 
     def _arguments(self) -> dict[str, Any]:
         return arguments_of(self)
@@ -170,6 +174,6 @@ def create_segmenter(
     block = {key: backbone.config[key] for key in _BLOCK if key in backbone.config}
     decoder = {"width": decoder_width, "depth": decoder_depth, "drop_rate": decoder_drop_rate}
     model = Segmenter(backbone, num_classes, **decoder, **block)
-    model.config = {**backbone.config, "num_classes": num_classes}
-    model.config |= {f"decoder_{key}": value for key, value in decoder.items()}
+    model.config = {**backbone.config, "num_classes": model.num_classes}
+    model.config |= {f"decoder_{key}": plain(value) for key, value in decoder.items()}
     return model

@@ -17,7 +17,7 @@ from gspn.options.base import (
     parse_sizes,
 )
 from gspn.options.training import DATA_HELP, ReadOptions
-from gspn.places import OptionError, check_file, check_named, check_run, missing, run_folder
+from gspn.places import OptionError, called, check_file, check_named, check_run, is_generator, run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +130,6 @@ class ShowOptions(WriteOptions, RunOptions):
     )
     out: Path | None = option(None, "The PNG to write. Default: RUN/context-IMAGE.png.", suffix=".png")
 
-    def check_paths(self):
-        super().check_paths()
-        if reason := missing(self.image):
-            raise OptionError(f"{self.image} cannot be read as an image: {reason}")
-
 
 # The options of `gspn export` that only some formats have, and these formats.
 OF_FORMATS = {"opset": ("--onnx",), "precision": ("--onnx", "--hub"), "vae": ("--diffusers",)}
@@ -182,6 +177,8 @@ class ExportOptions(WriteOptions, RunOptions):
             raise OptionError(f"precision must be fp32 or fp16, got {self.precision!r}")
 
     def check_paths(self):
+        if self.diffusers and is_generator(self.run):
+            raise OptionError(f"{called(self.run)} is a folder for GSPNPipeline.from_pretrained already: {self.run}")
         super().check_paths()
         if self.evaluation:
             check_file(self.evaluation, "evaluation", "a JSON file of `gspn eval --out`")

@@ -17,7 +17,7 @@ MASKED_HELP = (
     "and val/; tar files (webdataset: 0001.jpg, 0001.seg.png), or what Hugging Face datasets loads, with two columns "
     "of images."
 )
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def parse_weights(value):
@@ -39,11 +39,11 @@ def parse_ignored(value):
 
 
 def parse_memory(value):
-    """Bytes from "2GB", "512MiB" or a number."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", str(value).strip().upper())
+    """Bytes from "2GB" or "512MiB"; a number alone is more likely a forgotten unit than bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)B?", str(value).strip().upper())
     if not found or not float(found[1]):
-        raise ValueError("a size such as 2GB, 512MB or 1GiB")
-    return int(float(found[1]) * UNITS[found[2] or ""])
+        raise ValueError("a size with a unit such as 2GB, 512MB or 1GiB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 @dataclass(frozen=True, kw_only=True)

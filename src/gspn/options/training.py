@@ -97,6 +97,8 @@ class LoopOptions(OptionSet):
     def idle(self) -> list[str]:
         """Notes on values that do nothing, or not what their names say, because of others."""
         found = []
+        if self.lr == 0:
+            found.append("the learning rate is 0, so the training changes no weight; expected a --lr above 0")
         if self.warmup and self.epochs and self.warmup >= self.epochs:
             found.append(
                 f"the warm-up takes {self.warmup:g} epochs of {self.epochs}, so the learning rate only rises; a lower "

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from gspn.data.images import mixed_seed
 from gspn.data.loader import batches, untold_workers
+from gspn.memory import is_out_of_memory
 from gspn.names import reason_of
 from gspn.progress import Progress
 from gspn.train.board import Board
@@ -358,12 +359,6 @@ def explained():
             "memory does not suffice: cut a step into parts with --accumulate 2, 4, ..., or lower --batch-size or "
             f"--size, or use --precision bf16. The checkpoints are good. ({reason_of(error)})"
         ) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory did not suffice; torch has a class of its own for that on GPUs only."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def seed_everything(seed: int) -> None:

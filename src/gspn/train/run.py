@@ -253,7 +253,7 @@ class Run:
             text = json.dumps({"format": STATE_FORMAT, "parts": sorted(tensors), **state}, indent=2) + "\n"
             (folder / "state.json").write_text(text, encoding="utf-8")
             for part, named in tensors.items():
-                save_tensors(folder / f"{part}.safetensors", _separate(named), {"format": "pt"})
+                save_tensors(folder / f"{part}.safetensors", named, {"format": "pt"})
         if name == "best":
             remove(self.path / EARLIER, quietly=True)  # what cannot be removed now, the next `create` removes
 
@@ -318,18 +318,6 @@ def _check_format(state, folder):
     if not isinstance(state, dict) or not isinstance(state.get("format", 1), int):
         raise RunError(f"{folder / 'state.json'} is not the state of a gspn checkpoint")
     check_format(f"the checkpoint {folder}", state.get("format", 1), STATE_FORMAT, RunError)
-
-
-def _separate(named):
-    """The tensors as safetensors needs them: contiguous, and without shared memory. Tied weights are stored under each
-    of their names, so that load_state_dict finds them all."""
-    separate, stored = {}, set()
-    for name, tensor in named.items():
-        tensor = tensor.detach().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if memory in stored else tensor
-        stored.add(memory)
-    return separate
 
 
 def _move(file, target, root):
