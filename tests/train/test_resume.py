@@ -159,11 +159,11 @@ class Stopped(BaseException):
     """What stands for a kill in this process."""
 
 
-@pytest.mark.parametrize("stop_at", [0, 3, 4, 5, 9])
-def test_resume_with_files_and_workers(colours, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize("optimizer, stop_at", [*(("adamw", i) for i in (0, 3, 4, 5, 9)), ("muon", 5)])
+def test_resume_with_files_and_workers(colours, tmp_path, monkeypatch, optimizer, stop_at):
     """Four steps an epoch; saved every second one; images cropped at random by two processes."""
     args = dict(TINY, depths=[2], width=8, drop_path_rate=0.3)
-    kind = dict(augment="crop", flip=True, erase=0.5, precision="bf16", channels_last=True)
+    kind = dict(augment="crop", flip=True, erase=0.5, precision="bf16", channels_last=True, optimizer=optimizer)
     options = tiny_options(epochs=3, batch_size=8, save_every="2", model_args=args, workers=2, **kind)
     train_classifier(colours, tmp_path / "whole", options)
     real, count = loop.backward, [0]

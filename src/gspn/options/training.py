@@ -25,11 +25,16 @@ class LoopOptions(OptionSet):
     accumulate: int = option(
         1, "Split each batch into this many parts, to save memory. Batch norm sees one part.", low=1, high=1_000_000
     )
+    optimizer: str = option(
+        "adamw",
+        "adamw, or muon, which moves the matrices inside a model along their orthogonalised momentum.",
+        choices=("adamw", "muon"),
+    )
     lr: float | None = option(None, "The highest learning rate.", low=0)
     min_lr: float | None = option(None, "The final learning rate. Default: a hundredth of the highest.", low=0)
     warmup_lr: float | None = option(None, "The learning rate at the start of the warm-up.", low=0, fallback=0.0)
     weight_decay: float | None = option(
-        None, "Weight decay of AdamW; biases and norms have none.", low=0, high=10, fallback=0.05
+        None, "Weight decay; biases and norms have none.", low=0, high=10, fallback=0.05
     )
     warmup: float | None = option(
         None,
@@ -82,7 +87,9 @@ class LoopOptions(OptionSet):
         """As for every OptionSet; a preset's warm-up takes at most half of the epochs, and its other rates are at most
         the highest one.
 
-        Errors: OptionError for a rate of the user's above the highest one."""
+        Errors: OptionError for a rate of the user's above the highest one, and for Muon with FSDP."""
+        if self.optimizer == "muon" and self.fsdp:
+            raise OptionError("muon needs whole matrices, but fsdp shards them: choose --optimizer adamw, or no --fsdp")
         preset = dict(preset or {})
         if "warmup" in preset and (epochs := self.epochs or preset.get("epochs")):
             preset["warmup"] = min(preset["warmup"], epochs / 2)

@@ -107,7 +107,7 @@ class Setup:
         told = [
             f"{options.epochs} epoch{'s' * (options.epochs > 1)}",
             f"batch size {options.batch_size}",
-            f"learning rate {options.lr:g}",
+            f"{'Muon, ' * (options.optimizer == 'muon')}learning rate {options.lr:g}",
             f"EMA {options.ema:g}",
             options.precision,
             *more,

@@ -1,4 +1,4 @@
-"""What the loop optimizes with: AdamW in groups, the learning rate schedule, averaged weights, frozen modules."""
+"""What the loop optimizes with: AdamW or Muon in groups, the learning rate schedule, averaged weights, frozen parts."""
 
 import math
 import re
@@ -13,27 +13,34 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gspn.names import unknown
 from gspn.options import LoopOptions, OptionError
+from gspn.train.muon import Muon, matrices_of
 
 PREVIOUS = 99999  # in a group_matcher, as timm has it: belongs to the layer before
 
 
 def make_optimizer(model: nn.Module, options: LoopOptions) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters. 1-D parameters (biases, norms) and those that model.no_weight_decay() names
-    have no weight decay; with layer_decay, each layer's group has an "lr_scale".
+    """AdamW over the trainable parameters, or Muon, which is AdamW with other steps for matrices. 1-D parameters
+    (biases, norms) and those that model.no_weight_decay() names have no weight decay; with layer_decay, each layer's
+    group has an "lr_scale".
 
     Errors: OptionError if no parameter is trainable, or for layer_decay on a model without group_matcher().
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     scales = layer_scales(model, options.layer_decay) if options.layer_decay < 1 else {}
+    views = matrices_of(model) if options.optimizer == "muon" else {}
     groups: dict = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = 0.0 if parameter.ndim <= 1 or name in exempt else options.weight_decay
-            groups.setdefault((decay, scales.get(name, 1.0)), []).append(parameter)
+            groups.setdefault((decay, scales.get(name, 1.0), parameter in views), []).append(parameter)
     if not groups:
         raise nothing_to_train()
-    groups = [{"params": each, "weight_decay": wd, "lr_scale": scale} for (wd, scale), each in groups.items()]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
+    groups = [
+        {"params": each, "weight_decay": decay, "lr_scale": scale, "muon": muon}
+        for (decay, scale, muon), each in groups.items()
+    ]
+    adamw = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": options.eps}
+    return Muon(groups, views, **adamw) if options.optimizer == "muon" else torch.optim.AdamW(groups, **adamw)
 
 
 def check_trainable(model: nn.Module, options: LoopOptions) -> None:

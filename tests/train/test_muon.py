@@ -1,0 +1,82 @@
+"""Muon: which parameters it moves, and how."""
+
+import pytest
+import torch
+from torch import nn
+
+import gspn
+from gspn.options import LoopOptions, OptionError
+from gspn.train.muon import matrices_of, orthogonalised
+from gspn.train.optim import make_optimizer
+
+MODELS = {
+    "classifier": lambda: gspn.create_model("gspn_micro", depths=[1, 1], global_levels=[0], num_classes=3),
+    "mobile": lambda: gspn.create_model("gspn_mobile", depths=[1, 1], global_levels=[0], num_classes=3),
+    "segmenter": lambda: gspn.create_segmenter("gspn_mobile", num_classes=3),
+    "GSPN": lambda: gspn.create_generator("GSPN-micro/2", num_classes=3, sample_size=8, in_channels=3),
+    "GSPN-DiT": lambda: gspn.create_generator("GSPN-DiT-micro/2", num_classes=3, sample_size=8, in_channels=3),
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (40, 8), (3, 8, 40), (2, 1, 5)])
+def test_singular_values_become_about_one(shape):
+    matrices = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrices.double(), full_matrices=False)
+    found = orthogonalised(matrices)
+    within = u.mT @ found.double() @ v.mT  # diagonal, if the singular vectors are the same
+    values = within.diagonal(dim1=-2, dim2=-1)
+    assert found.dtype == torch.float32 and found.shape == matrices.shape
+    assert (within - torch.diag_embed(values)).abs().max() < 1e-4
+    assert values[..., :-1].numel() == 0 or 0.6 < values[..., :-1].min()
+    assert values.max() < 1.25
+
+
+def test_zeros_stay_zeros():
+    assert not orthogonalised(torch.zeros(4, 3)).any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_moves_as_a_matrix(name):
+    model = MODELS[name]()
+    views = matrices_of(model)
+    names = {parameter: path for path, parameter in model.named_parameters()}
+    assert set(views) <= set(names)
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, gspn.GSPN2d)]
+    assert layers
+    for _, layer in layers:  # one matrix for each direction, and for the weights all three neighbours in it
+        assert views[layer.weight_proj](layer.weight_proj).shape == (4, 3 * layer.groups, layer.proxy_dim)
+        assert views[layer.input_proj](layer.input_proj).shape == layer.input_proj.shape
+        assert layer.merger is None or layer.merger not in views
+    for parameter, view in views.items():
+        shape = view(parameter).shape
+        assert len(shape) in (2, 3) and shape.numel() == parameter.numel(), names[parameter]
+    left = {path for parameter, path in names.items() if parameter not in views and parameter.ndim > 1}
+    ends = {"stem", "patch_embed", "head", "classifier", "proj_out", "embedding_table", "dwconv", "depthwise"}
+    assert all(ends & set(path.split(".")) for path in left), left
+
+
+def test_a_step_is_the_formula():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(4, 3))
+    twin = nn.Sequential(nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(4, 3))
+    twin.load_state_dict(model.state_dict())
+    options = LoopOptions(lr=0.1, weight_decay=0.5, optimizer="muon").resolved()
+    optimizer, other = make_optimizer(model, options), make_optimizer(twin, LoopOptions(lr=0.1).resolved())
+    momentum, expected = 0.0, model[0].weight.detach().clone()
+    for _ in range(3):
+        gradients = [torch.randn_like(p) for p in model.parameters()]
+        for each in (model, twin):
+            for p, gradient in zip(each.parameters(), gradients, strict=True):
+                p.grad = gradient.clone()
+        optimizer.step()
+        other.step()
+        momentum = 0.95 * momentum + gradients[0]
+        update = orthogonalised((gradients[0] + 0.95 * momentum).flatten(1)).reshape(4, 6, 1, 1)
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * update
+        assert torch.allclose(model[0].weight, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(model[0].bias, twin[0].bias)  # AdamW's, without decay
+
+
+def test_it_does_not_shard():
+    with pytest.raises(OptionError, match="muon needs whole matrices"):
+        LoopOptions(lr=0.1, optimizer="muon", fsdp=True).resolved()
