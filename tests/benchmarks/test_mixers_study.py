@@ -44,7 +44,8 @@ def test_every_contender_takes_odd_sizes_and_trains_all_parameters(name):
         assert y.shape == (2, 5, 9, 12)
         y.square().sum().backward()
         for where, parameter in model.named_parameters():
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), where
+            trained = parameter.grad is not None and parameter.grad.isfinite().all()
+            assert trained or not parameter.requires_grad, where
 
 
 @pytest.mark.parametrize("name", RUNNING)

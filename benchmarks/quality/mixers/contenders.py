@@ -64,6 +64,14 @@ class Mamba(nn.Module):
         return by_rows + (columns + columns_back.flip(1)).unflatten(1, (width, height)).transpose(1, 2)
 
 
+def thirds(mixer: nn.Module) -> nn.Module:
+    """The mixer with propagation weights of 1/3, whatever its input: their logits are 0 and stay so."""
+    for name, parameter in mixer.named_parameters():
+        if name.endswith("weight_proj"):
+            nn.init.zeros_(parameter).requires_grad_(False)
+    return mixer
+
+
 # -- the contenders --
 
 
@@ -105,6 +113,9 @@ CONTENDERS = {
         lambda width, block: Mamba(width),
         why_not="not run: mambapy's scan takes 28 times as long as attention or GSPN on a CPU (23.9 s a step of 64 "
         "photos, where these took 0.8 to 1.2 under the same load), which makes two hours or more of every run",
+    ),
+    "gspn-center-thirds": Contender(
+        "GSPN global, centred, weights 1/3", lambda width, block: thirds(Gspn(width, center=True)), remedy=True
     ),
 } | {
     name: Contender(title, lambda width, block, options=options: Variant(width, **options), remedy=True)

@@ -25,6 +25,8 @@ from torch import nn
 from benchmarks.harness import harness
 from benchmarks.quality.mixers.contenders import CONTENDERS, backbone, count
 from benchmarks.quality.mixers.tasks import TASKS, Photos, Task
+from gspn.options import LoopOptions
+from gspn.train.optim import make_optimizer
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "mixers"
 RATES = (1.5e-3, 3e-3, 6e-3)
@@ -72,17 +74,21 @@ def rate_at(step: int, run: Run) -> float:
     return run.rate * warm * 0.5 * (1 + math.cos(math.pi * step / run.steps))
 
 
-def train(run: Run, task: Task, examples: dict[str, int], batch_size: int = BATCH, models: Path | None = None) -> dict:
+def train(
+    run: Run,
+    task: Task,
+    examples: dict[str, int],
+    batch_size: int = BATCH,
+    models: Path | None = None,
+    optimizer_name: str = "adamw",
+) -> dict:
     """Trains and measures; returns the content of the run's file. Times are those of the thread's own CPU clock.
 
     The trained weights are kept in the folder `models`, where there is one, as STEM.safetensors.
     """
     model = backbone(run.contender, run.form, task.outputs, task.pooled, run.seed)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}], lr=run.rate
-    )
+    options = LoopOptions(lr=run.rate, weight_decay=DECAY, optimizer=optimizer_name).resolved()
+    optimizer = make_optimizer(model, options)
     look_at = {round(run.steps * (i + 1) / LOOKS) for i in range(LOOKS - 1)}
     curve, looks, recent, seconds, wall = [], [], [], 0.0, time.perf_counter()
     for step, batch in enumerate(task.batches(run.seed, run.steps, batch_size)):
@@ -109,6 +115,7 @@ def train(run: Run, task: Task, examples: dict[str, int], batch_size: int = BATC
         save_file(model.state_dict(), models / f"{run.stem}.safetensors")
     result = {
         **run._asdict(),
+        "optimizer": optimizer_name,
         "parameters": count(model),
         "batch": batch_size,
         "finite": all(math.isfinite(row["loss"]) for row in curve),
@@ -234,6 +241,7 @@ def work(
     examples: dict[str, int],
     only: Collection[str] = CONTENDERS,
     models: Path | None = None,
+    optimizer: str = "adamw",
 ) -> int:
     """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs.
 
@@ -251,7 +259,7 @@ def work(
         start = time.monotonic()
         environment |= {"load_before": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
         print(f"{time.strftime('%H:%M')} {what}: {run.stem}", flush=True)
-        content = train(run, TASKS[run.task](photos), examples, models=models)
+        content = train(run, TASKS[run.task](photos), examples, models=models, optimizer_name=optimizer)
         environment["load_after"] = os.getloadavg()[0]
         keep(run, content | {"environment": environment}, folder)
         made += 1
@@ -281,6 +289,9 @@ def main():
         metavar="MIXER",
         help="only these, so that two processes can share the work",
     )
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="runs of muon need another folder (--out)"
+    )
     parser.add_argument("--models", type=Path, help="keep the trained weights in this folder (default: keep none)")
     parser.add_argument("--list", action="store_true", help="list what is missing and train nothing")
     arguments = parser.parse_args()
@@ -292,7 +303,10 @@ def main():
     if arguments.photos is None:
         parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
     torch.set_num_threads(1)
-    work(arguments.out, Photos.open(arguments.photos), arguments.minutes, EXAMPLES, arguments.only, arguments.models)
+    if arguments.optimizer != "adamw" and arguments.out == RESULTS:
+        parser.error(f"{RESULTS} holds the runs of AdamW: give another folder with --out")
+    photos, limits = Photos.open(arguments.photos), (arguments.minutes, EXAMPLES, arguments.only)
+    work(arguments.out, photos, *limits, arguments.models, arguments.optimizer)
 
 
 if __name__ == "__main__":
