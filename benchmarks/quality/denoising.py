@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
 from gspn.tasks.objective import Objective, make_scheduler
 from gspn.tasks.sizes import resized
+from gspn.train.muon import Muon, matrices_of
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "denoising"
 STEPS, BATCH, WARM_UP, DECAY, EMA = 800, 16, 50, 0.01, 0.995
@@ -172,7 +174,20 @@ def measure(model: nn.Module, objective: Objective, photos: tuple[Tensor, Tensor
     return found | ({"each": [round(v, 5) for v in right.tolist()]} if size == TRAINED else {})
 
 
-def train(run: Run, photos: Photos, sizes: dict[str, int] = SIZES, batch: int = BATCH) -> dict:
+def make_optimizer(model: nn.Module, rate: float, name: str) -> torch.optim.AdamW:
+    """AdamW or Muon, without decay of vectors and of the scan's projections."""
+    views, groups = matrices_of(model) if name == "muon" else {}, {}
+    for path, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and not path.endswith(("weight_proj", "input_proj", "output_proj", "skip_proj"))
+        groups.setdefault((decays, parameter in views), []).append(parameter)
+    groups = [{"params": each, "weight_decay": DECAY * decays, "muon": own} for (decays, own), each in groups.items()]
+    adamw = {"lr": rate, "betas": (0.9, 0.99)}
+    return Muon(groups, views, **adamw) if name == "muon" else torch.optim.AdamW(groups, **adamw)
+
+
+def train(
+    run: Run, photos: Photos, sizes: dict[str, int] = SIZES, batch: int = BATCH, optimizer_name: str = "adamw"
+) -> dict:
     """Trains and measures; returns the content of the run's file. Times are those of the thread's own CPU clock."""
     torch.manual_seed(run.seed)
     contender = CONTENDERS[run.contender]
@@ -181,16 +196,7 @@ def train(run: Run, photos: Photos, sizes: dict[str, int] = SIZES, batch: int = 
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0  # classes are dropped below, the same for each contender
     objective = Objective(make_scheduler("v_prediction", learn_sigma=False, beta_schedule="squaredcos_cap_v2"))
-    groups = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        groups[
-            parameter.ndim > 1 and not name.endswith(("weight_proj", "input_proj", "output_proj", "skip_proj"))
-        ].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[decays], "weight_decay": DECAY * decays} for decays in groups],
-        lr=run.rate,
-        betas=(0.9, 0.99),
-    )
+    optimizer = make_optimizer(model, run.rate, optimizer_name)
     averaged, source = copy.deepcopy(model), torch.Generator().manual_seed(1_000 + run.seed)
     order = torch.cat(
         [torch.randperm(len(images), generator=source) for _ in range(1 + run.steps * batch // len(images))]
@@ -222,6 +228,7 @@ def train(run: Run, photos: Photos, sizes: dict[str, int] = SIZES, batch: int = 
     wanted = {size: n for size, n in sizes.items() if not contender.square or len(set(size.split("x"))) == 1}
     return {
         **run._asdict(),
+        "optimizer": optimizer_name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "finite": all(math.isfinite(row["loss"]) for row in curve),
         "val": measure(averaged, objective, photos["val"], TRAINED, wanted[TRAINED])["loss"],
@@ -343,27 +350,33 @@ def draw(folder: Path, out: Path) -> None:
 # -- the command --
 
 
-def work(folder: Path, photos: Photos, minutes: float) -> int:
+def work(folder: Path, photos: Photos, minutes: float, optimizer: str = "adamw") -> int:
     """Makes missing runs until the time is over. Returns the number of runs."""
 
     def told(content: dict) -> str:
         losses = ", ".join(f"{size} {found['loss']:.4f}" for size, found in content["test"].items())
         return f"{losses}; {content['cpu_ms_per_step']:.0f} ms a step"
 
-    return study.work(folder, Run, wanted, lambda run: train(run, photos), told, minutes)
+    made = partial(train, photos=photos, optimizer_name=optimizer)
+    return study.work(folder, Run, wanted, made, told, minutes)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     study.add_options(parser, RESULTS)
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="runs of muon need another folder (--out)"
+    )
     arguments = parser.parse_args()
+    if arguments.optimizer != "adamw" and arguments.out == RESULTS:
+        parser.error(f"{RESULTS} holds the runs of AdamW: give another folder with --out")
     if study.told(arguments, read, wanted, report, draw):
         return
     if arguments.photos is None:
         parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
     torch.set_num_threads(1)
-    work(arguments.out, Photos.open(arguments.photos), arguments.minutes)
+    work(arguments.out, Photos.open(arguments.photos), arguments.minutes, arguments.optimizer)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from gspn.layers import GSPN2d
 
 MOMENTUM, ROUNDS = 0.95, 5
 SCALE = 0.2  # of a step, times the root of the longer side: as large as AdamW's usual steps, so its rates fit
-# The first and last layers of our models and of diffusers' UNets, by a part of their names: AdamW suits them better.
-ENDS = {"stem", "patch_embed", "conv_in", "head", "classifier", "proj_out", "conv_out"}
+# The first and last layers of our models and of diffusers', by a part of their names: AdamW suits them better.
+ENDS = {"stem", "patch_embed", "pos_embed", "conv_in"}
+ENDS |= {"head", "classifier", "proj_out", "proj_out_1", "proj_out_2", "conv_out"}
 
 View = Callable[[Tensor], Tensor]
 
