@@ -71,12 +71,12 @@ def test_missing_runs_are_made_and_told(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(denoising, "CONTENDERS", pick)
     trained = denoising.train
     few = dict(sizes={"32x32": 20, "32x64": 4}, batch=2)
-    monkeypatch.setattr(
-        denoising, "train", lambda run, photos: trained(run._replace(steps=2), photos, **few) | run._asdict()
-    )
+    short = lambda run, **more: trained(run._replace(steps=2), **few, **more) | run._asdict()  # noqa: E731
+    monkeypatch.setattr(denoising, "train", short)
     assert denoising.work(tmp_path, photos, 0) == 0
-    denoising.work(tmp_path, photos, 60)
+    denoising.work(tmp_path, photos, 60, optimizer="muon")
     done = denoising.read(tmp_path)
+    assert {content["optimizer"] for content in done.values()} == {"muon"}
     # each at three rates, one further out where the best one was at the edge, then a second seed
     assert {run for run in done if run.rate in RATES} >= {Run(n, r, SEEDS[0]) for n in pick for r in RATES}
     for name in pick:
