@@ -176,13 +176,14 @@ def measure(model: nn.Module, objective: Objective, photos: tuple[Tensor, Tensor
 
 def make_optimizer(model: nn.Module, rate: float, name: str) -> torch.optim.AdamW:
     """AdamW or Muon, without decay of vectors and of the scan's projections."""
-    views, groups = matrices_of(model) if name == "muon" else {}, {}
+    matrices, groups = matrices_of(model) if name == "muon" else {}, {}
     for path, parameter in model.named_parameters():
         decays = parameter.ndim > 1 and not path.endswith(("weight_proj", "input_proj", "output_proj", "skip_proj"))
-        groups.setdefault((decays, parameter in views), []).append(parameter)
-    groups = [{"params": each, "weight_decay": DECAY * decays, "muon": own} for (decays, own), each in groups.items()]
-    adamw = {"lr": rate, "betas": (0.9, 0.99)}
-    return Muon(groups, views, **adamw) if name == "muon" else torch.optim.AdamW(groups, **adamw)
+        groups.setdefault((decays, matrices.get(parameter)), []).append(parameter)
+    groups = [
+        {"params": each, "weight_decay": DECAY * decays, "matrix": kind} for (decays, kind), each in groups.items()
+    ]
+    return (Muon if name == "muon" else torch.optim.AdamW)(groups, lr=rate, betas=(0.9, 0.99))
 
 
 def train(

@@ -317,6 +317,16 @@ def test_an_empty_argument_is_not_the_current_folder(arguments, named, monkeypat
     assert f"{named} is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--ignore", ""], ["--ignore="], ["--out=a/lr="], ["--model-arg", "a="], ["--", "--out="]]
+)
+def test_what_may_be_empty_or_is_not(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gspn", "train-segmentation", "nothing", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert "is empty" not in capsys.readouterr().err
+
+
 def test_a_runs_options_repeat_it(run, tmp_path, monkeypatch):
     for name in ("curves", "predictions", "context"):
         monkeypatch.setattr(plots, name, lambda *args: None)

@@ -67,7 +67,7 @@ def test_names_that_only_sound_like_splits_are_refused(tmp_path, write, open_, t
     write(tmp_path / "data", train, 6)
     write(tmp_path / "data", other, 4)
     with pytest.raises(
-        DataError, match=rf"({train}|{other}).* sounds like .*train, val, valid, validation, test.*rename"
+        DataError, match=rf"(?i)({train}|{other}).* sounds like .*train, val, valid, validation, test.*rename"
     ):
         open_(tmp_path / "data")
 
@@ -79,8 +79,26 @@ def test_a_class_called_train_in_capitals_beside_others(tmp_path):
 
 
 def test_files_of_two_splits_are_refused(tmp_path):
+    files = [tmp_path / "test" / "train-0.tar", tmp_path / "val-0.tar"]
     with pytest.raises(DataError, match=r"test/train-0\.tar has the names of two splits: test, train; .*rename"):
-        by_split(tmp_path, [tmp_path / "test" / "train-0.tar"], "file", "files")
+        by_split(tmp_path, files, "file", "files")
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["training-0", "training-1"], {"train": 2}),  # one part, whatever it is called
+        (["eval-clean-0"], {"train": 1}),
+        (["my-test-photos-train-0"], {"train": 1}),
+        (["my-test-photos-train-0", "my-test-photos-val-0"], {"train": 1, "val": 1}),
+        (["a-val-split-train-0", "a-val-split-val-0"], {"train": 1, "val": 1}),
+        (["test-0", "test-1"], {"test": 2}),
+        (["a-0", "b-0"], {"train": 2}),
+    ],
+)
+def test_words_that_all_files_share_do_not_tell_them_apart(tmp_path, names, expected):
+    found = by_split(tmp_path, [tmp_path / f"{name}.tar" for name in names], "file", "files")
+    assert {split: len(files) for split, files in found.items()} == expected
 
 
 def test_with_folders_the_names_of_files_do_not_count(tmp_path):

@@ -1,12 +1,15 @@
 """Muon: which parameters it moves, and how."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import gspn
 from gspn.options import LoopOptions, OptionError
-from gspn.train.muon import matrices_of, orthogonalised
+from gspn.stable_diffusion.layer import GSPNAttention
+from gspn.train.muon import as_matrices, matrices_of, orthogonalised
 from gspn.train.optim import make_optimizer
 
 MODELS = {
@@ -14,6 +17,9 @@ MODELS = {
     "mobile": lambda: gspn.create_model("gspn_mobile", depths=[1, 1], global_levels=[0], num_classes=3),
     "segmenter": lambda: gspn.create_segmenter("gspn_mobile", num_classes=3),
     "GSPN": lambda: gspn.create_generator("GSPN-micro/2", num_classes=3, sample_size=8, in_channels=3),
+    "compact": lambda: gspn.GSPN2d(16, groups=1, scan_dim=8),
+    "pure": lambda: GSPNAttention(64, form="pure"),
+    "qkv": lambda: GSPNAttention(64, form="qkv"),
     "GSPN-DiT": lambda: gspn.create_generator("GSPN-DiT-micro/2", num_classes=3, sample_size=8, in_channels=3),
 }
 
@@ -38,20 +44,22 @@ def test_zeros_stay_zeros():
 @pytest.mark.parametrize("name", MODELS)
 def test_what_moves_as_a_matrix(name):
     model = MODELS[name]()
-    views = matrices_of(model)
+    found = matrices_of(model)
     names = {parameter: path for path, parameter in model.named_parameters()}
-    assert set(views) <= set(names)
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, gspn.GSPN2d)]
+    assert set(found) <= set(names)
+    layers = [module for module in model.modules() if hasattr(module, "weight_proj")]
     assert layers
-    for _, layer in layers:  # one matrix for each direction, and for the weights all three neighbours in it
-        assert views[layer.weight_proj](layer.weight_proj).shape == (4, 3 * layer.groups, layer.proxy_dim)
-        assert views[layer.input_proj](layer.input_proj).shape == layer.input_proj.shape
-        assert layer.merger is None or layer.merger not in views
-    for parameter, view in views.items():
-        shape = view(parameter).shape
-        assert len(shape) in (2, 3) and shape.numel() == parameter.numel(), names[parameter]
-    left = {path for parameter, path in names.items() if parameter not in views and parameter.ndim > 1}
-    ends = {"stem", "patch_embed", "head", "classifier", "proj_out", "embedding_table", "dwconv", "depthwise"}
+    for layer in layers:  # one matrix for each direction, and for the weights all three neighbours in it
+        directions, neighbours, groups, features = layer.weight_proj.shape
+        weights, gates = (as_matrices(each, found[each]) for each in (layer.weight_proj, layer.input_proj))
+        assert weights.shape == (directions, neighbours * groups, features) == (4, 3 * groups, features)
+        assert gates.shape == layer.input_proj.shape
+    for parameter, kind in found.items():
+        shape = as_matrices(parameter, kind).shape
+        assert len(shape) == 2 + (kind == "each") and shape.numel() == parameter.numel(), names[parameter]
+    left = {path for parameter, path in names.items() if parameter not in found and parameter.ndim > 1}
+    ends = {"stem", "patch_embed", "head", "classifier", "proj_out", "embedding_table", "dwconv"}
+    ends |= {"weight_bias", "input_bias", "output_bias", "skip_bias"}
     assert all(ends & set(path.split(".")) for path in left), left
 
 
@@ -75,6 +83,26 @@ def test_a_step_is_the_formula():
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * update
         assert torch.allclose(model[0].weight, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(model[0].bias, twin[0].bias)  # AdamW's, without decay
+
+
+def test_its_state_is_kept_and_copied():
+    def stepped(model, optimizer):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    options = LoopOptions(lr=0.1, optimizer="muon").resolved()
+    model = nn.Sequential(nn.Linear(3, 4), gspn.GSPN2d(4))
+    optimizer = make_optimizer(model, options)
+    before = stepped(model, optimizer)
+    twin, copied = copy.deepcopy((model, optimizer))
+    loaded = make_optimizer(model, options)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    found = [stepped(model, optimizer), stepped(twin, copied)]
+    model.load_state_dict(before)
+    found.append(stepped(model, loaded))
+    assert all(torch.equal(found[0][name], each[name]) for each in found[1:] for name in before)
 
 
 def test_it_does_not_shard():

@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+MAY_BE_EMPTY = {"--ignore"}  # options of which an empty value says: none
 QUIET = inspect.Parameter(
     "quiet",
     inspect.Parameter.KEYWORD_ONLY,
@@ -156,9 +157,13 @@ def main():
 
 
 def _refuse_empty(arguments):
-    """No argument of ours may be empty. An empty path would otherwise mean the current folder."""
+    """Hardly any argument of ours may be empty. An empty path would otherwise mean the current folder."""
     for before, argument in zip(["gspn", *arguments], arguments, strict=False):
-        if not argument or (argument.startswith("--") and argument.endswith("=")):
+        if argument == "--":
+            return
+        option, equals, value = argument.partition("=")
+        empty = not argument or (option.startswith("--") and equals and not value)
+        if empty and not {before, option} & MAY_BE_EMPTY:
             err.print("[bold red]error:[/]", end=" ")
             what = argument or f"the argument after {before!r}"
             err.print(f"{what} is empty; give it a value. Is a variable of the shell unset?", markup=False)

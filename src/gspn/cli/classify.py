@@ -239,7 +239,7 @@ def _export_for_hub(options):
     loaded = load_run(options.run, checkpoint)
     old = {}
     if found := (config_or_none(folder / "config.json") or {}).get("class"):
-        # a card that this command wrote would be kept, and the config of another class is refused
+        # --overwrite also means a card that somebody changed, and the config of another class would be refused
         gone = ["README.md"] if found == loaded.model._saved_as else ["README.md", "config.json"]
         old = {file: file.read_bytes() for name in gone if (file := folder / name).exists()}
         for file in old:

@@ -10,7 +10,7 @@
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
@@ -147,15 +147,23 @@ def scan(folder: str | Path) -> Found:
 
 def by_split(root: Path, files: Iterable[Path], one: str, many: str, *, folders: bool = False) -> dict[str, list[Path]]:
     """{split: files}, by the words in the names of the files and of their folders below `root`, in upper or lower case:
-    train-0003.tar, imagenet-val-01.tar, Test/0003.tar. With `folders`, by the names of folders alone: Train/a/1.png. If
-    no name has a split, all files are train.
-    Errors: DataError for a name such as val2017, which only sounds like a split, for a file of two splits, and where
-    only some files are of one; it calls them `one` or `many`."""
-    of_split: dict[str | None, list[Path]] = {}
+    train-0003.tar, imagenet-val-01.tar, Test/0003.tar. With `folders`, by the names of folders alone: Train/a/1.png.
+    Words that all files share do not tell them apart, so they count only where they are one split. If no name has a
+    split, all files are train.
+    Errors: DataError where files differ in a name such as val2017, which only sounds like a split, or where one differs
+    in two splits, and where only some files are of one; it calls them `one` or `many`."""
+    words: dict[Path, set[str]] = {}
     for file in files:
         parts = file.relative_to(root).with_suffix("").parts
         names = parts[:-1] if folders else [word for part in parts for word in re.split(r"[-_.]", part)]
-        of_split.setdefault(_split_of(file, names), []).append(file)
+        words[file] = {name.lower() for name in names if name.lower() in SPLIT_NAMES or PART.fullmatch(name)}
+    shared = set.intersection(*words.values()) if words else set()
+    common = {SPLIT_NAMES.get(word) for word in shared}  # None: a word that only sounds like a split
+    usual = common.pop() if len(common) == 1 else None
+    of_split: dict[str | None, list[Path]] = {}
+    for file, own in words.items():
+        split = _split_of(file, own - shared) if own - shared else usual
+        of_split.setdefault(split, []).append(file)
     if None in of_split and len(of_split) > 1:
         strange = listed([file.relative_to(root) for file in of_split[None]], one, many)
         raise DataError(
@@ -165,18 +173,17 @@ def by_split(root: Path, files: Iterable[Path], one: str, many: str, *, folders:
     return {name or "train": of_one for name, of_one in of_split.items()}
 
 
-def _split_of(file: Path, names: Sequence[str]) -> str | None:
-    """The split that names in the path of a file stand for, if one does. Errors: DataError."""
-    found = {SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES}
-    unclear = [name for name in names if PART.fullmatch(name) and name.lower() not in SPLIT_NAMES]
-    if unclear:  # or images for evaluation could be trained on
+def _split_of(file: Path, words: set[str]) -> str:
+    """The split that words in the path of a file stand for. Errors: DataError."""
+    if unclear := sorted(words - set(SPLIT_NAMES)):  # or images for evaluation could be trained on
         raise DataError(
             f"{file}: the name {unclear[0]} sounds like a part of a data set, but is none of {', '.join(SPLIT_NAMES)}: "
             "rename it"
         )
+    found = {SPLIT_NAMES[word] for word in words}
     if len(found) > 1:
         raise DataError(
             f"{file} has the names of two splits: {', '.join(sorted(found))}; expected one. Move the file, or rename "
             "it or a folder"
         )
-    return found.pop() if found else None
+    return found.pop()

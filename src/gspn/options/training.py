@@ -93,11 +93,11 @@ class LoopOptions(OptionSet):
         preset = dict(preset or {})
         if "warmup" in preset and (epochs := self.epochs or preset.get("epochs")):
             preset["warmup"] = min(preset["warmup"], epochs / 2)
-        lr = preset.get("lr", float("inf")) if self.lr is None else self.lr
+        lr = (preset.get("lr") or float("inf")) if self.lr is None else self.lr
         for name in ("min_lr", "warmup_lr"):
             if (rate := getattr(self, name)) is not None and rate > lr:
                 raise OptionError(f"{name} has to be at most lr, the highest rate, {lr:g}: got {rate:g}")
-            if name in preset:
+            if preset.get(name) is not None:
                 preset[name] = min(preset[name], lr)
         return super().resolved(preset)
 

@@ -1,4 +1,4 @@
-"""The training loop, for any task: AdamW, warm-up and cosine, accumulation, clipping, EMA, bfloat16, evaluation,
+"""The training loop, for any task: AdamW or Muon, warm-up and cosine, accumulation, clipping, EMA, bfloat16, evaluation,
 checkpoints from which a training resumes exactly.
 
 A Task defines the loss of a batch and the evaluation; the modules of gspn.tasks have one each. There may be several

@@ -27,20 +27,20 @@ def make_optimizer(model: nn.Module, options: LoopOptions) -> torch.optim.AdamW:
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     scales = layer_scales(model, options.layer_decay) if options.layer_decay < 1 else {}
-    views = matrices_of(model) if options.optimizer == "muon" else {}
+    matrices = matrices_of(model) if options.optimizer == "muon" else {}
     groups: dict = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = 0.0 if parameter.ndim <= 1 or name in exempt else options.weight_decay
-            groups.setdefault((decay, scales.get(name, 1.0), parameter in views), []).append(parameter)
+            groups.setdefault((decay, scales.get(name, 1.0), matrices.get(parameter)), []).append(parameter)
     if not groups:
         raise nothing_to_train()
     groups = [
-        {"params": each, "weight_decay": decay, "lr_scale": scale, "muon": muon}
-        for (decay, scale, muon), each in groups.items()
+        {"params": each, "weight_decay": decay, "lr_scale": scale, "matrix": matrix}
+        for (decay, scale, matrix), each in groups.items()
     ]
     adamw = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": options.eps}
-    return Muon(groups, views, **adamw) if options.optimizer == "muon" else torch.optim.AdamW(groups, **adamw)
+    return (Muon if options.optimizer == "muon" else torch.optim.AdamW)(groups, **adamw)
 
 
 def check_trainable(model: nn.Module, options: LoopOptions) -> None:
