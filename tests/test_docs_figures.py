@@ -14,6 +14,7 @@ import gspn
 pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).parents[1]
+PAGES = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("benchmarks.md", "quality.md"))
 SPEC = importlib.util.spec_from_file_location("docs_figures", ROOT / "docs/figures.py")
 figures = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(figures)
@@ -44,7 +45,7 @@ def test_by_hand_a_pixel_takes_from_the_neighbour_of_its_colour():
 
 
 def test_the_ratios_on_small_maps_are_those_measured():
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     text = text[text.index("### Small maps") : text.index("## Whole models")]
     table = {
         line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| 1 x") or "| 4 x" in line
@@ -58,7 +59,7 @@ def test_the_ratios_on_small_maps_are_those_measured():
 
 
 def test_the_ratios_of_shared_weights_and_bfloat16_are_those_measured():
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     text = text[text.index("### Shared weights and bfloat16") : text.index("### Small maps")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     cases = json.loads((ROOT / "benchmarks/results/speed/kernel-forms-cpu.json").read_text())["cases"]
@@ -78,7 +79,7 @@ def test_what_the_mixer_is_worth_is_what_the_runs_say():
     pytest.importorskip("matplotlib")
     from benchmarks.quality.mixers import report, study
 
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     text = text[text.index("## What the mixer is worth") : text.index("**Beside a convolution.**")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     done = study.read(study.RESULTS)
@@ -95,7 +96,7 @@ def test_what_the_mixer_is_worth_is_what_the_runs_say():
 
 
 def test_the_segmenters_are_those_of_the_report():
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     text = text[text.index("## Segmentation") : text.index("Segmenting one image")]
     report = (ROOT / "benchmarks/results/quality/segmentation/report.md").read_text(encoding="utf-8")
     split = lambda page: [line.split("|") for line in page.splitlines() if line.startswith("| ")]  # noqa: E731
@@ -111,7 +112,7 @@ def test_the_segmenters_are_those_of_the_report():
 
 
 def test_what_the_scans_of_gspn_mobile_are_worth_is_what_the_report_says():
-    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    page = PAGES
     page = page[page.index("| `gspn_mobile` |") : page.index("## What the mixer is worth")]
     report = (ROOT / "benchmarks/results/quality/photos/report.md").read_text(encoding="utf-8")
     split = lambda text: [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]  # noqa: E731
@@ -128,7 +129,7 @@ def test_what_the_scans_of_gspn_mobile_are_worth_is_what_the_report_says():
     ],
 )
 def test_the_times_of_segmenters_are_those_measured(begin, end, file, count):
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     text = text[text.index(begin) : text.index(end)]
     cases = json.loads((ROOT / f"benchmarks/results/speed/{file}.json").read_text())["cases"]
     measured = {f"{case['width']} x {case['height']}": case["mixers"] for case in cases}
@@ -147,7 +148,7 @@ def test_the_times_of_segmenters_are_those_measured(begin, end, file, count):
 
 
 def test_the_multiply_adds_of_generators_are_those_counted():
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     cases = json.loads((ROOT / "benchmarks/results/speed/generators-macs.json").read_text())["cases"]
     for case in cases:
         ours, theirs = (case["models"][f"{kind}-{case['name']}"]["giga_macs"] for kind in ("GSPN-DiT", "DiT"))
@@ -157,7 +158,7 @@ def test_the_multiply_adds_of_generators_are_those_counted():
 
 def test_the_losses_of_denoising_are_those_of_the_report():
     report = (ROOT / "benchmarks/results/quality/denoising/report.md").read_text(encoding="utf-8")
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     text = text[text.index("GSPN-DiT was trained beside DiT") : text.index("So the scan is worth half")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 4
@@ -168,7 +169,7 @@ def test_the_losses_of_denoising_are_those_of_the_report():
 
 
 def test_the_longer_trainings_of_denoising_are_those_of_the_runs():
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     text = text[text.index("| after 4,800 steps") : text.index("All took the rate that was best")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
     runs = ("ours", "ours-positions", "ours-gated-positions", "dit")
@@ -181,7 +182,7 @@ def test_the_longer_trainings_of_denoising_are_those_of_the_runs():
 
 def test_the_ways_to_larger_samples_are_those_of_the_results():
     rows = json.loads((ROOT / "benchmarks/results/quality/cifar10-generation.json").read_text())["rows"]
-    text = " ".join((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").split())
+    text = " ".join(PAGES.split())
     text = text[text.index("For larger images `--enlarge") : text.index("A denoising step with guidance takes")]
     ways = ("enlarged", "dilated", "shifted", "guided")
     told = [row for row in rows if any(way in row["run"] for way in ways)]
@@ -219,7 +220,7 @@ def test_the_losses_of_distilling_for_sizes_are_those_of_the_report():
 
 def test_what_replacing_the_weights_costs_is_what_was_measured():
     found = json.loads((ROOT / "benchmarks/results/quality/mixers/inside/classes-bare.json").read_text())
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     text = text[text.index("| | learning rate | its own weights |") : text.index("So centring, at either rate")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
     names = ("gspn-global", "gspn-global, rate 0.012", "gspn-center", "gspn-center, rate 0.012")
@@ -246,7 +247,7 @@ def mean_of_blocks(content, value):
 
 def test_what_the_mixer_is_worth_beside_a_convolution_is_what_the_report_says():
     report = (ROOT / "benchmarks/results/quality/mixers/report.md").read_text(encoding="utf-8")
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    text = PAGES
     text = text[text.index("**Beside a convolution.**") : text.index("The convolution narrows the differences")]
     split = lambda page: [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]  # noqa: E731
     measured = {row[0]: row for row in split(report[report.index("## classes, conv") :].partition("Times are")[0])}

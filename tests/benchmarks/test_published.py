@@ -43,6 +43,14 @@ def test_every_relative_link_resolves(document):
     assert [t for t in targets if not (document.parent / t).exists()] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_every_link_to_a_heading_resolves(document):
+    for page, anchor in re.findall(r"\]\(([\w./-]*\.md)?#([\w-]+)\)", document.read_text(encoding="utf-8")):
+        target = document.parent / page if page else document
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, page
+
+
 def test_links_are_found_at_all():
     links = {
         name: LINK.findall((ROOT / name).read_text(encoding="utf-8")) for name in ("README.md", "docs/benchmarks.md")
