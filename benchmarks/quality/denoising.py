@@ -289,6 +289,7 @@ def report(folder: Path) -> str:
     """Markdown: each contender at its best rate, its mean over the seeds."""
     done, ours = read(folder), None
     processor, ms = study.times((content for run, content in done.items() if run.steps == STEPS), "cpu_ms_per_step")
+    optimizers = sorted({content.get("optimizer", "adamw") for content in done.values()})  # of before: AdamW alone
     rows, notes = [], []
     for name, contender in sorted(CONTENDERS.items(), key=lambda item: item[0] != "ours"):
         rate = best_rate(done, name)
@@ -319,8 +320,8 @@ def report(folder: Path) -> str:
     header += [*list(SIZES)[1:], "class is worth", "CPU ms a step"]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
     about = (
-        f"# Denoising on CIFAR-10\n\n{STEPS} steps of {BATCH} photos, 16x16 tokens. Made by "
-        "`python -m benchmarks.quality.denoising --report`.\n\n"
+        f"# Denoising on CIFAR-10\n\n{STEPS} steps of {BATCH} photos, 16x16 tokens, with {' and '.join(optimizers)}. "
+        "Made by `python -m benchmarks.quality.denoising --report`.\n\n"
         "The error of a difference is that of its mean over the same test photos, timesteps and noise. It does not "
         "tell what another seed would change. *rate*: the best of how many learning rates, by held-out training "
         "photos. *class is worth*: loss with the null class minus loss with the right one. Times are "

@@ -423,12 +423,13 @@ def _about(done: dict[Run, dict], steps: int) -> str:
     """How the runs were made, and what was not run."""
     chosen = [content for run, content in done.items() if run.steps == steps]
     machines = sorted({f"{c['environment']['cpu']}, torch {c['environment']['torch']}" for c in chosen})
+    optimizers = sorted({c.get("optimizer", "adamw") for c in chosen})  # files of before know AdamW alone
     commits = sorted({c["environment"]["commit"][:8] for c in chosen})
     lines = [
         f"Runs: {len(chosen)}, each {steps} steps of {chosen[0]['batch'] if chosen else 0} examples on one core, by "
-        f"benchmarks/quality/mixers. Machine: {'; '.join(machines)}. Commits: {', '.join(commits)}. The learning rate "
-        f"is the one of those tried with the least loss on held-out training photos. Finished means {len(RATES)} rates "
-        f"and {len(SEEDS)} seeds; with fewer a row is a first look.",
+        f"benchmarks/quality/mixers, with {' and '.join(optimizers)}. Machine: {'; '.join(machines)}. Commits: "
+        f"{', '.join(commits)}. The learning rate is the one of those tried with the least loss on held-out training "
+        f"photos. Finished means {len(RATES)} rates and {len(SEEDS)} seeds; with fewer a row is a first look.",
         *(f"- {c.title}: {c.why_not}" for c in CONTENDERS.values() if c.why_not),
     ]
     return "\n\n".join(lines)
