@@ -256,3 +256,28 @@ def test_what_the_mixer_is_worth_beside_a_convolution_is_what_the_report_says():
     for title, *shown in rows:
         row = measured[title]
         assert row[3] == "1" and shown == [row[7], row[5], row[8], row[9]]
+
+
+def test_what_muon_brings_is_what_the_runs_say():
+    pytest.importorskip("matplotlib")
+    from benchmarks.quality.mixers import study
+
+    text = PAGES[PAGES.index("## Muon") : PAGES.index("## What the mixer is worth")]
+    told = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
+    names = {contender.title: name for name, contender in study.CONTENDERS.items()}
+    for optimizer, title, rates, *accuracies in told:
+        done = study.read(study.RESULTS.with_name("mixers" if optimizer == "AdamW" else "mixers-muon"))
+        name = names[title]
+        best = done[study.Run("classes", "bare", name, study.best_rate(done, "classes", "bare", name), 0)]
+        tried = [run for run in done if run[:3] == ("classes", "bare", name) and run.seed == 0 and run.steps == 600]
+        assert int(rates) == len(tried), title
+        assert accuracies == [f"{100 * best['test'][s]['accuracy']:.1f}" for s in ("1", "1.5", "2")], title
+    assert len(told) >= 6
+    rows = {
+        name: [json.loads(line) for line in (ROOT / f"benchmarks/results/quality/{name}.jsonl").open()]
+        for name in ("gspn-mobile-cifar10", "gspn-mobile-cifar10-muon")
+    }
+    for best in (max(row["top1"] for row in each) for each in rows.values()):
+        assert f"{best:.2%}" in PAGES
+    assert f"{rows['gspn-mobile-cifar10-muon'][9]['top1']:.1%}" in text
+    assert f"{rows['gspn-mobile-cifar10'][9]['top1']:.1%}" in text
