@@ -281,3 +281,12 @@ def test_what_muon_brings_is_what_the_runs_say():
         assert f"{best:.2%}" in PAGES
     assert f"{rows['gspn-mobile-cifar10-muon'][9]['top1']:.1%}" in text
     assert f"{rows['gspn-mobile-cifar10'][9]['top1']:.1%}" in text
+    for name, folder in (
+        ("ours", "denoising"),
+        ("dit", "denoising"),
+        ("ours", "denoising-muon"),
+        ("dit", "denoising-muon"),
+    ):
+        file = ROOT / f"benchmarks/results/quality/{folder}/{name}-lr0.01-seed0-800steps.json"
+        test = json.loads(file.read_text())["test"]
+        assert all(f"{test[size]['loss']:.4f}" in text for size in ("32x32", "64x64")), (name, folder)
