@@ -113,7 +113,7 @@ def test_the_segmenters_are_those_of_the_report():
 
 def test_what_the_scans_of_gspn_mobile_are_worth_is_what_the_report_says():
     page = PAGES
-    page = page[page.index("| `gspn_mobile` |") : page.index("## What the mixer is worth")]
+    page = page[page.index("| `gspn_mobile` |") : page.index("## Muon")]
     report = (ROOT / "benchmarks/results/quality/photos/report.md").read_text(encoding="utf-8")
     split = lambda text: [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]  # noqa: E731
     measured = {mixer.strip(): [cell.strip() for cell in cells[-4:]] for mixer, *cells in split(report)}

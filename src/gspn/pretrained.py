@@ -355,7 +355,7 @@ def _holder_class():
                 if before is None:
                     if self.card != Card():
                         raise ValueError(
-                            f"{file} was changed, or is not from this gspn, so license, data and metrics cannot go there: "
+                            f"{file} was changed or is not of this gspn, so license, data and metrics cannot go there: "
                             "write them into it and give none, or remove it for a new card"
                         )
                     return None

@@ -1,5 +1,5 @@
-"""The training loop, for any task: AdamW or Muon, warm-up and cosine, accumulation, clipping, EMA, bfloat16, evaluation,
-checkpoints from which a training resumes exactly.
+"""The training loop, for any task: AdamW or Muon, warm-up and cosine, accumulation, clipping, EMA, bfloat16,
+evaluation, checkpoints from which a training resumes exactly.
 
 A Task defines the loss of a batch and the evaluation; the modules of gspn.tasks have one each. There may be several
 processes (torchrun, accelerate launch): the loader's batch is the global one, which accelerate splits over them.
