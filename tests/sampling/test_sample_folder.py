@@ -17,6 +17,7 @@ from PIL import Image
 
 from gspn.digests import is_earlier
 from gspn.files import SaveError, writing
+from gspn.options import OptionError
 from gspn.sampling import sample as module
 from gspn.sampling.generators import load_pipeline
 from gspn.sampling.sample import sample
@@ -141,7 +142,7 @@ def test_folders_of_something_else_are_refused(run, done, tmp_path):
     (tmp_path / "precious.txt").write_text("here")
     with pytest.raises(RunError, match=r"not empty.*no samples"):
         sample(run, tmp_path, options())
-    with pytest.raises(RunError, match="file; expected a folder"):
+    with pytest.raises(OptionError, match="it is a file; choose another one"):
         sample(run, tmp_path / "precious.txt", options())
     assert tree(tmp_path) == {"precious.txt": b"here"}
     for text, message in (("{}", "KeyError"), ('{"format": 9}', "newer gspn")):
