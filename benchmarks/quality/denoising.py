@@ -34,7 +34,7 @@ from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
 from gspn.tasks.objective import Objective, make_scheduler
 from gspn.tasks.sizes import resized
-from gspn.train.muon import Muon, matrices_of
+from gspn.train.muon import PROJECTIONS, Muon, matrices_of
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "denoising"
 STEPS, BATCH, WARM_UP, DECAY, EMA = 800, 16, 50, 0.01, 0.995
@@ -178,7 +178,7 @@ def make_optimizer(model: nn.Module, rate: float, name: str) -> torch.optim.Adam
     """AdamW or Muon, without decay of vectors and of the scan's projections."""
     matrices, groups = matrices_of(model) if name == "muon" else {}, {}
     for path, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and not path.endswith(("weight_proj", "input_proj", "output_proj", "skip_proj"))
+        decays = parameter.ndim > 1 and not path.endswith(PROJECTIONS)
         groups.setdefault((decays, matrices.get(parameter)), []).append(parameter)
     groups = [
         {"params": each, "weight_decay": DECAY * decays, "matrix": kind} for (decays, kind), each in groups.items()

@@ -58,9 +58,13 @@ def readable_errors():
 
 
 def fail(message, code):
+    _print_error(message)
+    raise typer.Exit(code)
+
+
+def _print_error(message):
     err.print("[bold red]error:[/]", end=" ")
     err.print(message, markup=False, highlight=False)
-    raise typer.Exit(code)
 
 
 def warn(messages):
@@ -164,9 +168,8 @@ def _refuse_empty(arguments):
         option, equals, value = argument.partition("=")
         empty = not argument or (option.startswith("--") and equals and not value)
         if empty and not {before, option} & MAY_BE_EMPTY:
-            err.print("[bold red]error:[/]", end=" ")
             what = argument or f"the argument after {before!r}"
-            err.print(f"{what} is empty; give it a value. Is a variable of the shell unset?", markup=False)
+            _print_error(f"{what} is empty; give it a value. Is a variable of the shell unset?")
             raise SystemExit(2)
 
 

@@ -1,27 +1,12 @@
 """Influence maps: which pixels of the image one pixel of a block's output depends on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gspn.layers import BLOCKS
 from gspn.models.backbone import Backbone
+from gspn.models.modes import evaluating
 from gspn.models.segmenter import Segmenter
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In the block, the model is in evaluation mode. Afterwards each of its parts is in the mode that it had, as frozen
-    ones may differ from the rest."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

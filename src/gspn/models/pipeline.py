@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel, whole_dilation
-from gspn.models.influence import evaluating
 from gspn.models.latents import check_finite, check_scale, is_real, is_whole, scale_latents, unscale_latents
+from gspn.models.modes import evaluating
 from gspn.models.schedulers import check_sampler, check_schedule, check_steps, set_timesteps
 from gspn.names import unknown
 

@@ -9,7 +9,7 @@ A task is a subclass of `Setup`, which `start` and `resume` make, ask and run:
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,6 +27,7 @@ from gspn.data.labelled import Data, open_data
 from gspn.data.loader import Loader, workers_note
 from gspn.data.tables import Stream
 from gspn.files import writing
+from gspn.memory import is_out_of_memory
 from gspn.metrics.classification import OPEN_OPTIONS
 from gspn.names import reason_of
 from gspn.options import LoopOptions, OptionError, TaskSpec, file_text
@@ -348,6 +349,16 @@ def new_model(setup: Setup, device: torch.device) -> torch.nn.Module:
 def open_with(data, options):
     """labelled.open_data with the options that are for it."""
     return open_data(data, **{name: getattr(options, name) for name in OPEN_OPTIONS})
+
+
+@contextmanager
+def tried(model: str, what: str) -> Iterator[None]:
+    """Raises OptionError where a new `model` fails in the block, in which it is tried with `what`."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, MemoryError) as error:
+        reason = "memory does not suffice; use a smaller --size" if is_out_of_memory(error) else error
+        raise OptionError(f"{model} fails when tried with {what}: {reason}") from error
 
 
 def labelled_splits(data: Data) -> tuple[Split, Split, str, list[str]]:

@@ -15,14 +15,13 @@ from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split
 from gspn.data.labelled import Data
 from gspn.data.loader import can_be_kept, make_loader
 from gspn.data.unreadable import Unreadable
-from gspn.memory import is_out_of_memory
 from gspn.metrics.classification import classify, progress, warnings_of
 from gspn.models import create_model
 from gspn.options import OptionError
 from gspn.options.classify import SPEC, ModelOptions, Options
 from gspn.runs import load_classifier
 from gspn.tasks.base import Setup as BaseSetup
-from gspn.tasks.base import Training, describe_size, labelled_splits, open_with, parameters_of, resume, start
+from gspn.tasks.base import Training, describe_size, labelled_splits, open_with, parameters_of, resume, start, tried
 from gspn.tasks.finetune import Source, open_source, start_from
 from gspn.train.loop import autocast
 from gspn.train.run import Run, RunError
@@ -324,13 +323,8 @@ def build_model(
         model = make(options.model, **arguments).to(device, memory_format=layout)
     except (RuntimeError, TypeError, ValueError) as error:
         raise OptionError(f"the model {options.model} cannot be made: {error}") from error
-    try:
-        with torch.inference_mode():
-            found = model.eval()(torch.zeros(1, preprocessing.channels, *preprocessing.size, device=device)).shape
-    except (RuntimeError, ValueError, MemoryError) as error:
-        what = f"an image of {describe_size(preprocessing)} on {device}"
-        reason = "memory does not suffice; use a smaller --size" if is_out_of_memory(error) else error
-        raise OptionError(f"{options.model} fails when tried with {what}: {reason}") from error
+    with tried(options.model, f"an image of {describe_size(preprocessing)} on {device}"), torch.inference_mode():
+        found = model.eval()(torch.zeros(1, preprocessing.channels, *preprocessing.size, device=device)).shape
     if tuple(found) != (wanted := (1, num_classes, *pixels)):
         given = ", ".join(f"{name}={value!r}" for name, value in options.model_args.items())
         raise OptionError(

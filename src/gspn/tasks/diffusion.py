@@ -18,7 +18,6 @@ from gspn.data.latent_folder import is_latents
 from gspn.data.latents import check_mirrored, make_latent_loader, open_latents
 from gspn.data.loader import Loader, batches, can_be_kept, make_loader
 from gspn.data.unreadable import Unreadable, warning_of
-from gspn.memory import is_out_of_memory
 from gspn.models.dit import dit_names
 from gspn.models.generator import config_of, generator_names
 from gspn.models.pipeline import GSPNPipeline
@@ -28,7 +27,7 @@ from gspn.plots import draw_grid, drawing_samples, save_picture
 from gspn.sampling.generators import build_generator, named_scheduler
 from gspn.sampling.vae import check_vae, open_vae, scale_of
 from gspn.tasks.base import Setup as BaseSetup
-from gspn.tasks.base import Training, check_stream, labelled_splits, open_with, parameters_of, resume, start
+from gspn.tasks.base import Training, check_stream, labelled_splits, open_with, parameters_of, resume, start, tried
 from gspn.tasks.held_out import HeldOutTask, fixed_noise
 from gspn.tasks.objective import Objective, make_scheduler
 from gspn.tasks.sizes import RandomSizes
@@ -209,16 +208,11 @@ class Setup(BaseSetup):
         """A new model, tried on one empty input. Errors: OptionError."""
         torch.manual_seed(self.options.seed)
         model = build_generator(self.model_config()).to(device)
-        what = f"{self.options.model} fails when tried with {self.size[0]}x{self.size[1]}"
-        try:
-            with torch.inference_mode():
-                empty, none = torch.zeros(1, self.channels, *self.size, device=device), torch.zeros(1, device=device)
-                output = model.eval()(empty, timestep=none.long(), class_labels=none.long()).sample
-        except (RuntimeError, ValueError, MemoryError) as error:
-            reason = "memory does not suffice; use a smaller --size" if is_out_of_memory(error) else error
-            raise OptionError(f"{what}: {reason}") from error
-        if output.shape[2:] != empty.shape[2:]:
-            raise OptionError(f"{what}: it gives {output.shape[2]}x{output.shape[3]}")
+        with tried(self.options.model, f"{self.size[0]}x{self.size[1]}"), torch.inference_mode():
+            empty, none = torch.zeros(1, self.channels, *self.size, device=device), torch.zeros(1, device=device)
+            output = model.eval()(empty, timestep=none.long(), class_labels=none.long()).sample
+            if output.shape[2:] != empty.shape[2:]:
+                raise ValueError(f"it gives {output.shape[2]}x{output.shape[3]}")
         if "prediction_type" not in model.config:  # DiT of diffusers does not know what it predicts
             model.register_to_config(prediction_type=self.options.prediction)
         if self.options.gradient_checkpointing:

@@ -27,7 +27,7 @@ from gspn.stable_diffusion import fit, rank
 from gspn.stable_diffusion.keeping import check_count, is_count
 from gspn.stable_diffusion.swap import swap
 from gspn.tasks.base import Setup as BaseSetup
-from gspn.tasks.base import Training, check_stream, resume, start
+from gspn.tasks.base import Training, check_stream, resume, start, tried
 from gspn.tasks.side_by_side import SideBySide
 from gspn.tasks.sizes import ChosenSizes, enlarged_note, times
 from gspn.tasks.student import PARTS, Distillation, Student
@@ -143,13 +143,10 @@ class Setup(BaseSetup):
         student = Student(teacher, swapped)
         sizes = self.random_sizes()
         size = sizes.largest if sizes else options.size
-        try:
-            with torch.no_grad(), autocast(device, options.precision):
-                start = teacher.latents(torch.zeros(1, 3, *size, device=device), draw=False)
-                student(start, torch.zeros(1, device=device).long(), teacher.conditions([None], size))
-        except (RuntimeError, TypeError, ValueError) as error:
-            what = f"{options.base} fails when tried with {size[0]}x{size[1]}"
-            raise OptionError(f"{what}: {error}") from error
+        tries = tried(options.base, f"{size[0]}x{size[1]}")
+        with tries, torch.no_grad(), autocast(device, options.precision):
+            start = teacher.latents(torch.zeros(1, 3, *size, device=device), draw=False)
+            student(start, torch.zeros(1, device=device).long(), teacher.conditions([None], size))
         return student
 
     def first_weights(self, model):
