@@ -290,3 +290,7 @@ def test_what_muon_brings_is_what_the_runs_say():
         file = ROOT / f"benchmarks/results/quality/{folder}/{name}-lr0.01-seed0-800steps.json"
         test = json.loads(file.read_text())["test"]
         assert all(f"{test[size]['loss']:.4f}" in text for size in ("32x32", "64x64")), (name, folder)
+    for name in ("gspn-center", "dw7"):  # beside a convolution
+        file = ROOT / f"benchmarks/results/quality/mixers-muon/classes-conv-{name}-lr0.006-seed0-600steps.json"
+        test = json.loads(file.read_text())["test"]
+        assert all(f"{100 * test[size]['accuracy']:.1f}" in text for size in ("1", "1.5", "2")), name
