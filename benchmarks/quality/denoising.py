@@ -57,6 +57,17 @@ class NoScan(nn.Module):
         return x
 
 
+def as_dit(module: nn.Module) -> nn.Module:
+    """Gives its linear layers DiT's start, which GSPN-DiT's have too: Xavier's weights and biases of 0. What starts at
+    0 stays there."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear) and part.weight.any():
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    return module
+
+
 def _ours(mixer: Callable[[int], nn.Module] | None = None, **config) -> nn.Module:
     """GSPN-DiT, with another mixer in the scan's place."""
     shape = dict(sample_size=32, patch_size=2, in_channels=3, learn_sigma=False, num_classes=CLASSES)
@@ -64,14 +75,14 @@ def _ours(mixer: Callable[[int], nn.Module] | None = None, **config) -> nn.Modul
     model = GSPNDiTTransformer2DModel(**shape | config)
     for block in model.blocks:
         if mixer is not None:
-            block.gspn = mixer(64)
+            block.gspn = as_dit(mixer(64))
     return model
 
 
 def _convolutions(block: type[nn.Module], expansion: float, depth: int) -> nn.Module:
     """GSPN-DiT's patches, embeddings and end around other blocks."""
     model = _ours()
-    model.blocks = nn.ModuleList(block(64, expansion) for _ in range(depth))
+    model.blocks = nn.ModuleList(as_dit(block(64, expansion)) for _ in range(depth))
     return model
 
 
@@ -107,6 +118,10 @@ CONTENDERS = {
     "ours-none": Contender("GSPN-DiT without its scan", lambda: _ours(lambda width: NoScan(), mlp_ratio=3.7)),
     "ours-attention": Contender(
         "GSPN-DiT, attention in the scan's place",
+        lambda: _ours(lambda width: OnMaps(Attention(width, 4)), mlp_ratio=2.2),
+    ),
+    "ours-attention-positions": Contender(
+        "GSPN-DiT, attention in the scan's place, positions",
         lambda: _ours(lambda width: OnMaps(Attention(width, 4)), mlp_ratio=2.2, positions=True),
     ),
     "ours-dw7": Contender(

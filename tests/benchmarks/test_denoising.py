@@ -26,6 +26,16 @@ def test_all_models_have_as_many_parameters():
         assert abs(parameters / 318_000 - 1) < 0.05, name
 
 
+@pytest.mark.parametrize("name", ["ours-attention", "ours-attention-positions", "dico", "convnext"])
+def test_all_start_as_dit_does(name):
+    """Xavier's weights, whose deviation is sqrt(2 / (in + out)), and no bias; what modulates starts at 0."""
+    for path, module in CONTENDERS[name].make().blocks.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            wanted = 0 if path.endswith("modulation") else (2 / (module.in_features + module.out_features)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(wanted, rel=0.1), path
+            assert not module.bias.any(), path
+
+
 @pytest.mark.parametrize(("block", "tensors"), [(ConvNeXtBlock, 3), (DiCoBlock, 6)])
 def test_convolutional_blocks_start_as_nothing_and_hear_the_condition(block, tensors):
     torch.manual_seed(0)
