@@ -1,21 +1,23 @@
-"""What every benchmark shares beside gspn.bench.measuring: a process of its own, and a JSON file that records machine,
-versions and commit.
+"""What every benchmark shares beside gspn.bench.measuring: a process of its own, a JSON file that records machine,
+versions and commit, and Markdown tables.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gspn.bench import measuring
 from gspn.bench.measuring import eval_call, interleaved, peak_extra_mib, summary, train_call
 
 __all__ = [
-    "environment", "eval_call", "in_fresh_process", "interleaved", "peak_extra_mib", "summary", "train_call",
+    "environment", "eval_call", "in_fresh_process", "interleaved", "peak_extra_mib", "summary", "table", "train_call",
     "write_json",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = ("src", ":(glob)benchmarks/**/*.py")  # what a result depends on; other results and documents are none of it
 
 
 def in_fresh_process(module: str, *arguments: str) -> dict:
@@ -29,10 +31,10 @@ def in_fresh_process(module: str, *arguments: str) -> dict:
 
 
 def environment() -> dict:
-    """Machine, versions and commit, for the JSON file."""
+    """Machine, versions, commit and whether the code had uncommitted changes, for the JSON file."""
     return measuring.environment() | {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "src", "benchmarks")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *CODE)),
     }
 
 
@@ -52,3 +54,10 @@ def write_json(path: Path, content: dict, quiet: bool = False) -> None:
     partial.replace(path)
     if not quiet:
         print(f"wrote {path}")
+
+
+def table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    """A Markdown table, without a line end after it."""
+    lines = [header, ["---"] * len(header), *rows]
+    assert all(len(line) == len(header) for line in lines)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.harness import harness
+
 COLOURS = {
     "gspn": "#2f6db3",
     "gspn, kernel alone": "#85aede",
@@ -55,7 +57,8 @@ def ratios(content: dict, title: str, cases: list[dict], key: str, path: Path) -
     environment = content["environment"]
     figure.supxlabel(
         f"{environment['cpu']}; torch {environment['torch']}; commit {environment['commit'][:8]}; medians of "
-        f"{content['rounds']} interleaved rounds, bars: quartiles",
+        f"{content['rounds']} interleaved rounds{fewer(content, ' (fewer for slow ones: see the table)')}, "
+        "bars: quartiles",
         fontsize=7,
         color="#5f6368",
     )
@@ -63,29 +66,37 @@ def ratios(content: dict, title: str, cases: list[dict], key: str, path: Path) -
     print(f"wrote {path}")
 
 
+def fewer(content: dict, told: str) -> str:
+    """`told`, if a contender was timed in fewer rounds than the file says of all."""
+    found = [found for case in content["cases"] for key, found in case.items() if key.endswith(("thread", "threads"))]
+    return told if any("rounds" in row for rows in found for row in rows.values()) else ""
+
+
+def cell(row: dict) -> str:
+    """The ratio, with the rounds of a contender that had fewer."""
+    return f"{row['ratio'][1]:.2f}" + (f" ({row['rounds']})" if "rounds" in row else "")
+
+
 def table(content: dict, path: Path) -> None:
     """One row for each case and number of threads: our time, the others as multiples of it, peak extra memory."""
     names = [n for n in COLOURS if any(n in row.get("1 thread", {}) for row in content["cases"])]
     others = [n for n in names if n != "gspn"]
-    lines = [
+    about = (
         f"Machine: {content['environment']['cpu']}, {content['environment']['cores']} cores; "
         f"torch {content['environment']['torch']}; commit {content['environment']['commit'][:12]}; "
-        f"{content['environment']['date']}. Medians of {content['rounds']} interleaved rounds.",
-        "",
-        "| case | pass | dtype | threads | gspn, ms | " + " | ".join(f"{n}, x" for n in others) + " | peak extra MiB |",
-        "|---" * (6 + len(others)) + "|",
-    ]
+        f"{content['environment']['date']}. Medians of {content['rounds']} interleaved rounds"
+        f"{fewer(content, ', or of as many as stand in brackets')}."
+    )
+    header, rows = ["case", "pass", "dtype", "threads", "gspn, ms", *(f"{n}, x" for n in others), "peak extra MiB"], []
     for case in content["cases"]:
         memory = case.get("peak extra MiB", {})
         told = ", ".join(f"{n} {memory[n]:g}" for n in names if n in memory)
         for key in (k for k in case if k.endswith(("thread", "threads"))):
             found = case[key]
-            cells = [f"{found[n]['ratio'][1]:.2f}" if n in found else "" for n in others]
-            lines.append(
-                f"| {' '.join(label_of(case).split())} | {case['pass']} | {case.get('dtype', 'float32')} | {key[0]} | "
-                f"{found['gspn']['ms'][1]:.2f} | {' | '.join(cells)} | {told if key.startswith('1') else ''} |"
-            )
-    path.write_text("\n".join(lines) + "\n")
+            cells = [" ".join(label_of(case).split()), case["pass"], case.get("dtype", "float32"), key[0]]
+            cells += [f"{found['gspn']['ms'][1]:.2f}", *(cell(found[n]) if n in found else "" for n in others)]
+            rows.append([*cells, told if key.startswith("1") else ""])
+    path.write_text(f"{about}\n\n{harness.table(header, rows)}\n")
     print(f"wrote {path}")
 
 

@@ -7,6 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks.harness import harness
 from benchmarks.harness.gpu_harness import REHEARSAL, best_ms
 
 COLOURS = ("#2f6db3", "#e07b22", "#3a8f5c", "#c62828", "#8e6bb0", "#5f6368", "#85aede", "#f0b27a", "#c3aed6")
@@ -32,17 +33,13 @@ def cell(row: dict, key: str | None = None) -> str:
     return text
 
 
-def table(rows: dict[str, dict], key: str | None) -> list[str]:
-    names = contenders(rows)
-    lines = ["| case | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+def table(rows: dict[str, dict], key: str | None) -> str:
+    names, lines = contenders(rows), []
     for case, row in rows.items():
         cells = [cell(row[n], key) if n in row else "" for n in names]
         moved = f", {row['gib']:.3g} GiB" if "gib" in row else ""
-        lines.append(
-            f"| {case}{moved} | " + " | ".join(cells if "why" not in row else [row["why"], *[""] * (len(names) - 1)])
-        )
-        lines[-1] += " |"
-    return lines
+        lines.append([f"{case}{moved}", *(cells if "why" not in row else [row["why"], *[""] * (len(names) - 1)])])
+    return harness.table(["case", *names], lines)
 
 
 def document(content: dict) -> str:
@@ -69,10 +66,8 @@ def document(content: dict) -> str:
         ]
     if content.get("wrong"):
         lines += ["## Wrong results", "", *(f"- {w}" for w in content.get("wrong")), ""]
-    lines += ["## Goals", "", "| goal | wanted | measured | |", "|---|---|---|---|"]
-    lines += [
-        f"| {g['goal']} | {g['wanted']} | {g['measured'] or ''} | {g['verdict']} |" for g in content.get("goals", [])
-    ]
+    goals = [[g["goal"], g["wanted"], g["measured"] or "", g["verdict"]] for g in content.get("goals", [])]
+    lines += ["## Goals", "", harness.table(["goal", "wanted", "measured", ""], goals)]
     titles = {
         "scan": ("The scan alone: bytes that it has to move, share of copy bandwidth in brackets", "of copy"),
         "layer": ("The layer with its projections, extra MiB in brackets", "extra_mib"),
@@ -80,12 +75,14 @@ def document(content: dict) -> str:
     }
     for section, (title, key) in titles.items():
         if sections.get(section):
-            lines += ["", f"## {title}", "", *table(sections[section], key)]
+            lines += ["", f"## {title}", "", table(sections[section], key)]
     if sections.get("tune"):
-        lines += ["", "## Launch plans", "", "| case | the fastest | times the speed of the chosen |", "|---|---|---|"]
+        plans = []
         for case, row in sections["tune"].items():
             won = row.get("winner", {"plan": row.get("why", "none ran"), "times the speed of the chosen": ""})
-            lines.append(f"| {case} | {won['plan']} | {won['times the speed of the chosen']} |")
+            plans.append([case, won["plan"], won["times the speed of the chosen"]])
+        header = ["case", "the fastest", "times the speed of the chosen"]
+        lines += ["", "## Launch plans", "", harness.table(header, plans)]
     if content["packages"]:
         lines += ["", *(f"- {name}: {why}" for name, why in content["packages"].items())]
     if content["left"]:

@@ -8,8 +8,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -22,17 +23,28 @@ def read(folder: Path, kind: type) -> dict:
     return {kind(*(content[name] for name in kind._fields)): content for content in contents}
 
 
+def keep(run: Any, content: dict, folder: Path) -> None:
+    """Writes the file of a run."""
+    harness.write_json(folder / f"{run.stem}.json", content, quiet=True)
+
+
 def work(
-    folder: Path, kind: type, wanted: Callable, train: Callable, told: Callable[[dict], str], minutes: float
+    folder: Path,
+    kind: type,
+    wanted: Callable,
+    train: Callable,
+    told: Callable[[dict], str],
+    minutes: float,
+    named: Callable[[Any], str] = lambda run: run.stem,
 ) -> int:
     """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs.
 
     Args:
         wanted: gives all runs, the most important first, for {run: content} of those that are done.
-        train: gives the content of a run's file. told: what to print of it.
+        train: gives the content of a run's file. told: what to print of it. named: what to print before the run.
     """
-    end, made, environment = time.monotonic() + 60 * minutes, 0, harness.environment()
-    folder.mkdir(parents=True, exist_ok=True)
+    end, made = time.monotonic() + 60 * minutes, 0
+    environment = harness.environment()  # once: later edits do not change the code that runs
     while time.monotonic() < end:
         done = read(folder, kind)
         run = next((run for run in wanted(done) if run not in done), None)
@@ -40,10 +52,12 @@ def work(
             print("nothing is missing")
             break
         environment |= {"load_before": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-        print(f"{time.strftime('%H:%M')} {run.stem}", flush=True)
+        print(f"{time.strftime('%H:%M')} {named(run)}", flush=True)
+        start = time.monotonic()
         content = train(run)
-        harness.write_json(folder / f"{run.stem}.json", content | {"environment": environment}, quiet=True)
-        print(f"      {told(content)}", flush=True)
+        environment["load_after"] = os.getloadavg()[0]
+        keep(run, content | {"environment": environment}, folder)
+        print(f"      {told(content)}; {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
         made += 1
     return made
 
@@ -57,6 +71,27 @@ def times(contents: Iterable[dict], what: str) -> tuple[str, dict[str, float]]:
         of_processor.setdefault(content["contender"], []).append(content[what])
     processor = max(found, key=lambda each: (len(found[each]), sum(map(len, found[each].values()))))
     return processor, {name: statistics.median(values) for name, values in found[processor].items()}
+
+
+def difference(pairs: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float, list[float]]:
+    """Of losses on the same examples, (ours, theirs) for each seed: the mean of theirs - ours, its standard error over
+    the examples, and the mean for each seed.
+
+    An example's differences are averaged over the seeds first: as all seeds are tested on the same examples, their
+    errors are not independent.
+    """
+    by_seed = [[b - a for a, b in zip(ours, theirs, strict=True)] for ours, theirs in pairs]
+    means = [statistics.fmean(values) for values in zip(*by_seed, strict=True)]
+    error = statistics.stdev(means) / len(means) ** 0.5
+    return statistics.fmean(means), error, [statistics.fmean(values) for values in by_seed]
+
+
+def commits(contents: Iterable[dict]) -> str:
+    """The commits of the code that made the runs, marked where it had uncommitted changes. In files from before
+    December 2026 these may be changes of results alone."""
+    environments = [content["environment"] for content in contents]
+    found = {(each["commit"][:8] or "unknown", each["uncommitted_changes"]) for each in environments}
+    return ", ".join(commit + " with uncommitted changes" * changed for commit, changed in sorted(found))
 
 
 def parameters_of(model: nn.Module) -> int:

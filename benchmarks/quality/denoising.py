@@ -289,10 +289,11 @@ def wanted(done: dict[Run, dict]) -> Iterator[Run]:
 # -- tables --
 
 
-def paired(ours: dict, theirs: dict) -> tuple[float, float]:
-    """(mean of theirs - ours over the same photos, its standard error)."""
-    differences = [b - a for a, b in zip(ours["each"], theirs["each"], strict=True)]
-    return statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+def at_best(done: dict[Run, dict], contender: str) -> dict[int, dict]:
+    """The runs of a contender at its best rate, by seed."""
+    rate = best_rate(done, contender)
+    runs = [Run(contender, rate, seed) for seed in SEEDS] if rate else []
+    return {run.seed: done[run] for run in runs if run in done}
 
 
 def tried(done: dict[Run, dict], contender: str) -> list[float]:
@@ -300,31 +301,40 @@ def tried(done: dict[Run, dict], contender: str) -> list[float]:
     return sorted(run.rate for run in done if (run.contender, run.seed, run.steps) == (contender, SEEDS[0], STEPS))
 
 
+def differences(ours: dict[int, dict], theirs: dict[int, dict]) -> tuple[str, str]:
+    """Of the runs by seed, the cells of theirs - ours at the trained size: with its error over the photos, and with its
+    deviation over the seeds."""
+    each = lambda content: content["test"][TRAINED]["each"]  # noqa: E731
+    pairs = [(each(ours[seed]), each(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
+    if not pairs:
+        return "", ""
+    mean, error, of_seeds = study.difference(pairs)
+    spread = f"{mean:+.4f} ± {statistics.stdev(of_seeds):.4f}" if len(of_seeds) > 1 else ""
+    return f"{mean:+.4f} ± {error:.4f}", spread
+
+
 def report(folder: Path) -> str:
     """Markdown: each contender at its best rate, its mean over the seeds."""
-    done, ours = read(folder), None
-    processor, ms = study.times((content for run, content in done.items() if run.steps == STEPS), "cpu_ms_per_step")
+    done = read(folder)
+    made = [content for run, content in done.items() if run.steps == STEPS]
+    ours, (processor, ms) = at_best(done, "ours"), study.times(made, "cpu_ms_per_step")
     optimizers = sorted({content.get("optimizer", "adamw") for content in done.values()})  # of before: AdamW alone
     rows, notes = [], []
     for name, contender in sorted(CONTENDERS.items(), key=lambda item: item[0] != "ours"):
-        rate = best_rate(done, name)
-        contents = [done[run] for run in (Run(name, rate, seed) for seed in SEEDS) if run in done] if rate else []
-        if not contents:
+        by_seed = at_best(done, name)
+        if not by_seed:
             notes.append(f"{contender.title}: not run")
             continue
-        ours = contents if name == "ours" else ours
+        contents = list(by_seed.values())
         mean = lambda get, contents=contents: statistics.fmean(map(get, contents))  # noqa: E731
         cells = [
             contender.title,
             f"{contents[0]['parameters']:,}",
-            f"{rate:g} of {len(tried(done, name))}",
+            f"{contents[0]['rate']:g} of {len(tried(done, name))}",
             str(len(contents)),
+            f"{mean(lambda c: c['test'][TRAINED]['loss']):.4f}",
+            *([""] * 2 if name == "ours" else differences(ours, by_seed)),
         ]
-        cells.append(f"{mean(lambda c: c['test'][TRAINED]['loss']):.4f}")
-        pairs = [paired(a["test"][TRAINED], b["test"][TRAINED]) for a, b in zip(ours or [], contents, strict=False)]
-        difference = statistics.fmean(p[0] for p in pairs) if pairs and name != "ours" else None
-        error = (sum(p[1] ** 2 for p in pairs) ** 0.5 / len(pairs)) if pairs else 0.0
-        cells.append("" if difference is None else f"{difference:+.4f} ± {error:.4f}")
         for size in list(SIZES)[1:]:
             known = all(size in c["test"] for c in contents)
             cells.append(f"{mean(lambda c, size=size: c['test'][size]['loss']):.4f}" if known else "square only")
@@ -332,16 +342,18 @@ def report(folder: Path) -> str:
         cells += [f"{worth:.4f}", f"{ms[name]:.0f}" if name in ms else ""]
         rows.append(cells)
     header = ["model", "parameters", "rate", "seeds", f"loss at {TRAINED}", "minus GSPN-DiT"]
-    header += [*list(SIZES)[1:], "class is worth", "CPU ms a step"]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+    header += ["over seeds", *list(SIZES)[1:], "class is worth", "CPU ms a step"]
     about = (
         f"# Denoising on CIFAR-10\n\n{STEPS} steps of {BATCH} photos, 16x16 tokens, with {' and '.join(optimizers)}. "
-        "Made by `python -m benchmarks.quality.denoising --report`.\n\n"
-        "The error of a difference is that of its mean over the same test photos, timesteps and noise. It does not "
-        "tell what another seed would change. *rate*: the best of how many learning rates, by held-out training "
-        "photos. *class is worth*: loss with the null class minus loss with the right one. Times are "
-        f"medians on one processor, {processor}, while other work ran beside.\n"
+        f"Made by `python -m benchmarks.quality.denoising --report`. Commits: {study.commits(made)}.\n\n"
+        "The error of a difference is that of its mean over the same test photos, timesteps and noise, each photo's "
+        "difference being its mean over the seeds that both models have. *over seeds* tells what another seed "
+        "changes: the difference with its sample standard deviation over these seeds, where there are several. "
+        "*rate*: the best of how many learning rates, by held-out training photos. *class is worth*: loss with the "
+        f"null class minus loss with the right one. Times are medians on one processor, {processor}, while other work "
+        "ran beside.\n"
     )
+    table = harness.table(header, rows)
     return f"{about}\n{table}\n" + "".join(f"\n{note}" for note in notes) + ("\n" if notes else "")
 
 
@@ -351,8 +363,7 @@ def draw(folder: Path, out: Path) -> None:
     axes = figure.subplots()
     squares = [size for size in SIZES if len(set(size.split("x"))) == 1]
     for name, contender in CONTENDERS.items():
-        runs = [Run(name, best_rate(done, name) or 0.0, seed) for seed in SEEDS]
-        tests = [done[run]["test"] for run in runs if run in done]
+        tests = [content["test"] for content in at_best(done, name).values()]
         if tests and len(tried(done, name)) >= len(RATES):
             losses = [statistics.fmean(test[size]["loss"] for test in tests) for size in squares]
             axes.plot(squares, losses, marker="o", label=contender.title)

@@ -10,13 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn.bench.contenders import on_maps
 from gspn.depthwise import DepthwiseConv2d
 from gspn.layers import GlobalResponseNorm
 from gspn.models.gspn_dit import modulated, stretched_positions
-
-
-def _on_maps(convolution: nn.Module, x: Tensor) -> Tensor:
-    return convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class _Modulated(nn.Module):
@@ -47,7 +44,7 @@ class ConvNeXtBlock(_Modulated):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate = self.modulating(c)
-        h = F.gelu(self.expand(modulated(_on_maps(self.depthwise, x), shift, scale)))
+        h = F.gelu(self.expand(modulated(on_maps(self.depthwise, x), shift, scale)))
         return torch.addcmul(x, gate, self.project(self.grn(h)))
 
 
@@ -69,7 +66,7 @@ class DiCoBlock(_Modulated):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulating(c)
-        y = F.gelu(_on_maps(self.depthwise, self.inner(modulated(x, shift1, scale1))))
+        y = F.gelu(on_maps(self.depthwise, self.inner(modulated(x, shift1, scale1))))
         y = y * torch.sigmoid(self.attention(y.mean((1, 2), keepdim=True)))
         x = torch.addcmul(x, gate1, self.outer(y))
         return torch.addcmul(x, gate2, self.down(F.gelu(self.up(modulated(x, shift2, scale2)))))

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.harness import harness
+from benchmarks.harness import harness, study
 from benchmarks.quality import denoising
 from benchmarks.quality.mixers.tasks import Photos
 from gspn.metrics.fid import evaluate_samples
@@ -166,30 +166,27 @@ def losses(runs: dict[str, Path], trained: tuple[int, int], arguments) -> dict[s
 def losses_table(found: dict[str, dict]) -> str:
     """Markdown."""
     edges = [f"{round(1_000 * i / denoising.BUCKETS)}" for i in range(denoising.BUCKETS + 1)]
-    parts = " | ".join(f"t {a} to {b}" for a, b in itertools.pairwise(edges))
-    lines = [f"| size | model | loss | {parts} | class is worth |", "|---|---|---|" + "---|" * (denoising.BUCKETS + 1)]
+    parts, rows = [f"t {a} to {b}" for a, b in itertools.pairwise(edges)], []
     for size in next(iter(found.values())):
         for name, sizes in found.items():
             values = [sizes[size]["loss"], *sizes[size]["by_timestep"]]
             worth = sum(sizes[size]["class_is_worth"]) / denoising.BUCKETS
-            lines.append(f"| {size} | {name} | {' | '.join(f'{value:.4f}' for value in values)} | {worth:.4f} |")
+            rows.append([size, name, *(f"{value:.4f}" for value in (*values, worth))])
     first, told = next(iter(found)), []
     for size in found[first]:
         for name in list(found)[1:]:
             if "each" in found[first][size]:
-                mean, error = denoising.paired(found[first][size], found[name][size])
+                mean, error, _ = study.difference([(found[first][size]["each"], found[name][size]["each"])])
                 told.append(
                     f"{name} minus {first} at {size}, over the same photos and noise: {mean:+.4f} ± {error:.4f}."
                 )
-    return "\n".join(lines) + "\n\nDenoising loss of test photos. " + " ".join(told)
+    table = harness.table(["size", "model", "loss", *parts, "class is worth"], rows)
+    return f"{table}\n\nDenoising loss of test photos. {' '.join(told)}"
 
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = [
-        f"| features | size | guidance | samples of | images | {' | '.join(t for t, _ in COLUMNS.values())} |",
-        f"|---|---|---|---|---|{'---|' * len(COLUMNS)}",
-    ]
+    lines = []
     for row in sorted(rows, key=lambda row: (row["features"], row["factor"], row["guidance"])):
         values = [row[key]["mean"] if isinstance(row[key], dict) else row[key] for key in COLUMNS]
         cells = [
@@ -198,8 +195,9 @@ def table(rows: list[dict]) -> str:
         ]
         size = f"{row['size'][0]}x{row['size'][1]}"
         about = [row["features"], size, f"{row['guidance']:g}", row["run"], str(row["images"])]
-        lines.append(f"| {' | '.join(about + cells)} |")
-    return "\n".join(lines)
+        lines.append(about + cells)
+    titles = [title for title, _ in COLUMNS.values()]
+    return harness.table(["features", "size", "guidance", "samples of", "images", *titles], lines)
 
 
 def curves(runs: dict[str, Path], last: int, path: Path) -> dict[str, list[dict]]:

@@ -92,15 +92,14 @@ def picture(lines: dict[str, list[Path]], titles: list[str], path: Path) -> None
 def table(rows: list[dict]) -> str:
     """Markdown: seconds of each stage, the mean over the captions."""
     models, sides = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "side"))
-    lines = [f"| seconds of a stage | {' | '.join(f'{side}x{side}' for side in sides)} |"]
-    lines.append(f"|---|{'---|' * len(sides)}")
+    lines = []
     for model in models:
         cells = []
         for side in sides:
             found = [row["seconds"] for row in rows if (row["model"], row["side"]) == (model, side)]
             cells.append(f"{sum(found) / len(found):.1f}" if found else "not run")
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([model, *cells])
+    return harness.table(["seconds of a stage", *(f"{side}x{side}" for side in sides)], lines)
 
 
 def main():

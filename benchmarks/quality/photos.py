@@ -210,8 +210,7 @@ def report(folder: Path) -> str:
             time_of = lambda each: statistics.fmean(run["cpu_seconds_of_training"] for run in each)  # noqa: E731
             cells.append(f"{time_of(runs) / time_of(ours):.2f}" if ours else "")
             rows.append(cells)
-        lines = ([*header, "time"], ["---"] * (len(header) + 1), *rows)
-        text += "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+        text += harness.table([*header, "time"], rows) + "\n"
     return text
 
 

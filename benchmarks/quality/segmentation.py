@@ -147,33 +147,36 @@ def report(folder: Path) -> str:
     text = (
         "# Street scenes with other mixers in the place of GSPN\n\nMade by `python -m benchmarks.quality.segmentation "
         "--report`. CamVid, from random weights; mean IoU on the 233 test images, against masks of 480x360. *rate*: "
-        "the best of how many learning rates, by the validation images. Of two seeds a figure is the mean, "
-        "with half of their difference. *CPU s*: of a training with its validations and pictures, while other work ran "
-        "beside; the median of the runs on one processor.\n"
+        "the best of how many learning rates, by the validation images. Of several seeds a figure is the mean ± the "
+        "sample standard deviation (n - 1). *CPU s*: of a training with its validations and pictures, while other work "
+        f"ran beside; the median of the runs on one processor. Commits: {study.commits(done.values())}.\n"
     )
+    ran = {run.contender for run in done}
     for model, epochs, scale in groups(done):
         sides = [tuple(round(side * scale * factor) for side in reversed(FULL)) for factor in FACTORS]
         text += f"\n## {model}, trained at {sides[0][0]}x{sides[0][1]} for {epochs} epochs\n\n"
         header = ["mixer", "parameters", "rate", "seeds", *(f"{w}x{h}" for w, h in sides), "CPU s"]
-        rows, group = [], of_model(model)
+        rows, missing, group = [], [], of_model(model)
         own = [done[run] for run in done if run.contender in group and (run.epochs, run.scale) == (epochs, scale)]
         processor, seconds = study.times(own, "cpu_seconds_of_training")
         for name, contender in group.items():
             runs = chosen(done, name, epochs, scale)
             if not runs:
-                rows.append([contender.title, *["not run"] * (len(header) - 1)])
+                missing += [contender.title] * (name in ran)
                 continue
             tried = sum((r.contender, r.seed, r.epochs, r.scale) == (name, SEEDS[0], epochs, scale) for r in done)
             cells = [contender.title, f"{runs[0]['parameters']:,}", f"{runs[0]['rate']:g} of {tried}", str(len(runs))]
             for factor in FACTORS:
                 values = [100 * run["test"][str(factor)]["miou"] for run in runs]
-                spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+                spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.fmean(values):.1f}{spread}")
             cells.append(f"{seconds[name]:.0f}" if name in seconds else "")
             rows.append(cells)
-        text += "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)) + "\n"
+        text += harness.table(header, rows) + "\n"
+        text += f"\nNot run: {'; '.join(missing)}.\n" if missing else ""
         text += f"\nTimes are of {processor}.\n"
-    return text
+    never = [f"{each.title} ({each.model})" for name, each in CONTENDERS.items() if name not in ran]
+    return text + (f"\nNever run: {'; '.join(never)}.\n" if never else "")
 
 
 def draw(folder: Path, out: Path) -> None:

@@ -58,6 +58,18 @@ class WindowAttention(Attention):
         return self.out(mixed[:, self.shift :, self.shift :][:, :height, :width])
 
 
+class Residual(nn.Module):
+    """x + layer(x), of maps (B,C,H,W). GSPNBlock has no way around its mixer. GSPN2d has one inside, its gated skip.
+    Attention has none, and at the start it is almost a mean over pixels: alone it would erase the map."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x)
+
+
 def _attention(width: int, reduction: int, index: int, heads: int | None = None) -> nn.Module:
     """Windows where the map has many pixels, all pixels from an eighth of the image's sides on."""
     return Attention(width, heads, bias=False) if reduction >= 8 else WindowAttention(width, 3 * (index % 2), heads)
@@ -65,7 +77,8 @@ def _attention(width: int, reduction: int, index: int, heads: int | None = None)
 
 class Contender(NamedTuple):
     """`model` with another mixer in its `blocks`. `make` gives a layer of maps (B,C,H,W) from C, pixels of the image
-    for one of the map, and the number of the block; None keeps GSPN. `options` are those of the model. `segments` are
+    for one of the map, and the number of the block; None keeps GSPN. In `gspn_micro` the attentions add to their input,
+    as GSPN does by its skip and the block does not: see `Residual`. `options` are those of the model. `segments` are
     numbers of lines between the resets of all scans, None for no resets: in training one of them is drawn for each
     batch, after it the first is taken."""
 
@@ -105,12 +118,12 @@ CONTENDERS = {
     "gspn": Contender("gspn_micro", "GSPN"),
     "none": Contender("gspn_micro", "depthwise 7x7 alone", lambda *_: nn.Identity()),
     "attention": Contender(
-        "gspn_micro", "attention (7x7 windows at 1/4)", lambda c, *where: OnMaps(_attention(c, *where))
+        "gspn_micro", "attention (7x7 windows at 1/4)", lambda c, *where: Residual(OnMaps(_attention(c, *where)))
     ),
     "linear": Contender(
         "gspn_micro",
         "linear attention + 5x5",
-        lambda c, *_: OnMaps(ReluLinearAttentionConvolution(c, bias=False)),
+        lambda c, *_: Residual(OnMaps(ReluLinearAttentionConvolution(c, bias=False))),
     ),
     "gspn-centred": Contender("gspn_micro", "GSPN, center", options={"center": True}),
 }

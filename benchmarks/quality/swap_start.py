@@ -135,26 +135,24 @@ def text_of(rows: dict[str, list[dict]], curves: dict[str, list[dict]], argument
         f"fitted holds, or which order does. {' '.join(arguments.note)}".rstrip()
     ]
     for title, of_form in rows.items():
-        lines = [f"## {title}\n", "| layer | C | map | zero | random | pretrained | fitted | order |"]
-        lines.append("|---|---|---|---|---|---|---|---|")
+        lines = []
         for row in of_form:
             order = sorted(("zero", *STARTS), key=lambda start: -row.get(start, 1))
             order = "holds" if order == ["zero", *STARTS] else " > ".join(order)
-            values = " | ".join(f"{row[start]:.3f}" for start in STARTS)
-            size = "x".join(map(str, row["size"]))
-            lines.append(f"| {row['layer']} | {row['channels']} | {size} | 1 | {values} | {order} |")
-        means = " | ".join(f"{sum(row[s] for row in of_form) / len(of_form):.3f}" for s in STARTS)
-        lines.append(f"| mean | | | 1 | {means} | |")
-        parts.append("\n".join(lines))
+            values = [f"{row[start]:.3f}" for start in STARTS]
+            lines.append([row["layer"], row["channels"], "x".join(map(str, row["size"])), 1, *values, order])
+        means = [f"{sum(row[s] for row in of_form) / len(of_form):.3f}" for s in STARTS]
+        lines.append(["mean", "", "", 1, *means, ""])
+        parts += [f"## {title}", harness.table(["layer", "C", "map", "zero", *STARTS, "order"], lines)]
     if curves:
         goal = curves["random"][-1]["loss"] if "random" in curves else max(c[-1]["loss"] for c in curves.values())
         steps = [row["step"] for row in next(iter(curves.values()))]
-        lines = [f"| start | {' | '.join(f'{step:,}' for step in steps)} | steps until {goal:.4f} |"]
-        lines.append(f"|---|{'---|' * (len(steps) + 1)}")
+        lines = []
         for name, curve in curves.items():
-            losses = " | ".join(f"{row['loss']:.4f}" for row in curve)
-            lines.append(f"| {name} | {losses} | {steps_to(curve, goal) or 'not reached'} |")
-        parts += ["## Validation loss by steps of distillation", "\n".join(lines), *arguments.curve_note]
+            losses = [f"{row['loss']:.4f}" for row in curve]
+            lines.append([name, *losses, steps_to(curve, goal) or "not reached"])
+        table = harness.table(["start", *(f"{step:,}" for step in steps), f"steps until {goal:.4f}"], lines)
+        parts += ["## Validation loss by steps of distillation", table, *arguments.curve_note]
     parts.append(f"![Errors by layer]({arguments.stem.name}.png)")
     return "\n\n".join(parts) + "\n"
 

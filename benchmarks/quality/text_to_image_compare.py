@@ -187,10 +187,9 @@ def compare(models: Models, pixels, captions: list[str], chosen: list[int], argu
 def table(rows: list[dict], key: str, form: str) -> str:
     """Markdown: a line for each model, a column for each size."""
     cells = {(row["model"], row["factor"]): format(row[key], form) for row in rows}
-    lines = [f"| | {' | '.join(FACTORS)} |", f"|---|{'---|' * len(FACTORS)}"]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        lines.append(f"| {model} | {' | '.join(cells.get((model, factor), '') for factor in FACTORS)} |")
-    return "\n".join(lines)
+    models = dict.fromkeys(row["model"] for row in rows)
+    lines = [[model, *(cells.get((model, factor), "") for factor in FACTORS)] for model in models]
+    return harness.table(["", *FACTORS], lines)
 
 
 def picture(blocks: list[list[tuple[str, list[Path]]]], lines: list[str], path: Path) -> None:

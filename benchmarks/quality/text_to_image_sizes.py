@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import gspn
 from benchmarks.harness import harness, study
-from benchmarks.quality.denoising import paired, pixels
+from benchmarks.quality.denoising import pixels
 from benchmarks.quality.mixers.tasks import Photos
 from gspn import lattices
 from gspn.data.images import Preprocessing
@@ -385,12 +385,8 @@ def runs_of(done: dict[Run, dict], name: str) -> list[dict]:
 
 def difference(contents: list[dict], teacher: dict, size: str) -> tuple[float, float]:
     """(mean over seeds and photos of the loss minus the teacher's, its error over the photos, shared by the seeds)."""
-    losses = zip(*(content["test"][size]["each"] for content in contents), strict=True)
-    return paired(teacher["test"][size], {"each": list(map(statistics.fmean, losses))})
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+    losses = [content["test"][size]["each"] for content in contents]
+    return study.difference([(teacher["test"][size]["each"], each) for each in losses])[:2]
 
 
 def report(folder: Path) -> str:
@@ -418,7 +414,7 @@ def report(folder: Path) -> str:
                 if size not in found:
                     cells.append("")
                     continue
-                by, error = paired(one["test"][size], found[size])
+                by, error, _ = study.difference([(one["test"][size]["each"], found[size]["each"])])
                 old, new = one["test"][size]["by_timestep"], found[size]["by_timestep"]
                 cells.append(f"{by:+.4f} ± {error:.4f}; noisiest fifth {new[-1] - old[-1]:+.4f}")
             remedies.append(cells)
@@ -430,11 +426,11 @@ def report(folder: Path) -> str:
         "size; in brackets the student's minus the teacher's, with the error of the mean over the same photos, "
         "timesteps and noise. It does not tell what another seed would change. `--sizes` is "
         f"{','.join(f'{factor:g}' for factor in FACTORS)}, without the teacher at other sizes than its own.\n\n"
-        f"{table(['model', 'seeds', *SIZES], rows)}\n\n## 64x64 by timestep, from little noise to all\n\n"
-        f"{table(['model', *steps], late)}\n\n## Remedies without training\n\nLoss with the remedy minus loss without; "
-        "negative is better. One seed each. The lines without self-attention are no remedy: they say what it, or what "
-        "is in its place, is worth.\n\n"
-        f"{table(['model', 'remedy', *SIZES], remedies)}\n"
+        f"{harness.table(['model', 'seeds', *SIZES], rows)}\n\n## 64x64 by timestep, from little noise to all\n\n"
+        f"{harness.table(['model', *steps], late)}\n\n## Remedies without training\n\n"
+        "Loss with the remedy minus loss without; negative is better. One seed each. The lines without "
+        "self-attention are no remedy: they say what it, or what is in its place, is worth.\n\n"
+        f"{harness.table(['model', 'remedy', *SIZES], remedies)}\n"
     )
 
 

@@ -103,11 +103,12 @@ def table(result):
         f"Machine: {where['cpu']}, {where['cores']} cores; torch {where['torch']}; commit {where['commit'][:12]}; "
         f"{where['date']}. 500x375 JPEG to {SIZE}x{SIZE}. Without workers: images/s of one core's CPU time.",
         "",
-        "| data | augmentation | workers | images/s |",
-        "|---|---|---|---|",
     ]
-    for row in result["loader"]:
-        lines.append(f"| {row['data']} | {row['augmentation']} | {row['workers']} | {row['images_per_second']:.0f} |")
+    rows = [
+        [row["data"], row["augmentation"], row["workers"], f"{row['images_per_second']:.0f}"]
+        for row in result["loader"]
+    ]
+    lines.append(harness.table(["data", "augmentation", "workers", "images/s"], rows))
     for name, rate in result.get("training", {}).items():
         slowest = min(row["images_per_second"] for row in result["loader"] if row["workers"] == 0)
         part = 1 / slowest / (1 / slowest + 1 / rate)

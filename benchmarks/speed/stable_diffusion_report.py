@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.harness.harness import table
+
 # arXiv 2501.12381 and 2512.07884: a whole SDXL pipeline on an A100, how many times faster than with attention
 PAPER = {"512x512": 7, "768x768": 9, "1024x1024": 12, "2048x2048": 24, "4096x4096": 28, "8192x8192": 42}
 PAPER |= {"16384x8192": 84}
@@ -100,11 +102,6 @@ def _cells(rows: dict, size: str, name: str) -> tuple[str, str]:
     return time, f"{'' if 'speed-up' in found else '~ '}{found.get('speed-up', attention / ours):.2f}"
 
 
-def _table(head: list[str], lines: list[list]) -> str:
-    assert all(len(line) == len(head) for line in lines)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines])
-
-
 def _where(content: dict) -> str:
     environment = content["environment"]
     device = environment["gpu"] or f"{environment['cpu']}, {content.get('device', {}).get('threads', 1)} thread(s)"
@@ -143,7 +140,7 @@ def write_speed(path: Path) -> None:
                 line.append(f"{one['attention']['operations'] / one['GSPN pure']['operations']:.2f}" if one else "-")
             line += [PAPER.get(size, "-"), PAPER_2.get(size, "-")] if section != "layer" else []
             lines.append(line)
-        parts += [f"## {TITLES[section][0].upper()}{TITLES[section][1:]}", _table(head, lines)]
+        parts += [f"## {TITLES[section][0].upper()}{TITLES[section][1:]}", table(head, lines)]
         memory = _memory(rows, names)
         parts += [memory] if memory else []
         found = content["growth"].get(section, {})
@@ -166,7 +163,7 @@ def _memory(rows: dict, names: list[str]) -> str:
     lines = [[size, *(cell(row, n) for n in names), row.get("savers", "-")] for size, row in rows.items()]
     if not any("extra_mib" in row.get(n, {}) for row in rows.values() for n in names):
         return ""
-    return _table(["GiB beside the weights", *names, "savers of memory"], lines)
+    return table(["GiB beside the weights", *names, "savers of memory"], lines)
 
 
 def _draw(content: dict, path: Path) -> None:
@@ -220,11 +217,11 @@ def write_structure(path: Path) -> None:
     for name, model in content["models"].items():
         counts = [f"{model['parameters'][n]:,}" for n in ("attention", "GSPN pure", "GSPN qkv")]
         lines.append([name, len(model["layers"]), counts[0], f"{model['published']:,}", *counts[1:], model["native"]])
-    parts.append(_table(head, lines))
+    parts.append(table(head, lines))
     for name, model in content["models"].items():
         sizes = list(model["layers"][0]["maps"])
         parts.append(f"## {name}: swapped layers and their feature maps, H x W, by the image's height x width")
-        parts.append(_table(["block", "layers", "C", "parameters: attention", "pure", "qkv", *sizes], _grouped(model)))
+        parts.append(table(["block", "layers", "C", "parameters: attention", "pure", "qkv", *sizes], _grouped(model)))
     parts.append("## SDXL: a denoising step with guidance, counted")
     head = ["height x width", "TFLOP, attention", "GSPN pure", "GSPN qkv", "attention / pure"]
     head += ["paper's speed-up", "GSPN-2's", "GiB beside the weights"]
@@ -236,7 +233,7 @@ def write_structure(path: Path) -> None:
         memory = f"{least:.2f}" if most - least < 0.005 else f"{least:.2f} to {most:.2f}"
         numbers = [f"{n / 1e12:,.4g}" if n < 1e16 else f"{n / 1e12:,.0f}" for n in found.values()]
         lines.append([size, *numbers, f"{ratio:.2f}", PAPER.get(size, "-"), PAPER_2.get(size, "-"), memory])
-    parts.append(_table(head, lines))
+    parts.append(table(head, lines))
     parts.append(
         "A multiply-add counts two. GiB: the most that tensors hold at once, bfloat16, both halves in one batch, "
         "without savers, without what kernels take inside, attention without a matrix of all pairs; all contenders. "
@@ -251,7 +248,7 @@ def write_structure(path: Path) -> None:
             counts = [row[name]["operations"] for name in names]
             cells = [f"{n / 1e12:,.4g} ({counts[0] / n:.2f})" for n in counts]
             lines.append([size, *cells, f"{max(one['mib'] for one in row.values()) / 1024:.2f}"])
-        parts.append(_table(["height x width", *(f"kept: {name}" for name in names), "GiB beside the weights"], lines))
+        parts.append(table(["height x width", *(f"kept: {name}" for name in names), "GiB beside the weights"], lines))
         parts.append(
             "TFLOP, and in brackets how many times fewer than with all attentions; the others are GSPN, pure. The "
             "lowest level is level:2 with the middle block, 60 of 70 attentions; level:1 has the other ten. GiB as "

@@ -96,10 +96,16 @@ def test_missing_runs_are_made_and_told(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(denoising, "SIZES", {"32x32": 20, "32x64": 4})
     text = denoising.report(tmp_path)
     assert "| GSPN-DiT |" in text and "square only" in text and "±" in text
+    assert done[Run("dit", RATES[0], SEEDS[0])]["environment"]["commit"][:8] in text
     denoising.draw(tmp_path, tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").stat().st_size > 5_000
 
 
-def test_a_paired_difference_by_hand():
-    mean, error = denoising.paired({"each": [1.0, 2.0, 3.0]}, {"each": [2.0, 2.0, 5.0]})
-    assert mean == 1.0 and error == pytest.approx(1 / 3**0.5)
+def test_a_difference_is_of_the_seeds_that_both_have():
+    runs = lambda by_seed: {seed: {"test": {"32x32": {"each": each}}} for seed, each in by_seed.items()}  # noqa: E731
+    ours = runs({0: [1.0, 2.0, 3.0], 1: [1.0, 1.0, 1.0], 2: [0.0, 0.0, 0.0]})
+    alone, both = runs({1: [2.0, 1.0, 3.0]}), runs({1: [2.0, 1.0, 3.0], 0: [2.0, 2.0, 7.0]})
+    assert denoising.differences(ours, alone) == ("+1.0000 ± 0.5774", "")
+    # of the photos 1, 0 and 3, of the seeds 5/3 and 1
+    assert denoising.differences(ours, both) == ("+1.3333 ± 0.8819", "+1.3333 ± 0.4714")
+    assert denoising.differences(ours, runs({5: [0.0, 0.0, 0.0]})) == ("", "")

@@ -179,23 +179,27 @@ def _content(run, accuracy, loss=1.0, finite=True):
         "val": {"loss": loss, "accuracy": accuracy},
         "test": test,
         "looks": [look],
-        "environment": {"cpu": "a chip", "torch": "2", "commit": "0123456789"},
+        "environment": {"cpu": "a chip", "torch": "2", "commit": "0123456789", "uncommitted_changes": run.seed > 0},
         "cpu_ms_per_step": 400.0 + 10 * run.seed,
     }
 
 
-def test_the_runner_skips_what_exists_and_writes_what_is_missing(photos, tmp_path, monkeypatch):
+def test_the_runner_skips_what_exists_and_writes_what_is_missing(photos, tmp_path, monkeypatch, capsys):
     """Two runs are wanted; one of them is there and stays as it is."""
     wanted = [Run("classes", "bare", "none", 3e-3, seed, 2) for seed in (0, 1)]
     monkeypatch.setattr(study, "stages", lambda done: iter([("test", wanted)]))
     study.keep(wanted[0], _content(wanted[0], 0.5), tmp_path)
     before = (tmp_path / f"{wanted[0].stem}.json").read_text()
+    assert study.work(tmp_path, photos, minutes=1, examples=FEW, only=("dw7",)) == 0
     assert study.work(tmp_path, photos, minutes=1, examples=FEW) == 1
+    told = capsys.readouterr().out
+    assert f"test: {wanted[1].stem}\n" in told and "; val loss " in told and " minutes\n" in told
     assert (tmp_path / f"{wanted[0].stem}.json").read_text() == before
     assert set(study.read(tmp_path)) == set(wanted)
     assert study.work(tmp_path, photos, minutes=1, examples=FEW) == 0
     content = json.loads((tmp_path / f"{wanted[1].stem}.json").read_text())
     assert content["environment"]["torch"] == torch.__version__ and len(content["curve"]) == 2
+    assert content["environment"]["load_after"] > 0
 
 
 def test_the_queue_takes_seeds_at_the_best_rate():
@@ -238,6 +242,7 @@ def test_the_report_of_two_contenders(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| depthwise 7x7") and "190,000" in line)
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[-2] == "410" and "one processor, a chip," in text
+    assert "Commits: 01234567, 01234567 with uncommitted changes." in text and "of 10,000 test photos" in text
     assert cells[4] == "3" and cells[6:8] == [
         "45.00 ± 2.65",
         "-3.00 ± 0.58",
@@ -247,6 +252,18 @@ def test_the_report_of_two_contenders(tmp_path):
         "report-classes-bare-curves.png",
         "report-classes-bare-settings.png",
     }
+
+
+def test_a_curve_ends_with_the_last_look_on_as_many_examples(tmp_path, monkeypatch):
+    """What is measured after training is of more examples."""
+    drawn = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    run = Run("classes", "bare", "dw7", 3e-3, 0)
+    looks = [{"step": step, "accuracy": step / 1000} for step in (100, 500)]
+    content = _content(run, 0.9) | {"looks": looks}
+    report.curves_picture({"dw7": [content]}, tasks.Classes, "bare", tmp_path / "a.png", {"dw7": 400.0})
+    assert drawn[0].lines[0].get_xydata().tolist() == [[40.0, 10.0], [200.0, 50.0]]
+    assert "step 500 of 600" in drawn[0].get_xlabel() and "1,000" in drawn[0].get_ylabel()
 
 
 def test_times_are_those_of_the_processor_that_ran_most_contenders():

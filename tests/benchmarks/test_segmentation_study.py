@@ -12,7 +12,7 @@ import gspn
 from benchmarks.harness import study
 from benchmarks.quality import segmentation
 from benchmarks.quality.segmentation import RATES, SEEDS, Run
-from benchmarks.quality.segmentation_mixers import CLASSES, CONTENDERS, WindowAttention, made
+from benchmarks.quality.segmentation_mixers import CLASSES, CONTENDERS, Residual, WindowAttention, made
 from gspn.layers import GlobalResponseNorm
 
 
@@ -44,6 +44,16 @@ def test_every_parameter_of_a_contender_takes_part(name):
     assert not [key for key in unused if not (name in ("mobile-none", "mobile-decoder") and ".norm." in key)], unused
 
 
+@pytest.mark.parametrize("name", ["attention", "linear"])
+def test_attention_in_gspn_micro_adds_to_its_input(name):
+    mixers, x = [module for module in made(name).modules() if isinstance(module, Residual)], torch.randn(1, 96, 9, 9)
+    blocks = [module for module in made("gspn").modules() if isinstance(module, gspn.GSPN2d)]
+    assert len(mixers) == len(blocks)
+    mixer = CONTENDERS[name].make(96, 8, 0)
+    torch.nn.init.zeros_(mixer.layer.module.out.weight)
+    assert torch.equal(mixer(x), x)
+
+
 @pytest.mark.parametrize("shift", [0, 3])
 def test_window_attention_is_attention_within_windows(shift):
     attention, x = WindowAttention(16, shift), torch.randn(2, 10, 9, 16)
@@ -58,15 +68,23 @@ def test_missing_runs_come_in_order_and_the_report_tells_them(tmp_path):
     first = next(runs)
     rates = RATES["gspn_micro"]
     assert first == Run("mobile", RATES["gspn_mobile"][1], SEEDS[0], 3, 0.25)
-    for rate, seed, miou in ((rates[0], 0, 0.2), (rates[1], 0, 0.4), (rates[1], 1, 0.5)):
-        run = Run("gspn", rate, seed, 3, 0.25)
+    gspn_runs = [Run("gspn", rates[i], seed, 3, 0.25) for i, seed in ((0, 0), (1, 0), (1, 1))]
+    longer = Run("attention", rates[0], 0, 9, 0.25)
+    for run, miou in zip([*gspn_runs, longer], (0.2, 0.4, 0.5, 0.6), strict=True):
         test = {str(f): {"miou": miou, "seconds_with_metrics": 0.5} for f in segmentation.FACTORS}
         content = run._asdict() | {"val_miou": miou, "parameters": 1234, "test": test, "cpu_seconds_of_training": 9}
-        content |= {"environment": {"cpu": "a chip"}}
+        content |= {"environment": {"cpu": "a chip", "commit": "0123456789", "uncommitted_changes": False}}
         (tmp_path / f"{run.stem}.json").write_text(json.dumps(content))
     done = segmentation.read(tmp_path)
     assert segmentation.best_rate(done, "gspn", 3, 0.25) == rates[1]
     text = segmentation.report(tmp_path)
-    assert "| GSPN | 1,234 | 0.002 of 2 | 2 | 45.0 ± 5.0 |" in text and "not run" in text
+    assert "| GSPN | 1,234 | 0.002 of 2 | 2 | 45.0 ± 7.1 |" in text and "Commits: 01234567." in text
+    three, nine = text.split("\n## ")[1:]
+    assert "\nNot run: attention (7x7 windows at 1/4).\n" in three and "\nNot run: GSPN.\n" in nine
+    never = text.splitlines()[-1]
+    assert never.startswith("Never run: GSPN, center (gspn_mobile); ") and "not run" not in text
+    assert never.endswith(
+        "depthwise 7x7 alone (gspn_micro); linear attention + 5x5 (gspn_micro); GSPN, center (gspn_micro)."
+    )
     segmentation.draw(tmp_path, tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").stat().st_size > 5_000

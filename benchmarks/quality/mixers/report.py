@@ -11,10 +11,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.harness.study import times
+from benchmarks.harness import harness
+from benchmarks.harness.study import commits, times
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
 from benchmarks.quality.mixers.inside import LEVERS
-from benchmarks.quality.mixers.study import MAIN, RATES, RESULTS, SEEDS, STEPS, Run, best_rate, read
+from benchmarks.quality.mixers.study import EXAMPLES, MAIN, RATES, RESULTS, SEEDS, STEPS, Run, best_rate, read
 from benchmarks.quality.mixers.tasks import SIDE, TASKS
 
 TIME = "cpu_ms_per_step"
@@ -89,7 +90,7 @@ def main_table(runs: dict[str, list[dict]], task, ms: dict[str, float], ours: st
                 *([f"{ms[name]:.0f}" if name in ms else ""] if ms else []),
             ]
         )
-    return _markdown(header, rows)
+    return harness.table(header, rows)
 
 
 def rates_table(done: dict[Run, dict], task: str, form: str, steps: int) -> str:
@@ -106,11 +107,7 @@ def rates_table(done: dict[Run, dict], task: str, form: str, steps: int) -> str:
             own = [r.rate for r in done if r[:3] == (task, form, name) and r.steps == steps and r.seed == SEEDS[0]]
             edge = "at the edge" if len(own) > 1 and best in (min(own), max(own)) else ""
             rows.append([contender.title, *cells, edge])
-    return _markdown(["mixer", *(f"{rate:g}" for rate in tried), ""], rows)
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+    return harness.table(["mixer", *(f"{rate:g}" for rate in tried), ""], rows)
 
 
 # -- pictures --
@@ -158,12 +155,16 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def curves_picture(runs: dict[str, list[dict]], task, form: str, path: Path, ms: dict[str, float]) -> None:
-    """What the held-out examples said while training, mean over the seeds, against CPU time."""
-    figure, axes = _axes(_title(task, form), "CPU seconds of training, one core", f"{_unit(task)}, held-out examples")
+    """What the held-out examples said while training, mean over the seeds, against CPU time. The figure after training
+    is of more examples, and no part of the line."""
+    steps = next(iter(runs.values()))[0]["steps"]
+    last = max(look["step"] for content in runs.values() for run in content for look in run["looks"])
+    across = f"CPU seconds of training, one core, up to step {last} of {steps}"
+    figure, axes = _axes(_title(task, form), across, f"{_unit(task)}, first {EXAMPLES['look']:,} held-out examples")
     for name, content in runs.items():
         if name not in ms:
             continue
-        looks = [[*run["looks"], {"step": run["steps"], **run["val"]}] for run in content]
+        looks = [run["looks"] for run in content]
         seconds = [look["step"] * ms[name] / 1e3 for look in looks[0]]
         means = [_scale(task) * statistics.fmean(look[task.better] for look in row) for row in zip(*looks, strict=True)]
         axes.plot(seconds, means, **_style(name))
@@ -290,7 +291,7 @@ def figures_table(inside: dict[str, dict]) -> str:
             cells.append(f"{statistics.fmean(values):.3g} ({min(values):.2g} to {max(values):.2g})")
         rows.append([title, *cells])
     titles = [_trained(content) for content in inside.values()]
-    return _markdown(["mean of the blocks (least to largest)", *titles], rows)
+    return harness.table(["mean of the blocks (least to largest)", *titles], rows)
 
 
 def replaced_table(inside: dict[str, dict]) -> str:
@@ -302,7 +303,7 @@ def replaced_table(inside: dict[str, dict]) -> str:
             loss = found["nothing"]["loss"]
             columns.append({n: f"{100 * m['accuracy']:.1f} ({m['loss'] - loss:+.3f})" for n, m in found.items()})
     rows = [[what, *(column[what] for column in columns)] for what in columns[0]]
-    return _markdown(header, rows)
+    return harness.table(header, rows)
 
 
 def inside_picture(inside: dict[str, dict], path: Path) -> None:
@@ -412,7 +413,8 @@ def report(done: dict[Run, dict], stem: Path, steps: int = STEPS, inside: dict[s
 def _about_times(processor: str, runs: dict, ms: dict[str, float]) -> str:
     text = (
         f"Times are CPU time: medians over rates and seeds on one processor, {processor}, while other work ran beside. "
-        "The picture multiplies them by the steps."
+        "The picture multiplies them by the steps. It shows what was measured while training, on the first "
+        f"{EXAMPLES['look']:,} held-out examples."
     )
     if left := [CONTENDERS[name].title for name in runs if name not in ms]:
         text += f" It lacks what ran on other processors only: {', '.join(left)}."
@@ -424,12 +426,13 @@ def _about(done: dict[Run, dict], steps: int) -> str:
     chosen = [content for run, content in done.items() if run.steps == steps]
     machines = sorted({f"{c['environment']['cpu']}, torch {c['environment']['torch']}" for c in chosen})
     optimizers = sorted({c.get("optimizer", "adamw") for c in chosen})  # files of before know AdamW alone
-    commits = sorted({c["environment"]["commit"][:8] for c in chosen})
     lines = [
         f"Runs: {len(chosen)}, each {steps} steps of {chosen[0]['batch'] if chosen else 0} examples on one core, by "
         f"benchmarks/quality/mixers, with {' and '.join(optimizers)}. Machine: {'; '.join(machines)}. Commits: "
-        f"{', '.join(commits)}. The learning rate is the one of those tried with the least loss on held-out training "
-        f"photos. Finished means {len(RATES)} rates and {len(SEEDS)} seeds; with fewer a row is a first look.",
+        f"{commits(chosen)}. The learning rate is the one of those tried with the least loss on {EXAMPLES['val']:,} "
+        f"held-out training photos. Test figures at the setting that was trained on are of {EXAMPLES['test']:,} test "
+        f"photos, at every other setting of the first {EXAMPLES['setting']:,}. Finished means {len(RATES)} rates and "
+        f"{len(SEEDS)} seeds; with fewer a row is a first look.",
         *(f"- {c.title}: {c.why_not}" for c in CONTENDERS.values() if c.why_not),
     ]
     return "\n\n".join(lines)

@@ -10,9 +10,7 @@ again: only complete runs are written.
 """
 
 import argparse
-import json
 import math
-import os
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.harness import harness
+from benchmarks.harness import harness, study
 from benchmarks.quality.mixers.contenders import CONTENDERS, backbone, count
 from benchmarks.quality.mixers.tasks import TASKS, Photos, Task
 from gspn.options import LoopOptions
@@ -139,11 +137,7 @@ def train(
 
 def read(folder: Path) -> dict[Run, dict]:
     """The finished runs in a folder."""
-    found = {}
-    for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text())
-        found[Run(*(content[name] for name in Run._fields))] = content
-    return found
+    return study.read(folder, Run)
 
 
 def best_rate(done: dict[Run, dict], task: str, form: str, contender: str, steps: int = STEPS) -> float | None:
@@ -230,8 +224,7 @@ def missing(done: dict[Run, dict]) -> Iterator[tuple[str, Run]]:
 # -- the command --
 
 
-def keep(run: Run, content: dict, folder: Path) -> None:
-    harness.write_json(folder / f"{run.stem}.json", content, quiet=True)
+keep = study.keep  # for scripts that make single runs
 
 
 def work(
@@ -247,29 +240,21 @@ def work(
 
     Trained weights are kept in the folder `models`, where there is one.
     """
-    end, made = time.monotonic() + 60 * minutes, 0
-    environment = harness.environment()  # once: later edits do not change the code that runs
-    environment["uncommitted_changes"] = bool(harness._git("status", "--porcelain", "src", "benchmarks/quality/mixers"))
-    while time.monotonic() < end:
-        following = next((found for found in missing(read(folder)) if found[1].contender in only), None)
-        if following is None:
-            print("nothing is missing")
-            break
-        what, run = following
-        start = time.monotonic()
-        environment |= {"load_before": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-        print(f"{time.strftime('%H:%M')} {what}: {run.stem}", flush=True)
-        content = train(run, TASKS[run.task](photos), examples, models=models, optimizer_name=optimizer)
-        environment["load_after"] = os.getloadavg()[0]
-        keep(run, content | {"environment": environment}, folder)
-        made += 1
-        told = ", ".join(f"{setting}: {_number(found)}" for setting, found in content["test"].items())
-        print(
-            f"      {told}; val loss {content['val']['loss']:.4f}; {content['cpu_ms_per_step']:.0f} ms a step; "
-            f"{(time.monotonic() - start) / 60:.1f} minutes",
-            flush=True,
-        )
-    return made
+    purposes = {}
+
+    def wanted(done: dict[Run, dict]) -> Iterator[Run]:
+        for what, run in missing(done):
+            if run.contender in only:
+                purposes[run] = what
+                yield run
+
+    def told(content: dict) -> str:
+        at = ", ".join(f"{setting}: {_number(found)}" for setting, found in content["test"].items())
+        return f"{at}; val loss {content['val']['loss']:.4f}; {content['cpu_ms_per_step']:.0f} ms a step"
+
+    made = lambda run: train(run, TASKS[run.task](photos), examples, models=models, optimizer_name=optimizer)  # noqa: E731
+    named = lambda run: f"{purposes[run]}: {run.stem}"  # noqa: E731
+    return study.work(folder, Run, wanted, made, told, minutes, named)
 
 
 def _number(found: dict[str, float]) -> str:

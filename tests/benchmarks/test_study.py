@@ -1,0 +1,48 @@
+"""What studies of many runs share: differences on the same examples, where the code came from, tables."""
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from benchmarks.harness import harness, plots, study
+
+
+def test_a_difference_averages_each_example_over_the_seeds_first():
+    """Two equal seeds tell no more than one: the error stays what it is, and nothing spreads."""
+    pair = [1.0, 2.0, 3.0], [2.0, 2.0, 5.0]
+    mean, error, of_seeds = study.difference([pair])
+    assert (mean, of_seeds) == (1.0, [1.0]) and error == pytest.approx(1 / 3**0.5)
+    assert study.difference([pair, pair]) == (mean, error, [1.0, 1.0])
+    mean, error, of_seeds = study.difference([pair, (pair[0], [1.0, 4.0, 3.0])])  # examples: 0.5, 1 and 1
+    assert (mean, error) == (pytest.approx(5 / 6), pytest.approx(1 / 6)) and of_seeds == [1.0, pytest.approx(2 / 3)]
+    with pytest.raises(ValueError, match="shorter"):
+        study.difference([([1.0, 2.0], [1.0])])
+
+
+def test_commits_of_code_with_uncommitted_changes_are_marked():
+    of = [("b" * 40, False), ("a" * 40, True), ("b" * 40, True), ("b" * 40, False), ("", False)]
+    contents = [{"environment": {"commit": commit, "uncommitted_changes": changed}} for commit, changed in of]
+    marked = "aaaaaaaa with uncommitted changes, bbbbbbbb, bbbbbbbb with uncommitted changes, unknown"
+    assert study.commits(contents) == marked
+
+
+def test_uncommitted_changes_are_those_of_the_code(monkeypatch):
+    """And not of results and documents, which no run depends on."""
+    asked = []
+    monkeypatch.setattr(harness, "_git", lambda *arguments: asked.append(arguments) or "")
+    assert harness.environment()["uncommitted_changes"] is False
+    assert ("status", "--porcelain", "--", "src", ":(glob)benchmarks/**/*.py") in asked
+
+
+def test_the_table_of_times_tells_who_had_fewer_rounds(tmp_path):
+    case = {"size (B,C,H,W,S)": (1, 8, 4, 4, 2), "dtype": "float32", "pass": "train"}
+    times = {"gspn": {"ms": [1, 2, 3], "ratio": [1, 1, 1]}, "unfused": {"ratio": [3, 4, 5], "rounds": 1}}
+    environment = dict.fromkeys(("cpu", "cores", "torch", "commit", "date"), "a")
+    content = {"environment": environment, "rounds": 5, "cases": [case | {"1 thread": times}]}
+    plots.table(content, tmp_path / "a.md")
+    text = (tmp_path / "a.md").read_text()
+    assert "of 5 interleaved rounds, or of as many as stand in brackets." in text
+    assert "| B1 C8 4x4 S2 | train | float32 | 1 | 2.00 | 4.00 (1) |  |" in text
+    del times["unfused"]["rounds"]
+    plots.table(content, tmp_path / "a.md")
+    assert "brackets" not in (tmp_path / "a.md").read_text()
