@@ -245,11 +245,13 @@ def test_callback_sees_each_step_and_may_change_the_map(pixels):
 
     def callback(pipeline, i, t, tensors):
         seen.append((i, int(t), tuple(tensors["latents"].shape)))
-        return {"latents": torch.zeros_like(tensors["latents"])} if i == 2 else None
+        return {"latents": torch.zeros_like(tensors["latents"]) if i == 2 else None}
 
-    images = pixels([0], 1.0, 3, generator=seeds(0), output_type="pt", callback_on_step_end=callback).images
+    images = pixels([0], 1.0, 3, generator=tuple(seeds(0)), output_type="pt", callback_on_step_end=callback).images
     assert seen == [(i, t, (1, 3, 8, 8)) for i, t in enumerate((666, 333, 0))]
     assert torch.equal(images, torch.full_like(images, 0.5))
+    pixels([0], 1.0, 1, callback_on_step_end=lambda *told: seen.append(told[3]), callback_on_step_end_tensor_inputs=())
+    assert seen[3:] == [{}]
 
 
 def test_progress_bar(pixels, capsys):
@@ -279,6 +281,7 @@ def test_classes_by_number_and_name(pixels):
         ("dog", "'dog'.*'red fox, Vulpes', 'owl', 'crane'"),
         ([1.5], r"number.*name.*1\.5"),
         ([True], "number.*name.*True"),
+        (None, "number.*name.*None"),
         ([], "at least one class"),
     ],
 )
@@ -304,17 +307,16 @@ def test_classes_that_are_none(pixels, labels, message):
         (dict(latents=torch.zeros(1, 4, 8, 8)), r"latents.*\(1, 3, 8, 8\).*\(1, 4, 8, 8\)"),
         (dict(latents=torch.zeros(1, 3, 8, 8), height=8, width=10), r"latents.*\(1, 3, 8, 10\)"),
         (dict(output_type="jpeg"), "pil, np, pt, latent.*'jpeg'"),
-        (dict(eta=0.5), r"DDPMScheduler.*eta.*0\.5"),
-        (dict(generator=seeds(1, 2)), "generator.*1 image.*2"),
+        (dict(latents=np.zeros((1, 3, 8, 8))), r"latents.*tensor \(1,3,h,w\), got ndarray"),
+        (dict(latents=torch.zeros(3, 8, 8)), r"latents.*tensor \(1,3,h,w\), got \(3, 8, 8\)"),
+        (dict(generator=tuple(seeds(1, 2))), "generator.*1 image.*2"),
+        (dict(generator=[7]), r"generator has to be a torch.Generator, or a list .*got \[7\]"),
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "callback.*latents.*noise"),
         (dict(image=torch.zeros(2, 3, 4, 4)), r"image.*\(1,3,H,W\).*\(2, 3, 4, 4\)"),
         (dict(image="photo.png"), "image.*got str"),
         (dict(image=torch.full((1, 3, 4, 4), 2.0)), "values from 0 to 1"),
         (dict(image=torch.zeros(1, 3, 4, 4), strength=0.0), "strength.*above 0.*0.0"),
-        (
-            dict(image=torch.zeros(1, 3, 4, 4), strength=0.1, num_inference_steps=2),
-            "strength=0.1 of 2 steps is no step",
-        ),
+        (dict(image=torch.zeros(1, 3, 4, 4), strength=0.1, num_inference_steps=2), "=0.1 of 2 steps is no step"),
         (dict(image=torch.zeros(1, 3, 4, 4), latents=torch.zeros(1, 3, 8, 8)), "image and latents"),
         (dict(timestep_shift=0.5), "timestep_shift.*at least 1, got 0.5"),
         (dict(timestep_shift=float("nan")), "timestep_shift.*nan"),

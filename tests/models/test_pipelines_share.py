@@ -95,6 +95,26 @@ def test_such_a_schedule_is_refused_by_the_command_and_by_the_pipelines_of_stabl
     HighResPipeline(tiny_sd(scheduler=ddim(prediction_type="v_prediction", **TO_NOISE)))
 
 
+@pytest.mark.parametrize("eta", [-1, 5, "a", None])
+def test_eta_is_from_0_to_1(eta):
+    for asked in (lambda: pipeline(scheduler=DDIMScheduler()).check_inputs([0], eta=eta), lambda: high(eta=eta)):
+        with pytest.raises(ValueError, match=f"eta has to be a number from 0 to 1, got {eta!r}"):
+            asked()
+
+
+def test_eta_is_for_schedulers_that_take_it():
+    takes_none = DDPMScheduler.from_config(ddim().config)
+    for asked in (lambda: pipeline().check_inputs([0], eta=0.5), lambda: high(takes_none, eta=np.float32(0.5))):
+        with pytest.raises(ValueError, match=r"DDPMScheduler takes no eta, got 0\.5: .*DDIMScheduler"):
+            asked()
+    pipeline(scheduler=DDIMScheduler()).check_inputs([0], eta=1)
+    high(eta=1)
+
+
+def high(scheduler=None, **options):
+    return HighResPipeline(tiny_sd(scheduler=scheduler)).plan(16, 16, **options)
+
+
 # -- values that are not finite --
 
 

@@ -132,6 +132,23 @@ def test_a_shift_where_the_last_timestep_is_pure_noise(kind, beta_schedule, recw
     assert not [str(each.message) for each in recwarn if issubclass(each.category, RuntimeWarning)]  # of numpy
 
 
+def test_a_shift_of_a_scheduler_that_was_used_on_a_gpu():
+    """add_noise moves its alphas_cumprod there."""
+
+    class OnGPU(torch.Tensor):
+        def numpy(self):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    scheduler, plain = DDPMScheduler(), DDPMScheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.as_subclass(OnGPU)
+    for each in (scheduler, plain):
+        set_timesteps(each, 10, 2.0)
+    assert scheduler.timesteps.tolist() == plain.timesteps.tolist()
+
+
 @pytest.mark.parametrize(
     ("scheduler", "steps", "message"),
     [

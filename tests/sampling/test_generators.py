@@ -17,7 +17,7 @@ from gspn.models.dit import create_dit
 from gspn.models.pipeline import GSPNPipeline
 from gspn.options import OptionError
 from gspn.options.generators import SCHEDULERS
-from gspn.sampling.generators import load_pipeline, named_scheduler
+from gspn.sampling.generators import load_pipeline, named_scheduler, unclipped
 from gspn.sampling.sample import sample
 from gspn.sampling.vae import describe_vae
 from gspn.train.run import Run, RunError
@@ -31,6 +31,7 @@ def test_the_averaged_weights_are_sampled(tmp_path):
     assert all(torch.equal(loaded.transformer.state_dict()[name], w) for name, w in model.state_dict().items())
     assert loaded.id2label == dict(enumerate(["one", "two", "three/3", "four", "five"]))
     assert loaded.image_size == (8, 8) and loaded.vae is None and not loaded.transformer.training
+    assert loaded.transformer.embed.class_embedder.dropout_prob == loaded.transformer.config.class_dropout_prob == 0.1
     heun = HeunDiscreteScheduler.from_config(loaded.scheduler.config)  # as users do; its own betas are others
     torch.testing.assert_close(heun.alphas_cumprod, loaded.scheduler.alphas_cumprod)
     (tmp_path / "run/checkpoints/last/ema.safetensors").unlink()
@@ -92,6 +93,7 @@ def test_a_run_of_dit(tmp_path):
         assert torch.equal(pipeline.transformer(**given).sample, model(**given).sample)
     with pytest.raises(ValueError, match="no null class"):
         pipeline([0])
+    assert {block.norm1.emb.class_embedder.dropout_prob for block in pipeline.transformer.transformer_blocks} == {0.0}
     pipeline.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(load_pipeline(tmp_path / "saved").transformer(**given).sample, model(**given).sample)
@@ -161,6 +163,16 @@ def test_solvers_clip_no_further_and_threshold_as_their_own_scheduler_does(name)
     own = ddpm(clip_sample=True, thresholding=True, sample_max_value=1.5, clip_sample_range=2.0)
     made = named_scheduler(name, own).config
     assert made.thresholding and made.sample_max_value == 1.5
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_that_do_not_clip_where_the_own_one_does_are_told(name):
+    for config in (dict(clip_sample=True), dict(clip_sample=False, thresholding=True), dict(clip_sample=False)):
+        own = ddpm(**config)
+        note = unclipped(named_scheduler(name, own), own)
+        ignores = name.startswith("euler") or (name == "heun" and own.config.thresholding)
+        told = note is not None and f"{SCHEDULERS[name]} does not clip" in note and "own DDPMScheduler does" in note
+        assert told == (ignores and (own.config.clip_sample or own.config.thresholding)) and (told or note is None)
 
 
 @pytest.mark.parametrize("name", ["dpm-solver++", "unipc", "euler", "heun"])

@@ -112,6 +112,11 @@ def test_names_and_numbers_of_classes(tmp_path):
     names = ["7", "all", "b"]
     assert module._classes(pipeline, "7,2", names) == [0, 2]  # a name comes before a number
     assert module._classes(pipeline, "all", names) == [1]
+    names = ["tench, Tinca tinca", "Tinca", "owl", "tench, Tinca tinca, big"]
+    pipeline = load_pipeline(generator_run(tmp_path / "commas", class_names=names)[0].path)
+    assert module._classes(pipeline, "owl,tench, Tinca tinca,Tinca", names) == [2, 0, 1]
+    assert module._classes(pipeline, "tench,Tinca tinca,big, 2", names) == [3, 2]
+    assert module._classes(pipeline, "big, Tinca", names) == [3, 1]  # a part names its class, as before
 
 
 def test_default_count(run, tmp_path, monkeypatch):
@@ -193,6 +198,18 @@ def test_schedulers_that_refuse_few_steps(run):
     with pytest.raises(ValueError, match="broadcast"):
         scheduler.set_timesteps(1)
     assert module._late_start(scheduler, 50) is None and len(scheduler.timesteps) > 50
+
+
+def test_options_that_do_nothing_and_schedulers_that_do_not_clip_are_told(run, tmp_path):
+    def notes(**more):
+        return module._plan(pipeline, tmp_path, options(steps=10, **more))[1]
+
+    pipeline = load_pipeline(run)
+    assert notes(dilate_from=0.5) == ["--dilate-from does nothing without --dilation"] and notes() == []
+    pipeline.scheduler.register_to_config(clip_sample=True)
+    (note,) = notes(scheduler="euler")
+    assert "EulerDiscreteScheduler does not clip" in note
+    assert SampleOptions(dilate_from=0.5, dilation=2).idle() == []
 
 
 def test_a_size_far_from_the_trained_one_is_told(run, tmp_path):

@@ -39,6 +39,14 @@ def test_sides_double_from_the_trained_size_and_keep_the_aspect():
     assert native_size(8192, 16384, 512**2, 8) in ((360, 720), (368, 736), (352, 704))
 
 
+def test_a_plan_takes_what_a_call_takes(sd, tmp_path):
+    call = dict(height=24, width=24, steps=5, guidance_scale=3.0, eta=0.5)
+    more = dict(prompt="owl", negative_prompt="fox", seed=1, blend=None, rematch=False, workdir=tmp_path / "owl")
+    more |= dict(output_type="np", callback_on_step_end=print)
+    assert HighResPipeline(sd).plan(**call, **more) == HighResPipeline(sd).plan(**call)
+    assert not (tmp_path / "owl").exists()
+
+
 def test_the_schedule_of_steps(sd):
     plan = HighResPipeline(sd).plan(256, 512)
     assert [stage.taken for stage in plan] == [50, 21, 16, 10, 9, 9][: len(plan)] and len(plan) == 6
@@ -252,6 +260,13 @@ def test_a_swapped_pipeline(form):
     assert all(torch.equal(*pair) for pair in zip(plain, latents_of(pipe, **FEW), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_unet_that_is_conditioned_on_guidance(dtype):
+    pipe = tiny_sd(scheduler=diffusers.LCMScheduler(), time_cond_proj_dim=8).to(dtype)
+    first, second = (latents_of(pipe, guidance_scale=scale)[1] for scale in (2.0, 9.0))
+    assert first.isfinite().all() and not torch.equal(first, second)
+
+
 def test_what_the_safety_checker_blackens_is_shown_alone(monkeypatch):
     pipe = tiny_sd()
     call = dict(stages=[(16, 16), (24, 24), (24, 32)], **FEW)
@@ -291,7 +306,7 @@ def test_callbacks_progress_and_output(sd, capsys):
 
     def step_end(pipe, step, t, given):
         told.append((given["stage"], step))
-        return {"latents": given["latents"] * 0} if given["stage"] == 1 and step == 1 else None
+        return {"latents": given["latents"] * 0 if given["stage"] == 1 and step == 1 else None}
 
     sd.set_progress_bar_config(desc="mine")
     try:
@@ -342,6 +357,7 @@ def test_a_callers_generator_decides_and_moves_on(sd):
         (dict(blend=-1), "blend.*-1"),
         (dict(seed=-1), "seed.*-1"),
         (dict(seed=1, generator=torch.Generator()), "pass one of them"),
+        (dict(generator=[torch.Generator()]), r"generator has to be one torch\.Generator, .* got \["),
         (dict(memory_mib=0), "memory_mib"),
         (dict(output_type="jpg"), "output_type.*'jpg'"),
         (dict(offload=True), "offload.*CPU"),
@@ -397,8 +413,8 @@ def test_bad_kinds(sd):
         HighResPipeline(tiny_sd(in_channels=9))
     with pytest.raises(ValueError, match="no sample_size"):
         HighResPipeline(tiny_sd(sample_size=None))
-    with pytest.raises(TypeError, match="option blend"):
-        high.plan(64, 32, blend=1.0)
+    with pytest.raises(TypeError, match="option image"):
+        high.plan(64, 32, image="x")
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,18 @@ def test_a_folder_of_another_image_is_refused(tmp_path):
     (tmp_path / "stage-0-16x16" / "latents.safetensors").write_bytes(b"none")
     with pytest.raises(ValueError, match=r"latents\.safetensors .*remove"):
         high(**call)
-    for record, message in (("{", "is damaged"), ('{"format": 9}', r"newer gspn \(format 9")):
-        (tmp_path / "highres.json").write_text(record)
+    record = json.loads((tmp_path / "highres.json").read_text())
+    for change, message in (
+        ("{", "is damaged"),
+        ({"format": 9}, r"newer gspn \(format 9"),
+        (record | {"asked": {}}, "is damaged .*'seed'"),
+        (record | {"asked": record["asked"] | {"pipeline": None}}, "is damaged"),
+        ({"format": 1, "asked": record["asked"]}, "is damaged .*'chosen'.*: remove it and the stages"),
+        (record | {"chosen": {}}, "is damaged .*'savers'"),
+    ):
+        (tmp_path / "highres.json").write_text(change if isinstance(change, str) else json.dumps(change))
         with pytest.raises(ValueError, match=rf"highres\.json .*{message}"):
             high(**call)
+    (tmp_path / "highres.json").unlink()
+    with pytest.raises(ValueError, match=r"holds stages but no highres\.json: choose another workdir, or remove them"):
+        high(**call | {"prompt": "fox"})

@@ -19,7 +19,7 @@ from gspn.options.diffusion import GeneratorOptions
 from gspn.sampling.encode import encode
 from gspn.sampling.generators import build_generator, load_pipeline
 from gspn.tasks import base
-from gspn.tasks.diffusion import Diffusion, resume_generator, train_generator
+from gspn.tasks.diffusion import Diffusion, Setup, resume_generator, train_generator
 from gspn.tasks.objective import Objective, make_scheduler, negative_log_likelihood
 from gspn.train.run import Run, RunError
 
@@ -148,6 +148,13 @@ def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("diffusion") / "run"
     train_generator("digits", path, options(tensorboard=True, flip=True))
     return path
+
+
+def test_the_training_drops_classes_and_the_model_does_not():
+    """In training mode the model would drop some of them once more."""
+    setup = Setup.of("digits", options(class_dropout=0.5))
+    model = setup.model(torch.device("cpu"))
+    assert model.config.class_dropout_prob == 0.5 and model.embed.class_embedder.dropout_prob == 0
 
 
 def test_what_a_run_leaves_behind(whole):

@@ -64,6 +64,17 @@ def test_a_cache_depends_on_no_batch():
     torch.testing.assert_close(drawn.std(0), posterior.std[0] * 0.5, atol=0.02, rtol=0.1)
 
 
+def test_draws_do_not_depend_on_the_layout_of_the_vae():
+    teacher, images = TextToImage(tiny_sd(), "here"), torch.rand(2, 3, 16, 16) * 2 - 1
+    drawn = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        teacher.vae.to(memory_format=layout)
+        torch.manual_seed(0)
+        drawn.append(teacher.latents(images.contiguous(memory_format=layout)))
+    torch.testing.assert_close(*drawn)
+    assert all(each.is_contiguous() for each in drawn)
+
+
 def test_latents_are_scaled_as_the_pipeline_does_it():
     """It does not apply a VAE's shift_factor."""
     teacher = TextToImage(tiny_sd(vae=dict(shift_factor=0.35)), "here")

@@ -3,8 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel, whole_dilation
 from gspn.models.latents import check_finite, check_scale, is_real, is_whole, scale_latents, unscale_latents
 from gspn.models.modes import evaluating
-from gspn.models.schedulers import check_sampler, check_schedule, check_steps, set_timesteps
+from gspn.models.schedulers import check_eta, check_sampler, check_schedule, check_steps, set_timesteps
 from gspn.names import unknown
 
 try:
@@ -92,7 +91,7 @@ class GSPNPipeline(DiffusionPipeline):
     @property
     def vae_scale_factor(self) -> int:
         """The side in pixels of a pixel of the model's map; 1 without a VAE."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 1 if self.vae is None else vae_factor(self.vae)
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -103,9 +102,8 @@ class GSPNPipeline(DiffusionPipeline):
         """The numbers of classes given by number or name.
 
         Raises ValueError for a number out of range, and for a name of no class or of several."""
-        if isinstance(labels, Tensor):
-            labels = labels.tolist()
-        labels = [labels] if isinstance(labels, Integral | str) else list(labels)
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels  # a tensor's or array's
+        labels = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else list(labels)
         known = {}
         for number, name in self.id2label.items():
             for part in {name, *map(str.strip, name.split(","))}:
@@ -139,7 +137,7 @@ class GSPNPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         height: int | None = None,
         width: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         eta: float = 0.0,
         output_type: str = "pil",
@@ -164,18 +162,19 @@ class GSPNPipeline(DiffusionPipeline):
                 the pipeline's image_size.
             generator: one for all images, or a list with one for each, which is then the same in any batch.
             latents: noise (B,C,h,w) to start from instead of the generator's.
-            eta: DDIM's, for schedulers that take it.
+            eta: DDIM's, from 0 to 1, for schedulers that take it.
             output_type: "pil", "np" (B,H,W,C) or "pt" (B,C,H,W) in [0, 1], or "latent": the model's map as it is.
             sequential_guidance: predicts with and without the class one after the other, not in one batch of twice the
                 size; takes half the memory.
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": ...}) after every step; may return
-                a dict with other latents.
+                a dict with other latents. callback_on_step_end_tensor_inputs: what it is given, "latents" or nothing.
             dilation: k for images about k times as large as in training, of GSPNDiTTransformer2DModel. In the noisy
                 steps, where an image's layout arises, the model then sees k x k interleaved maps of the trained size.
             dilate_from: the noisy steps begin at this part of all timesteps, from 0 (all steps) to 1.
             image: images (B,C,H,W) in [0, 1] of any size to start from, such as smaller samples (output_type "pt").
                 They are enlarged by bicubic interpolation, noise is added, and the last steps are run.
-            strength: the part of the steps that are run from `image`, above 0 and up to 1.
+            strength: the part of the steps that are run from `image`, above 0 and up to 1; without `image` it does
+                nothing.
             timestep_shift: s for images about s times as large as in training: moves the timesteps to s times as much
                 noise, see gspn.models.schedulers.set_timesteps.
             guidance_interval: (low, high), parts of all timesteps. Steps outside of them are made without guidance, at
@@ -200,8 +199,7 @@ class GSPNPipeline(DiffusionPipeline):
             timestep_shift,
             guidance_interval,
         )
-        if isinstance(generator, list) and len(generator) != len(labels):
-            raise ValueError(f"expected one generator for each of {len(labels)} images, got {len(generator)}")
+        generator = _generators(generator, len(labels))
         wrong = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
         if wrong:
             raise ValueError(f"a callback can take {self._callback_tensor_inputs}, got {wrong}")
@@ -237,7 +235,9 @@ class GSPNPipeline(DiffusionPipeline):
                     prediction = torch.cat([prediction, variance], 1)
                 latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
+                    given = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)  # there is nothing else to give
+                    changed = (callback_on_step_end(self, i, t, given) or {}).get("latents")
+                    latents = latents if changed is None else changed
                 bar.update()
         images = self._decode(latents, output_type)
         self.maybe_free_model_hooks()
@@ -371,8 +371,7 @@ class GSPNPipeline(DiffusionPipeline):
         last = self.scheduler.config.num_train_timesteps
         if not is_whole(steps) or not 1 <= steps <= last:
             raise ValueError(f"num_inference_steps has to be a whole number from 1 to {last}, got {steps!r}")
-        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no eta, got {eta}")
+        check_eta(self.scheduler, eta)
         if not is_real(shift) or not 1 <= shift < math.inf:
             raise ValueError(f"timestep_shift has to be a finite number of at least 1, got {shift!r}")
         ends = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (math.nan, math.nan)
@@ -399,8 +398,9 @@ class GSPNPipeline(DiffusionPipeline):
             return
         channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
         if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[:2] != (count, channels):
-            got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"image has to be a tensor ({count},{channels},H,W), an image for each class, got {got}")
+            raise ValueError(
+                f"image has to be a tensor ({count},{channels},H,W), an image for each class, got {_kind(image)}"
+            )
         if not bool(((image >= 0) & (image <= 1)).all()):
             raise ValueError("image has to have values from 0 to 1; samples of output_type 'pt' have them")
         if latents is not None:
@@ -415,6 +415,8 @@ class GSPNPipeline(DiffusionPipeline):
         config, factor = self.transformer.config, self.vae_scale_factor
         if not count:
             raise ValueError("expected at least one class, got none")
+        if latents is not None and not (isinstance(latents, Tensor) and latents.ndim == 4):
+            raise ValueError(f"latents have to be a tensor ({count},{config.in_channels},h,w), got {_kind(latents)}")
         if (height is None) != (width is None):
             raise ValueError(f"expected both height and width or neither, got {height} and {width}")
         if height is None:
@@ -433,6 +435,27 @@ class GSPNPipeline(DiffusionPipeline):
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents have to have the shape {shape} for these images, got {tuple(latents.shape)}")
         return shape
+
+
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Pixels for one position of the latents, in each dimension."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _generators(generator, count):
+    """As diffusers takes them: one, a list of one for each image, or None."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if not isinstance(generator, list | tuple) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise ValueError(f"generator has to be a torch.Generator, or a list with one for each image, got {generator!r}")
+    if len(generator) != count:
+        raise ValueError(f"expected one generator for each of {count} images, got {len(generator)}")
+    return list(generator)
+
+
+def _kind(value):
+    """A value that should be another tensor, in a message."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def last_steps(steps: int, strength: float) -> int:

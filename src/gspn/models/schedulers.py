@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from gspn.models.latents import is_real
 from gspn.names import reason_of
 
 # They turn an image into noise, or need more than a prediction, a timestep and a sample for a step.
@@ -60,6 +61,14 @@ def check_sampler(scheduler) -> None:
         )
 
 
+def check_eta(scheduler, eta: float) -> None:
+    """Raises ValueError unless `eta` is a number from 0 to 1 that a step of the scheduler of diffusers takes."""
+    if not is_real(eta) or not 0 <= eta <= 1:
+        raise ValueError(f"eta has to be a number from 0 to 1, got {eta!r}")
+    if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ValueError(f"{type(scheduler).__name__} takes no eta, got {eta}: leave it out, or take DDIMScheduler")
+
+
 class ShiftError(ValueError):
     """The timesteps cannot be shifted."""
 
@@ -84,7 +93,7 @@ def set_timesteps(scheduler, steps: int, shift: float = 1.0, device: torch.devic
             "scheduler, such as DDPM, DPM-Solver++, Euler or Heun"
         )
     signal, every = (
-        scheduler.alphas_cumprod.double().numpy().clip(LEAST_SIGNAL),
+        scheduler.alphas_cumprod.cpu().double().numpy().clip(LEAST_SIGNAL),  # add_noise leaves them on a GPU
         np.arange(len(scheduler.alphas_cumprod)),
     )
     # some schedulers put a small signal in the place of none, and so make the last timestep less noisy

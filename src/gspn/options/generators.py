@@ -81,6 +81,12 @@ class SampleOptions(OptionSet):
         False, "Write samples.npz, in the format of ADM's evaluation.", flag="--npz/--no-npz", resumable=True
     )
 
+    def idle(self) -> list[str]:
+        """Notes on values that do nothing because of others."""
+        if self.dilate_from != type(self).dilate_from and self.dilation == 1:
+            return ["--dilate-from does nothing without --dilation"]
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments(SampleOptions):

@@ -1,5 +1,6 @@
 """Generators by name and from runs: the model, and the pipeline that samples it."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,10 +36,14 @@ def build_generator(config: Mapping) -> torch.nn.Module:
         model = (create_generator if name in generator_names() else create_dit)(name, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise OptionError(f"the model {name} cannot be made: {error}") from error
+    return model
+
+
+def drop_classes(model: torch.nn.Module, probability: float) -> None:
+    """Sets how often the model itself, in training mode, replaces a class by the null class."""
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0  # Diffusion.prepare drops classes
-    return model
+            module.dropout_prob = probability
 
 
 def load_pipeline(source: str | Path, checkpoint: str = "last", vae: str | Path | None = None) -> GSPNPipeline:
@@ -72,6 +77,7 @@ def load_pipeline(source: str | Path, checkpoint: str = "last", vae: str | Path 
             dropout = config.get("options", {}).get("class_dropout", 0.1)
             # diffusers' DiT does not know what it predicts, nor whether the null class was trained.
             transformer.register_to_config(prediction_type=scheduler.config.prediction_type, class_dropout_prob=dropout)
+            drop_classes(transformer, dropout)
         id2label = dict(enumerate(config["class_names"]))
         autoencoder = _vae_of(path, config["vae"], vae)
         return GSPNPipeline(transformer.eval(), scheduler, autoencoder, id2label, config["space"]["image_size"])
@@ -147,7 +153,8 @@ def named_scheduler(name: str, own, steps: int | None = None) -> diffusers.Sched
 
     Args:
         steps: how many steps are to be made. With as many as timesteps, some solvers then do not repeat one.
-    Errors: OptionError if it cannot have the noise schedule, or cannot clip as `own` does."""
+    Errors: OptionError if it cannot have the noise schedule, or would clip otherwise than `own`. Those that do not clip
+    at all, Euler's, are allowed; see `unclipped`."""
     config = explicit(own.config)
     if name not in ("ddpm", "ddim"):
         for key in ("timestep_spacing", "steps_offset"):  # how DDPM skips steps; solvers have their own way
@@ -171,3 +178,18 @@ def named_scheduler(name: str, own, steps: int | None = None) -> diffusers.Sched
             "setting of it, such as rescale_betas_zero_snr: expected another scheduler"
         )
     return made
+
+
+def unclipped(scheduler, own) -> str | None:
+    """A note where `own` clips the image that it predicts at each step, and `scheduler` does not."""
+    if not _clips(own) or _clips(scheduler):
+        return None
+    return (
+        f"{type(scheduler).__name__} does not clip the images predicted at each step, as the generator's own "
+        f"{type(own).__name__} does: samples may have more contrast; ddpm, ddim, dpm-solver++, unipc and heun clip them"
+    )
+
+
+def _clips(scheduler):
+    known = inspect.signature(type(scheduler).__init__).parameters  # its config keeps what others take, too
+    return any(name in known and scheduler.config.get(name) for name in ("clip_sample", "thresholding"))

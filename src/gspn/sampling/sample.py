@@ -27,7 +27,7 @@ from gspn.options.generators import PER_CLASS, SampleOptions
 from gspn.places import check_out, expanded
 from gspn.plots import GRID_CLASSES, GRID_COLUMNS, draw_grid, save_picture
 from gspn.progress import Progress
-from gspn.sampling.generators import cast, load_pipeline, named_scheduler
+from gspn.sampling.generators import cast, load_pipeline, named_scheduler, unclipped
 from gspn.sampling.sample_folder import ABOUT, ARRAYS, GRID, IMAGES, Samples
 from gspn.train.loop import TrainingError, make_accelerator
 from gspn.train.run import RunError
@@ -100,8 +100,9 @@ def _plan(pipeline, out, options):
     if options.count and options.per_class:
         raise OptionError(f"count {options.count} and per_class {options.per_class} exclude each other: give one")
     number = options.count or (options.per_class or PER_CLASS) * len(classes)
+    own = pipeline.scheduler
     if options.scheduler:
-        pipeline.scheduler = named_scheduler(options.scheduler, pipeline.scheduler, options.steps)
+        pipeline.scheduler = named_scheduler(options.scheduler, own, options.steps)
     size = options.size or (None, None)
     try:
         dilated = {"dilation": options.dilation, "dilate_from": options.dilate_from}
@@ -130,6 +131,8 @@ def _plan(pipeline, out, options):
     if small is not None:
         settings |= {"enlarge": options.enlarge, "first_size": list(small)}
     notes = [
+        *options.idle(),
+        unclipped(scheduler, own),
         _late_start(scheduler, options.steps),
         far_from(settings["size"], pipeline.native_size, "the generator was trained at"),
     ]
@@ -190,8 +193,13 @@ def _late_start(scheduler, steps):
 def _classes(pipeline, text, names):
     if text.strip() == "all" and "all" not in names:
         return list(range(pipeline.num_classes))
-    classes = []
-    for part in (part.strip() for part in text.split(",")):
+    classes, parts = [], [part.strip() for part in text.split(",")]
+    whole = {tuple(part.strip() for part in name.split(",")): name for name in names}
+    most = max(map(len, whole))
+    while parts:
+        # names may hold commas: the longest one comes first
+        count = next((n for n in range(most, 1, -1) if len(parts) >= n and tuple(parts[:n]) in whole), 1)
+        part, parts = whole.get(tuple(parts[:count]), parts[0]), parts[count:]
         try:
             classes += pipeline.get_label_ids(int(part) if part.isdecimal() and part not in names else part)
         except ValueError as error:

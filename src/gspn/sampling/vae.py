@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from gspn.data.hub import out_of_reach
 from gspn.digests import digest, settings, tensors_of
 from gspn.models.latents import check_scale
+from gspn.models.pipeline import vae_factor
 from gspn.names import reason_of
 from gspn.options import OptionError
 from gspn.places import alike, expanded, location
@@ -86,7 +87,7 @@ def check_vae(vae: AutoencoderKL, described: dict) -> AutoencoderKL:
 def latent_shape(vae: AutoencoderKL, size: tuple[int, int]) -> tuple[int, int, int]:
     """(C, h, w) of the latents of (H, W) images. Errors: OptionError for a size that the VAE's factor does not
     divide."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = vae_factor(vae)
     if any(length % factor for length in size):
         raise OptionError(
             f"size must be divisible by {factor}, by which the VAE shrinks images, got {size[0]}x{size[1]}"

@@ -1,12 +1,14 @@
 """Stable Diffusion's pipelines of diffusers, without the advice that transformers logs when they are imported: to
 install torchvision for its image processors. Nothing here has images processed by them, and Pillow does it as well. And
-how these pipelines scale latents.
+how these pipelines scale latents, and which sides images may have.
 """
 
 import logging
+import math
 
 ADVICE = "requires torchvision (not installed)"
 LOGGER = logging.getLogger("transformers.utils.import_utils")
+SIDE_UNIT = 8  # diffusers' pipelines require sides divisible by it, whatever the VAE's factor
 
 
 def _is_other(record: logging.LogRecord) -> bool:
@@ -21,10 +23,22 @@ try:
 finally:
     LOGGER.removeFilter(_is_other)
 
-__all__ = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "rescale_noise_cfg", "retrieve_latents", "scale_of"]
+__all__ = [
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "latent_scale",
+    "rescale_noise_cfg",
+    "retrieve_latents",
+    "unit_of",
+]
 
 
-def scale_of(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline) -> dict:
+def unit_of(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline) -> int:
+    """The number by which the sides of images have to be divisible."""
+    return math.lcm(SIDE_UNIT, pipe.vae_scale_factor)
+
+
+def latent_scale(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline) -> dict:
     """How the pipeline itself scales latents, for gspn.models.latents: SDXL's uses the VAE's mean and deviation by
     channel, the others only scaling_factor. Neither applies a shift_factor."""
     config = pipe.vae.config

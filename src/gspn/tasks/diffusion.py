@@ -24,7 +24,7 @@ from gspn.models.pipeline import GSPNPipeline
 from gspn.options import OptionError
 from gspn.options.diffusion import PRESETS, SPEC, GeneratorOptions
 from gspn.plots import draw_grid, drawing_samples, save_picture
-from gspn.sampling.generators import build_generator, named_scheduler
+from gspn.sampling.generators import build_generator, drop_classes, named_scheduler
 from gspn.sampling.vae import check_vae, open_vae, scale_of
 from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, check_stream, labelled_splits, open_with, parameters_of, resume, start, tried
@@ -208,6 +208,7 @@ class Setup(BaseSetup):
         """A new model, tried on one empty input. Errors: OptionError."""
         torch.manual_seed(self.options.seed)
         model = build_generator(self.model_config()).to(device)
+        drop_classes(model, 0.0)  # Diffusion.prepare does
         with tried(self.options.model, f"{self.size[0]}x{self.size[1]}"), torch.inference_mode():
             empty, none = torch.zeros(1, self.channels, *self.size, device=device), torch.zeros(1, device=device)
             output = model.eval()(empty, timestep=none.long(), class_labels=none.long()).sample

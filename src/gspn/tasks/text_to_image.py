@@ -4,7 +4,6 @@ captions into the UNet's conditions. SD-1.5, SD-2 and SDXL differ only in this f
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,8 @@ from gspn.options import OptionError
 from gspn.places import expanded, location
 from gspn.progress import bars_on_terminals_only
 from gspn.sampling.generators import named_scheduler
-from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline, scale_of
+from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline, latent_scale, unit_of
+from gspn.stable_diffusion.swap import own_size
 from gspn.tasks.objective import Objective
 
 CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
@@ -42,7 +42,6 @@ WARN_OF_LENGTHS = (
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
     "transformers.tokenization_utils_base",
 )
-MULTIPLE = 8  # diffusers' pipelines require sides divisible by it
 LOOKED_AT = 1000  # captions whose length is checked
 
 
@@ -108,16 +107,14 @@ class TextToImage:
 
     def native_size(self) -> tuple[int, int]:
         """The UNet's own (H, W) in pixels. Errors: OptionError if its config does not say."""
-        size = self.unet.config.sample_size
-        if size is None:
+        if (size := own_size(self.unet)) is None:
             raise OptionError(f"the UNet of {self.path} has no sample_size in its config: pass a size")
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
+        return size[0] * self.pipe.vae_scale_factor, size[1] * self.pipe.vae_scale_factor
 
     @property
     def multiple(self) -> int:
         """The sides of images in pixels are multiples of it."""
-        return math.lcm(MULTIPLE, self.pipe.vae_scale_factor)
+        return unit_of(self.pipe)
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises OptionError unless images of (H, W) can be trained on and drawn."""
@@ -132,11 +129,12 @@ class TextToImage:
         mean."""
         mean, std = self._by_item(self._posterior, images, lambda image: digest([image]))
         z = mean + std * torch.randn_like(std) if draw else mean
-        return scale_latents(z, scale_of(self.pipe))
+        return scale_latents(z, latent_scale(self.pipe))
 
     def _posterior(self, images):
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        # randn_like draws in the order of the memory, which depends on the VAE's layout
+        return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
 
     @torch.no_grad()
     def conditions(self, captions: Sequence[str | None], size: tuple[int, int]) -> dict[str, Tensor]:

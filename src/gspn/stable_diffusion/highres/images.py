@@ -11,7 +11,7 @@ from gspn.models.latents import check_finite, scale_latents, unscale_latents
 from gspn.stable_diffusion.highres.memory import working_dtype
 
 try:
-    from gspn.stable_diffusion.pipelines import retrieve_latents, scale_of
+    from gspn.stable_diffusion.pipelines import latent_scale, retrieve_latents
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
@@ -34,12 +34,12 @@ def encode(pipe, image: Tensor) -> Tensor:
     the UNet."""
     with _working(pipe.vae) as dtype:
         latents = retrieve_latents(pipe.vae.encode(image.to(dtype)), sample_mode="argmax").float()
-    return scale_latents(latents, scale_of(pipe))
+    return scale_latents(latents, latent_scale(pipe))
 
 
 def decode(pipe, latents: Tensor) -> Tensor:
     """The image (1,3,H,W) in [-1, 1], float32, on the CPU. Raises NotFiniteError if it is not finite."""
-    latents = unscale_latents(latents.to(pipe._execution_device, torch.float32), scale_of(pipe))
+    latents = unscale_latents(latents.to(pipe._execution_device, torch.float32), latent_scale(pipe))
     with _working(pipe.vae) as dtype:
         image = pipe.vae.decode(latents.to(dtype), return_dict=False)[0].float().cpu()
     check_finite(image, f": the VAE overflows in {dtype}, load it in float32" if dtype != torch.float32 else "")

@@ -9,7 +9,8 @@ from torch import nn
 
 from gspn.layers import GSPN2d
 from gspn.memory import MIB, peak_bytes
-from gspn.stable_diffusion.highres.savers import SAVERS, Savers, has_tiling, saving, tile_of, vae_factor
+from gspn.models.pipeline import vae_factor
+from gspn.stable_diffusion.highres.savers import SAVERS, Savers, has_tiling, saving, tile_of
 from gspn.stable_diffusion.layer import GSPNAttention
 
 SHARE = 0.9  # of the free memory that a plan may use: kernels take workspaces that no estimate sees

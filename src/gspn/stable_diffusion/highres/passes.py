@@ -100,7 +100,7 @@ class Guidance:
             embedding = pipe.get_guidance_scale_embedding(
                 torch.tensor([scale - 1.0]), embedding_dim=pipe.unet.config.time_cond_proj_dim
             )
-            conditions["timestep_cond"] = [embedding]
+            conditions["timestep_cond"] = [embedding.to(pipe.unet.dtype)]
         # Each leaf is a list of one tensor for each half: [null, prompt] or [prompt].
         self._conditions = tree_map_only(Tensor, lambda value: value.to(device), conditions)
 

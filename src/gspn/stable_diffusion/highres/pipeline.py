@@ -1,6 +1,7 @@
 """Images far larger than a Stable Diffusion model was trained for: made at its own size, then refined in stages."""
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from gspn.memory import MIB, free_bytes, weight_bytes
 from gspn.models.latents import check_finite, is_real, is_whole
+from gspn.models.pipeline import OUTPUT_TYPES
+from gspn.models.schedulers import check_eta
 from gspn.progress import Progress
 from gspn.stable_diffusion.adapting import adapt
 from gspn.stable_diffusion.highres.images import decode, encode, rematched, resize
@@ -33,7 +36,6 @@ except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
 logger = logging.get_logger(__name__)
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEAST_SHARE = 0.01  # of the dilated pass in the prediction; below it, the pass is left out
 
 
@@ -102,10 +104,13 @@ class HighResPipeline:
         offload: bool | None = None,
         **options: Any,
     ) -> list[Stage]:
-        """The stages that a call with these arguments would run, with sizes, savers and memory. Makes no image.
+        """The stages that a call with these arguments would run, with sizes, savers and memory. Makes no image. Other
+        arguments of a call, such as seed and workdir, change nothing.
 
         Raises ValueError and TypeError as the call does."""
         check_pipeline(self.pipe)
+        called = inspect.signature(self.__call__).parameters
+        options = {name: value for name, value in options.items() if name not in called}
         _check_options(self.pipe, options)
         found = make_stages(self.pipe, height, width, stages, native_steps, steps, strengths, dilation is not None)
         wanted = Savers(vae_tiling, sequential_guidance, chunked_feed_forward, parked_residuals, offload)
@@ -258,6 +263,8 @@ class HighResPipeline:
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text is not None and options.get(f"{name}_embeds") is not None:
                 raise ValueError(f"{name} and {name}_embeds both say what to draw: pass one of them")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator has to be one torch.Generator, as one image is made, got {generator!r}")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator both set the noise: pass one of them")
         if seed is not None and not (is_whole(seed) and 0 <= seed < 2**63):
@@ -399,8 +406,8 @@ class _Run:
             self.lines.update(min(step + 1, self.lines.total))  # PNDM takes one more
         if self.callback is None:
             return latents
-        told = self.callback(self.pipe, step, t, {"latents": latents, "stage": index}) or {}
-        return told.get("latents", latents)
+        changed = (self.callback(self.pipe, step, t, {"latents": latents, "stage": index}) or {}).get("latents")
+        return latents if changed is None else changed
 
     @contextmanager
     def _bar(self, index) -> Iterator[None]:
@@ -433,6 +440,7 @@ def _check_options(pipe, options):
     if unknown := sorted(set(options) - set(known)):
         names = ", ".join(unknown)
         raise TypeError(f"there is no option {names} for all stages; expected some of {', '.join(known)}")
+    check_eta(pipe.scheduler, options.get("eta", 0.0))
     for name, value in options.items():
         if name.endswith("prompt_embeds") and value is not None and len(value) != 1:
             raise ValueError(f"{name} has to be of one prompt, as one image is made, got {tuple(value.shape)}")

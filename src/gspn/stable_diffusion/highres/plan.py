@@ -11,11 +11,12 @@ from torch import Tensor
 from gspn.models.latents import is_real, is_whole
 from gspn.models.schedulers import check_sampler, check_schedule, check_steps
 from gspn.stable_diffusion.highres.savers import Savers
+from gspn.stable_diffusion.swap import own_size
 
 try:
     import diffusers
 
-    from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from gspn.stable_diffusion.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline, unit_of
 except ImportError as error:
     raise ImportError(f'high resolution needs diffusers ({error}): pip install "gspn[diffusion]"') from error
 
@@ -38,7 +39,6 @@ SCHEDULERS = (
     "PNDMScheduler",
 )
 NO_SAVERS = Savers()
-SIDE_UNIT = 8  # diffusers' pipelines require sides divisible by it, whatever the VAE's factor
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,9 @@ class Stage:
         return f"{self.height}x{self.width}, {self.taken} of {self.steps} steps{memory}{self.savers.told()}"
 
 
-def unit_of(pipe) -> int:
-    """The number by which the sides of images have to be divisible."""
-    return math.lcm(SIDE_UNIT, pipe.vae_scale_factor)
-
-
 def native_area(pipe) -> int:
     """The number of pixels of the images that the UNet was trained on."""
-    side = pipe.unet.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    return height * width * pipe.vae_scale_factor**2
+    return math.prod(own_size(pipe.unet)) * pipe.vae_scale_factor**2
 
 
 def native_size(height: int, width: int, area: int, unit: int) -> tuple[int, int]:

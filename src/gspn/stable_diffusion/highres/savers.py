@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 
+from gspn.models.pipeline import vae_factor
+
 try:
     from diffusers.models.attention import BasicTransformerBlock
 except ImportError as error:
@@ -78,11 +80,6 @@ def _tiled(vae):
     finally:
         for name, value in before.items():
             setattr(vae, name, value)
-
-
-def vae_factor(vae) -> int:
-    """Pixels for one position of the latents, in each dimension."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def tile_of(vae) -> int:

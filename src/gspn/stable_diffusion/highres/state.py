@@ -38,27 +38,32 @@ class Workdir:
     """A folder that holds the stages of one image, each written when it is done.
 
     Attributes: kept: the record that the folder held, or None where it holds no stage. earlier: whether the digests in
-    it are of the earlier scheme (see gspn.digests).
+    it are of the earlier scheme (see gspn.digests). Raises ValueError for a folder whose record is damaged or missing.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.kept = None
-        record = self.path / RECORD
+        record, begun = self.path / RECORD, any(self.path.glob("stage-*"))
         if record.exists():
             try:
-                self.kept = json.loads(record.read_text(encoding="utf-8"))
-                found = self.kept["format"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{record} is damaged ({error}): remove it and the stages beside it") from error
+                kept = json.loads(record.read_text(encoding="utf-8"))
+                found = kept["format"]
+                if found == FORMAT:  # a newer one may hold something else
+                    _ = kept["asked"]["seed"], kept["asked"]["pipeline"].values(), kept["chosen"]["savers"]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = f"there is no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{record} is damaged ({reason}): remove it and the stages beside it") from error
             check_format(record, found, FORMAT, ValueError)
-            if not any(self.path.glob("stage-*")):
-                self.kept = None  # nothing was made, as with a call that failed
+            self.kept = kept if begun else None  # without a stage nothing was made, as with a call that failed
+        elif begun:  # of which image, nobody knows
+            raise ValueError(f"{self.path} holds stages but no {RECORD}: choose another workdir, or remove them")
 
     @property
     def earlier(self) -> bool:
-        pipeline = (self.kept or {}).get("asked", {}).get("pipeline", {})
-        return any(f" {SCHEME}" not in text for text in pipeline.values())
+        return self.kept is not None and any(
+            f" {SCHEME}" not in text for text in self.kept["asked"]["pipeline"].values()
+        )
 
     def begin(self, asked: dict, chosen: dict) -> None:
         """Records the arguments and what was chosen for them, or compares them with the record.
