@@ -5,9 +5,10 @@ so that no crash or full disk harms what was there. A lock lets one process at a
 import json
 import os
 import platform
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -39,7 +40,6 @@ def atomic(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary(path)
     try:
-        remove(temporary)
         yield temporary
         for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
             _sync(file)
@@ -61,7 +61,6 @@ def check_writable(path: Path | str) -> None:
     """Raises SaveError if no file can be written to the folder of `path`; for work that takes long before it writes."""
     temporary = _temporary(Path(path))
     try:
-        remove(temporary)  # a killed process may have left a folder there
         temporary.touch()
         temporary.unlink()
     except OSError as error:
@@ -69,7 +68,8 @@ def check_writable(path: Path | str) -> None:
 
 
 def _temporary(path):
-    return path.with_name(f".{path.name}{TEMPORARY}")
+    """A name of its own each time: several processes may write to the same path without a lock."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def _cannot_write(path, error):
@@ -87,7 +87,7 @@ def check_absent(*paths: Path | str, overwrite: bool = False) -> None:
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
     """Makes the folder, and locks it for the block. The operating system holds the lock: when a process is killed, the
-    lock is released, though its file stays.
+    lock is released, though its file stays. What killed processes left half written is removed.
 
     Errors: BusyError if another process still holds the lock after PATIENCE seconds; SaveError if the folder cannot be
     made or written to."""
@@ -99,7 +99,9 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        holder = (path / LOCK).read_text().strip()
+        holder = "process unknown"
+        with suppress(OSError):  # Windows lets nobody read a locked file
+            holder = (path / LOCK).read_text().strip()
         raise BusyError(
             f"another gspn ({holder}) is writing to {path}: wait for it, or choose another folder"
         ) from None
@@ -108,6 +110,7 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         with suppress(OSError):  # a full disk: the text is for people, the lock holds without it
             (path / LOCK).write_text(f"process {os.getpid()} on {platform.node()}\n")
+        remove_left(path)
         yield
     finally:
         lock.release()
@@ -156,6 +159,14 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(TEMPORARY)
 
 
+def remove_left(folder: Path) -> None:
+    """Removes what killed processes left half written in a folder, or one folder below, that this process has locked.
+    The whole name counts: other files that end in TEMPORARY may be the user's."""
+    ours = f".*-{'[0-9a-f]' * 8}{TEMPORARY}"
+    for left in [*folder.glob(ours), *folder.glob(f"*/{ours}")]:
+        remove(left, quietly=True)
+
+
 def displaced(path: Path) -> Path:
     """Where the folder `path` is kept while it is being replaced."""
     return path.with_name(f".{path.name}.old")
@@ -180,11 +191,15 @@ def remove(path: Path, quietly: bool = False) -> None:
 
 
 def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Syncs a file, or a folder where the system can: Windows opens none, some network disks sync none. A file is
+    opened to write, as Windows syncs no other."""
+    folder = path.is_dir()
+    with suppress(OSError) if folder else nullcontext():
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -208,7 +223,8 @@ def _separate(tensors):
 
 
 def write_json(path: Path | str, value) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically. Infinity becomes what Python's json reads back as such: schedulers
+    have it in their settings, which are compared with those that a file holds."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -14,8 +14,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from gspn.cli import app
-from gspn.files import SaveError, atomic, check_writable, remove, write_text
+from gspn.files import (
+    BusyError,
+    SaveError,
+    atomic,
+    check_writable,
+    is_temporary,
+    remove,
+    write_json,
+    write_text,
+    writing,
+)
 from gspn.models import context_maps, create_model
+from gspn.pretrained import Card
 from gspn.train.run import Run
 
 MODEL = dict(num_classes=2, in_chans=1, width=8, depths=(2,), global_levels=(0,))
@@ -111,6 +122,33 @@ def test_export_of_a_pipeline(tmp_path):
     assert not (tmp_path / "pipeline/mine").exists()
 
 
+def test_a_folder_for_the_hub(run, tmp_path):
+    arguments, card = ("export", run, "--hub", "--out", tmp_path / "out", "--overwrite"), tmp_path / "out" / "README.md"
+    card.parent.mkdir()
+    card.write_bytes(NEW)
+    assert command(*arguments, "--license", "mit", "--trained-on", "cats").exit_code == 0  # there is no config.json yet
+    assert command(*arguments).exit_code == 0
+    assert Card.read(card) == Card("mit", "cats")  # nobody changed it, so it keeps what only people know
+    card.write_bytes(NEW)
+    assert command(*arguments).exit_code == 0 and Card.read(card) == Card()
+
+
+@pytest.mark.parametrize("what", ["weights", "config.json"])
+def test_what_cannot_be_exported_for_the_hub(run, model, tmp_path, what):
+    arguments = ("export", run, "--hub", "--out", tmp_path / "out", "--overwrite", "--precision", "fp16")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_bytes(NEW)
+    if what == "weights":
+        weights = {**model.state_dict(), "head.bias": torch.full((2,), 1e5)}
+        Run.open(run).save_checkpoint("best", {"model": weights}, {})
+    else:
+        (tmp_path / "out" / "config.json").write_text("{")
+    result = command(*arguments)
+    told = "head.bias holds 1e+05, which torch.float16 cannot" if what == "weights" else "config.json cannot be read"
+    assert result.exit_code == 2 and told in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "out" / "README.md").read_bytes() == NEW
+
+
 def test_eval(run, photos, tmp_path):
     folder = tmp_path / "evaluation"
     for name in ("evaluation-8x8.json", "confusion-8x8.png"):
@@ -158,6 +196,7 @@ def test_a_read_only_disk_is_one_line(run, picture, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:  # where even removing what is not there fails
         patch.setattr(Path, "unlink", refuse)
+        patch.setattr("gspn.files._sync", refuse)
         result = command("show", run, picture, "--out", tmp_path / "context.png")
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
     assert f"cannot write {tmp_path / 'context.png'}: Read-only file system" in result.stderr
@@ -167,7 +206,7 @@ def test_a_read_only_disk_is_one_line(run, picture, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="Read-only"):
             remove(tmp_path / "nothing")
         with pytest.raises(SaveError, match="Read-only file system"), atomic(tmp_path / "file"):
-            pass
+            refuse()
     write_text(tmp_path / "file", "as usual")
 
 
@@ -203,7 +242,70 @@ def test_weights_that_are_not_finite_are_not_drawn(model, picture, tmp_path):
 
 
 def test_what_a_killed_process_left_is_not_in_the_way(tmp_path):
-    (tmp_path / ".out.new").mkdir()
-    (tmp_path / ".out.new" / "half").touch()
+    left, mine = tmp_path / ".out.7-0123abcd.new", tmp_path / ".mine.new"
+    for folder in (left, mine):
+        folder.mkdir()
+        (folder / "half").touch()
     check_writable(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    write_text(tmp_path / "out", "whole")
+    assert {*tmp_path.iterdir()} == {left, mine, tmp_path / "out"}
+    (tmp_path / "below").mkdir()
+    shutil.copytree(left, tmp_path / "below" / left.name)
+    with writing(tmp_path):
+        pass
+    assert {*tmp_path.rglob("*")} == {
+        tmp_path / name for name in (".lock", ".mine.new", ".mine.new/half", "below", "out")
+    }
+
+
+def test_writers_without_a_lock_do_not_meet(tmp_path):
+    file = tmp_path / "out"
+    with atomic(file) as one, atomic(file) as other:
+        assert one != other and is_temporary(one) and is_temporary(other)
+        one.write_text("one")
+        other.write_text("other")
+    assert file.read_text() == "one" and {*tmp_path.iterdir()} == {file}  # the outer block ends last
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
+    """Windows opens no folder, and syncs no file that is open to read alone."""
+    system = os.open
+
+    def opening(path, flags, *more, **named):
+        if os.path.isdir(path) or not flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return system(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", opening)
+    write_text(tmp_path / "file", "text")
+    with atomic(tmp_path / "folder") as folder:
+        (folder / "below").mkdir(parents=True)
+        (folder / "below" / "file").write_text("text")
+    assert {file.read_text() for file in tmp_path.rglob("file") if file.is_file()} == {"text"}
+
+    def failing(handle):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(SaveError, match="untouched"):
+        write_text(tmp_path / "file", "other")
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_a_lock_that_nobody_can_read_is_told_too(tmp_path, monkeypatch):
+    """As on Windows, while another process holds it."""
+    monkeypatch.setattr("gspn.files.PATIENCE", 0)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with writing(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(BusyError, match=r"another gspn \(process unknown\)"), writing(tmp_path):
+            pass
+
+
+def test_infinity_comes_back_as_it_was(tmp_path):
+    """As `gspn sample` compares the settings of dpm-solver++ with those in the folder."""
+    write_json(tmp_path / "a.json", {"lambda_min_clipped": -float("inf")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"lambda_min_clipped": -float("inf")}

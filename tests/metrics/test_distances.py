@@ -117,4 +117,6 @@ def test_the_score_of_sure_answers_is_the_number_of_classes():
     unsure = Score(200, 4)
     unsure.add(torch.arange(200), torch.zeros(200, 4))
     assert unsure.value() == pytest.approx((1, 0), abs=1e-12)
+    unsure.add(torch.tensor([0]), torch.full((1, 4), torch.nan))
+    assert all(value != value for value in unsure.value())
     assert Score(3, 2).part.sort().values.tolist() == [0, 1, 2]

@@ -6,7 +6,16 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers.comparing import NAMES, as_npz, classifier_run, colour_extractor, colour_features, compare, paint_both
+from helpers.comparing import (
+    NAMES,
+    as_npz,
+    classifier_run,
+    colour_extractor,
+    colour_features,
+    compare,
+    looked_at,
+    paint_both,
+)
 from torch import nn
 
 from gspn.data.images import DataError
@@ -107,6 +116,12 @@ def test_published_mean_and_covariance(pictures, monkeypatch):
     assert from_file["frechet_distance"] == pytest.approx(from_images["frechet_distance"], rel=1e-6)
     assert from_file["kernel_distance"] is None and from_file["reference"]["images"] is None
     assert any("no kernel distance" in note for note in from_file["notes"]) and from_file["size"] == [10, 8]
+    looked_at(extractor)
+    for wrong in ({"mu": np.full(6, np.nan)}, {"sigma": np.full((6, 6), np.inf)}):
+        np.savez(published, **{"mu": x.mean(0), "sigma": np.cov(x, rowvar=False)} | wrong)
+        with pytest.raises(DataError, match=r"published\.npz .*no finite numbers"):
+            compare(pictures.drawn, published, extractor)
+    assert looked_at(extractor) == 0
 
 
 def test_what_is_not_installed_is_said(monkeypatch):

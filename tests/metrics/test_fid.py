@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,65 @@ def test_arrays_that_cannot_be_used(pictures):
     for name, message in broken.items():
         with pytest.raises(DataError, match=message):
             compare(at / name, pictures.real)
+
+
+def _marked(path, at, value):
+    """Sets two bytes at `at` after the start of the headers of arr_0: that of the member, and in the directory."""
+    data = bytearray(path.read_bytes())
+    for start, shift in ((data.find(b"PK\3\4"), 0), (data.find(b"PK\1\2"), 2)):
+        data[start + shift + at : start + shift + at + 2] = value.to_bytes(2, "little")
+    path.write_bytes(data)
+
+
+def _rewritten(path, change):
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, change(data) if name == "arr_0.npy" else data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: _marked(path, 6, 1), "encrypted"),
+        (lambda path: _marked(path, 8, 99), "compression"),
+        (lambda path: _rewritten(path, lambda data: data.replace(b"(36, 10", b"((36,10")), "damaged"),
+        (
+            lambda path: _rewritten(path, lambda data: data[:-240]),
+            r"arr_0 \(36, 10, 8, 3\) has 8400 bytes, expected 8640",
+        ),
+        (lambda path: np.savez(path, np.zeros((36, 0, 8, 3), np.uint8)), r"arr_0 .*uint8 \(36, 0, 8, 3\); expected"),
+    ],
+)
+def test_damaged_arrays(pictures, damage, message):
+    path = as_npz(pictures.at / "a.npz", pictures.images[0], arr_1=np.repeat(np.arange(3), 12))
+    damage(path)
+    with pytest.raises(DataError, match=message):
+        compare(path, pictures.real)
+
+
+def test_names_of_the_classes_of_arrays(pictures):
+    """Their numbers are not the network's."""
+    arrays = as_npz(pictures.at / "a.npz", pictures.images[0], arr_1=np.repeat([2, 0, 1], 12))
+    result = compare(arrays, arrays, class_names=("green", "red", "blue"))
+    assert result["accuracy"] == 1 and not any("numbers of classes" in note for note in result["notes"])
+    with pytest.raises(DataError, match="from 0 to 2, but 2 class names"):
+        compare(arrays, arrays, class_names=("green", "red"))
+
+
+@pytest.mark.parametrize("option", ["class_names", "image_column", "label_column", "streaming"])
+def test_options_that_apply_to_neither_set(pictures, option):
+    arrays = as_npz(pictures.at / "a.npz", pictures.images[0])
+    (pictures.at / "flat").mkdir()
+    for i, pixels in enumerate(pictures.images[1]):
+        Image.fromarray(pixels).save(pictures.at / "flat" / f"{i:03}.png")
+    extractor, given = colour_extractor(), {option: NAMES if option == "class_names" else "x"}
+    with pytest.raises(OptionError, match=rf"{option} cannot apply to .*a\.npz or .*flat"):
+        compare(arrays, pictures.at / "flat", extractor, **given)
+    assert looked_at(extractor) == 0
+    if option == "class_names":  # one of the two sets is enough
+        assert compare(arrays, pictures.real, extractor, **given)["reference_accuracy"] == 1
 
 
 def test_the_folder_of_gspn_sample(pictures):

@@ -148,6 +148,30 @@ def test_damaged_statistics_are_computed_again(pictures):
         assert same(read_statistics(file)[0].tensors(), tensors)
 
 
+def test_logits_that_are_no_numbers_are_an_error_and_kept_ones_are_computed_again(pictures, monkeypatch):
+    extractor, file = colour_extractor(), pictures.at / "real.safetensors"
+    first = compare(pictures.drawn, pictures.real, extractor, save=file)
+    statistics, key = read_statistics(file)
+    statistics.score.probability[0] = torch.nan  # as older versions kept them
+    image_statistics.save_statistics(file, statistics, key)
+    with pytest.raises(DataError, match=r"real\.safetensors .*no finite numbers"):
+        compare(pictures.drawn, file, extractor)
+    again = compare(pictures.drawn, pictures.real, extractor, save=file, overwrite=True)
+    assert again["reference_score"] == first["reference_score"]
+    forward = extractor.network.forward
+    monkeypatch.setattr(extractor.network, "forward", lambda x: (forward(x)[0], forward(x)[1] * torch.nan))
+    with pytest.raises(DataError, match="logits of image 0 or one after it are no finite numbers"):
+        compare(pictures.drawn, pictures.real, extractor)
+
+
+def test_what_a_killed_call_left_in_the_cache_goes(pictures):
+    cache = pictures.at / "cache"
+    cache.mkdir()
+    (cache / ".a.safetensors.7-0123abcd.new").write_bytes(b"half")
+    compare(pictures.drawn, pictures.real, cache=cache)
+    assert sorted(file.suffix for file in cache.iterdir()) == ["", ".safetensors"]
+
+
 @pytest.mark.parametrize("stop", [3, 9, 13])  # batches: in the reference, after it, in the samples
 def test_an_interrupted_call_goes_on_where_it_was(pictures, monkeypatch, stop):
     monkeypatch.setattr(image_statistics, "SAVE_EVERY", 0)

@@ -10,7 +10,7 @@ from helpers.fresh import fresh
 from helpers.training import tiny_options, tree
 from torch import nn
 
-from gspn.files import SaveError, atomic, write_json
+from gspn.files import SaveError, atomic, is_temporary, write_json, writing
 from gspn.metrics.classification import evaluate
 from gspn.options import OptionError, Options
 from gspn.runs import load_classifier
@@ -49,7 +49,7 @@ def test_the_command_that_resumes_a_run_can_be_pasted(tmp_path):
 
 def test_overwrite_with_a_bad_option_keeps_the_earlier_run(digits_run):
     run, _ = digits_run
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match="there is no model 'gspn_huge'"):
         train_classifier("digits", run.path, Options(model="gspn_huge"), overwrite=True)
     assert Run.open(run.path).metrics == run.metrics
 
@@ -158,7 +158,8 @@ def test_kill_at_any_step_of_overwriting_loses_nothing(full_run, monkeypatch):
                 done = True
             except Killed:
                 done = False
-        Run.create(full_run.path, {"task": "newer"}, overwrite=True).restore_earlier()
+        with writing(full_run.path):
+            Run.create(full_run.path, {"task": "newer"}, overwrite=True).restore_earlier()
         assert tree(full_run.path) == before, f"killed at step {kill_at}"
         if done:
             return
@@ -275,7 +276,7 @@ def test_second_crash_between_the_renames_loses_nothing_either(tmp_path, monkeyp
     rename = os.rename
 
     def crash(source, target):
-        if source.name == ".last.new":
+        if is_temporary(source):
             raise Killed
         rename(source, target)
 

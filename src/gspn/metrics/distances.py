@@ -146,13 +146,13 @@ class Score:
         part, logs = self.part[index], logits.double().log_softmax(1)
         p = logs.exp()
         self.count.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))
-        self.entropy.index_add_(0, part, torch.where(p > 0, p * logs, 0.0).sum(1))
+        self.entropy.index_add_(0, part, torch.xlogy(p, p).sum(1))
         self.probability.index_add_(0, part, p)
 
     def value(self) -> tuple[float, float]:
         """(mean, standard deviation) over the parts that have images."""
         there = self.count > 0
         count, mean = self.count[there], self.probability[there] / self.count[there, None]
-        marginal = torch.where(mean > 0, mean * mean.log(), 0.0).sum(1)
+        marginal = torch.xlogy(mean, mean).sum(1)
         scores = (self.entropy[there] / count - marginal).exp()
         return scores.mean().item(), scores.std(correction=0).item()

@@ -100,6 +100,11 @@ def evaluate_samples(
     with Progress("opening the images", console=console if main else None):
         reference_images = None if stored else open_images(reference, split, "train", **open_options)
         sample_images = open_images(samples, samples_split, **open_options)
+    if unused := sample_images.unused & (reference_images or sample_images).unused:
+        raise OptionError(
+            f"{', '.join(sorted(unused))} cannot apply to {samples} or {reference}: class_names is for classes without "
+            "names, the others for DATA; leave out what does not apply"
+        )
     size = _common_size(size, sample_images, reference_images, stored, reference)
     sample_images = _numbered(sample_images, extractor, "the samples", notes)
 
@@ -221,6 +226,8 @@ def _published(path, extractor):
     d = INCEPTION_FEATURES
     if mean.shape != (d,) or covariance.shape != (d, d):
         raise DataError(f"mu and sigma of {path} are {mean.shape} and {covariance.shape}; expected {d} features")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise DataError(f"mu or sigma of {path} holds values that are no finite numbers: expected another file")
     return mean, covariance
 
 

@@ -1,7 +1,7 @@
 """The sets of images that are compared: samples and reference, of any origin."""
 
+import math
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from gspn.data.folders import is_image, scan, walk
-from gspn.data.images import DataError, Numbered, Split, listed
+from gspn.data.images import DataError, Numbered, Split, listed, raise_if_of_machine
 from gspn.data.labelled import ImageFiles, open_data
 from gspn.digests import Content, digest
 from gspn.options import OptionError
@@ -34,6 +34,7 @@ class ImageSet:
         parts: gives the parts of a digest of the images (see gspn.digests).
         notes: notes for the user.
         classes: the names of the classes that have images; None where they are not known.
+        unused: the options that were given, but say nothing of these images.
     """
 
     split: Split
@@ -42,6 +43,7 @@ class ImageSet:
     parts: Callable[[], Iterable]
     notes: list[str] = field(default_factory=list)
     classes: set[str] | None = None
+    unused: set[str] = field(default_factory=set)
     _identity: str | None = None
 
     def identity(self, console: Console | None = None) -> str:
@@ -65,18 +67,21 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
 
     Args:
         where: a folder that `gspn sample` made, a folder of image files, an npz file (ARRAYS), or DATA as
-            labelled.open_data takes it with its `open_options`.
+            labelled.open_data takes it with its `open_options`; class_names are those of arr_1 too.
         part: the split of DATA. None: `preferred` if DATA has it, else the one that evaluation takes; a note says
             which images these are where DATA has no evaluation split.
     Errors: DataError says what was found and what was expected; RunError if samples are missing from their folder.
     """
-    path = expanded(where)
-    found = _without_splits(path)
+    path, unused = expanded(where), set()
+    found = _without_splits(path, open_options.get("class_names"))
     if found is not None:
         if part is not None:
             raise OptionError(f"{where} has no splits, got {part!r}")
         (split, notes), name = found, ""
         parts = split.identity
+        unused = {option for option, value in open_options.items() if value}
+        if split.class_names is not None and split.class_names == list(open_options.get("class_names") or ()):
+            unused.remove("class_names")
     else:
         data = open_data(where, **open_options)
         wanted = preferred if part is None and preferred in data.splits else part
@@ -90,7 +95,7 @@ def open_images(where: str | Path, part: str | None = None, preferred: str | Non
     present, classes = split.labels.unique().tolist(), None
     if split.class_names is not None and NO_CLASS not in present:
         classes = {split.class_names[i] for i in present}
-    return ImageSet(split, str(where), name, parts, notes, classes)
+    return ImageSet(split, str(where), name, parts, notes, classes, unused)
 
 
 def _taken(data, split, name):
@@ -101,10 +106,10 @@ def _taken(data, split, name):
     return f"no evaluation split: {len(split)} of {len(data.splits['all'])} images, those for training, are compared"
 
 
-def _without_splits(path):
+def _without_splits(path, class_names):
     """(split, notes) of images that are not DATA; None for DATA."""
     if path.suffix == ".npz":
-        return _open_npz(path)
+        return _open_npz(path, class_names)
     if (path / ABOUT).exists():
         return Samples.open(path).split(), []
     return _open_folder(path) if path.is_dir() and _loose_files(path) else None
@@ -152,7 +157,7 @@ def _open_folder(folder):
 # -- npz files --
 
 
-def _open_npz(path):
+def _open_npz(path, class_names):
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
@@ -168,13 +173,23 @@ def _open_npz(path):
         raise DataError(f"there is no {path}") from error
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zipfile's, zlib's, tokenize's, of a damaged file
+        raise_if_of_machine(error)
         raise DataError(f"{path} cannot be read, it is damaged or no npz file: {error}") from error
     labels = np.asarray(labels)
     if labels.shape != (pixels.shape[0],) or labels.dtype.kind not in "iu":
         raise DataError(f"arr_1 of {path} is {labels.dtype} {labels.shape}; expected {ARRAYS}")
-    notes = ["the file gives numbers of classes, but no names"] if "arr_1" in members else []
-    return Split(labels.astype(np.int64), None, read=pixels, names=Numbered(f"{path}, image")), notes
+    names, notes = None, []
+    if "arr_1" in members and class_names:
+        names = list(class_names)
+        if labels.min() < 0 or labels.max() >= len(names):
+            raise DataError(
+                f"arr_1 of {path} numbers classes from {labels.min()} to {labels.max()}, but {len(names)} class names "
+                "were given: expected a name for each number from 0 on"
+            )
+    elif "arr_1" in members:
+        notes = ["the file gives numbers of classes, but no names"]
+    return Split(labels.astype(np.int64), names, read=pixels, names=Numbered(f"{path}, image")), notes
 
 
 @dataclass(frozen=True)
@@ -190,12 +205,15 @@ class _Pixels:
     def open(cls, path, member):
         with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
             shape, fortran, dtype = _array_header(stream)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran or not shape[0]:
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran or min(shape) < 1:
                 raise DataError(f"arr_0 of {path} is {dtype} {shape}; expected {ARRAYS}")
+            header = stream.tell()
+            size, expected = member.file_size - header, math.prod(shape)
+            if size != expected:  # beyond it are other arrays
+                raise DataError(f"{path} is damaged: arr_0 {shape} has {size} bytes, expected {expected}")
             if member.compress_type != zipfile.ZIP_STORED:
                 array = np.frombuffer(stream.read(), np.uint8).reshape(shape)
                 return cls(path, None, shape, array)
-            header = stream.tell()
         with open(path, "rb") as file:
             file.seek(member.header_offset + 26)  # of the local header: lengths of name and extra field, then these
             name, extra = np.frombuffer(file.read(4), "<u2").tolist()

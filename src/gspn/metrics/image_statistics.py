@@ -17,7 +17,7 @@ from torch import Tensor
 from gspn.data.images import UNREADABLE, DataError, Preprocessing, Split
 from gspn.data.loader import batches, make_loader, workers_note
 from gspn.digests import SCHEME, digest, tensors_of
-from gspn.files import LOCK, atomic, check_format, make_folder, save_tensors
+from gspn.files import LOCK, atomic, check_format, make_folder, remove_left, save_tensors
 from gspn.metrics.distances import Moments, Score
 from gspn.metrics.features import Extractor
 from gspn.metrics.image_sets import NO_CLASS, ImageSet, Rest
@@ -58,15 +58,17 @@ class Statistics:
         self.unreadable += int((~seen).sum())
         self.left_out = torch.cat([self.left_out, index[~seen]])
         index, label, features = index[seen], label[seen], features[seen]
-        if not features.isfinite().all():
-            raise DataError(f"the network's features of image {int(index[0])} or one after it are no finite numbers")
+        logits = None if logits is None else logits[seen]
+        for what, values in (("features", features), ("logits", logits)):
+            if values is not None and not values.isfinite().all():
+                raise DataError(f"the network's {what} of image {int(index[0])} or one after it are no finite numbers")
         self.moments.add(features)
         self.kept = torch.cat([self.kept, features[self.wanted[index]].float()])
         if logits is not None:
-            self.score.add(index, logits[seen])
+            self.score.add(index, logits)
             known = label != NO_CLASS
             self.classified += int(known.sum())
-            self.right += int((logits[seen].argmax(1) == label)[known].sum())
+            self.right += int((logits.argmax(1) == label)[known].sum())
 
     def accuracy(self) -> float | None:
         return self.right / self.classified if self.classified else None
@@ -130,6 +132,8 @@ def read_statistics(path: Path) -> tuple[Statistics, dict]:
         if told is None or told != _digest(tensors, key, like=told):
             raise DataError(f"{path} is damaged: its content is not what was written")
         check_format(path, key["format"], FORMAT, DataError)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):  # older versions did not check logits
+            raise DataError(f"{path} holds statistics that are no finite numbers: remove it, to compute them again")
         return Statistics.of(tensors), key
     except DataError:
         raise
@@ -258,6 +262,7 @@ class Work:
         try:
             make_folder(file.parent)
             with FileLock(file.parent / LOCK, timeout=SAVE_EVERY):  # other calls write to the same cache
+                remove_left(file.parent)
                 save_statistics(file, statistics, key)
         except OSError as error:  # SaveError, FileLock's Timeout; the result does not depend on the cache
             note = f"the cache {self.cache} was not written: {error}"
