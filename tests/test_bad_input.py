@@ -241,6 +241,14 @@ def test_the_models():
         model.reset_classifier(5, global_pool="max")
     with pytest.raises(ValueError, match=r"drop_rate.*1"):
         gspn.create_model("gspn_micro", drop_rate=1)
+    for name in ("mlp_ratio", "expansion"):
+        for value in ("2", -1, 0, float("nan"), float("inf"), True, None):
+            with pytest.raises(ValueError, match=f"{name} has to be a number above 0.*, got {value!r}"):
+                gspn.create_model("gspn_micro", **{name: value})
+    with pytest.raises(ValueError, match=r"expansion has to be a number above 0.*, got '2'"):
+        gspn.create_model("gspn_mobile", expansion="2")
+    with pytest.raises(ValueError, match=r"block has to be .*, got \[1\]"):
+        gspn.create_model("gspn_micro", block=[1])
     with pytest.raises(ValueError, match=r"indices.*3 levels.*\[3\]"):
         model.forward_intermediates(torch.randn(1, 1, 8, 8), indices=[3])
     with pytest.raises(ValueError, match=r"indices.*3 levels.*4"):

@@ -57,6 +57,14 @@ def test_a_classifier(digits, seven):
     assert len(digits.answer(seven.convert("RGBA").resize((50, 40)), 2)) == 10
 
 
+def test_classes_of_one_name_are_an_error(seven):
+    """As in Python: one of the two would stand for both."""
+    shown = demo.subject("digits")
+    shown.loaded.classes = ["a", "a", *shown.loaded.classes[2:]]
+    with pytest.raises(ValueError, match=r"two classes of .* have the same name"):
+        shown.answer(seven, 1)
+
+
 def test_the_context_is_that_of_the_clicked_pixel(digits, seven, monkeypatch):
     asked = []
     original = demo.plots.context_maps

@@ -23,7 +23,7 @@ BASE = {"torch", "numpy", "safetensors", "gspn", "filelock", "lazy_loader"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -137,9 +137,9 @@ def test_public_names():
 
 def test_no_environment_variables_in_the_product():
     for path in SOURCE.rglob("*.py"):
-        assert not re.search(r"\benviron\b|getenv", path.read_text()), path
+        assert not re.search(r"\benviron\b|getenv", path.read_text(encoding="utf-8")), path
     for path in [*SOURCE.rglob("*.cpp"), *SOURCE.rglob("*.h")]:
-        assert "getenv" not in path.read_text(), path
+        assert "getenv" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

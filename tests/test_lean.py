@@ -78,7 +78,8 @@ def test_error_is_at_most_twice_that_of_the_reference(options, isa, monkeypatch)
     monkeypatch.setattr(cpu, "propagate_unmerged", lambda *args: run(*args, isa=isa))
     with torch.no_grad():
         want, exact.backend = exact(x), "cpu"
-        torch.testing.assert_close(exact(x), want, rtol=0, atol=1e-13)
+        # far more than another BLAS changes, far less than anything in float32
+        torch.testing.assert_close(exact(x), want, rtol=0, atol=1e-11 * float(want.abs().max()))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer = copy.deepcopy(exact).to(dtype)
         given, layer.backend = x.to(dtype), "cpu"
@@ -105,8 +106,10 @@ def test_float32_projections_beside_16_bit_maps(lean_calls):
     layer = layer_of(average=True)
     layer.proxy_proj.to(torch.bfloat16)
     x = torch.randn(1, 20, 6, 5, dtype=torch.bfloat16)
+    want = usual(layer, x)
+    allowed = 2 * torch.finfo(x.dtype).eps * float(want.abs().max())  # both are rounded
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), usual(layer, x), rtol=0, atol=0)
+        torch.testing.assert_close(layer(x), want, rtol=0, atol=allowed)
     assert len(lean_calls) == 1
 
 

@@ -33,6 +33,7 @@ def test_options_that_cannot_be():
         "lr=-1": "lr must be from 0",
         "lr=float('inf')": "lr must be from 0 on and finite, got inf",
         "clip=float('nan')": "clip must be from 0",
+        "lr=10**400": "lr must be from 0 on and finite, got 1000",
         "precision='fp8'": "precision must be fp32 or bf16, got 'fp8'",
         "channels=2": "channels must be 1 or 3, got 2",
         "label_smoothing=1": "label_smoothing must be from 0",
@@ -219,6 +220,15 @@ def test_files_say_the_same_in_yaml_and_toml(tmp_path):
         ("a.yaml", "strict: null", r"strict takes true or false, got None"),
         ("a.toml", "epochs = ", r"a\.toml cannot be read"),
         ("a.yaml", "a: [", r"a\.yaml cannot be read"),
+        ("a.yaml", "lr: 2024-13-45", r"a\.yaml cannot be read: month must be in 1\.\.12"),
+        ("a.yaml", "lr: 2001-01-01 25:61:00", r"a\.yaml cannot be read: hour must be in 0\.\.23"),
+        ("a.yaml", "lr: 0b_", r"a\.yaml cannot be read: invalid literal"),
+        pytest.param("a.yaml", f"lr: {'9' * 5000}", r"a\.yaml cannot be read: Exceeds the limit", id="5000 digits"),
+        pytest.param("a.yaml", f"lr: {'[' * 5000}", r"a\.yaml cannot be read: maximum recursion", id="deep"),
+        pytest.param("a.toml", f"lr = {'[' * 5000}", r"a\.toml cannot be read: maximum recursion", id="deep TOML"),
+        pytest.param("a.yaml", f"lr: {'9' * 400}", "lr takes a number of at most 308 digits, got 99", id="400 digits"),
+        pytest.param("a.yaml", f"size: {'9' * 400}", "size takes N or HxW in pixels, got 99", id="pixels"),
+        pytest.param("a.yaml", f"model_args: ['a={'[' * 5000}']", "a value in JSON for a", id="deep JSON"),
         ("a.yaml", "- 1", r"has to hold options with their values"),
         ("a.json", "{}", r"has to be a \.yaml or \.toml file"),
     ],
@@ -269,6 +279,21 @@ def test_weights_of_classes_that_cannot_be():
     for bad in ([1, None], [1, [2]], "1,x", "-1,1", "0,0", []):
         with pytest.raises(OptionError, match="class_weights takes none, balanced, or a number for each class"):
             SegmentationOptions.read({"class_weights": bad})
+
+
+@pytest.mark.parametrize("options", [*TRAININGS, SegmentationOptions])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.1])
+def test_a_fraction_is_from_0_to_1(options, value):
+    with pytest.raises(OptionError, match=f"val_fraction must be from 0 to 1, got {value}"):
+        options.check(val_fraction=value)
+
+
+def test_a_yaml_file_may_merge(tmp_path):
+    """What is merged may stand in another mapping, which is made later, and is overridden there too."""
+    text = "model_args: {skip: false, a: &s {<<: {width: 8}, width: 16}}\nb: {<<: *s}\nc: {<<: *s, width: 32}"
+    (tmp_path / "a.yaml").write_text(text)
+    read = read_file(tmp_path / "a.yaml")
+    assert (read["model_args"]["a"], read["b"], read["c"]) == ({"width": 16}, {"width": 16}, {"width": 32})
 
 
 @pytest.mark.parametrize("text", ["lr: 1\nlr: 2", "batch-size: 1\nbatch_size: 2"])

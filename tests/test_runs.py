@@ -157,6 +157,32 @@ def test_runs_of_other_tasks(digits_run, tmp_path):
         gspn.load_run(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"channels": 5},
+        {"channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3},  # the model takes grey images
+        {"size": []},
+        {"size": [8, 0]},
+        {"size": [8, 8.5]},
+        {"mean": []},
+        {"mean": [0.5] * 3, "std": [0.5] * 3},
+        {"mean": [float("nan")]},
+        {"std": [0]},
+        {"std": ["a"]},
+        {"crop": -1},
+        {"crop": 2},
+    ],
+)
+def test_a_preprocessing_that_cannot_be(digits_run, tmp_path, wrong):
+    shutil.copytree(digits_run[0].path, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["preprocessing"] |= wrong
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=r"is damaged or foreign: (Value|Type)Error"):
+        gspn.load_run(tmp_path / "run")
+
+
 def test_folders_that_are_no_runs(digits_run, tmp_path):
     shutil.copytree(digits_run[0].path, tmp_path / "runs" / "first")
     (tmp_path / "pipeline").mkdir()

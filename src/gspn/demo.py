@@ -77,9 +77,9 @@ class Classifying:
         return replace(self.loaded.preprocessing, size=size)(upright(image))
 
     def answer(self, image: Image.Image, times: float) -> dict[str, float]:
-        """{class: probability}."""
+        """{class: probability}. ValueError where two classes have the same name."""
         (ranked,) = self.loaded.rank(self.pixels(image, times)[None])
-        return dict(ranked)
+        return self.loaded.by_name(ranked)
 
     def context(self, pixels: Tensor, place: Place | None) -> Image.Image:
         """Where the context of a pixel comes from; None is the one in the middle."""

@@ -1,6 +1,7 @@
 """The layers: GSPN2d, a replacement of self-attention, and the blocks of the backbones."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -389,6 +390,12 @@ class DropPath(nn.Module):
         return f"{self.rate}"
 
 
+def _widened(channels: int, name: str, ratio: float) -> int:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 1 <= channels * ratio < float("inf"):
+        raise ValueError(f"{name} has to be a number above 0, for 1 or more of {channels} channels, got {ratio!r}")
+    return int(channels * ratio)
+
+
 class GSPNBlock(nn.Module):
     """A block of the classification backbone: spatial mixing by GSPN, then channel mixing by an MLP.
 
@@ -419,7 +426,7 @@ class GSPNBlock(nn.Module):
         super().__init__()
         if activation not in ("silu", None):
             raise ValueError(f'activation has to be "silu" or None, got {activation!r}')
-        inner, hidden = int(channels * expansion), int(channels * mlp_ratio)
+        inner, hidden = _widened(channels, "expansion", expansion), _widened(channels, "mlp_ratio", mlp_ratio)
         self.norm1 = nn.LayerNorm(channels)
         self.in_proj = nn.Linear(channels, inner, bias=False)
         self.dwconv = DepthwiseConv2d(inner, 7, bias=False)
@@ -461,7 +468,7 @@ class InvertedBlock(nn.Module):
 
     def __init__(self, channels: int, *, expansion: float = 2.0, drop_path: float = 0.0, **gspn):
         super().__init__()
-        inner = int(channels * expansion)
+        inner = _widened(channels, "expansion", expansion)
         self.in_proj = Pointwise(channels, inner)
         self.norm1 = nn.BatchNorm2d(inner)
         self.dwconv = DepthwiseConv2d(inner, 3, bias=False)

@@ -133,6 +133,11 @@ class Classifier(Saving):
         if top is not None and top < 1:
             raise ValueError(f"top has to be at least 1, got {top}")
         (ranked,) = self._ranked(self.preprocess(image)[None], top)
+        return self.by_name(ranked)
+
+    def by_name(self, ranked: list[tuple[str, float]]) -> dict[str, float]:
+        """What `rank` returns for one image as `predict` returns it. ValueError where two of the classes have the same
+        name."""
         if len(ranked) > len(answer := dict(ranked)):
             raise ValueError(f"two classes of {self.run.path} have the same name; model(...) returns all logits")
         return answer
@@ -255,15 +260,23 @@ def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
     with _opened(path, "classification", create_model, checkpoint) as (run, model):
         names = run.config["class_names"]
         _check_classes(names, model.num_classes, "correct class_names in its config.json")
-        return Classifier(run, model, Preprocessing(**run.config["preprocessing"]), names)
+        return Classifier(run, model, _preprocessing(run, model.in_chans), names)
 
 
 def load_segmenter(path: str | Path, checkpoint: str = "best") -> Segmentation:
     """The Segmentation of a run folder; as load_classifier."""
     with _opened(path, "segmentation", create_segmenter, checkpoint) as (run, model):
-        preprocessing, classes = Preprocessing(**run.config["preprocessing"]), Classes(**run.config["classes"])
+        preprocessing, classes = _preprocessing(run, model.backbone.in_chans), Classes(**run.config["classes"])
         _check_classes(classes, model.num_classes, "correct classes in its config.json")
         return Segmentation(run, model, preprocessing, classes, run.config["options"]["scale"])
+
+
+def _preprocessing(run, channels):
+    """That of a run whose model takes this number of channels."""
+    found = Preprocessing(**run.config["preprocessing"])
+    if not found.channels == len(found.mean) == channels:
+        raise ValueError(f"the model takes images of {channels} channels, but its config.json holds {found}")
+    return found
 
 
 @contextmanager

@@ -112,7 +112,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell
 
 def waiting(*_):
     print("begun", flush=True)
-    measuring.in_own_process(eval, "print('inside', flush=True) or __import__('time').sleep(60)")
+    measuring.in_own_process(eval, "print('inside', flush=True) or __import__('time').sleep(3600)")
 
 suites.in_own_process = waiting
 app(["bench", "growth", "--threads", "1", "--out", sys.argv[1]])
@@ -129,7 +129,11 @@ def test_an_interrupt_ends_all_processes_without_a_traceback(moment, tmp_path):
             assert process.poll() is None
         time.sleep(1)  # at first the server imports, which takes longer
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, err = process.communicate(timeout=50)  # all processes have closed their outputs
+        try:
+            _, err = process.communicate(timeout=600)  # all processes have closed their outputs
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert process.returncode == 130 and "Traceback" not in err, err
 
 

@@ -60,9 +60,10 @@ def test_every_contender_is_a_layer_without_a_fixed_size_whose_parameters_all_le
 
 
 def test_only_depthwise_convolutions_have_a_bias():
-    for contender in CONTENDERS.values():
-        biases = [name for name, _ in contender.make(64).named_parameters() if name.endswith("bias")]
-        assert all("convolution" in name for name in biases)
+    layers = {name: contender.make(64) for name, contender in CONTENDERS.items()}
+    found = {(name, each) for name, layer in layers.items() for each, _ in layer.named_parameters() if "bias" in each}
+    expected = ("relu attention + 5x5", "depthwise 7x7", "gated convolution")
+    assert found == {(name, "module.convolution.bias") for name in expected}
 
 
 def test_maps_are_not_copied():

@@ -1,5 +1,6 @@
 """The gspn command, as a user meets it: output, messages, exit codes."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -129,13 +130,22 @@ def test_probabilities_that_are_not_finite_are_an_error(run, digit_files, monkey
         assert code == 2 and out == "" and "not finite for 1 of 1 images: its weights are damaged" in err
 
 
-def test_a_failing_model_is_not_an_unreadable_image(run, digit_files, monkeypatch):
+@pytest.mark.parametrize(
+    "command, name, error",
+    [
+        ("predict", "models.Backbone.forward", RuntimeError("the kernel")),
+        ("predict", "data.images.Preprocessing.__call__", ZeroDivisionError("the sizes")),
+        ("predict", "data.images.decode", MemoryError("no memory")),
+        ("show", "data.images.decode", OSError(errno.EMFILE, "too many open files")),
+    ],
+)
+def test_what_fails_elsewhere_is_not_an_unreadable_image(run, digit_files, monkeypatch, command, name, error):
     def fail(*_):
-        raise RuntimeError("the kernel")
+        raise error
 
-    monkeypatch.setattr(gspn.models.Backbone, "forward", fail)
-    with pytest.raises(RuntimeError, match="the kernel"):
-        gspn_command("predict", run, next(digit_files.rglob("*.png")))
+    monkeypatch.setattr(f"gspn.{name}", fail)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        gspn_command(command, run, next(digit_files.rglob("*.png")))
 
 
 def test_paths_are_printed_as_they_are(run, tmp_path):

@@ -47,6 +47,12 @@ def test_backbones_export_with_open_batch_height_and_width():
         torch.testing.assert_close(program.module()(x), model.eval()(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_compiled_model_is_exported_as_the_one_inside():
+    model = gspn.create_model("gspn_micro", **TINY).eval()
+    program, x = export_program(torch.compile(model)), torch.randn(2, 1, 12, 17)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_program_of_one_size_or_one_batch():
     layer = gspn.GSPN2d(8).eval()
     program = export_program(layer, size=(1, 7))

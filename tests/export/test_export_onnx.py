@@ -198,12 +198,17 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("model.onnx", b"earlier")]
 
 
+CIRCULAR: list = []
+CIRCULAR.append(CIRCULAR)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"opset": 17}, f"opset.*{OLDEST_OPSET}.*17"),
         ({"opset": 999}, "opset.*999"),
         ({"precision": "bf16"}, "precision.*'bf16'"),
+        ({"precision": ["fp32"]}, r"precision.*\['fp32'\]"),
         ({"size": (0, 5)}, r"size.*\(0, 5\)"),
         ({"example": torch.zeros(1, 9, 5, 5)}, "2x9x5x5 float32"),
         ({"opset": "18"}, "opset.*'18'"),
@@ -211,6 +216,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
         ({"size": (8.0, 8.0)}, r"size.*\(8.0, 8.0\)"),
         ({"batch": 0}, "batch.*0"),
         ({"metadata": {"a": torch.zeros(1)}}, r"metadata\['a'\].*JSON"),
+        ({"metadata": {"a": CIRCULAR}}, r"metadata\['a'\].*JSON: Circular"),
         ({"metadata": {1: "a"}}, "names of metadata.*1"),
         ({"example": np.zeros((1, 4, 5, 5))}, r"example.*\(B,C,H,W\).*ndarray"),
         ({"example": torch.zeros(4, 5, 5)}, r"example.*\(B,C,H,W\).*4x5x5"),

@@ -118,6 +118,8 @@ def test_forward_intermediates():
     assert torch.equal(normed[0], final)
     last_two = model.forward_intermediates(x, indices=2, intermediates_only=True, output_fmt="NHWC")
     assert torch.equal(last_two[0], maps[1].permute(0, 2, 3, 1)) and len(last_two) == 2
+    ends = model.forward_intermediates(x, indices=torch.tensor([0, -1]), intermediates_only=True)
+    assert len(ends) == 2 and torch.equal(ends[0], maps[0]) and torch.equal(ends[1], maps[2])
     stopped, one = model.forward_intermediates(x, indices=[0], stop_early=True)
     assert torch.equal(stopped, one[0]) and len(one) == 1
 

@@ -15,6 +15,7 @@ from rich.console import Console
 import gspn
 from gspn import progress
 from gspn.extras import hint
+from gspn.names import reason_of
 from gspn.options import OptionError
 from gspn.options import flags as option_flags
 from gspn.places import RunError
@@ -71,6 +72,30 @@ def warn(messages):
     for message in messages:
         err.print("[bold yellow]warning:[/]", end=" ")
         err.print(message, markup=False, highlight=False)
+
+
+def decoded(path, problems):
+    """The image in a file, or None where it is damaged, with the reason in `problems`, by path."""
+    from gspn.data.images import decode, raise_if_of_machine
+
+    try:
+        return decode(path)
+    except Exception as error:  # Pillow raises anything on damaged files
+        raise_if_of_machine(error)
+        problems[path] = reason_of(error)
+        return None
+
+
+def told(problems, images, done, known=()):
+    """The message about images that could not be `done` ("read"): their reasons by path, except those in `known`."""
+    named = "".join(f"\n  {path}: {reason}" for path, reason in problems.items() if path not in known)
+    return f"{len(problems)} of {len(set(images))} images could not be {done}{':' * bool(named)}{named}"
+
+
+def refuse(problems, options, done):
+    """Raises OptionError where no image can be `done`, or, with --strict, not every one."""
+    if problems and (options.strict or len(problems) == len(set(options.images))):
+        raise OptionError(told(problems, options.images, done))
 
 
 def _version(wanted: bool):

@@ -7,8 +7,7 @@ from rich.table import Table
 
 import gspn
 from gspn.cli import segment
-from gspn.cli.app import command, err, fail, out, progress_on, warn
-from gspn.names import reason_of
+from gspn.cli.app import command, decoded, err, fail, out, progress_on, refuse, told, warn
 from gspn.options import OptionError, far_from
 from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
 from gspn.places import check_out, config_or_none, no_image
@@ -87,9 +86,8 @@ def predict(options):
     """
     images = options.images
     absent = {path: reason for path in images if (reason := no_image(path))}
-    _refuse(absent, options)
+    refuse(absent, options, "read")
     warn(f"{path}: {reason}" for path, reason in absent.items())  # now, because the rest takes time
-    from gspn.data.images import decode
     from gspn.runs import load_classifier
 
     classifier = load_classifier(options.run, options.checkpoint)
@@ -97,17 +95,13 @@ def predict(options):
     with Progress("predicting", len(images), console=progress_on(err)) as bar:
         for number, path in enumerate(images):
             bar.update(number)
-            if path not in absent:
-                try:
-                    pixels = classifier.preprocessing(decode(path))
-                except Exception as error:  # Pillow raises anything on damaged files
-                    problems[path] = reason_of(error)
-            if path in problems:
+            image = None if path in problems else decoded(path, problems)
+            if image is None:
                 answers.append({"image": str(path), "error": problems[path]})
                 continue
-            (classes,) = classifier.rank(pixels[None], options.top)
+            (classes,) = classifier.rank(classifier.pixels(image)[None], options.top)
             answers.append({"image": str(path), "classes": [{"name": n, "probability": p} for n, p in classes]})
-    _refuse(problems, options)
+    refuse(problems, options, "read")
     if options.as_json:
         print(json.dumps(answers, allow_nan=False))
     else:
@@ -115,19 +109,7 @@ def predict(options):
             classes = "  ".join(f"{c['name']} {c['probability']:.1%}" for c in answer.get("classes", []))
             out.print(f"{answer['image']}: {classes or 'unreadable'}", markup=False, highlight=False)
     if problems:
-        fail(_told(problems, images, known=absent), 1)
-
-
-def _told(problems, images, known=()):
-    """The message about images that cannot be read, with their reasons by path, except for those in `known`."""
-    named = "".join(f"\n  {path}: {reason}" for path, reason in problems.items() if path not in known)
-    return f"{len(problems)} of {len(set(images))} images could not be read{':' * bool(named)}{named}"
-
-
-def _refuse(problems, options):
-    """Raises OptionError where nothing can be classified, or, with --strict, not everything."""
-    if problems and (options.strict or len(problems) == len(set(options.images))):
-        raise OptionError(_told(problems, options.images))
+        fail(told(problems, images, "read", known=absent), 1)
 
 
 @command("show", ShowOptions)
@@ -143,13 +125,11 @@ def show(options):
 
     check_absent(picture, overwrite=options.overwrite)
     from gspn import plots
-    from gspn.data.images import DataError, decode
+    from gspn.data.images import DataError
 
-    loaded = _classifier_or_segmenter(options.run, options.checkpoint)
-    try:
-        opened = decode(image)
-    except Exception as error:  # Pillow raises anything on damaged files
-        raise DataError(f"{image} cannot be read as an image: {reason_of(error)}") from error
+    loaded, problems = _classifier_or_segmenter(options.run, options.checkpoint), {}
+    if (opened := decoded(image, problems)) is None:
+        raise DataError(f"{image} cannot be read as an image: {problems[image]}")
     make_folder(picture.parent)
     try:
         plots.context(picture, loaded, opened, options.place, options.block, options.narrowest)
@@ -233,23 +213,26 @@ def _export_for_hub(options):
     check_absent(folder, overwrite=options.overwrite)
     import torch
 
+    from gspn.pretrained import Card
     from gspn.runs import load_run
 
     about = {"license": options.license, "data": options.trained_on, "metrics": _on_card(options.evaluation, task)}
     loaded = load_run(options.run, checkpoint)
-    old = {}
-    if found := (config_or_none(folder / "config.json") or {}).get("class"):
-        # --overwrite also means a card that somebody changed, and the config of another class would be refused
-        gone = ["README.md"] if found == loaded.model._saved_as else ["README.md", "config.json"]
-        old = {file: file.read_bytes() for name in gone if (file := folder / name).exists()}
-        for file in old:
-            remove(file)
+    config, card = folder / "config.json", folder / "README.md"
+    # --overwrite also means a model of another class, which would be refused, and a card that somebody wrote or changed
+    other = (config_or_none(config) or {}).get("class") not in (None, loaded.model._saved_as)
+    gone = [config, card] if other else [card] if card.exists() and Card.read(card) is None else []
+    old = {file: file.read_bytes() for file in gone if file.exists()}
+    for file in old:
+        remove(file)
     try:
         loaded.save_pretrained(folder, dtype=torch.float16 if options.precision == "fp16" else None, **about)
-    except BaseException:
+    except BaseException as error:
         for file, content in old.items():
             if not file.exists():
                 file.write_bytes(content)
+        if isinstance(error, ValueError):  # weights too large for fp16, a config.json that is damaged
+            raise OptionError(str(error)) from error
         raise
     out.print(f"wrote {folder}, checkpoint {checkpoint}; README.md is its card", markup=False, highlight=False)
 

@@ -5,8 +5,7 @@ import json
 from rich.markup import escape
 from rich.table import Table
 
-from gspn.cli.app import command, err, fail, out, progress_on, warn
-from gspn.names import reason_of
+from gspn.cli.app import command, decoded, err, fail, out, progress_on, refuse, told, warn
 from gspn.options import OptionError
 from gspn.options.segment import SegmentArguments
 from gspn.places import RunError, check_out, no_image
@@ -68,32 +67,26 @@ def segment(options):
     if len({mask for mask, _ in files.values()}) < len(files):
         raise OptionError("two of the images have the same name but for folder and ending: segment them one by one")
     check_absent(*(file for pair in files.values() for file in pair), overwrite=options.overwrite)
-    _refuse(absent, options)
+    refuse(absent, options, "segmented")
     warn(f"{path}: {reason}" for path, reason in absent.items())
     import numpy as np
 
     from gspn import plots, plots_masks
-    from gspn.data.images import decode
     from gspn.memory import is_out_of_memory
     from gspn.runs import load_segmenter
 
     segmenter = load_segmenter(options.run, options.checkpoint)
     names, answers, problems = segmenter.classes.names, [], dict(absent)
     for path, (mask_file, overlay_file) in files.items():
-        image = None
-        if path not in problems:
-            try:
-                image = decode(path)
-            except Exception as error:  # Pillow raises anything on damaged files
-                problems[path] = reason_of(error)
-                _refuse(problems, options)
+        image = None if path in problems else decoded(path, problems)
         if image is None:
+            refuse(problems, options, "segmented")
             answers.append({"image": str(path), "error": problems[path]})
             continue
-        told = []
+        said = []
         bound = segmenter.allowed_bytes(image) if options.max_memory is None else options.max_memory
         try:
-            numbers = segmenter.numbers(image, bound, told.append)
+            numbers = segmenter.numbers(image, bound, said.append)
         except RunError:  # the weights are damaged, so no image can be segmented
             raise
         except (ValueError, RuntimeError, MemoryError) as error:  # it does not fit
@@ -101,35 +94,23 @@ def segment(options):
                 raise
             lines = str(error).splitlines() or ["memory does not suffice"]
             problems[path] = f"{lines[0]} (--max-memory)"
-            _refuse(problems, options)
+            refuse(problems, options, "segmented")
             answers.append({"image": str(path), "error": problems[path]})
             continue
         plots.save_picture(mask_file, segmenter.classes.picture(numbers))
         plots.save_picture(overlay_file, plots_masks.overlay(image, numbers, segmenter.classes))
         shares = np.bincount(numbers.ravel(), minlength=len(names)) / numbers.size
-        answer = {"image": str(path), "size": [image.height, image.width], "how": told[0]}
+        answer = {"image": str(path), "size": [image.height, image.width], "how": said[0]}
         answer |= {"mask": str(mask_file), "overlay": str(overlay_file)}
         answers.append(answer | {"classes": dict(zip(names, shares.tolist(), strict=True))})
         if not options.as_json:
             most = sorted(answers[-1]["classes"].items(), key=lambda each: -each[1])[:5]
             shown = "  ".join(f"{name} {share:.1%}" for name, share in most if share)
             size = f"{image.height}x{image.width}"
-            out.print(f"{path} ({size}, {told[0]}): {shown}", markup=False, highlight=False)
+            out.print(f"{path} ({size}, {said[0]}): {shown}", markup=False, highlight=False)
     if options.as_json:
         print(json.dumps(answers, allow_nan=False))
     else:
         out.print(f"in {folder}: *-mask.png, *-overlay.png", markup=False, highlight=False)
     if problems:
-        fail(_told(problems, options.images, known=absent), 1)
-
-
-def _told(problems, images, known=()):
-    """The message about images that cannot be read or do not fit: their reasons by path, except those in `known`."""
-    named = "".join(f"\n  {path}: {reason}" for path, reason in problems.items() if path not in known)
-    return f"{len(problems)} of {len(set(images))} images could not be segmented{':' * bool(named)}{named}"
-
-
-def _refuse(problems, options):
-    """Raises OptionError where nothing can be segmented, or, with --strict, not everything."""
-    if problems and (options.strict or len(problems) == len(set(options.images))):
-        raise OptionError(_told(problems, options.images))
+        fail(told(problems, options.images, "segmented", known=absent), 1)

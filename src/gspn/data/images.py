@@ -103,15 +103,8 @@ class Split:
         pixels, shard = (None if each is None else each[index] for each in (self.pixels, self.shard))
         read, names = Chosen(self.read, index), Chosen(self.names, index)
         captions = None if self.captions is None else [self.captions[i] for i in index.tolist()]
-        return Split(
-            self.labels[index],
-            self.class_names,
-            pixels=pixels,
-            read=read,
-            names=names,
-            shard=shard,
-            captions=captions,
-        )
+        more = dict(pixels=pixels, read=read, names=names, shard=shard, captions=captions)
+        return Split(self.labels[index], self.class_names, **more)
 
     def relabelled(self, class_names: list[str]) -> "Split":
         """The same images with labels into `class_names`. Data without class names are assumed to number them alike.
@@ -441,7 +434,7 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become the model's input; stored in the run's config.json.
+    """How images become the model's input; stored in the run's config.json. Errors: ValueError, TypeError.
 
     Attributes:
         channels: 1 or 3.
@@ -460,6 +453,13 @@ class Preprocessing:
     def __post_init__(self):
         for name in ("size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        sides = len(self.size) == 2 and all(isinstance(side, int) and side > 0 for side in self.size)
+        finite = len(self.mean) == len(self.std) and all(map(math.isfinite, (*self.mean, *self.std)))
+        if not (sides and finite and self.channels in (1, 3) and min(self.std, default=0) > 0 and 0 < self.crop <= 1):
+            raise ValueError(
+                "expected 1 or 3 channels, a size (H, W), a mean and a std above 0 of each channel, and 0 < crop <= 1, "
+                f"got {self}"
+            )
 
     def __call__(self, image: Image.Image, numbers=None, least: float = 0.25) -> torch.Tensor:
         """PIL image to uint8 (C, H, W): the centre box, or a random box of at least the part `least` of the area,

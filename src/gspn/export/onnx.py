@@ -74,7 +74,7 @@ def export_onnx(
     newest = importlib.import_module("onnx").defs.onnx_opset_version()
     if not isinstance(opset, int) or not OLDEST_OPSET <= opset <= newest:
         raise ExportError(f"opset has to be from {OLDEST_OPSET} to {newest} (the newest of this onnx), got {opset!r}")
-    if precision not in _TOLERANCE:
+    if precision not in tuple(_TOLERANCE):  # of anything, also of what has no hash
         raise ExportError(f"precision has to be {' or '.join(_TOLERANCE)}, got {precision!r}")
     path = to_be_written(path)
     model, example = prepared(model, example, size, batch)

@@ -68,6 +68,7 @@ def prepared(
     """A copy of the model in evaluation mode, with scans as operators, and an input of a shape for the export."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch module, got {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if size is not None and not (isinstance(size, tuple | list) and len(size) == 2 and all(map(_counts, size))):
         raise ExportError(f"size has to be (height, width) of at least 1 pixel, got {size!r}")
     if batch is not None and not _counts(batch):
@@ -173,7 +174,7 @@ def as_text(metadata: Mapping | None) -> dict[str, str]:
             raise ExportError(f"the names of metadata have to be strings, got {key!r}")
         try:
             text[key] = value if isinstance(value, str) else json.dumps(value)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ExportError(f"metadata[{key!r}] is neither text nor JSON: {error}") from error
     return text
 

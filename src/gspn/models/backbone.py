@@ -158,7 +158,7 @@ class Backbone(Pretrained, nn.Module):
             )
         if not set(global_levels) <= set(range(len(depths))):
             raise ValueError(f"global_levels has to name levels below {len(depths)}, got {global_levels}")
-        if block not in BLOCKS:
+        if block not in tuple(BLOCKS):  # of anything, also of what has no hash
             raise ValueError(f'block has to be "paper" or "inverted", got {block!r}')
         options = {} if block == "inverted" else {"mlp_ratio": mlp_ratio, "activation": activation}
         fixed = {"mlp_ratio": (mlp_ratio, 4.0), "activation": (activation, "silu"), "alignment": (alignment, "aligned")}
@@ -303,7 +303,8 @@ class Backbone(Pretrained, nn.Module):
             raise ValueError(f'output_fmt has to be "NCHW" or "NHWC", got {output_fmt!r}')
         count = len(self.levels)
         listed = range(count) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
-        if not all(-count <= i < count for i in listed) or not len(listed):
+        listed = whole_numbers("indices", listed)
+        if not all(-count <= i < count for i in listed) or not listed:
             raise ValueError(f"indices has to name some of the {count} levels, got {indices}")
         wanted = {i % count for i in listed}
         last = max(wanted) if stop_early else count - 1

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -70,7 +71,17 @@ def parse_number(value):
             return float(value)
     except (TypeError, ValueError):
         pass
+    except OverflowError:
+        raise ValueError("a number of at most 308 digits") from None
     raise ValueError("a number")
+
+
+def numbers_of(value):
+    """(0.1, 0.8) from "0.1,0.8" or a list; empty where one of them is no number."""
+    try:
+        return tuple(map(parse_number, value if isinstance(value, list | tuple) else str(value).split(",")))
+    except ValueError:
+        return ()
 
 
 def parse_whole(value):
@@ -105,7 +116,7 @@ def parse_model_args(value):
             raise ValueError("KEY=VALUE")
         try:
             arguments[key] = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if re.match(r"[\[\]{}()\"'0-9.+-]", text) or text in ("True", "False", "None"):
                 hint = {"True": "true", "False": "false", "None": "null"}.get(text, "4, true, [1,2] or a word")
                 raise ValueError(f"a value in JSON for {key}, such as {hint} ({error})") from None
@@ -116,7 +127,7 @@ def parse_model_args(value):
 def parse_size(value):
     """(H, W) from "N", "HxW", a number or two numbers."""
     parts = value if isinstance(value, list | tuple) else str(value).lower().split("x")
-    if len(parts) not in (1, 2) or not all(str(part).isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) not in (1, 2) or not all(re.fullmatch(r"0*[1-9]\d{0,8}", str(part)) for part in parts):
         raise ValueError("N or HxW in pixels")
     return int(parts[0]), int(parts[-1])
 
@@ -146,10 +157,7 @@ def parse_names(value):
 
 def parse_factors(value):
     """(0.75, 1.0, 1.5) from "0.75,1,1.5" or a list."""
-    try:
-        factors = tuple(map(float, value if isinstance(value, list | tuple) else str(value).split(",")))
-    except (TypeError, ValueError):
-        factors = ()
+    factors = numbers_of(value)
     if not factors or not all(0 < factor < math.inf for factor in factors):
         raise ValueError("positive numbers with commas between them, such as 0.75,1,1.5")
     return factors
@@ -157,10 +165,7 @@ def parse_factors(value):
 
 def parse_parts(value):
     """(0.1, 0.8) from "0.1,0.8" or a list: two parts of a whole, the lower first."""
-    try:
-        parts = tuple(map(float, value if isinstance(value, list | tuple) else str(value).split(",")))
-    except (TypeError, ValueError):
-        parts = ()
+    parts = numbers_of(value)
     if len(parts) != 2 or not 0 <= parts[0] <= parts[1] <= 1:
         raise ValueError("two numbers from 0 to 1 with a comma between them, the lower first, such as 0.1,0.8")
     return parts
@@ -281,8 +286,8 @@ def _check(one, value):
         names = [str(choice) for choice in choices]
         expected = " or ".join(names) if len(names) < 4 else f"one of {', '.join(names)}"
         raise OptionError(f"{one.name} must be {expected}, got {value!r}{guess(value, choices)}")
-    if low is not None and not (low <= value <= high and math.isfinite(value)):
-        finite = "" if isinstance(value, int) else " and finite"
+    if low is not None and not low <= value <= min(high, sys.float_info.max):
+        finite = "" if value < low else " and finite"
         limits = f"from {low} to {high}" if math.isfinite(high) else f"from {low} on{finite}"
         raise OptionError(f"{one.name} must be {limits}, got {value}")
     if suffix:
@@ -376,16 +381,16 @@ def read_file(path: Path) -> dict:
     """The options in a configuration file by name, with - or _ between words.
 
     Errors: OptionError if it is missing, is not .yaml, .yml or .toml, or does not hold names with values."""
+    if path.suffix not in (".yaml", ".yml", ".toml"):
+        raise OptionError(f"{path} has to be a .yaml or .toml file")
     try:
         content = path.read_bytes()
         if path.suffix == ".toml":
             values = tomllib.loads(content.decode("utf-8-sig"))
-        elif path.suffix in (".yaml", ".yml"):
-            values = yaml.load(content, Loader=_OnceLoader)
         else:
-            raise OptionError(f"{path} has to be a .yaml or .toml file")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            values = yaml.load(content, Loader=_OnceLoader)
+    except Exception as error:  # PyYAML raises anything on a value that it cannot make, such as a 45th day
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise OptionError(f"{path} cannot be read: {reason}") from error
     if not isinstance(values, dict):
         raise OptionError(f"{path} has to hold options with their values, such as `epochs: 12`")
@@ -400,12 +405,13 @@ def read_file(path: Path) -> dict:
 class _OnceLoader(yaml.SafeLoader):
     """Refuses a key that is repeated, of which YAML's own loader takes the last value."""
 
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)  # as written: later a merge (<<) adds keys that may be repeated
+        keys = [(key.tag, key.value) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(problem=f"{key} is there twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
+                raise yaml.composer.ComposerError(problem=f"{key[1]} is there twice", problem_mark=node.start_mark)
+        return node
 
 
 def file_text(options: OptionSet, more: Mapping[str, Any]) -> str:

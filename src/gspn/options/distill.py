@@ -38,7 +38,9 @@ class CaptionOptions(OptionSet):
         parse=parse_factors,
         metavar="F,F,...",
     )
-    val_fraction: float = option(0.05, "Fraction of the images to hold out where DATA has no evaluation split.")
+    val_fraction: float = option(
+        0.05, "Fraction of the images to hold out where DATA has no evaluation split.", low=0, high=1
+    )
     image_column: str | None = option(None, "datasets: the column with the images.")
     caption_column: str | None = option(None, "The column, or the JSON key, with the captions.")
     streaming: bool = option(False, "datasets: read rows as a stream, without a copy in its cache.")

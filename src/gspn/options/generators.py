@@ -129,7 +129,9 @@ class EncodeOptions(ReadOptions):
     shard_size: int = option(4096, "Images per file.", low=1)
     batch_size: int = option(32, "Images per batch.", low=1)
     split: list[str] | None = option(None, "train, val or test; repeatable. Default: all.")
-    val_fraction: float = option(0.1, "Fraction of the images to hold out where DATA has no evaluation split.")
+    val_fraction: float = option(
+        0.1, "Fraction of the images to hold out where DATA has no evaluation split.", low=0, high=1
+    )
     streaming: bool = option(False, "datasets: read rows as a stream, without a copy in its cache.")
     as_json: bool = option(False, "Print JSON.", flag="--json")
 

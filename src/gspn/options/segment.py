@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from gspn.options.base import REQUIRED, OptionSet, option, parse_names, parse_size
+from gspn.options.base import REQUIRED, OptionSet, numbers_of, option, parse_names, parse_size
 from gspn.options.classifiers import RunOptions, WriteOptions
 from gspn.options.classify import ModelOptions
 from gspn.options.task import TaskSpec
@@ -24,10 +24,7 @@ def parse_weights(value):
     """ "none", "balanced", or ("0.5", "2", ...) as a tuple of numbers."""
     if value in ("none", "balanced"):
         return value
-    try:
-        numbers = tuple(float(each) for each in (value if isinstance(value, list | tuple) else str(value).split(",")))
-    except (TypeError, ValueError):
-        numbers = ()
+    numbers = numbers_of(value)
     if not numbers or not all(0 <= number < float("inf") for number in numbers) or not any(numbers):
         raise ValueError("none, balanced, or a number for each class with commas between them")
     return numbers
@@ -41,7 +38,7 @@ def parse_ignored(value):
 def parse_memory(value):
     """Bytes from "2GB" or "512MiB"; a number alone is more likely a forgotten unit than bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)B?", str(value).strip().upper())
-    if not found or not float(found[1]):
+    if not found or not 0 < float(found[1]) < float("inf"):
         raise ValueError("a size with a unit such as 2GB, 512MB or 1GiB")
     return int(float(found[1]) * UNITS[found[2]])
 
@@ -78,7 +75,9 @@ class MaskOptions(OptionSet):
         parse=parse_ignored,
         metavar="NAMES",
     )
-    val_fraction: float = option(0.1, "Fraction of the images to hold out where DATA has no evaluation split.")
+    val_fraction: float = option(
+        0.1, "Fraction of the images to hold out where DATA has no evaluation split.", low=0, high=1
+    )
     image_column: str | None = option(None, "datasets: the column with the images.")
     mask_column: str | None = option(None, "datasets: the column with the masks.")
     workers: int = option(2, "Processes that decode image files.", low=0, high=1024, resumable=True)

@@ -142,7 +142,9 @@ class ShapeOptions(OptionSet):
         metavar="N|HxW",
     )
     channels: int | None = option(None, "Convert the images to 1 (grey) or 3 (colour) channels.", choices=(1, 3))
-    val_fraction: float = option(0.1, "Fraction of the images to hold out where DATA has no evaluation split.")
+    val_fraction: float = option(
+        0.1, "Fraction of the images to hold out where DATA has no evaluation split.", low=0, high=1
+    )
     streaming: bool = option(False, "datasets: read rows as a stream, without a copy in its cache.")
 
 
