@@ -248,6 +248,13 @@ def test_a_presets_warm_up_leaves_time_for_the_rate_to_fall():
     assert Options(epochs=2, warmup=2.0).resolved(preset).warmup == 2  # as it was asked for
 
 
+def test_a_presets_muon_gives_way_to_what_is_asked_for():
+    preset = dict(epochs=3, lr=1e-3, optimizer="muon")
+    asked = ({}, {"optimizer": "adamw"}, {"fsdp": True})
+    assert [Options(**each).resolved(preset).optimizer for each in asked] == ["muon", "adamw", "adamw"]
+    assert Options().resolved(dict(epochs=3, lr=1e-3)).optimizer == "adamw"
+
+
 @pytest.mark.parametrize("name", ["min_lr", "warmup_lr"])
 def test_no_rate_is_above_the_highest(name):
     with pytest.raises(OptionError, match=f"{name} has to be at most lr, the highest rate, 0.001: got 1"):

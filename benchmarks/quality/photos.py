@@ -121,7 +121,7 @@ def train(run: Run, photos: Path, console: Console | None = None, **more) -> dic
     """Trains, and classifies the test images; gives the content of the run's file. `more`: options of the training."""
     arguments = {"expansion": expansion_of(run.contender), **CONTENDERS[run.contender].options}
     shared = dict(model=MODEL, model_args=arguments, epochs=run.epochs, lr=run.rate, seed=run.seed, workers=0, ema=0.99)
-    options = Options(**shared, **{"warmup": 0.3, "erase": 0.0, "precision": "bf16", **more})
+    options = Options(**shared, **{"optimizer": "adamw", "warmup": 0.3, "erase": 0.0, "precision": "bf16", **more})
     with exchanged(run.contender), tempfile.TemporaryDirectory() as folder:
         path, began, at = Path(folder) / "run", time.thread_time(), {}
         trained, _, _ = classify.train_classifier(photos, path, options, console=console)

@@ -38,7 +38,8 @@ def test_presets_by_kind_size_and_number_of_images(monkeypatch):
     assert published.items() <= values.items()
     assert preset_for("datasets", (224, 224), 1_281_167, "gspn_small")[1]["lr"] == 3e-4
     mobile = preset_for("datasets", (32, 32), 50_000, "gspn_mobile")[1]
-    assert mobile == PRESETS["small"] | {"lr": mobile["lr"], "warmup": mobile["warmup"]} != PRESETS["small"]
+    own = {"lr": mobile["lr"], "warmup": mobile["warmup"], "optimizer": "muon"}
+    assert mobile == PRESETS["small"] | own != PRESETS["small"]
     assert preset_for("idx", (28, 28), 60000, "gspn_micro", "fashion")[1]["flip"] is True
     with pytest.raises(OptionError, match=r"'cifar'.*digits, idx, fashion, small, photos, imagenet"):
         preset_for("idx", (28, 28), 60000, "gspn_micro", "cifar")

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import nn
 from gspn.files import SaveError, atomic, is_temporary, write_json, writing
 from gspn.metrics.classification import evaluate
 from gspn.options import OptionError, Options
+from gspn.options.classify import SPEC
 from gspn.runs import load_classifier
+from gspn.tasks.base import changed
 from gspn.tasks.classify import train_classifier
 from gspn.train import run as run_folder
 from gspn.train.loop import TrainingError
@@ -45,6 +48,11 @@ def test_the_command_that_resumes_a_run_can_be_pasted(tmp_path):
         Run.check_free(path)
     command = str(error.value).split("`")[1]
     assert shlex.split(command) == ["gspn", "train", "--resume", str(path)]
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_with_adamw():
+    before = {name: value for name, value in asdict(Options(preset="small")).items() if name != "optimizer"}
+    assert changed({"options": before}, {}, SPEC).optimizer == "adamw"
 
 
 def test_overwrite_with_a_bad_option_keeps_the_earlier_run(digits_run):

@@ -41,7 +41,7 @@ PRESETS = {
 }
 OF_MODELS = {  # what differs in a preset for a model
     ("imagenet", "gspn_small"): dict(lr=3e-4, min_lr=3e-6),
-    ("small", "gspn_mobile"): dict(lr=5e-3, warmup=1.0),
+    ("small", "gspn_mobile"): dict(lr=5e-3, warmup=1.0, optimizer="muon"),
 }
 
 

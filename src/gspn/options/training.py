@@ -25,10 +25,12 @@ class LoopOptions(OptionSet):
     accumulate: int = option(
         1, "Split each batch into this many parts, to save memory. Batch norm sees one part.", low=1, high=1_000_000
     )
-    optimizer: str = option(
-        "adamw",
-        "adamw, or muon, which moves the matrices inside a model along their orthogonalised momentum.",
+    optimizer: str | None = option(
+        None,
+        "adamw, or muon, which moves the matrices inside a model along their orthogonalised momentum. Default: muon to "
+        "classify small photos with gspn_mobile, adamw otherwise.",
         choices=("adamw", "muon"),
+        fallback="adamw",
     )
     lr: float | None = option(None, "The highest learning rate.", low=0)
     min_lr: float | None = option(None, "The final learning rate. Default: a hundredth of the highest.", low=0)
@@ -91,6 +93,8 @@ class LoopOptions(OptionSet):
         if self.optimizer == "muon" and self.fsdp:
             raise OptionError("muon needs whole matrices, but fsdp shards them: choose --optimizer adamw, or no --fsdp")
         preset = dict(preset or {})
+        if self.fsdp:
+            preset.pop("optimizer", None)
         if "warmup" in preset and (epochs := self.epochs or preset.get("epochs")):
             preset["warmup"] = min(preset["warmup"], epochs / 2)
         lr = (preset.get("lr") or float("inf")) if self.lr is None else self.lr

@@ -307,7 +307,8 @@ def changed(config: Mapping, changes: Mapping[str, Any], spec: TaskSpec) -> Loop
     """The options of a run of the task `spec`, with `changes`. Errors: OptionError, RunError."""
     if not isinstance(config.get("options"), dict):
         raise RunError("the run's config.json is damaged or foreign: it holds no options")
-    saved = spec.options.read(config["options"], "the run's config.json: ")
+    known = {"optimizer": "adamw"} | config["options"]  # runs from before there was a choice had AdamW
+    saved = spec.options.read(known, "the run's config.json: ")
     options = saved.updated(changes)
     for one in fields(spec.options):
         if getattr(saved, one.name) != getattr(options, one.name) and not one.metadata["resumable"]:
