@@ -72,7 +72,7 @@ def test_draws_do_not_depend_on_the_layout_of_the_vae():
         torch.manual_seed(0)
         drawn.append(teacher.latents(images.contiguous(memory_format=layout)))
     torch.testing.assert_close(*drawn)
-    assert all(each.is_contiguous() for each in drawn)
+    assert len({each.stride() for each in drawn}) == 1
 
 
 def test_latents_are_scaled_as_the_pipeline_does_it():

@@ -127,14 +127,15 @@ class TextToImage:
     def latents(self, images: Tensor, *, draw: bool = True) -> Tensor:
         """Scaled latents, float32 (B,C,h,w), of images (B,3,H,W) in [-1, 1]: a draw from the VAE's posterior, or its
         mean."""
-        mean, std = self._by_item(self._posterior, images, lambda image: digest([image]))
+        found = self._by_item(self._posterior, images, lambda image: digest([image]))
+        # randn_like draws in the order of the memory, which depends on the VAE, the cache and the number of images
+        mean, std = (each.contiguous(memory_format=torch.channels_last) for each in found)
         z = mean + std * torch.randn_like(std) if draw else mean
         return scale_latents(z, latent_scale(self.pipe))
 
     def _posterior(self, images):
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        # randn_like draws in the order of the memory, which depends on the VAE's layout
-        return posterior.mean.float().contiguous(), posterior.std.float().contiguous()
+        return posterior.mean.float(), posterior.std.float()
 
     @torch.no_grad()
     def conditions(self, captions: Sequence[str | None], size: tuple[int, int]) -> dict[str, Tensor]:
