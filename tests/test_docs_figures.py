@@ -159,13 +159,18 @@ def test_the_multiply_adds_of_generators_are_those_counted():
 def test_the_losses_of_denoising_are_those_of_the_report():
     report = (ROOT / "benchmarks/results/quality/denoising/report.md").read_text(encoding="utf-8")
     text = PAGES
-    text = text[text.index("GSPN-DiT was trained beside DiT") : text.index("So the scan is worth half")]
+    text = text[text.index("GSPN-DiT was trained beside DiT") : text.index("So the scan is worth about half")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 4
+    assert len(rows) == 6
     measured = {line.split("|")[1].strip(): line.split("|") for line in report.splitlines() if line.startswith("| ")}
-    for title, loss, difference, at_48, at_64, time in rows:
+    for title, *shown in rows:
         cells = [cell.strip() for cell in measured[title]]
-        assert cells[4] == "2" and [loss, difference, at_48, at_64, time] == [*cells[5:9], cells[11]]
+        assert cells[3].endswith(" of 3") and shown == cells[4:10], title
+    for run, where in (("dico-lr0.01-seed0-1200", "after 1,200 steps"), ("ours-lr0.01-seed0-800", "after 800 steps")):
+        file = ROOT / f"benchmarks/results/quality/denoising/{run}steps.json"
+        test = json.loads(file.read_text())["test"]
+        told = PAGES[PAGES.index(where, PAGES.index("In as much time")) :].partition(";")[0]
+        assert re.findall(r"0\.\d{4}", told)[:3] == [f"{test[s]['loss']:.4f}" for s in ("32x32", "48x48", "64x64")]
 
 
 def test_the_longer_trainings_of_denoising_are_those_of_the_runs():
