@@ -280,7 +280,7 @@ def test_what_muon_brings_is_what_the_runs_say():
     assert len(told) >= 6
     rows = {
         name: [json.loads(line) for line in (ROOT / f"benchmarks/results/quality/{name}.jsonl").open()]
-        for name in ("gspn-mobile-cifar10", "gspn-mobile-cifar10-muon")
+        for name in ("gspn-mobile-cifar10", "gspn-mobile-cifar10-muon", "gspn-mobile-cifar10-50-muon")
     }
     for best in (max(row["top1"] for row in each) for each in rows.values()):
         assert f"{best:.2%}" in PAGES
