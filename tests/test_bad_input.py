@@ -243,10 +243,12 @@ def test_the_models():
         gspn.create_model("gspn_micro", drop_rate=1)
     for name in ("mlp_ratio", "expansion"):
         for value in ("2", -1, 0, float("nan"), float("inf"), True, None):
-            with pytest.raises(ValueError, match=f"{name} has to be a number above 0.*, got {value!r}"):
+            with pytest.raises(ValueError, match=f"{name} has to be a positive number, got {value!r}"):
                 gspn.create_model("gspn_micro", **{name: value})
-    with pytest.raises(ValueError, match=r"expansion has to be a number above 0.*, got '2'"):
+    with pytest.raises(ValueError, match=r"expansion has to be a positive number, got '2'"):
         gspn.create_model("gspn_mobile", expansion="2")
+    with pytest.raises(ValueError, match=r"expansion times 8 channels has to be at least 1 channel, got 0\.001"):
+        gspn.create_model("gspn_mobile", expansion=0.001, width=8)
     with pytest.raises(ValueError, match=r"block has to be .*, got \[1\]"):
         gspn.create_model("gspn_micro", block=[1])
     with pytest.raises(ValueError, match=r"indices.*3 levels.*\[3\]"):

@@ -15,6 +15,7 @@ from gspn.cli import app
 from gspn.data.labelled import open_data
 from gspn.files import write_json
 from gspn.options import OptionError
+from gspn.tasks.classify import resume_classifier
 from gspn.train.run import FORMAT, Run, RunError
 
 # -- a classifier --
@@ -179,8 +180,9 @@ def test_a_preprocessing_that_cannot_be(digits_run, tmp_path, wrong):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["preprocessing"] |= wrong
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match=r"is damaged or foreign: (Value|Type)Error"):
-        gspn.load_run(tmp_path / "run")
+    for opened in (gspn.load_run, resume_classifier):
+        with pytest.raises(RunError, match=r"is damaged or foreign: ValueError"):
+            opened(tmp_path / "run")
 
 
 def test_folders_that_are_no_runs(digits_run, tmp_path):

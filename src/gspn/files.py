@@ -5,8 +5,10 @@ so that no crash or full disk harms what was there. A lock lets one process at a
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -60,6 +62,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 def check_writable(path: Path | str) -> None:
     """Raises SaveError if no file can be written to the folder of `path`; for work that takes long before it writes."""
     temporary = _temporary(Path(path))
+    remove_left(temporary.parent)
     try:
         temporary.touch()
         temporary.unlink()
@@ -68,8 +71,14 @@ def check_writable(path: Path | str) -> None:
 
 
 def _temporary(path):
-    """A name of its own each time: several processes may write to the same path without a lock."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    """A name of its own each time, as several processes may write to the same path without a lock:
+    .NAME.MACHINE-PROCESS-RANDOM.new. NAME is cut, for most disks take 255 bytes."""
+    name = path.name.encode(errors="ignore")[:200].decode(errors="ignore")
+    return path.with_name(f".{name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def _machine():
+    return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def _cannot_write(path, error):
@@ -160,11 +169,25 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_left(folder: Path) -> None:
-    """Removes what killed processes left half written in a folder, or one folder below, that this process has locked.
-    The whole name counts: other files that end in TEMPORARY may be the user's."""
-    ours = f".*-{'[0-9a-f]' * 8}{TEMPORARY}"
-    for left in [*folder.glob(ours), *folder.glob(f"*/{ours}")]:
-        remove(left, quietly=True)
+    """Removes what processes of this machine that are gone left half written in a folder, or one folder below. The
+    whole name counts: other files that end in TEMPORARY may be the user's."""
+    ours = re.compile(rf"\..+\.{_machine()}-(\d{{1,9}})-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
+    with suppress(OSError):
+        for left in [*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"*/.*{TEMPORARY}")]:
+            if (found := ours.fullmatch(left.name)) and not _alive(int(found[1])):
+                remove(left, quietly=True)
+
+
+def _alive(process):
+    if os.name == "nt":  # there os.kill ends it, and nothing in Python's library tells
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def displaced(path: Path) -> Path:
@@ -180,11 +203,11 @@ def recover(path: Path) -> None:
 
 def remove(path: Path, quietly: bool = False) -> None:
     """Removes a file or a folder if it exists; `quietly` ignores what cannot be removed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=quietly)
-        return
     try:
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=quietly)
+        else:
+            path.unlink(missing_ok=True)
     except OSError:  # on a read-only disk also for what is not there
         if not quietly:
             raise

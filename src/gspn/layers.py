@@ -391,8 +391,10 @@ class DropPath(nn.Module):
 
 
 def _widened(channels: int, name: str, ratio: float) -> int:
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 1 <= channels * ratio < float("inf"):
-        raise ValueError(f"{name} has to be a number above 0, for 1 or more of {channels} channels, got {ratio!r}")
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < channels * ratio < float("inf"):
+        raise ValueError(f"{name} has to be a positive number, got {ratio!r}")
+    if channels * ratio < 1:
+        raise ValueError(f"{name} times {channels} channels has to be at least 1 channel, got {ratio!r}")
     return int(channels * ratio)
 
 

@@ -64,10 +64,13 @@ class Card:
 
     @classmethod
     def read(cls, file: Path) -> "Card | None":
-        """What the card in a file tells; None where gspn did not write it, or somebody changed it."""
-        text, _, mark = file.read_bytes().decode("utf-8", "replace").rpartition(MARK)
-        found, _, told = mark.removesuffix(" -->\n").partition(" ")
-        return cls(**json.loads(told)) if found == digest([text, told]) else None
+        """What the card in a file tells; None where it cannot be read, is not gspn's, or was changed."""
+        try:
+            text, _, mark = file.read_bytes().decode("utf-8", "replace").rpartition(MARK)
+            found, _, told = mark.removesuffix(" -->\n").partition(" ")
+            return cls(**json.loads(told)) if found == digest([text, told]) else None
+        except (OSError, ValueError, TypeError):
+            return None
 
     def over(self, before: "Card") -> "Card":
         """This, with what `before` told where this tells nothing."""

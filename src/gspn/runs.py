@@ -260,20 +260,21 @@ def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
     with _opened(path, "classification", create_model, checkpoint) as (run, model):
         names = run.config["class_names"]
         _check_classes(names, model.num_classes, "correct class_names in its config.json")
-        return Classifier(run, model, _preprocessing(run, model.in_chans), names)
+        return Classifier(run, model, preprocessing_of(run.config, model.in_chans), names)
 
 
 def load_segmenter(path: str | Path, checkpoint: str = "best") -> Segmentation:
     """The Segmentation of a run folder; as load_classifier."""
     with _opened(path, "segmentation", create_segmenter, checkpoint) as (run, model):
-        preprocessing, classes = _preprocessing(run, model.backbone.in_chans), Classes(**run.config["classes"])
+        preprocessing = preprocessing_of(run.config, model.backbone.in_chans)
+        classes = Classes(**run.config["classes"])
         _check_classes(classes, model.num_classes, "correct classes in its config.json")
         return Segmentation(run, model, preprocessing, classes, run.config["options"]["scale"])
 
 
-def _preprocessing(run, channels):
-    """That of a run whose model takes this number of channels."""
-    found = Preprocessing(**run.config["preprocessing"])
+def preprocessing_of(config: Mapping, channels: int) -> Preprocessing:
+    """That in the config of a run whose model takes this number of channels. Errors: ValueError, KeyError."""
+    found = Preprocessing(**config["preprocessing"])
     if not found.channels == len(found.mean) == channels:
         raise ValueError(f"the model takes images of {channels} channels, but its config.json holds {found}")
     return found

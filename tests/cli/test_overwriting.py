@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.diffusion import generator_run
+from helpers.files import half_written
 from PIL import Image
 from typer.testing import CliRunner
 
 from gspn.cli import app
+from gspn.digests import digest
 from gspn.files import (
     BusyError,
     SaveError,
@@ -26,7 +28,7 @@ from gspn.files import (
     writing,
 )
 from gspn.models import context_maps, create_model
-from gspn.pretrained import Card
+from gspn.pretrained import MARK, Card
 from gspn.train.run import Run
 
 MODEL = dict(num_classes=2, in_chans=1, width=8, depths=(2,), global_levels=(0,))
@@ -127,10 +129,39 @@ def test_a_folder_for_the_hub(run, tmp_path):
     card.parent.mkdir()
     card.write_bytes(NEW)
     assert command(*arguments, "--license", "mit", "--trained-on", "cats").exit_code == 0  # there is no config.json yet
+    assert Card.read(card) == Card("mit", "cats")
     assert command(*arguments).exit_code == 0
-    assert Card.read(card) == Card("mit", "cats")  # nobody changed it, so it keeps what only people know
+    assert Card.read(card) == Card("mit")  # cats belong to the weights that are gone
     card.write_bytes(NEW)
     assert command(*arguments).exit_code == 0 and Card.read(card) == Card()
+    for told in ("{", "[1]", '{"price": 3}'):  # a mark of another gspn
+        card.write_text(f"a card{MARK}{digest(['a card', told])} {told} -->\n")
+        assert Card.read(card) is None
+    assert command(*arguments).exit_code == 0 and Card.read(card) == Card()
+    card.unlink()
+    (card / "mine").mkdir(parents=True)
+    assert Card.read(card) is None
+    result = command(*arguments)
+    assert result.exit_code == 2 and "README.md is a folder" in result.stderr and (card / "mine").exists()
+
+
+def test_a_failed_export_for_the_hub_leaves_the_card(run, tmp_path, monkeypatch):
+    """Also one inside of gspn, which is no fault of the user's."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "README.md").write_bytes(NEW)
+    write_json(folder / "config.json", {"class": "another"})
+
+    def removed(file, *_):
+        file.unlink()
+        if file.name == "README.md":
+            raise ValueError("a fault of gspn")
+
+    monkeypatch.setattr("gspn.files.remove", removed)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    result = command("export", run, "--hub", "--out", folder, "--overwrite")
+    assert isinstance(result.exception, ValueError) and result.exit_code == 1
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("what", ["weights", "config.json"])
@@ -242,20 +273,31 @@ def test_weights_that_are_not_finite_are_not_drawn(model, picture, tmp_path):
 
 
 def test_what_a_killed_process_left_is_not_in_the_way(tmp_path):
-    left, mine = tmp_path / ".out.7-0123abcd.new", tmp_path / ".mine.new"
-    for folder in (left, mine):
-        folder.mkdir()
-        (folder / "half").touch()
-    check_writable(tmp_path / "out")
-    write_text(tmp_path / "out", "whole")
-    assert {*tmp_path.iterdir()} == {left, mine, tmp_path / "out"}
-    (tmp_path / "below").mkdir()
-    shutil.copytree(left, tmp_path / "below" / left.name)
-    with writing(tmp_path):
-        pass
-    assert {*tmp_path.rglob("*")} == {
-        tmp_path / name for name in (".lock", ".mine.new", ".mine.new/half", "below", "out")
-    }
+    out = tmp_path / "out"
+    left = [half_written(out), half_written(tmp_path / "below" / "out")]
+    kept = [half_written(out, os.getpid()), half_written(out, machine="another")]
+    kept += [tmp_path / ".notes-20260115.new", tmp_path / ".mine.new"]  # the user's
+    for number in range(2):
+        for folder in (*left, *kept):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "half").touch()
+        if number:
+            check_writable(out)
+        else:
+            with writing(tmp_path):
+                pass
+        assert not any(folder.exists() for folder in left) and all((folder / "half").exists() for folder in kept)
+    with atomic(out) as temporary:
+        assert temporary.name[:-13] == half_written(out, os.getpid()).name[:-13]
+        temporary.touch()
+
+
+@pytest.mark.parametrize("name", ["x" * 250 + ".png", "\u65e5" * 84])
+def test_long_names_fit(tmp_path, name):
+    write_text(tmp_path / name, "text")
+    assert (tmp_path / name).read_text() == "text"
+    with pytest.raises(SaveError, match="File name too long"):
+        write_text(tmp_path / (2 * name), "text")
 
 
 def test_writers_without_a_lock_do_not_meet(tmp_path):

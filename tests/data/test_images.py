@@ -1,6 +1,7 @@
 """What the values of an image file mean, and that nothing beside them makes it unreadable."""
 
 import io
+import json
 import struct
 import warnings
 import weakref
@@ -261,3 +262,21 @@ def test_threads_that_decode_leave_the_warnings_as_they_are():
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: decode(io.BytesIO(content)), range(200)))
     assert warnings.filters == before
+
+
+def test_preprocessing_takes_numbers_of_numpy_and_nothing_else():
+    good = dict(channels=3, size=(4, 6), mean=(0.5,) * 3, std=(0.25,) * 3, crop=0.875)
+    numpys = {name: np.asarray(value, np.float32) for name, value in good.items()}
+    numpys |= dict(channels=np.int64(3), size=np.array([4, 6]), crop=np.float32(0.875))
+    found = Preprocessing(**numpys)
+    assert found == Preprocessing(**good) and json.loads(json.dumps(found.to_json())) == json.loads(json.dumps(good))
+    for change in (
+        *(dict(channels=value) for value in (True, 2, "3", None)),
+        *(dict(size=value) for value in (3, None, (8,), (True, 8), (0, 8), (8.0, 8), "88")),
+        *(dict(mean=value) for value in (0.5, (), (0.5,) * 2, (float("nan"),) * 3, "abc")),
+        *(dict(std=value) for value in (1, (0.0,) * 3, (None,) * 3)),
+        dict(mean=(), std=()),
+        *(dict(crop=value) for value in (0, 1.5, None, "1", True)),
+    ):
+        with pytest.raises(ValueError, match=r"^preprocessing needs 1 or 3 channels, .*; got Preprocessing"):
+            Preprocessing(**good | change)

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from helpers.comparing import NAMES, as_npz, colour_extractor, colour_features, compare, looked_at, paint_both
+from helpers.files import half_written
 from helpers.training import other_byte, same
 from PIL import Image
 
@@ -167,7 +168,7 @@ def test_logits_that_are_no_numbers_are_an_error_and_kept_ones_are_computed_agai
 def test_what_a_killed_call_left_in_the_cache_goes(pictures):
     cache = pictures.at / "cache"
     cache.mkdir()
-    (cache / ".a.safetensors.7-0123abcd.new").write_bytes(b"half")
+    half_written(cache / "a.safetensors").write_bytes(b"half")
     compare(pictures.drawn, pictures.real, cache=cache)
     assert sorted(file.suffix for file in cache.iterdir()) == ["", ".safetensors"]
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.files import half_written
 from helpers.training import other_byte, tree
 from PIL import Image
 from rich.console import Console
@@ -156,7 +157,7 @@ def test_an_interrupted_encoding_goes_on_to_the_same_files(latents, pictures, va
         left.append(len([*(tmp_path / "x").glob("*.safetensors")]))
         with pytest.raises(DataError, match="incomplete"):
             open_latents(tmp_path / "x")
-        (tmp_path / "x" / ".train-00002.safetensors.7-0123abcd.new").write_bytes(b"half written")
+        half_written(tmp_path / "x" / "train-00002.safetensors").write_bytes(b"half written")
     assert left == [1, 2]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "x").glob("*.safetensors")}
     encode(pictures, vae, tmp_path / "x", flip=True, shard_size=5, batch_size=2, **SIZE)

@@ -402,6 +402,13 @@ def test_a_folder_of_another_image_is_refused(tmp_path):
         (record | {"asked": record["asked"] | {"pipeline": None}}, "is damaged"),
         ({"format": 1, "asked": record["asked"]}, "is damaged .*'chosen'.*: remove it and the stages"),
         (record | {"chosen": {}}, "is damaged .*'savers'"),
+        ({"format": 0, "asked": {}}, "is damaged"),
+        (record | {"format": "1"}, r"damaged or foreign: its format is '1'"),
+        (record | {"asked": record["asked"] | {"seed": "3"}}, "is damaged .*number as seed"),
+        (record | {"asked": record["asked"] | {"pipeline": {"a": 3}}}, "is damaged .*texts as digests"),
+        (record | {"chosen": {"savers": 3}}, "is damaged"),
+        (record | {"chosen": {"savers": record["chosen"]["savers"][:1]}}, "is damaged .*5 savers of each stage"),
+        (record | {"chosen": {"savers": [[3] * 5] * 2}}, "is damaged .*True, False or None, got 3"),
     ):
         (tmp_path / "highres.json").write_text(change if isinstance(change, str) else json.dumps(change))
         with pytest.raises(ValueError, match=rf"highres\.json .*{message}"):

@@ -108,6 +108,11 @@ def test_a_stopped_training_goes_on_to_the_same_bits(masked, tmp_path, monkeypat
     mask.save(tmp_path / "other/masks/00.png")
     with pytest.raises(RunError, match="not what"):
         base.resume(Setup, tmp_path / "stopped", data=tmp_path / "other")
+    config = json.loads((tmp_path / "stopped/config.json").read_text())
+    config["preprocessing"] |= {"mean": [0.5], "std": [0.5]}
+    (tmp_path / "stopped/config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="takes images of 3 channels"):
+        base.resume(Setup, tmp_path / "stopped")
 
 
 def test_starting_from_a_classifier(masked, colours, tmp_path, without_pictures):

@@ -37,6 +37,23 @@ def test_singular_values_become_about_one(shape):
     assert values.max() < 1.25
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_coarse_products_do_no_harm(monkeypatch, seed):
+    """Of a matrix that is nearly of low rank, as momentum is: with the products of TF32, and inside autocast."""
+    source = torch.Generator().manual_seed(seed)
+    low = torch.randn(16, 2, generator=source) @ torch.randn(2, 64, generator=source)
+    matrix = low + 1e-3 * torch.randn(16, 64, generator=source)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = orthogonalised(matrix)
+    assert torch.equal(inside, orthogonalised(matrix))
+    product = torch.Tensor.__matmul__
+    cut = lambda x: ((x.view(torch.int32) >> 13) << 13).view(torch.float32)  # noqa: E731  10 bits of the fraction
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(cut(a), cut(b)))
+    found = orthogonalised(matrix)
+    monkeypatch.undo()
+    assert torch.linalg.matrix_norm(found, 2) < 1.25
+
+
 def test_zeros_stay_zeros():
     assert not orthogonalised(torch.zeros(4, 3)).any()
 

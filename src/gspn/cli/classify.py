@@ -216,23 +216,27 @@ def _export_for_hub(options):
     from gspn.pretrained import Card
     from gspn.runs import load_run
 
-    about = {"license": options.license, "data": options.trained_on, "metrics": _on_card(options.evaluation, task)}
+    about = {"data": options.trained_on, "metrics": _on_card(options.evaluation, task)}
     loaded = load_run(options.run, checkpoint)
     config, card = folder / "config.json", folder / "README.md"
-    # --overwrite also means a model of another class, which would be refused, and a card that somebody wrote or changed
+    if card.is_dir():
+        raise OptionError(f"{card} is a folder, expected the model's card: rename it, or choose another --out")
+    # --overwrite also means a model of another class, which would be refused, and any card: what it tells of data and
+    # metrics belongs to the old weights. The licence of a card that nobody changed is kept.
     other = (config_or_none(config) or {}).get("class") not in (None, loaded.model._saved_as)
-    gone = [config, card] if other else [card] if card.exists() and Card.read(card) is None else []
-    old = {file: file.read_bytes() for file in gone if file.exists()}
-    for file in old:
-        remove(file)
+    about["license"] = options.license or (Card.read(card) or Card()).license
+    old = {file: file.read_bytes() for file in ([config, card] if other else [card]) if file.exists()}
     try:
-        loaded.save_pretrained(folder, dtype=torch.float16 if options.precision == "fp16" else None, **about)
-    except BaseException as error:
+        for file in old:
+            remove(file)
+        try:
+            loaded.save_pretrained(folder, dtype=torch.float16 if options.precision == "fp16" else None, **about)
+        except ValueError as error:  # weights too large for fp16, a config.json that is damaged
+            raise OptionError(str(error)) from error
+    except BaseException:
         for file, content in old.items():
             if not file.exists():
                 file.write_bytes(content)
-        if isinstance(error, ValueError):  # weights too large for fp16, a config.json that is damaged
-            raise OptionError(str(error)) from error
         raise
     out.print(f"wrote {folder}, checkpoint {checkpoint}; README.md is its card", markup=False, highlight=False)
 

@@ -16,6 +16,7 @@ import torch
 from PIL import ExifTags, Image
 
 from gspn.files import shown
+from gspn.models.latents import is_real, is_whole
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 USUAL_CAPTIONS = ("text", "caption")  # what a column of captions is called
@@ -434,7 +435,7 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become the model's input; stored in the run's config.json. Errors: ValueError, TypeError.
+    """How images become the model's input; stored in the run's config.json. Errors: ValueError.
 
     Attributes:
         channels: 1 or 3.
@@ -451,25 +452,24 @@ class Preprocessing:
     crop: float = 1.0
 
     def __post_init__(self):
-        for name in ("size", "mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        sides = len(self.size) == 2 and all(isinstance(side, int) and side > 0 for side in self.size)
-        finite = len(self.mean) == len(self.std) and all(map(math.isfinite, (*self.mean, *self.std)))
-        if not (sides and finite and self.channels in (1, 3) and min(self.std, default=0) > 0 and 0 < self.crop <= 1):
-            raise ValueError(
-                "expected 1 or 3 channels, a size (H, W), a mean and a std above 0 of each channel, and 0 < crop <= 1, "
-                f"got {self}"
-            )
+        try:
+            size, mean, std = map(tuple, (self.size, self.mean, self.std))
+            whole = all(map(is_whole, (self.channels, *size))) and len(size) == 2 and min(size) > 0
+            finite = all(is_real(x) and math.isfinite(x) for x in (self.crop, *mean, *std)) and len(mean) == len(std)
+            if not (whole and finite and self.channels in (1, 3) and min(std) > 0 and 0 < self.crop <= 1):
+                raise ValueError
+        except (TypeError, ValueError):
+            needs = "1 or 3 channels, a size (H, W), a mean and a std above 0 of each channel, and 0 < crop <= 1"
+            raise ValueError(f"preprocessing needs {needs}; got {self}") from None
+        vars(self).update(size=tuple(map(int, size)), mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+        vars(self).update(channels=int(self.channels), crop=float(self.crop))  # nothing of numpy's: it becomes JSON
 
     def __call__(self, image: Image.Image, numbers=None, least: float = 0.25) -> torch.Tensor:
         """PIL image to uint8 (C, H, W): the centre box, or a random box of at least the part `least` of the area,
         chosen by four `numbers` in [0, 1)."""
-        image = with_channels(image, self.channels)
-        if numbers is None:
-            box = centre_box(image.size, self.size, self.crop)
-        else:
-            box = random_box(image.size, numbers, least)
-        image = image.resize((self.size[1], self.size[0]), Image.Resampling.BICUBIC, box=box)
+        size = image.size
+        box = centre_box(size, self.size, self.crop) if numbers is None else random_box(size, numbers, least)
+        image = with_channels(image, self.channels).resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)
         pixels = torch.from_numpy(np.array(image))
         return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
 

@@ -19,7 +19,7 @@ from gspn.metrics.classification import classify, progress, warnings_of
 from gspn.models import create_model
 from gspn.options import OptionError
 from gspn.options.classify import SPEC, ModelOptions, Options
-from gspn.runs import load_classifier
+from gspn.runs import load_classifier, preprocessing_of
 from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, describe_size, labelled_splits, open_with, parameters_of, resume, start, tried
 from gspn.tasks.finetune import Source, open_source, start_from
@@ -163,7 +163,7 @@ class Setup(BaseSetup):
 
     def check_config(self, config) -> None:
         """Takes over the run's preprocessing, and the digest of the weights it began with."""
-        self.preprocessing = Preprocessing(**config["preprocessing"])
+        self.preprocessing = preprocessing_of(config, config["model"]["in_chans"])
         self.begun_from = config.get("init_from")
 
     def about(self, model):

@@ -22,7 +22,7 @@ from gspn.models.segmenter import create_segmenter
 from gspn.options import OptionError
 from gspn.options.segment import PRESET, SPEC, SegmentationOptions
 from gspn.progress import Progress
-from gspn.runs import load_segmenter
+from gspn.runs import load_segmenter, preprocessing_of
 from gspn.tasks.base import Setup as BaseSetup
 from gspn.tasks.base import Training, parameters_of
 from gspn.tasks.classify import IMAGENET_MEAN, IMAGENET_STD, build_model
@@ -192,7 +192,8 @@ class Setup(BaseSetup):
 
     def check_config(self, config) -> None:
         """Takes over the run's classes, preprocessing, class weights, and the digest of the weights it began with."""
-        self.classes, self.preprocessing = Classes(**config["classes"]), Preprocessing(**config["preprocessing"])
+        self.classes = Classes(**config["classes"])
+        self.preprocessing = preprocessing_of(config, config["model"]["in_chans"])
         self.class_weights, self.begun_from = config["class_weights"], config.get("init_from")
 
     def about(self, model):

@@ -105,9 +105,10 @@ class HighResPipeline:
         **options: Any,
     ) -> list[Stage]:
         """The stages that a call with these arguments would run, with sizes, savers and memory. Makes no image. Other
-        arguments of a call, such as seed and workdir, change nothing.
+        arguments of a call, such as seed and workdir, change nothing and are not checked.
 
-        Raises ValueError and TypeError as the call does."""
+        Raises ValueError and TypeError, as the call does, for the arguments that are named here and the options of the
+        pipeline."""
         check_pipeline(self.pipe)
         called = inspect.signature(self.__call__).parameters
         options = {name: value for name, value in options.items() if name not in called}

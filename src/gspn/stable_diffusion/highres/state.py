@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from gspn.digests import SCHEME, digest, settings
 from gspn.files import atomic, check_format, save_tensors, write_json, writing
+from gspn.models.latents import is_whole
+from gspn.stable_diffusion.highres.savers import SAVERS, Savers
 
 RECORD, LATENTS, IMAGE = "highres.json", "latents.safetensors", "image.png"
 FORMAT = 1
@@ -49,8 +51,8 @@ class Workdir:
             try:
                 kept = json.loads(record.read_text(encoding="utf-8"))
                 found = kept["format"]
-                if found == FORMAT:  # a newer one may hold something else
-                    _ = kept["asked"]["seed"], kept["asked"]["pipeline"].values(), kept["chosen"]["savers"]
+                if not isinstance(found, int) or found <= FORMAT:  # a newer one may hold something else
+                    _check(kept["asked"], kept["chosen"]["savers"])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"there is no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{record} is damaged ({reason}): remove it and the stages beside it") from error
@@ -105,6 +107,16 @@ class Workdir:
         if latents.shape != shape or latents.dtype != torch.float32:
             raise ValueError(f"{path} holds {tuple(latents.shape)} in {latents.dtype}, expected {shape} in float32")
         return latents
+
+
+def _check(asked, savers):
+    """Raises ValueError or another error for a record that cannot be gone on with."""
+    if not is_whole(asked["seed"]) or not all(isinstance(text, str) for text in asked["pipeline"].values()):
+        raise ValueError("expected a number as seed, and texts as digests of the pipeline")
+    if [len(each) for each in savers] != [len(SAVERS)] * len(asked["stages"]):
+        raise ValueError(f"expected {len(SAVERS)} savers of each stage")
+    for each in savers:
+        Savers(*each)
 
 
 def _change(name, before, now):
