@@ -8,9 +8,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -35,19 +36,21 @@ def work(
     train: Callable,
     told: Callable[[dict], str],
     minutes: float,
+    runs: Sequence | None = None,
     named: Callable[[Any], str] = lambda run: run.stem,
 ) -> int:
     """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs.
 
     Args:
-        wanted: gives all runs, the most important first, for {run: content} of those that are done.
+        wanted: gives all runs, the most important first, for {run: content} of those that are done. runs: these and
+            no others.
         train: gives the content of a run's file. told: what to print of it. named: what to print before the run.
     """
     end, made = time.monotonic() + 60 * minutes, 0
     environment = harness.environment()  # once: later edits do not change the code that runs
     while time.monotonic() < end:
         done = read(folder, kind)
-        run = next((run for run in wanted(done) if run not in done), None)
+        run = next((run for run in runs or wanted(done) if run not in done), None)
         if run is None:
             print("nothing is missing")
             break
@@ -120,9 +123,37 @@ def list_runs(done: dict, runs: Iterable) -> None:
         print("done   " if run in done else "missing", run.stem)
 
 
-def add_options(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """Adds the options that studies share; `folder` is that of the published results."""
+def run_of(kind: type, contenders: Collection[str], text: str) -> NamedTuple:
+    """The run of a class of runs that a text such as "contender=dit,rate=0.01,seed=0" describes.
+
+    Errors: argparse's for a field that is unknown, missing or no number, and for a contender that there is not."""
+    types = kind.__annotations__
+    try:
+        given = dict(part.split("=", 1) for part in text.split(","))
+        run = kind(**{name: types[name](value) for name, value in given.items()})
+    except (ValueError, KeyError, TypeError):
+        fields = ",".join(f"{name}={each.__name__}" for name, each in types.items())
+        raise argparse.ArgumentTypeError(f"expected {fields}, got {text!r}") from None
+    if run.contender not in contenders:
+        raise argparse.ArgumentTypeError(f"expected a contender of {', '.join(contenders)}, got {run.contender!r}")
+    return run
+
+
+def add_options(parser: argparse.ArgumentParser, folder: Path, kind: type, contenders: Collection[str]) -> None:
+    """Adds the options that studies share; `folder` is that of the published results, `kind` the class of the runs."""
     parser.add_argument("--minutes", type=float, default=60, help="begin no run after this many minutes (default: 60)")
     parser.add_argument("--out", type=Path, default=folder, help="the folder of the results")
     parser.add_argument("--list", action="store_true", help="list what is done and what is missing")
     parser.add_argument("--report", action="store_true", help="write report.md and sizes.png into the folder")
+    add_runs(parser, kind, contenders)
+
+
+def add_runs(parser: argparse.ArgumentParser, kind: type, contenders: Collection[str]) -> None:
+    """Adds the option that names single runs."""
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        type=partial(run_of, kind, contenders),
+        metavar="FIELD=VALUE,...",
+        help="make these runs and no others, such as contender=NAME,rate=0.01,seed=0",
+    )

@@ -15,7 +15,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -378,20 +378,22 @@ def draw(folder: Path, out: Path) -> None:
 # -- the command --
 
 
-def work(folder: Path, photos: Photos, minutes: float, optimizer: str = "adamw") -> int:
-    """Makes missing runs until the time is over. Returns the number of runs."""
+def work(
+    folder: Path, photos: Photos, minutes: float, optimizer: str = "adamw", runs: Sequence[Run] | None = None
+) -> int:
+    """Makes `runs`, or else what is missing, until the time is over. Returns the number of runs."""
 
     def told(content: dict) -> str:
         losses = ", ".join(f"{size} {found['loss']:.4f}" for size, found in content["test"].items())
         return f"{losses}; {content['cpu_ms_per_step']:.0f} ms a step"
 
     made = partial(train, photos=photos, optimizer_name=optimizer)
-    return study.work(folder, Run, wanted, made, told, minutes)
+    return study.work(folder, Run, wanted, made, told, minutes, runs)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    study.add_options(parser, RESULTS)
+    study.add_options(parser, RESULTS, Run, CONTENDERS)
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
     parser.add_argument(
         "--optimizer", choices=("adamw", "muon"), default="adamw", help="runs of muon need another folder (--out)"
@@ -404,7 +406,7 @@ def main():
     if arguments.photos is None:
         parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
     torch.set_num_threads(1)
-    work(arguments.out, Photos.open(arguments.photos), arguments.minutes, arguments.optimizer)
+    work(arguments.out, Photos.open(arguments.photos), arguments.minutes, arguments.optimizer, arguments.runs)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -233,20 +233,20 @@ def draw(folder: Path, out: Path) -> None:
 # -- the command --
 
 
-def work(folder: Path, photos: Path, minutes: float, epochs: int) -> int:
-    """Makes missing runs until the time is over. Returns the number of runs."""
+def work(folder: Path, photos: Path, minutes: float, epochs: int, runs: Sequence[Run] | None = None) -> int:
+    """Makes `runs`, or else what is missing, until the time is over. Returns the number of runs."""
 
     def told(content: dict) -> str:
         at = ", ".join(f"{factor} times {found['top1']:.2%}" for factor, found in content["test"].items())
         return f"{at}; {content['cpu_seconds_of_training']:.0f} s of training"
 
-    runs = lambda done: wanted(done, epochs)  # noqa: E731
-    return study.work(folder, Run, runs, lambda run: train(run, photos), told, minutes)
+    every = lambda done: wanted(done, epochs)  # noqa: E731
+    return study.work(folder, Run, every, lambda run: train(run, photos), told, minutes, runs)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    study.add_options(parser, RESULTS)
+    study.add_options(parser, RESULTS, Run, CONTENDERS)
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
     parser.add_argument("--epochs", type=int, default=2, help="of training (default: 2)")
     arguments = parser.parse_args()
@@ -255,7 +255,7 @@ def main():
     if arguments.photos is None:
         parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
     torch.set_num_threads(1)
-    work(arguments.out, arguments.photos, arguments.minutes, arguments.epochs)
+    work(arguments.out, arguments.photos, arguments.minutes, arguments.epochs, arguments.runs)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,20 +207,22 @@ def draw(folder: Path, out: Path) -> None:
 # -- the command --
 
 
-def work(folder: Path, scenes: Path, minutes: float, epochs: int, scale: float) -> int:
-    """Makes missing runs until the time is over. Returns the number of runs."""
+def work(
+    folder: Path, scenes: Path, minutes: float, epochs: int, scale: float, runs: Sequence[Run] | None = None
+) -> int:
+    """Makes `runs`, or else what is missing, until the time is over. Returns the number of runs."""
 
     def told(content: dict) -> str:
         found = ", ".join(f"{factor} times {at['miou']:.2%}" for factor, at in content["test"].items())
         return f"validation {content['val_miou']:.2%}; test, {found}"
 
-    runs = lambda done: wanted(done, epochs, scale)  # noqa: E731
-    return study.work(folder, Run, runs, lambda run: train(run, scenes), told, minutes)
+    every = lambda done: wanted(done, epochs, scale)  # noqa: E731
+    return study.work(folder, Run, every, lambda run: train(run, scenes), told, minutes, runs)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    study.add_options(parser, RESULTS)
+    study.add_options(parser, RESULTS, Run, CONTENDERS)
     parser.add_argument("--scenes", type=Path, help="the folder of CamVid")
     parser.add_argument("--epochs", type=int, default=12, help="of training (default: 12)")
     parser.add_argument("--scale", type=float, default=0.25, help="of the training images (default: 0.25)")
@@ -230,7 +232,7 @@ def main():
     if arguments.scenes is None:
         parser.error("--scenes is missing: give the folder of CamVid, tables with train, validation and test")
     torch.set_num_threads(1)
-    work(arguments.out, arguments.scenes, arguments.minutes, arguments.epochs, arguments.scale)
+    work(arguments.out, arguments.scenes, arguments.minutes, arguments.epochs, arguments.scale, arguments.runs)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -452,37 +452,32 @@ def draw(folder: Path, out: Path) -> None:
 # -- the command --
 
 
-def work(folder: Path, photos: Photos, file: Path, minutes: float) -> int:
-    """Makes missing runs until the time is over. Returns the number of runs."""
+def work(folder: Path, photos: Photos, file: Path, minutes: float, runs: Sequence[Run] | None = None) -> int:
+    """Makes `runs`, or else what is missing, until the time is over. Returns the number of runs."""
 
     def told(content: dict) -> str:
         return ", ".join(f"{size} {found['loss']:.4f}" for size, found in content["test"].items())
 
-    return study.work(folder, Run, wanted, lambda run: train(run, photos, file), told, minutes)
+    return study.work(folder, Run, wanted, lambda run: train(run, photos, file), told, minutes, runs)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    study.add_options(parser, RESULTS)
+    study.add_options(parser, RESULTS, Run, CONTENDERS)
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
     parser.add_argument("--teacher", type=Path, help="the file of the teacher")
     parser.add_argument("--train", type=float, metavar="MINUTES", help="train the teacher for so long")
     arguments = parser.parse_args()
-    if arguments.list:
-        done = read(arguments.out)
-        study.list_runs(done, wanted(done))
-    elif arguments.report:
-        (arguments.out / "report.md").write_text(report(arguments.out))
-        draw(arguments.out, arguments.out / "sizes.png")
-    elif arguments.photos is None or arguments.teacher is None:
+    if study.told(arguments, read, wanted, report, draw):
+        return
+    if arguments.photos is None or arguments.teacher is None:
         parser.error("give --photos, the folder of CIFAR-10 (tables with the splits train and test), and --teacher")
+    torch.set_num_threads(1)
+    photos = Photos.open(arguments.photos)
+    if arguments.train:
+        train_teacher(photos, arguments.teacher, arguments.train)
     else:
-        torch.set_num_threads(1)
-        photos = Photos.open(arguments.photos)
-        if arguments.train:
-            train_teacher(photos, arguments.teacher, arguments.train)
-        else:
-            work(arguments.out, photos, arguments.teacher, arguments.minutes)
+        work(arguments.out, photos, arguments.teacher, arguments.minutes, arguments.runs)
 
 
 if __name__ == "__main__":

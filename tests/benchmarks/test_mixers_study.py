@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.harness.study import times
+from benchmarks.harness.study import keep, times
 from benchmarks.quality.mixers import contenders, remedies, report, study, tasks, tracing
 from benchmarks.quality.mixers.contenders import CONTENDERS, FORMS
 from benchmarks.quality.mixers.study import Run
@@ -188,7 +188,7 @@ def test_the_runner_skips_what_exists_and_writes_what_is_missing(photos, tmp_pat
     """Two runs are wanted; one of them is there and stays as it is."""
     wanted = [Run("classes", "bare", "none", 3e-3, seed, 2) for seed in (0, 1)]
     monkeypatch.setattr(study, "stages", lambda done: iter([("test", wanted)]))
-    study.keep(wanted[0], _content(wanted[0], 0.5), tmp_path)
+    keep(wanted[0], _content(wanted[0], 0.5), tmp_path)
     before = (tmp_path / f"{wanted[0].stem}.json").read_text()
     assert study.work(tmp_path, photos, minutes=1, examples=FEW, only=("dw7",)) == 0
     assert study.work(tmp_path, photos, minutes=1, examples=FEW) == 1
@@ -237,7 +237,7 @@ def test_the_report_of_two_contenders(tmp_path):
     for name, values in accuracies.items():
         for seed, accuracy in enumerate(values):
             run = Run("classes", "bare", name, 3e-3, seed)
-            study.keep(run, _content(run, accuracy), tmp_path)
+            keep(run, _content(run, accuracy), tmp_path)
     text = report.report(study.read(tmp_path), tmp_path / "out" / "report")
     row = next(line for line in text.splitlines() if line.startswith("| depthwise 7x7") and "190,000" in line)
     cells = [cell.strip() for cell in row.split("|")]

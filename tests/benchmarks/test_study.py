@@ -1,4 +1,7 @@
-"""What studies of many runs share: differences on the same examples, where the code came from, tables."""
+"""What studies of many runs share: single runs, differences on the same examples, where the code came from, tables."""
+
+import argparse
+from typing import NamedTuple
 
 import pytest
 
@@ -17,6 +20,38 @@ def test_a_difference_averages_each_example_over_the_seeds_first():
     assert (mean, error) == (pytest.approx(5 / 6), pytest.approx(1 / 6)) and of_seeds == [1.0, pytest.approx(2 / 3)]
     with pytest.raises(ValueError, match="shorter"):
         study.difference([([1.0, 2.0], [1.0])])
+
+
+class Run(NamedTuple):
+    contender: str
+    rate: float
+    seed: int
+    steps: int = 800
+
+    @property
+    def stem(self):
+        return f"{self.contender}-{self.rate:g}-{self.seed}-{self.steps}"
+
+
+def test_single_runs_are_made_by_name(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    study.add_options(parser, tmp_path, Run, ("dit", "ours"))
+    runs = parser.parse_args(["--runs", "contender=dit,rate=1e-2,seed=0", "contender=ours,rate=2,seed=1,steps=4"]).runs
+    assert runs == [Run("dit", 0.01, 0), Run("ours", 2.0, 1, 4)]
+    made = []
+    train = lambda run: made.append(run) or run._asdict()  # noqa: E731
+    for _ in range(2):  # the second time they are there
+        study.work(tmp_path, Run, lambda done: [Run("dit", 0.5, 0)], train, str, 60, runs)
+    assert made == runs and set(study.read(tmp_path, Run)) == set(runs)
+    for text, told in (
+        ("contender=dit,rate=1", "expected contender=str,rate=float,seed=int,steps=int, got 'contender=dit,rate=1'"),
+        ("contender=dit,rate=x,seed=0", "rate=float"),
+        ("contender=dit,rate=1,seed=0,colour=red", "got 'contender=dit,rate=1,seed=0,colour=red'"),
+        ("contender=vit,rate=1,seed=0", "expected a contender of dit, ours, got 'vit'"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--runs", text])
+        assert told in capsys.readouterr().err
 
 
 def test_commits_of_code_with_uncommitted_changes_are_marked():

@@ -12,7 +12,7 @@ again: only complete runs are written.
 import argparse
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,9 +224,6 @@ def missing(done: dict[Run, dict]) -> Iterator[tuple[str, Run]]:
 # -- the command --
 
 
-keep = study.keep  # for scripts that make single runs
-
-
 def work(
     folder: Path,
     photos: Photos,
@@ -235,8 +232,10 @@ def work(
     only: Collection[str] = CONTENDERS,
     models: Path | None = None,
     optimizer: str = "adamw",
+    runs: Sequence[Run] | None = None,
 ) -> int:
-    """Makes missing runs until the time is over; finishes the run that it began. Returns the number of runs.
+    """Makes `runs`, or else what is missing, until the time is over; finishes the run that it began. Returns the number
+    of runs.
 
     Trained weights are kept in the folder `models`, where there is one.
     """
@@ -253,8 +252,8 @@ def work(
         return f"{at}; val loss {content['val']['loss']:.4f}; {content['cpu_ms_per_step']:.0f} ms a step"
 
     made = lambda run: train(run, TASKS[run.task](photos), examples, models=models, optimizer_name=optimizer)  # noqa: E731
-    named = lambda run: f"{purposes[run]}: {run.stem}"  # noqa: E731
-    return study.work(folder, Run, wanted, made, told, minutes, named)
+    named = lambda run: f"{purposes[run]}: {run.stem}" if run in purposes else run.stem  # noqa: E731
+    return study.work(folder, Run, wanted, made, told, minutes, runs, named)
 
 
 def _number(found: dict[str, float]) -> str:
@@ -266,6 +265,7 @@ def main():
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
     parser.add_argument("--minutes", type=float, default=60, help="begin no run after this many minutes (default: 60)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the results")
+    study.add_runs(parser, Run, CONTENDERS)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -291,7 +291,7 @@ def main():
     if arguments.optimizer != "adamw" and arguments.out == RESULTS:
         parser.error(f"{RESULTS} holds the runs of AdamW: give another folder with --out")
     photos, limits = Photos.open(arguments.photos), (arguments.minutes, EXAMPLES, arguments.only)
-    work(arguments.out, photos, *limits, arguments.models, arguments.optimizer)
+    work(arguments.out, photos, *limits, arguments.models, arguments.optimizer, arguments.runs)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     to 1.2.
 
     By five rounds of Newton and Schulz's iteration, X <- a X + (b X X^T + c (X X^T)^2) X. Source of the method and its
-    coefficients: Jordan et al., Muon (2024). Rounds of X X^T alone, with one product with X at the end, would take a
-    quarter less time, but products in TF32 or bfloat16 make them diverge: X corrects what was rounded.
+    coefficients: Jordan et al., Muon (2024). Rounds of X X^T alone, with one product with X at the end, would be
+    faster, but products in TF32 or bfloat16 make them diverge: X corrects what was rounded.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     high = matrices.shape[-2] > matrices.shape[-1]
