@@ -43,7 +43,7 @@ def test_its_figures_are_the_published_ones():
 
     told = re.search(
         r"takes ([\d.]+) times as long as `GSPN2d` at 16 x 16 and (\d+) times at 256 x 256 \(.*; "
-        r"([\d.]+) and (\d+) between two projections\)",
+        r"([\d.]+) and (\d+) with projections around it\)",
         " ".join(README.split()),
     )
     for short, long, ours in ((told[1], told[2], "gspn"), (told[3], told[4], "gspn + projections")):
