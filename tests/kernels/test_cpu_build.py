@@ -62,6 +62,7 @@ def test_instruction_sets_are_those_of_this_machine():
     words = set(flags.read_text().split())
     assert ("avx2" in found) == ({"avx2", "fma", "f16c"} <= words)
     assert ("avx512" in found) == ({"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= words)
+    assert "amx" not in found or {"amx_tile", "amx_bf16"} <= words  # which the system may refuse
 
 
 @needs_library

@@ -19,7 +19,7 @@ import torch
 ABI_VERSION = 6  # GSPN_ABI_VERSION in cpu/api.h
 DEPTHWISE_KERNELS = (5, 7)  # those that cpu/depthwise/ is compiled for
 COMPILERS = "GCC 12, Clang 14 or newer"  # the oldest with what cpu/vec.h needs
-ISAS = ("portable", "avx2", "avx512")  # GspnIsa in cpu/api.h, worst first
+ISAS = ("portable", "avx2", "avx512", "amx")  # GspnIsa in cpu/api.h, worst first
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # GspnDtype in cpu/api.h
 _VIEW = 7  # words of a GspnView

@@ -30,6 +30,11 @@ GSPN_INLINE int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low
 GSPN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 GSPN_INLINE int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
+// A value that the compiler knows
+template <int N> struct Known {
+    static constexpr int value = N;
+};
+
 // ---- geometry ------------------------------------------------------------------------------------------------------
 
 // One direction of a scan over a map. Line t = 0 is where the scan starts.

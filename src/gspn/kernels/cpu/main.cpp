@@ -7,6 +7,10 @@
 
 #ifdef GSPN_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #define GSPN_FOR_EACH_ISA(X) X(gspn_portable) X(gspn_avx2) X(gspn_avx512)
 #else
 #define GSPN_FOR_EACH_ISA(X) X(gspn_portable)
@@ -21,6 +25,9 @@
     int64_t depthwise_dweight(const GspnDepthwiseArgs&);  \
     }
 GSPN_FOR_EACH_ISA(GSPN_DECLARE)
+#ifdef GSPN_AMX
+GSPN_DECLARE(gspn_amx)
+#endif
 
 namespace {
 
@@ -35,9 +42,28 @@ struct Kernels {
 #define GSPN_TABLE(isa)                                               \
     {isa::scan_forward,       isa::scan_backward,     isa::propagate, \
      isa::propagate_backward, isa::propagate_scratch, isa::depthwise_dweight},
-const Kernels kernels[] = {GSPN_FOR_EACH_ISA(GSPN_TABLE)};
+const Kernels kernels[] = {
+    GSPN_FOR_EACH_ISA(GSPN_TABLE)
+#ifdef GSPN_AMX
+        {gspn_avx512::scan_forward, gspn_avx512::scan_backward, gspn_amx::propagate, gspn_amx::propagate_backward,
+         gspn_amx::propagate_scratch, gspn_avx512::depthwise_dweight},
+#endif
+};
 
-int64_t best_isa() {
+#ifdef GSPN_AMX
+// Linux gives the tile registers to a process that asks for them, unless a thread's stack for signals is too small.
+bool has_amx() {
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+}
+#else
+bool has_amx() { return false; }
+#endif
+
+int64_t find_best_isa() {
 #ifdef GSPN_X86
     __builtin_cpu_init();
     unsigned a, b, c, d;
@@ -45,15 +71,22 @@ int64_t best_isa() {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !f16c) return GSPN_ISA_PORTABLE;
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return avx512 ? GSPN_ISA_AVX512 : GSPN_ISA_AVX2;
+    if (!avx512) return GSPN_ISA_AVX2;
+    return has_amx() ? GSPN_ISA_AMX : GSPN_ISA_AVX512;
 #else
     return GSPN_ISA_PORTABLE;
 #endif
 }
 
+// Asked once
+int64_t best_isa() {
+    static const int64_t best = find_best_isa();
+    return best;
+}
+
 // Null if this machine does not have the instruction set.
 const Kernels* kernels_for(int64_t isa) {
-    static const int64_t best = best_isa();
+    const int64_t best = best_isa();
     if (isa == GSPN_ISA_BEST) isa = best;
     return isa >= 0 && isa <= best ? &kernels[isa] : nullptr;
 }

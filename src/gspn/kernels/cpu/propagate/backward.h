@@ -68,8 +68,10 @@ template <class A> struct Backward {
 
     struct Scratch {
         A *x, *grad_y, *dx, *h, *message, *sum, *maps, *dmaps, *w, *wt;
+        bf16 *w_tiles, *wt_tiles;
+        GradientTiles<A> gradients;
         Differences<A> differences;
-        Scratch(const Backward& self, Carver carver) {
+        Scratch(const Backward& self, Carver carver) : gradients(carver) {
             const Call<A>& call = self.call;
             x = carver.take<A>(call.packed_size());
             grad_y = carver.take<A>(call.packed_size());
@@ -81,6 +83,8 @@ template <class A> struct Backward {
             dmaps = carver.take<A>(kBackwardStrip * kMapsOfPixel);
             w = carver.take<A>(call.w_size());
             wt = carver.take<A>(call.wt_size());
+            w_tiles = carver.take<bf16>(call.w_tiles_size());
+            wt_tiles = carver.take<bf16>(call.wt_tiles_size());
             differences = {carver.take<A>(kBackwardStrip * L), carver.take<A>(kBackwardStrip * L)};
             bytes = carver.used;
         }
@@ -98,7 +102,13 @@ template <class A> struct Backward {
         return call.features.count >= kKeepFeatures &&
                call.pixels * kMapsOfPixel * int64_t(sizeof(A)) <= kKeepMapsBytes;
     }
-    int64_t maps_size() const { return (keep ? call.pixels : max(kForwardStrip, kBackwardStrip)) * kMapsOfPixel; }
+    static int64_t kept_maps_of_line(const Geometry& g) { return maps_of_line<Call<A>::kMostColumns, A>(g.places); }
+    int64_t maps_size() const {
+        int64_t size = max(kForwardStrip, kBackwardStrip) * kMapsOfPixel;
+        for (int i = 0; keep && i < call.directions; i++)
+            size = max(size, call.scans[i].lines * kept_maps_of_line(call.scans[i]));
+        return size;
+    }
 
     // The split that is ready first; among equals the one with the smallest buffers.
     void choose_team(int64_t threads) {
@@ -129,6 +139,9 @@ template <class A> struct Backward {
     __attribute__((noinline)) int64_t shared_bytes(int64_t images, Carver carver) {
         dw = carver.take<A>(team.images * dw_size());
         call.packed_proxy = carver.take<A>(call.packed_proxy_size(images));
+        call.proxy_tiles = carver.take<bf16>(call.proxy_tiles_size(images));
+        for (int horizontal = 0; horizontal < 2; horizontal++)
+            call.proxy_groups[horizontal] = carver.take<bf16>(call.proxy_groups_size(images, horizontal));
         dproxy = carver.take<A>(team.proxy_copies() * images * dproxy_size());
         shared.carve(carver, images);
         dshared.carve(carver, images, team.blocks, team.workers());
@@ -157,7 +170,7 @@ template <class A> struct Backward {
         dshared.prepare();
         do {  // even without any image, for the gradients of the projections
             call.count = min(round, call.batch - call.first);
-            status = pack_proxies(call, threads);
+            status = pack_proxies(call, threads, true);
             if (status == GSPN_OK) status = shared.make(threads);
             if (status == GSPN_OK) status = gspn::parallel_for(threads, threads, bytes, worker_task, this);
             if (status == GSPN_OK) status = dshared.pass_on(dproxy);
@@ -211,6 +224,7 @@ template <class A> struct Backward {
     // The directions begin .. end - 1. Rows are packed and written as they are scanned where the direction allows.
     void scan(const Block& b, int begin, int end) const {
         const Scratch& scratch = b.scratch;
+        const TileRegisters registers;
         const bool pack_whole = call.scans[begin].horizontal;
         const bool unpack_whole = call.scans[end - 1].horizontal;
         if (pack_whole)
@@ -220,8 +234,11 @@ template <class A> struct Backward {
             }
         for (int i = begin; i < end; i++) {
             pack_projections(call, i, b.block, scratch.w);
-            transpose_projections(call.features, call.columns(i), scratch.w, scratch.wt);
+            if constexpr (kTiles)
+                pack_transposed_tiles(call.features.count, call.columns(i), call.logits(), scratch.w, scratch.wt_tiles);
+            else transpose_projections(call.features, call.columns(i), scratch.w, scratch.wt);
             scale_logits(call, i, scratch.w);
+            if constexpr (kTiles) pack_projection_tiles(call.depth, call.columns(i), scratch.w, scratch.w_tiles);
             const Geometry& g = call.scans[i];
             const bool pack_here = i == begin && !pack_whole;
             const bool unpack_here = i == end - 1 && team.parts == 1 && !unpack_whole;
@@ -258,14 +275,16 @@ template <class A> struct Backward {
 
     // MAPS: the output whose maps are projected
     template <int MAPS, int WEIGHTS, bool KEEP> void state_line(const Block& b, int i, int64_t t) const {
+        constexpr int columns = columns_of(MAPS, WEIGHTS);
         const Geometry& g = call.scans[i];
         const int64_t at = g.offset(t, call.pitch * L, L), from = WEIGHTS == kNoWeights ? 0 : g.places * L;
+        const int64_t maps_step = KEEP ? kept_maps_of_line(g) : maps_of_line<columns, A>(g.places);
+        const auto projection = line_projection<WEIGHTS>(call, b.image, projections_of(b.scratch), i, t);
         A* const h = b.scratch.h + t * g.places * L;
-        A* const maps = b.scratch.maps + (KEEP ? t * g.places * kMapsOfPixel : 0);
-        forward_line<kNone, WEIGHTS, columns_of(MAPS, WEIGHTS), KEEP>(
-            g.places, line_projection<WEIGHTS>(call, b.image, b.scratch.w, i, t), maps, shared.line(b.image, i, t),
-            h - from, h, call.center_of(b.image, i, b.block), b.scratch.x + at, b.scratch.dx + at,
-            g.place_stride(call.pitch * L, L), ahead_of(call, g));
+        forward_line<kNone, WEIGHTS, columns, KEEP>(
+            g.places, projection, b.scratch.maps + (KEEP ? t : projection.before) * maps_step,
+            shared.line(b.image, i, t), h - from, h, call.center_of(b.image, i, b.block), b.scratch.x + at,
+            b.scratch.dx + at, g.place_stride(call.pitch * L, L), ahead_of(call, g), maps_step);
     }
 
     void line_back(const Block& b, int i, int64_t t, Output output) const {
@@ -279,9 +298,9 @@ template <class A> struct Backward {
         constexpr int columns = columns_of(OUT, WEIGHTS);
         const Geometry& g = call.scans[i];
         const Scratch& s = b.scratch;
-        const LineProjection<A> projection = line_projection<WEIGHTS>(call, b.image, b.scratch.w, i, t);
+        const auto projection = line_projection<WEIGHTS>(call, b.image, projections_of(s), i, t);
         const SharedLine<A> weights = shared.line(b.image, i, t);
-        const int64_t proxy_step = projection.proxy_step, features = projection.features, w_step = projection.w_step;
+        const int64_t proxy_step = projection.proxy_step, features = call.features.count, w_step = call.columns(i) * L;
         const int64_t step = g.place_stride(call.pitch * L, L), at = g.offset(t, call.pitch * L, L);
         const int64_t row = call.width * call.features.lanes();
         const int64_t dproxy_step = g.place_stride(row, call.features.lanes());
@@ -303,7 +322,7 @@ template <class A> struct Backward {
                 prefetch_places(projection.proxy + p * proxy_step - ahead.proxy, proxy_step, n);
                 prefetch_places(dproxy + p * dproxy_step - ahead_dproxy, dproxy_step, n);
             }
-            A* const maps = s.maps + (keep ? t * g.places * kMapsOfPixel + p * columns * L : 0);
+            A* const maps = s.maps + (keep ? t * kept_maps_of_line(g) + p * columns * L : 0);
             if (!keep) projection.template project_strip<columns>(p, n, maps);
             backward_strip<OUT, WEIGHTS>(
                 n, p == 0, p + n == g.places, maps, weights.from(p), h + p * L, before + p * L, s.message + p * L,
@@ -313,11 +332,49 @@ template <class A> struct Backward {
                 if (lanes < L) clear_lanes(n, lanes, s.differences.prev), clear_lanes(n, lanes, s.differences.next);
                 dshared.add(b.among_blocks, b.image, i, t, p, n, s.differences);
             }
-            project_grad<columns>(n, projection.proxy + p * proxy_step, proxy_step, features, s.dmaps, dw, w_step);
-            proxy_grad(
-                call.features, n, s.dmaps, columns, call.columns(i), s.wt, dproxy + p * dproxy_step, dproxy_step);
+            if constexpr (kTiles) {
+                pass_on_tiles<OUT, WEIGHTS>(b, i, t, p, n, dproxy + p * dproxy_step, dproxy_step);
+            } else {
+                project_grad<columns>(n, projection.proxy + p * proxy_step, proxy_step, features, s.dmaps, dw, w_step);
+                proxy_grad(
+                    call.features, n, s.dmaps, columns, call.columns(i), s.wt, dproxy + p * dproxy_step, dproxy_step);
+            }
         }
         store(s.sum, load(s.sum) + carried.sum);  // a sum of sums of lines: less rounding than one sum
+    }
+
+    // Packs the gradients of a strip, and passes those of its group on if they are complete (tile_gradients.h).
+    template <int OUT, int WEIGHTS>
+    void pass_on_tiles(const Block& b, int i, int64_t t, int64_t p, int64_t n, A* dproxy, int64_t dproxy_step) const {
+        constexpr int columns = columns_of(OUT, WEIGHTS), logits = logit_columns(WEIGHTS);
+        const Geometry& g = call.scans[i];
+        const LineGroups groups = call.groups_of(g.horizontal);
+        const int64_t line = g.index(t), group = line / groups.together, first = group * groups.together;
+        const int64_t features = call.features.count, w_step = call.columns(i) * L;
+        const GradientTiles<A>& gradients = b.scratch.gradients;
+        const auto add = [&](auto all_columns, auto all_logits, int64_t at, int64_t from, int64_t pixels,
+                             bool complete) {
+            constexpr int all = all_columns.value, logits_ = all_logits.value;
+            gradients.template pack<columns, logits, all>(at, n, b.scratch.dmaps, dproxy, dproxy_step);
+            if (complete)
+                gradients.template pass_on<all, logits_>(
+                    pixels, call.proxy_groups_of(b.image, g.horizontal) + group * groups.group_size(features) + from,
+                    groups.pitch(), features, b.dw + dw_at(i, b.block) + (call.columns(i) - all) * L, w_step,
+                    b.scratch.wt_tiles, ceil_div(call.columns(i), 2));
+        };
+        if (groups.together == 1) {
+            const int64_t from = p / LineGroups::kMost * LineGroups::kMost, end = p + n;
+            add(Known<columns>{}, Known<logits>{}, p - from, from, end - from,
+                end == g.places || end - from == LineGroups::kMost);
+        } else {
+            const int64_t lines = min(groups.together, g.lines - first);
+            const bool complete = t == 0 || g.index(t - 1) / groups.together != group;
+            const int64_t at = (line - first) * groups.line + p, pixels = lines * groups.line;
+            if constexpr (WEIGHTS == kNoWeights)  // other lines of the group have logits
+                if (!call.shared)
+                    return add(Known<columns + kNeighbours>{}, Known<kNeighbours>{}, at, 0, pixels, complete);
+            add(Known<columns>{}, Known<logits>{}, at, 0, pixels, complete);
+        }
     }
 
     // Adding up and writing

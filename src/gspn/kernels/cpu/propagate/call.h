@@ -7,6 +7,7 @@
 #include "propagate/gemm.h"
 #include "propagate/merge.h"
 #include "propagate/pixel.h"
+#include "propagate/tile_gradients.h"
 
 namespace GSPN_NS {
 namespace {
@@ -34,6 +35,7 @@ template <class A> struct Call {
     const GspnPropagateArgs& args;
     const int64_t batch, channels, height, width, pixels;
     const Features<A> features;
+    const Depth depth;  // with tiles
     const int directions;
     const bool skip, shared, proxy_in_place;  // shared: one set of weights for all channels, see SharedWeights
     const int64_t blocks, pitch;              // blocks of channels; pixels between two rows of a packed block
@@ -44,11 +46,13 @@ template <class A> struct Call {
     // round
     Projections<A> projections;
     A* packed_proxy = nullptr;
+    bf16 *proxy_tiles = nullptr, *proxy_groups[2] = {};  // with tiles, see below
     int64_t first = 0, count = 0;
 
     explicit Call(const GspnPropagateArgs& a)
         : args(a), batch(a.batch), channels(a.channels), height(a.height), width(a.width), pixels(height * width),
-          features(a.features), directions(int(a.directions)), skip(a.skip_proj != nullptr), shared(a.groups == 1),
+          features(a.features, kTiles), depth(a.features), directions(int(a.directions)), skip(a.skip_proj != nullptr),
+          shared(a.groups == 1),
           proxy_in_place(
               (a.dtype == GSPN_FLOAT32 || a.dtype == GSPN_FLOAT64) && (a.proxy.channel == 1 || a.features == 1)),
           blocks(ceil_div(channels, L)), pitch(width | 1), projections(a) {
@@ -83,7 +87,9 @@ template <class A> struct Call {
     template <int WEIGHTS> int unused_columns() const { return logits() - logit_columns(WEIGHTS); }
     Column column_at(int packed) const { return Column(packed + kNeighbours - logits()); }
     int64_t w_size() const { return features.count * kMostColumns * L; }
-    int64_t wt_size() const { return features.rows() * kMostColumns * L; }  // transposed, see Features
+    int64_t wt_size() const { return kTiles ? 0 : features.rows() * kMostColumns * L; }  // transposed, see Features
+    int64_t w_tiles_size() const { return kTiles ? depth.tiles() * kMostColumns * kTileSize : 0; }
+    int64_t wt_tiles_size() const { return kTiles ? transposed_tiles_size(features.count, kMostColumns) : 0; }
 
     // The features' projections for a column of scan i and a channel, and likewise their gradients
     template <class P>
@@ -121,7 +127,27 @@ template <class A> struct Call {
         if (proxy_in_place) return static_cast<const A*>(args.proxy.data) + image * args.proxy.batch;
         return packed_proxy + (image - first) * pixels * features.count;
     }
-    int64_t packed_proxy_size(int64_t images) const { return proxy_in_place ? 0 : images * pixels * features.count; }
+    int64_t packed_proxy_size(int64_t images) const {
+        return proxy_in_place || (kTiles && !shared) ? 0 : images * pixels * features.count;
+    }
+
+    // The proxy for tiles: of every pixel as project_tiles wants it, rows at the pitch of packed blocks, and, backward,
+    // of the groups of rows and of columns as GradientTiles wants it
+    int64_t tile_row() const { return pitch * depth.depth; }
+    const bf16* proxy_tiles_of(int64_t image) const { return proxy_tiles + (image - first) * height * tile_row(); }
+    int64_t proxy_tiles_size(int64_t images) const {
+        if (!kTiles || images == 0) return 0;
+        return (images * height + kTileRows) * tile_row() + kTileRows * depth.depth;
+    }
+    LineGroups groups_of(bool horizontal) const {
+        return horizontal ? LineGroups(width, height) : LineGroups(height, width);
+    }
+    bf16* proxy_groups_of(int64_t image, bool horizontal) const {
+        return proxy_groups[horizontal] + (image - first) * groups_of(horizontal).size(features.count);
+    }
+    int64_t proxy_groups_size(int64_t images, bool horizontal) const {
+        return kTiles ? images * groups_of(horizontal).size(features.count) : 0;
+    }
 
     int64_t packed_size() const { return height * pitch * L; }  // of one block of an image
 
@@ -220,10 +246,48 @@ template <class A> void pack_proxy_row(const void* context, int64_t task, char*)
     }
 }
 
-template <class A> int64_t pack_proxies(const Call<A>& call, int64_t threads) {
-    if (call.proxy_in_place) return GSPN_OK;
-    threads = threads_for(call.packed_proxy_size(call.count), threads);
-    return gspn::parallel_for(call.count * call.height, threads, 0, pack_proxy_row<A>, &call);
+template <class A> void pack_tile_row(const void* context, int64_t task, char* memory) {
+    const Call<A>& call = *static_cast<const Call<A>*>(context);
+    const int64_t image = call.first + task / call.height, row = task % call.height, n = call.features.count;
+    const int64_t lanes = call.features.lanes();
+    A* const packed = reinterpret_cast<A*>(memory);
+    for (int64_t s = 0; s < n; s += kLanes<A>) {
+        const int some = int(min(kLanes<A>, n - s));
+        pack_map_row(call.args.dtype, call.args.proxy, image, s, row, some, kLanes<A>, call.width, packed + s, lanes);
+    }
+    bf16* const to = call.proxy_tiles + task * call.tile_row();
+    for (int64_t x = 0; x < call.width; x++)
+        store_tile_pixel(packed + x * lanes, call.depth, to + x * call.depth.depth);
+}
+
+template <class A, bool HORIZONTAL> void pack_group(const void* context, int64_t task, char*) {
+    const Call<A>& call = *static_cast<const Call<A>*>(context);
+    const LineGroups groups = call.groups_of(HORIZONTAL);
+    const int64_t count = ceil_div(groups.lines, groups.together), image = call.first + task / count;
+    const int64_t row = call.tile_row(), column = call.depth.depth, n = call.features.count;
+    transpose_group<A>(
+        groups, task % count, call.proxy_tiles_of(image), HORIZONTAL ? column : row, HORIZONTAL ? row : column, n,
+        call.proxy_groups_of(image, HORIZONTAL) + task % count * groups.group_size(n));
+}
+
+template <class A, bool HORIZONTAL> int64_t pack_groups(const Call<A>& call, int64_t threads) {
+    const LineGroups groups = call.groups_of(HORIZONTAL);
+    const int64_t tasks = call.count * ceil_div(groups.lines, groups.together);
+    return gspn::parallel_for(tasks, threads, 0, pack_group<A, HORIZONTAL>, &call);
+}
+
+template <class A> int64_t pack_proxies(const Call<A>& call, int64_t threads, bool backward) {
+    const int64_t elements = call.count * call.pixels * call.features.count, rows = call.count * call.height;
+    threads = threads_for(elements, threads);
+    int64_t status = GSPN_OK;
+    if (call.packed_proxy_size(1) > 0) status = gspn::parallel_for(rows, threads, 0, pack_proxy_row<A>, &call);
+    if constexpr (kTiles) {
+        const int64_t bytes = int64_t(sizeof(A)) * call.width * call.features.lanes();
+        if (status == GSPN_OK) status = gspn::parallel_for(rows, threads, bytes, pack_tile_row<A>, &call);
+        if (status == GSPN_OK && backward) status = pack_groups<A, false>(call, threads);
+        if (status == GSPN_OK && backward) status = pack_groups<A, true>(call, threads);
+    }
+    return status;
 }
 
 }  // namespace

@@ -8,7 +8,8 @@
 namespace GSPN_NS {
 namespace {
 
-constexpr int64_t kForwardStrip = 40;  // pixels whose projected maps are in the first-level cache at a time
+// Pixels whose projected maps are in the first-level cache at a time
+constexpr int64_t kForwardStrip = kTiles ? kPixelsTogether : 40;
 
 // Columns of projected maps that a line takes: no output gate where only the state is wanted
 constexpr int columns_of(int out, int weights) {
@@ -70,10 +71,45 @@ template <class A> struct LineProjection {
     const A* w;
     int64_t w_step;
 
+    // n places of this line from p on
     template <int COLUMNS> void project_strip(int64_t p, int64_t n, A* maps) const {
         project<COLUMNS>(n, proxy + p * proxy_step, proxy_step, features, w, w_step, maps);
     }
+
+    static constexpr int64_t before = 0;  // see TileProjection
+    template <int COLUMNS> void project_lines(int64_t p, int64_t n, A* maps, int64_t) const {
+        project_strip<COLUMNS>(p, n, maps);
+    }
 };
+
+// The same with tiles. Short lines are projected several at a time, with the first of them.
+struct TileProjection {
+    const bf16* proxy;
+    int64_t proxy_step, line_step;  // elements between two places, and between two lines in the order of the scan
+    const Depth& depth;
+    const bf16* w;
+    int64_t w_step;
+    int64_t before, together;  // lines that were projected with this one, before it; with it and after it
+
+    template <int COLUMNS, class A> void project_strip(int64_t p, int64_t n, A* maps) const {
+        project_lines<COLUMNS>(p, n, maps, 0, 1);
+    }
+
+    // maps_step: elements between the maps of two lines
+    template <int COLUMNS, class A> void project_lines(int64_t p, int64_t n, A* maps, int64_t maps_step) const {
+        if (before == 0) project_lines<COLUMNS>(p, n, maps, maps_step, together);
+    }
+    template <int COLUMNS, class A>
+    void project_lines(int64_t p, int64_t n, A* maps, int64_t maps_step, int64_t lines) const {
+        PixelTiles<A> tiles;
+        for (int64_t t = 0; t < lines; t++)
+            tiles.add(proxy + t * line_step + p * proxy_step, n, proxy_step, maps + t * maps_step, COLUMNS * kLanes<A>);
+        project_tiles<COLUMNS>(tiles, proxy_step, depth, w, w_step);
+    }
+};
+template <int COLUMNS, class A> constexpr int64_t maps_of_line(int64_t places) {
+    return round_up(places, kTiles ? kTileRows : 1) * COLUMNS * kLanes<A>;
+}
 
 // Elements from a place to the same place of a line that will be scanned soon; 0 for no prefetching
 struct Ahead {
@@ -86,10 +122,11 @@ template <class A> GSPN_INLINE void prefetch_places(const A* p, int64_t step, in
 }
 
 // One line: strips of projected maps, each used while it is in the cache; with KEEP, those of the whole line are kept.
-template <int OUT, int WEIGHTS, int COLUMNS, bool KEEP, class A>
+// maps_step: elements between the maps of two lines
+template <int OUT, int WEIGHTS, int COLUMNS, bool KEEP, class Projection, class A>
 void forward_line(
-    int64_t places, const LineProjection<A>& projection, A* maps, const SharedLine<A>& shared, const A* before, A* now,
-    VecOf<A> center, const A* x, A* out, int64_t step, const Ahead& ahead) {
+    int64_t places, const Projection& projection, A* maps, const SharedLine<A>& shared, const A* before, A* now,
+    VecOf<A> center, const A* x, A* out, int64_t step, const Ahead& ahead, int64_t maps_step) {
     constexpr int L = kLanes<A>;
     VecOf<A> prev{};
     for (int64_t p = 0; p < places; p += kForwardStrip) {
@@ -100,7 +137,7 @@ void forward_line(
             if (OUT != kNone) prefetch_places(out + at + ahead.map, step, n);
             prefetch_places(projection.proxy + p * projection.proxy_step + ahead.proxy, projection.proxy_step, n);
         }
-        projection.template project_strip<COLUMNS>(p, n, strip);
+        projection.template project_lines<COLUMNS>(p, n, strip, maps_step);
         forward_strip<OUT, WEIGHTS, COLUMNS>(
             n, p == 0, p + n == places, strip, shared.from(p), before + p * L, now + p * L, prev, center, x + at,
             out + at, step);
@@ -115,13 +152,36 @@ LineProjection<A> line_projection(const Call<A>& call, int64_t image, const A* w
         call.proxy_of(image) + g.offset(t, row, column), g.place_stride(row, column), call.features.count,
         w + call.template unused_columns<WEIGHTS>() * kLanes<A>, call.columns(i) * kLanes<A>};
 }
+template <int WEIGHTS, class A>
+TileProjection line_projection(const Call<A>& call, int64_t image, const bf16* w, int i, int64_t t) {
+    const int64_t row = call.tile_row(), column = call.depth.depth;
+    const Geometry& g = call.scans[i];
+    const int64_t most = max(1, kPixelsTogether / round_up(g.places, kTileRows)), in_segment = t % g.segment;
+    const int64_t before = WEIGHTS == kNoWeights ? 0 : (in_segment - 1) % most;
+    const int64_t left = WEIGHTS == kNoWeights ? 1 : min(g.lines - t, g.segment - in_segment);
+    return {
+        call.proxy_tiles_of(image) + g.offset(t, row, column),
+        g.place_stride(row, column),
+        g.reverse ? -g.line_stride(row, column) : g.line_stride(row, column),
+        call.depth,
+        w + call.template unused_columns<WEIGHTS>() * kTileSize,
+        call.columns(i) * kTileSize,
+        before,
+        min(most - before, left)};
+}
+
+// The packed projections of a scan that its lines are projected with
+template <class Scratch> GSPN_INLINE auto projections_of(const Scratch& scratch) {
+    if constexpr (kTiles) return scratch.w_tiles;
+    else return scratch.w;
+}
 
 // Columns of a large map lie too far apart for the hardware's prefetching
 template <class A> Ahead ahead_of(const Call<A>& call, const Geometry& g) {
     constexpr int64_t lines = 2, small = int64_t(1) << 20;
     if (!g.horizontal || call.packed_size() * int64_t(sizeof(A)) < small) return {0, 0};
     const int64_t ahead = g.reverse ? -lines : lines;
-    return {ahead * kLanes<A>, ahead * call.proxy_column()};
+    return {ahead * kLanes<A>, ahead * (kTiles ? call.depth.depth : call.proxy_column())};
 }
 
 template <class A> struct Forward {
@@ -135,6 +195,7 @@ template <class A> struct Forward {
 
     struct Scratch {
         A *x, *out, *state, *maps, *w;
+        bf16* w_tiles;
         Scratch(const Forward& self, Carver carver) {
             const Call<A>& call = self.call;
             x = carver.take<A>(call.packed_size());
@@ -142,6 +203,7 @@ template <class A> struct Forward {
             state = carver.take<A>(max(call.height, call.width) * L);
             maps = carver.take<A>(kForwardStrip * (kNeighbours + 3) * L);
             w = carver.take<A>(call.w_size());
+            w_tiles = carver.take<bf16>(call.w_tiles_size());
             bytes = carver.used;
         }
         int64_t bytes;
@@ -171,6 +233,7 @@ template <class A> struct Forward {
     int64_t shared_bytes(int64_t images, Carver carver) {
         merged_projections = carver.take<A>(Merging<A>(call.args).size());
         call.packed_proxy = carver.take<A>(call.packed_proxy_size(images));
+        call.proxy_tiles = carver.take<bf16>(call.proxy_tiles_size(images));
         shared.carve(carver, images);
         part_outputs = carver.take<A>(parts > 1 ? images * call.blocks * parts * call.packed_size() : 0);
         return carver.used;
@@ -196,7 +259,7 @@ template <class A> struct Forward {
         int64_t status = GSPN_OK;
         for (call.first = 0; call.first < call.batch && status == GSPN_OK; call.first += round) {
             call.count = min(round, call.batch - call.first);
-            status = pack_proxies(call, threads);
+            status = pack_proxies(call, threads, false);
             if (status == GSPN_OK) status = shared.make(threads);
             const int64_t bytes = Scratch(*this, Carver{nullptr}).bytes;
             const int64_t tasks = call.count * call.blocks * parts;
@@ -218,6 +281,7 @@ template <class A> struct Forward {
 
     // The directions begin .. end - 1 of one block of one image
     void scan(int64_t image, int64_t block, int begin, int end, const Scratch& scratch) const {
+        const TileRegisters registers;
         const bool pack_whole = call.scans[begin].horizontal;
         const bool unpack_whole = parts == 1 && call.scans[end - 1].horizontal;
         if (pack_whole)
@@ -226,6 +290,7 @@ template <class A> struct Forward {
         for (int i = begin; i < end; i++) {
             pack_projections(call, i, block, scratch.w);
             scale_logits(call, i, scratch.w);
+            if constexpr (kTiles) pack_projection_tiles(call.depth, call.columns(i), scratch.w, scratch.w_tiles);
             const Geometry& g = call.scans[i];
             const bool pack_here = i == begin && !pack_whole;
             const bool unpack_here = i == end - 1 && parts == 1 && !unpack_whole;
@@ -249,12 +314,14 @@ template <class A> struct Forward {
 
     template <int OUT, int WEIGHTS>
     void line(int64_t image, int64_t block, int i, int64_t t, const Scratch& scratch) const {
+        constexpr int columns = columns_of(OUT, WEIGHTS);
         const Geometry& g = call.scans[i];
-        const int64_t at = g.offset(t, call.pitch * L, L);
-        forward_line<OUT, WEIGHTS, columns_of(OUT, WEIGHTS), false>(
-            g.places, line_projection<WEIGHTS>(call, image, scratch.w, i, t), scratch.maps, shared.line(image, i, t),
-            scratch.state, scratch.state, call.center_of(image, i, block), scratch.x + at, scratch.out + at,
-            g.place_stride(call.pitch * L, L), ahead_of(call, g));
+        const int64_t at = g.offset(t, call.pitch * L, L), maps_step = maps_of_line<columns, A>(g.places);
+        const auto projection = line_projection<WEIGHTS>(call, image, projections_of(scratch), i, t);
+        forward_line<OUT, WEIGHTS, columns, false>(
+            g.places, projection, scratch.maps + projection.before * maps_step, shared.line(image, i, t), scratch.state,
+            scratch.state, call.center_of(image, i, block), scratch.x + at, scratch.out + at,
+            g.place_stride(call.pitch * L, L), ahead_of(call, g), maps_step);
     }
 
     // The output of one block of one image out of the parts

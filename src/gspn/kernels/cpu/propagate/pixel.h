@@ -20,11 +20,6 @@ constexpr int logit_columns(int weights) {
     return weights == kChannelWeights || weights == kRoughWeights ? kNeighbours : 0;
 }
 
-// A value that the compiler knows
-template <int N> struct Known {
-    static constexpr int value = N;
-};
-
 // What a pixel does to the output (or to the gradient of x): the first direction sets it, which saves clearing it
 enum Output { kNone, kSet, kSetWithSkip, kAdd };
 

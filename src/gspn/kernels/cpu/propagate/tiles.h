@@ -1,0 +1,206 @@
+// The products of propagate by AMX, for maps of bfloat16. The processor multiplies tiles: 16 rows of 32 bf16 by 32 rows
+// of 16, into 16 rows of 16 float. That is 16 times as fast as vectors of float.
+//
+// The proxy is bf16, so nothing is lost by it. Projections and gradients are float: each is split into two terms of
+// bf16, high and low, and only the product of two low terms is left out. What is left out and rounded is below 2^-16 of
+// a product; the maps are rounded to 2^-9. Two things differ from vectors of float: an infinity in the proxy may give a
+// NaN (its product with a low term of 0), and numbers below 2^-126 count as 0.
+//
+// In memory every tile is 16 rows of 64 bytes. A tile on the right of a product holds pairs: row r has, for each
+// column, the values 2r and 2r + 1.
+#pragma once
+#include "maps.h"
+
+namespace GSPN_NS {
+namespace {
+
+#ifdef GSPN_AMX
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+
+constexpr int kTileRows = 16, kTileDepth = 32;  // rows of a tile; values of bf16 in a row
+constexpr int kTileSize = kTileRows * kTileDepth;
+constexpr int64_t kTileBytes = 64;  // of a row
+
+// ---- the two terms of a float --------------------------------------------------------------------------------------
+
+// The terms are the upper halves of these words; what stands in the lower halves does not count. high is cut off, low
+// rounded, so that both have one sign. Of an infinity low is a NaN, unless FINITE: then it is 0.
+struct Terms {
+    vf high, low;
+};
+template <bool FINITE> GSPN_INLINE Terms split(vf v) {
+    const vf high = (vf)((vu32)v & 0xffff0000u);
+    vf low = v - high;
+    if constexpr (FINITE) low = high - high == 0.0f ? low : vf{};
+    return {v, (vf)((vu32)low + 0x8000u)};
+}
+
+// The upper halves of two vectors: one after the other, and in turns
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+template <int... I> GSPN_INLINE Halves joined(vf a, vf b, Lanes<I...>) {
+    constexpr int n = sizeof...(I);
+    return __builtin_shufflevector((Halves)a, (Halves)b, (I < n / 2 ? 2 * I + 1 : 2 * (I - n / 2) + 1 + n)...);
+}
+template <int... I> GSPN_INLINE Halves paired(vf a, vf b, Lanes<I...>) {
+    constexpr int n = sizeof...(I);
+    return __builtin_shufflevector((Halves)a, (Halves)b, (I % 2 ? I + n : I + 1)...);
+}
+typedef MakeLanes<2 * GSPN_LANES>::type AllHalves;
+GSPN_INLINE Halves joined(vf a, vf b) { return joined(a, b, AllHalves{}); }
+GSPN_INLINE Halves paired(vf a, vf b) { return paired(a, b, AllHalves{}); }
+
+// ---- tiles ---------------------------------------------------------------------------------------------------------
+
+// Register T. Products are sums: C += A B.
+#ifdef GSPN_AMX
+template <int T> GSPN_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(T)); }
+template <int T> GSPN_INLINE void tile_load(const bf16* from, int64_t row_bytes) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int T> GSPN_INLINE void tile_store(float* to, int64_t row_bytes) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int C, int A, int B> GSPN_INLINE void tile_multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+}
+#else
+template <int T> void tile_zero();
+template <int T> void tile_load(const bf16*, int64_t);
+template <int T> void tile_store(float*, int64_t);
+template <int C, int A, int B> void tile_multiply();
+#endif
+
+// The use of the tile registers from here to the end of the scope. Every task sets them up for itself: another library
+// may have used them in between.
+struct TileRegisters {
+#ifdef GSPN_AMX
+    TileRegisters() {
+        struct {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int i = 0; i < 8; i++) config.row_bytes[i] = kTileBytes, config.rows[i] = kTileRows;
+        asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+    }
+    ~TileRegisters() { asm volatile("tilerelease" : : : "memory"); }
+#else
+    TileRegisters() {}
+    ~TileRegisters() {}
+#endif
+    TileRegisters(const TileRegisters&) = delete;
+};
+
+// Calls body(Known<0>{}) .. body(Known<N - 1>{}).
+template <int N, class Body> GSPN_INLINE void for_each_known(Body body) {
+    if constexpr (N > 0) {
+        for_each_known<N - 1>(body);
+        body(Known<N - 1>{});
+    }
+}
+
+// ---- projection: maps[i][c] = sum over s of proxy[i][s] w[s][c] ----------------------------------------------------
+//
+// A tile of few features has room for both terms of the projections: the proxy of a pixel then stands there twice,
+// [features, features, zeros]. With more features the two terms are tiles of their own.
+
+struct Depth {
+    int64_t features, copies, depth, terms;  // depth: of the proxy of a pixel, whole tiles
+
+    explicit Depth(int64_t n)
+        : features(n), copies(2 * n <= kTileDepth ? 2 : 1), depth(round_up(copies * n, kTileDepth)), terms(3 - copies) {
+    }
+    int64_t tiles() const { return depth / kTileDepth * terms; }  // of a column's projections
+};
+
+// [tile of the depth][term][column][16 pairs][lanes] out of w, [features][columns][lanes]
+template <class A> void pack_projection_tiles(const Depth& depth, int columns, const A* w, bf16* tiles) {
+    constexpr int L = kLanes<A>;
+    const int64_t features = depth.features;
+    const auto value = [&](int64_t k, int64_t term, int column) __attribute__((always_inline)) {
+        if (k >= features && depth.copies == 2) k -= features, term = 1;
+        if (k >= features) return vf{};
+        const Terms terms = split<true>(load(w + (k * columns + column) * L));
+        return term ? terms.low : terms.high;
+    };
+    for (int64_t first = 0; first < depth.depth; first += kTileDepth)
+        for (int64_t term = 0; term < depth.terms; term++)
+            for (int column = 0; column < columns; column++)
+                for (int64_t k = first; k < first + kTileDepth; k += 2, tiles += kTileDepth)
+                    store_bits(tiles, paired(value(k, term, column), value(k + 1, term, column)));
+}
+
+// One or two tiles of pixels that are projected together. Whole tiles are read and written, up to 15 pixels beyond
+// those that are wanted.
+template <class A> struct PixelTiles {
+    static constexpr int kMost = 2;
+    const bf16* proxy[kMost];
+    A* maps[kMost];
+    int count = 0;
+
+    // n pixels that follow each other, step elements apart
+    void add(const bf16* from, int64_t n, int64_t step, A* to, int64_t to_step) {
+        for (int64_t i = 0; i < n; i += kTileRows, count++)
+            proxy[count] = from + i * step, maps[count] = to + i * to_step;
+    }
+};
+constexpr int64_t kPixelsTogether = PixelTiles<float>::kMost * kTileRows;  // fewer wait longer, more need more cache
+
+// The first ROWS tiles by the columns FIRST .. FIRST + N - 1. step: elements between the proxies of two pixels; w_step:
+// between two tiles of the depth, or two terms
+template <int ROWS, int FIRST, int N, int COLS, class A>
+GSPN_INLINE void project_columns(
+    const PixelTiles<A>& tiles, int64_t step, const Depth& depth, const bf16* w, int64_t w_step) {
+    constexpr int left = ROWS * N, right = left + ROWS;  // registers: sums first, then the proxy, then the projections
+    for_each_known<ROWS * N>([](auto c) { tile_zero<c.value>(); });
+    w += FIRST * kTileSize;
+    for (int64_t k = 0; k < depth.depth; k += kTileDepth) {
+        for_each_known<ROWS>([&](auto r) { tile_load<left + r.value>(tiles.proxy[r.value] + k, step * 2); });
+        for (int64_t term = 0; term < depth.terms; term++, w += w_step)
+            for_each_known<N>([&](auto c) {
+                constexpr int w_tile = right + c.value % (8 - right);
+                tile_load<w_tile>(w + c.value * kTileSize, kTileBytes);
+                for_each_known<ROWS>([&](auto r) { tile_multiply<r.value * N + c.value, left + r.value, w_tile>(); });
+            });
+    }
+    for_each_known<ROWS>([&](auto r) {
+        for_each_known<N>([&](auto c) {
+            tile_store<r.value * N + c.value>(tiles.maps[r.value] + (FIRST + c.value) * kLanes<A>, COLS * kTileBytes);
+        });
+    });
+}
+
+// Eight registers hold the sums of two tiles by two columns, or of one tile by all.
+template <int FIRST, int COLS, class A>
+GSPN_INLINE void project_two(
+    const PixelTiles<A>& tiles, int64_t step, const Depth& depth, const bf16* w, int64_t w_step) {
+    if constexpr (FIRST < COLS) {
+        constexpr int n = COLS - FIRST < 2 ? 1 : 2;
+        project_columns<2, FIRST, n, COLS>(tiles, step, depth, w, w_step);
+        project_two<FIRST + n, COLS>(tiles, step, depth, w, w_step);
+    }
+}
+
+template <int COLS, class A>
+void project_tiles(const PixelTiles<A>& tiles, int64_t step, const Depth& depth, const bf16* w, int64_t w_step) {
+    if (tiles.count == 1) project_columns<1, 0, COLS, COLS>(tiles, step, depth, w, w_step);
+    else project_two<0, COLS>(tiles, step, depth, w, w_step);
+}
+
+// ---- proxies -------------------------------------------------------------------------------------------------------
+
+// One pixel's proxy, widened, as project_tiles wants it
+template <class A> void store_tile_pixel(const A* features, const Depth& depth, bf16* to) {
+    fill_zero(to, depth.depth);
+    for (int64_t copy = 0; copy < depth.copies; copy++)
+        for (int64_t s = 0; s < depth.features; s += kLanes<A>) {
+            const int n = int(min(kLanes<A>, depth.features - s));
+            store_n(to + copy * depth.features + s, load_n(features + s, n), n);
+        }
+}
+
+}  // namespace
+}  // namespace GSPN_NS
