@@ -67,10 +67,10 @@ def test_in_several_threads_at_once():
 def test_in_a_forked_child():
     code = """
 import os
+torch.set_num_threads(1)  # those of GNU OpenMP do not survive a fork
 expected = found()
 child = os.fork()
 if child == 0:
-    torch.set_num_threads(1)  # torch's own threads do not survive a fork
     os._exit(0 if same(found(), expected) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
