@@ -102,7 +102,9 @@ template <class A> struct Backward {
         return call.features.count >= kKeepFeatures &&
                call.pixels * kMapsOfPixel * int64_t(sizeof(A)) <= kKeepMapsBytes;
     }
-    static int64_t kept_maps_of_line(const Geometry& g) { return maps_of_line<Call<A>::kMostColumns, A>(g.places); }
+    static int64_t kept_maps_of_line(const Geometry& g) {  // tiles write whole tiles
+        return (kTiles ? round_up(g.places, kTileRows) : g.places) * kMapsOfPixel;
+    }
     int64_t maps_size() const {
         int64_t size = max(kForwardStrip, kBackwardStrip) * kMapsOfPixel;
         for (int i = 0; keep && i < call.directions; i++)
@@ -275,16 +277,14 @@ template <class A> struct Backward {
 
     // MAPS: the output whose maps are projected
     template <int MAPS, int WEIGHTS, bool KEEP> void state_line(const Block& b, int i, int64_t t) const {
-        constexpr int columns = columns_of(MAPS, WEIGHTS);
         const Geometry& g = call.scans[i];
         const int64_t at = g.offset(t, call.pitch * L, L), from = WEIGHTS == kNoWeights ? 0 : g.places * L;
-        const int64_t maps_step = KEEP ? kept_maps_of_line(g) : maps_of_line<columns, A>(g.places);
-        const auto projection = line_projection<WEIGHTS>(call, b.image, projections_of(b.scratch), i, t);
         A* const h = b.scratch.h + t * g.places * L;
-        forward_line<kNone, WEIGHTS, columns, KEEP>(
-            g.places, projection, b.scratch.maps + (KEEP ? t : projection.before) * maps_step,
+        A* const maps = b.scratch.maps + (KEEP ? t * kept_maps_of_line(g) : 0);
+        forward_line<kNone, WEIGHTS, columns_of(MAPS, WEIGHTS), KEEP>(
+            g.places, line_projection<WEIGHTS>(call, b.image, projections_of(b.scratch), i, t), maps,
             shared.line(b.image, i, t), h - from, h, call.center_of(b.image, i, b.block), b.scratch.x + at,
-            b.scratch.dx + at, g.place_stride(call.pitch * L, L), ahead_of(call, g), maps_step);
+            b.scratch.dx + at, g.place_stride(call.pitch * L, L), ahead_of(call, g));
     }
 
     void line_back(const Block& b, int i, int64_t t, Output output) const {

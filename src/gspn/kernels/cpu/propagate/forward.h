@@ -9,7 +9,7 @@ namespace GSPN_NS {
 namespace {
 
 // Pixels whose projected maps are in the first-level cache at a time
-constexpr int64_t kForwardStrip = kTiles ? kPixelsTogether : 40;
+constexpr int64_t kForwardStrip = kTiles ? kTileStrip : 40;
 
 // Columns of projected maps that a line takes: no output gate where only the state is wanted
 constexpr int columns_of(int out, int weights) {
@@ -71,45 +71,23 @@ template <class A> struct LineProjection {
     const A* w;
     int64_t w_step;
 
-    // n places of this line from p on
     template <int COLUMNS> void project_strip(int64_t p, int64_t n, A* maps) const {
         project<COLUMNS>(n, proxy + p * proxy_step, proxy_step, features, w, w_step, maps);
     }
-
-    static constexpr int64_t before = 0;  // see TileProjection
-    template <int COLUMNS> void project_lines(int64_t p, int64_t n, A* maps, int64_t) const {
-        project_strip<COLUMNS>(p, n, maps);
-    }
 };
 
-// The same with tiles. Short lines are projected several at a time, with the first of them.
+// The same with tiles
 struct TileProjection {
     const bf16* proxy;
-    int64_t proxy_step, line_step;  // elements between two places, and between two lines in the order of the scan
+    int64_t proxy_step;
     const Depth& depth;
     const bf16* w;
     int64_t w_step;
-    int64_t before, together;  // lines that were projected with this one, before it; with it and after it
 
     template <int COLUMNS, class A> void project_strip(int64_t p, int64_t n, A* maps) const {
-        project_lines<COLUMNS>(p, n, maps, 0, 1);
-    }
-
-    // maps_step: elements between the maps of two lines
-    template <int COLUMNS, class A> void project_lines(int64_t p, int64_t n, A* maps, int64_t maps_step) const {
-        if (before == 0) project_lines<COLUMNS>(p, n, maps, maps_step, together);
-    }
-    template <int COLUMNS, class A>
-    void project_lines(int64_t p, int64_t n, A* maps, int64_t maps_step, int64_t lines) const {
-        PixelTiles<A> tiles;
-        for (int64_t t = 0; t < lines; t++)
-            tiles.add(proxy + t * line_step + p * proxy_step, n, proxy_step, maps + t * maps_step, COLUMNS * kLanes<A>);
-        project_tiles<COLUMNS>(tiles, proxy_step, depth, w, w_step);
+        project_tiles<COLUMNS>(n, proxy + p * proxy_step, proxy_step, depth, w, w_step, maps);
     }
 };
-template <int COLUMNS, class A> constexpr int64_t maps_of_line(int64_t places) {
-    return round_up(places, kTiles ? kTileRows : 1) * COLUMNS * kLanes<A>;
-}
 
 // Elements from a place to the same place of a line that will be scanned soon; 0 for no prefetching
 struct Ahead {
@@ -122,11 +100,10 @@ template <class A> GSPN_INLINE void prefetch_places(const A* p, int64_t step, in
 }
 
 // One line: strips of projected maps, each used while it is in the cache; with KEEP, those of the whole line are kept.
-// maps_step: elements between the maps of two lines
 template <int OUT, int WEIGHTS, int COLUMNS, bool KEEP, class Projection, class A>
 void forward_line(
     int64_t places, const Projection& projection, A* maps, const SharedLine<A>& shared, const A* before, A* now,
-    VecOf<A> center, const A* x, A* out, int64_t step, const Ahead& ahead, int64_t maps_step) {
+    VecOf<A> center, const A* x, A* out, int64_t step, const Ahead& ahead) {
     constexpr int L = kLanes<A>;
     VecOf<A> prev{};
     for (int64_t p = 0; p < places; p += kForwardStrip) {
@@ -137,7 +114,7 @@ void forward_line(
             if (OUT != kNone) prefetch_places(out + at + ahead.map, step, n);
             prefetch_places(projection.proxy + p * projection.proxy_step + ahead.proxy, projection.proxy_step, n);
         }
-        projection.template project_lines<COLUMNS>(p, n, strip, maps_step);
+        projection.template project_strip<COLUMNS>(p, n, strip);
         forward_strip<OUT, WEIGHTS, COLUMNS>(
             n, p == 0, p + n == places, strip, shared.from(p), before + p * L, now + p * L, prev, center, x + at,
             out + at, step);
@@ -156,18 +133,9 @@ template <int WEIGHTS, class A>
 TileProjection line_projection(const Call<A>& call, int64_t image, const bf16* w, int i, int64_t t) {
     const int64_t row = call.tile_row(), column = call.depth.depth;
     const Geometry& g = call.scans[i];
-    const int64_t most = max(1, kPixelsTogether / round_up(g.places, kTileRows)), in_segment = t % g.segment;
-    const int64_t before = WEIGHTS == kNoWeights ? 0 : (in_segment - 1) % most;
-    const int64_t left = WEIGHTS == kNoWeights ? 1 : min(g.lines - t, g.segment - in_segment);
     return {
-        call.proxy_tiles_of(image) + g.offset(t, row, column),
-        g.place_stride(row, column),
-        g.reverse ? -g.line_stride(row, column) : g.line_stride(row, column),
-        call.depth,
-        w + call.template unused_columns<WEIGHTS>() * kTileSize,
-        call.columns(i) * kTileSize,
-        before,
-        min(most - before, left)};
+        call.proxy_tiles_of(image) + g.offset(t, row, column), g.place_stride(row, column), call.depth,
+        w + call.template unused_columns<WEIGHTS>() * kTileSize, call.columns(i) * kTileSize};
 }
 
 // The packed projections of a scan that its lines are projected with
@@ -314,14 +282,12 @@ template <class A> struct Forward {
 
     template <int OUT, int WEIGHTS>
     void line(int64_t image, int64_t block, int i, int64_t t, const Scratch& scratch) const {
-        constexpr int columns = columns_of(OUT, WEIGHTS);
         const Geometry& g = call.scans[i];
-        const int64_t at = g.offset(t, call.pitch * L, L), maps_step = maps_of_line<columns, A>(g.places);
-        const auto projection = line_projection<WEIGHTS>(call, image, projections_of(scratch), i, t);
-        forward_line<OUT, WEIGHTS, columns, false>(
-            g.places, projection, scratch.maps + projection.before * maps_step, shared.line(image, i, t), scratch.state,
-            scratch.state, call.center_of(image, i, block), scratch.x + at, scratch.out + at,
-            g.place_stride(call.pitch * L, L), ahead_of(call, g), maps_step);
+        const int64_t at = g.offset(t, call.pitch * L, L);
+        forward_line<OUT, WEIGHTS, columns_of(OUT, WEIGHTS), false>(
+            g.places, line_projection<WEIGHTS>(call, image, projections_of(scratch), i, t), scratch.maps,
+            shared.line(image, i, t), scratch.state, scratch.state, call.center_of(image, i, block), scratch.x + at,
+            scratch.out + at, g.place_stride(call.pitch * L, L), ahead_of(call, g));
     }
 
     // The output of one block of one image out of the parts

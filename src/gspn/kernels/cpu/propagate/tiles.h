@@ -56,11 +56,24 @@ GSPN_INLINE Halves paired(vf a, vf b) { return paired(a, b, AllHalves{}); }
 
 // Register T. Products are sums: C += A B.
 #ifdef GSPN_AMX
+// A sanitizer does not see what these instructions read and write: for it every row is touched.
+GSPN_INLINE void touch_rows(const void* from, int64_t row_bytes) {
+#ifdef __SANITIZE_ADDRESS__
+    for (int r = 0; r < kTileRows; r++) {
+        const volatile char* const row = static_cast<const char*>(from) + r * row_bytes;
+        row[0], row[kTileBytes - 1];
+    }
+#else
+    (void)from, (void)row_bytes;
+#endif
+}
 template <int T> GSPN_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(T)); }
 template <int T> GSPN_INLINE void tile_load(const bf16* from, int64_t row_bytes) {
+    touch_rows(from, row_bytes);
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(T) : "memory");
 }
 template <int T> GSPN_INLINE void tile_store(float* to, int64_t row_bytes) {
+    touch_rows(to, row_bytes);
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(T) : "memory");
 }
 template <int C, int A, int B> GSPN_INLINE void tile_multiply() {
@@ -133,32 +146,19 @@ template <class A> void pack_projection_tiles(const Depth& depth, int columns, c
                     store_bits(tiles, paired(value(k, term, column), value(k + 1, term, column)));
 }
 
-// One or two tiles of pixels that are projected together. Whole tiles are read and written, up to 15 pixels beyond
-// those that are wanted.
-template <class A> struct PixelTiles {
-    static constexpr int kMost = 2;
-    const bf16* proxy[kMost];
-    A* maps[kMost];
-    int count = 0;
+// A strip: one or two tiles of pixels. Whole tiles are read and written, up to 15 pixels beyond those that are wanted.
+constexpr int64_t kTileStrip = 2 * kTileRows;  // a longer strip took more time, for want of cache
 
-    // n pixels that follow each other, step elements apart
-    void add(const bf16* from, int64_t n, int64_t step, A* to, int64_t to_step) {
-        for (int64_t i = 0; i < n; i += kTileRows, count++)
-            proxy[count] = from + i * step, maps[count] = to + i * to_step;
-    }
-};
-constexpr int64_t kPixelsTogether = PixelTiles<float>::kMost * kTileRows;  // fewer wait longer, more need more cache
-
-// The first ROWS tiles by the columns FIRST .. FIRST + N - 1. step: elements between the proxies of two pixels; w_step:
-// between two tiles of the depth, or two terms
+// ROWS tiles of pixels by the columns FIRST .. FIRST + N - 1; see project_tiles
 template <int ROWS, int FIRST, int N, int COLS, class A>
 GSPN_INLINE void project_columns(
-    const PixelTiles<A>& tiles, int64_t step, const Depth& depth, const bf16* w, int64_t w_step) {
+    const bf16* proxy, int64_t step, const Depth& depth, const bf16* w, int64_t w_step, A* maps) {
     constexpr int left = ROWS * N, right = left + ROWS;  // registers: sums first, then the proxy, then the projections
     for_each_known<ROWS * N>([](auto c) { tile_zero<c.value>(); });
     w += FIRST * kTileSize;
     for (int64_t k = 0; k < depth.depth; k += kTileDepth) {
-        for_each_known<ROWS>([&](auto r) { tile_load<left + r.value>(tiles.proxy[r.value] + k, step * 2); });
+        for_each_known<ROWS>(
+            [&](auto r) { tile_load<left + r.value>(proxy + r.value * kTileRows * step + k, step * 2); });
         for (int64_t term = 0; term < depth.terms; term++, w += w_step)
             for_each_known<N>([&](auto c) {
                 constexpr int w_tile = right + c.value % (8 - right);
@@ -168,7 +168,8 @@ GSPN_INLINE void project_columns(
     }
     for_each_known<ROWS>([&](auto r) {
         for_each_known<N>([&](auto c) {
-            tile_store<r.value * N + c.value>(tiles.maps[r.value] + (FIRST + c.value) * kLanes<A>, COLS * kTileBytes);
+            tile_store<r.value * N + c.value>(
+                maps + (r.value * kTileRows * COLS + FIRST + c.value) * kLanes<A>, COLS * kTileBytes);
         });
     });
 }
@@ -176,18 +177,20 @@ GSPN_INLINE void project_columns(
 // Eight registers hold the sums of two tiles by two columns, or of one tile by all.
 template <int FIRST, int COLS, class A>
 GSPN_INLINE void project_two(
-    const PixelTiles<A>& tiles, int64_t step, const Depth& depth, const bf16* w, int64_t w_step) {
+    const bf16* proxy, int64_t step, const Depth& depth, const bf16* w, int64_t w_step, A* maps) {
     if constexpr (FIRST < COLS) {
         constexpr int n = COLS - FIRST < 2 ? 1 : 2;
-        project_columns<2, FIRST, n, COLS>(tiles, step, depth, w, w_step);
-        project_two<FIRST + n, COLS>(tiles, step, depth, w, w_step);
+        project_columns<2, FIRST, n, COLS>(proxy, step, depth, w, w_step, maps);
+        project_two<FIRST + n, COLS>(proxy, step, depth, w, w_step, maps);
     }
 }
 
+// step: elements between the proxies of two pixels; w_step: between two tiles of the depth, or two terms
 template <int COLS, class A>
-void project_tiles(const PixelTiles<A>& tiles, int64_t step, const Depth& depth, const bf16* w, int64_t w_step) {
-    if (tiles.count == 1) project_columns<1, 0, COLS, COLS>(tiles, step, depth, w, w_step);
-    else project_two<0, COLS>(tiles, step, depth, w, w_step);
+void project_tiles(
+    int64_t n, const bf16* proxy, int64_t step, const Depth& depth, const bf16* w, int64_t w_step, A* maps) {
+    if (n <= kTileRows) project_columns<1, 0, COLS, COLS>(proxy, step, depth, w, w_step, maps);
+    else project_two<0, COLS>(proxy, step, depth, w, w_step, maps);
 }
 
 // ---- proxies -------------------------------------------------------------------------------------------------------
