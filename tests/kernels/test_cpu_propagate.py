@@ -54,9 +54,10 @@ CASES = [
     Case(1, 1, 6, 5, 2, groups=1),
     Case(3, 19, 18, 35, 9, groups=1, directions=(3, 0, 1), segment=5, centered=True),
     Case(2, 34, 37, 17, 40, groups=1, directions=(2,), skip=False),
-    Case(1, 20, 5, 70, 80, segment=3),
-    Case(2, 33, 14, 9, 44, directions=(0, 3), segment=6, centered=True),
-    Case(1, 17, 66, 3, 33, groups=1),
+    Case(1, 20, 13, 70, 80, segment=5),
+    Case(2, 33, 14, 15, 44, directions=(0, 3), segment=6, centered=True),
+    Case(1, 17, 66, 14, 33, groups=1),
+    Case(1, 3, 107, 108, 20, directions=(0, 3), centered=True),
 ]
 # Enough work for several threads: many blocks of channels; one block, so that directions are dealt out; several images.
 BUSY = [
@@ -407,26 +408,51 @@ def assert_same_finiteness(found, expected):
     assert torch.allclose(found[finite], expected[finite], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", POISONS)
+@pytest.mark.parametrize("segment", [None, 9])
+@pytest.mark.skipif("amx" not in ISAS, reason="no AMX on this machine")
+def test_tiles_hide_no_nan_and_no_infinity(segment, where, poison):
+    """They may spread further than in the definition (propagate/tiles.h), but nothing is finite that should not be."""
+    case = Case(2, 17, 30, 28, 24, segment=segment, centered=True)
+    grad_y, inputs, _, _ = problem(case, torch.bfloat16)
+    maps = {"grad_y": grad_y, **dict(zip(NAMES, inputs, strict=True))}
+    maps[where] = maps[where].clone()
+    maps[where].view(-1)[maps[where].numel() // 2] = poison
+    grad_y, inputs = maps.pop("grad_y"), list(maps.values())
+    expected, expected_grads = gradients(grad_y, *inputs, directions=case.directions, segment=segment)
+    arguments = cast(inputs, torch.bfloat16)
+    y = forward(arguments, case.directions, segment, isa="amx")
+    assert not (y.isfinite() & ~expected.isfinite()).any()
+    if poison == poison and where != "grad_y":
+        return  # as above
+    grads = backward(grad_y.bfloat16(), arguments, case.directions, segment, isa="amx")
+    for name, d, e in zip(NAMES, grads, expected_grads, strict=True):
+        assert not (d.isfinite() & ~e.isfinite()).any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_scratch_that_has_seen_nan_leaves_no_trace(isa):
+def test_scratch_that_has_seen_nan_leaves_no_trace(isa, dtype):
     for case in (*CASES, *BUSY):
-        _, inputs, _, _ = problem(case)
-        bad = [None if t is None else torch.full_like(t, torch.nan) for t in cast(inputs, torch.float32)]
+        _, inputs, _, _ = problem(case, dtype)
+        bad = [None if t is None else torch.full_like(t, torch.nan) for t in cast(inputs, dtype)]
         forward(bad, case.directions, case.segment, isa=isa, threads=2)
         backward(bad[0], bad, case.directions, case.segment, isa=isa, threads=2)
-        y, grads, expected, expected_grads = run(case, isa=isa, threads=2)
+        y, grads, expected, expected_grads = run(case, dtype, isa=isa, threads=2)
         for d, e in zip((y, *grads), (expected, *expected_grads), strict=True):
-            assert d is None or error(d, e) < 2e-6
+            assert d is None or error(d, e) < (2e-6 if dtype == torch.float32 else 4e-3)
 
 
 # ---- memory and threads ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("case", [Case(9, 20, 24, 23, 16), Case(1, 12, 64, 80, 7, segment=5)], ids=str)
-def test_a_small_workspace_runs_fewer_threads_and_images_at_a_time(case, isa):
-    _, inputs, _, _ = problem(case)
-    x, proxy, weight_proj = cast(inputs, torch.float32)[:3]
+@pytest.mark.parametrize("case", [Case(9, 20, 24, 30, 24), Case(1, 12, 64, 80, 7, segment=5)], ids=str)
+def test_a_small_workspace_runs_fewer_threads_and_images_at_a_time(case, isa, dtype):
+    _, inputs, _, _ = problem(case, dtype)
+    x, proxy, weight_proj = cast(inputs, dtype)[:3]
     for backward in (False, True):
         roomy, tight, alone = (
             cpu.propagate_scratch_bytes(
@@ -435,9 +461,9 @@ def test_a_small_workspace_runs_fewer_threads_and_images_at_a_time(case, isa):
             for n, m in ((8, 0), (8, 1), (1, 1))
         )
         assert alone <= tight < roomy and tight <= max(1 << 20, alone)
-    y, grads, expected, expected_grads = run(case, isa=isa, threads=8, workspace_mib=1)
+    y, grads, expected, expected_grads = run(case, dtype, isa=isa, threads=8, workspace_mib=1)
     for d, e in zip((y, *grads), (expected, *expected_grads), strict=True):
-        assert d is None or error(d, e) < 1e-6
+        assert d is None or error(d, e) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 def test_calls_from_several_python_threads():

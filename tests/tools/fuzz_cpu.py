@@ -71,7 +71,7 @@ def run_case(seed: int) -> list[tuple[str, float, float]]:
     if rng.random() < 0.3:
         groups, per_group = groups * per_group, 1
     batch, channels = rng.choice((1, 1, 2, 3)), groups * per_group
-    height, width = (rng.choice((1, 2, 3, 7, 14, 16, 17, 31, 40, 66)) for _ in range(2))
+    height, width = (rng.choice((1, 2, 3, 7, 14, 16, 17, 31, 40, 66, 108)) for _ in range(2))
     directions = rng.sample(range(4), rng.randint(1, 4))
     segment = rng.choice((None, None, 1, 2, 5, 16, 100))
     dtype, op = rng.choice(DTYPES), rng.choice(("gated", "line", "propagate", "unmerged"))

@@ -36,6 +36,7 @@ SETTINGS = {
     "openblas-prescott": {"OPENBLAS_CORETYPE": "Prescott"},
     "kernels-portable": {ISA: "portable"},
     "kernels-avx2": {ISA: "avx2"},
+    "kernels-avx512": {ISA: "avx512"},
     "narrow-terminal": {"COLUMNS": "40"},
     "far-east": {"TZ": "Pacific/Kiritimati"},
     "one-cpu": {},

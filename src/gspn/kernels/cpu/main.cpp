@@ -51,13 +51,14 @@ const Kernels kernels[] = {
 };
 
 #ifdef GSPN_AMX
-// Linux gives the tile registers to a process that asks for them, unless a thread's stack for signals is too small.
+constexpr long kSupportedFeatures = 0x1021, kRequestFeature = 0x1023, kTileData = 18;  // of arch_prctl
+
 bool has_amx() {
     constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
-    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+    unsigned long features = 0;
+    return syscall(SYS_arch_prctl, kSupportedFeatures, &features) == 0 && (features >> kTileData & 1);
 }
 #else
 bool has_amx() { return false; }
@@ -147,6 +148,15 @@ thread_local int64_t threads_to_trim = 0;  // of the call that this thread is ma
 }  // namespace
 
 namespace gspn {
+
+bool tiles_permitted() {
+#ifdef GSPN_AMX
+    static const bool permitted = syscall(SYS_arch_prctl, kRequestFeature, kTileData) == 0;
+    return permitted;
+#else
+    return false;
+#endif
+}
 
 int64_t parallel_for(int64_t tasks, int64_t threads, int64_t scratch_bytes, TaskBody body, const void* context) {
     if (tasks <= 0) return GSPN_OK;

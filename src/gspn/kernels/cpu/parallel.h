@@ -1,4 +1,4 @@
-// Work in parallel, defined in main.cpp. The kernels themselves know nothing of threads.
+// What the kernels want of the system, defined in main.cpp. They themselves know nothing of threads.
 #pragma once
 #include <stdint.h>
 
@@ -18,5 +18,9 @@ char* call_buffer(int64_t bytes);
 
 // Gives large buffers back, of this thread and of those that parallel_for has used. Every entry point ends with it.
 void end_call();
+
+// Whether the system gives the tile registers of AMX to this process. It is asked at the first call: from then on it
+// wants larger stacks for signals.
+bool tiles_permitted();
 
 }  // namespace gspn

@@ -11,6 +11,7 @@ namespace GSPN_NS {
 namespace {
 
 constexpr int64_t kBackwardStrip = 32;
+static_assert(!kTiles || (kBackwardStrip == kTileStrip && LineBundles::kMost % kBackwardStrip == 0));
 
 // The backward scan needs the projected maps again. From this many features on it is faster to keep those of a
 // direction than to project twice, as long as they fit the second-level cache about.
@@ -97,20 +98,20 @@ template <class A> struct Backward {
         while (threads > 1 && scratch_bytes(1) > call.workspace() - call.round_bytes()) choose_team(--threads);
     }
 
-    static constexpr int64_t kMapsOfPixel = Call<A>::kMostColumns * L;
+    static constexpr int64_t kMapsOfPixel = kMostColumns * L;
     static bool keep_maps(const Call<A>& call) {
-        return call.features.count >= kKeepFeatures &&
-               call.pixels * kMapsOfPixel * int64_t(sizeof(A)) <= kKeepMapsBytes;
+        return call.features.count >= kKeepFeatures && kept_maps(call) * int64_t(sizeof(A)) <= kKeepMapsBytes;
     }
-    static int64_t kept_maps_of_line(const Geometry& g) {  // tiles write whole tiles
-        return (kTiles ? round_up(g.places, kTileRows) : g.places) * kMapsOfPixel;
-    }
-    int64_t maps_size() const {
-        int64_t size = max(kForwardStrip, kBackwardStrip) * kMapsOfPixel;
-        for (int i = 0; keep && i < call.directions; i++)
+    static int64_t kept_maps(const Call<A>& call) {
+        int64_t size = 0;
+        for (int i = 0; i < call.directions; i++)
             size = max(size, call.scans[i].lines * kept_maps_of_line(call.scans[i]));
         return size;
     }
+    static int64_t kept_maps_of_line(const Geometry& g) {  // tiles are written as a whole
+        return (kTiles ? round_up(g.places, kTileRows) : g.places) * kMapsOfPixel;
+    }
+    int64_t maps_size() const { return keep ? kept_maps(call) : max(kForwardStrip, kBackwardStrip) * kMapsOfPixel; }
 
     // The split that is ready first; among equals the one with the smallest buffers.
     void choose_team(int64_t threads) {
@@ -143,7 +144,7 @@ template <class A> struct Backward {
         call.packed_proxy = carver.take<A>(call.packed_proxy_size(images));
         call.proxy_tiles = carver.take<bf16>(call.proxy_tiles_size(images));
         for (int horizontal = 0; horizontal < 2; horizontal++)
-            call.proxy_groups[horizontal] = carver.take<bf16>(call.proxy_groups_size(images, horizontal));
+            call.proxy_bundles[horizontal] = carver.take<bf16>(call.proxy_bundles_size(images, horizontal));
         dproxy = carver.take<A>(team.proxy_copies() * images * dproxy_size());
         shared.carve(carver, images);
         dshared.carve(carver, images, team.blocks, team.workers());
@@ -240,7 +241,7 @@ template <class A> struct Backward {
                 pack_transposed_tiles(call.features.count, call.columns(i), call.logits(), scratch.w, scratch.wt_tiles);
             else transpose_projections(call.features, call.columns(i), scratch.w, scratch.wt);
             scale_logits(call, i, scratch.w);
-            if constexpr (kTiles) pack_projection_tiles(call.depth, call.columns(i), scratch.w, scratch.w_tiles);
+            if constexpr (kTiles) pack_projection_tiles(call.tile_depth, call.columns(i), scratch.w, scratch.w_tiles);
             const Geometry& g = call.scans[i];
             const bool pack_here = i == begin && !pack_whole;
             const bool unpack_here = i == end - 1 && team.parts == 1 && !unpack_whole;
@@ -343,13 +344,13 @@ template <class A> struct Backward {
         store(s.sum, load(s.sum) + carried.sum);  // a sum of sums of lines: less rounding than one sum
     }
 
-    // Packs the gradients of a strip, and passes those of its group on if they are complete (tile_gradients.h).
+    // Packs the gradients of a strip, and passes those of its bundle on if they are complete (tile_gradients.h).
     template <int OUT, int WEIGHTS>
     void pass_on_tiles(const Block& b, int i, int64_t t, int64_t p, int64_t n, A* dproxy, int64_t dproxy_step) const {
         constexpr int columns = columns_of(OUT, WEIGHTS), logits = logit_columns(WEIGHTS);
         const Geometry& g = call.scans[i];
-        const LineGroups groups = call.groups_of(g.horizontal);
-        const int64_t line = g.index(t), group = line / groups.together, first = group * groups.together;
+        const LineBundles bundles = call.bundles_of(g.horizontal);
+        const int64_t line = g.index(t), bundle = line / bundles.together, first = bundle * bundles.together;
         const int64_t features = call.features.count, w_step = call.columns(i) * L;
         const GradientTiles<A>& gradients = b.scratch.gradients;
         const auto add = [&](auto all_columns, auto all_logits, int64_t at, int64_t from, int64_t pixels,
@@ -358,19 +359,20 @@ template <class A> struct Backward {
             gradients.template pack<columns, logits, all>(at, n, b.scratch.dmaps, dproxy, dproxy_step);
             if (complete)
                 gradients.template pass_on<all, logits_>(
-                    pixels, call.proxy_groups_of(b.image, g.horizontal) + group * groups.group_size(features) + from,
-                    groups.pitch(), features, b.dw + dw_at(i, b.block) + (call.columns(i) - all) * L, w_step,
+                    pixels,
+                    call.proxy_bundles_of(b.image, g.horizontal) + bundle * bundles.bundle_size(features) + from,
+                    bundles.pitch(), features, b.dw + dw_at(i, b.block) + (call.columns(i) - all) * L, w_step,
                     b.scratch.wt_tiles, ceil_div(call.columns(i), 2));
         };
-        if (groups.together == 1) {
-            const int64_t from = p / LineGroups::kMost * LineGroups::kMost, end = p + n;
+        if (bundles.together == 1) {
+            const int64_t from = p / LineBundles::kMost * LineBundles::kMost, end = p + n;
             add(Known<columns>{}, Known<logits>{}, p - from, from, end - from,
-                end == g.places || end - from == LineGroups::kMost);
+                end == g.places || end - from == LineBundles::kMost);
         } else {
-            const int64_t lines = min(groups.together, g.lines - first);
-            const bool complete = t == 0 || g.index(t - 1) / groups.together != group;
-            const int64_t at = (line - first) * groups.line + p, pixels = lines * groups.line;
-            if constexpr (WEIGHTS == kNoWeights)  // other lines of the group have logits
+            const int64_t lines = min(bundles.together, g.lines - first);
+            const bool complete = t == 0 || g.index(t - 1) / bundles.together != bundle;
+            const int64_t at = (line - first) * bundles.line_pixels + p, pixels = lines * bundles.line_pixels;
+            if constexpr (WEIGHTS == kNoWeights)  // other lines of the bundle have logits
                 if (!call.shared)
                     return add(Known<columns + kNeighbours>{}, Known<kNeighbours>{}, at, 0, pixels, complete);
             add(Known<columns>{}, Known<logits>{}, at, 0, pixels, complete);

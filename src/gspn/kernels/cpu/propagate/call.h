@@ -35,7 +35,7 @@ template <class A> struct Call {
     const GspnPropagateArgs& args;
     const int64_t batch, channels, height, width, pixels;
     const Features<A> features;
-    const Depth depth;  // with tiles
+    const TileDepth tile_depth;
     const int directions;
     const bool skip, shared, proxy_in_place;  // shared: one set of weights for all channels, see SharedWeights
     const int64_t blocks, pitch;              // blocks of channels; pixels between two rows of a packed block
@@ -46,13 +46,13 @@ template <class A> struct Call {
     // round
     Projections<A> projections;
     A* packed_proxy = nullptr;
-    bf16 *proxy_tiles = nullptr, *proxy_groups[2] = {};  // with tiles, see below
+    bf16 *proxy_tiles = nullptr, *proxy_bundles[2] = {};  // with tiles, see below
     int64_t first = 0, count = 0;
 
     explicit Call(const GspnPropagateArgs& a)
         : args(a), batch(a.batch), channels(a.channels), height(a.height), width(a.width), pixels(height * width),
-          features(a.features, kTiles), depth(a.features), directions(int(a.directions)), skip(a.skip_proj != nullptr),
-          shared(a.groups == 1),
+          features(a.features, kTiles), tile_depth(a.features), directions(int(a.directions)),
+          skip(a.skip_proj != nullptr), shared(a.groups == 1),
           proxy_in_place(
               (a.dtype == GSPN_FLOAT32 || a.dtype == GSPN_FLOAT64) && (a.proxy.channel == 1 || a.features == 1)),
           blocks(ceil_div(channels, L)), pitch(width | 1), projections(a) {
@@ -80,7 +80,6 @@ template <class A> struct Call {
 
     // Packed projections of a scan and a block are [features][columns][lanes]: those of the logits, unless shared, of
     // the gates and, in scan 0, of the skip gate.
-    static constexpr int kMostColumns = kNeighbours + 3;
     int logits() const { return shared ? 0 : kNeighbours; }
     int columns(int i) const { return logits() + 2 + (skip && i == 0); }
     // Packed columns before those that a line with these weights takes
@@ -88,7 +87,7 @@ template <class A> struct Call {
     Column column_at(int packed) const { return Column(packed + kNeighbours - logits()); }
     int64_t w_size() const { return features.count * kMostColumns * L; }
     int64_t wt_size() const { return kTiles ? 0 : features.rows() * kMostColumns * L; }  // transposed, see Features
-    int64_t w_tiles_size() const { return kTiles ? depth.tiles() * kMostColumns * kTileSize : 0; }
+    int64_t w_tiles_size() const { return kTiles ? tile_depth.tiles() * kMostColumns * kTileSize : 0; }
     int64_t wt_tiles_size() const { return kTiles ? transposed_tiles_size(features.count, kMostColumns) : 0; }
 
     // The features' projections for a column of scan i and a channel, and likewise their gradients
@@ -132,21 +131,25 @@ template <class A> struct Call {
     }
 
     // The proxy for tiles: of every pixel as project_tiles wants it, rows at the pitch of packed blocks, and, backward,
-    // of the groups of rows and of columns as GradientTiles wants it
-    int64_t tile_row() const { return pitch * depth.depth; }
+    // of the bundles of rows and of columns as GradientTiles wants it
+    int64_t tile_row() const { return pitch * tile_depth.depth; }
     const bf16* proxy_tiles_of(int64_t image) const { return proxy_tiles + (image - first) * height * tile_row(); }
     int64_t proxy_tiles_size(int64_t images) const {
-        if (!kTiles || images == 0) return 0;
-        return (images * height + kTileRows) * tile_row() + kTileRows * depth.depth;
+        return kTiles ? (images * height + kTileRows) * tile_row() + kTileRows * tile_depth.depth : 0;
     }
-    LineGroups groups_of(bool horizontal) const {
-        return horizontal ? LineGroups(width, height) : LineGroups(height, width);
+    bool scans_along(bool horizontal) const {
+        for (int i = 0; i < directions; i++)
+            if (scans[i].horizontal == horizontal) return true;
+        return false;
     }
-    bf16* proxy_groups_of(int64_t image, bool horizontal) const {
-        return proxy_groups[horizontal] + (image - first) * groups_of(horizontal).size(features.count);
+    LineBundles bundles_of(bool horizontal) const {
+        return horizontal ? LineBundles(width, height) : LineBundles(height, width);
     }
-    int64_t proxy_groups_size(int64_t images, bool horizontal) const {
-        return kTiles ? images * groups_of(horizontal).size(features.count) : 0;
+    bf16* proxy_bundles_of(int64_t image, bool horizontal) const {
+        return proxy_bundles[horizontal] + (image - first) * bundles_of(horizontal).size(features.count);
+    }
+    int64_t proxy_bundles_size(int64_t images, bool horizontal) const {
+        return kTiles && scans_along(horizontal) ? images * bundles_of(horizontal).size(features.count) : 0;
     }
 
     int64_t packed_size() const { return height * pitch * L; }  // of one block of an image
@@ -257,23 +260,23 @@ template <class A> void pack_tile_row(const void* context, int64_t task, char* m
     }
     bf16* const to = call.proxy_tiles + task * call.tile_row();
     for (int64_t x = 0; x < call.width; x++)
-        store_tile_pixel(packed + x * lanes, call.depth, to + x * call.depth.depth);
+        store_tile_pixel(packed + x * lanes, call.tile_depth, to + x * call.tile_depth.depth);
 }
 
-template <class A, bool HORIZONTAL> void pack_group(const void* context, int64_t task, char*) {
+template <class A, bool HORIZONTAL> void pack_bundle(const void* context, int64_t task, char*) {
     const Call<A>& call = *static_cast<const Call<A>*>(context);
-    const LineGroups groups = call.groups_of(HORIZONTAL);
-    const int64_t count = ceil_div(groups.lines, groups.together), image = call.first + task / count;
-    const int64_t row = call.tile_row(), column = call.depth.depth, n = call.features.count;
-    transpose_group<A>(
-        groups, task % count, call.proxy_tiles_of(image), HORIZONTAL ? column : row, HORIZONTAL ? row : column, n,
-        call.proxy_groups_of(image, HORIZONTAL) + task % count * groups.group_size(n));
+    const LineBundles bundles = call.bundles_of(HORIZONTAL);
+    const int64_t count = bundles.count(), image = call.first + task / count, bundle = task % count;
+    const int64_t row = call.tile_row(), column = call.tile_depth.depth, n = call.features.count;
+    transpose_bundle<A>(
+        bundles, bundle, call.proxy_tiles_of(image), HORIZONTAL ? column : row, HORIZONTAL ? row : column, n,
+        call.proxy_bundles_of(image, HORIZONTAL) + bundle * bundles.bundle_size(n));
 }
 
-template <class A, bool HORIZONTAL> int64_t pack_groups(const Call<A>& call, int64_t threads) {
-    const LineGroups groups = call.groups_of(HORIZONTAL);
-    const int64_t tasks = call.count * ceil_div(groups.lines, groups.together);
-    return gspn::parallel_for(tasks, threads, 0, pack_group<A, HORIZONTAL>, &call);
+template <class A, bool HORIZONTAL> int64_t pack_bundles(const Call<A>& call, int64_t threads) {
+    if (!call.scans_along(HORIZONTAL)) return GSPN_OK;
+    const int64_t tasks = call.count * call.bundles_of(HORIZONTAL).count();
+    return gspn::parallel_for(tasks, threads, 0, pack_bundle<A, HORIZONTAL>, &call);
 }
 
 template <class A> int64_t pack_proxies(const Call<A>& call, int64_t threads, bool backward) {
@@ -284,8 +287,8 @@ template <class A> int64_t pack_proxies(const Call<A>& call, int64_t threads, bo
     if constexpr (kTiles) {
         const int64_t bytes = int64_t(sizeof(A)) * call.width * call.features.lanes();
         if (status == GSPN_OK) status = gspn::parallel_for(rows, threads, bytes, pack_tile_row<A>, &call);
-        if (status == GSPN_OK && backward) status = pack_groups<A, false>(call, threads);
-        if (status == GSPN_OK && backward) status = pack_groups<A, true>(call, threads);
+        if (status == GSPN_OK && backward) status = pack_bundles<A, false>(call, threads);
+        if (status == GSPN_OK && backward) status = pack_bundles<A, true>(call, threads);
     }
     return status;
 }

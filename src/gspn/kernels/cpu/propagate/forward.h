@@ -80,7 +80,7 @@ template <class A> struct LineProjection {
 struct TileProjection {
     const bf16* proxy;
     int64_t proxy_step;
-    const Depth& depth;
+    const TileDepth& depth;
     const bf16* w;
     int64_t w_step;
 
@@ -131,10 +131,10 @@ LineProjection<A> line_projection(const Call<A>& call, int64_t image, const A* w
 }
 template <int WEIGHTS, class A>
 TileProjection line_projection(const Call<A>& call, int64_t image, const bf16* w, int i, int64_t t) {
-    const int64_t row = call.tile_row(), column = call.depth.depth;
+    const int64_t row = call.tile_row(), column = call.tile_depth.depth;
     const Geometry& g = call.scans[i];
     return {
-        call.proxy_tiles_of(image) + g.offset(t, row, column), g.place_stride(row, column), call.depth,
+        call.proxy_tiles_of(image) + g.offset(t, row, column), g.place_stride(row, column), call.tile_depth,
         w + call.template unused_columns<WEIGHTS>() * kTileSize, call.columns(i) * kTileSize};
 }
 
@@ -149,7 +149,7 @@ template <class A> Ahead ahead_of(const Call<A>& call, const Geometry& g) {
     constexpr int64_t lines = 2, small = int64_t(1) << 20;
     if (!g.horizontal || call.packed_size() * int64_t(sizeof(A)) < small) return {0, 0};
     const int64_t ahead = g.reverse ? -lines : lines;
-    return {ahead * kLanes<A>, ahead * (kTiles ? call.depth.depth : call.proxy_column())};
+    return {ahead * kLanes<A>, ahead * (kTiles ? call.tile_depth.depth : call.proxy_column())};
 }
 
 template <class A> struct Forward {
@@ -169,7 +169,7 @@ template <class A> struct Forward {
             x = carver.take<A>(call.packed_size());
             out = carver.take<A>(self.parts > 1 ? 0 : call.packed_size());
             state = carver.take<A>(max(call.height, call.width) * L);
-            maps = carver.take<A>(kForwardStrip * (kNeighbours + 3) * L);
+            maps = carver.take<A>(kForwardStrip * kMostColumns * L);
             w = carver.take<A>(call.w_size());
             w_tiles = carver.take<bf16>(call.w_tiles_size());
             bytes = carver.used;
@@ -258,7 +258,7 @@ template <class A> struct Forward {
         for (int i = begin; i < end; i++) {
             pack_projections(call, i, block, scratch.w);
             scale_logits(call, i, scratch.w);
-            if constexpr (kTiles) pack_projection_tiles(call.depth, call.columns(i), scratch.w, scratch.w_tiles);
+            if constexpr (kTiles) pack_projection_tiles(call.tile_depth, call.columns(i), scratch.w, scratch.w_tiles);
             const Geometry& g = call.scans[i];
             const bool pack_here = i == begin && !pack_whole;
             const bool unpack_here = i == end - 1 && parts == 1 && !unpack_whole;

@@ -12,6 +12,7 @@ namespace GSPN_NS {
 namespace {
 
 enum Column { kPrev, kSame, kNext, kInput, kOutput, kSkip };
+constexpr int kMostColumns = kSkip + 1;
 
 // Where a line's weights come from: nowhere, since it starts a segment; from the columns of each channel, exactly or
 // roughly; from SharedLine

@@ -1,38 +1,45 @@
-// The gradients of the projections and of the proxy by tiles (tiles.h). They are made of the gradients of the projected
-// maps, for up to 64 pixels at a time: for those of several lines where lines are short, since every product reads and
-// writes as much of the gradients of the projections, however few its pixels are.
+// The gradients of the projections and of the proxy by tiles (tiles.h), out of the gradients of the projected maps.
+// They are made for a bundle of up to 64 pixels at a time, which may be several short lines: every product reads and
+// writes all gradients of the projections, however few its pixels are.
 #pragma once
 #include "propagate/tiles.h"
 
 namespace GSPN_NS {
 namespace {
 
-// The lines of one direction in groups of up to 64 pixels. A group is lines that follow each other in the map; each
-// takes an even number of pixels, as pixels come in pairs. Longer lines are groups of their own.
-struct LineGroups {
+// The lines of one direction in bundles: as many lines that follow each other in the map as 64 pixels hold. A longer
+// line is alone in its bundle and passed on in pieces. A line takes an even number of pixels, as pixels come in pairs.
+struct LineBundles {
     static constexpr int64_t kMost = 64;
-    int64_t lines, places, line, together;  // line: pixels that a line takes; together: lines in a group
+    int64_t lines, places, line_pixels, together;  // together: lines in a bundle
 
-    LineGroups(int64_t lines_, int64_t places_)
-        : lines(lines_), places(places_), line(round_up(places, 2)), together(max(1, kMost / max(2, line))) {}
+    LineBundles(int64_t lines_, int64_t places_)
+        : lines(lines_), places(places_), line_pixels(round_up(places, 2)),
+          together(max(1, kMost / max(2, line_pixels))) {}
 
-    // The proxies of a group are [feature][pixel], whole tiles of both.
-    int64_t pitch() const { return round_up(together * line, kTileDepth); }
-    int64_t group_size(int64_t features) const { return round_up(features, kTileRows) * pitch(); }
-    int64_t size(int64_t features) const { return ceil_div(lines, together) * group_size(features); }
+    // The proxies of a bundle are [feature][pixel], whole tiles of both.
+    int64_t pitch() const { return round_up(together * line_pixels, kTileDepth); }
+    int64_t bundle_size(int64_t features) const { return round_up(features, kTileRows) * pitch(); }
+    int64_t count() const { return ceil_div(lines, together); }
+    int64_t size(int64_t features) const { return count() * bundle_size(features); }
 };
 
-// The gradients of the projected maps of a group, in the two orders in which tiles want them. Gates come first: then
-// lines without logits take the first columns of what is packed for all.
+// The columns of a strip stand in slots, those of gates first: then lines without logits take the first slots of what
+// is packed for all columns.
+constexpr int column_of_slot(int slot, int columns, int logits) {
+    return slot < columns - logits ? logits + slot : slot - (columns - logits);
+}
+
+// The gradients of the projected maps of a bundle, in the two orders in which tiles want them
 template <class A> struct GradientTiles {
-    static constexpr int L = kLanes<A>, kMostColumns = 6, kRow = kMostColumns * L;
-    static constexpr int64_t kPixels = LineGroups::kMost;
+    static constexpr int L = kLanes<A>, kRow = kMostColumns * L;
+    static constexpr int64_t kPixels = LineBundles::kMost;
     static constexpr int64_t kTerm = kPixels * kRow;  // elements between the terms of by_pixel
     static constexpr int64_t kColumn = kPixels * L;   // elements between two columns of by_lane
 
-    bf16* by_pixel;  // [term][pixel][column][lane], to multiply projections
-    bf16* by_lane;   // [term][column][pair of pixels][lane], to be multiplied by proxies
-    A* sums;         // of a group, before they are added to what is in memory
+    bf16* by_pixel;  // [term][pixel][slot][lane], to multiply projections
+    bf16* by_lane;   // [term][slot][pair of pixels][lane], to be multiplied by proxies
+    A* sums;         // of a bundle, before they are added to what is in memory
     A** dproxy;      // of each pixel; null where there is none
 
     template <class Carver>
@@ -42,8 +49,8 @@ template <class A> struct GradientTiles {
           sums(carver.template take<A>(kTiles * kTileRows * kRow)), dproxy(carver.template take<A*>(kTiles * kPixels)) {
     }
 
-    // The gradients of n pixels of a line, of which `at` (even) in the group is the first. ALL: columns that the
-    // group's product has; those that this line lacks are 0. dproxy_: of the first pixel, with `step` elements between
+    // The gradients of n pixels of a line, of which `at` (even) in the bundle is the first. ALL: columns that the
+    // bundle's product has; those that this line lacks are 0. dproxy_: of the first pixel, with `step` elements between
     // pixels
     template <int COLS, int LOGITS, int ALL>
     void pack(int64_t at, int64_t n, const A* dmaps, A* dproxy_, int64_t step) const {
@@ -51,16 +58,16 @@ template <class A> struct GradientTiles {
         if (n % 2) dproxy[at + n] = nullptr;
         for (int64_t i = 0; i < n; i += 2, dmaps += 2 * COLS * L)
             for_each_known<(ALL + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
-                constexpr int first = 2 * pair.value, gates = COLS - LOGITS;
+                constexpr int first = 2 * pair.value;
                 Terms terms[2][2] = {};  // of two pixels and two columns
                 for_each_known<2>([&](auto j) __attribute__((always_inline)) {
-                    constexpr int place = first + j.value, c = place < gates ? LOGITS + place : place - gates;
-                    if constexpr (place < COLS) {
+                    constexpr int slot = first + j.value, c = column_of_slot(slot, COLS, LOGITS);
+                    if constexpr (slot < COLS) {
                         terms[0][j.value] = split<false>(load(dmaps + c * L));
                         if (i + 1 < n) terms[1][j.value] = split<false>(load(dmaps + (COLS + c) * L));
                     }
-                    if constexpr (place < ALL) {
-                        bf16* const to = by_lane + place * kColumn + (at + i) * L;
+                    if constexpr (slot < ALL) {
+                        bf16* const to = by_lane + slot * kColumn + (at + i) * L;
                         store_bits(to, paired(terms[0][j.value].high, terms[1][j.value].high));
                         store_bits(to + kTerm, paired(terms[0][j.value].low, terms[1][j.value].low));
                     }
@@ -73,8 +80,8 @@ template <class A> struct GradientTiles {
             });
     }
 
-    // Passes the gradients of the group's n pixels on. Column c of dw and of the proxies' projections stands at the
-    // place that pack gives it.
+    // Passes the gradients of the bundle's n pixels on. They stand in the slots that pack gives them, those of dw in
+    // columns.
     template <int ALL, int LOGITS>
     void pass_on(
         int64_t n, const bf16* proxy, int64_t pitch, int64_t features, A* dw, int64_t w_step, const bf16* w,
@@ -89,7 +96,7 @@ template <class A> struct GradientTiles {
     // dw[s][c] += sum over i of proxy[i][s] grad[i][c], with the proxy as [feature][pixel], `pitch` elements apart
     template <int ALL, int LOGITS>
     void project_grad(int64_t n, const bf16* proxy, int64_t pitch, int64_t features, A* dw, int64_t w_step) const {
-        constexpr int left = 6, gates = ALL - LOGITS;
+        constexpr int left = 6;  // register; the other operand is in 7, or in 5 where it is free
         for (int64_t s = 0; s < features; s += kTileRows, proxy += kTileRows * pitch) {
             for_each_known<ALL>([](auto c) { tile_zero<c.value>(); });
             for (int64_t i = 0; i < n; i += kTileDepth) {
@@ -104,9 +111,9 @@ template <class A> struct GradientTiles {
             for_each_known<ALL>([&](auto c) { tile_store<c.value>(sums + c.value * L, ALL * kTileBytes); });
             const int64_t rows = min(kTileRows, features - s);
             for (int64_t r = 0; r < rows; r++, dw += w_step)
-                for_each_known<ALL>([&](auto place) {
-                    constexpr int c = place.value < gates ? LOGITS + place.value : place.value - gates;
-                    store(dw + c * L, load(dw + c * L) + load(sums + (r * ALL + place.value) * L));
+                for_each_known<ALL>([&](auto slot) {
+                    constexpr int c = column_of_slot(slot.value, ALL, LOGITS);
+                    store(dw + c * L, load(dw + c * L) + load(sums + (r * ALL + slot.value) * L));
                 });
         }
     }
@@ -115,11 +122,11 @@ template <class A> struct GradientTiles {
     // depth: tiles of the depth in it
     template <int ALL> void proxy_grad(int64_t n, int64_t features, const bf16* w, int64_t depth) const {
         int64_t s = 0;
-        for (; s + L < features; s += 2 * L, w += 2 * depth * 2 * kTileSize) proxy_grad_group<ALL, 2>(n, w, depth, s);
-        if (s < features) proxy_grad_group<ALL, 1>(n, w, depth, s);
+        for (; s + L < features; s += 2 * L, w += 2 * depth * 2 * kTileSize) proxy_grad_pair<ALL, 2>(n, w, depth, s);
+        if (s < features) proxy_grad_pair<ALL, 1>(n, w, depth, s);
     }
 
-    template <int ALL, int N> void proxy_grad_group(int64_t n, const bf16* w, int64_t depth, int64_t first) const {
+    template <int ALL, int N> void proxy_grad_pair(int64_t n, const bf16* w, int64_t depth, int64_t first) const {
         int64_t i = 0;
         for (; n - i > kTileRows; i += 2 * kTileRows) proxy_grad_tiles<ALL, 2, N>(i, n, w, depth, first);
         if (i < n) proxy_grad_tiles<ALL, 1, N>(i, n, w, depth, first);
@@ -169,13 +176,13 @@ template <class A> struct GradientTiles {
 template <class A> void pack_transposed_tiles(int64_t features, int columns, int logits, const A* w, bf16* tiles) {
     constexpr int L = kLanes<A>;
     for (int64_t s = 0; s < features; s += kTileRows)
-        for (int place = 0; place < columns; place += 2) {
+        for (int slot = 0; slot < columns; slot += 2) {
             vf high[kTileRows], low[kTileRows];
             for (int r = 0; r < kTileRows; r++) {
                 Terms terms[2] = {};
                 for (int j = 0; j < 2; j++) {
-                    if (s + r >= features || place + j >= columns) continue;
-                    const int gates = columns - logits, at = place + j, column = at < gates ? logits + at : at - gates;
+                    if (s + r >= features || slot + j >= columns) continue;
+                    const int column = column_of_slot(slot + j, columns, logits);
                     terms[j] = split<true>(load(w + ((s + r) * columns + column) * L));
                 }
                 high[r] = (vf)joined(terms[0].high, terms[1].high), low[r] = (vf)joined(terms[0].low, terms[1].low);
@@ -194,26 +201,25 @@ GSPN_INLINE int64_t transposed_tiles_size(int64_t features, int columns) {
 
 // ---- proxies -------------------------------------------------------------------------------------------------------
 
-// The proxies of a group, out of those of project_tiles, as [feature][pixel]. What is beyond the pixels is 0; what is
-// beyond the features is not used.
+// The proxies of a bundle, out of those of project_tiles, as [feature][pixel]. What is beyond either is 0.
 template <class A>
-void transpose_group(
-    const LineGroups& groups, int64_t group, const bf16* from, int64_t line_step, int64_t place_step, int64_t features,
-    bf16* to) {
+void transpose_bundle(
+    const LineBundles& bundles, int64_t bundle, const bf16* from, int64_t line_step, int64_t place_step,
+    int64_t features, bf16* to) {
     constexpr int L = kLanes<A>;
-    for (int64_t i = 0; i < groups.pitch(); i += L) {
+    for (int64_t i = 0; i < bundles.pitch(); i += L) {
         const bf16* pixels[L];
         for (int j = 0; j < L; j++) {
-            const int64_t in_group = (i + j) / groups.line, place = (i + j) % groups.line;
-            const int64_t line = group * groups.together + in_group;
-            const bool exists = in_group < groups.together && line < groups.lines && place < groups.places;
+            const int64_t in_bundle = (i + j) / bundles.line_pixels, place = (i + j) % bundles.line_pixels;
+            const int64_t line = bundle * bundles.together + in_bundle;
+            const bool exists = in_bundle < bundles.together && line < bundles.lines && place < bundles.places;
             pixels[j] = exists ? from + line * line_step + place * place_step : nullptr;
         }
         for (int64_t s = 0; s < features; s += L) {
             vf square[L];
             for (int j = 0; j < L; j++) square[j] = pixels[j] ? load_n(pixels[j] + s, int(min(L, features - s))) : vf{};
             transpose(square);
-            for (int r = 0; r < L; r++) store(to + (s + r) * groups.pitch() + i, square[r]);
+            for (int r = 0; r < L; r++) store(to + (s + r) * bundles.pitch() + i, square[r]);
         }
     }
 }

@@ -2,19 +2,24 @@
 // of 16, into 16 rows of 16 float. That is 16 times as fast as vectors of float.
 //
 // The proxy is bf16, so nothing is lost by it. Projections and gradients are float: each is split into two terms of
-// bf16, high and low, and only the product of two low terms is left out. What is left out and rounded is below 2^-16 of
-// a product; the maps are rounded to 2^-9. Two things differ from vectors of float: an infinity in the proxy may give a
-// NaN (its product with a low term of 0), and numbers below 2^-126 count as 0.
+// bf16, high and low. Of a product with a proxy 2^-16 may be lost. Of a product of two floats that of the low terms is
+// left out: at most 2^-14. (The maps themselves are rounded to 2^-8.) Where values are not finite, or tiny, results may
+// differ from those of the vectors:
+//   - a NaN or an infinity gives a NaN in sums that the vectors leave finite or infinite: here it also meets terms of 0
+//   - numbers below 2^-126 count as 0, so numbers below about 2^-110 lose their low terms
 //
 // In memory every tile is 16 rows of 64 bytes. A tile on the right of a product holds pairs: row r has, for each
 // column, the values 2r and 2r + 1.
+//
+// The templates are compiled for float alone, and only where kTiles is true.
 #pragma once
 #include "maps.h"
+#include "propagate/pixel.h"
 
 namespace GSPN_NS {
 namespace {
 
-#ifdef GSPN_AMX
+#ifdef GSPN_TILES
 constexpr bool kTiles = true;
 #else
 constexpr bool kTiles = false;
@@ -23,18 +28,19 @@ constexpr bool kTiles = false;
 constexpr int kTileRows = 16, kTileDepth = 32;  // rows of a tile; values of bf16 in a row
 constexpr int kTileSize = kTileRows * kTileDepth;
 constexpr int64_t kTileBytes = 64;  // of a row
+static_assert(!kTiles || GSPN_LANES == kTileRows);
 
 // ---- the two terms of a float --------------------------------------------------------------------------------------
 
 // The terms are the upper halves of these words; what stands in the lower halves does not count. high is cut off, low
-// rounded, so that both have one sign. Of an infinity low is a NaN, unless FINITE: then it is 0.
+// rounded, so that both have one sign. Of an infinity low is a NaN, unless EXACT: then it is 0.
 struct Terms {
     vf high, low;
 };
-template <bool FINITE> GSPN_INLINE Terms split(vf v) {
+template <bool EXACT> GSPN_INLINE Terms split(vf v) {
     const vf high = (vf)((vu32)v & 0xffff0000u);
     vf low = v - high;
-    if constexpr (FINITE) low = high - high == 0.0f ? low : vf{};
+    if constexpr (EXACT) low = v == high ? vf{} : low;
     return {v, (vf)((vu32)low + 0x8000u)};
 }
 
@@ -55,7 +61,7 @@ GSPN_INLINE Halves paired(vf a, vf b) { return paired(a, b, AllHalves{}); }
 // ---- tiles ---------------------------------------------------------------------------------------------------------
 
 // Register T. Products are sums: C += A B.
-#ifdef GSPN_AMX
+#ifdef GSPN_TILES
 // A sanitizer does not see what these instructions read and write: for it every row is touched.
 GSPN_INLINE void touch_rows(const void* from, int64_t row_bytes) {
 #ifdef __SANITIZE_ADDRESS__
@@ -89,7 +95,7 @@ template <int C, int A, int B> void tile_multiply();
 // The use of the tile registers from here to the end of the scope. Every task sets them up for itself: another library
 // may have used them in between.
 struct TileRegisters {
-#ifdef GSPN_AMX
+#ifdef GSPN_TILES
     TileRegisters() {
         struct {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -120,17 +126,17 @@ template <int N, class Body> GSPN_INLINE void for_each_known(Body body) {
 // A tile of few features has room for both terms of the projections: the proxy of a pixel then stands there twice,
 // [features, features, zeros]. With more features the two terms are tiles of their own.
 
-struct Depth {
+struct TileDepth {
     int64_t features, copies, depth, terms;  // depth: of the proxy of a pixel, whole tiles
 
-    explicit Depth(int64_t n)
+    explicit TileDepth(int64_t n)
         : features(n), copies(2 * n <= kTileDepth ? 2 : 1), depth(round_up(copies * n, kTileDepth)), terms(3 - copies) {
     }
     int64_t tiles() const { return depth / kTileDepth * terms; }  // of a column's projections
 };
 
 // [tile of the depth][term][column][16 pairs][lanes] out of w, [features][columns][lanes]
-template <class A> void pack_projection_tiles(const Depth& depth, int columns, const A* w, bf16* tiles) {
+template <class A> void pack_projection_tiles(const TileDepth& depth, int columns, const A* w, bf16* tiles) {
     constexpr int L = kLanes<A>;
     const int64_t features = depth.features;
     const auto value = [&](int64_t k, int64_t term, int column) __attribute__((always_inline)) {
@@ -152,7 +158,7 @@ constexpr int64_t kTileStrip = 2 * kTileRows;  // a longer strip took more time,
 // ROWS tiles of pixels by the columns FIRST .. FIRST + N - 1; see project_tiles
 template <int ROWS, int FIRST, int N, int COLS, class A>
 GSPN_INLINE void project_columns(
-    const bf16* proxy, int64_t step, const Depth& depth, const bf16* w, int64_t w_step, A* maps) {
+    const bf16* proxy, int64_t step, const TileDepth& depth, const bf16* w, int64_t w_step, A* maps) {
     constexpr int left = ROWS * N, right = left + ROWS;  // registers: sums first, then the proxy, then the projections
     for_each_known<ROWS * N>([](auto c) { tile_zero<c.value>(); });
     w += FIRST * kTileSize;
@@ -177,7 +183,7 @@ GSPN_INLINE void project_columns(
 // Eight registers hold the sums of two tiles by two columns, or of one tile by all.
 template <int FIRST, int COLS, class A>
 GSPN_INLINE void project_two(
-    const bf16* proxy, int64_t step, const Depth& depth, const bf16* w, int64_t w_step, A* maps) {
+    const bf16* proxy, int64_t step, const TileDepth& depth, const bf16* w, int64_t w_step, A* maps) {
     if constexpr (FIRST < COLS) {
         constexpr int n = COLS - FIRST < 2 ? 1 : 2;
         project_columns<2, FIRST, n, COLS>(proxy, step, depth, w, w_step, maps);
@@ -188,7 +194,7 @@ GSPN_INLINE void project_two(
 // step: elements between the proxies of two pixels; w_step: between two tiles of the depth, or two terms
 template <int COLS, class A>
 void project_tiles(
-    int64_t n, const bf16* proxy, int64_t step, const Depth& depth, const bf16* w, int64_t w_step, A* maps) {
+    int64_t n, const bf16* proxy, int64_t step, const TileDepth& depth, const bf16* w, int64_t w_step, A* maps) {
     if (n <= kTileRows) project_columns<1, 0, COLS, COLS>(proxy, step, depth, w, w_step, maps);
     else project_two<0, COLS>(proxy, step, depth, w, w_step, maps);
 }
@@ -196,7 +202,7 @@ void project_tiles(
 // ---- proxies -------------------------------------------------------------------------------------------------------
 
 // One pixel's proxy, widened, as project_tiles wants it
-template <class A> void store_tile_pixel(const A* features, const Depth& depth, bf16* to) {
+template <class A> void store_tile_pixel(const A* features, const TileDepth& depth, bf16* to) {
     fill_zero(to, depth.depth);
     for (int64_t copy = 0; copy < depth.copies; copy++)
         for (int64_t s = 0; s < depth.features; s += kLanes<A>) {
