@@ -155,25 +155,28 @@ def crossover(rounds):
 
 
 def scaling(rounds):
-    """How much faster is the layer on two threads than on one? Wall time, so on an idle machine only."""
+    """How much faster is the layer on two threads than on one, and in bfloat16 than in float32?
+
+    Wall time, so on an idle machine only.
+    """
     rows = []
     for size in SIZES:
         for train in (False, True):
-            call = contenders(size, torch.float32, train, only="gspn")["gspn"]
+            layers = {name: contenders(size, dtype, train, only="gspn")["gspn"] for name, dtype in DTYPES.items()}
 
-            def on(threads, call=call):
+            def on(threads, dtype, layers=layers):
                 torch.set_num_threads(threads)
-                call()
+                layers[dtype]()
 
-            found = harness.interleaved({"gspn": lambda: on(2), "one thread": lambda: on(1)}, rounds, 2)
-            row = {"size (B,C,H,W,S)": size, "pass": "train" if train else "forward"}
-            rows.append(row | {"2 threads": harness.summary(found, "gspn")})
-            print(
-                size,
-                row["pass"],
-                f"two threads are {rows[-1]['2 threads']['one thread']['ratio'][1]:.2f}x as fast",
-                flush=True,
-            )
+            for dtype in DTYPES:
+                calls = {"gspn": lambda dtype=dtype: on(2, dtype), "one thread": lambda dtype=dtype: on(1, dtype)}
+                if dtype != "float32":
+                    calls["float32"] = lambda: on(2, "float32")
+                found = harness.summary(harness.interleaved(calls, rounds, 2), "gspn")
+                row = {"size (B,C,H,W,S)": size, "dtype": dtype, "pass": "train" if train else "forward"}
+                rows.append(row | {"2 threads": found})
+                ratios = {name: f"{found[name]['ratio'][1]:.2f}x" for name in list(calls)[1:]}
+                print(size, dtype, row["pass"], f"beside two threads: {ratios}", flush=True)
     return rows
 
 
@@ -336,7 +339,9 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=list(range(len(SIZES))), help="indices into SIZES")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--crossover", action="store_true", help="only gradients, over S: fused against unfused")
-    parser.add_argument("--scaling", action="store_true", help="only the layer, on two threads against one")
+    parser.add_argument(
+        "--scaling", action="store_true", help="only the layer, on two threads against one, and its dtypes"
+    )
     parser.add_argument("--small", action="store_true", help="only small maps without gradients")
     parser.add_argument("--options", action="store_true", help="only the layer, with its options against without")
     parser.add_argument("--kernel", action="store_true", help="only the kernel: its weights shared, its dtypes")
