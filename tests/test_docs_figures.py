@@ -44,6 +44,27 @@ def test_by_hand_a_pixel_takes_from_the_neighbour_of_its_colour():
     assert influence[:, 0].tolist() == pytest.approx([1, 0, 0], abs=1e-6)
 
 
+def test_the_ratios_of_one_layer_are_those_measured():
+    text = PAGES[PAGES.index("## One layer") : PAGES.index("### Shared weights and bfloat16")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    cases = json.loads((ROOT / "benchmarks/results/speed/layer-cpu-1-thread.json").read_text())["cases"]
+    measured = {}
+    for case in cases:
+        *size, features = case["size (B,C,H,W,S)"]
+        ratios = {name: found["ratio"][1] for name, found in case["1 thread"].items()}
+        size = " x ".join(map(str, size)) + f", S = {features}"
+        measured.setdefault(size, {})[case["dtype"], case["pass"]] = ratios
+    names = {"self-attention": "attention", "linear attention": "linear attention"}
+    seen, size = set(), ""
+    for first, against, *cells in rows[1:]:
+        size = first.partition(" (")[0] or size
+        seen.add(size)
+        found = [measured[size][dtype, way] for dtype in ("float32", "bfloat16") for way in ("forward", "train")]
+        found = [ratios.get(names.get(against, "unfused, tuned")) for ratios in found]
+        assert cells == ["" if r is None else f"{r:.0f}" if r >= 10 else f"{r:.1f}" for r in found], (size, against)
+    assert seen == set(measured)
+
+
 def test_the_ratios_on_small_maps_are_those_measured():
     text = PAGES
     text = text[text.index("### Small maps") : text.index("## Whole models")]
