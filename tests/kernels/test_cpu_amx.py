@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 def found(isa=None):
     """y and the gradients of one problem."""
     draw = torch.Generator().manual_seed(0)
-    maps = [torch.randn(2, n, 20, 33, generator=draw).bfloat16() for n in (24, 40, 24)]
+    maps = [torch.randn(2, n, 28, 48, generator=draw).bfloat16() for n in (24, 40, 24)]
     projections = [torch.randn(s, generator=draw) / 6 for s in ((4, 3, 24, 40), (4, 24, 40), (4, 24, 40), (24, 40))]
     y = cpu.propagate(*maps[:2], *projections, [0, 1, 2, 3], isa=isa)
     return [y, *cpu.propagate_backward(maps[2], *maps[:2], *projections, [0, 1, 2, 3], isa=isa)[:-1]]
@@ -31,9 +31,62 @@ def same(a, b):
 COMMON = "import torch\nfrom gspn.kernels import cpu\n" + inspect.getsource(found) + inspect.getsource(same)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _permission():
+    """Some systems have AMX and refuse it, with a filter of system calls for example."""
+    code = "import ctypes; print(ctypes.CDLL(None).syscall(158, 0x1023, 18))"  # arch_prctl(ARCH_REQ_XCOMP_PERM, ...)
+    if fresh(code).stdout != "0\n":
+        pytest.skip("the system refuses the tile registers")
+
+
 def test_it_is_the_best_and_differs_from_avx512():
-    assert cpu.supported_isas()[-1] == "amx"
-    assert same(found(), found("amx")) and not same(found(), found("avx512"))
+    code = """
+assert cpu.supported_isas()[-1] == "amx" and same(found(), found("amx"))
+print([torch.equal(a, b) for a, b in zip(found(), found("avx512"))])
+"""
+    assert fresh(COMMON + code).stdout == f"{[False] * 7}\n"
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "features", "segment", "groups", "expected"),
+    [
+        (28, 48, 24, None, 3, (True, True)),
+        (28, 48, 23, None, 3, (True, False)),
+        (28, 48, 11, None, 3, (False, False)),
+        (28, 48, 15, None, 1, (False, False)),
+        (28, 48, 24, None, 1, (True, True)),
+        (28, 48, 24, 3, 3, (True, False)),  # short segments
+        (28, 35, 24, 4, 3, (True, False)),  # tiles of which half the rows would be empty
+        (8, 48, 24, None, 3, (False, False)),
+        (9, 14, 24, None, 3, (True, False)),
+    ],
+)
+def test_tiles_are_for_these(height, width, features, segment, groups, expected):
+    code = f"""
+draw = lambda *s: torch.randn(*s)
+x, proxy, grad = (draw(1, n, {height}, {width}).bfloat16() for n in (3, {features}, 3))
+projections = [draw(4, 3, {groups}, {features}), draw(4, 3, {features}), draw(4, 3, {features}), None]
+ways = [0, 1, 2, 3]
+tensors, isas = (x, proxy, *projections, ways, {segment}), ("amx", "avx512")
+y, other = (cpu.propagate(*tensors, isa=isa) for isa in isas)
+dw, dother = (cpu.propagate_backward(grad, *tensors, isa=isa)[3] for isa in isas)
+print(not torch.equal(y, other), not torch.equal(dw, dother))
+"""
+    assert fresh("import torch\nfrom gspn.kernels import cpu\n" + code).stdout == "{} {}\n".format(*expected)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("shape", [(9, 16, 4096, 80), (1, 16, 2000, 300), (2, 64, 28, 48)], ids=str)
+def test_scratch_is_not_much_more_than_that_of_avx512(shape, backward):
+    height, channels, width, features = shape
+    maps = [torch.randn(1, n, height, width).bfloat16() for n in (channels, features, channels)]
+    gates = torch.randn(1, channels, features)
+    arguments = (*maps[:2], torch.randn(1, 3, channels, features), gates, gates, None, [1])
+    estimates = [
+        cpu.propagate_scratch_bytes(*arguments[:3], [1], backward=backward, threads=1, isa=isa)
+        for isa in ("amx", "avx512")
+    ]
+    assert estimates[0] <= 2 * estimates[1]
 
 
 def test_refused_permission_leaves_avx512():

@@ -19,8 +19,8 @@ char* call_buffer(int64_t bytes);
 // Gives large buffers back, of this thread and of those that parallel_for has used. Every entry point ends with it.
 void end_call();
 
-// Whether the system gives the tile registers of AMX to this process. It is asked at the first call: from then on it
-// wants larger stacks for signals.
+// Whether the system gives the tile registers of AMX to this process. The system is asked at the first call; from then
+// on it refuses small stacks for signals.
 bool tiles_permitted();
 
 }  // namespace gspn

@@ -152,7 +152,8 @@ template <class A> struct Backward {
         return carver.used;
     }
     __attribute__((noinline)) int64_t scratch_bytes(int64_t images) {
-        return shared_bytes(images, Carver{nullptr}) + team.workers() * Scratch(*this, Carver{nullptr}).bytes;
+        return shared_bytes(images, Carver{nullptr}) +
+               team.workers() * max(call.packing_bytes(), Scratch(*this, Carver{nullptr}).bytes);
     }
 
     // Images of a round: as many as the shared buffers may hold, but one for each worker

@@ -135,8 +135,11 @@ template <class A> struct Call {
     int64_t tile_row() const { return pitch * tile_depth.depth; }
     const bf16* proxy_tiles_of(int64_t image) const { return proxy_tiles + (image - first) * height * tile_row(); }
     int64_t proxy_tiles_size(int64_t images) const {
-        return kTiles ? (images * height + kTileRows) * tile_row() + kTileRows * tile_depth.depth : 0;
+        const int64_t beyond = scans_along(true) ? kTileRows : 0;  // rows that the last tiles read
+        return kTiles ? (images * height + beyond) * tile_row() + kTileRows * tile_depth.depth : 0;
     }
+    // Scratch that packing takes
+    int64_t packing_bytes() const { return kTiles ? int64_t(sizeof(A)) * width * features.lanes() : 0; }
     bool scans_along(bool horizontal) const {
         for (int i = 0; i < directions; i++)
             if (scans[i].horizontal == horizontal) return true;
@@ -285,8 +288,8 @@ template <class A> int64_t pack_proxies(const Call<A>& call, int64_t threads, bo
     int64_t status = GSPN_OK;
     if (call.packed_proxy_size(1) > 0) status = gspn::parallel_for(rows, threads, 0, pack_proxy_row<A>, &call);
     if constexpr (kTiles) {
-        const int64_t bytes = int64_t(sizeof(A)) * call.width * call.features.lanes();
-        if (status == GSPN_OK) status = gspn::parallel_for(rows, threads, bytes, pack_tile_row<A>, &call);
+        if (status == GSPN_OK)
+            status = gspn::parallel_for(rows, threads, call.packing_bytes(), pack_tile_row<A>, &call);
         if (status == GSPN_OK && backward) status = pack_bundles<A, false>(call, threads);
         if (status == GSPN_OK && backward) status = pack_bundles<A, true>(call, threads);
     }

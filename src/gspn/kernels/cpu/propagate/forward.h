@@ -207,7 +207,8 @@ template <class A> struct Forward {
         return carver.used;
     }
     int64_t scratch_bytes(int64_t images) {
-        return shared_bytes(images, Carver{nullptr}) + threads * Scratch(*this, Carver{nullptr}).bytes;
+        return shared_bytes(images, Carver{nullptr}) +
+               threads * max(call.packing_bytes(), Scratch(*this, Carver{nullptr}).bytes);
     }
 
     // Images of a round: as many as the shared buffers may hold

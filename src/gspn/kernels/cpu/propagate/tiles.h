@@ -63,8 +63,13 @@ GSPN_INLINE Halves paired(vf a, vf b) { return paired(a, b, AllHalves{}); }
 // Register T. Products are sums: C += A B.
 #ifdef GSPN_TILES
 // A sanitizer does not see what these instructions read and write: for it every row is touched.
+#ifdef __has_feature
+#define GSPN_HAS_SANITIZER __has_feature(address_sanitizer)
+#else
+#define GSPN_HAS_SANITIZER 0
+#endif
 GSPN_INLINE void touch_rows(const void* from, int64_t row_bytes) {
-#ifdef __SANITIZE_ADDRESS__
+#if defined(__SANITIZE_ADDRESS__) || GSPN_HAS_SANITIZER
     for (int r = 0; r < kTileRows; r++) {
         const volatile char* const row = static_cast<const char*>(from) + r * row_bytes;
         row[0], row[kTileBytes - 1];
