@@ -44,16 +44,26 @@ def test_by_hand_a_pixel_takes_from_the_neighbour_of_its_colour():
     assert influence[:, 0].tolist() == pytest.approx([1, 0, 0], abs=1e-6)
 
 
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of the lines of its tables, without the line that begins with dashes."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+
+
+def measured_at_one_thread(name: str) -> dict[str, dict[tuple[str, str], dict[str, float]]]:
+    """By size, then by (dtype, pass): how many times the layer's or kernel's time each contender takes."""
+    found = {}
+    for case in json.loads((ROOT / "benchmarks/results/speed" / name).read_text())["cases"]:
+        *size, features = case["size (B,C,H,W,S)"]
+        ratios = {name: row["ratio"][1] for name, row in case["1 thread"].items()}
+        size = " x ".join(map(str, size)) + f", S = {features}"
+        found.setdefault(size, {})[case["dtype"], case["pass"]] = ratios
+    return found
+
+
 def test_the_ratios_of_one_layer_are_those_measured():
     text = PAGES[PAGES.index("## One layer") : PAGES.index("### Shared weights and bfloat16")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    cases = json.loads((ROOT / "benchmarks/results/speed/layer-cpu-1-thread.json").read_text())["cases"]
-    measured = {}
-    for case in cases:
-        *size, features = case["size (B,C,H,W,S)"]
-        ratios = {name: found["ratio"][1] for name, found in case["1 thread"].items()}
-        size = " x ".join(map(str, size)) + f", S = {features}"
-        measured.setdefault(size, {})[case["dtype"], case["pass"]] = ratios
+    rows = rows_of(text)
+    measured = measured_at_one_thread("layer-cpu-1-thread.json")
     names = {"self-attention": "attention", "linear attention": "linear attention"}
     seen, size = set(), ""
     for first, against, *cells in rows[1:]:
@@ -82,16 +92,11 @@ def test_the_ratios_on_small_maps_are_those_measured():
 def test_the_ratios_of_shared_weights_and_bfloat16_are_those_measured():
     text = PAGES
     text = text[text.index("### Shared weights and bfloat16") : text.index("### Small maps")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    cases = json.loads((ROOT / "benchmarks/results/speed/kernel-forms-cpu.json").read_text())["cases"]
-    measured = {}
-    for case in cases:
-        *size, features = case["size (B,C,H,W,S)"]
-        found = {name: row["ratio"][1] for name, row in case["1 thread"].items()}
-        measured.setdefault((" x ".join(map(str, size)), str(features)), {})[case["dtype"], case["pass"]] = found
+    rows = rows_of(text)
+    measured = measured_at_one_thread("kernel-forms-cpu.json")
     assert len(rows) == 1 + len(measured) == 9
     for size, features, *cells in rows[1:]:
-        found, passes = measured[size, features], ("forward", "train")
+        found, passes = measured[f"{size}, S = {features}"], ("forward", "train")
         shared = [1 / found[dtype, name]["shared"] for dtype in ("float32", "bfloat16") for name in passes]
         assert cells == [f"{r:.2f}" for r in (*shared, *(found["bfloat16", name]["float32"] for name in passes))]
 
@@ -102,7 +107,7 @@ def test_what_the_mixer_is_worth_is_what_the_runs_say():
 
     text = PAGES
     text = text[text.index("## What the mixer is worth") : text.index("**Beside a convolution.**")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    rows = rows_of(text)
     done = study.read(study.RESULTS)
     found = {task: report.at_best(done, task, "bare", study.STEPS) for task in ("classes", "tracing")}
     names = {contender.title: name for name, contender in study.CONTENDERS.items()}
@@ -181,7 +186,7 @@ def test_the_losses_of_denoising_are_those_of_the_report():
     report = (ROOT / "benchmarks/results/quality/denoising/report.md").read_text(encoding="utf-8")
     text = PAGES
     text = text[text.index("GSPN-DiT was trained beside DiT") : text.index("So the scan is worth about half")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = rows_of(text)[1:]
     assert len(rows) == 6
     measured = {line.split("|")[1].strip(): line.split("|") for line in report.splitlines() if line.startswith("| ")}
     for title, *shown in rows:
@@ -197,7 +202,7 @@ def test_the_losses_of_denoising_are_those_of_the_report():
 def test_the_longer_trainings_of_denoising_are_those_of_the_runs():
     text = PAGES
     text = text[text.index("| after 4,800 steps") : text.index("All took the rate that was best")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = rows_of(text)[1:]
     runs = ("ours", "ours-positions", "ours-gated-positions", "dit")
     for name, (_, loss, noisiest, larger) in zip(runs, rows, strict=True):
         file = ROOT / f"benchmarks/results/quality/denoising/{name}-lr0.01-seed0-4800steps.json"
@@ -223,7 +228,7 @@ def test_what_keeping_attentions_costs_is_what_was_counted():
     counted = counted["SDXL, one step, attentions kept"]
     text = (ROOT / "docs/text-to-image.md").read_text(encoding="utf-8")
     text = text[text.index("| kept | 1024x1024 |") : text.index("In SDXL the lowest level")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    rows = rows_of(text)
     sizes = rows[0][1:]
     for names, row in zip(("none", "mid_block", "lowest", "level:1"), rows[1:], strict=True):
         shares = [counted[size][names]["operations"] / counted[size]["all"]["operations"] for size in sizes]
@@ -248,7 +253,7 @@ def test_what_replacing_the_weights_costs_is_what_was_measured():
     found = json.loads((ROOT / "benchmarks/results/quality/mixers/inside/classes-bare.json").read_text())
     text = PAGES
     text = text[text.index("| | learning rate | its own weights |") : text.index("So centring, at either rate")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = rows_of(text)[1:]
     names = ("gspn-global", "gspn-global, rate 0.012", "gspn-center", "gspn-center, rate 0.012")
     for row, content in zip(rows, (found[name] for name in names), strict=True):
         assert (content["steps"], content["seed"]) == (600, 0)

@@ -89,6 +89,23 @@ def test_scratch_is_not_much_more_than_that_of_avx512(shape, backward):
     assert estimates[0] <= 2 * estimates[1]
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_scratch_is_as_estimated(backward):
+    """Of wide rows with many features, whose packing takes more than their scan."""
+    code = f"""
+maps = [torch.randn(1, n, 9, 4096).bfloat16() for n in (16, 512, 16)]
+projections = [torch.randn(s) for s in ((1, 3, 16, 512), (1, 16, 512), (1, 16, 512))]
+tensors = (*maps[:2], *projections, None, [1])
+print(cpu.propagate_scratch_bytes(*tensors[:3], [1], backward={backward}, threads=1))
+cpu.scratch_peak_bytes(reset=True)
+torch.set_num_threads(1)
+cpu.propagate_backward(maps[2], *tensors) if {backward} else cpu.propagate(*tensors)
+print(cpu.scratch_peak_bytes())
+"""
+    estimate, peak = map(int, fresh("import torch\nfrom gspn.kernels import cpu\n" + code).stdout.split())
+    assert estimate <= peak <= estimate + 2 * (2 << 20)  # two buffers, rounded up to huge pages
+
+
 def test_refused_permission_leaves_avx512():
     """Linux refuses the registers while a thread's stack for signals is too small to keep them."""
     small_stack = """

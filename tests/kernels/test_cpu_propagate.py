@@ -243,8 +243,7 @@ def test_float32_is_as_accurate_as_eager_torch(case, isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_16_bit_storage_costs_one_rounding(case, isa, dtype):
-    rounding = torch.finfo(dtype).eps / 2
-    exponential = 7.5e-5  # the error of those that the weights of y come from
+    rounding, exponential = torch.finfo(dtype).eps / 2, 7.5e-5  # the second: of those that y's weights come from
     product = 2**-16 if isa == "amx" and dtype == torch.bfloat16 else 2e-6  # tiles multiply two terms of bfloat16
     for layout in LAYOUTS:
         y, grads, expected, expected_grads = run(case, dtype, layout, isa=isa, threads=1)
@@ -414,15 +413,13 @@ def assert_same_finiteness(found, expected):
 @pytest.mark.skipif("amx" not in ISAS, reason="no AMX on this machine")
 def test_tiles_hide_no_nan_and_no_infinity(segment, where, poison):
     """They may spread further than in the definition (propagate/tiles.h), but not to another image."""
-    case = Case(2, 17, 30, 28, 24, segment=segment, centered=True)
-    grad_y, inputs, _, _ = problem(case, torch.bfloat16)
+    grad_y, inputs, _, _ = problem(Case(2, 17, 30, 28, 24, segment=segment, centered=True), torch.bfloat16)
     maps = {"grad_y": grad_y, **dict(zip(NAMES, inputs, strict=True))}
     maps[where] = maps[where].clone()
     maps[where].view(-1)[maps[where].numel() // 2] = poison
-    grad_y, inputs = maps.pop("grad_y"), list(maps.values())
+    grad_y, *inputs = maps.values()
     expected, expected_grads = gradients(grad_y, *inputs, directions=ALL, segment=segment)
-    arguments = cast(inputs, torch.bfloat16)
-    y = forward(arguments, ALL, segment, isa="amx")
+    y = forward(arguments := cast(inputs, torch.bfloat16), ALL, segment, isa="amx")
     assert not (y.isfinite() & ~expected.isfinite()).any()
     other = where in ("x", "proxy", "grad_y")  # the poison is in the second image
     assert not other or y[0].isfinite().all()

@@ -1,5 +1,5 @@
 // The products of propagate by AMX, for maps of bfloat16. The processor multiplies tiles: 16 rows of 32 bf16 by 32 rows
-// of 16, into 16 rows of 16 float. That is 16 times as fast as vectors of float.
+// of 16, into 16 rows of 16 float. At its peak that is 16 times as fast as vectors of float.
 //
 // The proxy is bf16, so nothing is lost by it. Projections and gradients are float: each is split into two terms of
 // bf16, high and low. Of a product with a proxy 2^-16 may be lost. Of a product of two floats that of the low terms is
