@@ -412,7 +412,7 @@ def assert_same_finiteness(found, expected):
 @pytest.mark.parametrize("segment", [None, 9])
 @pytest.mark.skipif("amx" not in ISAS, reason="no AMX on this machine")
 def test_tiles_hide_no_nan_and_no_infinity(segment, where, poison):
-    """They may spread further than in the definition (propagate/tiles.h), but not to another image."""
+    """They may spread further than in the definition (propagate/amx.h), but not to another image."""
     grad_y, inputs, _, _ = problem(Case(2, 17, 30, 28, 24, segment=segment, centered=True), torch.bfloat16)
     maps = {"grad_y": grad_y, **dict(zip(NAMES, inputs, strict=True))}
     maps[where] = maps[where].clone()

@@ -1,5 +1,5 @@
 // The one vector layer of the CPU kernels: everything that depends on the instruction set is in this file, except the
-// tiles of AMX (propagate/tiles.h).
+// tiles of AMX (propagate/amx.h).
 //
 // A translation unit defines GSPN_NS (a namespace of its own) and GSPN_LANES (float lanes: 16, 8 or 4), is compiled
 // with the flags of its instruction set and includes the kernels. Everything has internal linkage: a weak symbol that

@@ -345,7 +345,7 @@ template <class A> struct Backward {
         store(s.sum, load(s.sum) + carried.sum);  // a sum of sums of lines: less rounding than one sum
     }
 
-    // Packs the gradients of a strip, and passes those of its bundle on if they are complete (tile_gradients.h).
+    // Packs the gradients of a strip, and passes those of its bundle on if they are complete (amx_gradients.h).
     template <int OUT, int WEIGHTS>
     void pass_on_tiles(const Block& b, int i, int64_t t, int64_t p, int64_t n, A* dproxy, int64_t dproxy_step) const {
         constexpr int columns = columns_of(OUT, WEIGHTS), logits = logit_columns(WEIGHTS);

@@ -4,10 +4,10 @@
 #include "common.h"
 #include "maps.h"
 #include "parallel.h"
+#include "propagate/amx_gradients.h"
 #include "propagate/gemm.h"
 #include "propagate/merge.h"
 #include "propagate/pixel.h"
-#include "propagate/tile_gradients.h"
 
 namespace GSPN_NS {
 namespace {

@@ -1,8 +1,8 @@
-// The gradients of the projections and of the proxy by tiles (tiles.h), out of the gradients of the projected maps.
+// The gradients of the projections and of the proxy by tiles (amx.h), out of the gradients of the projected maps.
 // They are made for a bundle of up to 64 pixels at a time, which may be several short lines: every product reads and
 // writes all gradients of the projections, however few its pixels are.
 #pragma once
-#include "propagate/tiles.h"
+#include "propagate/amx.h"
 
 namespace GSPN_NS {
 namespace {
