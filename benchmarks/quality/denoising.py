@@ -1,13 +1,14 @@
-"""Trains small generators on CIFAR-10 alike, and compares how well they denoise, at the trained size and at others.
+"""Trains small generators alike, and compares how well they denoise, at the trained size and at others.
 
 python -m benchmarks.quality.denoising --photos FOLDER --minutes 60    makes missing runs, the most important first
 python -m benchmarks.quality.denoising --list                          says what is done and what is missing
 python -m benchmarks.quality.denoising --report                        tables and a picture of the finished runs
 
-FOLDER holds CIFAR-10 as tables with the splits train and test. The command may be stopped at any time and started
-again: only complete runs are written, one JSON file each. All models have patches of 2 (16x16 tokens), predict v and
-see the same photos, classes, timesteps and noise in the same order. The loss is the squared error of v, of the averaged
-weights, on test photos with fixed timesteps and noise.
+FOLDER holds CIFAR-10, or other images of at most 32x32 pixels (smaller ones get a black margin),
+with the splits train and test. The command may be stopped at any time and started again: only complete runs are
+written, one JSON file each. All models have patches of 2 (16x16 tokens), predict v and see the same images, classes,
+timesteps and noise in the same order. The loss is the squared error of v, of the averaged weights, on test images with
+fixed timesteps and noise. With --sizes each batch has another size, chosen as `gspn train-diffusion --sizes` does.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -28,12 +31,13 @@ from benchmarks.harness import harness, study
 from benchmarks.quality.denoising_blocks import ConvNeXtBlock, DiCoBlock, GatedPositions
 from benchmarks.quality.mixers.tasks import Photos
 from gspn.bench.contenders import Attention, OnMaps
+from gspn.data.labelled import open_data
 from gspn.depthwise import DepthwiseConv2d
 from gspn.models.dit import create_dit
 from gspn.models.generator import GSPNTransformer2DModel
 from gspn.models.gspn_dit import GSPNDiTTransformer2DModel
 from gspn.tasks.objective import Objective, make_scheduler
-from gspn.tasks.sizes import resized
+from gspn.tasks.sizes import RandomSizes, resized
 from gspn.train.muon import PROJECTIONS, Muon, matrices_of
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "denoising"
@@ -44,7 +48,8 @@ SEEDS = (0, 1)
 SIZES = {"32x32": 2_000, "48x48": 400, "64x64": 400, "32x64": 400}  # test photos at each size
 TRAINED = "32x32"
 BUCKETS = 5  # of the timesteps
-CLASSES = 10
+SIDE = 32  # pixels a side of an image
+HELD_OUT = 5_000  # the last training images, by which the learning rate is chosen; at most a tenth
 
 
 # -- the contenders --
@@ -70,7 +75,7 @@ def as_dit(module: nn.Module) -> nn.Module:
 
 def _ours(mixer: Callable[[int], nn.Module] | None = None, **config) -> nn.Module:
     """GSPN-DiT, with another mixer in the scan's place."""
-    shape = dict(sample_size=32, patch_size=2, in_channels=3, learn_sigma=False, num_classes=CLASSES)
+    shape = dict(sample_size=SIDE, patch_size=2, in_channels=3, learn_sigma=False, num_classes=10)
     shape |= dict(class_dropout_prob=DROPPED, prediction_type="v_prediction", hidden_size=64, depth=4)
     model = GSPNDiTTransformer2DModel(**shape | config)
     for block in model.blocks:
@@ -79,61 +84,63 @@ def _ours(mixer: Callable[[int], nn.Module] | None = None, **config) -> nn.Modul
     return model
 
 
-def _convolutions(block: type[nn.Module], expansion: float, depth: int) -> nn.Module:
+def _convolutions(block: type[nn.Module], expansion: float, depth: int, **data) -> nn.Module:
     """GSPN-DiT's patches, embeddings and end around other blocks."""
-    model = _ours()
+    model = _ours(**data)
     model.blocks = nn.ModuleList(as_dit(block(64, expansion)) for _ in range(depth))
     return model
 
 
-def _gated_positions() -> nn.Module:
+def _gated_positions(**data) -> nn.Module:
     """GSPN-DiT with positions that timestep and class switch on."""
-    model = _ours()
+    model = _ours(**data)
     model.blocks.insert(0, GatedPositions(64, trained=16))
     return model
 
 
 def _paper(**config) -> nn.Module:
-    shape = dict(sample_size=32, patch_size=2, in_channels=3, learn_sigma=False, num_classes=CLASSES)
+    shape = dict(sample_size=SIDE, patch_size=2, in_channels=3, learn_sigma=False, num_classes=10)
     shape |= dict(class_dropout_prob=DROPPED, prediction_type="v_prediction", segment=None)
     return GSPNTransformer2DModel(**shape | config)
 
 
-def _dit(width: int, depth: int) -> nn.Module:
-    shape = dict(sample_size=32, in_channels=3, learn_sigma=False, num_classes=CLASSES)
+def _dit(width: int, depth: int, **data) -> nn.Module:
+    shape = dict(sample_size=SIDE, in_channels=3, learn_sigma=False, num_classes=10) | data
     return create_dit("DiT-micro/2", **shape, num_layers=depth, num_attention_heads=4, attention_head_dim=width // 4)
 
 
 class Contender(NamedTuple):
-    """`title` is what tables call it, `make` gives the model, `square`: it takes no other maps."""
+    """`title` is what tables call it, `make` gives the model for `in_channels` and `num_classes` (those of CIFAR-10
+    where they are not given), `square`: it takes no other maps."""
 
     title: str
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     square: bool = False
 
 
 CONTENDERS = {
-    "dit": Contender("DiT", lambda: _dit(64, 4), square=True),
+    "dit": Contender("DiT", partial(_dit, 64, 4), square=True),
     "ours": Contender("GSPN-DiT", _ours),
-    "ours-none": Contender("GSPN-DiT without its scan", lambda: _ours(lambda width: NoScan(), mlp_ratio=3.7)),
+    "ours-none": Contender("GSPN-DiT without its scan", partial(_ours, lambda width: NoScan(), mlp_ratio=3.7)),
     "ours-attention": Contender(
         "GSPN-DiT, attention in the scan's place",
-        lambda: _ours(lambda width: OnMaps(Attention(width, 4)), mlp_ratio=2.2),
+        partial(_ours, lambda width: OnMaps(Attention(width, 4)), mlp_ratio=2.2),
     ),
     "ours-attention-positions": Contender(
         "GSPN-DiT, attention in the scan's place, positions",
-        lambda: _ours(lambda width: OnMaps(Attention(width, 4)), mlp_ratio=2.2, positions=True),
+        partial(_ours, lambda width: OnMaps(Attention(width, 4)), mlp_ratio=2.2, positions=True),
     ),
     "ours-dw7": Contender(
         "GSPN-DiT, depthwise 7x7 in the scan's place",
-        lambda: _ours(lambda width: DepthwiseConv2d(width, 7), mlp_ratio=3.3),
+        partial(_ours, lambda width: DepthwiseConv2d(width, 7), mlp_ratio=3.3),
     ),
-    "convnext": Contender("ConvNeXt V2's block (FCDM)", lambda: _convolutions(ConvNeXtBlock, 3.8, 6)),
-    "dico": Contender("DiCo's block", lambda: _convolutions(DiCoBlock, 4.0, 4)),
-    "ours-positions": Contender("GSPN-DiT with positions", lambda: _ours(positions=True)),
+    "convnext": Contender("ConvNeXt V2's block (FCDM)", partial(_convolutions, ConvNeXtBlock, 3.8, 6)),
+    "dico": Contender("DiCo's block", partial(_convolutions, DiCoBlock, 4.0, 4)),
+    "ours-positions": Contender("GSPN-DiT with positions", partial(_ours, positions=True)),
     "ours-gated-positions": Contender("GSPN-DiT with gated positions", _gated_positions),
-    "ours-centred": Contender("GSPN-DiT, centred", lambda: _ours(center=True)),
-    "paper": Contender("the paper's block", lambda: _paper(hidden_size=96, depth=4)),
+    "ours-centred": Contender("GSPN-DiT, centred", partial(_ours, center=True)),
+    "ours-sized": Contender("GSPN-DiT, told the size", partial(_ours, size_condition=True)),
+    "paper": Contender("the paper's block", partial(_paper, hidden_size=96, depth=4)),
 }
 
 
@@ -153,11 +160,40 @@ class Run(NamedTuple):
 MAIN = ("dit", "ours", "ours-none", "ours-attention")
 
 
+# -- the images --
+
+
+def open_images(folder: Path) -> Photos:
+    """uint8 images (N,C,32,32) and labels of "train", "val" and "test", from what `gspn train` opens."""
+    splits = open_data(folder).splits
+    missing = {"train", "test"} - set(splits)
+    if missing:
+        raise ValueError(f"{folder} has no split {', '.join(sorted(missing))}; expected train and test")
+    images, labels = _decoded(splits["train"])
+    held_out = min(HELD_OUT, len(images) // 10)
+    return Photos(
+        {
+            "train": (images[:-held_out], labels[:-held_out]),
+            "val": (images[-held_out:], labels[-held_out:]),
+            "test": _decoded(splits["test"]),
+        }
+    )
+
+
+def _decoded(split) -> tuple[Tensor, Tensor]:
+    images = np.stack([np.asarray(split.image(i)) for i in range(len(split))])
+    images = torch.from_numpy(images).view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
+    below, right = SIDE - images.shape[2], SIDE - images.shape[3]
+    if min(below, right) < 0:
+        raise ValueError(f"expected images of at most {SIDE}x{SIDE}, got {images.shape[2]}x{images.shape[3]}")
+    return F.pad(images, (right // 2, right - right // 2, below // 2, below - below // 2)), split.labels
+
+
 # -- one run --
 
 
-def pixels(photos: Tensor, size: tuple[int, int] = (32, 32)) -> Tensor:
-    """uint8 photos (B,3,32,32) in [-1, 1] at `size`."""
+def pixels(photos: Tensor, size: tuple[int, int] = (SIDE, SIDE)) -> Tensor:
+    """uint8 photos (B,C,32,32) in [-1, 1] at `size`."""
     return resized(photos.float() / 127.5 - 1, size)
 
 
@@ -168,10 +204,13 @@ def denoised(model: nn.Module, objective: Objective, start: Tensor, noise: Tenso
 
 
 @torch.no_grad()
-def measure(model: nn.Module, objective: Objective, photos: tuple[Tensor, Tensor], size: str, count: int) -> dict:
-    """The loss on `count` photos at `size`, in all and by timestep; the null class's loss minus that of the right
-    class; at the trained size, each photo's loss too, for paired differences."""
+def measure(
+    model: nn.Module, objective: Objective, photos: tuple[Tensor, Tensor], size: str, count: int, null_class: int = 10
+) -> dict:
+    """The loss on `count` photos at `size` (on all where they are fewer), in all and by timestep; the null class's loss
+    minus that of the right class; at the trained size, each photo's loss too, for paired differences."""
     height, width = map(int, size.split("x"))
+    count = min(count, len(photos[0]))
     source = torch.Generator().manual_seed(7)
     steps = (torch.arange(count) + torch.rand(count, generator=source)) / count * objective.steps
     steps = steps.long()[torch.randperm(count, generator=source)]
@@ -181,7 +220,7 @@ def measure(model: nn.Module, objective: Objective, photos: tuple[Tensor, Tensor
         noise = torch.randn(start.shape, generator=source)
         label = photos[1][index]
         right.append(denoised(model, objective, start, noise, t, label))
-        null.append(denoised(model, objective, start, noise, t, torch.full_like(label, CLASSES)))
+        null.append(denoised(model, objective, start, noise, t, torch.full_like(label, null_class)))
     right, null = torch.cat(right), torch.cat(null)
     bucket = steps * BUCKETS // objective.steps
     by_step = lambda values: [round(values[bucket == i].mean().item(), 5) for i in range(BUCKETS)]  # noqa: E731
@@ -202,27 +241,42 @@ def make_optimizer(model: nn.Module, rate: float, name: str) -> torch.optim.Adam
 
 
 def train(
-    run: Run, photos: Photos, sizes: dict[str, int] = SIZES, batch: int = BATCH, optimizer_name: str = "adamw"
+    run: Run,
+    photos: Photos,
+    sizes: dict[str, int] = SIZES,
+    batch: int = BATCH,
+    optimizer_name: str = "adamw",
+    factors: tuple[float, float] | None = None,
 ) -> dict:
-    """Trains and measures; returns the content of the run's file. Times are those of the thread's own CPU clock."""
+    """Trains and measures; returns the content of the run's file. Times are those of the thread's own CPU clock.
+
+    `factors`: the least and the largest of a batch's height and width over 32, drawn anew for each batch. Those of
+    models that take only squares are equal, so the pixels of such batches are 1.22 times as many on average from 0.75
+    to 1.5, where those of others are 1.17 times as many.
+    """
     torch.manual_seed(run.seed)
-    contender = CONTENDERS[run.contender]
-    model, (images, labels) = contender.make().train(), photos["train"]
+    contender, (images, labels) = CONTENDERS[run.contender], photos["train"]
+    classes = int(labels.max()) + 1
+    model = contender.make(in_channels=images.shape[1], num_classes=classes).train()
+    resize = RandomSizes(*factors, 2, square=contender.square) if factors else lambda start: start
+    torch.manual_seed(2_000 + run.seed)  # of the sizes; models draw different numbers of random weights before
     for module in model.modules():
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0  # classes are dropped below, the same for each contender
     objective = Objective(make_scheduler("v_prediction", learn_sigma=False, beta_schedule="squaredcos_cap_v2"))
     optimizer = make_optimizer(model, run.rate, optimizer_name)
     averaged, source = copy.deepcopy(model), torch.Generator().manual_seed(1_000 + run.seed)
+    # noise of random sizes has a source of its own, so that the images, classes and timesteps stay the same
+    noises = torch.Generator().manual_seed(3_000 + run.seed) if factors else source
     order = torch.cat(
         [torch.randperm(len(images), generator=source) for _ in range(1 + run.steps * batch // len(images))]
     )
     curve, recent, seconds = [], [], 0.0
     for step in range(run.steps):
         index = order[step * batch : (step + 1) * batch]
-        start, t = pixels(images[index]), torch.randint(objective.steps, (batch,), generator=source)
-        noise = torch.randn(start.shape, generator=source)
-        label = labels[index].where(torch.rand(batch, generator=source) >= DROPPED, CLASSES)
+        start, t = resize(pixels(images[index])), torch.randint(objective.steps, (batch,), generator=source)
+        noise = torch.randn(start.shape, generator=noises)
+        label = labels[index].where(torch.rand(batch, generator=source) >= DROPPED, classes)
         warm = min(1.0, (step + 1) / WARM_UP)
         for group in optimizer.param_groups:
             group["lr"] = run.rate * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * step / run.steps)))
@@ -245,10 +299,11 @@ def train(
     return {
         **run._asdict(),
         "optimizer": optimizer_name,
+        **({"factors": factors} if factors else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "finite": all(math.isfinite(row["loss"]) for row in curve),
-        "val": measure(averaged, objective, photos["val"], TRAINED, wanted[TRAINED])["loss"],
-        "test": {size: measure(averaged, objective, photos["test"], size, n) for size, n in wanted.items()},
+        "val": measure(averaged, objective, photos["val"], TRAINED, wanted[TRAINED], classes)["loss"],
+        "test": {size: measure(averaged, objective, photos["test"], size, n, classes) for size, n in wanted.items()},
         "curve": curve,
         "cpu_ms_per_step": round(1e3 * seconds / run.steps, 1),
     }
@@ -319,6 +374,9 @@ def report(folder: Path) -> str:
     made = [content for run, content in done.items() if run.steps == STEPS]
     ours, (processor, ms) = at_best(done, "ours"), study.times(made, "cpu_ms_per_step")
     optimizers = sorted({content.get("optimizer", "adamw") for content in done.values()})  # of before: AdamW alone
+    (data,) = {content.get("data", "CIFAR-10") for content in done.values()}  # of before: CIFAR-10 alone
+    factors = {tuple(content["factors"]) for content in done.values() if "factors" in content}
+    sizes = "".join(f", at random sizes from {low:g} to {high:g} times" for low, high in factors)
     rows, notes = [], []
     for name, contender in sorted(CONTENDERS.items(), key=lambda item: item[0] != "ours"):
         by_seed = at_best(done, name)
@@ -344,8 +402,9 @@ def report(folder: Path) -> str:
     header = ["model", "parameters", "rate", "seeds", f"loss at {TRAINED}", "minus GSPN-DiT"]
     header += ["over seeds", *list(SIZES)[1:], "class is worth", "CPU ms a step"]
     about = (
-        f"# Denoising on CIFAR-10\n\n{STEPS} steps of {BATCH} photos, 16x16 tokens, with {' and '.join(optimizers)}. "
-        f"Made by `python -m benchmarks.quality.denoising --report`. Commits: {study.commits(made)}.\n\n"
+        f"# Denoising on {data}\n\n{STEPS} steps of {BATCH} images, 16x16 tokens{sizes}, with "
+        f"{' and '.join(optimizers)}. Made by `python -m benchmarks.quality.denoising --report`. "
+        f"Commits: {study.commits(made)}.\n\n"
         "The error of a difference is that of its mean over the same test photos, timesteps and noise, each photo's "
         "difference being its mean over the seeds that both models have. *over seeds* tells what another seed "
         "changes: the difference with its sample standard deviation over these seeds, where there are several. "
@@ -379,7 +438,13 @@ def draw(folder: Path, out: Path) -> None:
 
 
 def work(
-    folder: Path, photos: Photos, minutes: float, optimizer: str = "adamw", runs: Sequence[Run] | None = None
+    folder: Path,
+    photos: Photos,
+    minutes: float,
+    runs: Sequence[Run] | None = None,
+    optimizer: str = "adamw",
+    factors: tuple[float, float] | None = None,
+    data: str = "CIFAR-10",
 ) -> int:
     """Makes `runs`, or else what is missing, until the time is over. Returns the number of runs."""
 
@@ -387,26 +452,32 @@ def work(
         losses = ", ".join(f"{size} {found['loss']:.4f}" for size, found in content["test"].items())
         return f"{losses}; {content['cpu_ms_per_step']:.0f} ms a step"
 
-    made = partial(train, photos=photos, optimizer_name=optimizer)
+    def made(run: Run) -> dict:
+        return train(run, photos=photos, optimizer_name=optimizer, factors=factors) | {"data": data}
+
     return study.work(folder, Run, wanted, made, told, minutes, runs)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     study.add_options(parser, RESULTS, Run, CONTENDERS)
-    parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
+    parser.add_argument("--photos", type=Path, help="the folder of the images")
+    parser.add_argument("--name", default="CIFAR-10", help="what the images are called; others need another folder")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="needs another folder (--out)")
     parser.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw", help="runs of muon need another folder (--out)"
+        "--sizes", nargs=2, type=float, metavar=("LOW", "HIGH"), help="train at random sizes; needs another folder"
     )
     arguments = parser.parse_args()
-    if arguments.optimizer != "adamw" and arguments.out == RESULTS:
-        parser.error(f"{RESULTS} holds the runs of AdamW: give another folder with --out")
+    given = (arguments.optimizer, arguments.sizes, arguments.name)
+    if given != ("adamw", None, "CIFAR-10") and arguments.out == RESULTS:
+        parser.error(f"{RESULTS} holds the runs of AdamW at one size on CIFAR-10: give another folder with --out")
     if study.told(arguments, read, wanted, report, draw):
         return
     if arguments.photos is None:
         parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
     torch.set_num_threads(1)
-    work(arguments.out, Photos.open(arguments.photos), arguments.minutes, arguments.optimizer, arguments.runs)
+    photos, factors = open_images(arguments.photos), tuple(arguments.sizes) if arguments.sizes else None
+    work(arguments.out, photos, arguments.minutes, arguments.runs, arguments.optimizer, factors, arguments.name)
 
 
 if __name__ == "__main__":

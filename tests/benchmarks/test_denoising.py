@@ -7,7 +7,7 @@ import torch.nn.functional as F
 pytest.importorskip("matplotlib")
 
 from benchmarks.quality import denoising
-from benchmarks.quality.denoising import CLASSES, CONTENDERS, RATES, SEEDS, Run
+from benchmarks.quality.denoising import CONTENDERS, RATES, SEEDS, Run
 from benchmarks.quality.denoising_blocks import ConvNeXtBlock, DiCoBlock
 from benchmarks.quality.mixers.tasks import Photos
 from gspn.tasks.objective import Objective, make_scheduler
@@ -63,7 +63,7 @@ def test_what_is_measured(photos):
 
     class Known(torch.nn.Module):
         def forward(self, x, timestep, class_labels):
-            wrong = (class_labels == CLASSES).float().view(-1, 1, 1, 1)
+            wrong = (class_labels == 10).float().view(-1, 1, 1, 1)
             return type("", (), {"sample": torch.zeros_like(x) + 2 * wrong})
 
     objective = Objective(make_scheduler("v_prediction", learn_sigma=False))
