@@ -68,7 +68,7 @@ def train(run: Run, scenes: Path, console: Console | None = None, **more) -> dic
         seed=run.seed,
         workers=0,
         channels_last=True,
-        **{"precision": "bf16", **more},
+        **{"precision": "bf16", "optimizer": "adamw", **more},
     )
     with exchanged(run.contender), tempfile.TemporaryDirectory() as folder:
         path, began, at = Path(folder) / "run", time.thread_time(), {}
@@ -80,6 +80,7 @@ def train(run: Run, scenes: Path, console: Console | None = None, **more) -> dic
             at[str(factor)] |= {"seconds_with_metrics": round(1 / found["model_images_per_second"], 4)}
         return {
             **run._asdict(),
+            "optimizer": options.optimizer,
             "parameters": study.parameters_of(made(run.contender)),
             "val_miou": max(row["miou"] for row in rows),
             "curve": [{name: row[name] for name in ("epoch", "train_loss", "val_loss", "miou")} for row in rows],
@@ -144,12 +145,14 @@ def chosen(done: dict[Run, dict], name: str, epochs: int, scale: float) -> list[
 def report(folder: Path) -> str:
     """Markdown: each contender at its best rate, with the mean over the seeds."""
     done = read(folder)
+    optimizers = sorted({content.get("optimizer", "adamw") for content in done.values()})  # of before: AdamW alone
     text = (
         "# Street scenes with other mixers in the place of GSPN\n\nMade by `python -m benchmarks.quality.segmentation "
         "--report`. CamVid, from random weights; mean IoU on the 233 test images, against masks of 480x360. *rate*: "
         "the best of how many learning rates, by the validation images. Of several seeds a figure is the mean ± the "
         "sample standard deviation (n - 1). *CPU s*: of a training with its validations and pictures, while other work "
-        f"ran beside; the median of the runs on one processor. Commits: {study.commits(done.values())}.\n"
+        f"ran beside; the median of the runs on one processor. Optimizer: {' and '.join(optimizers)}. "
+        f"Commits: {study.commits(done.values())}.\n"
     )
     ran = {run.contender for run in done}
     for model, epochs, scale in groups(done):
@@ -208,7 +211,13 @@ def draw(folder: Path, out: Path) -> None:
 
 
 def work(
-    folder: Path, scenes: Path, minutes: float, epochs: int, scale: float, runs: Sequence[Run] | None = None
+    folder: Path,
+    scenes: Path,
+    minutes: float,
+    epochs: int,
+    scale: float,
+    runs: Sequence[Run] | None = None,
+    optimizer: str = "adamw",
 ) -> int:
     """Makes `runs`, or else what is missing, until the time is over. Returns the number of runs."""
 
@@ -217,7 +226,8 @@ def work(
         return f"validation {content['val_miou']:.2%}; test, {found}"
 
     every = lambda done: wanted(done, epochs, scale)  # noqa: E731
-    return study.work(folder, Run, every, lambda run: train(run, scenes), told, minutes, runs)
+    made = lambda run: train(run, scenes, optimizer=optimizer)  # noqa: E731
+    return study.work(folder, Run, every, made, told, minutes, runs)
 
 
 def main():
@@ -226,13 +236,17 @@ def main():
     parser.add_argument("--scenes", type=Path, help="the folder of CamVid")
     parser.add_argument("--epochs", type=int, default=12, help="of training (default: 12)")
     parser.add_argument("--scale", type=float, default=0.25, help="of the training images (default: 0.25)")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="needs another folder (--out)")
     arguments = parser.parse_args()
+    if arguments.optimizer != "adamw" and arguments.out == RESULTS:
+        parser.error(f"{RESULTS} holds the runs of AdamW: give another folder with --out")
     if study.told(arguments, read, lambda done: wanted(done, arguments.epochs, arguments.scale), report, draw):
         return
     if arguments.scenes is None:
         parser.error("--scenes is missing: give the folder of CamVid, tables with train, validation and test")
     torch.set_num_threads(1)
-    work(arguments.out, arguments.scenes, arguments.minutes, arguments.epochs, arguments.scale, arguments.runs)
+    given = (arguments.minutes, arguments.epochs, arguments.scale, arguments.runs, arguments.optimizer)
+    work(arguments.out, arguments.scenes, *given)
 
 
 if __name__ == "__main__":
