@@ -24,6 +24,11 @@ def LinearAttention(channels: int) -> nn.Module:
     return OnMaps(contenders.LinearAttention(channels, bias=False))
 
 
+def LinearAttentionConvolution(channels: int) -> nn.Module:
+    """ReLU linear attention with a 5x5 depthwise convolution of the values (LiT's), with the same projections."""
+    return OnMaps(contenders.ReluLinearAttentionConvolution(channels, bias=False))
+
+
 class Unfused(nn.Module):
     """The GSPN layer in its usual form: 1x1 convolutions make all maps, a native scan reads them, torch merges."""
 

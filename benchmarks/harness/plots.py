@@ -17,6 +17,7 @@ COLOURS = {
     "unfused, tuned": "#e07b22",
     "unfused": "#f0b27a",
     "linear attention": "#3a8f5c",
+    "relu attention + 5x5": "#8bc34a",
     "attention": "#c62828",
     "reference": "#5f6368",
     "prototype": "#8e6bb0",
@@ -26,7 +27,8 @@ COLOURS = {
 
 def label_of(case: dict) -> str:
     if "model" in case:
-        return f"{case['model'].removeprefix('gspn_')} {case['side']}², B{case['batch']}\n{case['pass']}"
+        short = " bf16" * (case.get("dtype") == "bfloat16")
+        return f"{case['model'].removeprefix('gspn_')} {case['side']}²\nB{case['batch']} {case['pass']}{short}"
     batch, channels, height, width, features = case["size (B,C,H,W,S)"]
     return f"B{batch} C{channels}\n{height}x{width} S{features}"
 

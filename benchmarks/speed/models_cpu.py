@@ -1,9 +1,13 @@
 """Whole models on a CPU: images/s and peak memory, against the same backbone with other mixers and on the reference.
 
 python -m benchmarks.speed.models_cpu --out benchmarks/results/speed/models-cpu.json [--threads 1 2] [--profile]
+
+In bfloat16 models are evaluated with weights of that type and trained with float32 weights by autocast; the reference
+backend is measured in float32 alone.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -17,7 +21,12 @@ from gspn.layers import GSPNBlock
 
 CASES = [("gspn_micro", 28, 1, dict(num_classes=10, in_chans=1)), ("gspn_tiny", 224, 3, dict(num_classes=1000))]
 BATCHES = (1, 8)
-MIXERS = ("gspn", "reference", "attention", "linear attention")
+RIVALS = {
+    "attention": peers.Attention,
+    "linear attention": peers.LinearAttention,
+    "relu attention + 5x5": peers.LinearAttentionConvolution,
+}
+DTYPES = {"float32": ("gspn", "reference", *RIVALS), "bfloat16": ("gspn", *RIVALS)}  # and the mixers measured in each
 
 
 def build(case, mixer):
@@ -25,18 +34,18 @@ def build(case, mixer):
     name, _, _, arguments = case
     torch.manual_seed(0)
     model = gspn.create_model(name, **arguments, backend="reference" if mixer == "reference" else None)
-    if mixer.endswith("attention"):
-        kind = peers.Attention if mixer == "attention" else peers.LinearAttention
+    if mixer in RIVALS:
         for block in [m for m in model.modules() if isinstance(m, GSPNBlock)]:
-            block.gspn = kind(block.gspn.channels)
+            block.gspn = RIVALS[mixer](block.gspn.channels)
     return model.to(memory_format=torch.channels_last)
 
 
-def call_of(case, batch, mixer, train):
+def call_of(case, batch, mixer, train, dtype="float32"):
     _, side, channels, _ = case
     model = build(case, mixer).train(train)
     x = torch.randn(batch, channels, side, side).to(memory_format=torch.channels_last)
     if not train:
+        model, x = model.to(getattr(torch, dtype)), x.to(getattr(torch, dtype))
 
         def run():
             with torch.inference_mode():
@@ -47,7 +56,8 @@ def call_of(case, batch, mixer, train):
     target = torch.zeros(batch, dtype=torch.long)
 
     def step():
-        loss = torch.nn.functional.cross_entropy(model(x), target)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = torch.nn.functional.cross_entropy(model(x), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -55,19 +65,19 @@ def call_of(case, batch, mixer, train):
     return step
 
 
-def measure(case, batch, train, threads, rounds):
+def measure(case, batch, train, dtype, threads, rounds):
     torch.set_num_threads(threads)
-    calls = {mixer: call_of(case, batch, mixer, train) for mixer in MIXERS}
+    calls = {mixer: call_of(case, batch, mixer, train, dtype) for mixer in DTYPES[dtype]}
     found = harness.summary(harness.interleaved(calls, rounds, threads), "gspn")
     for row in found.values():
         row["images/s"] = round(1e3 * batch / row["ms"][1], 1)
     return found
 
 
-def memory_of(case_number, batch, train, mixer):
+def memory_of(case_number, batch, train, mixer, dtype):
     torch.set_num_threads(1)
-    call_of(("gspn_micro", 8, 1, dict(num_classes=2, in_chans=1)), 1, mixer, train)()
-    call = call_of(CASES[case_number], batch, mixer, train)
+    call_of(("gspn_micro", 8, 1, dict(num_classes=2, in_chans=1)), 1, mixer, train, dtype)()
+    call = call_of(CASES[case_number], batch, mixer, train, dtype)
     print(json.dumps({"mib": round(harness.peak_extra_mib(call), 1)}))
 
 
@@ -90,6 +100,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cases", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--profile", action="store_true", help="only print where the time goes")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -103,36 +114,30 @@ def main():
                 print(CASES[number][0], "train" if train else "eval", where_the_time_goes(CASES[number], 8, train))
         return
     content = {"what": "whole models", "environment": harness.environment(), "rounds": options.rounds, "cases": []}
-    for number in options.cases:
+    for number, batch, train, dtype in itertools.product(options.cases, BATCHES, (False, True), options.dtypes):
         case = CASES[number]
-        for batch in BATCHES:
-            for train in (False, True):
-                row = {"model": case[0], "side": case[1], "batch": batch, "pass": "train" if train else "eval"}
-                for threads in options.threads:
-                    found = measure(case, batch, train, threads, options.rounds)
-                    row[f"{threads} thread{'s' * (threads > 1)}"] = found
-                    times = ", ".join(f"{n} {v['ratio'][1]:.2f}x" for n, v in found.items() if n != "gspn")
-                    print(
-                        row["model"],
-                        batch,
-                        row["pass"],
-                        f"{threads}t: {found['gspn']['images/s']} images/s;",
-                        times,
-                        flush=True,
-                    )
-                if not options.no_memory:
-                    row["peak extra MiB"] = {
-                        m: harness.in_fresh_process(
-                            "benchmarks.speed.models_cpu", "--memory-of", json.dumps([number, batch, train, m])
-                        )["mib"]
-                        for m in MIXERS
-                    }
-                    print("   peak extra MiB:", row["peak extra MiB"], flush=True)
-                if not train:
-                    row["parameters"] = {m: sum(p.numel() for p in build(case, m).parameters()) for m in MIXERS}
-                row["where the time goes"] = where_the_time_goes(case, batch, train)
-                content["cases"].append(row)
-                harness.write_json(options.out, content)
+        row = {"model": case[0], "side": case[1], "batch": batch, "pass": "train" if train else "eval", "dtype": dtype}
+        for threads in options.threads:
+            found = measure(case, batch, train, dtype, threads, options.rounds)
+            row[f"{threads} thread{'s' * (threads > 1)}"] = found
+            times = ", ".join(f"{n} {v['ratio'][1]:.2f}x" for n, v in found.items() if n != "gspn")
+            told = (row["model"], batch, row["pass"], dtype, f"{threads}t: {found['gspn']['images/s']} images/s;")
+            print(*told, times, flush=True)
+        if not options.no_memory:
+            row["peak extra MiB"] = {
+                mixer: harness.in_fresh_process(
+                    "benchmarks.speed.models_cpu", "--memory-of", json.dumps([number, batch, train, mixer, dtype])
+                )["mib"]
+                for mixer in DTYPES[dtype]
+            }
+            print("   peak extra MiB:", row["peak extra MiB"], flush=True)
+        if not train:
+            row["parameters"] = {
+                mixer: sum(parameter.numel() for parameter in build(case, mixer).parameters())
+                for mixer in DTYPES[dtype]
+            }
+        content["cases"].append(row)
+        harness.write_json(options.out, content)
 
 
 if __name__ == "__main__":
