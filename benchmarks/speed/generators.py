@@ -6,9 +6,10 @@
 
 A step is one forward pass for one image with guidance, so two maps: latents of 4 channels, an eighth of the image's
 side. The weights are random and made anew for each size, so that DiT's positional embedding is computed beforehand;
-DiT's attention is torch's scaled_dot_product_attention. The dtype is bfloat16 on a GPU and float32 on a CPU. The
-outputs of GSPN and GSPN-DiT are first compared with those of the reference backend. DIR gets generators-cpu.json or
-generators-gpu.json, which is written after every size, and a figure.
+DiT's attention is torch's scaled_dot_product_attention. The dtype is bfloat16 on a GPU and, unless --dtype says
+otherwise, float32 on a CPU. The outputs of GSPN and GSPN-DiT are first compared with those of the reference backend in
+float32. DIR gets generators-cpu.json, generators-cpu-bfloat16.json or generators-gpu.json, which is written after every
+size, and a figure.
 """
 
 import argparse
@@ -30,7 +31,8 @@ COLOURS = {"GSPN-DiT": "#3a8f5c", "GSPN": "#2f6db3", "DiT": "#e07b22"}
 BASE = "GSPN-DiT"  # whose time the ratios are to
 
 
-def build(kind: str, name: str, size: int, device: torch.device) -> torch.nn.Module:
+def build(kind: str, name: str, size: int, device: torch.device, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """In eval; without `dtype` in bfloat16 on a GPU and in float32 elsewhere."""
     torch.manual_seed(0)
     create = create_dit if kind == "DiT" else create_generator
     with device:
@@ -38,7 +40,7 @@ def build(kind: str, name: str, size: int, device: torch.device) -> torch.nn.Mod
         for parameter in model.parameters():  # DiT and GSPN start with zeros where they predict
             if device.type != "meta" and not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
-    return model.eval().to(torch.bfloat16) if device.type == "cuda" else model.eval()
+    return model.eval().to(dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
 
 
 def call_of(model: torch.nn.Module, size: int, device: torch.device):
@@ -70,7 +72,8 @@ def gate(kind: str, name: str, device: torch.device) -> float:
 def measure(machine, name: str, size: int, options) -> dict:
     """{"GSPN-DiT-B/2": {...}, "DiT-B/2": {...}, ...}: ms, ratio to GSPN-DiT's time, extra memory in MiB."""
     device = machine.device if machine else torch.device("cpu")
-    calls = {f"{kind}-{name}": call_of(build(kind, name, size, device), size, device) for kind in COLOURS}
+    dtype = None if machine else getattr(torch, options.dtype)
+    calls = {f"{kind}-{name}": call_of(build(kind, name, size, device, dtype), size, device) for kind in COLOURS}
     if machine:
         found = gpu_harness.measure(machine, calls, f"{BASE}-{name}", options.seconds)
         machine.free()
@@ -79,7 +82,7 @@ def measure(machine, name: str, size: int, options) -> dict:
     found = harness.summary(harness.interleaved(calls, options.rounds, options.threads), f"{BASE}-{name}")
     calls.clear()
     for kind in COLOURS:
-        asked = json.dumps([kind, name, size, options.threads])
+        asked = json.dumps([kind, name, size, options.threads, options.dtype])
         memory = harness.in_fresh_process("benchmarks.speed.generators", "--memory-of", asked)
         found[f"{kind}-{name}"]["extra_mib"] = memory
     return found
@@ -107,11 +110,11 @@ def count(names: list[str], sizes: list[int]) -> list[dict]:
     return cases
 
 
-def memory_of(kind: str, name: str, size: int, threads: int) -> None:
+def memory_of(kind: str, name: str, size: int, threads: int, dtype: str) -> None:
     torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    run = call_of(build(kind, name, size, device), size, device)
-    call_of(build(kind, "micro/2", 64, device), 64, device)()  # what is loaded with the first call
+    device, type_ = torch.device("cpu"), getattr(torch, dtype)
+    run = call_of(build(kind, name, size, device, type_), size, device)
+    call_of(build(kind, "micro/2", 64, device, type_), 64, device)()  # what is loaded with the first call
     print(round(harness.peak_extra_mib(run), 1))
 
 
@@ -154,6 +157,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sides of the images in pixels")
     parser.add_argument("--rounds", type=int, default=3, help="rounds on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="on a CPU")
     parser.add_argument("--seconds", type=float, default=6, help="seconds for the rounds of a size on a GPU")
     parser.add_argument("--count", action="store_true", help="count multiply-adds instead of timing")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -168,12 +172,13 @@ def main():
         return
     machine = gpu_harness.Gpu() if torch.cuda.is_available() else None
     names = options.names or (["XL/2", "L/2"] if machine else ["B/2"])
-    path = options.out / f"generators-{'gpu' if machine else 'cpu'}.json"
+    short = "gpu" if machine else "cpu" + "-bfloat16" * (options.dtype == "bfloat16")
+    path = options.out / f"generators-{short}.json"
     content = {
         "what": "one denoising step with guidance, one image",
         "environment": harness.environment(),
         "device": machine.describe() if machine else f"{options.threads} thread(s)",
-        "dtype": "bfloat16" if machine else "float32",
+        "dtype": "bfloat16" if machine else options.dtype,
         "gate": {
             f"{kind}-{name}": gate(kind, name, machine.device if machine else torch.device("cpu"))
             for kind in COLOURS
