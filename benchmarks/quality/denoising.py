@@ -170,6 +170,9 @@ def open_images(folder: Path) -> Photos:
     if missing:
         raise ValueError(f"{folder} has no split {', '.join(sorted(missing))}; expected train and test")
     images, labels = _decoded(splits["train"])
+    if (labels.diff() >= 0).all():  # folders of classes: the images held out must be of all of them
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        images, labels = images[order], labels[order]
     held_out = min(HELD_OUT, len(images) // 10)
     return Photos(
         {
@@ -266,7 +269,7 @@ def train(
     objective = Objective(make_scheduler("v_prediction", learn_sigma=False, beta_schedule="squaredcos_cap_v2"))
     optimizer = make_optimizer(model, run.rate, optimizer_name)
     averaged, source = copy.deepcopy(model), torch.Generator().manual_seed(1_000 + run.seed)
-    # noise of random sizes has a source of its own, so that the images, classes and timesteps stay the same
+    # noise of random sizes has a source of its own, so that all models see the same images, classes and timesteps
     noises = torch.Generator().manual_seed(3_000 + run.seed) if factors else source
     order = torch.cat(
         [torch.randperm(len(images), generator=source) for _ in range(1 + run.steps * batch // len(images))]

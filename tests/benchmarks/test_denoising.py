@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 pytest.importorskip("matplotlib")
 
@@ -56,6 +57,48 @@ def test_dico_s_channel_attention():
     weight = torch.sigmoid(block.attention(y.mean((2, 3))))
     wanted = x + block.outer((y * weight[:, :, None, None]).permute(0, 2, 3, 1))
     torch.testing.assert_close(block(x, torch.zeros(2, 4)), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_smaller_images_get_a_margin_and_folders_of_classes_are_shuffled(tmp_path):
+    for split, count in (("train", 30), ("test", 2)):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (28, 28), 100).save(tmp_path / split / label / f"{i}.png")
+    opened = denoising.open_images(tmp_path)
+    assert {split: len(labels) for split, (_, labels) in opened.splits.items()} == {"train": 54, "val": 6, "test": 4}
+    assert set(opened["val"][1].tolist()) == {0, 1}
+    images = opened["train"][0]
+    assert images.shape == (54, 1, 32, 32)
+    assert (images[:, :, 2:30, 2:30] == 100).all() and images.sum() == 54 * 28 * 28 * 100
+    Image.new("L", (40, 28)).save(tmp_path / "test" / "a" / "0.png")
+    for label in ("a", "b"):
+        for i in range(30):
+            Image.new("L", (40, 28)).save(tmp_path / "train" / label / f"{i}.png")
+    with pytest.raises(ValueError, match="expected images of at most 32x32, got 28x40"):
+        denoising.open_images(tmp_path)
+
+
+def test_at_random_sizes_all_see_the_same_images_classes_and_timesteps(photos, monkeypatch):
+    seen, usual = {}, denoising.denoised
+
+    def kept(name):
+        def denoised(model, objective, start, noise, t, label):
+            if torch.is_grad_enabled():
+                seen.setdefault(name, []).append((tuple(start.shape[2:]), (t.tolist(), label.tolist())))
+            return usual(model, objective, start, noise, t, label)
+
+        return denoised
+
+    for name in ("ours-sized", "dit"):
+        monkeypatch.setattr(denoising, "denoised", kept(name))
+        found = denoising.train(Run(name, 0.01, 0, 6), photos, {"32x32": 4}, batch=2, factors=(0.75, 1.5))
+        assert found["factors"] == (0.75, 1.5)
+    (ours, what), (dit, of_dit) = (zip(*seen[name], strict=True) for name in ("ours-sized", "dit"))
+    assert what == of_dit
+    assert len(set(ours)) > 3 and len(set(dit)) > 3
+    assert all(24 <= side <= 48 and side % 2 == 0 for sides in ours + dit for side in sides)
+    assert all(height == width for height, width in dit) and any(height != width for height, width in ours)
 
 
 def test_what_is_measured(photos):
