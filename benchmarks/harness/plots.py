@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from benchmarks.harness import harness
 
@@ -27,8 +28,7 @@ COLOURS = {
 
 def label_of(case: dict) -> str:
     if "model" in case:
-        short = " bf16" * (case.get("dtype") == "bfloat16")
-        return f"{case['model'].removeprefix('gspn_')} {case['side']}²\nB{case['batch']} {case['pass']}{short}"
+        return f"{case['model'].removeprefix('gspn_')} {case['side']}²\nB{case['batch']}"
     batch, channels, height, width, features = case["size (B,C,H,W,S)"]
     return f"B{batch} C{channels}\n{height}x{width} S{features}"
 
@@ -51,7 +51,10 @@ def ratios(content: dict, title: str, cases: list[dict], key: str, path: Path) -
         axes.bar_label(bars, [f"{m:.1f}" if m < 10 else f"{m:.0f}" for m in middle], fontsize=6.5, padding=1)
     axes.axhline(1, color=COLOURS["gspn"], lw=1.5, label="gspn (this library)")
     axes.set_yscale("log")
-    axes.set_xticks(range(len(cases)), [label_of(c) for c in cases], fontsize=8)
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
+    labels = [label_of(c) + f" {c['pass']}" * ("model" in c) for c in cases]
+    axes.set_xticks(range(len(cases)), labels, fontsize=8)
     axes.set_ylabel("time, as a multiple of gspn's")
     axes.set_title(f"{title}: {key}. Above the line gspn is faster.", fontsize=11)
     axes.legend(fontsize=7.5, ncols=4, frameon=False)
@@ -109,7 +112,11 @@ def main():
         content = json.loads(path.read_text())
         table(content, path.with_suffix(".md"))
         if "model" in content["cases"][0]:
-            ratios(content, "Whole models", content["cases"], "1 thread", path.with_suffix(".png"))
+            for dtype in ("float32", "bfloat16"):
+                cases = [c for c in content["cases"] if c.get("dtype", "float32") == dtype]
+                to = path.with_name(path.stem + "-bfloat16" * (dtype == "bfloat16") + ".png")
+                if cases:
+                    ratios(content, f"Whole models, {dtype}", cases, "1 thread", to)
             continue
         for what in ("forward", "train"):
             cases = [c for c in content["cases"] if c["pass"] == what and c["dtype"] == "float32"]
