@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from gspn.data.images import DataError
 from gspn.data.mask_classes import IGNORED, Classes
 from gspn.metrics.segmentation import evaluate
 from gspn.options import OptionError
+from gspn.options.segment import SegmentationOptions
 from gspn.tasks import base
-from gspn.tasks.segment import SegmentationTask, Setup, dice_losses, weights_of
+from gspn.tasks.segment import SegmentationTask, Setup, dice_losses, settle, weights_of
 from gspn.train import loop
 from gspn.train.run import Run, RunError
 
@@ -208,3 +211,21 @@ def test_the_loss_is_a_mean_over_labelled_pixels(masked):
 
 def test_the_default_model(masked_run):
     assert masked_run.config["options"]["model"] == masked_run.config["model"]["name"] == "gspn_mobile"
+    assert masked_run.config["options"]["optimizer"] == "muon"
+
+
+@pytest.mark.parametrize(
+    ("given", "begun", "optimizer", "rate"),
+    [
+        ({}, False, "muon", 4e-3),
+        ({"optimizer": "adamw"}, False, "adamw", 4e-3),
+        ({"fsdp": True}, False, "adamw", 4e-3),
+        ({"lr": 1e-3}, False, "muon", 1e-3),
+        ({"model": "gspn_micro"}, False, "adamw", 2e-3),
+        ({}, True, "adamw", 2e-3),
+    ],
+)
+def test_the_default_optimizer_and_rate(given, begun, optimizer, rate):
+    source = SimpleNamespace(name="gspn_mobile", model_args={}) if begun else None
+    settled = settle(SegmentationOptions(**given), Counter({(24, 32): 2}), 3, source)
+    assert (settled.optimizer, settled.lr, settled.epochs, settled.size) == (optimizer, rate, 60, (24, 32))

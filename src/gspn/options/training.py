@@ -27,8 +27,8 @@ class LoopOptions(OptionSet):
     )
     optimizer: str | None = option(
         None,
-        "adamw, or muon, which moves the matrices inside a model along their orthogonalised momentum. Default: muon to "
-        "classify small photos with gspn_mobile, adamw otherwise.",
+        "adamw, or muon, which moves the matrices inside a model along their orthogonalised momentum. Default: muon "
+        "for gspn_mobile, to classify small photos and to segment from random weights, adamw otherwise.",
         choices=("adamw", "muon"),
         fallback="adamw",
     )

@@ -20,7 +20,7 @@ from gspn.metrics.classification import warnings_of
 from gspn.metrics.segmentation import OPEN_OPTIONS, evenly, segment_batches
 from gspn.models.segmenter import create_segmenter
 from gspn.options import OptionError
-from gspn.options.segment import PRESET, SPEC, SegmentationOptions
+from gspn.options.segment import MOBILE, PRESET, SPEC, SegmentationOptions
 from gspn.progress import Progress
 from gspn.runs import load_segmenter, preprocessing_of
 from gspn.tasks.base import Setup as BaseSetup
@@ -243,7 +243,8 @@ def settle(options: SegmentationOptions, sizes: Counter, channels: int, source: 
         options = replace(options, size=tuple(max(1, min(round(side), CROP)) for side in largest))
     arguments = {**(source.model_args or {}), **options.model_args} if source else dict(options.model_args)
     model = options.model or (source and source.name) or "gspn_mobile"
-    return replace(options, channels=channels, model=model, model_args=arguments).resolved(PRESET)
+    preset = PRESET | (MOBILE if model == "gspn_mobile" and source is None else {})
+    return replace(options, channels=channels, model=model, model_args=arguments).resolved(preset)
 
 
 def weights_of(wanted: str | tuple, pixels: np.ndarray, classes: Classes) -> list[float] | None:
