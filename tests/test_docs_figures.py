@@ -121,20 +121,26 @@ def test_what_the_mixer_is_worth_is_what_the_runs_say():
     assert len(rows) == 10
 
 
-def test_the_segmenters_are_those_of_the_report():
+def test_the_segmenters_are_those_of_the_reports():
     text = PAGES
     text = text[text.index("## Segmentation") : text.index("Segmenting one image")]
-    report = (ROOT / "benchmarks/results/quality/segmentation/report.md").read_text(encoding="utf-8")
+    folder = ROOT / "benchmarks/results/quality"
+    reports = {
+        optimizer: (folder / name / "report.md").read_text(encoding="utf-8")
+        for optimizer, name in (("", "segmentation"), (", Muon", "segmentation-muon"))
+    }
     split = lambda page: [line.split("|") for line in page.splitlines() if line.startswith("| ")]  # noqa: E731
     cells = lambda page: {row[1].strip(): [cell.strip() for cell in row[2:-1]] for row in split(page)}  # noqa: E731
-    tables = re.split(r"\n\| `(gspn_\w+)`, (\d+) epochs \| (\d+) x (\d+) ", text)[1:]
-    for model, epochs, width, height, rows in zip(*(tables[i::5] for i in range(5)), strict=True):
+    tables = re.split(r"\n\| `(gspn_\w+)`, (\d+) epochs(, Muon)? \| (\d+) x (\d+) ", text)[1:]
+    for model, epochs, optimizer, width, height, rows in zip(*(tables[i::6] for i in range(6)), strict=True):
         (section,) = re.findall(
-            rf"## {model}, trained at {width}x{height} for {epochs} epochs\n(.*?)(?=\n## |$)", report, re.DOTALL
+            rf"## {model}, trained at {width}x{height} for {epochs} epochs\n(.*?)(?=\n## |$)",
+            reports[optimizer or ""],
+            re.DOTALL,
         )
         measured, shown = cells(section), cells(rows.partition("\n")[2])
-        assert shown and all(measured[mixer][3:6] == values for mixer, values in shown.items()), model
-    assert len(tables) == 5 * report.count("\n## ")
+        assert shown and all(measured[mixer][3:6] == values for mixer, values in shown.items()), (model, optimizer)
+    assert tables[2::6].count(None) == reports[""].count("\n## ") and ", Muon" in tables[2::6]
 
 
 def test_what_the_scans_of_gspn_mobile_are_worth_is_what_the_report_says():

@@ -268,7 +268,18 @@ def test_a_folder_begun_otherwise_is_refused(copied, pictures, vae, tmp_path):
     shutil.copytree(pictures, tmp_path / "moved")
     shutil.copytree(vae, tmp_path / "pipeline" / "vae")
     encode(tmp_path / "moved", tmp_path / "pipeline", copied, **again)
-    assert tree(copied) == before
+    now = tree(copied)
+    assert {name for name in before if now[name] != before[name]} == {"config.json"} and now.keys() == before.keys()
+    assert open_latents(copied).vae["path"] == str(tmp_path / "pipeline")  # where training finds it
+
+
+def test_another_val_fraction_is_called_by_its_name(vae, tmp_path):
+    for i in range(8):
+        (tmp_path / "pets" / "cats").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 16), (i, 0, 0)).save(tmp_path / "pets" / "cats" / f"{i}.png")
+    encode(tmp_path / "pets", vae, tmp_path / "out", val_fraction=0.1, **SIZE)
+    with pytest.raises(RunError, match=r"with val fraction 0\.1, not 0\.5\. Choose"):
+        encode(tmp_path / "pets", vae, tmp_path / "out", val_fraction=0.5, **SIZE)
 
 
 def test_an_image_of_the_same_size_and_time_is_other_data(copied, pictures, vae, tmp_path):

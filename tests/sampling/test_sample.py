@@ -45,6 +45,12 @@ def test_the_batch_size_does_not_matter_and_the_seed_does(run, done, tmp_path):
     assert (abs(pixels(tmp_path / "seed") - pixels(done[0])).max((1, 2, 3)) > 20).all()
 
 
+def test_the_grid_is_of_classes_that_have_samples(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "GRID_CLASSES", 2)
+    said = sample(run, tmp_path / "out", options(classes="4,0,1", count=1, npz=True))
+    assert said["files"] == ["images", "grid.png", "samples.npz"]
+
+
 def test_npz_is_what_the_evaluation_suite_of_adm_reads(done, tmp_path):
     with np.load(done[0] / "samples.npz") as arrays:
         assert sorted(arrays) == ["arr_0", "arr_1"]

@@ -279,6 +279,10 @@ def cast(unet):
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
+def cast_to_bfloat16(unet):
+    unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
 def swapped(unet):
     gspn.swap(unet, form="pure", init="random")
 
@@ -303,6 +307,7 @@ def quantised(unet):
         (offloaded, "device map"),
         (offloaded_in_groups, "offloaded in groups"),
         (cast, r"torch\.float8_e4m3fn"),
+        (cast_to_bfloat16, r"cast layer-wise, from torch\.bfloat16 to torch\.float32: swap"),
         (swapped, r"Swap\(.*form=pure, global, active=gspn\).*gspn\.restore"),
         (replaced, r"mid_block.*attn1 \(Identity in a BasicTransformerBlock\)"),
         (quantised, "mid_block.*attn1 .*Quantised .*Linear"),

@@ -295,7 +295,7 @@ def test_dit_starts_as_published():
         ({"size": (8, 9)}, "patch of 2.* 8x9"),
         (
             {"model": "DiT-micro/2", "model_args": {"num_layers": 1}, "size": (8, 12)},
-            "DiT-micro/2 .*8x12",
+            "DiT takes square images only, got 8x12: choose a square --size",
         ),
         ({"model_args": {"num_classes": 3}}, "num_classes.*data"),
         ({"model": "GSPN-micro/2", "model_args": {"depth": 3}}, "depth.*even"),

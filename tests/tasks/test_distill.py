@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.stable_diffusion import WORDS, ddim, tiny_sd, tiny_sdxl
 from PIL import Image
 from safetensors.torch import load_file
@@ -163,6 +164,10 @@ def test_a_stopped_run_goes_on_exactly(whole, bases, photos, tmp_path, monkeypat
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), part
     for name in ("samples/epoch-0001.png", "samples/epoch-0002.png"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["base"]["path"] == config["options"]["base"] == str(bases / "sd")
+    assert yaml.safe_load((tmp_path / "run/options.yaml").read_text())["base"] == str(bases / "sd")
+    resume_distillation(tmp_path / "run")  # which knows where it is now
     ours, theirs = (load_file(each / "gspn_swap.safetensors") for each in (tmp_path / "run", whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     clocks = ("seconds", "data_seconds", "images_per_second")

@@ -47,7 +47,8 @@ def encode_images(options):
     latents = encode(options.data, options.vae, folder, splits=options.split, console=console, **values)
     if not main_process:
         return
-    images = {name: len(split) for name, split in latents.splits.items() if name != "all"}
+    whole = {"train": "all"} if "all" in latents.splits else {}  # of which training holds out a part
+    images = {name: len(latents.splits[whole.get(name, name)]) for name in latents.config["splits"]}
     shape = [latents.channels, *latents.size]
     if options.as_json:
         print(json.dumps({"out": str(folder), "images": images, "shape": shape, "unreadable": latents.unreadable}))

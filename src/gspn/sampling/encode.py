@@ -211,15 +211,22 @@ def _continued(out, config) -> tuple[dict, bool]:
         different = []
         for what, part, digest, where in (("data", "data", "fingerprint", "where"), ("VAE", "vae", "digest", "path")):
             there, here = begun[part], config[part]
-            if there[digest] != here[digest]:
-                changed = f", not {here[where]}" if here[where] != there[where] else ", as it was then"
-                different.append(f"the {what} {there[where]}{changed}")
+            if there[digest] == here[digest]:
+                continue
+            options = [
+                f"{name.replace('_', ' ')} {there[name]}, not {here[name]}"
+                for name in sorted(there.keys() & here.keys() - {digest, where, "kind"})
+                if there[name] != here[name]
+            ]
+            changed = f", not {here[where]}" if here[where] != there[where] else ", as it was then"
+            different += options or [f"the {what} {there[where]}{changed}"]
         for name in ("image_size", "flip", "dtype", "precision", "shard_size", "class_names"):
             if begun[name] != config[name]:
                 different.append(f"{name.replace('_', ' ')} {begun[name]}, not {config[name]}")
         raise RunError(f"{out} was begun otherwise: with {'; '.join(different)}. Choose another folder")
     splits = begun["splits"] | config["splits"]
-    return {**begun, "splits": splits}, splits != begun["splits"]
+    vae = {**begun["vae"], "path": config["vae"]["path"]}  # the same one, perhaps moved
+    return {**begun, "splits": splits, "vae": vae}, (splits, vae) != (begun["splits"], begun["vae"])
 
 
 def _missing(out, config) -> tuple[list[tuple[str, int]], list[Path], list[str]]:

@@ -338,17 +338,17 @@ def _images(pipeline, wanted, options, numbers, step):
 def _finish(wanted, options):
     """Writes the files on all samples. Returns their names."""
     files = []
-    if options.grid:
-        save_picture(wanted.folder / GRID, _grid(wanted))
-        files.append(GRID)
     if options.npz:
         files.append(wanted.write_arrays().name)
+    if options.grid:
+        save_picture(wanted.folder / GRID, _grid(wanted))
+        files.insert(0, GRID)
     return files
 
 
 def _grid(wanted):
-    classes = set(sorted(wanted.classes)[:GRID_CLASSES])
     shown = range(min(wanted.count, GRID_COLUMNS * len(wanted.classes)))  # they take turns
+    classes = set(sorted({wanted.label(i) for i in shown})[:GRID_CLASSES])
     shown = [i for i in shown if wanted.label(i) in classes]
     images, labels = [decode(wanted.path(i)) for i in shown], [wanted.label(i) for i in shown]
     settings = wanted.settings

@@ -90,7 +90,8 @@ def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[d
                 name = next((name for name in states if key.startswith(f"{name}.")), None)
                 if name is None:
                     raise ValueError(f"{path} has the tensor {key}, which belongs to none of its layers")
-                states[name][key.removeprefix(f"{name}.")] = file.get_tensor(key)
+                tensor = file.get_tensor(key).clone()  # not mapped to a file that may change
+                states[name][key.removeprefix(f"{name}.")] = tensor
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     return config, states

@@ -405,6 +405,11 @@ def _check_free(unet):
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and registry.get_hook("group_offloading") is not None:
             raise ValueError("this UNet is offloaded in groups: swap, or restore, before that is enabled")
+        if registry is not None and (casting := registry.get_hook("layerwise_casting")) is not None:
+            raise ValueError(
+                f"this UNet is cast layer-wise, from {casting.storage_dtype} to {casting.compute_dtype}: swap, or "
+                "restore, before enable_layerwise_casting()"
+            )
         # A hook on the UNet itself moves it as a whole, with the layers.
         if name and hasattr(module, "_hf_hook"):
             raise ValueError(

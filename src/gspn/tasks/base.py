@@ -59,6 +59,9 @@ class Setup:
     options: LoopOptions
     notes: list[str]
 
+    def note_moved(self, run: Run) -> None:
+        """Notes in a run that goes on where what it needs beside the data is now. Errors: SaveError."""
+
     @classmethod
     def of(cls, where: str | Path, options: LoopOptions, *, resuming: bool = False) -> Self:
         """Opens the data and fills in the options. `resuming`: the run's checkpoint holds the weights.
@@ -286,6 +289,7 @@ def resume(
         if accelerator.is_main_process:
             if data is not None:
                 run.data_moved(setup.data.where, location(where))
+            setup.note_moved(run)
             run.rewind(checkpoint[1]["epoch"] if checkpoint else 0)
             run.prune(options.keep)
         own = run if accelerator.is_main_process else None

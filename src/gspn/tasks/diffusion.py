@@ -156,6 +156,11 @@ class Setup(BaseSetup):
             raise OptionError(
                 f"sample_steps must be at most timesteps, {options.timesteps}, got {options.sample_steps}"
             )
+        if options.model in dit_names() and size[0] != size[1]:
+            raise OptionError(
+                f"size: diffusers' DiT takes square images only, got {image_size[0]}x{image_size[1]}: choose a square "
+                "--size, or a model of GSPN"
+            )
         if options.fsdp and options.model in dit_names():
             raise OptionError("fsdp cannot shard DiT, whose blocks share an embedding")
         if latents and options.sample_every:

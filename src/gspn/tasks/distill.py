@@ -219,6 +219,9 @@ class Setup(BaseSetup):
                 "schedule differ"
             )
 
+    def note_moved(self, run):
+        run.base_moved(self.teacher.path)
+
     def about(self, model):
         options, sizes = self.options, "{}x{}".format(*self.options.size)
         if options.sizes:

@@ -123,15 +123,23 @@ class Run:
     def data_moved(self, where: str, named: str) -> None:
         """Notes where the data of the run are now: `where` in config.json, `named` in options.yaml, where that is.
         Errors: SaveError."""
-        if self.config["data"]["where"] == where:
-            return
-        self.config["data"]["where"] = where
+        if self.config["data"]["where"] != where:
+            self.config["data"]["where"] = where
+            self._note_moved("data", named)
+
+    def base_moved(self, path: str) -> None:
+        """Notes where the pipeline that a distillation learns from is now. Errors: SaveError."""
+        if self.config["base"]["path"] != path:
+            self.config["base"]["path"] = self.config["options"]["base"] = path
+            self._note_moved("base", path)
+
+    def _note_moved(self, name: str, where: str) -> None:
         write_json(self.path / "config.json", self.config)
         file = self.path / "options.yaml"
         if file.exists():
-            first, _, rest = file.read_text(encoding="utf-8").partition("\n")
-            if first.startswith("data:"):
-                write_text(file, f"data: {json.dumps(named, ensure_ascii=False)}\n{rest}")  # JSON is YAML
+            line = f"{name}: {json.dumps(where, ensure_ascii=False)}"  # JSON is YAML
+            text = file.read_text(encoding="utf-8")
+            write_text(file, re.sub(rf"^{name}:.*$", lambda _: line, text, count=1, flags=re.MULTILINE))
 
     def _set_earlier_aside(self):
         """The checkpoints move first and config.json last. So after any crash, .earlier with a config.json is complete,
