@@ -205,6 +205,29 @@ def test_the_losses_of_denoising_are_those_of_the_report():
         assert re.findall(r"0\.\d{4}", told)[:3] == [f"{test[s]['loss']:.4f}" for s in ("32x32", "48x48", "64x64")]
 
 
+def test_random_sizes_and_other_images_are_those_of_the_reports():
+    def cells_of(name):
+        report = (ROOT / f"benchmarks/results/quality/denoising-{name}/report.md").read_text(encoding="utf-8")
+        lines = [line.split("|")[1:-1] for line in report.splitlines() if line.startswith("| ")]
+        return {line[0].strip(): [cell.strip() for cell in line] for line in lines}
+
+    sizes, fashion, emoji = map(cells_of, ("sizes", "fashion", "emoji"))
+    text = PAGES[PAGES.index("**Random sizes.**") : PAGES.index("**Other images.**")]
+    rows = rows_of(text)[1:]
+    assert len(rows) == 2
+    for title, *shown in rows:
+        row = sizes[title]
+        assert row[2].endswith("of 3") and row[3] == "2" and shown == [row[4], row[7], row[8]], title
+    assert all(sizes["GSPN-DiT"][i] in text for i in (4, 7, 8))
+    text = PAGES[PAGES.index("**Other images.**") : PAGES.index("**Two hours.**")]
+    rows = rows_of(text)[1:]
+    assert len(rows) == 3
+    for title, *shown in rows:
+        assert shown == [row[title][i] for row in (fashion, emoji) for i in (4, 5, 8)], title
+        assert fashion[title][2].endswith("of 3") == (title in ("GSPN-DiT", "DiT"))
+        assert fashion[title][3] == emoji[title][3] == "1"
+
+
 def test_the_longer_trainings_of_denoising_are_those_of_the_runs():
     text = PAGES
     text = text[text.index("| after 4,800 steps") : text.index("All took the rate that was best")]

@@ -134,7 +134,8 @@ def test_every_published_figure_and_every_program_is_in_the_table():
     table = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     files = set(LINK.findall(table))
     # folders with a file for each run, which a report sums up
-    studies = ("mixers", "mixers-muon", "photos", "denoising", "denoising-muon", "segmentation", "text-to-image-sizes")
+    studies = ("mixers", "mixers-muon", "photos", "segmentation", "segmentation-muon", "text-to-image-sizes")
+    studies += ("denoising", "denoising-muon", "denoising-sizes", "denoising-fashion", "denoising-emoji")
     published = {str(path.relative_to(BENCHMARKS)) for path in JSON_FILES if path.parent.name not in studies}
     assert published - files == set() and {f"results/quality/{name}/report.md" for name in studies} <= files
     assert [name for name in PROGRAMS if name not in table] == []
