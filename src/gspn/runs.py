@@ -385,8 +385,8 @@ def load_run(
     """
     if task is not None and task not in TASKS:
         raise OptionError(f"task has to be {' or '.join(TASKS)}, got {task!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise OptionError(f"dtype has to be a floating-point dtype, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(f"dtype has to be a floating-point dtype such as torch.bfloat16, got {dtype!r}")
     path = run_folder(path)
     saved_pipeline = task in (None, "diffusion") and (path / "model_index.json").exists()
     found = "diffusion" if saved_pipeline else Run.open(path).check_task(*TASKS if task is None else (task,))

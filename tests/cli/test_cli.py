@@ -19,7 +19,7 @@ from gspn.cli import app, main
 from gspn.cli.training import arguments_of
 from gspn.data.labelled import open_data
 from gspn.metrics.features import load_extractor
-from gspn.options import TASKS, read_file
+from gspn.options import TASKS, OptionError, read_file
 from gspn.train.run import Run
 
 TINY = [
@@ -365,6 +365,14 @@ def test_flags_override_the_file_and_the_file_is_checked(run, tmp_path):
     assert code == 0, err
     assert len(Run.open(tmp_path / "run").metrics) == 1
     assert Run.open(tmp_path / "run").config["options"]["batch_size"] == 512
+
+
+def test_model_arg_adds_to_those_of_the_file(tmp_path):
+    (tmp_path / "t.yaml").write_text("data: digits\nmodel_args: {width: 8}\n")
+    given = (TASKS["classification"], None, None, tmp_path / "run", tmp_path / "t.yaml")
+    assert arguments_of(*given, {"model_args": ["depths=[1, 1]"]})[2].model_args == {"width": 8, "depths": [1, 1]}
+    with pytest.raises(OptionError, match="KEY=VALUE"):
+        arguments_of(*given, {"model_args": ["depths"]})
 
 
 def test_resume(run, tmp_path):

@@ -162,6 +162,10 @@ def test_options_that_do_not_fit(masked, tmp_path):
         options(min_scale=2.0, max_scale=1.0)
     with pytest.raises(DataError, match=r"cannot be read|no such"):
         base.start(Setup, masked, tmp_path / "a", options(classes=str(tmp_path / "no.json")))
+    with pytest.raises(DataError, match=r"one class beside the ignored values, 'square': expected two"):
+        base.start(Setup, masked, tmp_path / "a", options(ignore=("ground", "disc", "255")))
+    with pytest.raises(OptionError, match="class_weights takes no null"):
+        SegmentationOptions.read({"class_weights": None})
     assert not (tmp_path / "a").exists()
 
 

@@ -96,7 +96,7 @@ def arguments_of(spec, argument, data, run, config, overrides):
     options = spec.options.read(from_file, f"{config}: ")
     for name, value in overrides.items():
         if isinstance(own := getattr(options, name), Mapping) and own:  # --model-arg adds to those of the file
-            overrides = {**overrides, name: {**own, **value}}
+            overrides = {**overrides, name: {**own, **spec.options._converted({name: value})[name]}}
     options = options.updated(overrides)
     if argument is not None and getattr(options, argument.name) is None:
         raise OptionError(f"Missing argument '{argument.metadata['metavar']}'")

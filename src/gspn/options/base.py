@@ -303,8 +303,10 @@ def check_suffix(name: str, file: Path | str | None, suffix: str) -> None:
 def _converted(one, annotation, value, plain):
     """The value of a flag or a file as the option's type; None stays None."""
     kind = _kind(annotation)
-    if value is None and kind is not annotation:
+    if value is None and type(None) in get_args(annotation):
         return None
+    if value is None and kind is not annotation:
+        raise OptionError(f"{one.name} takes no null: leave it out for its default, {one.default!r}")
     try:
         return (one.metadata["parse"] or _PARSERS[get_origin(kind) or kind])(value)
     except ValueError as error:

@@ -234,7 +234,8 @@ def resume(
     begun = Run.open(path)
     begun.check_task(spec.name)
     if begun.saved:
-        raise RunError(f"{path} is a saved model, not a run that could go on; --init-from starts from its weights")
+        hint = "; --init-from starts from its weights" if spec.takes_own_runs else ""
+        raise RunError(f"{path} is a saved model, not a run that could go on{hint}")
     options = changed(begun.config, changes or {}, spec)
     if options.tensorboard:
         check_tensorboard()

@@ -148,6 +148,11 @@ class Setup(BaseSetup):
             )
         if options.ignore is None:
             options = replace(options, ignore=tuple(map(str, found.classes.ignored)))
+        if len(found.classes) < 2:
+            raise DataError(
+                f"the masks hold one class beside the ignored values, {found.classes.names[0]!r}: expected two at "
+                "least; a background is a class too, not a value to ignore"
+            )
         options = settle(options, found.sizes, channels, source)
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:
