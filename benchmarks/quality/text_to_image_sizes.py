@@ -1,17 +1,20 @@
-"""Distils a small text-to-image UNet with and without random sizes, and compares how well teacher and students denoise
-at the teacher's size and at others, with and without remedies for larger maps.
+"""Distils a small text-to-image UNet with and without random sizes, by AdamW and by Muon, and compares how well teacher
+and students denoise at the teacher's size and at others, with and without remedies for larger maps.
 
-python -m benchmarks.quality.text_to_image_sizes --photos FOLDER --teacher FILE --train 60    trains the teacher
-python -m benchmarks.quality.text_to_image_sizes --photos FOLDER --teacher FILE --minutes 60  makes missing runs
-python -m benchmarks.quality.text_to_image_sizes --list                                       says what is missing
-python -m benchmarks.quality.text_to_image_sizes --report                                     tables and a picture
+python -m benchmarks.quality.text_to_image_sizes --photos FOLDER --teachers FILE --train 30 --teacher-seed 0
+                                                                         trains a teacher
+python -m benchmarks.quality.text_to_image_sizes --photos FOLDER --teachers FILE... --minutes 60
+                                                                         makes missing runs
+python -m benchmarks.quality.text_to_image_sizes --list                  says what is missing
+python -m benchmarks.quality.text_to_image_sizes --report                tables and a picture
 
-FOLDER holds CIFAR-10 as tables with the splits train and test. The teacher is a UNet2DConditionModel with attention at
-16x16 and 8x8, on blocks of 2x2 pixels in the place of latents; a caption is a class, with states that are learned. It
-is trained for --train minutes, in which its learning rate falls, and FILE is written. A student is what `gspn distill`
-makes: the same swap, loss and random sizes, in a loop of its own without a run folder. The command may be stopped at
-any time and started again: only complete runs are written, one JSON file each. The loss is the squared error of v on
-test photos resized to each size, with the same timesteps and noise for all.
+FOLDER holds CIFAR-10 as tables with the splits train and test. A teacher (text_to_image_teacher.py) is trained for
+--train minutes, in which its learning rate falls, and FILE is written. A student is what `gspn distill` makes: the same
+swap, loss, optimizer and random sizes, in a loop of its own without a run folder. Beside it the teacher's own attention
+is trained on, for as many steps on the same images. Each contender has three learning rates with the first teacher; the
+best on validation photos, over all sizes, is used with the second. The command may be stopped at any time and started
+again: only complete runs are written, one JSON file each. The loss is the squared error of v on test photos resized to
+each size, with the same timesteps and noise for all.
 """
 
 import argparse
@@ -25,122 +28,42 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gspn
 from benchmarks.harness import harness, study
 from benchmarks.quality.denoising import pixels
 from benchmarks.quality.mixers.tasks import Photos
+from benchmarks.quality.text_to_image_teacher import (
+    BATCH,
+    BLOCK,
+    CAPTIONS,
+    DROPPED,
+    SIDE,
+    Teacher,
+    open_teacher,
+    train_teacher,
+)
 from gspn import lattices
 from gspn.data.images import Preprocessing
 from gspn.data.unreadable import Unreadable
+from gspn.options import LoopOptions
 from gspn.stable_diffusion.feature_maps import map_sizes
 from gspn.stable_diffusion.highres.passes import dilated
 from gspn.stable_diffusion.keeping import level_of
-from gspn.tasks.objective import Objective
 from gspn.tasks.sizes import ChosenSizes
 from gspn.tasks.student import Distillation, Student
+from gspn.train.optim import make_optimizer
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "text-to-image-sizes"
-CAPTIONS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-TOKENS, WIDTH = 4, 64  # states of a caption
-SIDE, BLOCK = 32, 2  # pixels; a "latent" is a block of BLOCK x BLOCK of them: nothing is lost
-BATCH, RATE, EMA, DROPPED = 8, 2e-3, 0.995, 0.1
-STEPS, STUDENT_RATE, WARM_UP = 200, 2e-3, 20
+STEPS, WARM_UP = 600, 20
+RATES = {"muon": (0.004, 0.008, 0.002), "adamw": (0.002, 0.004, 0.001)}  # the middle one first
 FACTORS = (0.75, 1, 1.5)
-SEEDS = (0, 1)
-SIZES = {"32x32": 300, "48x48": 150, "64x64": 150, "32x64": 150}  # test photos at each size
+TEACHERS = (0, 1)  # their seeds; a teacher's students have its seed
+SIZES = {"32x32": 600, "48x48": 300, "64x64": 300, "32x64": 300}  # test photos at each size
+HELD_OUT = 150  # validation photos at each size
 BUCKETS = 5  # of the timesteps
-
-
-# -- the teacher --
-
-
-class Teacher(nn.Module):
-    """The UNet, the states of its captions and its noise: what gspn.tasks.student needs of a TextToImage."""
-
-    def __init__(self):
-        super().__init__()
-        widths = (32, 64)
-        self.unet = UNet2DConditionModel(
-            sample_size=SIDE // BLOCK,
-            in_channels=3 * BLOCK**2,
-            out_channels=3 * BLOCK**2,
-            block_out_channels=widths,
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",) * len(widths),
-            up_block_types=("CrossAttnUpBlock2D",) * len(widths),
-            attention_head_dim=tuple(width // 16 for width in widths),  # diffusers' name for the number of heads
-            cross_attention_dim=WIDTH,
-            norm_num_groups=16,
-        )
-        self.captions = nn.Embedding(len(CAPTIONS) + 1, TOKENS * WIDTH)  # the last is the empty caption
-        scheduler = DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
-        )
-        self.objective = Objective(scheduler)
-
-    def latents(self, images: Tensor, *, draw: bool = False) -> Tensor:
-        """(B,12,H/2,W/2) of images (B,3,H,W) in [-1, 1]."""
-        return F.pixel_unshuffle(images, BLOCK)
-
-    def states(self, labels: Tensor) -> dict[str, Tensor]:
-        return {"text": self.captions(labels).unflatten(1, (TOKENS, WIDTH))}
-
-    def conditions(self, captions: list[str | None], size: tuple[int, int]) -> dict[str, Tensor]:
-        index = [len(CAPTIONS) if caption is None else CAPTIONS.index(caption) for caption in captions]
-        return self.states(torch.tensor(index))
-
-    def predict(self, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        return self.unet(noisy, timestep, encoder_hidden_states=conditions["text"], return_dict=False)[0]
-
-
-def train_teacher(photos: Photos, file: Path, minutes: float, seed: int = 0) -> None:
-    """Trains, averages and saves the teacher, in that time: the learning rate falls along it as a cosine. Saves what
-    there is every 100 steps."""
-    torch.manual_seed(seed)
-    teacher, (images, labels) = Teacher().train(), photos["train"]
-    optimizer = torch.optim.AdamW(teacher.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    averaged = {name: value.clone() for name, value in teacher.state_dict().items()}
-    began, recent, step, part = time.time(), [], 0, 0.0
-    while part < 1:
-        part = min(1.0, (time.time() - began) / 60 / minutes)
-        rate = RATE * min(1.0, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * part)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        index = torch.randint(len(images), (BATCH,))
-        x, label = pixels(images[index]), labels[index].where(torch.rand(BATCH) >= DROPPED, len(CAPTIONS))
-        start = teacher.latents(torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, x.flip(3), x))
-        noise, t = torch.randn(start.shape), torch.randint(teacher.objective.steps, (BATCH,))
-        output = teacher.predict(teacher.objective.noisy(start, noise, t), t, teacher.states(label))
-        loss = teacher.objective.losses(output, start, noise, t)[0].mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        recent.append(loss.item())
-        with torch.no_grad():
-            keep = min(EMA, (1 + step) / (10 + step))
-            for name, value in teacher.state_dict().items():
-                averaged[name].lerp_(value, 1 - keep)
-        step += 1
-        if step % 100 == 0 or part == 1:
-            save_file(averaged, file, {"steps": str(step), "seed": str(seed)})
-            print(f"step {step}  loss {statistics.fmean(recent):.4f}  {part:.0%} of {minutes} minutes", flush=True)
-            recent = []
-
-
-def open_teacher(file: Path) -> tuple[Teacher, int]:
-    """(the teacher, the steps that it was trained for)."""
-    teacher = Teacher().eval().requires_grad_(False)
-    teacher.load_state_dict(load_file(file))
-    with safe_open(file, "pt") as opened:
-        return teacher, int(opened.metadata()["steps"])
 
 
 # -- the contenders --
@@ -166,8 +89,10 @@ CONTENDERS = {
     "segment4-sizes": Contender("segment 4, --sizes", LOCAL, FACTORS, adapted=("sub-lattices",)),
     "global": Contender("global", QKV, adapted=ALL),
     "global-sizes": Contender("global, --sizes", QKV, FACTORS),
-    "attention": Contender("the teacher's attention, trained on", None),
-    "attention-sizes": Contender("the teacher's attention, trained on, --sizes", None, FACTORS),
+    "pure": Contender("global, form pure", {"form": "pure"}),
+    "pure-sizes": Contender("global, form pure, --sizes", {"form": "pure"}, FACTORS),
+    "attention": Contender("attention, trained on", None),
+    "attention-sizes": Contender("attention, trained on, --sizes", None, FACTORS),
     "segment4-sizes-away": Contender("segment 4, --sizes --away-weight 1", LOCAL, FACTORS, 1.0),
     "lowest": Contender("segment 4, lowest level kept", LOCAL | {"keep": "lowest"}),
     "lowest-sizes": Contender("segment 4, lowest level kept, --sizes", LOCAL | {"keep": "lowest"}, FACTORS),
@@ -175,18 +100,22 @@ CONTENDERS = {
 
 
 class Run(NamedTuple):
-    """The settings of a run; its file is named after them."""
+    """The settings of a run; its file is named after them. `teacher` is the seed of the teacher and of the run."""
 
     contender: str
-    seed: int
+    optimizer: str
+    rate: float
+    teacher: int
     steps: int = STEPS
 
     @property
     def stem(self) -> str:
-        return f"{self.contender}-seed{self.seed}-{self.steps}steps"
+        if self.contender == "teacher":
+            return f"teacher{self.teacher}"
+        return f"{self.contender}-{self.optimizer}-lr{self.rate:g}-teacher{self.teacher}-{self.steps}steps"
 
 
-MAIN = ("segment4", "segment4-sizes", "attention-sizes", "global", "global-sizes")
+MAIN = ("global-sizes", "attention-sizes")
 
 
 # -- remedies for larger maps, without training --
@@ -281,10 +210,10 @@ def measure(model: Callable, teacher: Teacher, photos: tuple[Tensor, Tensor], si
     return {"loss": each.mean().item(), "by_timestep": by_step, "each": [round(v, 5) for v in each.tolist()]}
 
 
-def distilled(run: Run, teacher: Teacher, student: Student, photos: Photos, batch: int) -> list[dict]:
+def distilled(run: Run, student: Student, photos: Photos, batch: int) -> list[dict]:
     """Trains the student as gspn distill does, or the teacher's attention on the same images; returns the curve of the
     loss."""
-    contender, (images, labels) = CONTENDERS[run.contender], photos["train"]
+    contender, teacher, (images, labels) = CONTENDERS[run.contender], student.teacher, photos["train"]
     native = (SIDE, SIDE)
     sizes = ChosenSizes(native, contender.sizes, 2 * BLOCK) if contender.sizes else None
     task = Distillation(
@@ -300,12 +229,12 @@ def distilled(run: Run, teacher: Teacher, student: Student, photos: Photos, batc
         unreadable=Unreadable({}),
     )
     attentive = contender.swap is None
-    learning = student.swap.attentions.values() if attentive else student.swap.layers.values()
-    learning = [parameter.requires_grad_(True) for module in learning for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(learning, STUDENT_RATE, weight_decay=0.01)
+    learning = nn.ModuleList((student.swap.attentions if attentive else student.swap.layers).values())
+    learning.requires_grad_(True)
+    optimizer = make_optimizer(learning, LoopOptions(optimizer=run.optimizer, lr=run.rate, weight_decay=0.01))
     curve, recent = [], []
     for step in range(run.steps):
-        torch.manual_seed(10_000 * (run.seed + 1) + step)  # the same photos, noise and timesteps for all students
+        torch.manual_seed(10_000 * (run.teacher + 1) + step)  # the same photos, noise and timesteps for all students
         index = torch.randint(len(images), (batch,))
         image = images[index]
         if sizes:
@@ -313,14 +242,14 @@ def distilled(run: Run, teacher: Teacher, student: Student, photos: Photos, batc
         prepared = task.prepare({"image": image, "label": labels[index], "index": index})
         warm = min(1.0, (step + 1) / WARM_UP)
         for group in optimizer.param_groups:
-            group["lr"] = STUDENT_RATE * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * step / run.steps)))
+            group["lr"] = run.rate * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * step / run.steps)))
         if attentive:
             start, noise, t = (prepared[name] for name in ("start", "noise", "timestep"))
             loss = teacher.objective.losses(teacher.predict(*task.inputs(prepared)), start, noise, t)[0].mean()
         else:
             loss = task.loss(student, prepared) / batch
         loss.backward()
-        nn.utils.clip_grad_norm_(learning, 1.0)
+        nn.utils.clip_grad_norm_(learning.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         recent.append(loss.item())
@@ -330,22 +259,24 @@ def distilled(run: Run, teacher: Teacher, student: Student, photos: Photos, batc
     return curve
 
 
-def train(run: Run, photos: Photos, file: Path, sizes: dict[str, int] = SIZES, batch: int = BATCH) -> dict:
-    """Distils and measures; returns the content of the run's file."""
-    torch.manual_seed(run.seed)
-    contender, (teacher, steps) = CONTENDERS[run.contender], open_teacher(file)
+def train(run: Run, photos: Photos, teachers: dict[int, Path], sizes: dict[str, int] = SIZES, batch: int = BATCH):
+    """Distils and measures; returns the content of the run's file. `teachers`: their files by their seeds."""
+    torch.manual_seed(run.teacher)
+    contender, (teacher, made) = CONTENDERS[run.contender], open_teacher(teachers[run.teacher])
     began, curve = time.thread_time(), []
     swapped = gspn.swap(teacher.unet, **contender.swap or QKV)
     if contender.swap is None:
         swapped.use("attention")
     if run.steps:
-        curve = distilled(run, teacher, Student(teacher, swapped), photos, batch)
-    seconds, test = time.thread_time() - began, photos["test"]
-    found = lambda size, count: measure(teacher.predict, teacher, test, size, count)  # noqa: E731
+        curve = distilled(run, Student(teacher, swapped), photos, batch)
+    seconds = time.thread_time() - began
+    found = lambda split, size, count: measure(teacher.predict, teacher, photos[split], size, count)  # noqa: E731
+    held_out = {size: found("val", size, min(count, HELD_OUT))["loss"] for size, count in sizes.items()}
     content = {
         **run._asdict(),
-        "teacher_steps": steps,
-        "test": {size: found(size, count) for size, count in sizes.items()},
+        "teacher_steps": made["steps"],
+        "val": held_out,
+        "test": {size: found("test", size, count) for size, count in sizes.items()},
         "remedies": {},
         "curve": curve,
         "cpu_seconds": round(seconds, 1),
@@ -355,7 +286,7 @@ def train(run: Run, photos: Photos, file: Path, sizes: dict[str, int] = SIZES, b
         for size, count in sizes.items():
             if times(shape := tuple(map(int, size.split("x")))) != (1, 1) or remedy is nothing_seen:
                 with remedy(swapped, shape):
-                    content["remedies"][name][size] = found(size, count)
+                    content["remedies"][name][size] = found("test", size, count)
     return content
 
 
@@ -367,49 +298,85 @@ def read(folder: Path) -> dict[Run, dict]:
     return study.read(folder, Run)
 
 
+def best_rate(done: dict[Run, dict], name: str, optimizer: str) -> float | None:
+    """The learning rate with the lowest mean loss over all sizes on validation photos, with the first teacher."""
+    found = {
+        run.rate: statistics.fmean(content["val"].values())
+        for run, content in done.items()
+        if (run.contender, run.optimizer, run.teacher) == (name, optimizer, TEACHERS[0])
+    }
+    return min(found, key=found.__getitem__) if found else None
+
+
+def teacher_run(teacher: int) -> Run:
+    return Run("teacher", "none", 0.0, teacher, 0)
+
+
 def wanted(done: dict[Run, dict]) -> Iterator[Run]:
-    """All runs, the most important first: MAIN before the others."""
-    yield Run("teacher", 0, 0)
-    for main in (True, False):
-        for seed in SEEDS:
-            names = [name for name in CONTENDERS if (name in MAIN) == main and name != "teacher"]
-            yield from (Run(name, seed) for name in names)
+    """All runs, the most important first: MAIN before the others, with Muon before AdamW, with the first teacher before
+    the second."""
+    yield from map(teacher_run, TEACHERS)
+    for names in (MAIN, [name for name in CONTENDERS if name not in (*MAIN, "teacher")]):
+        for optimizer, rates in RATES.items():
+            yield from (Run(name, optimizer, rate, TEACHERS[0]) for rate in rates for name in names)
+        for optimizer in RATES:
+            for teacher in TEACHERS[1:]:
+                best = {name: best_rate(done, name, optimizer) for name in names}
+                yield from (Run(name, optimizer, rate, teacher) for name, rate in best.items() if rate)
 
 
 # -- tables --
 
 
-def runs_of(done: dict[Run, dict], name: str) -> list[dict]:
-    return [content for run, content in done.items() if run.contender == name]
+def chosen(done: dict[Run, dict], name: str, optimizer: str) -> dict[int, dict]:
+    """{teacher: run} of a contender at its best rate."""
+    rate = best_rate(done, name, optimizer)
+    return {run.teacher: done[run] for run in done if run[:3] == (name, optimizer, rate)}
 
 
-def difference(contents: list[dict], teacher: dict, size: str) -> tuple[float, float]:
-    """(mean over seeds and photos of the loss minus the teacher's, its error over the photos, shared by the seeds)."""
-    losses = [content["test"][size]["each"] for content in contents]
-    return study.difference([(teacher["test"][size]["each"], each) for each in losses])[:2]
+def difference(contents: dict[int, dict], others: dict[int, dict], size: str) -> tuple[float, float]:
+    """(mean over teachers and photos of the loss minus the others', its error over the photos, which they share)."""
+    both = sorted(contents.keys() & others.keys())
+    return study.difference([(others[t]["test"][size]["each"], contents[t]["test"][size]["each"]) for t in both])[:2]
+
+
+def beside(contents: dict[int, dict], others: dict[int, dict]) -> list[str]:
+    """The cells of `difference` at each size."""
+    return ["{:+.4f} ± {:.4f}".format(*difference(contents, others, size)) for size in SIZES]
+
+
+def rows_of(done: dict[Run, dict]) -> Iterator[tuple[str, str, dict[int, dict]]]:
+    """(contender, optimizer, runs by teacher) of what was run."""
+    for name in CONTENDERS:
+        for optimizer in ("none",) if name == "teacher" else RATES:
+            if contents := chosen(done, name, optimizer):
+                yield name, optimizer, contents
 
 
 def report(folder: Path) -> str:
-    """Markdown: the losses, their differences from the teacher's, by timestep, and what the remedies change."""
+    """Markdown: the losses, their differences from the teachers' and from attention trained on, by timestep, and what
+    the remedies change."""
     done = read(folder)
-    (teacher,) = runs_of(done, "teacher")
-    rows, late, remedies = [], [], []
-    for name, contender in CONTENDERS.items():
-        contents = runs_of(done, name)
-        if not contents:
-            rows.append([contender.title, "not run", *[""] * len(SIZES)])
-            continue
-        cells = [contender.title, str(len(contents))]
-        for size in SIZES:
-            mean = statistics.fmean(content["test"][size]["loss"] for content in contents)
-            by, error = difference(contents, teacher, size)
-            cells.append(f"{mean:.4f}" + ("" if name == "teacher" else f" ({by:+.4f} ± {error:.4f})"))
-        rows.append(cells)
-        buckets = zip(*(content["test"]["64x64"]["by_timestep"] for content in contents), strict=True)
-        late.append([contender.title, *(f"{statistics.fmean(values):.4f}" for values in buckets)])
-        one = next((content for content in contents if content["remedies"]), {"remedies": {}})
+    teachers = chosen(done, "teacher", "none")
+    rows, against, late, remedies = [], [], [], []
+    for name, optimizer, contents in rows_of(done):
+        title, own = CONTENDERS[name].title, name == "teacher"
+        means = [statistics.fmean(each["test"][size]["loss"] for each in contents.values()) for size in SIZES]
+        told = [""] * len(SIZES) if own else beside(contents, teachers)
+        cells = [f"{mean:.4f}" + (f" ({by})" if by else "") for mean, by in zip(means, told, strict=True)]
+        tried = sum(run[:2] == (name, optimizer) and run.teacher == TEACHERS[0] for run in done)
+        rate = "" if own else f"{contents[TEACHERS[0]]['rate']:g} of {tried}"
+        optimizer = "" if own else optimizer
+        rows.append([title, optimizer, rate, str(len(contents)), *cells])
+        alike = chosen(done, "attention-sizes" if CONTENDERS[name].sizes else "attention", optimizer)
+        if CONTENDERS[name].swap is not None and alike.keys() & contents.keys():
+            count = str(len(alike.keys() & contents.keys()))
+            against.append([title, optimizer, count, *beside(contents, alike)])
+        buckets = zip(*(each["test"]["64x64"]["by_timestep"] for each in contents.values()), strict=True)
+        late.append([title, optimizer, *(f"{statistics.fmean(values):.4f}" for values in buckets)])
+        one = contents[TEACHERS[0]]
         for remedy, found in one["remedies"].items():
-            cells = [contender.title, remedy]
+            cells = [title, optimizer, remedy]
             for size in SIZES:
                 if size not in found:
                     cells.append("")
@@ -418,66 +385,84 @@ def report(folder: Path) -> str:
                 old, new = one["test"][size]["by_timestep"], found[size]["by_timestep"]
                 cells.append(f"{by:+.4f} ± {error:.4f}; noisiest fifth {new[-1] - old[-1]:+.4f}")
             remedies.append(cells)
+    ran = {run.contender for run in done}
+    never = [contender.title for name, contender in CONTENDERS.items() if name not in ran]
     steps = [f"{i / BUCKETS:.1f} to {(i + 1) / BUCKETS:.1f}" for i in range(BUCKETS)]
+    trained = " and ".join(f"{each['teacher_steps']:,}" for each in teachers.values())
     return (
-        f"# Distilled for sizes\n\nA small text-to-image UNet on CIFAR-10, trained at 32x32 for "
-        f"{teacher['teacher_steps']} steps of {BATCH} photos; students of {STEPS} steps of {BATCH}. Made by "
-        "`python -m benchmarks.quality.text_to_image_sizes --report`.\n\nDenoising loss on test photos resized to a "
-        "size; in brackets the student's minus the teacher's, with the error of the mean over the same photos, "
-        "timesteps and noise. It does not tell what another seed would change. `--sizes` is "
-        f"{','.join(f'{factor:g}' for factor in FACTORS)}, without the teacher at other sizes than its own.\n\n"
-        f"{harness.table(['model', 'seeds', *SIZES], rows)}\n\n## 64x64 by timestep, from little noise to all\n\n"
-        f"{harness.table(['model', *steps], late)}\n\n## Remedies without training\n\n"
-        "Loss with the remedy minus loss without; negative is better. One seed each. The lines without "
+        f"# Distilled for sizes\n\nA small text-to-image UNet on CIFAR-10, trained at 32x32 by AdamW for {trained} "
+        f"steps of {BATCH} photos (two teachers, two seeds); students of {STEPS} steps of {BATCH}. Made by `python -m "
+        "benchmarks.quality.text_to_image_sizes --report`.\n\nDenoising loss on test photos resized to a size; in "
+        "brackets the student's minus its teacher's, with the error of the mean over the same photos, timesteps and "
+        "noise. It does not tell what another seed would change. *rate*: the best of how many, on validation photos "
+        f"at all sizes, with the first teacher. `--sizes` is {','.join(f'{factor:g}' for factor in FACTORS)}, without "
+        "the teacher at other sizes than its own. *Attention, trained on*: the teacher's self-attention, trained on "
+        "the same images for as many steps. "
+        f"Commits: {study.commits(done.values())}.\n\n"
+        f"{harness.table(['model', 'optimizer', 'rate', 'teachers', *SIZES], rows)}\n\n"
+        + (f"Not run: {'; '.join(never)}.\n\n" if never else "")
+        + "## Minus attention, trained on by the same optimizer, on the same sizes\n\n"
+        f"{harness.table(['model', 'optimizer', 'teachers', *SIZES], against)}\n\n"
+        "## 64x64 by timestep, from little noise to all\n\n"
+        f"{harness.table(['model', 'optimizer', *steps], late)}\n\n## Remedies without training\n\n"
+        "Loss with the remedy minus loss without; negative is better. The first teacher. The lines without "
         "self-attention are no remedy: they say what it, or what is in its place, is worth.\n\n"
-        f"{harness.table(['model', 'remedy', *SIZES], remedies)}\n"
+        f"{harness.table(['model', 'optimizer', 'remedy', *SIZES], remedies)}\n"
     )
 
 
 def draw(folder: Path, out: Path) -> None:
-    """Each student's loss minus the teacher's, by size."""
-    done, figure = read(folder), Figure(figsize=(8, 4), layout="constrained")
-    axes, (teacher,) = figure.subplots(), runs_of(done, "teacher")
-    axes.axhline(0, color="grey", lw=1, label="teacher")
-    for name, contender in CONTENDERS.items():
-        if name != "teacher" and (contents := runs_of(done, name)):
-            found = [difference(contents, teacher, size) for size in SIZES]
-            axes.errorbar(list(SIZES), *zip(*found, strict=True), marker="o", capsize=3, label=contender.title)
-    axes.set(title="Distilled at 32x32 or at several sizes", xlabel="size of the photos")
-    axes.set_ylabel("denoising loss minus the teacher's")
-    figure.legend(loc="outside right center", fontsize=8)
+    """Each student's loss minus its teacher's, by size, for each optimizer."""
+    done, figure = read(folder), Figure(figsize=(11, 4), layout="constrained")
+    panels, teachers = figure.subplots(1, len(RATES), sharey=True), chosen(done, "teacher", "none")
+    colours = {name: f"C{i}" for i, name in enumerate(CONTENDERS)}
+    for axes, optimizer in zip(panels, RATES, strict=True):
+        axes.axhline(0, color="grey", lw=1, label="teacher")
+        for name, contender in CONTENDERS.items():
+            if name != "teacher" and (contents := chosen(done, name, optimizer)):
+                found = zip(*(difference(contents, teachers, size) for size in SIZES), strict=True)
+                axes.errorbar(list(SIZES), *found, marker="o", capsize=3, label=contender.title, color=colours[name])
+        axes.set(title=f"Distilled by {optimizer}", xlabel="size of the photos")
+        axes.legend(fontsize=7)
+    panels[0].set_ylabel("denoising loss minus the teacher's")
     figure.savefig(out, dpi=120)
 
 
 # -- the command --
 
 
-def work(folder: Path, photos: Photos, file: Path, minutes: float, runs: Sequence[Run] | None = None) -> int:
+def work(folder: Path, photos: Photos, teachers: dict[int, Path], minutes: float, runs: Sequence[Run] | None = None):
     """Makes `runs`, or else what is missing, until the time is over. Returns the number of runs."""
 
     def told(content: dict) -> str:
         return ", ".join(f"{size} {found['loss']:.4f}" for size, found in content["test"].items())
 
-    return study.work(folder, Run, wanted, lambda run: train(run, photos, file), told, minutes, runs)
+    return study.work(folder, Run, wanted, lambda run: train(run, photos, teachers), told, minutes, runs)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     study.add_options(parser, RESULTS, Run, CONTENDERS)
     parser.add_argument("--photos", type=Path, help="the folder of CIFAR-10")
-    parser.add_argument("--teacher", type=Path, help="the file of the teacher")
-    parser.add_argument("--train", type=float, metavar="MINUTES", help="train the teacher for so long")
+    parser.add_argument("--teachers", type=Path, nargs="+", metavar="FILE", help="the files of the teachers")
+    parser.add_argument("--train", type=float, metavar="MINUTES", help="train a teacher for so long")
+    parser.add_argument("--teacher-seed", type=int, default=0, help="the seed of the teacher's training (default: 0)")
     arguments = parser.parse_args()
     if study.told(arguments, read, wanted, report, draw):
         return
-    if arguments.photos is None or arguments.teacher is None:
-        parser.error("give --photos, the folder of CIFAR-10 (tables with the splits train and test), and --teacher")
+    if arguments.photos is None or arguments.teachers is None:
+        parser.error("give --photos, the folder of CIFAR-10 (tables with the splits train and test), and --teachers")
     torch.set_num_threads(1)
     photos = Photos.open(arguments.photos)
     if arguments.train:
-        train_teacher(photos, arguments.teacher, arguments.train)
-    else:
-        work(arguments.out, photos, arguments.teacher, arguments.minutes, arguments.runs)
+        if len(arguments.teachers) != 1:
+            parser.error(f"--train makes one teacher, got {len(arguments.teachers)} files in --teachers")
+        train_teacher(photos, arguments.teachers[0], arguments.train, arguments.teacher_seed)
+        return
+    files = {open_teacher(file)[1]["seed"]: file for file in arguments.teachers}
+    if missing := set(TEACHERS) - set(files):
+        parser.error(f"no teacher of the seed {', '.join(map(str, sorted(missing)))} is among {arguments.teachers}")
+    work(arguments.out, photos, files, arguments.minutes, arguments.runs)
 
 
 if __name__ == "__main__":

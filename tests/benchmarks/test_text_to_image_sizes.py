@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import gspn
 from benchmarks.quality import text_to_image_sizes as study
 from benchmarks.quality.mixers.tasks import Photos
-from benchmarks.quality.text_to_image_sizes import CONTENDERS, REMEDIES, Run, Teacher
+from benchmarks.quality.text_to_image_sizes import CONTENDERS, REMEDIES, Run, Teacher, teacher_run
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def file(tmp_path_factory):
 
 def test_what_is_measured(photos, file):
     """A model that predicts 0 has the loss |v|^2; one that knows v has none; the same noise at each call."""
-    teacher, steps = study.open_teacher(file)
+    teacher, made = study.open_teacher(file)
     zero = study.measure(lambda noisy, t, states: 0 * noisy, teacher, photos["test"], "32x64", 20)
-    assert steps == 7 and len(zero["each"]) == 20 and len(zero["by_timestep"]) == study.BUCKETS
+    assert made == {"steps": 7, "seed": 0} and len(zero["each"]) == 20 and len(zero["by_timestep"]) == study.BUCKETS
     assert zero["loss"] == pytest.approx(sum(zero["each"]) / 20, abs=1e-4) and 0.2 < zero["loss"] < 1.1
     assert study.measure(lambda noisy, t, states: 0 * noisy, teacher, photos["test"], "32x64", 20) == zero
     first, *_, last = zero["by_timestep"]  # v is nearly the noise at first and nearly the image at last
@@ -82,29 +82,38 @@ def test_sub_lattices_by_hand(file):
 @pytest.mark.slow
 def test_missing_runs_are_made_and_told(photos, file, tmp_path, monkeypatch):
     few = {"32x32": 5, "48x48": 5, "64x64": 5, "32x64": 5}
-    names = ("teacher", "global", "segment4-sizes", "lowest", "attention-sizes")
+    names = ("teacher", "global", "segment4-sizes", "attention-sizes")
     monkeypatch.setattr(study, "CONTENDERS", {name: CONTENDERS[name] for name in names})
+    monkeypatch.setattr(study, "MAIN", ("attention-sizes",))
+    monkeypatch.setattr(study, "RATES", {"muon": (0.002,), "adamw": (0.002, 0.004)})
     monkeypatch.setattr(study, "SIZES", few)
     trained = study.train
     few_steps = lambda run, *given: trained(  # noqa: E731
         run._replace(steps=min(2, run.steps)), *given, sizes=few, batch=2
     )
     monkeypatch.setattr(study, "train", lambda run, *given: few_steps(run, *given) | run._asdict())
-    assert study.work(tmp_path, photos, file, 0) == 0
-    assert study.work(tmp_path, photos, file, 60) == 1 + 2 * 4
+    teachers = {0: file, 1: file}
+    assert study.work(tmp_path, photos, teachers, 0) == 0
+    assert study.work(tmp_path, photos, teachers, 60) == 2 + 3 * (3 + 2)  # three rates, then two bests
     done = study.read(tmp_path)
-    assert set(done) == set(study.wanted(done)) and Run("teacher", 0, 0) in done
-    assert set(done[Run("global", 0)]["remedies"]) == set(REMEDIES) == set(study.ALL)
-    assert "segments as trained" not in done[Run("teacher", 0, 0)]["remedies"]
-    assert not done[Run("lowest", 0)]["remedies"]
-    assert done[Run("attention-sizes", 0)]["test"]["32x32"] != done[Run("teacher", 0, 0)]["test"]["32x32"]  # it learned
+    assert set(done) == set(study.wanted(done)) and teacher_run(0) in done
+    first = done[Run("global", "adamw", 0.002, 0)]
+    assert set(first["remedies"]) == set(REMEDIES) == set(study.ALL)
+    assert "segments as trained" not in done[teacher_run(0)]["remedies"]
+    for optimizer in ("adamw", "muon"):  # both learn, and not the same
+        run = done[Run("attention-sizes", optimizer, 0.002, 0)]
+        assert run["test"]["32x32"] != done[teacher_run(0)]["test"]["32x32"]
+    assert done[Run("global", "muon", 0.002, 0)]["test"] != first["test"]
     text = study.report(tmp_path)
-    assert "| global | 2 |" in text and "±" in text and "sub-lattices" in text
+    assert "| global | muon | 0.002 of 1 | 2 |" in text and "±" in text and "sub-lattices" in text
+    best = study.best_rate(done, "global", "adamw")
+    other = done[Run("global", "adamw", 0.006 - best, 0)]["val"]
+    assert sum(done[Run("global", "adamw", best, 0)]["val"].values()) < sum(other.values())
     study.draw(tmp_path, tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").stat().st_size > 5_000
 
 
 def test_the_teacher_is_trained_and_opened(photos, tmp_path):
-    study.train_teacher(photos, tmp_path / "teacher.safetensors", minutes=0.005)
-    teacher, steps = study.open_teacher(tmp_path / "teacher.safetensors")
-    assert steps >= 1 and not any(p.requires_grad for p in teacher.parameters())
+    study.train_teacher(photos, tmp_path / "teacher.safetensors", minutes=0.005, seed=3)
+    teacher, made = study.open_teacher(tmp_path / "teacher.safetensors")
+    assert made["steps"] >= 1 and made["seed"] == 3 and not any(p.requires_grad for p in teacher.parameters())
