@@ -163,6 +163,11 @@ def test_a_help_shows_what_the_presets_fill_in():
     assert shown["ema"] == "0.999 for pixels, 0.9999 for latents" and shown["weight_decay"] == "0.0"
     shown = {one.name: one.annotation.__metadata__[0].show_default for one in flags(DistillOptions)}
     assert shown["precision"] == "bf16" and shown["beta1"] == "0.9" and shown["segment"] is False
+    shown = {one.name: one.annotation.__metadata__[0].show_default for one in flags(SegmentationOptions)}
+    assert shown["lr"] == "0.004 for gspn_mobile from random weights, 0.002 for others"
+    assert shown["optimizer"] == "muon for gspn_mobile from random weights, adamw for others"
+    shown = {one.name: one.annotation.__metadata__[0].show_default for one in flags(Options)}
+    assert shown["optimizer"] is False  # its help tells it
 
 
 VALUES = {  # something else than the default, of each type

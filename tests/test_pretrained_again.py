@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import gspn
 from gspn.models import Backbone, Segmenter
-from gspn.pretrained import MARK
+from gspn.pretrained import MARK, Card
 from gspn.train.run import RunError
 
 hub = pytest.importorskip("huggingface_hub")
@@ -65,6 +65,17 @@ def test_a_run_is_saved_again_beside_a_card_of_ones_own(digits_run, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+def test_a_saved_model_that_is_loaded_and_saved_again_keeps_its_licence(digits_run, tmp_path):
+    told = {"license": "cc-by-4.0", "data": "digits by their writers", "metrics": {"top-1": 0.5}}
+    gspn.load_run(digits_run[0].path).save_pretrained(tmp_path / "first", **told)
+    again = gspn.load_run(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    # the metrics belong to weights, which somebody may have changed meanwhile
+    assert Card.read(tmp_path / "second/README.md") == Card("cc-by-4.0", "digits by their writers")
+    again.save_pretrained(tmp_path / "third", license="mit", metrics={"top-1": 0.25})
+    assert Card.read(tmp_path / "third/README.md") == Card("mit", "digits by their writers", {"top-1": "0.25"})
+
+
 # -- what is saved --
 
 
@@ -84,6 +95,15 @@ def test_layers_that_were_changed_are_not_saved(name, tmp_path):
     assert gspn.GSPN2d.from_pretrained(tmp_path / "layer").segment == 5
 
 
+def test_parts_without_weights_that_were_changed_are_not_saved(tmp_path):
+    model = MAKE["backbone"](drop_path_rate=0.1)
+    model.save_pretrained(tmp_path)
+    silus = [name for name, part in model.named_modules() if isinstance(part, torch.nn.SiLU)]
+    model.set_submodule(silus[0], torch.nn.ReLU())
+    with pytest.raises(ValueError, match=f"was changed after it was made.*{silus[0]}"):
+        model.save_pretrained(tmp_path / "other")
+
+
 def test_tied_weights_are_stored_under_each_name(tmp_path):
     model = MAKE["backbone"](depths=[2, 1])
     model.levels[0].blocks[1] = model.levels[0].blocks[0]
@@ -101,7 +121,7 @@ def test_models_without_values_are_not_saved(dtype, tmp_path):
 
 
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
-    four, options = np.int64(4), dict(width=np.int32(8), depths=np.array([1, 1]), drop_rate=np.float32(0.5))
+    four, options = np.int64(4), dict(width=np.int32(8), depths=np.array([1, 1]), drop_path_rate=np.float32(0.5))
     backbone = MAKE["backbone"](num_classes=four, in_chans=np.int8(1), **options)
     segmenter = MAKE["segmenter"](num_classes=four, decoder_width=np.int64(6), decoder_depth=np.int64(1), **options)
     backbone.reset_classifier(np.int64(5))

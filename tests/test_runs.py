@@ -76,8 +76,9 @@ def test_dtype_and_device(digits_run, digits):
     assert inputs.dtype == torch.float64 and double.model(inputs[None]).dtype == torch.float64
     assert double.predict(digits[0][0]) == pytest.approx(single.predict(digits[0][0]), abs=1e-5)
     assert gspn.load_run(run, device="meta").preprocess(digits[0][0]).device.type == "meta"
-    with pytest.raises(OptionError, match=r"dtype.*torch\.int8"):
-        gspn.load_run(run, dtype=torch.int8)
+    for wrong in (torch.int8, "bfloat16"):
+        with pytest.raises(OptionError, match=rf"dtype has to be a floating-point dtype.*{str(wrong)[-4:]}"):
+            gspn.load_run(run, dtype=wrong)
 
 
 def test_another_checkpoint(digits_run, tmp_path):

@@ -427,7 +427,7 @@ class GSPNBlock(nn.Module):
     ):
         super().__init__()
         if activation not in ("silu", None):
-            raise ValueError(f'activation has to be "silu" or None, got {activation!r}')
+            raise ValueError(f'activation has to be "silu" or None (null in JSON), got {activation!r}')
         inner, hidden = _widened(channels, "expansion", expansion), _widened(channels, "mlp_ratio", mlp_ratio)
         self.norm1 = nn.LayerNorm(channels)
         self.in_proj = nn.Linear(channels, inner, bias=False)

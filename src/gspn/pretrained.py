@@ -306,12 +306,14 @@ def _check_made_again(model, arguments):
 
 
 def _form(model):
-    """{name: value} of what has to agree in a model made again: arguments of the parts, shapes of the weights. Where a
-    parameter is called as an argument (the merger), its shape says enough."""
+    """{name: value} of what has to agree in a model made again: arguments of the parts, shapes of the weights, and what
+    the parts without weights are (an activation, say). Where a parameter is called as an argument (the merger), its
+    shape says enough."""
     parts = dict(model.named_modules(remove_duplicate=False))  # tied ones under each of their names
+    bare = {name: repr(part) for name, part in parts.items() if name and not any(True for _ in part.parameters())}
     of = {name: part._arguments() for name, part in parts.items() if name and isinstance(part, Pretrained)}
     arguments = {f"{name}.{key}": value for name, own in of.items() for key, value in own.items()}
-    return arguments | {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return arguments | bare | {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

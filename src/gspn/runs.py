@@ -21,7 +21,7 @@ from gspn.models.latents import NotFiniteError
 from gspn.models.tiles import segment
 from gspn.options import OptionError
 from gspn.places import run_folder
-from gspn.pretrained import Card, OnMetaError, load_weights, push, save
+from gspn.pretrained import CARD, Card, OnMetaError, load_weights, push, save
 from gspn.train.run import Run, RunError
 
 if TYPE_CHECKING:
@@ -54,11 +54,12 @@ class Saving:
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes the model to a folder: weights, config.json with classes and preprocessing, and a model card. See
-        :meth:`gspn.models.Backbone.save_pretrained` for the arguments and the errors; without `data` the card names
-        the data of the run. ValueError also if `classes` does not name as many classes as the model has, as after
-        ``model.reset_classifier``: set `classes` first.
+        :meth:`gspn.models.Backbone.save_pretrained` for the arguments and the errors. Without `license` and `data` the
+        card tells those of the saved model that this was loaded from, or names the data of the run. ValueError also if
+        `classes` does not name as many classes as the model has, as after ``model.reset_classifier``: set `classes`
+        first.
         """
-        save(self.model, save_directory, Card(license, data, metrics or {}), dtype, self._kept())
+        save(self.model, save_directory, self._card(license, data, metrics), dtype, self._kept())
 
     def push_to_hub(
         self,
@@ -71,7 +72,13 @@ class Saving:
         **options: Any,
     ) -> str:
         """Uploads what :meth:`save_pretrained` writes; see :meth:`gspn.models.Backbone.push_to_hub`."""
-        return push(self.model, repo_id, Card(license, data, metrics or {}), dtype, self._kept(), **options)
+        return push(self.model, repo_id, self._card(license, data, metrics), dtype, self._kept(), **options)
+
+    def _card(self, license, data, metrics):
+        """The card: a model that was itself saved keeps its licence and its data's credit. Metrics belong to weights,
+        which may have changed since."""
+        own = Card.read(self.run.path / CARD) or Card()
+        return Card(license or own.license, data or own.data, metrics or {})
 
     def _named(self):
         """The classes as config.json holds them."""

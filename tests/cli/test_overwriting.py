@@ -104,6 +104,8 @@ def test_export(run, tmp_path):
     pytest.importorskip("onnxscript")
     arguments = ("export", run, "--onnx", "--no-check", "--size", 8)
     refused_and_then_replaced(tmp_path / "model.onnx", *arguments, "--out", tmp_path / "model.onnx")
+    assert command(*arguments, "--out", tmp_path / "new" / "folder" / "model.onnx").exit_code == 0  # it makes folders
+    assert (tmp_path / "new" / "folder" / "model.onnx").exists()
     (run / "model.pt2").write_bytes(NEW)
     assert command("export", run, "--aoti").exit_code == 2 and (run / "model.pt2").read_bytes() == NEW
 
@@ -143,6 +145,17 @@ def test_a_folder_for_the_hub(run, tmp_path):
     assert Card.read(card) is None
     result = command(*arguments)
     assert result.exit_code == 2 and "README.md is a folder" in result.stderr and (card / "mine").exists()
+
+
+def test_a_saved_model_exported_again_keeps_its_card(run, tmp_path):
+    """Its weights are the same, so the metrics stay too; those at another size say so."""
+    found = {"split": "test", "images": 5, "top1": 0.5, "size": [12, 8], "trained_size": [8, 8]}
+    write_json(tmp_path / "evaluation.json", found)
+    told = ("--license", "mit", "--trained-on", "cats", "--evaluation", tmp_path / "evaluation.json")
+    assert command("export", run, "--hub", "--out", tmp_path / "a", *told).exit_code == 0
+    assert command("export", tmp_path / "a", "--hub", "--out", tmp_path / "b").exit_code == 0
+    card = Card.read(tmp_path / "b" / "README.md")
+    assert card == Card("mit", "cats", {"top-1 accuracy (test, 5 images at 12x8)": "0.5"})
 
 
 def test_a_failed_export_for_the_hub_leaves_the_card(run, tmp_path, monkeypatch):

@@ -81,6 +81,13 @@ def test_a_file_whose_folder_is_none(places, line):
     assert told == f"cannot write to the folder {file}: it is a file; choose another one with {option}"
 
 
+def test_what_another_task_has_instead(places):
+    run, segmenter, masked = places["run"], places["segmenter"], places["masked"]
+    told = refused("eval", segmenter, masked, "--sizes", 32)
+    assert told == f"--sizes is not for {segmenter}, a run of segmentation; --scale resizes its images"
+    assert refused("eval", run, "digits", "--scale", 2) == f"--scale is not for {run}, a run of classification"
+
+
 def test_samples_latents_and_pipelines_cannot_go_into_a_file(places, tmp_path):
     run, file = generator_run(tmp_path / "generator")[0].path, places["file"]
     for line in (f"sample {run}", f"encode digits --vae {tmp_path} --size 8"):

@@ -99,6 +99,8 @@ def _groups_of(parameter, groups):
         (dict(decoder_widht=96), TypeError, "no argument 'decoder_widht', did you mean 'decoder_width'"),
         (dict(drop_path_rat=0.1), TypeError, "did you mean 'drop_path_rate'"),
         (dict(alignment="released"), ValueError, "square"),
+        (dict(drop_rate=0.5), TypeError, "no drop_rate.*head of a classifier: use decoder_drop_rate"),
+        (dict(global_pool=""), TypeError, "no global_pool"),
     ],
 )
 def test_what_does_not_fit(arguments, error, message):

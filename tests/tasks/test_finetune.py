@@ -74,6 +74,24 @@ def test_a_file_of_weights(digits_run, tmp_path):
     assert note.endswith("with a new head for 10 classes") and same(body(model.state_dict()), body(weights))
 
 
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_a_saved_backbone(file, tmp_path):
+    """Its arguments come with it, from its own file of weights too; without names of classes the head is new."""
+    torch.manual_seed(5)  # not the training's
+    saved = gspn.create_model("gspn_micro", num_classes=10, in_chans=1, **TINY, center=True)
+    saved.save_pretrained(tmp_path / "saved")
+    options = tiny_options(init_from=str(tmp_path / "saved" / file), model_args={}, lr=0.0, weight_decay=0.0, ema=0.0)
+    run, _, _ = train_classifier("digits", tmp_path / "run", options)
+    assert run.config["model"]["center"] is True
+    mine = load_classifier(run.path).model.state_dict()
+    assert same(body(mine), body(saved.state_dict())) and not torch.equal(mine["head.weight"], saved.head.weight)
+    with pytest.raises(OptionError, match=r"init_from: the saved model .* has a gspn_micro, expected a gspn_tiny"):
+        open_source(tmp_path / "saved" / file, "gspn_tiny", {})
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(OptionError, match=r"^init_from: .*model\.safetensors cannot be read"):
+        open_source(tmp_path / "saved" / file, None, {})
+
+
 def test_what_does_not_fit(digits_run, colours, tmp_path):
     run, _ = digits_run
     with pytest.raises(OptionError, match=r"1 channels.* 3; --channels 1 "):

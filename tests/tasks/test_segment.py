@@ -119,11 +119,12 @@ def test_a_stopped_training_goes_on_to_the_same_bits(masked, tmp_path, monkeypat
 
 
 def test_starting_from_a_classifier(masked, colours, tmp_path, without_pictures):
-    from helpers.training import tiny_options
+    from helpers.training import TINY, tiny_options
 
     from gspn.tasks.classify import train_classifier
 
-    classifier, _, _ = train_classifier(colours, tmp_path / "colours", tiny_options(batch_size=16, model="gspn_micro"))
+    more = dict(batch_size=16, model="gspn_micro", model_args={**TINY, "drop_rate": 0.1})  # of its head
+    classifier, _, _ = train_classifier(colours, tmp_path / "colours", tiny_options(**more))
     run, _ = base.start(Setup, masked, tmp_path / "run", options(model_args={}, init_from=str(classifier.path), lr=0.0))
     own, weights = run.load_checkpoint("last")[0]["model"], classifier.load_checkpoint("best")[0]["ema"]
     backbone = {name.removeprefix("backbone."): w for name, w in own.items() if name.startswith("backbone.")}

@@ -159,7 +159,7 @@ def export_run(options):
         return
     file = options.out or options.beside(f"model{options.suffix()}")
     check_out(file.parent)
-    from gspn.files import check_absent
+    from gspn.files import check_absent, make_folder
     from gspn.runs import Classifier
 
     check_absent(file, overwrite=options.overwrite)
@@ -175,6 +175,7 @@ def export_run(options):
         given["metadata"] = {"class_names": loaded.classes.names, "classes": loaded.classes.to_json()}
         given["metadata"] |= {"preprocessing": preprocessing | {"scale": loaded.scale}}
     write = gspn.export_onnx if options.onnx else gspn.export_aoti
+    make_folder(file.parent)
     try:
         with Progress("exporting", console=progress_on(err)):  # compiling takes minutes
             written = write(loaded.model, file, check=not options.no_check, **given)
@@ -213,24 +214,26 @@ def _export_for_hub(options):
     check_absent(folder, overwrite=options.overwrite)
     import torch
 
-    from gspn.pretrained import Card
+    from gspn.pretrained import CARD, Card
     from gspn.runs import load_run
 
-    about = {"data": options.trained_on, "metrics": _on_card(options.evaluation, task)}
+    own = Card.read(options.run / CARD) or Card()  # of a saved model: it tells of the same weights
+    told = Card(options.license, options.trained_on, _on_card(options.evaluation, task)).over(own)
     loaded = load_run(options.run, checkpoint)
-    config, card = folder / "config.json", folder / "README.md"
+    config, card = folder / "config.json", folder / CARD
     if card.is_dir():
         raise OptionError(f"{card} is a folder, expected the model's card: rename it, or choose another --out")
     # --overwrite also means a model of another class, which would be refused, and any card: what it tells of data and
     # metrics belongs to the old weights. The licence of a card that nobody changed is kept.
     other = (config_or_none(config) or {}).get("class") not in (None, loaded.model._saved_as)
-    about["license"] = options.license or (Card.read(card) or Card()).license
+    license = told.license or (Card.read(card) or Card()).license
     old = {file: file.read_bytes() for file in ([config, card] if other else [card]) if file.exists()}
     try:
         for file in old:
             remove(file)
         try:
-            loaded.save_pretrained(folder, dtype=torch.float16 if options.precision == "fp16" else None, **about)
+            dtype = torch.float16 if options.precision == "fp16" else None
+            loaded.save_pretrained(folder, dtype=dtype, license=license, data=told.data, metrics=told.metrics)
         except ValueError as error:  # weights too large for fp16, a config.json that is damaged
             raise OptionError(str(error)) from error
     except BaseException:
@@ -253,6 +256,10 @@ def _on_card(file, task):
             f"evaluation: {file} holds no {ON_CARDS[MAIN[task]]}, expected an evaluation of a run of {task}"
         )
     of = f"{found['split']}, {found['images']} images"
+    if (size := found.get("size")) != found.get("trained_size"):
+        of += " at {}x{}".format(*size)
+    if (scale := found.get("scale", 1)) != 1:
+        of += f" at {scale:g} times their size"
     return {f"{name} ({of})": found[key] for key, name in ON_CARDS.items() if found.get(key) is not None}
 
 

@@ -1,6 +1,5 @@
 """The commands that train, one for each task: made from its TaskSpec."""
 
-from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
 from inspect import cleandoc
@@ -94,9 +93,6 @@ def arguments_of(spec, argument, data, run, config, overrides):
         if not isinstance(value, str | Path | None):
             raise OptionError(f"{config}: {name} takes text, got {value!r}")
     options = spec.options.read(from_file, f"{config}: ")
-    for name, value in overrides.items():
-        if isinstance(own := getattr(options, name), Mapping) and own:  # --model-arg adds to those of the file
-            overrides = {**overrides, name: {**own, **spec.options._converted({name: value})[name]}}
     options = options.updated(overrides)
     if argument is not None and getattr(options, argument.name) is None:
         raise OptionError(f"Missing argument '{argument.metadata['metavar']}'")

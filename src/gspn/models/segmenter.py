@@ -17,6 +17,10 @@ from gspn.pretrained import Pretrained
 _BLOCK = ("groups", "scan_dim", "skip", "merger", "center", "activation", "backend", "proxy_dim")  # as in the backbone
 
 
+# arguments of a Backbone that concern its own head alone: their defaults, and what to do instead
+OF_CLASSIFIERS = {"drop_rate": (0.0, "use decoder_drop_rate"), "global_pool": ("avg", "leave it out")}
+
+
 class Segmenter(Pretrained, nn.Module):
     """A backbone with a light decoder: one logit for each class and pixel of the image::
 
@@ -159,10 +163,12 @@ def create_segmenter(
         name: one of :func:`gspn.list_models`.
         num_classes: K.
         decoder_width, decoder_depth, decoder_drop_rate: ``width``, ``depth`` and ``drop_rate`` of :class:`Segmenter`.
-        kwargs: ``in_chans=3`` and every other argument of :class:`gspn.models.Backbone`. ``stem_stride`` is 4 here for
-            gspn_micro and gspn_mobile too: the finest map has 1/4 of the image's height and width.
+        kwargs: ``in_chans=3`` and every other argument of :class:`gspn.models.Backbone` but those of a classifier's
+            head, ``drop_rate`` and ``global_pool``. ``stem_stride`` is 4 here for gspn_micro and gspn_mobile too: the
+            finest map has 1/4 of the image's height and width.
 
-    Raises ValueError for an unknown name or arguments that do not fit, TypeError for an unknown argument.
+    Raises ValueError for an unknown name or arguments that do not fit, TypeError for an unknown argument or one of a
+    classifier's head.
 
     >>> import gspn
     >>> model = gspn.create_segmenter("gspn_micro", num_classes=11)
@@ -170,6 +176,9 @@ def create_segmenter(
     """
     size_of(name)  # an unknown name first
     check_arguments(create_segmenter, kwargs, Backbone.__init__)
+    for argument, (default, advice) in OF_CLASSIFIERS.items():
+        if kwargs.get(argument, default) != default:  # segmenters that were saved may hold the default
+            raise TypeError(f"a segmenter has no {argument}, which belongs to the head of a classifier: {advice}")
     backbone = Backbone.from_name(name, **{"stem_stride": 4, **kwargs, "num_classes": 0})
     block = {key: backbone.config[key] for key in _BLOCK if key in backbone.config}
     decoder = {"width": decoder_width, "depth": decoder_depth, "drop_rate": decoder_drop_rate}

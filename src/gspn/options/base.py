@@ -262,8 +262,13 @@ class OptionSet:
             raise OptionError(f"{source}{error}") from None
 
     def updated(self, overrides: Mapping[str, Any]) -> Self:
-        """The same options with other values for some; arguments and errors as for `read`."""
-        return replace(self, **self._converted(overrides))
+        """The same options with other values for some, a mapping's entries added to those there; arguments and errors
+        as for `read`."""
+        values = self._converted(overrides)
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                values[name] = {**(getattr(self, name) or {}), **value}
+        return replace(self, **values)
 
     @classmethod
     def _converted(cls, values):
@@ -369,14 +374,16 @@ def _completion(metadata) -> Callable[[str], list[str]] | None:
 
 
 def _default_text(options, one):
-    """What the help shows as the default of an option: of the presets, if they have it. False for nothing."""
+    """What the help shows as the default of an option: of the presets, if they have it. False for nothing, or where the
+    help's own text tells the default."""
     default = one.metadata["fallback"] if one.default in (None, MISSING) else one.default
     chosen = {kind: preset[one.name] for kind, preset in options.presets.items() if one.name in preset}
     if len(set(chosen.values())) == 1 and len(chosen) == len(options.presets):
         return str(next(iter(chosen.values())))
     if chosen:
         return ", ".join(f"{value} for {where}" for where, value in chosen.items())
-    return False if default is None or isinstance(default, dict) else str(default)
+    told = one.default is None and "Default:" in one.metadata["help"]
+    return False if told or default is None or isinstance(default, dict) else str(default)
 
 
 def read_file(path: Path) -> dict:

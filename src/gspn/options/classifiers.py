@@ -96,7 +96,9 @@ class EvalOptions(ReadOptions, WriteOptions, RunOptions):
         without = OF_SEGMENTATION if task != "segmentation" else OF_CLASSIFICATION
         for name in without:
             if getattr(self, name) is not None:
-                raise OptionError(f"--{name.replace('_', '-')} is not for {self.run}, a run of {task or 'no task'}")
+                hint = "; --scale resizes its images" if name == "sizes" else ""
+                of = f"a run of {task or 'no task'}"
+                raise OptionError(f"--{name.replace('_', '-')} is not for {self.run}, {of}{hint}")
         return self.values("run", "data", "sizes", "as_json", *without)
 
 

@@ -116,7 +116,10 @@ MOBILE = dict(lr=4e-3, optimizer="muon")  # gspn_mobile from random weights: wha
 class SegmentationOptions(MaskOptions, MaskRecipeOptions, LoopOptions, ModelOptions):
     """All options of `gspn train-segmentation`; PRESET and the data replace None."""
 
-    presets: ClassVar = {"all": PRESET}
+    presets: ClassVar = {
+        "gspn_mobile from random weights": PRESET | MOBILE,
+        "others": PRESET | {"optimizer": "adamw"},
+    }
 
     def check_paths(self):
         if self.init_from:

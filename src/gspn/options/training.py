@@ -27,8 +27,8 @@ class LoopOptions(OptionSet):
     )
     optimizer: str | None = option(
         None,
-        "adamw, or muon, which moves the matrices inside a model along their orthogonalised momentum. Default: muon "
-        "for gspn_mobile, to classify small photos and to segment from random weights, adamw otherwise.",
+        "adamw, or muon, which moves the matrices inside a model along their orthogonalised momentum. Default: adamw, "
+        "but muon for gspn_mobile, to classify small photos and to segment from random weights.",
         choices=("adamw", "muon"),
         fallback="adamw",
     )
@@ -67,7 +67,7 @@ class LoopOptions(OptionSet):
     freeze: tuple | None = option(
         None, "Modules of the model to freeze: stem,levels.0", parse=parse_names, metavar="NAMES"
     )
-    fsdp: bool = option(False, "Shard the model over the processes, for large models.")
+    fsdp: bool = option(False, "Shard the model over the processes, for large models. It trains with AdamW.")
     save_every: str = option(
         "15min",
         "How often to save within an epoch: 500 (steps), 15min, or never.",

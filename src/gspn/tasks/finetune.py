@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gspn.digests import digest, tensors_of
-from gspn.models import load_released
+from gspn.models import Backbone, load_released
 from gspn.options import OptionError
-from gspn.places import run_folder
+from gspn.places import config_or_none, run_folder
+from gspn.pretrained import CONFIG, WEIGHTS
 from gspn.runs import load_classifier
+from gspn.train.run import Run
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,32 @@ class Source:
 
 def open_source(path: str | Path, model: str | None, model_args: Mapping, channels: int | None = None) -> Source:
     """The weights in a run folder (the averaged ones of its best checkpoint, if it has them) or a saved model, of which
-    the name in the package gspn-weights will do; in a .safetensors file with the names of our models; or in a published
-    checkpoint (.pth). Both kinds of files need the name `model`; the stem of the last can be converted to `channels`
-    other than 3.
+    the name in the package gspn-weights or its own file of weights will do; in another .safetensors file with the names
+    of our models; or in a published checkpoint (.pth). The last two need the name `model`; the stem of a published one
+    can be converted to `channels` other than 3.
 
     Errors: RunError, OptionError."""
     path = run_folder(path)
+    if path.name == WEIGHTS and "class" in (config_or_none(path.parent / CONFIG) or {}):
+        path = path.parent  # its arguments belong to the weights, and their shapes do not tell all of them
     if path.is_dir():
-        classifier = load_classifier(path)
-        arguments = dict(classifier.run.config["model"])
+        run = Run.open(path)
+        if run.config.get("class") == "Backbone" and "task" not in run.config:
+            try:
+                saved, where = Backbone.from_pretrained(path), f"the saved model {path}"
+            except (ValueError, OSError) as error:
+                raise OptionError(f"init_from: {error}") from error
+            arguments, weights, known = dict(saved.config), saved.state_dict(), ()
+        else:
+            classifier, where = load_classifier(path), f"the run {path}"
+            arguments, weights = dict(classifier.run.config["model"]), classifier.model.state_dict()
+            known = (classifier.classes, classifier.run.config["data"]["where"])
         name = arguments.pop("name")
         if model not in (None, name):
-            raise OptionError(f"init_from: the run {path} has a {name}, expected a {model} (--model)")
+            raise OptionError(f"init_from: {where} has a {name}, expected a {model} (--model)")
         for own in ("num_classes", "in_chans", "backend"):
             arguments.pop(own, None)
-        weights, data = classifier.model.state_dict(), classifier.run.config["data"]["where"]
-        return Source(f"the run {path}", weights, name, arguments, classifier.classes, data)
+        return Source(where, weights, name, arguments, *known)
     if not path.is_file() and path.suffix != ".safetensors":
         raise OptionError(f"init_from: there is no {path}; expected a run folder, a .safetensors or a .pth file")
     if path.suffix == ".safetensors":

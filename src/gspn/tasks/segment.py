@@ -18,7 +18,7 @@ from gspn.data.masks import find_classes, open_masked, survey
 from gspn.data.unreadable import Unreadable
 from gspn.metrics.classification import warnings_of
 from gspn.metrics.segmentation import OPEN_OPTIONS, evenly, segment_batches
-from gspn.models.segmenter import create_segmenter
+from gspn.models.segmenter import OF_CLASSIFIERS, create_segmenter
 from gspn.options import OptionError
 from gspn.options.segment import MOBILE, PRESET, SPEC, SegmentationOptions
 from gspn.progress import Progress
@@ -138,6 +138,11 @@ class Setup(BaseSetup):
             options.ignore,
             options.strict,
         )
+        if len(found.classes) < 2:
+            raise DataError(
+                f"the masks hold one class beside the ignored values, {found.classes.names[0]!r}: expected two at "
+                "least; a background is a class too, not a value to ignore"
+            )
         channels, source = options.channels or train_split.channels(), None
         if options.init_from:
             source = open_source(options.init_from, options.model, options.model_args, channels)
@@ -148,11 +153,6 @@ class Setup(BaseSetup):
             )
         if options.ignore is None:
             options = replace(options, ignore=tuple(map(str, found.classes.ignored)))
-        if len(found.classes) < 2:
-            raise DataError(
-                f"the masks hold one class beside the ignored values, {found.classes.names[0]!r}: expected two at "
-                "least; a background is a class too, not a value to ignore"
-            )
         options = settle(options, found.sizes, channels, source)
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:
@@ -246,7 +246,8 @@ def settle(options: SegmentationOptions, sizes: Counter, channels: int, source: 
     if options.size is None:
         largest = (max(side) * options.scale for side in zip(*(size for size in sizes if sizes[size]), strict=True))
         options = replace(options, size=tuple(max(1, min(round(side), CROP)) for side in largest))
-    arguments = {**(source.model_args or {}), **options.model_args} if source else dict(options.model_args)
+    brought = (source and source.model_args) or {}
+    arguments = {name: value for name, value in brought.items() if name not in OF_CLASSIFIERS} | options.model_args
     model = options.model or (source and source.name) or "gspn_mobile"
     preset = PRESET | (MOBILE if model == "gspn_mobile" and source is None else {})
     return replace(options, channels=channels, model=model, model_args=arguments).resolved(preset)

@@ -228,9 +228,13 @@ class Run:
         """The run's task, if it is among `expected`. Errors: RunError, which says what takes such a run."""
         task = str(self.config.get("task", ""))
         if task not in expected:
-            without = f"a saved {self.config['class']} without a task" if self.saved else "of no task"
-            found = f"a run of {task}" if task else without
-            hint = f"; {TASKS[task].taken_by.format(self.path)}" if task in TASKS else ""
+            found, hint = f"a run of {task}" if task else "of no task", ""
+            if task in TASKS:
+                hint = f"; {TASKS[task].taken_by.format(self.path)}"
+            elif not task and self.saved:
+                saved = self.config["class"]
+                found = f"a saved {saved} without a task"
+                hint = f"; {saved}.from_pretrained reads it in Python, and gspn.export_onnx exports it"
             raise RunError(f"{self.path} is {found}, expected {' or '.join(expected)}{hint}")
         return task
 
