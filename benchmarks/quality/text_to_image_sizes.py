@@ -58,7 +58,7 @@ from gspn.train.optim import make_optimizer
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "quality" / "text-to-image-sizes"
 STEPS, WARM_UP = 600, 20
-RATES = {"muon": (0.004, 0.008, 0.002), "adamw": (0.002, 0.004, 0.001)}  # the middle one first
+RATES = {"muon": (0.008, 0.004, 0.016), "adamw": (0.002, 0.004, 0.001)}  # the middle one first
 FACTORS = (0.75, 1, 1.5)
 TEACHERS = (0, 1)  # their seeds; a teacher's students have its seed
 SIZES = {"32x32": 600, "48x48": 300, "64x64": 300, "32x64": 300}  # test photos at each size
@@ -83,12 +83,15 @@ class Contender(NamedTuple):
 ALL = ("without self-attention", "sub-lattices", "dilated, down and middle", "dilated, all", "segments as trained")
 QKV = {"form": "qkv"}
 LOCAL = QKV | {"segment": 4}
+WIDE = QKV | {"proxy_dim": 16}  # S; the usual one is 1 and 2 at 32 and 64 channels
 CONTENDERS = {
     "teacher": Contender("teacher", None, adapted=ALL[:4]),
     "segment4": Contender("segment 4", LOCAL, adapted=ALL[:4]),
     "segment4-sizes": Contender("segment 4, --sizes", LOCAL, FACTORS, adapted=("sub-lattices",)),
     "global": Contender("global", QKV, adapted=ALL),
     "global-sizes": Contender("global, --sizes", QKV, FACTORS),
+    "wide": Contender("global, proxy_dim=16", WIDE),
+    "wide-sizes": Contender("global, proxy_dim=16, --sizes", WIDE, FACTORS),
     "pure": Contender("global, form pure", {"form": "pure"}),
     "pure-sizes": Contender("global, form pure, --sizes", {"form": "pure"}, FACTORS),
     "attention": Contender("attention, trained on", None),
@@ -115,7 +118,7 @@ class Run(NamedTuple):
         return f"{self.contender}-{self.optimizer}-lr{self.rate:g}-teacher{self.teacher}-{self.steps}steps"
 
 
-MAIN = ("global-sizes", "attention-sizes")
+MAIN = ("wide-sizes", "attention-sizes", "global-sizes")
 
 
 # -- remedies for larger maps, without training --

@@ -8,7 +8,7 @@ from torch import nn
 
 from gspn.models.latents import is_whole
 from gspn.stable_diffusion.keeping import level_of
-from gspn.stable_diffusion.swap import own_size, unet_of
+from gspn.stable_diffusion.swap import trained_size, unet_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> contextlib.ExitStack:
     """Lets the layers of a swapped UNet that scan in segments reach as far in images of `size` as they did in training;
-    in a `with` statement, until its end.
+    in a `with` statement, until its end. Of several at once, as in several threads, the one begun last counts.
 
     For a side k times as long as in training (rounded, half goes up) each layer scans k interleaved sub-lattices of its
     map, so that a segment of 4 lines spans 4k lines. At the trained size nothing changes, nor does any attention.
@@ -41,7 +41,7 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
         raise ValueError("this UNet is not swapped: adapt is for the layers that gspn.swap or gspn.load_swap puts in")
     if unet._gspn_swap.segment is None:
         raise ValueError("the layers are global (segment=None): they see the whole map at any size, nothing is adapted")
-    native = unet._gspn_swap.sample_size or own_size(unet)
+    native = trained_size(unet)
     if native is None:
         raise ValueError(
             "the trained size is not known: the UNet has no sample_size in its config. Set sample_size of the Swap, "
@@ -61,9 +61,4 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
                 f"at {size[0]}x{size[1]} a map has {sides[0]}x{sides[1]} pixels, which cannot be divided by "
                 f"{apart[0]}x{apart[1]}: expected a height and a width that are multiples of {units}"
             )
-    before = {name: layer.apart for name, layer in layers.items()}
-    stack = contextlib.ExitStack()
-    for name, layer in layers.items():
-        layer.apart = apart
-        stack.callback(setattr, layer, "apart", before[name])
-    return stack
+    return unet._gspn_swap.set_apart(apart)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,19 @@ class FeatureMaps:
         return sum(len(t) for t in self.tokens)
 
     def split(self, share: float) -> tuple["FeatureMaps", "FeatureMaps"]:
-        """Two parts, at least one map each: the last `share` of the maps, after the first ones."""
-        singles = [(t[i : i + 1], size) for t, size in zip(self.tokens, self.sizes, strict=True) for i in range(len(t))]
-        if len(singles) < 2:
-            raise ValueError(f"at least two feature maps are needed, got {len(singles)}")
-        cut = min(len(singles) - 1, max(1, round(len(singles) * (1 - share))))
-        return tuple(
-            FeatureMaps(*(list(part) for part in zip(*s, strict=True))) for s in (singles[:cut], singles[cut:])
-        )
+        """Two parts, at least one map each. The second holds the maps of a `share` of the UNet's calls. They are drawn,
+        always in the same way, so that both parts are of all timesteps. The maps of one call stay together, as the two
+        halves of guidance are alike. Where there is only one call, its last map is the second part."""
+        calls = [[(one, size) for one in t.split(1)] for t, size in zip(self.tokens, self.sizes, strict=True)]
+        if len(self) < 2:
+            raise ValueError(f"at least two feature maps are needed, got {len(self)}")
+        if len(calls) == 1:
+            calls, held = [calls[0][:-1], calls[0][-1:]], [1]
+        else:
+            order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(0)).tolist()
+            held = order[: max(1, round(len(calls) * share))]
+        parts = [[each for i, each in enumerate(calls) if (i in held) == of_held] for of_held in (False, True)]
+        return tuple(FeatureMaps(*map(list, zip(*chain(*part), strict=True))) for part in parts)
 
 
 def collect(
@@ -98,6 +104,14 @@ def _until(count, run, done):
         run()
 
 
+def check_swap(swap, run) -> None:
+    """Raises TypeError unless `swap` is a Swap and `run` can be called."""
+    if not hasattr(swap, "attentions"):
+        raise TypeError(f"expected a Swap, as gspn.swap and gspn.load_swap return it, got a {type(swap).__name__}")
+    if not callable(run):
+        raise TypeError(f"run has to be a function that runs the UNet, got {run!r}")
+
+
 @torch.no_grad()
 def rank(swap, run: Callable[[], object], *, maps: int = 16) -> dict[str, float]:
     """The error that the replacement of each self-attention causes, the largest first: the relative error of the UNet's
@@ -109,8 +123,10 @@ def rank(swap, run: Callable[[], object], *, maps: int = 16) -> dict[str, float]
 
     The layers are judged as they are: `fit` them first to know what is lost after training. The UNet runs again on
     copies of the inputs that it got in run(), under the autocast of the caller; nothing else may use it meanwhile.
-    Raises ValueError where run() does not run the UNet, or where an output is not finite, which cannot be ranked.
+    Raises TypeError for something else than a Swap; ValueError where run() does not run the UNet, or where an output is
+    not finite, which cannot be ranked.
     """
+    check_swap(swap, run)
     if maps < 1:
         raise ValueError(f"maps has to be at least 1, got {maps}")
     inputs, unet, count = [], swap.unet, 0

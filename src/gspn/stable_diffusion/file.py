@@ -53,6 +53,8 @@ def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], optio
     tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
     if any(value.is_meta for value in tensors.values()):
         raise ValueError("the layers' weights are offloaded or on the meta device: save before offloading")
+    if wrong := [key for key, value in tensors.items() if not bool(value.isfinite().all())]:
+        raise ValueError(f"{wrong[0]} is not finite: the layers are damaged, and nothing is saved")
     config = options | {
         "format": _FORMAT,
         "layers": {name: layer.channels for name, layer in layers.items()},
@@ -67,8 +69,9 @@ def write(path: Path | str, unet: nn.Module, layers: dict[str, nn.Module], optio
 
 
 def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """The config in a file or folder, and the state dict of each layer. Two entries of the config are not always there:
-    "kept" names the attentions that stayed, "sample_size" is the size for which the layers were trained.
+    """The config in a file or folder, and the state dict of each layer. Three entries of the config are not always
+    there: "kept" names the attentions that stayed, "sample_size" is the size for which the layers were trained,
+    "proxy_dim" is the width of their proxies where it is not the usual one.
 
     Raises FileNotFoundError, or ValueError if the file is damaged, is something else, or holds layers that do not fit
     `unet`, with those `channels` by name."""
@@ -113,6 +116,8 @@ def _check_belongs(path, config, unet, channels):
     kept = config.get("kept", [])
     if not isinstance(kept, list) or not isinstance(config["layers"], dict):
         raise ValueError(f"{path} is damaged: its config does not list layers and kept attentions")
+    if type(width := config.get("proxy_dim", 1)) is not int or width < 1:
+        raise ValueError(f"{path} is damaged: proxy_dim has to be a whole number above 0, got {width!r}")
     check_size(config.get("sample_size", [1, 1]), f"{path} is damaged: sample_size")
     unknown = [name for name in kept if name not in channels]
     if unknown or config["layers"] != {name: count for name, count in channels.items() if name not in kept}:

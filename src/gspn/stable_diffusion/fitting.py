@@ -1,12 +1,14 @@
 """The layer-wise fit: each swapped layer learns its attention's output on feature maps of the model, before any
 distillation."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from gspn.stable_diffusion.feature_maps import FeatureMaps, collect, relative_error
+from gspn.models.latents import is_whole
+from gspn.stable_diffusion.feature_maps import FeatureMaps, check_swap, collect, relative_error
 
 
 def fit(
@@ -26,7 +28,7 @@ def fit(
 
     Args:
         run: see `collect`.
-        maps: feature maps of each layer, of which an eighth is held out.
+        maps: feature maps of each layer, of which those of an eighth of the UNet's calls are held out.
         steps, batch_size, lr: of AdamW; the learning rate falls to 0 along a cosine.
         memory_mib: for maps and outputs in the CPU's memory;
             the layers are fitted in groups that stay below it, one by one if need be.
@@ -37,9 +39,13 @@ def fit(
     layer that the fit would make worse on them keeps its weights. Computes in float32, also inside autocast; the layers
     keep their dtype. After an error or an interrupt each layer has the best weights that were found so far.
 
-    Raises ValueError for numbers that are too small, in inference mode, and where run() does not run the UNet.
+    Raises TypeError for something else than a Swap and for numbers that are not whole; ValueError for numbers that are
+    too small, in inference mode, where run() does not run the UNet, and where the attention's output is not finite.
     """
+    check_swap(swap, run)
     for name, value, least in (("maps", maps, 2), ("steps", steps, 0), ("batch_size", batch_size, 1)):
+        if not is_whole(value):
+            raise TypeError(f"{name} has to be a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name} has to be at least {least}, got {value}")
     if torch.is_inference_mode_enabled():
@@ -80,7 +86,12 @@ def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
     wanted, state = [(p, p.requires_grad) for p in layer.parameters()], _copy(layer)
     try:
         layer.float().requires_grad_(True)
+        with torch.no_grad():
+            targets = [attention(t.to(device, attention_dtype)).float().cpu() for t in training.tokens]
         before = best = relative_error(layer, attention, held)
+        if not math.isfinite(before) or not all(bool(target.isfinite().all()) for target in targets):
+            hint = ": it overflows in float16, load it in bfloat16" if attention_dtype == torch.float16 else ""
+            raise ValueError(f"on the UNet's feature maps {name} is not finite{hint}")
 
         def keep_if_better():
             nonlocal best, state
@@ -88,8 +99,6 @@ def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
             if error < best:  # false for NaN
                 best, state = error, _copy(layer)
 
-        with torch.no_grad():
-            targets = [attention(t.to(device, attention_dtype)).float().cpu() for t in training.tokens]
         _solve_out(layer, training, targets, device)
         keep_if_better()
         layer.load_state_dict(state)

@@ -7,10 +7,15 @@ from torch import Tensor, nn
 
 from gspn.lattices import interleaved, sub_lattices
 from gspn.layers import GSPN2d, average_over_lines
-from gspn.ops import DIRECTIONS, check_backend, propagate, validate_segment
+from gspn.ops import DIRECTIONS, check_backend, propagate, validate_segment, whole_number
 
 FORMS = ("pure", "qkv")
 _PROXY_SHARE = {"pure": 8, "qkv": 32}  # C is so many times the width of a proxy, as published
+
+
+def usual_proxy_dim(form: str, channels: int) -> int:
+    """S where none is asked for."""
+    return max(1, channels // _PROXY_SHARE[form])
 
 
 class GSPNAttention(nn.Module):
@@ -74,9 +79,9 @@ class GSPNAttention(nn.Module):
     ):
         super().__init__()
         check_form(form)
-        proxy_dim = max(1, channels // _PROXY_SHARE[form]) if proxy_dim is None else proxy_dim
+        proxy_dim = usual_proxy_dim(form, channels) if proxy_dim is None else proxy_dim
         for name, value in {"channels": channels, "proxy_dim": proxy_dim}.items():
-            if value < 1:
+            if whole_number(name, value) < 1:
                 raise ValueError(f"{name} has to be at least 1, got {value}")
         check_backend(backend)
         self.channels, self.form, self.proxy_dim, self.backend = channels, form, proxy_dim, backend

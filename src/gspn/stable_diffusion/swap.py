@@ -18,7 +18,7 @@ from gspn.stable_diffusion.feature_maps import rank
 from gspn.stable_diffusion.fitting import fit
 from gspn.stable_diffusion.init import initialize, stream_statistics
 from gspn.stable_diffusion.keeping import Keep, check_count, is_count, kept_names, level_of
-from gspn.stable_diffusion.layer import GSPNAttention, check_form
+from gspn.stable_diffusion.layer import GSPNAttention, check_form, usual_proxy_dim
 
 try:
     from diffusers import UNet2DConditionModel
@@ -78,6 +78,8 @@ class Swap:
             it after training at another size, so that a file says it and :func:`gspn.adapt` goes by it. Else None.
         active: "gspn", "attention", or None once restored.
     """
+
+    _apart: tuple = ()  # what set_apart set and has not ended; of the class, so that swaps pickled before have it
 
     def __init__(self, unet: UNet2DConditionModel, layers: dict[str, GSPNAttention], kept: Sequence[str] = ()):
         first = next(iter(layers.values()))
@@ -152,6 +154,30 @@ class Swap:
                             self._hooks.append(attention.register_forward_pre_hook(_drop_size, with_kwargs=True))
             self.unet.save_pretrained = _refuse_saving
 
+    def set_apart(self, apart: tuple[int, int]) -> contextlib.ExitStack:
+        """Sets `apart` of all layers; in a `with` statement, until its end. What :func:`gspn.adapt` does. Of several
+        that have not ended the one begun last counts, in whatever order they end."""
+        entry = [apart]  # a list, which is told from others by its identity
+        self._apart = (*self._apart, entry)
+        self._spread()
+        stack = contextlib.ExitStack()
+        stack.callback(self._forget_apart, entry)
+        return stack
+
+    def _forget_apart(self, entry):
+        self._apart = tuple(each for each in self._apart if each is not entry)
+        self._spread()
+
+    def _spread(self):
+        (apart,) = self._apart[-1] if self._apart else [(1, 1)]
+        for layer in self.layers.values():
+            layer.apart = apart
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the layers are adapted to a size, be it one at which nothing changes."""
+        return bool(self._apart)
+
     def keep(self, keep: str | Sequence[str]) -> None:
         """Puts some of the attentions back for good, and forgets their layers. `keep` is as in :func:`gspn.swap`, but
         for a number. Raises ValueError where it matches none of the layers or all."""
@@ -187,9 +213,12 @@ class Swap:
         two whole numbers above 0."""
         for name, layer in self.layers.items():
             _check_linears(name, layer)
-        gate_bias = next(iter(self.layers.values())).gate_bias
-        options = {"form": self.form, "segment": self.segment, "gate_bias": gate_bias}
-        options |= {"kept": list(self.kept)} if self.kept else {}  # without it as every earlier version reads it
+        first = next(iter(self.layers.values()))
+        options = {"form": self.form, "segment": self.segment, "gate_bias": first.gate_bias}
+        # These are left out where they are not needed, as earlier versions do not read them.
+        if any(layer.proxy_dim != usual_proxy_dim(layer.form, layer.channels) for layer in self.layers.values()):
+            options["proxy_dim"] = first.proxy_dim
+        options |= {"kept": list(self.kept)} if self.kept else {}
         size = own_size(self.unet) if self.sample_size is None else self.sample_size
         if size is not None:  # always said where it is known: another UNet may have another one
             swap_file.check_size(size, "sample_size")
@@ -208,6 +237,7 @@ def swap(
     form: str = "pure",
     segment: int | None = None,
     init: str = "pretrained",
+    proxy_dim: int | None = None,
     backend: str | None = None,
     keep: Keep = None,
     run: Callable[[], object] | None = None,
@@ -220,6 +250,8 @@ def swap(
         form: "pure" (the unit alone) or "qkv" (with Q, K, V); see :class:`gspn.GSPNAttention`.
         segment: lines between resets of the scan; None is global, at any size. The paper's authors train with 4.
         init: "pretrained" starts from the weights of the replaced attention, "random" uses only its shapes.
+        proxy_dim: S, the width of each proxy. None is C // 8 in form "pure" and C // 32 in form "qkv", at least 1, as
+            published.
         backend: "reference", "cpu", "triton", or None to pick by device.
         keep: the attentions that stay. One or several of: "lowest", the level with the smallest maps; "level:N", the
             maps that were halved N times; a name, a glob of names, or the name of a module around them. Or a whole
@@ -249,22 +281,9 @@ def swap(
     elif run is not None:
         raise ValueError(f"run is for a number of attentions to keep, got keep={keep!r}")
     kept = () if is_count(keep) else kept_names(unet, list(blocks), keep)
-    layers, before = {}, {}
-    for name, block in blocks.items():
-        if name in kept:
-            continue
-        attention, around = block.attn1, name.partition(".transformer_blocks.")[0]
-        weight = attention.to_q.weight
-        options = _options(attention)
-        with torch.device(weight.device):
-            layer = GSPNAttention(weight.shape[1], form=form, segment=segment, backend=backend, **options)
-        if init == "pretrained" and not weight.is_meta:
-            norm = block.norm1 if isinstance(block.norm1, nn.LayerNorm) else None
-            if around not in before:
-                before[around] = stream_statistics(unet.get_submodule(around))
-            initialize(layer.float(), attention, norm, _native_size(unet, name), before[around])  # whatever the default
-        layers[name] = layer.to(weight.dtype).train(attention.training)
-    swapped = Swap(unet, layers, kept)
+    options = {"form": form, "segment": segment, "proxy_dim": proxy_dim, "backend": backend}
+    replaced = {name: block for name, block in blocks.items() if name not in kept}
+    swapped = Swap(unet, _new_layers(unet, replaced, init == "pretrained", options), kept)
     if is_count(keep):
         try:
             fit(swapped, run)
@@ -273,6 +292,24 @@ def swap(
             swapped.restore()
             raise
     return swapped
+
+
+@torch.inference_mode(False)  # else they could never be trained
+def _new_layers(unet, blocks, pretrained, options) -> dict[str, GSPNAttention]:
+    """A layer for the attn1 of each block."""
+    layers, before = {}, {}
+    for name, block in blocks.items():
+        attention, around = block.attn1, name.partition(".transformer_blocks.")[0]
+        weight = attention.to_q.weight
+        with torch.device(weight.device):
+            layer = GSPNAttention(weight.shape[1], **options, **_options(attention))
+        if pretrained and not weight.is_meta:
+            norm = block.norm1 if isinstance(block.norm1, nn.LayerNorm) else None
+            if around not in before:
+                before[around] = stream_statistics(unet.get_submodule(around))
+            initialize(layer.float(), attention, norm, _native_size(unet, name), before[around])  # whatever the default
+        layers[name] = layer.to(weight.dtype).train(attention.training)
+    return layers
 
 
 def restore(target: "nn.Module | DiffusionPipeline") -> None:
@@ -296,7 +333,7 @@ def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, back
     unet, blocks = _swappable(target)
     channels = {name: block.attn1.to_q.weight.shape[1] for name, block in blocks.items()}
     config, states = swap_file.read(path, unet, channels)
-    form = {key: config[key] for key in ("form", "segment", "gate_bias")}
+    form = {key: config[key] for key in ("form", "segment", "gate_bias")} | {"proxy_dim": config.get("proxy_dim")}
     layers = {}
     for name in states:
         block, weight = blocks[name], blocks[name].attn1.to_q.weight
@@ -313,6 +350,16 @@ def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, back
     if trained and trained != own_size(unet):
         swapped.sample_size = trained
     return swapped
+
+
+def trained_size(unet: nn.Module) -> tuple[int, int] | None:
+    """(H, W) of the input for which a UNet, or the layers swapped into it, were trained; None where neither says.
+    Raises ValueError where `sample_size` of the swap is no size."""
+    swapped = unet.__dict__.get("_gspn_swap")
+    if swapped is None or swapped.sample_size is None:
+        return own_size(unet)
+    swap_file.check_size(swapped.sample_size, "sample_size of the Swap")
+    return tuple(swapped.sample_size)
 
 
 def own_size(unet: nn.Module) -> tuple[int, int] | None:
@@ -408,7 +455,7 @@ def _check_free(unet):
         if registry is not None and (casting := registry.get_hook("layerwise_casting")) is not None:
             raise ValueError(
                 f"this UNet is cast layer-wise, from {casting.storage_dtype} to {casting.compute_dtype}: swap, or "
-                "restore, before enable_layerwise_casting()"
+                "restore, before enable_layerwise_casting(); where that is too late, load the pipeline again"
             )
         # A hook on the UNet itself moves it as a whole, with the layers.
         if name and hasattr(module, "_hf_hook"):

@@ -467,7 +467,7 @@ def _check_finite(latents, index, stage, pipe):
 def _adapted(pipe, size) -> AbstractContextManager:
     """In its block, layers that gspn.adapt has changed, for whatever size, are adapted to that of a stage."""
     swapped = getattr(pipe.unet, "_gspn_swap", None)
-    if swapped is None or all(layer.apart == (1, 1) for layer in swapped.layers.values()):
+    if swapped is None or not swapped.adapted:
         return nullcontext()
     return adapt(pipe, size)
 

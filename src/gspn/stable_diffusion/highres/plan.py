@@ -11,7 +11,7 @@ from torch import Tensor
 from gspn.models.latents import is_real, is_whole
 from gspn.models.schedulers import check_sampler, check_schedule, check_steps
 from gspn.stable_diffusion.highres.savers import Savers
-from gspn.stable_diffusion.swap import own_size
+from gspn.stable_diffusion.swap import own_size, trained_size
 
 try:
     import diffusers
@@ -76,8 +76,14 @@ class Stage:
 
 
 def native_area(pipe) -> int:
-    """The number of pixels of the images that the UNet was trained on."""
-    return math.prod(own_size(pipe.unet)) * pipe.vae_scale_factor**2
+    """The number of pixels of the images that the UNet, or what is swapped into it and runs, was trained on."""
+    return math.prod(native_latents(pipe.unet)) * pipe.vae_scale_factor**2
+
+
+def native_latents(unet) -> tuple[int, int] | None:
+    """(H, W) of the input for which what runs in the UNet was trained; None where nothing says it."""
+    swapped = getattr(unet, "_gspn_swap", None)
+    return own_size(unet) if swapped is None or swapped.active == "attention" else trained_size(unet)
 
 
 def native_size(height: int, width: int, area: int, unit: int) -> tuple[int, int]:
@@ -119,7 +125,7 @@ def check_pipeline(pipe) -> None:
             f"the UNet takes {takes} channels, the VAE's latents have {latent}: UNets for inpainting and the like are "
             "not supported"
         )
-    if pipe.unet.config.sample_size is None:
+    if native_latents(pipe.unet) is None:
         raise ValueError("the UNet's configuration has no sample_size: the size that it was trained on is not known")
     check_scheduler(pipe.scheduler)
 

@@ -182,6 +182,9 @@ def _settings_of(module):
     found = {name: value for name, value in vars(module).items() if name in SETTINGS and value}
     if getattr(module, "apart", (1, 1)) != (1, 1):  # by gspn.adapt
         found["apart"] = tuple(module.apart)
+    swapped = vars(module).get("_gspn_swap")
+    if swapped is not None and swapped.adapted and all(each.apart == (1, 1) for each in swapped.layers.values()):
+        found["adapted"] = True  # at a size that changes nothing, but stages may have others
     if getattr(module, "use_tiling", False):  # of a VAE
         found |= {name: value for name, value in vars(module).items() if name.startswith(("use_tiling", "tile_"))}
     return found
