@@ -51,6 +51,26 @@ def test_the_ratio_of_the_sizes_says_how_far_apart(size, apart):
     assert {layer.apart for layer in swapped.layers.values()} == {(1, 1)}
 
 
+def test_of_several_the_one_begun_last_counts_in_whatever_order_they_end():
+    pipe = tiny_sd()
+    swapped = gspn.swap(pipe, segment=4, init="random")
+    apart = lambda: next(iter(swapped.layers.values())).apart  # noqa: E731
+    first, second = gspn.adapt(pipe, (32, 32)), gspn.adapt(pipe, (64, 64))
+    assert apart() == (4, 4)
+    first.close()
+    assert apart() == (4, 4) and swapped.adapted
+    third = gspn.adapt(pipe, (32, 16))
+    assert apart() == (2, 1)
+    third.close()
+    assert apart() == (4, 4)
+    second.close()
+    assert apart() == (1, 1) and not swapped.adapted
+    with pytest.raises(KeyError), gspn.adapt(pipe, (16, 16)):
+        assert swapped.adapted  # although nothing changes at this size
+        raise KeyError
+    assert not swapped.adapted
+
+
 def test_the_size_of_another_training_counts_and_is_kept_in_the_file(tmp_path):
     """A pipeline made for 16x16, whose UNet takes 8x8, with layers that were trained for 32x16."""
     pipe = tiny_sd()
@@ -60,6 +80,8 @@ def test_the_size_of_another_training_counts_and_is_kept_in_the_file(tmp_path):
             swapped.sample_size = wrong
             with pytest.raises(ValueError, match=r"sample_size has to be \(height, width\).*got"):
                 swapped.save(tmp_path)
+            with pytest.raises(ValueError, match=r"^sample_size of the Swap has to be \(height, width\).*got"):
+                gspn.adapt(pipe, (32, 16))
         swapped.sample_size = (16, 8)
         swapped.save(tmp_path)
     swapped = gspn.load_swap(pipe, tmp_path)

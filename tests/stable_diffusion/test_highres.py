@@ -81,8 +81,35 @@ def test_layers_are_adapted_to_each_stage():
         with pytest.raises(ValueError, match=r"24x40 .* cannot be divided"):
             HighResPipeline(pipe).plan(stages=[(16, 16), (24, 40)])
         assert {layer.apart for layer in swapped.layers.values()} == {(4, 4)}
-    hook.remove()
     assert torch.equal(first, own) and set(seen) == {((8, 8), (1, 1)), ((16, 16), (2, 2))}
+    seen.clear()
+    with gspn.adapt(pipe, (20, 20)):  # where nothing changes, as the ratio rounds to 1
+        latents_of(pipe, stages=[(16, 16), (32, 32)])
+    hook.remove()
+    assert set(seen) == {((8, 8), (1, 1)), ((16, 16), (2, 2))}
+
+
+def test_a_workdir_is_not_continued_with_layers_adapted_otherwise(tmp_path):
+    pipe = tiny_sd()
+    gspn.swap(pipe, segment=2, init="random")
+    call = dict(stages=[(16, 16), (32, 32)], seed=1, workdir=tmp_path)
+    latents_of(pipe, **call)
+    for size in ((20, 20), (32, 32)):
+        with gspn.adapt(pipe, size), pytest.raises(ValueError, match="unet"):
+            latents_of(pipe, **call)
+
+
+def test_stages_begin_at_the_size_that_what_runs_was_trained_for():
+    pipe = tiny_sd()  # for 16x16
+    swapped = gspn.swap(pipe, segment=2, init="random")
+    swapped.sample_size = (16, 16)  # latents of 32x32
+    sizes = lambda: [stage.size for stage in HighResPipeline(pipe).plan(64, 64)]  # noqa: E731
+    assert sizes() == [(32, 32), (64, 64)]
+    with swapped.use("attention"):
+        assert sizes() == [(16, 16), (32, 32), (64, 64)]
+    swapped.sample_size = 16
+    with pytest.raises(ValueError, match="sample_size of the Swap"):
+        sizes()
 
 
 # diffusers' image to image with the other two takes steps as if those before the first had been taken (see below).

@@ -283,6 +283,40 @@ def test_saved_layers_give_the_same_images_elsewhere(tmp_path, form):
     assert {p.dtype for m in gspn.load_swap(half, file).layers.values() for p in m.parameters()} == {torch.bfloat16}
 
 
+def test_another_width_of_the_proxies_is_kept_in_the_file(tmp_path):
+    unet = unet_of()
+    with gspn.swap(unet, form="qkv", proxy_dim=3) as swapped:
+        assert {layer.proxy_dim for layer in swapped.layers.values()} == {3}
+        new, file = run(unet), swapped.save(tmp_path)
+    loaded = gspn.load_swap(unet, file)
+    assert {layer.proxy_dim for layer in loaded.layers.values()} == {3} and torch.equal(run(unet), new)
+    gspn.restore(unet)
+    for wrong, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
+        before = state_of(unet)
+        with pytest.raises(error, match=f"proxy_dim has to be .*got {wrong}"):
+            gspn.swap(unet, proxy_dim=wrong)
+        assert_same_state(unet, before)
+
+
+def test_layers_made_in_inference_mode_can_be_trained():
+    unet = unet_of().bfloat16()
+    with torch.inference_mode():
+        swapped = gspn.swap(unet, form="qkv")
+    layer = next(iter(swapped.layers.values()))
+    layer(torch.randn(1, 4, layer.channels).bfloat16(), map_size=(2, 2)).float().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_layers_that_are_not_finite_are_not_saved(tmp_path):
+    with gspn.swap(unet_of()) as swapped:
+        name, layer = next(iter(swapped.layers.items()))
+        with torch.no_grad():
+            layer.to_out[0].bias[1] = float("nan")
+        with pytest.raises(ValueError, match=rf"{name}\.to_out\.0\.bias is not finite: .*nothing is saved"):
+            swapped.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_that_do_not_fit_are_refused_and_the_unet_stays_as_it_was(tmp_path):
     unet = unet_of()
     with gspn.swap(unet, init="random") as swapped:
@@ -323,6 +357,9 @@ def test_files_that_do_not_fit_are_refused_and_the_unet_stays_as_it_was(tmp_path
     config = json.loads(header["gspn_swap"]) | {"sample_size": [8, "x"]}
     save_file(whole, bad, metadata={"gspn_swap": json.dumps(config)})
     refused("is damaged: sample_size has to be .height, width.*, got .8, 'x'", path=bad)
+    config = json.loads(header["gspn_swap"]) | {"proxy_dim": "8"}
+    save_file(whole, bad, metadata={"gspn_swap": json.dumps(config)})
+    refused("is damaged: proxy_dim has to be a whole number above 0, got '8'", path=bad)
     gspn.load_swap(unet, file)
     with pytest.raises(ValueError, match="swapped already"):
         gspn.load_swap(unet, file)

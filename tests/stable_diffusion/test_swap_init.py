@@ -7,7 +7,7 @@ from torch import nn
 diffusers = pytest.importorskip("diffusers")
 from diffusers.models.attention_processor import Attention  # noqa: E402
 
-from gspn.stable_diffusion import fit, fitting  # noqa: E402
+from gspn.stable_diffusion import fit, fitting, rank  # noqa: E402
 from gspn.stable_diffusion import init as swap_init  # noqa: E402
 from gspn.stable_diffusion.feature_maps import FeatureMaps, collect, relative_error  # noqa: E402
 from gspn.stable_diffusion.init import initialize, stream_statistics  # noqa: E402
@@ -293,6 +293,37 @@ def test_what_cannot_be_fitted_is_told_at_once():
             fit(swapped, pytest.fail, **arguments)
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         fit(swapped, pytest.fail)
+    for name in ("maps", "steps", "batch_size"):
+        with pytest.raises(TypeError, match=f"{name} has to be a whole number, got 2.5"):
+            fit(swapped, pytest.fail, **{name: 2.5})
+    for call in (fit, rank):
+        with pytest.raises(TypeError, match=r"expected a Swap.*got a UNet2DConditionModel"):
+            call(swapped.unet, pytest.fail)
+        with pytest.raises(TypeError, match=r"run has to be a function that runs the UNet, got 5"):
+            call(swapped, 5)
+
+
+def test_attention_that_overflows_is_told_and_no_layer_is_changed():
+    unet = make_unet()
+    swapped = swap(unet, form="qkv", backend="reference")
+    name = list(swapped.layers)[1]
+    with torch.no_grad():
+        swapped.attentions[name].to_v.weight.fill_(float("inf"))
+    before = {key: value.clone() for key, value in swapped.layers[name].state_dict().items()}
+    with pytest.raises(ValueError, match=rf"on the UNet's feature maps {name} is not finite$"):
+        fit(swapped, runner(unet), maps=4, steps=2)
+    assert all(torch.equal(before[key], value) for key, value in swapped.layers[name].state_dict().items())
+
+
+def test_held_out_maps_are_of_all_calls_and_none_of_a_call_that_is_fitted():
+    maps = FeatureMaps([torch.full((2, 9, C), float(i)) for i in range(40)], [(3, 3)] * 40)
+    training, held = maps.split(1 / 8)
+    calls = [sorted({t[0, 0, 0].item() for t in part.tokens}) for part in (training, held)]
+    assert sorted(calls[0] + calls[1]) == list(range(40)) and len(calls[1]) == 5  # the halves of guidance together
+    assert len(training) == 70 and len(held) == 10 and len(held.sizes) == 10
+    assert min(calls[1]) < 20 <= max(calls[1])  # not the last calls alone, which are those of little noise
+    training, held = FeatureMaps([torch.randn(3, 9, C)], [(3, 3)]).split(1 / 8)
+    assert len(training) == 2 and len(held) == 1
 
 
 def test_relative_error_is_1_for_zero_and_0_for_the_same():
