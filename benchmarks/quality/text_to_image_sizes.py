@@ -306,7 +306,7 @@ def best_rate(done: dict[Run, dict], name: str, optimizer: str) -> float | None:
     found = {
         run.rate: statistics.fmean(content["val"].values())
         for run, content in done.items()
-        if (run.contender, run.optimizer, run.teacher) == (name, optimizer, TEACHERS[0])
+        if (run.contender, run.optimizer, run.teacher) == (name, optimizer, TEACHERS[0]) and run.steps in (STEPS, 0)
     }
     return min(found, key=found.__getitem__) if found else None
 
@@ -331,10 +331,10 @@ def wanted(done: dict[Run, dict]) -> Iterator[Run]:
 # -- tables --
 
 
-def chosen(done: dict[Run, dict], name: str, optimizer: str) -> dict[int, dict]:
-    """{teacher: run} of a contender at its best rate."""
-    rate = best_rate(done, name, optimizer)
-    return {run.teacher: done[run] for run in done if run[:3] == (name, optimizer, rate)}
+def chosen(done: dict[Run, dict], name: str, optimizer: str, steps: int = STEPS) -> dict[int, dict]:
+    """{teacher: run} of a contender at its best rate, which is that of STEPS steps."""
+    wanted = (name, optimizer, best_rate(done, name, optimizer))
+    return {run.teacher: done[run] for run in done if run[:3] == wanted and run.steps in (steps, 0)}
 
 
 def difference(contents: dict[int, dict], others: dict[int, dict], size: str) -> tuple[float, float]:
@@ -348,38 +348,42 @@ def beside(contents: dict[int, dict], others: dict[int, dict]) -> list[str]:
     return ["{:+.4f} ± {:.4f}".format(*difference(contents, others, size)) for size in SIZES]
 
 
-def rows_of(done: dict[Run, dict]) -> Iterator[tuple[str, str, dict[int, dict]]]:
-    """(contender, optimizer, runs by teacher) of what was run."""
+def rows_of(done: dict[Run, dict], steps: int) -> Iterator[tuple[str, str, dict[int, dict]]]:
+    """(contender, optimizer, runs by teacher) of what was run for so many steps."""
     for name in CONTENDERS:
         for optimizer in ("none",) if name == "teacher" else RATES:
-            if contents := chosen(done, name, optimizer):
+            if contents := chosen(done, name, optimizer, steps):
                 yield name, optimizer, contents
 
 
-def report(folder: Path) -> str:
-    """Markdown: the losses, their differences from the teachers' and from attention trained on, by timestep, and what
-    the remedies change."""
-    done = read(folder)
-    teachers = chosen(done, "teacher", "none")
-    rows, against, late, remedies = [], [], [], []
-    for name, optimizer, contents in rows_of(done):
+def losses(done: dict[Run, dict], steps: int) -> str:
+    """The tables of the losses, and of their differences from attention trained on alike."""
+    teachers, rows, against = chosen(done, "teacher", "none"), [], []
+    for name, optimizer, contents in rows_of(done, steps):
         title, own = CONTENDERS[name].title, name == "teacher"
         means = [statistics.fmean(each["test"][size]["loss"] for each in contents.values()) for size in SIZES]
         told = [""] * len(SIZES) if own else beside(contents, teachers)
         cells = [f"{mean:.4f}" + (f" ({by})" if by else "") for mean, by in zip(means, told, strict=True)]
-        tried = sum(run[:2] == (name, optimizer) and run.teacher == TEACHERS[0] for run in done)
-        rate = "" if own else f"{contents[TEACHERS[0]]['rate']:g} of {tried}"
-        optimizer = "" if own else optimizer
-        rows.append([title, optimizer, rate, str(len(contents)), *cells])
-        alike = chosen(done, "attention-sizes" if CONTENDERS[name].sizes else "attention", optimizer)
-        if CONTENDERS[name].swap is not None and alike.keys() & contents.keys():
-            count = str(len(alike.keys() & contents.keys()))
-            against.append([title, optimizer, count, *beside(contents, alike)])
-        buckets = zip(*(each["test"]["64x64"]["by_timestep"] for each in contents.values()), strict=True)
-        late.append([title, optimizer, *(f"{statistics.fmean(values):.4f}" for values in buckets)])
+        tried = sum(run[:2] == (name, optimizer) and run[3:] == (TEACHERS[0], STEPS) for run in done)
+        rate = "" if own else f"{next(iter(contents.values()))['rate']:g} of {tried}"
+        rows.append([title, "" if own else optimizer, rate, str(len(contents)), *cells])
+        alike = chosen(done, "attention-sizes" if CONTENDERS[name].sizes else "attention", optimizer, steps)
+        if CONTENDERS[name].swap is not None and (both := alike.keys() & contents.keys()):
+            against.append([title, optimizer, str(len(both)), *beside(contents, alike)])
+    text = harness.table(["model", "optimizer", "rate", "teachers", *SIZES], rows) + "\n\n"
+    if against:
+        text += "Minus attention, trained on by the same optimizer, on the same sizes:\n\n"
+        text += harness.table(["model", "optimizer", "teachers", *SIZES], against) + "\n\n"
+    return text
+
+
+def remedied(done: dict[Run, dict]) -> list[list[str]]:
+    """What the remedies change, with the first teacher."""
+    rows = []
+    for name, optimizer, contents in rows_of(done, STEPS):
         one = contents[TEACHERS[0]]
         for remedy, found in one["remedies"].items():
-            cells = [title, optimizer, remedy]
+            cells = [CONTENDERS[name].title, "" if name == "teacher" else optimizer, remedy]
             for size in SIZES:
                 if size not in found:
                     cells.append("")
@@ -387,11 +391,23 @@ def report(folder: Path) -> str:
                 by, error, _ = study.difference([(one["test"][size]["each"], found[size]["each"])])
                 old, new = one["test"][size]["by_timestep"], found[size]["by_timestep"]
                 cells.append(f"{by:+.4f} ± {error:.4f}; noisiest fifth {new[-1] - old[-1]:+.4f}")
-            remedies.append(cells)
+            rows.append(cells)
+    return rows
+
+
+def report(folder: Path) -> str:
+    """Markdown: the losses, their differences from the teachers' and from attention trained on, by timestep, and what
+    the remedies change."""
+    done, late = read(folder), []
+    for name, optimizer, contents in rows_of(done, STEPS):
+        buckets = zip(*(each["test"]["64x64"]["by_timestep"] for each in contents.values()), strict=True)
+        optimizer = "" if name == "teacher" else optimizer
+        late.append([CONTENDERS[name].title, optimizer, *(f"{statistics.fmean(values):.4f}" for values in buckets)])
     ran = {run.contender for run in done}
     never = [contender.title for name, contender in CONTENDERS.items() if name not in ran]
-    steps = [f"{i / BUCKETS:.1f} to {(i + 1) / BUCKETS:.1f}" for i in range(BUCKETS)]
-    trained = " and ".join(f"{each['teacher_steps']:,}" for each in teachers.values())
+    fifths = [f"{i / BUCKETS:.1f} to {(i + 1) / BUCKETS:.1f}" for i in range(BUCKETS)]
+    trained = " and ".join(f"{each['teacher_steps']:,}" for each in chosen(done, "teacher", "none").values())
+    longer = sorted({run.steps for run in done} - {STEPS, 0})
     return (
         f"# Distilled for sizes\n\nA small text-to-image UNet on CIFAR-10, trained at 32x32 by AdamW for {trained} "
         f"steps of {BATCH} photos (two teachers, two seeds); students of {STEPS} steps of {BATCH}. Made by `python -m "
@@ -400,17 +416,15 @@ def report(folder: Path) -> str:
         "noise. It does not tell what another seed would change. *rate*: the best of how many, on validation photos "
         f"at all sizes, with the first teacher. `--sizes` is {','.join(f'{factor:g}' for factor in FACTORS)}, without "
         "the teacher at other sizes than its own. *Attention, trained on*: the teacher's self-attention, trained on "
-        "the same images for as many steps. "
-        f"Commits: {study.commits(done.values())}.\n\n"
-        f"{harness.table(['model', 'optimizer', 'rate', 'teachers', *SIZES], rows)}\n\n"
+        f"the same images for as many steps. Commits: {study.commits(done.values())}.\n\n"
+        + losses(done, STEPS)
         + (f"Not run: {'; '.join(never)}.\n\n" if never else "")
-        + "## Minus attention, trained on by the same optimizer, on the same sizes\n\n"
-        f"{harness.table(['model', 'optimizer', 'teachers', *SIZES], against)}\n\n"
-        "## 64x64 by timestep, from little noise to all\n\n"
-        f"{harness.table(['model', 'optimizer', *steps], late)}\n\n## Remedies without training\n\n"
+        + "".join(f"## {steps} steps, at the rates above\n\n{losses(done, steps)}" for steps in longer)
+        + "## 64x64 by timestep, from little noise to all\n\n"
+        f"{harness.table(['model', 'optimizer', *fifths], late)}\n\n## Remedies without training\n\n"
         "Loss with the remedy minus loss without; negative is better. The first teacher. The lines without "
         "self-attention are no remedy: they say what it, or what is in its place, is worth.\n\n"
-        f"{harness.table(['model', 'optimizer', 'remedy', *SIZES], remedies)}\n"
+        f"{harness.table(['model', 'optimizer', 'remedy', *SIZES], remedied(done))}\n"
     )
 
 
