@@ -5,8 +5,10 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
+from typing import get_args, get_type_hints
 
 import pytest
+import yaml
 
 import gspn
 from gspn.data.augment import preset_for
@@ -14,6 +16,7 @@ from gspn.metrics.classification import evaluate
 from gspn.metrics.fid import evaluate_samples
 from gspn.models.dit import create_dit
 from gspn.options import OptionError, Options, file_text, flags, parse_model_args, read_file
+from gspn.options.base import with_option
 from gspn.options.bench import BenchOptions
 from gspn.options.classifiers import EvalOptions, ExportOptions, PredictOptions, ShowOptions
 from gspn.options.diffusion import GeneratorOptions
@@ -222,7 +225,8 @@ def test_files_say_the_same_in_yaml_and_toml(tmp_path):
         ("a.yaml", "size: big", r"size takes N or HxW in pixels, got 'big'"),
         ("a.yaml", "save_every: often", r"save_every takes a number of steps, minutes such as 15min, or never"),
         ("a.yaml", "epochs: 0", r"epochs must be from 1 to 1000000, got 0"),
-        ("a.yaml", "strict: null", r"strict takes true or false, got None"),
+        ("a.yaml", "strict: null", "strict takes no null: leave the option out for its default, false"),
+        ("a.yaml", "model_args: null", "model_args takes no null: leave the option out for its default, {}"),
         ("a.toml", "epochs = ", r"a\.toml cannot be read"),
         ("a.yaml", "a: [", r"a\.yaml cannot be read"),
         ("a.yaml", "lr: 2024-13-45", r"a\.yaml cannot be read: month must be in 1\.\.12"),
@@ -294,6 +298,22 @@ def test_weights_of_classes_that_cannot_be():
 
 
 @pytest.mark.parametrize("options", [*TRAININGS, SegmentationOptions])
+def test_null_is_for_options_that_may_be_none(options):
+    types = get_type_hints(options)
+    for name in (one.name for one in dataclasses.fields(options)):
+        if type(None) in get_args(types[name]):
+            assert getattr(options.read({name: None}), name) is None
+        else:
+            with pytest.raises(OptionError, match=f"^{name} takes no null: leave the option out for its default, "):
+                options.read({name: None})
+
+
+def test_an_option_that_has_to_be_given_is_not_null():
+    with pytest.raises(OptionError, match="size takes no null: give a value"):
+        EncodeOptions.read({"size": None})
+
+
+@pytest.mark.parametrize("options", [*TRAININGS, SegmentationOptions])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.1])
 def test_a_fraction_is_from_0_to_1(options, value):
     with pytest.raises(OptionError, match=f"val_fraction must be from 0 to 1, got {value}"):
@@ -313,3 +333,16 @@ def test_an_option_stands_once_in_a_file(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(OptionError, match="twice"):
         read_file(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("old", ["/old", "'/old'  # mine", "", ">\n  /o\n  ld\n", '["/old"]', '"/o\n  ld"'])
+def test_one_option_of_a_written_file_changes(old):
+    before = "# data: here\nmodel_args: {\ndata: 3,\nb: 4}\nnested:\n  data: 5\n"
+    text = with_option(f"{before}data: {old}\nepochs: 2\n", "data", "/new: # 'place'")
+    expected = {"model_args": {"data": 3, "b": 4}, "nested": {"data": 5}, "data": "/new: # 'place'", "epochs": 2}
+    assert text.startswith(before) and yaml.safe_load(text) == expected and text.count("# mine") == old.count("# mine")
+
+
+@pytest.mark.parametrize("text", ["", "epochs: 2", "- data: 1", "data: [", "a: &x /old\ndata: *x", "data"])
+def test_a_file_without_the_option_stays(text):
+    assert with_option(text, "data", "/new") == text

@@ -106,3 +106,28 @@ def test_grid_of_many_classes_and_large_images():
     picture = plots.draw_grid(images, range(70), [str(i) for i in range(70)])
     assert (np.asarray(picture) == (7, 99, 200)).all(-1).sum() == 60 * 256 * 128
     assert 0.5 < picture.width / picture.height < 2
+
+
+def test_the_grid_of_samples_is_of_classes_that_have_some(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from helpers.diffusion import generator_run
+    from helpers.sampling import options
+
+    from gspn.sampling import sample as module
+
+    shown = []
+
+    def draw(images, labels, names, **more):
+        shown.append((images, labels))
+        return plots.draw_grid(images, labels, names, **more)
+
+    monkeypatch.setattr(module, "GRID_CLASSES", 2)
+    monkeypatch.setattr(module, "draw_grid", draw)
+    run = generator_run(tmp_path / "run")[0]
+    for count, expected in ((1, {0: 4}), (2, {0: 4, 1: 0}), (7, {1: 0, 2: 1, 4: 0, 5: 1})):  # classes by sample
+        module.sample(run.path, tmp_path / "out", options(classes="4,0,1", count=count))
+        images, labels = shown.pop()
+        assert labels == list(expected.values()) and (tmp_path / "out/grid.png").exists()
+        for i, image in zip(expected, images, strict=True):
+            (file,) = (tmp_path / "out/images").glob(f"{i:06d}-*.png")
+            assert np.array_equal(np.asarray(image), np.asarray(Image.open(file)))

@@ -10,11 +10,11 @@ python -m benchmarks.quality.text_to_image_sizes --report                tables 
 
 FOLDER holds CIFAR-10 as tables with the splits train and test. A teacher (text_to_image_teacher.py) is trained for
 --train minutes, in which its learning rate falls, and FILE is written. A student is what `gspn distill` makes: the same
-swap, loss, optimizer and random sizes, in a loop of its own without a run folder. Beside it the teacher's own attention
-is trained on, for as many steps on the same images. Each contender has three learning rates with the first teacher; the
-best on validation photos, over all sizes, is used with the second. The command may be stopped at any time and started
-again: only complete runs are written, one JSON file each. The loss is the squared error of v on test photos resized to
-each size, with the same timesteps and noise for all.
+swap, loss, optimizer and random sizes, in a loop of its own without a run folder; only, the biases of its gates decay.
+Beside it the teacher's own attention is trained on, for as many steps on the same images. Each contender has three
+learning rates with the first teacher; the best on validation photos, over all sizes, is used with the second. The
+command may be stopped at any time and started again: only complete runs are written, one JSON file each. The loss is
+the squared error of v on test photos resized to each size, with the same timesteps and noise for all.
 """
 
 import argparse

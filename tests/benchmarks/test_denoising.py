@@ -1,5 +1,7 @@
 """The comparison of denoisers: equal models, equal data, a runner that does what is missing, a report."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,49 @@ def test_smaller_images_get_a_margin_and_folders_of_classes_are_shuffled(tmp_pat
             Image.new("L", (40, 28)).save(tmp_path / "train" / label / f"{i}.png")
     with pytest.raises(ValueError, match="expected images of at most 32x32, got 28x40"):
         denoising.open_images(tmp_path)
+
+
+def test_each_image_has_its_own_margin_and_ten_are_needed(tmp_path):
+    sizes = {"train": [(32, 32), (7, 12), *[(20, 31)] * 7], "test": [(4, 6)]}
+    for split, each in sizes.items():
+        (tmp_path / split / "a").mkdir(parents=True)
+        for i, size in enumerate(each):
+            Image.new("RGB", size, (1, 1, 1)).save(tmp_path / split / "a" / f"{i}.png")
+    with pytest.raises(ValueError, match="has 9 training images; expected 10 or more"):
+        denoising.open_images(tmp_path)
+    Image.new("RGB", (20, 31), (1, 1, 1)).save(tmp_path / "train" / "a" / "9.png")
+    opened = denoising.open_images(tmp_path)
+    images = torch.cat([opened["train"][0], opened["val"][0]])
+    assert images.shape == (10, 3, 32, 32) and len(opened["val"][0]) == 1
+    assert sorted(images[:, 0].sum((1, 2)).tolist()) == [84, *[620] * 8, 1024]
+    test = opened["test"][0]
+    assert test[:, :, 13:19, 14:18].all() and test.sum() == 3 * 4 * 6
+
+
+def test_a_folder_of_other_data_or_another_optimizer_is_refused(photos, tmp_path, monkeypatch, capsys):
+    def called(*given):
+        monkeypatch.setattr("sys.argv", ["denoising", "--out", str(tmp_path), *given])
+        denoising.main()
+
+    seen = []
+    train = lambda run, **more: seen.append(more) or run._asdict() | {"test": {}, "cpu_ms_per_step": 1}  # noqa: E731
+    monkeypatch.setattr(denoising, "train", train)
+    monkeypatch.setattr(denoising, "open_images", lambda folder: photos)
+    one = ("--photos", "any", "--runs", "contender=ours,rate=0.01,seed=0")
+    settings = ("--name", "emoji", "--sizes", "0.75", "1.5", "--optimizer", "muon")
+    called(*one, *settings)
+    assert seen == [{"photos": photos, "optimizer_name": "muon", "factors": [0.75, 1.5]}]
+    (content,) = denoising.read(tmp_path).values()
+    assert content["data"] == "emoji"
+    file = next(tmp_path.glob("*.json"))
+    file.write_text(json.dumps(content | {"optimizer": "muon", "factors": [0.75, 1.5]}))  # as `train` tells
+    called(*one, *settings)  # it is done
+    other = ("--name", "Fashion-MNIST", *settings[2:])
+    for given, told in ((one, "data emoji, expected CIFAR-10"), ((*one, *other), "data emoji, expected Fashion-MNIST")):
+        with pytest.raises(SystemExit):
+            called(*given)
+        assert told in capsys.readouterr().err
+    assert len(seen) == 1
 
 
 def test_at_random_sizes_all_see_the_same_images_classes_and_timesteps(photos, monkeypatch):

@@ -63,6 +63,30 @@ def test_window_attention_is_attention_within_windows(shift):
     torch.testing.assert_close(attention(x), attention.out(mixed.transpose(1, 2).reshape(x.shape)))
 
 
+def test_an_optimizer_is_trained_with_and_needs_its_own_folder(tmp_path, monkeypatch, capsys):
+    def called(*given):
+        run = "contender=gspn,rate=0.002,seed=0,epochs=3,scale=0.25"
+        monkeypatch.setattr("sys.argv", ["segmentation", "--scenes", "any", "--runs", run, *given])
+        segmentation.main()
+
+    def train(run, scenes, **more):
+        seen.append(more)
+        return run._asdict() | more | {"val_miou": 0.1, "test": {}}
+
+    seen = []
+    monkeypatch.setattr(segmentation, "train", train)
+    for optimizer in ("adamw", "muon"):
+        given = ("--out", str(tmp_path / optimizer), *(("--optimizer", "muon") if optimizer == "muon" else ()))
+        called(*given)
+        called(*given)  # the second time it is there
+    assert seen == [{"optimizer": "adamw"}, {"optimizer": "muon"}]
+    for given in (("--out", str(tmp_path / "muon")), ("--optimizer", "muon")):  # by default the runs of AdamW
+        with pytest.raises(SystemExit):
+            called(*given)
+        assert "runs of other settings need another folder" in capsys.readouterr().err
+    assert len(seen) == 2
+
+
 def test_missing_runs_come_in_order_and_the_report_tells_them(tmp_path):
     runs = iter(segmentation.wanted({}, 3, 0.25))
     first = next(runs)

@@ -1,6 +1,8 @@
-"""What studies of many runs share: single runs, differences on the same examples, where the code came from, tables."""
+"""What studies of many runs share: single runs, settings of a folder, differences on the same examples, where the code
+came from, tables."""
 
 import argparse
+import json
 from typing import NamedTuple
 
 import pytest
@@ -52,6 +54,37 @@ def test_single_runs_are_made_by_name(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(["--runs", text])
         assert told in capsys.readouterr().err
+
+
+def test_a_folder_holds_runs_of_one_setting(tmp_path, capsys):
+    usual = {"factors": None, "optimizer": "adamw"}
+
+    def asked(*given):
+        parser = argparse.ArgumentParser()
+        study.add_options(parser, tmp_path, Run, ("dit",))
+        parser.add_argument("--optimizer")
+        parser.add_argument("--factors", nargs=2, type=float)
+        return study.settings(parser, parser.parse_args(given), usual)
+
+    def refused(*given):
+        with pytest.raises(SystemExit):
+            asked(*given)
+        return capsys.readouterr().err
+
+    muon, sizes = ("--optimizer", "muon"), ("--factors", "0.75", "1.5")
+    other = {"factors": [0.75, 1.5], "optimizer": "muon"}
+    assert asked() == usual and asked(*muon, *sizes) == other
+    (tmp_path / "a.json").write_text("{}")  # of before: the usual settings
+    assert asked() == usual and asked("--report") == asked("--list") == usual
+    assert "a.json has optimizer adamw, expected muon: runs of other" in refused(*muon)
+    assert "a.json has factors none, expected [0.75, 1.5]" in refused(*sizes)
+    assert "expected muon" in refused(*muon, "--report")
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    for option in ("--report", "--list"):
+        assert "b.json has factors [0.75, 1.5], expected none" in refused(option)
+    (tmp_path / "a.json").unlink()
+    assert asked(*muon, *sizes) == other and asked("--report") == usual
+    assert "expected none" in refused() and "b.json has optimizer muon, expected adamw" in refused(*sizes)
 
 
 def test_commits_of_code_with_uncommitted_changes_are_marked():

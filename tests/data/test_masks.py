@@ -222,7 +222,9 @@ def test_a_class_with_the_value_that_is_ignored_by_default_is_not_lost(tmp_path)
         save_pair(folder, f"{seed}", image, np.where(mask == 1, 255, 0).astype(np.uint8))  # as tools write two classes
     with pytest.raises(DataError, match=r"0 and 255 only.*--ignore"):
         surveyed(folder, None)
-    assert surveyed(folder, ()).classes.values == (0, 255) and surveyed(folder, ("255",)).classes.values == (0,)
+    assert surveyed(folder, ()).classes.values == (0, 255)
+    with pytest.raises(DataError, match=r"the masks .* hold 1 class .* ignored values, '0'; expected 2 .* background"):
+        surveyed(folder, ("255",))
     (folder / "classes.json").write_text(json.dumps({"0": "ground", "255": "disc"}))
     with pytest.raises(DataError, match=r"'disc' has the value 255.*--ignore"):
         surveyed(folder, None)
@@ -267,7 +269,9 @@ def test_classes_from_json(tmp_path):
         ([{"name": "a", "value": 1}, {"name": "b", "value": 1}], "value: 1"),
         ([3], "classes"),
         ([{"name": "a", "color": [1, 2]}], "color"),
-        ([], "0 classes"),
+        ([], r"classes\.json holds 0 classes .*; expected 2 to 255"),
+        (["a"], r"classes\.json holds 1 class .*, 'a'; expected 2 to 255\. A background is a class too"),
+        ([f"{i}" for i in range(256)], r"holds 256 classes beside the ignored values; expected 2 to 255$"),
         ([{"name": "a", "value": 1.7}], r"the value 1\.7, expected a whole number from 0 to 65535"),
         ([{"name": "a", "value": math.inf}], "the value inf"),
         ([{"id": 0, "name": "sky"}, {"id": 2, "name": "tree"}], "no key 'id'; there are name, value, color"),

@@ -206,7 +206,7 @@ def test_waiting_for_a_process_that_died_ends(latents, tmp_path, monkeypatch):
     monkeypatch.setattr(encode_module, "PATIENCE", 0.3)
     config = latents[0].config
     (tmp_path / "train-00000.safetensors").touch()
-    plan = encode_module._Plan(tmp_path, config, False, [("train", 0), ("train", 1)], [], [])
+    plan = encode_module._Plan(tmp_path, config, config, None, [("train", 0), ("train", 1)], [], [])
     with encode_module._Bar(None, plan) as bar, pytest.raises(RunError, match=r"1 of 2 shards .*train-00001"):
         bar.wait_for_the_others()
 
@@ -270,23 +270,34 @@ def test_a_folder_begun_otherwise_is_refused(copied, pictures, vae, tmp_path):
     encode(tmp_path / "moved", tmp_path / "pipeline", copied, **again)
     now = tree(copied)
     assert {name for name in before if now[name] != before[name]} == {"config.json"} and now.keys() == before.keys()
-    assert open_latents(copied).vae["path"] == str(tmp_path / "pipeline")  # where training finds it
+    # where training finds it, and where the next message finds them
+    assert open_latents(copied).vae["path"] == str(tmp_path / "pipeline")
+    assert open_latents(copied).config["data"]["where"] == str(tmp_path / "moved")
 
 
 def test_another_val_fraction_is_called_by_its_name(vae, tmp_path):
+    pets, out = tmp_path / "pets", tmp_path / "out"
+    (pets / "cats").mkdir(parents=True)
     for i in range(8):
-        (tmp_path / "pets" / "cats").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 16), (i, 0, 0)).save(tmp_path / "pets" / "cats" / f"{i}.png")
-    encode(tmp_path / "pets", vae, tmp_path / "out", val_fraction=0.1, **SIZE)
-    with pytest.raises(RunError, match=r"with val fraction 0\.1, not 0\.5\. Choose"):
-        encode(tmp_path / "pets", vae, tmp_path / "out", val_fraction=0.5, **SIZE)
+        Image.new("RGB", (8, 16), (i, 0, 0)).save(pets / "cats" / f"{i}.png")
+    encode(pets, vae, out, **SIZE)  # with the default, 0.1
+    same = "or the same data with val fraction 0.1, not 0.5. Choose"
+    with pytest.raises(RunError, match=re.escape(f"with the data {pets}, as it was then, {same}")):
+        encode(pets, vae, out, val_fraction=0.5, **SIZE)
+    # other data, which the fraction must not hide
+    other = shutil.copytree(pets, tmp_path / "other")
+    Image.new("RGB", (8, 16), "blue").save(other / "cats" / "8.png")
+    with pytest.raises(RunError, match=re.escape(f"with the data {pets}, not {other}, {same}")):
+        encode(other, vae, out, val_fraction=0.5, **SIZE)
+    with pytest.raises(RunError, match=re.escape(f"with the data {pets}, not {other}. Choose")):
+        encode(other, vae, out, val_fraction=0.1, **SIZE)  # given, but the same
 
 
 def test_an_image_of_the_same_size_and_time_is_other_data(copied, pictures, vae, tmp_path):
     again, moved = dict(flip=True, shard_size=5, **SIZE), shutil.copytree(pictures, tmp_path / "moved")
     encode(moved, vae, copied, **again)
     other_byte(moved / "train" / "dog" / "3.png")
-    with pytest.raises(RunError, match=r"the data .*, not .*moved"):
+    with pytest.raises(RunError, match=r"the data .*moved, as it was then"):
         encode(moved, vae, copied, **again)
 
 
@@ -314,6 +325,14 @@ def test_latents_that_an_older_version_began_are_gone_on_with(copied, pictures, 
     told = Console(file=io.StringIO(), width=200)
     encode(pictures, vae, copied, **again, console=told)
     assert tree(copied) == whole and "names and sizes" in told.file.getvalue()
+    # it is told too where config.json changes; data that were not compared keep their place there
+    moved, told = shutil.copytree(vae, tmp_path / "moved"), Console(file=io.StringIO(), width=200)
+    encode(shutil.copytree(pictures, tmp_path / "pictures"), moved, copied, **again, console=told)
+    assert "names and sizes" in told.file.getvalue() and open_latents(copied).vae["path"] == str(moved)
+    assert open_latents(copied).config["data"]["where"] == str(pictures)
+    told = Console(file=io.StringIO(), width=200)
+    encode(pictures, vae, tmp_path / "new", **again, console=told)
+    assert "names and sizes" not in told.file.getvalue()
     make_vae(seed=1).save_pretrained(other)
     with pytest.raises(RunError, match="with the VAE"):
         encode(pictures, other, copied, **again)
@@ -445,6 +464,10 @@ def test_the_command(pictures, vae, tmp_path):
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("{")]
     assert json.loads(line)["images"] == {"test": 3, "train": 12} and "5.png" in result.stderr
+    # of the split train, a training will hold out a part, which is encoded too
+    alone = [*command[:-3], str(tmp_path / "y"), "--size", "8", "--split", "train", "--json", "--workers", "0"]
+    result = CliRunner().invoke(app, alone)
+    assert json.loads(result.stdout)["images"] == {"train": 12} and len(open_latents(tmp_path / "y").splits["val"]) > 0
     for flags, message in (
         (["--size", "9"], r"size .* 2\b.* 9x9"),
         (["--size", "8x"], "--size .*'8x'"),

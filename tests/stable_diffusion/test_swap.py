@@ -317,6 +317,19 @@ def test_layers_that_are_not_finite_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_loaded_layers_do_not_change_with_their_file(tmp_path):
+    """Another program may overwrite it in place, which the memory that is mapped to it would show."""
+    unet = unet_of()
+    with gspn.swap(unet, init="random") as swapped:
+        file = swapped.save(tmp_path)
+        expected = {key: value.clone() for key, value in load_file(file).items()}
+    loaded = gspn.load_swap(unet, file)
+    with open(file, "r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    found = {f"{name}.{key}": p for name, layer in loaded.layers.items() for key, p in layer.state_dict().items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
 def test_files_that_do_not_fit_are_refused_and_the_unet_stays_as_it_was(tmp_path):
     unet = unet_of()
     with gspn.swap(unet, init="random") as swapped:

@@ -295,7 +295,7 @@ def test_dit_starts_as_published():
         ({"size": (8, 9)}, "patch of 2.* 8x9"),
         (
             {"model": "DiT-micro/2", "model_args": {"num_layers": 1}, "size": (8, 12)},
-            "DiT takes square images only, got 8x12: choose a square --size",
+            "DiT takes square images only, got 8x12: choose a square --size, or choose a model of GSPN",
         ),
         ({"model_args": {"num_classes": 3}}, "num_classes.*data"),
         ({"model": "GSPN-micro/2", "model_args": {"depth": 3}}, "depth.*even"),
@@ -321,6 +321,10 @@ def test_bad_options(tmp_path, changes, message):
         ({"channels": 3}, "channels: .* latents"),
         ({"size": (8, 8)}, r"size: .* latents of images of \(16, 8\), got \(8, 8\)"),
         ({"strict": True}, "strict: 1 images were left out of .*5.png"),
+        (
+            {"model": "DiT-micro/2", "model_args": {"num_layers": 1}},
+            r"got 16x8: encode square images \(gspn encode --size N\), or choose a model of GSPN",
+        ),
     ],
 )
 def test_options_that_latents_cannot_follow(latents, tmp_path, changes, message):

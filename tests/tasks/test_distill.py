@@ -1,6 +1,7 @@
 """Runs of a distillation: that they go on exactly, what they leave, what they refuse. Its loss: test_student.py."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import gspn
 from gspn.cli import app
 from gspn.options import OptionError
-from gspn.options.distill import DistillOptions
+from gspn.options.distill import PRESET, DistillOptions
 from gspn.tasks.distill import Setup, distill, resume_distillation
 from gspn.tasks.student import Distillation
 from gspn.tasks.text_to_image import TextToImage, open_text_to_image
@@ -94,7 +95,7 @@ def test_a_run_at_several_sizes(bases, photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Distillation, "prepare", watched)
     options = DistillOptions(
-        base=str(bases / "sd"), sizes=(1, 2), away_weight=0.5, save_every="1", **SMALL | {"epochs": 3}
+        base=str(bases / "sd"), sizes=(1, 2), away_weight=0.5, proxy_dim=3, save_every="1", **SMALL | {"epochs": 3}
     )
     stop[0] = 100
     distill(photos, tmp_path / "whole", options)
@@ -111,6 +112,7 @@ def test_a_run_at_several_sizes(bases, photos, tmp_path, monkeypatch):
     assert seen == whole and run.config["options"]["sizes"] == [1, 2]
     ours, theirs = (load_file(tmp_path / each / "gspn_swap.safetensors") for each in ("run", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {value.shape[0] for name, value in ours.items() if name.endswith("proxy_proj.weight")} == {3}
     assert "16x16 times 1, 2" in Setup.of(photos, options).describe(
         Setup.of(photos, options).model(torch.device("cpu"))
     )
@@ -244,6 +246,8 @@ def test_sdxl_in_bfloat16_after_a_fit(bases, photos, tmp_path):
         ({"base": "/nowhere/sd"}, "pipeline /nowhere/sd"),
         ({"size": (16, 20)}, "size.*8.*16x20"),
         ({"fsdp": True}, "fsdp: .* swapped layers"),
+        ({"layer_decay": 0.5}, "layer_decay: got 0.5, .* one rate: expected 1"),
+        ({"cache": True, "sizes": (1, 2)}, "cache and sizes .*leave cache out"),
         ({"noise_weight": 0.0, "output_weight": 0.0, "feature_weight": 0.0}, "noise_weight.* 0"),
         ({"freeze": ("layers.nothing",)}, r"freeze.*'layers\.nothing'"),
         ({"keep_attention": 2}, "keep_attention: the 2 .*fit"),
@@ -261,6 +265,42 @@ def test_bad_options(bases, photos, tmp_path, changes, message):
     with pytest.raises(OptionError, match=message):
         distill(photos, tmp_path / "run", DistillOptions(**SMALL | {"base": str(bases / "sd")} | changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, []),
+        ({"fit_maps": 8}, ["--fit-maps .* without --fit"]),
+        ({"fit_maps": 8, "fit": 1}, []),
+        ({"sample_steps": 9, "guidance": 1.0}, []),
+        ({"sample_steps": 9, "sample_every": 0}, ["--sample-steps .*--sample-every 0"]),
+        ({"sample_captions": 3, "guidance": 1.0, "sample_every": 0}, ["--sample-captions ", "--guidance "]),
+        ({"away_weight": 1.0, "output_weight": 0.0}, []),
+        ({"away_weight": 1.0, "output_weight": 0.0, "feature_weight": 0.0}, ["--away-weight .* both 0"]),
+        ({"keep": 2}, ["--keep "]),
+    ],
+)
+def test_options_that_do_nothing_are_told(changes, expected):
+    notes = DistillOptions(**changes).resolved(PRESET).idle()
+    assert len(notes) == len(expected) and all(map(re.search, expected, notes)), notes
+
+
+@pytest.mark.parametrize(
+    "sizes, more, expected",
+    [
+        ((0.5, 2), {}, ["none of the factors gives 16x16: .* never sees"]),
+        ((0.9, 2), {}, []),  # 0.9 gives 16x16, as sides are multiples of 8
+        ((1, 1, 2), {}, []),
+        ((1, 1.1, 2), {}, ["the factors 1 and 1.1 give the same size, 16x16, .* multiples of 8"]),
+        ((0.9,), {"away_weight": 0.5}, ["--away-weight .* another size than 16x16"]),
+        ((0.9, 2), {"away_weight": 0.5}, []),
+    ],
+)
+def test_factors_that_do_not_give_what_one_expects_are_told(bases, photos, sizes, more, expected):
+    notes = Setup.of(photos, DistillOptions(base=str(bases / "sd"), sizes=sizes, **SMALL, **more)).notes
+    notes = [note for note in notes if "sizes" in note and "first image" not in note]  # which is smaller than 32x32
+    assert len(notes) == len(expected) and all(map(re.search, expected, notes)), notes
 
 
 def test_a_unet_that_wants_more_is_told_before_a_run_is_made(photos, tmp_path):

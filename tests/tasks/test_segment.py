@@ -20,6 +20,7 @@ from gspn.data.mask_classes import IGNORED, Classes
 from gspn.metrics.segmentation import evaluate
 from gspn.options import OptionError
 from gspn.options.segment import SegmentationOptions
+from gspn.runs import load_segmenter
 from gspn.tasks import base
 from gspn.tasks.segment import SegmentationTask, Setup, dice_losses, settle, weights_of
 from gspn.train import loop
@@ -104,18 +105,24 @@ def test_a_stopped_training_goes_on_to_the_same_bits(masked, tmp_path, monkeypat
     one, other = (run.load_checkpoint("last")[0] for run in (whole, again))
     assert all(same(one[part], other[part]) for part in ("model", "ema", "optimizer"))
     assert not same(one["model"], one["ema"])
-    with pytest.raises(OptionError, match="dice"):
+    with pytest.raises(OptionError, match=r"dice .*; what can be changed: [a-z_, ]+\.$"):
         base.resume(Setup, tmp_path / "stopped", {"dice": 0.0})
     shutil.copytree(masked, tmp_path / "other")
     mask = Image.fromarray(np.zeros_like(pair(0)[1]))
     mask.save(tmp_path / "other/masks/00.png")
-    with pytest.raises(RunError, match="not what"):
+    with pytest.raises(RunError, match=r"have changed$"):
         base.resume(Setup, tmp_path / "stopped", data=tmp_path / "other")
     config = json.loads((tmp_path / "stopped/config.json").read_text())
     config["preprocessing"] |= {"mean": [0.5], "std": [0.5]}
     (tmp_path / "stopped/config.json").write_text(json.dumps(config))
     with pytest.raises(RunError, match="takes images of 3 channels"):
         base.resume(Setup, tmp_path / "stopped")
+
+
+def test_no_advice_to_start_from_a_segmenter_which_init_from_does_not_take(masked_run, tmp_path):
+    load_segmenter(masked_run.path).save_pretrained(tmp_path / "saved")
+    with pytest.raises(RunError, match=r"saved is a saved model, not a run that could go on$"):
+        base.resume(Setup, tmp_path / "saved")
 
 
 def test_starting_from_a_classifier(masked, colours, tmp_path, without_pictures):
@@ -163,7 +170,8 @@ def test_options_that_do_not_fit(masked, tmp_path):
         options(min_scale=2.0, max_scale=1.0)
     with pytest.raises(DataError, match=r"cannot be read|no such"):
         base.start(Setup, masked, tmp_path / "a", options(classes=str(tmp_path / "no.json")))
-    with pytest.raises(DataError, match=r"one class beside the ignored values, 'square': expected two"):
+    alone = r"classes\.json holds 1 class beside the ignored values, 'square'; expected 2 to 255\. A background"
+    with pytest.raises(DataError, match=alone):
         base.start(Setup, masked, tmp_path / "a", options(ignore=("ground", "disc", "255")))
     with pytest.raises(OptionError, match="class_weights takes no null"):
         SegmentationOptions.read({"class_weights": None})

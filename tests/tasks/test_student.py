@@ -9,9 +9,11 @@ import gspn
 from gspn.data.images import UNREADABLE, Preprocessing, Split, decode
 from gspn.data.labelled import DataError
 from gspn.data.unreadable import Unreadable
+from gspn.options.distill import PRESET, DistillOptions
 from gspn.tasks.student import PARTS, Distillation, Student
 from gspn.tasks.text_to_image import TextToImage
 from gspn.train.loop import make_accelerator
+from gspn.train.optim import make_optimizer
 
 SIZE = (16, 16)
 PREPROCESSING = Preprocessing(3, SIZE, (0.5,) * 3, (0.5,) * 3)
@@ -96,6 +98,34 @@ def test_away_from_its_size_the_teacher_counts_less(away, monkeypatch):
         if trust:
             expected = expected + trust * 0.5 * (parts["output"] + parts["feature"])
         torch.testing.assert_close(task.loss(student, batch), expected)
+
+
+def test_a_teacher_whose_word_has_no_weight_runs_in_validation_only(monkeypatch):
+    task, student = task_of(tiny_sd(), weights=dict(output=0.0, feature=0.0), dropout=0.0)
+    task.unreadable.splits["evaluation"], task.loader = task.unreadable.splits["train"], [batch_of()]
+    taught, teach = [], Student.teach
+    monkeypatch.setattr(Student, "teach", lambda *inputs: taught.append(1) or teach(*inputs))
+    batch = task.prepare(batch_of())
+    loss = task.loss(student, batch)
+    assert not taught
+    noisy, timestep, conditions = task.inputs(batch)
+    output, _ = student(noisy, timestep, conditions)
+    torch.testing.assert_close(loss / 4, torch.nn.functional.mse_loss(output, batch["noise"]))
+    row = task.evaluate(student, make_accelerator())
+    assert taught and min(row[f"val_{name}"] for name in (*PARTS, "teacher")) > 0
+
+
+@pytest.mark.parametrize("form", ["pure", "qkv"])
+def test_no_bias_has_weight_decay(form):
+    """Those of the gates are not 1-D, as the others are."""
+    _, student = task_of(tiny_sd(), swapped=dict(form=form))
+    groups = make_optimizer(student, DistillOptions().resolved(PRESET)).param_groups
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    decays = {name: decays[id(parameter)] for name, parameter in student.named_parameters()}
+    biases = {name for name in decays if name.endswith("bias")}
+    assert any(name.endswith("weight_bias") for name in biases) == (form == "qkv")
+    assert {decays[name] for name in biases} == {0.0}
+    assert {decays[name] for name in decays if name.endswith(("proj", ".weight"))} == {PRESET["weight_decay"]}
 
 
 def test_the_teacher_is_the_pipeline_itself():

@@ -139,6 +139,20 @@ def test_the_precision_does_not_depend_on_the_version_of_diffusers(tmp_path, mon
         assert open_text_to_image(tmp_path).unet.dtype == torch.float32
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_opening_a_pipeline_makes_diffusers_warn_of_nothing(tmp_path, precision):
+    """It would of each cast, be it one that changes nothing."""
+    tiny_sd().save_pretrained(tmp_path)
+    told, handler, logger = [], logging.Handler(logging.WARNING), logging.getLogger("diffusers")
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        open_text_to_image(tmp_path, precision=precision)
+        assert told == []
+    finally:
+        logger.removeHandler(handler)
+
+
 def test_settings_and_words_make_another_teacher():
     """Which weights do not tell."""
     pipe = tiny_sd()

@@ -261,6 +261,23 @@ def test_changed_data_are_refused(stopped, colours):
     assert evaluate(stopped, moved, workers=0)[0]["split"] == "val"
 
 
+def test_what_moved_is_noted_where_it_stands_and_nowhere_else(tmp_path):
+    config = {"base": {"path": "/old", "digest": "x"}, "data": {"where": "/a"}}
+    config["options"] = {"base": "/old", "more": {"base": "/mine"}}
+    text = "more: {\nbase: /mine,\ndata: 3}\nbase: /old  # here\ndata: /a\n"
+    run = Run.create(tmp_path / "run", config, options=text)
+    run.moved("base", "path", "/new")
+    run.moved("data", "where", "/b")
+    found = Run.open(tmp_path / "run").config
+    assert (found["base"], found["data"]) == ({"path": "/new", "digest": "x"}, {"where": "/b"})
+    assert found["options"] == {"base": "/new", "more": {"base": "/mine"}}
+    written = (tmp_path / "run/options.yaml").read_text()
+    assert written == text.replace("base: /old", "base: /new").replace("data: /a", "data: /b")
+    (tmp_path / "run/options.yaml").unlink()
+    run.moved("base", "path", "/newer")  # of a run without the file
+    assert Run.open(tmp_path / "run").config["base"]["path"] == "/newer"
+
+
 def test_an_image_of_the_same_size_and_time_is_other_data(stopped, colours):
     other_byte(colours / "green" / "7.png")
     with pytest.raises(RunError, match="not what"):

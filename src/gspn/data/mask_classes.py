@@ -12,7 +12,7 @@ from gspn.data.images import SPREAD, DataError, listed
 from gspn.names import unknown
 
 IGNORED = 255  # in the masks of a batch: pixels that count neither in the loss nor in a metric
-MOST = 255  # classes, as a mask has 8 bits and one value is IGNORED
+LEAST, MOST = 2, 255  # classes: one alone leaves nothing to learn; a mask has 8 bits and one value is IGNORED
 VALUES = 65536  # that a mask of 16 bits may hold
 _UNKNOWN = -1
 _KEYS = ("name", "value", "color")  # of a class in the file
@@ -79,8 +79,7 @@ class Classes:
                 raise DataError(f"{file} has two classes of one {what}: {', '.join(twice)}; expected distinct ones")
         ignored = ignored_values(ignore, {name: value for value, name, _ in rows})
         rows = [row for row in rows if row[0] not in ignored]
-        if not 1 <= len(rows) <= MOST:
-            raise DataError(f"{file} holds {len(rows)} classes beside the ignored ones; expected 1 to {MOST}")
+        check_number([name for _, name, _ in rows], f"{file} holds")
         numbers = [value for value, *_ in rows]
         colours = [given or other for (*_, given), other in zip(rows, _colours(numbers, mask), strict=True)]
         return cls([name for _, name, _ in rows], numbers, colours, ignored)
@@ -122,6 +121,15 @@ class Classes:
 
     def to_json(self) -> dict:
         return asdict(self)
+
+
+def check_number(names: Sequence[str], holder: str) -> None:
+    """Raises DataError unless a segmenter can learn so many classes. `holder` begins the message: "the masks hold"."""
+    if not LEAST <= len(names) <= MOST:
+        only = f", {names[0]!r}" if len(names) == 1 else ""
+        advice = ". A background is a class too, not a value to ignore" if len(names) < LEAST else ""
+        count = f"{len(names)} class{'es' * (len(names) != 1)}"
+        raise DataError(f"{holder} {count} beside the ignored values{only}; expected {LEAST} to {MOST}{advice}")
 
 
 def values_of(mask: Image.Image) -> np.ndarray:

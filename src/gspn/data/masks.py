@@ -15,7 +15,7 @@ import numpy as np
 from gspn.data.folders import by_split, is_image, walk
 from gspn.data.images import DataError, MaskedSplit, listed, raise_if_of_machine
 from gspn.data.labelled import Data, ImageFiles
-from gspn.data.mask_classes import IGNORED, MOST, VALUES, Classes, ignored_values, values_of
+from gspn.data.mask_classes import IGNORED, VALUES, Classes, check_number, ignored_values, values_of
 from gspn.data.shards import read_masked
 from gspn.data.sources import check_fraction, check_one_kind, no_data, read_source, with_held_out
 from gspn.data.tables import TABLES, load_masked
@@ -216,10 +216,7 @@ def survey(
             f"the masks hold the values {classes.values[0]} and {IGNORED} only, and {IGNORED} is ignored by default: "
             f'expected two classes. If {IGNORED} is one of them, ignore nothing (--ignore "")'
         )
-    if not 1 <= len(classes) <= MOST:
-        raise DataError(
-            f"the masks hold {len(classes)} values beside the ignored ones; expected 1 to {MOST}, each of them a class"
-        )
+    check_number(classes.names, "each value in the masks is a class: they hold")
     return Survey(classes, {name: total[list(classes.values)] for name, total in counts.items()}, sizes)
 
 

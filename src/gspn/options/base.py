@@ -306,12 +306,14 @@ def check_suffix(name: str, file: Path | str | None, suffix: str) -> None:
 
 
 def _converted(one, annotation, value, plain):
-    """The value of a flag or a file as the option's type; None stays None."""
-    kind = _kind(annotation)
+    """The value of a flag or a file as the option's type. None stays None where the type allows it."""
     if value is None and type(None) in get_args(annotation):
         return None
-    if value is None and kind is not annotation:
-        raise OptionError(f"{one.name} takes no null: leave it out for its default, {one.default!r}")
+    if value is None:
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        advice = "give a value" if default is REQUIRED else f"leave the option out for its default, {_yaml(default)}"
+        raise OptionError(f"{one.name} takes no null: {advice}")
+    kind = _kind(annotation)
     try:
         return (one.metadata["parse"] or _PARSERS[get_origin(kind) or kind])(value)
     except ValueError as error:
@@ -429,6 +431,21 @@ def file_text(options: OptionSet, more: Mapping[str, Any]) -> str:
     for one in fields(options):
         lines.append(f"\n# {one.metadata['help']}\n{one.name}: {_yaml(getattr(options, one.name))}\n")
     return "".join(lines)
+
+
+def with_option(text: str, name: str, value: Any) -> str:
+    """The text of a YAML file with another value for one of its options; the same text where it holds no such option or
+    is no YAML. Names within the value of another option stay."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return text
+    for key, old in node.value if isinstance(node, yaml.MappingNode) else ():
+        begin, end = key.end_mark.index, old.end_mark.index
+        if key.value == name and begin <= end:  # an alias has the place of its anchor
+            line_end = "\n" if text[begin:end].endswith("\n") else ""  # a block takes the end of its last line
+            return f"{text[:begin]}: {_yaml(value)}{line_end}{text[end:]}"
+    return text
 
 
 def _yaml(value):

@@ -45,7 +45,9 @@ class CaptionOptions(OptionSet):
     caption_column: str | None = option(None, "The column, or the JSON key, with the captions.")
     streaming: bool = option(False, "datasets: read rows as a stream, without a copy in its cache.")
     workers: int = option(2, "Processes that decode image files.", low=0, high=1024, resumable=True)
-    cache: bool = option(False, "Keep latents and encoded captions in memory, for small data and many epochs.")
+    cache: bool = option(
+        False, "Keep latents and encoded captions in memory, for small data and many epochs; not with --sizes."
+    )
     strict: bool = option(False, "Stop at an unreadable image, instead of leaving it out.")
 
 
@@ -107,6 +109,13 @@ class SwapOptions(OptionSet):
     variant: str | None = option(None, "Variant of BASE's files, such as fp16.", resumable=True)
     form: str = option("pure", "pure, or qkv, with projections Q, K and V.", choices=("pure", "qkv"))
     segment: int | None = option(None, "Lines per segment of a scan. Default: the whole map.", low=1)
+    proxy_dim: int | None = option(
+        None,
+        "Width of the proxies that predict weights and gates. Default: an eighth of the channels in form pure, a 32nd "
+        "in form qkv, as published.",
+        low=1,
+        high=65536,
+    )
     init: str = option(
         "pretrained",
         "Initial weights: those of the attention layers (pretrained), or random.",
@@ -133,6 +142,17 @@ class DistillOptions(CaptionOptions, DistillWatchOptions, TeachingOptions, LoopO
     """All options of `gspn distill`; PRESET replaces None."""
 
     presets: ClassVar = {"all": PRESET}
+
+    def idle(self):
+        found, default = super().idle(), type(self)
+        if self.fit_maps != default.fit_maps and not self.fit:
+            found.append("--fit-maps does nothing without --fit")
+        for name in ("sample_captions", "sample_steps", "guidance"):
+            if getattr(self, name) != getattr(default, name) and not self.sample_every:
+                found.append(f"--{name.replace('_', '-')} does nothing with --sample-every 0, which draws no samples")
+        if self.away_weight and not self.output_weight + self.feature_weight:
+            found.append("--away-weight does nothing where --output-weight and --feature-weight are both 0")
+        return found
 
     def check_paths(self):
         check_named(self.base, "BASE", "the folder of a pipeline, or a name on the hub")

@@ -108,11 +108,10 @@ def encode(
         "splits": {name: len(split) for name, split in pictures.items() if name in wanted},
         "versions": {"gspn": gspn.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
-    plan = _Plan.of(out, asked)
+    plan = _Plan.of(out, asked, data_set.uncompared(told["data"]))
     _refuse_unreadable(strict, plan.unreadable)
     crowded = workers_note(workers, next(iter(pictures.values())))
-    uncompared = None if plan.is_new else data_set.uncompared(told["data"])
-    for note in [*data_set.notes, *filter(None, [crowded, uncompared]), *plan.notes()] if console else []:
+    for note in [*data_set.notes, *filter(None, [crowded]), *plan.notes()] if console else []:
         console.print(f"note: {note}", markup=False, highlight=False)
     with writing(out) if main else nullcontext():
         if main:
@@ -154,34 +153,37 @@ class _Plan:
     """What there is to do. Each process finds it out by itself, before any of them changes the folder.
 
     Attributes:
-        config: of the folder, with all splits that are wanted. is_new: whether it has to be written.
+        config: of the folder, with all splits that are wanted. begun: the one that is there; None in a new folder.
+        uncompared: see Data.uncompared.
         todo: (split, number) of each shard to make. damaged: the paths of those that are made again.
         unreadable: what was wrong with images of the shards that are there.
     """
 
     out: Path
     config: dict
-    is_new: bool
+    begun: dict | None
+    uncompared: str | None
     todo: list[tuple[str, int]]
     damaged: list[Path]
     unreadable: list[str]
 
     @classmethod
-    def of(cls, out: Path, asked: dict) -> "_Plan":
+    def of(cls, out: Path, asked: dict, uncompared: str | None) -> "_Plan":
         """Errors: RunError for a folder that was begun otherwise or holds something else."""
-        config, is_new = _continued(out, asked)
-        return cls(out, config, is_new, *_missing(out, config))
+        config, begun = _continued(out, asked, uncompared)
+        return cls(out, config, begun, uncompared, *_missing(out, config))
 
     def notes(self) -> list[str]:
-        return [f"{path} is damaged and encoded anew" for path in self.damaged]
+        uncompared = [self.uncompared] if self.begun and self.uncompared else []
+        return [*uncompared, *(f"{path} is damaged and encoded anew" for path in self.damaged)]
 
     def begin(self, asked: dict) -> None:
         """Makes the folder ready for the new shards, in one process. Errors: RunError, SaveError."""
-        if _continued(self.out, asked) != (self.config, self.is_new):
+        if _continued(self.out, asked, self.uncompared) != (self.config, self.begun):
             raise RunError(f"another process has meanwhile begun to encode into {self.out}: start again to go on")
         for path in self.damaged:
             remove(path)
-        if self.is_new:
+        if self.config != self.begun:
             write_json(self.out / "config.json", self.config)
 
 
@@ -194,39 +196,46 @@ def _digests_told(out) -> dict:
     return {"data": begun["data"]["fingerprint"], "vae": begun["vae"]["digest"]}
 
 
-def _continued(out, config) -> tuple[dict, bool]:
-    """(the config of the folder, with the splits that are wanted now; whether it has to be written).
-    Errors: RunError for a folder that was begun otherwise or holds something else."""
+def _continued(out, asked, uncompared) -> tuple[dict, dict | None]:
+    """(the config of the folder, with the splits that are wanted now, and the places where data and VAE are now; the
+    config that is there, None in a new folder). Errors: RunError for a folder that was begun otherwise or holds
+    something else."""
     if not out.is_dir():
-        return config, True
+        return asked, None
     if not (out / "config.json").exists():
         if any(file.name != LOCK and not is_temporary(file) for file in out.iterdir()):
             raise RunError(f"{out} is not empty and was not begun by gspn encode (it has no config.json)")
-        return config, True
+        return asked, None
     try:
         begun = read_config(out)
     except DataError as error:
         raise RunError(str(error)) from error
-    if identity(begun) != identity(config):
-        different = []
-        for what, part, digest, where in (("data", "data", "fingerprint", "where"), ("VAE", "vae", "digest", "path")):
-            there, here = begun[part], config[part]
-            if there[digest] == here[digest]:
-                continue
-            options = [
-                f"{name.replace('_', ' ')} {there[name]}, not {here[name]}"
-                for name in sorted(there.keys() & here.keys() - {digest, where, "kind"})
-                if there[name] != here[name]
-            ]
-            changed = f", not {here[where]}" if here[where] != there[where] else ", as it was then"
-            different += options or [f"the {what} {there[where]}{changed}"]
-        for name in ("image_size", "flip", "dtype", "precision", "shard_size", "class_names"):
-            if begun[name] != config[name]:
-                different.append(f"{name.replace('_', ' ')} {begun[name]}, not {config[name]}")
-        raise RunError(f"{out} was begun otherwise: with {'; '.join(different)}. Choose another folder")
-    splits = begun["splits"] | config["splits"]
-    vae = {**begun["vae"], "path": config["vae"]["path"]}  # the same one, perhaps moved
-    return {**begun, "splits": splits, "vae": vae}, (splits, vae) != (begun["splits"], begun["vae"])
+    if identity(begun) != identity(asked):
+        raise RunError(f"{out} was begun otherwise: with {'; '.join(_different(begun, asked))}. Choose another folder")
+    now = {"splits": begun["splits"] | asked["splits"], "vae": {**begun["vae"], "path": asked["vae"]["path"]}}
+    if not uncompared:  # else they may be other data than those of the first shards
+        now["data"] = {**begun["data"], "where": asked["data"]["where"]}
+    return begun | now, begun
+
+
+def _different(begun, asked) -> list[str]:
+    """What differs between two configs, in words. An option of `open_data` that was not given had its default."""
+    found, defaults = [], open_data.__kwdefaults__
+    asked = json.loads(json.dumps(asked))  # as a file gives it back
+    for what, part, digest, where in (("data", "data", "fingerprint", "where"), ("VAE", "vae", "digest", "path")):
+        there, here = begun[part], asked[part]
+        if there[digest] != here[digest]:
+            place = f", not {here[where]}" if here[where] != there[where] else ", as it was then"
+            found.append(f"the {what} {there[where]}{place}")
+            if part == "data" and (options := _differing(defaults, defaults | there, defaults | here)):
+                found[-1] += f", or the same data with {' and '.join(options)}"
+    names = ("image_size", "flip", "dtype", "precision", "shard_size", "class_names")
+    return found + _differing(names, begun, asked)
+
+
+def _differing(names, there, here) -> list[str]:
+    """Which of the named entries differ: "flip True, not False"."""
+    return [f"{name.replace('_', ' ')} {there[name]}, not {here[name]}" for name in names if there[name] != here[name]]
 
 
 def _missing(out, config) -> tuple[list[tuple[str, int]], list[Path], list[str]]:

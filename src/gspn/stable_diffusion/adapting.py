@@ -21,8 +21,8 @@ def adapt(target: "nn.Module | DiffusionPipeline", size: tuple[int, int]) -> con
     For a side k times as long as in training (rounded, half goes up) each layer scans k interleaved sub-lattices of its
     map, so that a segment of 4 lines spans 4k lines. At the trained size nothing changes, nor does any attention.
     The trained size is :attr:`gspn.stable_diffusion.swap.Swap.sample_size`, or that in the UNet's config where it is
-    None. The layers change for all threads that use the UNet. Around a :class:`gspn.HighResPipeline`, at another size
-    than the trained one, whichever, they are adapted to the size of each stage.
+    None. The layers change for all threads that use the UNet. Around a :class:`gspn.HighResPipeline`, at whatever size,
+    they are adapted to the size of each stage.
 
     Args:
         target: a swapped pipeline, or its UNet.

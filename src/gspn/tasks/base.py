@@ -289,7 +289,7 @@ def resume(
         accelerator.wait_for_everyone()  # every process has read the run
         if accelerator.is_main_process:
             if data is not None:
-                run.data_moved(setup.data.where, location(where))
+                run.moved("data", "where", setup.data.where)
             setup.note_moved(run)
             run.rewind(checkpoint[1]["epoch"] if checkpoint else 0)
             run.prune(options.keep)

@@ -157,9 +157,10 @@ class Setup(BaseSetup):
                 f"sample_steps must be at most timesteps, {options.timesteps}, got {options.sample_steps}"
             )
         if options.model in dit_names() and size[0] != size[1]:
+            square = "encode square images (gspn encode --size N)" if latents else "choose a square --size"
             raise OptionError(
-                f"size: diffusers' DiT takes square images only, got {image_size[0]}x{image_size[1]}: choose a square "
-                "--size, or a model of GSPN"
+                f"size: diffusers' DiT takes square images only, got {image_size[0]}x{image_size[1]}: {square}, or "
+                "choose a model of GSPN"
             )
         if options.fsdp and options.model in dit_names():
             raise OptionError("fsdp cannot shard DiT, whose blocks share an embedding")

@@ -63,8 +63,18 @@ class Setup(BaseSetup):
             raise OptionError("base: expected a pipeline to learn from, got none")
         if options.fsdp:
             raise OptionError("fsdp: distillation cannot shard; only the small swapped layers are trained")
+        if options.layer_decay < 1:
+            raise OptionError(
+                f"layer_decay: got {options.layer_decay:g}, but the swapped layers all learn at one rate: expected 1, "
+                "so leave it out"
+            )
         if not options.noise_weight + options.output_weight + options.feature_weight:
             raise OptionError("noise_weight, output_weight and feature_weight are all 0: expected one above 0")
+        if options.cache and options.sizes:
+            raise OptionError(
+                "cache and sizes were both given: each epoch cuts and resizes an image anew, so that its latents are "
+                "seldom found again and fill the memory: expected one of the two, so leave cache out"
+            )
         if options.away_weight and not options.sizes:
             raise OptionError("away_weight is for training at several sizes: expected sizes too, such as 0.75,1,1.5")
         options = options.updated({"size": options.size})  # reads and checks what did not come from a flag
@@ -105,9 +115,8 @@ class Setup(BaseSetup):
         teacher.check_size(options.size)
         preprocessing = Preprocessing(3, options.size, (0.5,) * 3, (0.5,) * 3)
         notes = [*data.notes, far, teacher.too_long(train_split.captions)]
-        if options.sizes and 1 not in options.sizes:
-            notes.append("sizes: the factor 1 is not among them: the student never sees the size of its validation")
         if options.sizes:
+            notes += size_notes(options, teacher.multiple)
             notes.append(enlarged_note(train_split, times(options.size, (max(options.sizes),) * 2, teacher.multiple)))
         return cls(
             data=data,
@@ -129,7 +138,8 @@ class Setup(BaseSetup):
         keep = options.keep_attention
         try:
             keep = None if is_count(keep) else keep  # first_weights ranks the layers
-            swapped = swap(teacher.unet, form=options.form, segment=options.segment, init=options.init, keep=keep)
+            chosen = {name: getattr(options, name) for name in ("form", "segment", "proxy_dim", "init")}
+            swapped = swap(teacher.unet, **chosen, keep=keep)
             if is_count(options.keep_attention):
                 check_count(options.keep_attention, list(swapped.layers))
         except (TypeError, ValueError) as error:
@@ -198,6 +208,7 @@ class Setup(BaseSetup):
             "swap": {
                 "form": options.form,
                 "segment": options.segment,
+                "proxy_dim": options.proxy_dim,
                 "init": options.init,
                 "layers": {name: layer.channels for name, layer in model.swap.layers.items()},
                 "kept": list(model.swap.kept),
@@ -220,7 +231,7 @@ class Setup(BaseSetup):
             )
 
     def note_moved(self, run):
-        run.base_moved(self.teacher.path)
+        run.moved("base", "path", self.teacher.path)
 
     def about(self, model):
         options, sizes = self.options, "{}x{}".format(*self.options.size)
@@ -295,6 +306,25 @@ class Setup(BaseSetup):
             plots.distillation(run)
         problems = list(task.unreadable.problems.values())
         return run, [warning_of(problems)] if problems else []
+
+
+def size_notes(options: DistillOptions, multiple: int) -> list[str]:
+    """Notes on factors of `sizes` that do not give what one would expect, as sides are multiples of `multiple`."""
+    factors: dict[str, list[str]] = {}  # by the size that they give
+    for factor in dict.fromkeys(options.sizes):  # one that is given twice is meant to be
+        size = times(options.size, (factor, factor), multiple)
+        factors.setdefault("{}x{}".format(*size), []).append(f"{factor:g}")
+    own = "{}x{}".format(*options.size)
+    notes = [
+        f"sizes: the factors {' and '.join(same)} give the same size, {size}, as sides are multiples of {multiple}"
+        for size, same in factors.items()
+        if len(same) > 1
+    ]
+    if own not in factors:
+        notes.append(f"sizes: none of the factors gives {own}: the student never sees the size of its validation")
+    if options.away_weight and list(factors) == [own]:
+        notes.append(f"--away-weight does nothing: no factor of --sizes gives another size than {own}")
+    return notes
 
 
 def distill(

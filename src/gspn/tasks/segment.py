@@ -138,11 +138,6 @@ class Setup(BaseSetup):
             options.ignore,
             options.strict,
         )
-        if len(found.classes) < 2:
-            raise DataError(
-                f"the masks hold one class beside the ignored values, {found.classes.names[0]!r}: expected two at "
-                "least; a background is a class too, not a value to ignore"
-            )
         channels, source = options.channels or train_split.channels(), None
         if options.init_from:
             source = open_source(options.init_from, options.model, options.model_args, channels)

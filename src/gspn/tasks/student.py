@@ -51,6 +51,10 @@ class Student(nn.Module):
         for name in names:
             del self.layers[name.replace(".", "/")]
 
+    def no_weight_decay(self) -> set[str]:
+        """The names of the biases of gates: their shapes are not 1-D, by which other biases are known."""
+        return {name for name, _ in self.named_parameters() if name.endswith("_bias")}
+
     def train(self, mode: bool = True) -> "Student":
         return super().train(False)
 
@@ -128,12 +132,15 @@ class Distillation(HeldOutTask):
         images = self.sizes(images) if self.sizes else images
         size = tuple(images.shape[2:])
         start = self._latents(images, draw=True)
+        trust = 1.0 if size == self.preprocessing.size else self.away
+        if not self.weights["output"] + self.weights["feature"]:
+            trust = 0.0  # the loss does not ask the teacher, which then need not run
         return {
             "start": start,
             "noise": torch.randn_like(start),
             "timestep": torch.randint(self.objective.steps, (len(index),), device=start.device),
             "known": known,
-            "trust": torch.full((len(index),), 1.0 if size == self.preprocessing.size else self.away),
+            "trust": torch.full((len(index),), trust),
             **self.teacher.conditions(captions, size),
         }
 

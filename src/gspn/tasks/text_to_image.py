@@ -273,8 +273,10 @@ def open_text_to_image(
                 **more,
             )
         for part, model in pipe.components.items():  # an older diffusers does not know `dtype`
-            if isinstance(model, torch.nn.Module):
-                model.to(torch.float32 if part == "vae" else dtype)
+            wanted = torch.float32 if part == "vae" else dtype
+            parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+            if any(p.is_floating_point() and p.dtype != wanted for p in parameters):  # diffusers warns of any cast
+                model.to(wanted)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         if isinstance(error, OptionError):
             raise

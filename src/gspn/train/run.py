@@ -43,6 +43,7 @@ from gspn.files import (
 )
 from gspn.names import guess
 from gspn.options import TASKS
+from gspn.options.base import with_option
 from gspn.places import EARLIER, NOTHING, RunError, config_or_none, missing, no_run, run_folder
 from gspn.pretrained import FORMAT, WEIGHTS, read_weights
 
@@ -120,26 +121,18 @@ class Run:
             raise
         return run
 
-    def data_moved(self, where: str, named: str) -> None:
-        """Notes where the data of the run are now: `where` in config.json, `named` in options.yaml, where that is.
-        Errors: SaveError."""
-        if self.config["data"]["where"] != where:
-            self.config["data"]["where"] = where
-            self._note_moved("data", named)
-
-    def base_moved(self, path: str) -> None:
-        """Notes where the pipeline that a distillation learns from is now. Errors: SaveError."""
-        if self.config["base"]["path"] != path:
-            self.config["base"]["path"] = self.config["options"]["base"] = path
-            self._note_moved("base", path)
-
-    def _note_moved(self, name: str, where: str) -> None:
+    def moved(self, name: str, entry: str, where: str) -> None:
+        """Notes where something that the run needs is now: as the `entry` of `name` in config.json, and as the option
+        `name` in both files, where they have it. Errors: SaveError."""
+        if self.config[name][entry] == where:
+            return
+        self.config[name][entry] = where
+        if name in self.config["options"]:
+            self.config["options"][name] = where
         write_json(self.path / "config.json", self.config)
         file = self.path / "options.yaml"
         if file.exists():
-            line = f"{name}: {json.dumps(where, ensure_ascii=False)}"  # JSON is YAML
-            text = file.read_text(encoding="utf-8")
-            write_text(file, re.sub(rf"^{name}:.*$", lambda _: line, text, count=1, flags=re.MULTILINE))
+            write_text(file, with_option(file.read_text(encoding="utf-8"), name, where))
 
     def _set_earlier_aside(self):
         """The checkpoints move first and config.json last. So after any crash, .earlier with a config.json is complete,
