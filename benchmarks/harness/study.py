@@ -117,6 +117,25 @@ def told(arguments: argparse.Namespace, read: Callable, wanted: Callable, report
     return arguments.list or arguments.report
 
 
+def settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace, usual: dict[str, Any]) -> dict[str, Any]:
+    """What the options ask for, of the settings that hold for a whole folder of runs (--out). `usual` holds the value
+    where an option is not given (None) and where a file lacks it. To --list or --report, what is not given may be
+    anything, if it is the same in all runs.
+
+    Errors: the parser's where a run in the folder has other settings."""
+    asked = {name: value for name in usual if (value := getattr(arguments, name)) is not None}
+    expected = asked if arguments.list or arguments.report else usual | asked
+    for file in sorted(arguments.out.glob("*.json")):
+        content = json.loads(file.read_text())
+        found = {name: content.get(name, value) for name, value in usual.items()}
+        for name, value in expected.items():
+            if found[name] != value:
+                what = f"{name} {found[name] or 'none'}, expected {value or 'none'}"
+                parser.error(f"{file} has {what}: runs of other settings need another folder (--out)")
+        expected = found
+    return usual | asked
+
+
 def list_runs(done: dict, runs: Iterable) -> None:
     """Prints which of the runs are done and which are missing."""
     for run in dict.fromkeys(runs):

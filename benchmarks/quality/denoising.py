@@ -4,11 +4,12 @@ python -m benchmarks.quality.denoising --photos FOLDER --minutes 60    makes mis
 python -m benchmarks.quality.denoising --list                          says what is done and what is missing
 python -m benchmarks.quality.denoising --report                        tables and a picture of the finished runs
 
-FOLDER holds CIFAR-10, or other images of at most 32x32 pixels (smaller ones get a black margin),
-with the splits train and test. The command may be stopped at any time and started again: only complete runs are
-written, one JSON file each. All models have patches of 2 (16x16 tokens), predict v and see the same images, classes,
-timesteps and noise in the same order. The loss is the squared error of v, of the averaged weights, on test images with
-fixed timesteps and noise. With --sizes each batch has another size, chosen as `gspn train-diffusion --sizes` does.
+FOLDER holds CIFAR-10, or other images of at most 32x32 pixels (smaller ones get a black margin), with the splits train
+and test. The command may be stopped at any time and started again: only complete runs are written, one JSON file each.
+All models have patches of 2 (16x16 tokens), predict v and see the same images, classes, timesteps and noise in the same
+order. The loss is the squared error of v, of the averaged weights, on test images with fixed timesteps and noise. With
+--sizes each batch has another size, chosen as `gspn train-diffusion --sizes` does; models that take only squares see
+other sizes than the rest, and so other noise.
 """
 
 import argparse
@@ -170,6 +171,8 @@ def open_images(folder: Path) -> Photos:
     if missing:
         raise ValueError(f"{folder} has no split {', '.join(sorted(missing))}; expected train and test")
     images, labels = _decoded(splits["train"])
+    if len(images) < 10:
+        raise ValueError(f"{folder} has {len(images)} training images; expected 10 or more, as a tenth is held out")
     if (labels.diff() >= 0).all():  # folders of classes: the images held out must be of all of them
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         images, labels = images[order], labels[order]
@@ -184,12 +187,17 @@ def open_images(folder: Path) -> Photos:
 
 
 def _decoded(split) -> tuple[Tensor, Tensor]:
-    images = np.stack([np.asarray(split.image(i)) for i in range(len(split))])
-    images = torch.from_numpy(images).view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
-    below, right = SIDE - images.shape[2], SIDE - images.shape[3]
+    return torch.stack([_with_margin(np.array(split.image(i))) for i in range(len(split))]), split.labels
+
+
+def _with_margin(pixels: np.ndarray) -> Tensor:
+    """(H,W) or (H,W,C) as (C,32,32), black around it."""
+    height, width = pixels.shape[:2]
+    below, right = SIDE - height, SIDE - width
     if min(below, right) < 0:
-        raise ValueError(f"expected images of at most {SIDE}x{SIDE}, got {images.shape[2]}x{images.shape[3]}")
-    return F.pad(images, (right // 2, right - right // 2, below // 2, below - below // 2)), split.labels
+        raise ValueError(f"expected images of at most {SIDE}x{SIDE}, got {height}x{width}")
+    image = torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1)
+    return F.pad(image, (right // 2, right - right // 2, below // 2, below - below // 2))
 
 
 # -- one run --
@@ -465,22 +473,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     study.add_options(parser, RESULTS, Run, CONTENDERS)
     parser.add_argument("--photos", type=Path, help="the folder of the images")
-    parser.add_argument("--name", default="CIFAR-10", help="what the images are called; others need another folder")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="needs another folder (--out)")
     parser.add_argument(
-        "--sizes", nargs=2, type=float, metavar=("LOW", "HIGH"), help="train at random sizes; needs another folder"
+        "--name", dest="data", metavar="NAME", help="the name of the data; other than CIFAR-10 it needs its own --out"
+    )
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="muon needs another folder (default: adamw)")
+    parser.add_argument(
+        "--sizes",
+        dest="factors",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="train at random sizes; needs another folder",
     )
     arguments = parser.parse_args()
-    given = (arguments.optimizer, arguments.sizes, arguments.name)
-    if given != ("adamw", None, "CIFAR-10") and arguments.out == RESULTS:
-        parser.error(f"{RESULTS} holds the runs of AdamW at one size on CIFAR-10: give another folder with --out")
+    settings = study.settings(parser, arguments, {"data": "CIFAR-10", "factors": None, "optimizer": "adamw"})
     if study.told(arguments, read, wanted, report, draw):
         return
     if arguments.photos is None:
-        parser.error("--photos is missing: give the folder of CIFAR-10, tables with the splits train and test")
+        parser.error("--photos is missing: give a folder of images with the splits train and test, such as CIFAR-10")
     torch.set_num_threads(1)
-    photos, factors = open_images(arguments.photos), tuple(arguments.sizes) if arguments.sizes else None
-    work(arguments.out, photos, arguments.minutes, arguments.runs, arguments.optimizer, factors, arguments.name)
+    work(arguments.out, open_images(arguments.photos), arguments.minutes, arguments.runs, **settings)
 
 
 if __name__ == "__main__":

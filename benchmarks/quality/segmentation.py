@@ -236,17 +236,16 @@ def main():
     parser.add_argument("--scenes", type=Path, help="the folder of CamVid")
     parser.add_argument("--epochs", type=int, default=12, help="of training (default: 12)")
     parser.add_argument("--scale", type=float, default=0.25, help="of the training images (default: 0.25)")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="needs another folder (--out)")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="muon needs another folder (default: adamw)")
     arguments = parser.parse_args()
-    if arguments.optimizer != "adamw" and arguments.out == RESULTS:
-        parser.error(f"{RESULTS} holds the runs of AdamW: give another folder with --out")
+    settings = study.settings(parser, arguments, {"optimizer": "adamw"})
     if study.told(arguments, read, lambda done: wanted(done, arguments.epochs, arguments.scale), report, draw):
         return
     if arguments.scenes is None:
         parser.error("--scenes is missing: give the folder of CamVid, tables with train, validation and test")
     torch.set_num_threads(1)
-    given = (arguments.minutes, arguments.epochs, arguments.scale, arguments.runs, arguments.optimizer)
-    work(arguments.out, arguments.scenes, *given)
+    given = (arguments.minutes, arguments.epochs, arguments.scale, arguments.runs)
+    work(arguments.out, arguments.scenes, *given, **settings)
 
 
 if __name__ == "__main__":
