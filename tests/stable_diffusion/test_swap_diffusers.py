@@ -401,7 +401,8 @@ def test_public_names_are_told_and_documented():
 
 def test_without_diffusers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.delitem(sys.modules, "gspn.stable_diffusion.swap")
+    for module in ("swap", "swappable"):
+        monkeypatch.delitem(sys.modules, f"gspn.stable_diffusion.{module}")
     for name in ("swap", "restore", "load_swap", "GSPNAttention"):
         monkeypatch.delattr(gspn, name, raising=False)
         with pytest.raises(ImportError, match=r'pip install "gspn\[diffusion\]"'):

@@ -139,6 +139,14 @@ def test_what_a_run_leaves_behind(whole, bases):
         place, _, rest = name.rpartition(".attn1.")
         assert torch.equal(best[f"layers.{place.replace('.', '/')}/attn1.{rest}"], tensor)
     pipe = open_text_to_image(bases / "sd").pipe
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'first'; it has best, last"):
+        gspn.load_swap(pipe, whole, checkpoint="first")
+    for name in ("best", "last"):
+        with gspn.load_swap(pipe, whole, checkpoint=name) as swapped:
+            kept = load_file(whole / f"checkpoints/{name}/ema.safetensors")
+            for layer, module in swapped.layers.items():
+                weights = module.state_dict()
+                assert all(torch.equal(kept[f"layers.{layer.replace('.', '/')}.{n}"], weights[n]) for n in weights)
     swapped = gspn.load_swap(pipe, whole)
     assert all(torch.equal(saved[f"{n}.{m}"], p) for n, y in swapped.layers.items() for m, p in y.named_parameters())
     assert pipe("red fox", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)

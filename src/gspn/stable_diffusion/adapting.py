@@ -8,7 +8,8 @@ from torch import nn
 
 from gspn.models.latents import is_whole
 from gspn.stable_diffusion.keeping import level_of
-from gspn.stable_diffusion.swap import trained_size, unet_of
+from gspn.stable_diffusion.swap import trained_size
+from gspn.stable_diffusion.swappable import unet_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gspn.files import atomic, check_format, save_tensors
@@ -98,6 +99,28 @@ def read(path: Path | str, unet: nn.Module, channels: dict[str, int]) -> tuple[d
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     return config, states
+
+
+def read_checkpoint(run: Path | str, checkpoint: str, names: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of the layers `names` in a checkpoint of a run of `gspn distill`, averaged where it averages.
+
+    Raises FileNotFoundError where there is no such checkpoint, ValueError where it is damaged."""
+    folders = Path(os.path.expanduser(run)) / "checkpoints"
+    files = [folders / checkpoint / f"{part}.safetensors" for part in ("ema", "model")]
+    file = next((each for each in files if each.is_file()), None)
+    if file is None:
+        there = sorted(each.name for each in folders.glob("[!.]*"))
+        raise FileNotFoundError(f"{run} has no checkpoint {checkpoint!r}; it has {', '.join(there) or 'none'}")
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    states = {}
+    for name in names:
+        prefix = f"layers.{name.replace('.', '/')}."
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        states[name] = {key: value.clone() for key, value in own.items()}  # not mapped to a file that may change
+    return states
 
 
 def check_size(size, what: str) -> None:

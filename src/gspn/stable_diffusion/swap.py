@@ -6,7 +6,7 @@ are right for every shape, also when gradient checkpointing runs a block again.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,22 +19,20 @@ from gspn.stable_diffusion.fitting import fit
 from gspn.stable_diffusion.init import initialize, stream_statistics
 from gspn.stable_diffusion.keeping import Keep, check_count, is_count, kept_names, level_of
 from gspn.stable_diffusion.layer import GSPNAttention, check_form, usual_proxy_dim
-
-try:
-    from diffusers import UNet2DConditionModel
-    from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-    from diffusers.utils.torch_utils import is_compiled_module
-except ImportError as error:
-    raise ImportError(
-        f'a swap needs diffusers, which cannot be imported ({error}): pip install "gspn[diffusion]"'
-    ) from error
+from gspn.stable_diffusion.swappable import (
+    DTYPES,
+    Attention,
+    BasicTransformerBlock,
+    Transformer2DModel,
+    UNet2DConditionModel,
+    check_free,
+    check_linears,
+    swappable,
+    unet_of,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 # -- what a swap changes in a UNet --
@@ -122,16 +120,16 @@ class Swap:
             found = getattr(self._block(name), "attn1", None)
             if found is not module:
                 raise ValueError(f"{name} was replaced by a {type(found).__name__} since the swap; put it back first")
-        _check_free(self.unet)
+        check_free(self.unet)
         for name, module in present.items():
-            _check_linears(name, module)
+            check_linears(name, module)
 
     def _put_in(self, which):
         coming = self.layers if which == "gspn" else self.attentions
         for name, module in coming.items():  # before any replacement: the device may be full
             anchor = _anchor(self._block(name))
             # Follow only a change of the UNet's dtype: layers may differ on purpose, as float32 in training does.
-            changed = anchor.dtype != self._dtypes[which, name] and anchor.dtype in _DTYPES
+            changed = anchor.dtype != self._dtypes[which, name] and anchor.dtype in DTYPES
             module.to(device=anchor.device, dtype=anchor.dtype if changed else None)
             self._dtypes[self.active, name] = anchor.dtype
         for name, module in coming.items():
@@ -212,7 +210,7 @@ class Swap:
         is ``gspn_swap.safetensors``. Returns the file's path. Raises ValueError where `sample_size` is neither None nor
         two whole numbers above 0."""
         for name, layer in self.layers.items():
-            _check_linears(name, layer)
+            check_linears(name, layer)
         first = next(iter(self.layers.values()))
         options = {"form": self.form, "segment": self.segment, "gate_bias": first.gate_bias}
         # These are left out where they are not needed, as earlier versions do not read them.
@@ -273,7 +271,7 @@ def swap(
     check_form(form)
     if init not in ("pretrained", "random"):
         raise ValueError(f'init has to be "pretrained" or "random", got {init!r}')
-    unet, blocks = _swappable(target)
+    unet, blocks = swappable(target)
     if is_count(keep):
         check_count(keep, list(blocks))
         if run is None:
@@ -320,19 +318,28 @@ def restore(target: "nn.Module | DiffusionPipeline") -> None:
     unet._gspn_swap.restore()
 
 
-def load_swap(target: "nn.Module | DiffusionPipeline", path: Path | str, *, backend: str | None = None) -> Swap:
+def load_swap(
+    target: "nn.Module | DiffusionPipeline",
+    path: Path | str,
+    *,
+    checkpoint: str | None = None,
+    backend: str | None = None,
+) -> Swap:
     """Swaps the self-attention of `target`, a pipeline or UNet, for layers saved by :meth:`Swap.save`.
 
     Args:
         target, backend: as in :func:`gspn.swap`.
-        path: the file, or the folder with ``gspn_swap.safetensors``.
+        path: the file, or the folder with ``gspn_swap.safetensors``, such as a run of `gspn distill`.
+        checkpoint: of such a run: "last", or one that --keep-every kept, such as "epoch-0003". None is the best epoch.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged, is something else or belongs to another base
     model; the target is left as it was.
     """
-    unet, blocks = _swappable(target)
+    unet, blocks = swappable(target)
     channels = {name: block.attn1.to_q.weight.shape[1] for name, block in blocks.items()}
     config, states = swap_file.read(path, unet, channels)
+    if checkpoint is not None:
+        states = swap_file.read_checkpoint(path, checkpoint, list(states))
     form = {key: config[key] for key in ("form", "segment", "gate_bias")} | {"proxy_dim": config.get("proxy_dim")}
     layers = {}
     for name in states:
@@ -371,98 +378,6 @@ def own_size(unet: nn.Module) -> tuple[int, int] | None:
 def _native_size(unet, name) -> tuple[int, int]:
     """H and W of the map at the attention `name` for an input of the UNet's own sample size (64 if it has none)."""
     return tuple(max(1, -(-n // 2 ** level_of(unet, name))) for n in own_size(unet) or (64, 64))
-
-
-# -- what can be swapped --
-
-
-def unet_of(target) -> UNet2DConditionModel:
-    """The UNet of a pipeline, or the UNet itself. Raises TypeError for anything else."""
-    unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
-    unet = unet._orig_mod if isinstance(unet, nn.Module) and is_compiled_module(unet) else unet
-    if isinstance(unet, UNet2DConditionModel):
-        return unet
-    other = unet if unet is not None else getattr(target, "transformer", None)
-    found = type(target if other is None else other).__name__
-    if "Transformer" in found:
-        raise TypeError(
-            f"{found} is a diffusion transformer (as DiT, PixArt, SD3 and FLUX), whose attention a swap does not "
-            "replace: expected a UNet2DConditionModel or a pipeline with one (SD-1.5, SD-2, SDXL)"
-        )
-    raise TypeError(f"expected a UNet2DConditionModel or a pipeline with one, got a {found}")
-
-
-def _swappable(target) -> tuple[UNet2DConditionModel, dict[str, BasicTransformerBlock]]:
-    """The UNet and, by the name of their attn1, its blocks that have self-attention there. Raises ValueError for a UNet
-    that cannot be swapped."""
-    unet = unet_of(target)
-    if "_gspn_swap" in unet.__dict__:
-        raise ValueError(f"this UNet is swapped already: {unet._gspn_swap}; gspn.restore undoes that")
-    whole = target if isinstance(target, nn.Module) else target.unet
-    if is_compiled_module(whole) or any(getattr(m, "_compiled_call_impl", None) for m in unet.modules()):
-        raise ValueError("this UNet is compiled already: swap first, then compile")
-    blocks, others = {}, []
-    for name, module in unet.named_modules():
-        if not hasattr(module, "attn1"):
-            continue
-        if not isinstance(module, BasicTransformerBlock) or not isinstance(module.attn1, Attention):
-            others.append(f"{name}.attn1 ({type(module.attn1).__name__} in a {type(module).__name__})")
-        elif not module.only_cross_attention:
-            blocks[f"{name}.attn1"] = module
-    if others:
-        raise ValueError(f"a swap does not know the self-attention {', '.join(others[:3])}")
-    if not blocks:
-        raise ValueError("this UNet has no self-attention (attn1) to swap")
-    _check_free(unet)
-    for name, block in blocks.items():
-        _check_linears(name, block.attn1)
-        shapes = {tuple(linear.weight.shape) for linear in _linears(block.attn1)}
-        if len(shapes) != 1 or len(set(next(iter(shapes)))) != 1:
-            raise ValueError(f"the projections of {name} have to be square and alike, got {sorted(shapes)}")
-    return unet, blocks
-
-
-def _linears(module) -> Iterator[nn.Module]:
-    for name in ("to_q", "to_k", "to_v"):
-        if hasattr(module, name):
-            yield getattr(module, name)
-    yield module.to_out[0]
-
-
-def _check_linears(name, module):
-    """Raises ValueError if a projection of an attention or layer is not a plain Linear, or has another dtype."""
-    for linear in _linears(module):
-        if type(linear) is not nn.Linear:
-            raise ValueError(
-                f"{name} has a {type(linear).__name__} of {type(linear).__module__} where a plain Linear is expected: "
-                "unload LoRA adapters (before a swap, fuse them to keep their effect) and do not quantise"
-            )
-        if linear.weight.dtype not in _DTYPES:
-            raise ValueError(
-                f"{name} has weights of {linear.weight.dtype}, expected float32, bfloat16, float16 or float64: swap, "
-                "save and restore without quantisation and layer-wise casting"
-            )
-
-
-def _check_free(unet):
-    """Raises ValueError if something else holds on to the modules that a swap exchanges."""
-    if any(isinstance(getattr(module, "processor", None), FusedAttnProcessor2_0) for module in unet.modules()):
-        raise ValueError("the projections of this UNet's attentions are fused: call unfuse_qkv_projections() first")
-    for name, module in unet.named_modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and registry.get_hook("group_offloading") is not None:
-            raise ValueError("this UNet is offloaded in groups: swap, or restore, before that is enabled")
-        if registry is not None and (casting := registry.get_hook("layerwise_casting")) is not None:
-            raise ValueError(
-                f"this UNet is cast layer-wise, from {casting.storage_dtype} to {casting.compute_dtype}: swap, or "
-                "restore, before enable_layerwise_casting(); where that is too late, load the pipeline again"
-            )
-        # A hook on the UNet itself moves it as a whole, with the layers.
-        if name and hasattr(module, "_hf_hook"):
-            raise ValueError(
-                "parts of this UNet are moved between devices by accelerate (sequential offload or a device map): "
-                "swap, or restore, before that is enabled or after remove_all_hooks() of the pipeline"
-            )
 
 
 def _options(attention) -> dict:
