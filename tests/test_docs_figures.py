@@ -268,14 +268,17 @@ def test_what_keeping_attentions_costs_is_what_was_counted():
 def test_the_losses_of_distilling_for_sizes_are_those_of_the_report():
     report = (ROOT / "benchmarks/results/quality/text-to-image-sizes/report.md").read_text(encoding="utf-8")
     text = (ROOT / "docs/text-to-image.md").read_text(encoding="utf-8")
-    text = text[text.index("| student | seeds |") : text.index("With the same seed `--sizes`")]
+    text = text[text.index("| student | optimizer |") : text.index("Away from the trained size")]
     split = lambda page: [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]  # noqa: E731
-    measured = {row[0]: row[1:] for row in split(report[: report.index("## 64x64")])}
+    measured = {}
+    for steps, page in zip(("600", "2,400"), report[: report.index("## 64x64")].split("## 2400 steps"), strict=True):
+        rows = split(page[: page.index("Minus attention")])
+        measured |= {(title, optimizer, steps): row for title, optimizer, _, *row in rows}
     rows = split(text)[2:]
-    assert len(rows) == 5
-    for title, seeds, *losses in rows:
-        found = measured[title.replace("`", "")]
-        assert seeds == found[0]
+    assert len(rows) == 8
+    for title, optimizer, steps, teachers, *losses in rows:
+        found = measured[title.replace("`", ""), optimizer, steps]
+        assert teachers == found[0]
         assert losses == [cell.partition("(")[2].partition(" ")[0] for cell in found[1:]]
 
 

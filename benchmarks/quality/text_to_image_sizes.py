@@ -439,9 +439,10 @@ def draw(folder: Path, out: Path) -> None:
             if name != "teacher" and (contents := chosen(done, name, optimizer)):
                 found = zip(*(difference(contents, teachers, size) for size in SIZES), strict=True)
                 axes.errorbar(list(SIZES), *found, marker="o", capsize=3, label=contender.title, color=colours[name])
-        axes.set(title=f"Distilled by {optimizer}", xlabel="size of the photos")
-        axes.legend(fontsize=7)
+        axes.set(title=f"Distilled by {optimizer}, {STEPS} steps", xlabel="size of the photos")
     panels[0].set_ylabel("denoising loss minus the teacher's")
+    labels = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels, loc="outside right center", fontsize=8)
     figure.savefig(out, dpi=120)
 
 
