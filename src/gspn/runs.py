@@ -16,8 +16,9 @@ from gspn.data.images import Preprocessing, decode, upright, with_channels
 from gspn.data.mask_classes import Classes
 from gspn.data.mask_loader import scaled
 from gspn.memory import free_bytes
-from gspn.models import Backbone, Segmenter, create_model, create_segmenter
+from gspn.models import Backbone, Segmenter, create_model
 from gspn.models.latents import NotFiniteError
+from gspn.models.segmenter import segmenter_from
 from gspn.models.tiles import segment
 from gspn.options import OptionError
 from gspn.places import run_folder
@@ -272,7 +273,7 @@ def load_classifier(path: str | Path, checkpoint: str = "best") -> Classifier:
 
 def load_segmenter(path: str | Path, checkpoint: str = "best") -> Segmentation:
     """The Segmentation of a run folder; as load_classifier."""
-    with _opened(path, "segmentation", create_segmenter, checkpoint) as (run, model):
+    with _opened(path, "segmentation", segmenter_from, checkpoint) as (run, model):
         preprocessing = preprocessing_of(run.config, model.backbone.in_chans)
         classes = Classes(**run.config["classes"])
         _check_classes(classes, model.num_classes, "correct classes in its config.json")

@@ -107,6 +107,8 @@ def test_stages_begin_at_the_size_that_what_runs_was_trained_for():
     assert sizes() == [(32, 32), (64, 64)]
     with swapped.use("attention"):
         assert sizes() == [(16, 16), (32, 32), (64, 64)]
+    pipe.unet = torch.compile(pipe.unet)  # nothing runs
+    assert sizes() == [(32, 32), (64, 64)]
     swapped.sample_size = 16
     with pytest.raises(ValueError, match="sample_size of the Swap"):
         sizes()

@@ -298,13 +298,16 @@ def test_another_width_of_the_proxies_is_kept_in_the_file(tmp_path):
         assert_same_state(unet, before)
 
 
-def test_layers_made_in_inference_mode_can_be_trained():
+def test_layers_made_in_inference_mode_can_be_trained(tmp_path):
     unet = unet_of().bfloat16()
-    with torch.inference_mode():
-        swapped = gspn.swap(unet, form="qkv")
-    layer = next(iter(swapped.layers.values()))
-    layer(torch.randn(1, 4, layer.channels).bfloat16(), map_size=(2, 2)).float().sum().backward()
-    assert all(p.grad is not None for p in layer.parameters())
+    for make in (lambda: gspn.swap(unet, form="qkv"), lambda: gspn.load_swap(unet, tmp_path)):
+        with torch.inference_mode():
+            swapped = make()
+        layer = next(iter(swapped.layers.values()))
+        layer(torch.randn(1, 4, layer.channels).bfloat16(), map_size=(2, 2)).float().sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+        swapped.save(tmp_path)
+        swapped.restore()
 
 
 def test_layers_that_are_not_finite_are_not_saved(tmp_path):

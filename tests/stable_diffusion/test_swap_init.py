@@ -303,27 +303,30 @@ def test_what_cannot_be_fitted_is_told_at_once():
             call(swapped, 5)
 
 
-def test_attention_that_overflows_is_told_and_no_layer_is_changed():
+@pytest.mark.parametrize("part", ["attention", "layer"])
+def test_what_overflows_is_told_and_its_layer_stays(part):
     unet = make_unet()
     swapped = swap(unet, form="qkv", backend="reference")
     name = list(swapped.layers)[1]
     with torch.no_grad():
-        swapped.attentions[name].to_v.weight.fill_(float("inf"))
+        broken = swapped.attentions[name].to_v if part == "attention" else swapped.layers[name].to_out[0]
+        broken.weight.fill_(float("inf"))
     before = {key: value.clone() for key, value in swapped.layers[name].state_dict().items()}
-    with pytest.raises(ValueError, match=rf"on the UNet's feature maps {name} is not finite$"):
+    with pytest.raises(ValueError, match=rf"the output of the {part} (for )?{name} is not finite on .*of the UNet$"):
         fit(swapped, runner(unet), maps=4, steps=2)
     assert all(torch.equal(before[key], value) for key, value in swapped.layers[name].state_dict().items())
 
 
-def test_held_out_maps_are_of_all_calls_and_none_of_a_call_that_is_fitted():
-    maps = FeatureMaps([torch.full((2, 9, C), float(i)) for i in range(40)], [(3, 3)] * 40)
-    training, held = maps.split(1 / 8)
-    calls = [sorted({t[0, 0, 0].item() for t in part.tokens}) for part in (training, held)]
-    assert sorted(calls[0] + calls[1]) == list(range(40)) and len(calls[1]) == 5  # the halves of guidance together
-    assert len(training) == 70 and len(held) == 10 and len(held.sizes) == 10
-    assert min(calls[1]) < 20 <= max(calls[1])  # not the last calls alone, which are those of little noise
-    training, held = FeatureMaps([torch.randn(3, 9, C)], [(3, 3)]).split(1 / 8)
-    assert len(training) == 2 and len(held) == 1
+def test_held_out_maps_are_of_all_calls_with_both_halves_of_guidance():
+    calls = [torch.tensor([2.0 * i, 2 * i + 1]).view(2, 1, 1).expand(2, 9, C) for i in range(40)]
+    parts = FeatureMaps(calls, [(3, 3)] * 40).split(1 / 8)
+    training, held = ([t[0, 0, 0].item() for t in part.tokens] for part in parts)
+    assert sorted(training + held) == list(range(80)) and len(training) == 70 and len(parts[1].sizes) == 10
+    assert all(b == a + 1 for a, b in zip(held[::2], held[1::2], strict=True))  # both halves of a call in one part
+    assert min(held) < 40 <= max(held)  # not the last calls alone, which are those of little noise
+    for sizes, wanted in (([3], (2, 1)), ([2], (1, 1)), ([255, 1], (224, 32)), ([32, 32], (56, 8)), ([1, 1], (1, 1))):
+        parts = FeatureMaps([torch.randn(n, 9, C) for n in sizes], [(3, 3)] * len(sizes)).split(1 / 8)
+        assert tuple(map(len, parts)) == wanted, sizes
 
 
 def test_relative_error_is_1_for_zero_and_0_for_the_same():

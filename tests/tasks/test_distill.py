@@ -141,6 +141,8 @@ def test_what_a_run_leaves_behind(whole, bases):
     pipe = open_text_to_image(bases / "sd").pipe
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'first'; it has best, last"):
         gspn.load_swap(pipe, whole, checkpoint="first")
+    with gspn.load_swap(pipe, whole / "gspn_swap.safetensors", checkpoint="last"):
+        pass
     for name in ("best", "last"):
         with gspn.load_swap(pipe, whole, checkpoint=name) as swapped:
             kept = load_file(whole / f"checkpoints/{name}/ema.safetensors")

@@ -130,7 +130,7 @@ class Segmenter(Pretrained, nn.Module):
 
     @classmethod
     def _made_from(cls, arguments: dict[str, Any]) -> Self:
-        return cast(Self, create_segmenter(**arguments))
+        return cast(Self, segmenter_from(**arguments))
 
     def _fused(self, maps: list[Tensor]) -> Tensor:
         finest = maps[0].shape[-2:]
@@ -146,6 +146,11 @@ def _upsampled(x: Tensor, factor: int, size: Any) -> Tensor:
     if factor > 1:
         x = F.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
     return x[..., : size[0], : size[1]]
+
+
+def segmenter_from(**arguments: Any) -> Segmenter:
+    """The segmenter of a stored config. Earlier versions stored a classifier's arguments there, which do nothing."""
+    return create_segmenter(**{name: value for name, value in arguments.items() if name not in OF_CLASSIFIERS})
 
 
 def create_segmenter(
@@ -177,7 +182,7 @@ def create_segmenter(
     size_of(name)  # an unknown name first
     check_arguments(create_segmenter, kwargs, Backbone.__init__)
     for argument, (default, advice) in OF_CLASSIFIERS.items():
-        if kwargs.get(argument, default) != default:  # segmenters that were saved may hold the default
+        if kwargs.get(argument, default) != default:  # a config holds the default
             raise TypeError(f"a segmenter has no {argument}, which belongs to the head of a classifier: {advice}")
     backbone = Backbone.from_name(name, **{"stem_stride": 4, **kwargs, "num_classes": 0})
     block = {key: backbone.config[key] for key in _BLOCK if key in backbone.config}

@@ -378,14 +378,15 @@ def _completion(metadata) -> Callable[[str], list[str]] | None:
 def _default_text(options, one):
     """What the help shows as the default of an option: of the presets, if they have it. False for nothing, or where the
     help's own text tells the default."""
+    if one.default is None and "Default:" in one.metadata["help"]:
+        return False
     default = one.metadata["fallback"] if one.default in (None, MISSING) else one.default
     chosen = {kind: preset[one.name] for kind, preset in options.presets.items() if one.name in preset}
     if len(set(chosen.values())) == 1 and len(chosen) == len(options.presets):
         return str(next(iter(chosen.values())))
     if chosen:
         return ", ".join(f"{value} for {where}" for where, value in chosen.items())
-    told = one.default is None and "Default:" in one.metadata["help"]
-    return False if told or default is None or isinstance(default, dict) else str(default)
+    return False if default is None or isinstance(default, dict) else str(default)
 
 
 def read_file(path: Path) -> dict:
@@ -444,7 +445,12 @@ def with_option(text: str, name: str, value: Any) -> str:
         begin, end = key.end_mark.index, old.end_mark.index
         if key.value == name and begin <= end:  # an alias has the place of its anchor
             line_end = "\n" if text[begin:end].endswith("\n") else ""  # a block takes the end of its last line
-            return f"{text[:begin]}: {_yaml(value)}{line_end}{text[end:]}"
+            changed = f"{text[:begin]}: {_yaml(value)}{line_end}{text[end:]}"
+            try:  # an anchor in the old value may be needed elsewhere, and a key may be written in another way
+                same = yaml.safe_load(changed) == yaml.safe_load(text) | {name: yaml.safe_load(_yaml(value))}
+            except yaml.YAMLError:
+                same = False
+            return changed if same else text
     return text
 
 

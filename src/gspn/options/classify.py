@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from gspn.options.base import OptionSet, option, parse_model_args
 from gspn.options.task import TaskSpec
-from gspn.options.training import DATA_HELP, DataOptions, LoopOptions
+from gspn.options.training import DATA_HELP, INIT_FROM, DataOptions, LoopOptions
 from gspn.places import check_file, run_folder
 
 
@@ -97,7 +97,7 @@ class Options(DataOptions, RecipeOptions, LoopOptions, ModelOptions):
 
     def check_paths(self):
         if self.init_from:
-            check_file(run_folder(self.init_from), "init_from", "a run folder, a .safetensors or a .pth file")
+            check_file(run_folder(self.init_from), "init_from", INIT_FROM)
 
     def idle(self):
         found = super().idle()

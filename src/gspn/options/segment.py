@@ -9,7 +9,7 @@ from gspn.options.base import REQUIRED, OptionSet, numbers_of, option, parse_nam
 from gspn.options.classifiers import RunOptions, WriteOptions
 from gspn.options.classify import ModelOptions
 from gspn.options.task import TaskSpec
-from gspn.options.training import LoopOptions
+from gspn.options.training import INIT_FROM, LoopOptions
 from gspn.places import OptionError, check_file, run_folder
 
 MASKED_HELP = (
@@ -116,14 +116,11 @@ MOBILE = dict(lr=4e-3, optimizer="muon")  # gspn_mobile from random weights: wha
 class SegmentationOptions(MaskOptions, MaskRecipeOptions, LoopOptions, ModelOptions):
     """All options of `gspn train-segmentation`; PRESET and the data replace None."""
 
-    presets: ClassVar = {
-        "gspn_mobile from random weights": PRESET | MOBILE,
-        "others": PRESET | {"optimizer": "adamw"},
-    }
+    presets: ClassVar = {"gspn_mobile from random weights": PRESET | MOBILE, "others": PRESET}
 
     def check_paths(self):
         if self.init_from:
-            check_file(run_folder(self.init_from), "init_from", "a run folder, a .safetensors or a .pth file")
+            check_file(run_folder(self.init_from), "init_from", INIT_FROM)
         if self.classes:
             check_file(self.classes, "classes", "a JSON file with the classes")
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from gspn.options.base import OptionSet, option, parse_interval, parse_names, parse_size
 from gspn.places import OptionError
 
+INIT_FROM = "a run folder, a saved model, a .safetensors or a .pth file"
 DATA_HELP = (
     "`digits` (embedded), a folder of class folders with images, a folder of MNIST-format idx files, tar files "
     "(webdataset), or anything that Hugging Face datasets loads: a folder made by save_to_disk, a parquet, arrow, csv "

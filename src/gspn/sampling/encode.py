@@ -220,7 +220,9 @@ def _continued(out, asked, uncompared) -> tuple[dict, dict | None]:
 
 def _different(begun, asked) -> list[str]:
     """What differs between two configs, in words. An option of `open_data` that was not given had its default."""
-    found, defaults = [], open_data.__kwdefaults__
+    # class_names are told below, and streaming only says how rows are read
+    defaults = {n: value for n, value in open_data.__kwdefaults__.items() if n not in ("class_names", "streaming")}
+    found = []
     asked = json.loads(json.dumps(asked))  # as a file gives it back
     for what, part, digest, where in (("data", "data", "fingerprint", "where"), ("VAE", "vae", "digest", "path")):
         there, here = begun[part], asked[part]

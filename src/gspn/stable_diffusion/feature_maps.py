@@ -24,18 +24,19 @@ class FeatureMaps:
         return sum(len(t) for t in self.tokens)
 
     def split(self, share: float) -> tuple["FeatureMaps", "FeatureMaps"]:
-        """Two parts, at least one map each. The second holds the maps of a `share` of the UNet's calls. They are drawn,
-        always in the same way, so that both parts are of all timesteps. The maps of one call stay together, as the two
-        halves of guidance are alike. Where there is only one call, its last map is the second part."""
-        calls = [[(one, size) for one in t.split(1)] for t, size in zip(self.tokens, self.sizes, strict=True)]
+        """Two parts, at least one map each. The second holds a `share` of the maps, drawn from all calls of the UNet,
+        always in the same way. The i-th map of each half of a batch stay together: with guidance they are alike."""
+        units = []
+        for tokens, size in zip(self.tokens, self.sizes, strict=True):
+            half = len(tokens) // 2 if len(tokens) % 2 == 0 else len(tokens)
+            units += [[(one, size) for one in tokens[i::half].split(1)] for i in range(half)]
         if len(self) < 2:
             raise ValueError(f"at least two feature maps are needed, got {len(self)}")
-        if len(calls) == 1:
-            calls, held = [calls[0][:-1], calls[0][-1:]], [1]
-        else:
-            order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(0)).tolist()
-            held = order[: max(1, round(len(calls) * share))]
-        parts = [[each for i, each in enumerate(calls) if (i in held) == of_held] for of_held in (False, True)]
+        if len(units) == 1:
+            units = [[one] for one in units[0]]
+        order = torch.randperm(len(units), generator=torch.Generator().manual_seed(0)).tolist()
+        held = set(order[: min(len(units) - 1, max(1, round(len(units) * share)))])
+        parts = [[unit for i, unit in enumerate(units) if (i in held) == second] for second in (False, True)]
         return tuple(FeatureMaps(*map(list, zip(*chain(*part), strict=True))) for part in parts)
 
 

@@ -105,7 +105,9 @@ def read_checkpoint(run: Path | str, checkpoint: str, names: list[str]) -> dict[
     """The state dicts of the layers `names` in a checkpoint of a run of `gspn distill`, averaged where it averages.
 
     Raises FileNotFoundError where there is no such checkpoint, ValueError where it is damaged."""
-    folders = Path(os.path.expanduser(run)) / "checkpoints"
+    run = Path(os.path.expanduser(run))
+    run = run.parent if run.is_file() else run
+    folders = run / "checkpoints"
     files = [folders / checkpoint / f"{part}.safetensors" for part in ("ema", "model")]
     file = next((each for each in files if each.is_file()), None)
     if file is None:
@@ -115,6 +117,8 @@ def read_checkpoint(run: Path | str, checkpoint: str, names: list[str]) -> dict[
         weights = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+    if wrong := [key for key, value in weights.items() if not bool(value.isfinite().all())]:
+        raise ValueError(f"{file} is damaged: {wrong[0]} is not finite; choose another checkpoint")
     states = {}
     for name in names:
         prefix = f"layers.{name.replace('.', '/')}."

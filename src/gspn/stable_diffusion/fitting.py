@@ -28,7 +28,7 @@ def fit(
 
     Args:
         run: see `collect`.
-        maps: feature maps of each layer, of which those of an eighth of the UNet's calls are held out.
+        maps: feature maps of each layer, of which an eighth is held out, drawn from all of them.
         steps, batch_size, lr: of AdamW; the learning rate falls to 0 along a cosine.
         memory_mib: for maps and outputs in the CPU's memory;
             the layers are fitted in groups that stay below it, one by one if need be.
@@ -40,7 +40,8 @@ def fit(
     keep their dtype. After an error or an interrupt each layer has the best weights that were found so far.
 
     Raises TypeError for something else than a Swap and for numbers that are not whole; ValueError for numbers that are
-    too small, in inference mode, where run() does not run the UNet, and where the attention's output is not finite.
+    too small, in inference mode, where run() does not run the UNet, and where an attention or a layer is not finite;
+    the layers before it are fitted then.
     """
     check_swap(swap, run)
     for name, value, least in (("maps", maps, 2), ("steps", steps, 0), ("batch_size", batch_size, 1)):
@@ -87,11 +88,17 @@ def _fit_layer(swap, name, maps, steps, batch_size, lr, seed):
     try:
         layer.float().requires_grad_(True)
         with torch.no_grad():
-            targets = [attention(t.to(device, attention_dtype)).float().cpu() for t in training.tokens]
-        before = best = relative_error(layer, attention, held)
-        if not math.isfinite(before) or not all(bool(target.isfinite().all()) for target in targets):
+            both = [
+                [attention(t.to(device, attention_dtype)).float().cpu() for t in part.tokens]
+                for part in (training, held)
+            ]
+        if not all(bool(target.isfinite().all()) for targets in both for target in targets):
             hint = ": it overflows in float16, load it in bfloat16" if attention_dtype == torch.float16 else ""
-            raise ValueError(f"on the UNet's feature maps {name} is not finite{hint}")
+            raise ValueError(f"the output of the attention {name} is not finite on feature maps of the UNet{hint}")
+        targets = both[0]
+        before = best = relative_error(layer, attention, held)
+        if not math.isfinite(before):
+            raise ValueError(f"the output of the layer for {name} is not finite on feature maps of the UNet")
 
         def keep_if_better():
             nonlocal best, state

@@ -6,6 +6,7 @@ are right for every shape, also when gradient checkpointing runs a block again.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,9 @@ from gspn.stable_diffusion.swappable import (
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+_LOCK = threading.Lock()  # of all swaps, as one of each could not be pickled
 
 
 # -- what a swap changes in a UNet --
@@ -156,15 +160,17 @@ class Swap:
         """Sets `apart` of all layers; in a `with` statement, until its end. What :func:`gspn.adapt` does. Of several
         that have not ended the one begun last counts, in whatever order they end."""
         entry = [apart]  # a list, which is told from others by its identity
-        self._apart = (*self._apart, entry)
-        self._spread()
+        with _LOCK:
+            self._apart = (*self._apart, entry)
+            self._spread()
         stack = contextlib.ExitStack()
         stack.callback(self._forget_apart, entry)
         return stack
 
     def _forget_apart(self, entry):
-        self._apart = tuple(each for each in self._apart if each is not entry)
-        self._spread()
+        with _LOCK:
+            self._apart = tuple(each for each in self._apart if each is not entry)
+            self._spread()
 
     def _spread(self):
         (apart,) = self._apart[-1] if self._apart else [(1, 1)]
@@ -318,6 +324,7 @@ def restore(target: "nn.Module | DiffusionPipeline") -> None:
     unet._gspn_swap.restore()
 
 
+@torch.inference_mode(False)  # as for _new_layers
 def load_swap(
     target: "nn.Module | DiffusionPipeline",
     path: Path | str,
@@ -362,7 +369,7 @@ def load_swap(
 def trained_size(unet: nn.Module) -> tuple[int, int] | None:
     """(H, W) of the input for which a UNet, or the layers swapped into it, were trained; None where neither says.
     Raises ValueError where `sample_size` of the swap is no size."""
-    swapped = unet.__dict__.get("_gspn_swap")
+    swapped = getattr(unet, "_gspn_swap", None)  # of a compiled UNet, too
     if swapped is None or swapped.sample_size is None:
         return own_size(unet)
     swap_file.check_size(swapped.sample_size, "sample_size of the Swap")

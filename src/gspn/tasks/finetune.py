@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gspn.digests import digest, tensors_of
 from gspn.models import Backbone, load_released
 from gspn.options import OptionError
+from gspn.options.training import INIT_FROM
 from gspn.places import config_or_none, run_folder
 from gspn.pretrained import CONFIG, WEIGHTS
 from gspn.runs import load_classifier
@@ -56,7 +57,11 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
         path = path.parent  # its arguments belong to the weights, and their shapes do not tell all of them
     if path.is_dir():
         run = Run.open(path)
-        if run.config.get("class") == "Backbone" and "task" not in run.config:
+        if (saved := run.config.get("class")) not in (None, "Backbone"):
+            raise OptionError(
+                f"init_from: {path} is a saved {saved}, expected a saved backbone or classifier, or a run"
+            )
+        if saved and "task" not in run.config:
             try:
                 saved, where = Backbone.from_pretrained(path), f"the saved model {path}"
             except (ValueError, OSError) as error:
@@ -73,7 +78,7 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
             arguments.pop(own, None)
         return Source(where, weights, name, arguments, *known)
     if not path.is_file() and path.suffix != ".safetensors":
-        raise OptionError(f"init_from: there is no {path}; expected a run folder, a .safetensors or a .pth file")
+        raise OptionError(f"init_from: there is no {path}; expected {INIT_FROM}")
     if path.suffix == ".safetensors":
         try:
             weights = load_file(path)
