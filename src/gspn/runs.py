@@ -79,7 +79,7 @@ class Saving:
         """The card: a model that was itself saved keeps its licence and its data's credit. Metrics belong to weights,
         which may have changed since."""
         own = Card.read(self.run.path / CARD) or Card()
-        return Card(license or own.license, data or own.data, metrics or {})
+        return Card(license, data, metrics or {}).over(Card(own.license, own.data))
 
     def _named(self):
         """The classes as config.json holds them."""

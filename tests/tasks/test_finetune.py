@@ -92,6 +92,12 @@ def test_a_saved_backbone(file, tmp_path):
         open_source(tmp_path / "saved" / file, None, {})
 
 
+def test_a_saved_segmenter_starts_no_training(tmp_path):
+    gspn.create_segmenter("gspn_micro", num_classes=2, **TINY).save_pretrained(tmp_path)
+    with pytest.raises(OptionError, match=r"^init_from: .* is a saved Segmenter, expected a saved backbone"):
+        open_source(tmp_path, None, {})
+
+
 def test_what_does_not_fit(digits_run, colours, tmp_path):
     run, _ = digits_run
     with pytest.raises(OptionError, match=r"1 channels.* 3; --channels 1 "):

@@ -25,7 +25,7 @@ class FeatureMaps:
 
     def split(self, share: float) -> tuple["FeatureMaps", "FeatureMaps"]:
         """Two parts, at least one map each. The second holds a `share` of the maps, drawn from all calls of the UNet,
-        always in the same way. The i-th map of each half of a batch stay together: with guidance they are alike."""
+        always in the same way. The i-th maps of both halves of a batch stay together: with guidance they are alike."""
         units = []
         for tokens, size in zip(self.tokens, self.sizes, strict=True):
             half = len(tokens) // 2 if len(tokens) % 2 == 0 else len(tokens)

@@ -57,11 +57,10 @@ def open_source(path: str | Path, model: str | None, model_args: Mapping, channe
         path = path.parent  # its arguments belong to the weights, and their shapes do not tell all of them
     if path.is_dir():
         run = Run.open(path)
-        if (saved := run.config.get("class")) not in (None, "Backbone"):
-            raise OptionError(
-                f"init_from: {path} is a saved {saved}, expected a saved backbone or classifier, or a run"
-            )
-        if saved and "task" not in run.config:
+        kind = run.config.get("class")  # None for a run
+        if kind not in (None, "Backbone"):
+            raise OptionError(f"init_from: {path} is a saved {kind}, expected a saved backbone, a classifier or a run")
+        if kind and "task" not in run.config:
             try:
                 saved, where = Backbone.from_pretrained(path), f"the saved model {path}"
             except (ValueError, OSError) as error:
